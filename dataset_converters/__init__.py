@@ -1,0 +1,1 @@
+"""Raw dumps to atomic files; no torch, no recbole."""

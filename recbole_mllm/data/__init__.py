@@ -1,0 +1,1 @@
+"""Atomic files, texts and images of a dataset."""

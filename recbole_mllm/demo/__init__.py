@@ -1,0 +1,1 @@
+"""The demo world and the tiny MLLM that lives in it."""

@@ -1,0 +1,1 @@
+"""Frozen candidates, protocols and statistics."""

@@ -1,0 +1,1 @@
+"""RecBole-facing models."""

@@ -1,0 +1,146 @@
+"""What is said to a model: styles are data, filling them in is pure, and training and scoring call the same function."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+from recbole_mllm.errors import UserError
+
+IMAGE = "<image>"
+# A private-use character no title can hold (``data.texts.clean`` removes it). Where it stands, the tokeniser is made to
+# cut, so that what looks like a special token inside a title stays plain text.
+CUT = "\ue000"
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One question to an MLLM: text with one ``<image>`` mark for each image."""
+
+    text: str
+    images: tuple[Path, ...] = ()
+
+    def __post_init__(self) -> None:
+        marks = self.text.count(IMAGE)
+        if marks != len(self.images):
+            raise ValueError(f"{marks} {IMAGE} marks for {len(self.images)} images: {self.text!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class Style:
+    """The wording of every question, read from ``properties/prompt/<style>.yaml``."""
+
+    name: str
+    image_summary: str
+    text_summary: str
+    fused_summary: str
+    item_line: str
+    item_line_bare: str
+    first_block: str
+    next_block: str
+    titles: str
+    cold: str
+    recommend_item_first: str
+    recommend_item_first_without_image: str
+    recommend_user_first: str
+    recommend_user_first_without_image: str
+    answer_yes: str
+    answer_no: str
+
+    @classmethod
+    def from_mapping(cls, name: str, wording: Mapping[str, Any]) -> Self:
+        """Check that every wording is there, is text, and names only the fields it is filled with.
+
+        Raises:
+            UserError: A wording is missing, unknown, not text, or names another field.
+        """
+        known = {f.name for f in fields(cls)} - {"name"}
+        if wrong := sorted(known.symmetric_difference(wording)):
+            raise UserError(f"prompt style {name!r}: missing or unknown wording {', '.join(wrong)}; see docs/prompts.md")
+        for key, text in wording.items():
+            if not isinstance(text, str) or _names(text) != _FIELDS.get(key, frozenset()):
+                wanted = ", ".join(f"{{{n}}}" for n in sorted(_FIELDS.get(key, ()))) or "no field"
+                raise UserError(f"prompt style {name!r}: {key} must be a text with {wanted} in it; see docs/prompts.md")
+            if text.count(IMAGE) != _marks(key):
+                raise UserError(f"prompt style {name!r}: {key} must hold {_marks(key)} {IMAGE}; see docs/prompts.md")
+        return cls(name=name, **{key: text.strip("\n") for key, text in wording.items()})
+
+
+_FIELDS = {
+    "text_summary": frozenset({"title"}),
+    "fused_summary": frozenset({"image", "text"}),
+    "item_line": frozenset({"title", "summary"}),
+    "item_line_bare": frozenset({"title"}),
+    "first_block": frozenset({"items"}),
+    "next_block": frozenset({"preference", "items"}),
+    "titles": frozenset({"titles"}),
+    "recommend_item_first": frozenset({"preference", "title"}),
+    "recommend_item_first_without_image": frozenset({"preference", "title"}),
+    "recommend_user_first": frozenset({"preference", "title"}),
+    "recommend_user_first_without_image": frozenset({"preference", "title"}),
+}
+
+
+def _names(template: str) -> frozenset[str]:
+    return frozenset(name for _, name, _, _ in string.Formatter().parse(template) if name is not None)
+
+
+def _marks(key: str) -> int:
+    return int(key in ("image_summary", "recommend_item_first", "recommend_user_first"))
+
+
+def plain(text: str) -> str:
+    """Return `text` such that an ``<image>`` in it is no mark."""
+    return text.replace(IMAGE, f"{IMAGE[0]}{CUT}{IMAGE[1:]}")
+
+
+def _fill(template: str, **texts: str) -> str:
+    return template.format(**{name: plain(text) for name, text in texts.items()})
+
+
+def image_summary_prompt(style: Style, image: Path) -> Prompt:
+    """Ask what the item's image shows (the paper's item image summary)."""
+    return Prompt(style.image_summary, (image,))
+
+
+def text_summary_prompt(style: Style, title: str) -> Prompt:
+    """Ask for a summary of the item's text (the paper's item text summary)."""
+    return Prompt(_fill(style.text_summary, title=title))
+
+
+def fused_summary_prompt(style: Style, image: str, text: str) -> Prompt:
+    """Ask to fuse the summaries of image and text into one (the paper's fusion prompt)."""
+    return Prompt(_fill(style.fused_summary, image=image, text=text))
+
+
+def item_line(style: Style, title: str, summary: str) -> str:
+    """Return how one item of a history reads; without a summary its title stands alone."""
+    if not summary:
+        return _fill(style.item_line_bare, title=title)
+    return _fill(style.item_line, title=title, summary=summary)
+
+
+def preference_prompt(style: Style, lines: Sequence[str], previous: str | None) -> Prompt:
+    """Ask for the preference behind `lines` (from `item_line`, oldest first), given the `previous` one if any."""
+    items = "\n".join(lines)
+    if previous is None:
+        return Prompt(style.first_block.format(items=items))
+    return Prompt(style.next_block.format(items=items, preference=plain(previous)))
+
+
+def titles_as_preference(style: Style, titles: Sequence[str]) -> str:
+    """Return what stands for the preference under ``summary_mode: none``: the titles themselves, oldest first."""
+    return _fill(style.titles, titles="\n".join(titles)) if titles else style.cold
+
+
+def recommend_prompt(style: Style, preference: str, title: str, image: Path | None, *, item_first: bool = True) -> Prompt:
+    """Ask whether the user would take the item; training and scoring both call this.
+
+    Without an image the wording speaks of none, the same in training and scoring.
+    """
+    order = "recommend_item_first" if item_first else "recommend_user_first"
+    template = getattr(style, order if image else f"{order}_without_image")
+    return Prompt(_fill(template, preference=preference, title=title), (image,) if image else ())

@@ -1,0 +1,1 @@
+"""Item and user summaries, and the store that keeps every answer."""
