@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -11,22 +12,35 @@ from typing import Any, Self
 from recbole_mllm.errors import UserError
 
 IMAGE = "<image>"
-# A private-use character no title can hold (``data.texts.clean`` removes it). Where it stands, the tokeniser is made to
-# cut, so that what looks like a special token inside a title stays plain text.
-CUT = "\ue000"
+# Private-use characters that no title can hold (``data.atomic.clean`` removes them). They mark where text that is not the
+# style's own begins and ends, so that the MLLM's side can shorten it, and can keep a special token in it plain text.
+OPEN, CLOSE = "\ue001", "\ue002"
+_PIECES = re.compile(f"{OPEN}(.*?){CLOSE}", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One question to an MLLM: text with one ``<image>`` mark for each image."""
+    """One question to an MLLM: text with one ``<image>`` mark for each image.
 
-    text: str
+    `marked` is the text with titles, summaries and preferences between `OPEN` and `CLOSE`; an ``<image>`` there is no mark.
+    """
+
+    marked: str
     images: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
-        marks = self.text.count(IMAGE)
+        marks = _PIECES.sub("", self.marked).count(IMAGE)
         if marks != len(self.images):
-            raise ValueError(f"{marks} {IMAGE} marks for {len(self.images)} images: {self.text!r}")
+            raise ValueError(f"{marks} {IMAGE} marks for {len(self.images)} images: {self.marked!r}")
+
+    @property
+    def text(self) -> str:
+        """The text as a person reads it."""
+        return unmark(self.marked)
+
+    def pieces(self) -> list[str]:
+        """Return the text cut into the style's own words (even places) and the filled-in texts (odd places)."""
+        return _PIECES.split(self.marked)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,13 +106,13 @@ def _marks(key: str) -> int:
     return int(key in ("image_summary", "recommend_item_first", "recommend_user_first"))
 
 
-def plain(text: str) -> str:
-    """Return `text` such that an ``<image>`` in it is no mark."""
-    return text.replace(IMAGE, f"{IMAGE[0]}{CUT}{IMAGE[1:]}")
+def unmark(text: str) -> str:
+    """Return `text` without the marks around filled-in texts."""
+    return text.replace(OPEN, "").replace(CLOSE, "")
 
 
 def _fill(template: str, **texts: str) -> str:
-    return template.format(**{name: plain(text) for name, text in texts.items()})
+    return template.format(**{name: f"{OPEN}{unmark(text)}{CLOSE}" for name, text in texts.items()})
 
 
 def image_summary_prompt(style: Style, image: Path) -> Prompt:
@@ -128,7 +142,7 @@ def preference_prompt(style: Style, lines: Sequence[str], previous: str | None) 
     items = "\n".join(lines)
     if previous is None:
         return Prompt(style.first_block.format(items=items))
-    return Prompt(style.next_block.format(items=items, preference=plain(previous)))
+    return Prompt(style.next_block.format(items=items, preference=f"{OPEN}{unmark(previous)}{CLOSE}"))
 
 
 def titles_as_preference(style: Style, titles: Sequence[str]) -> str:

@@ -1,0 +1,127 @@
+"""One run in a process of its own, so that a crash, a lack of memory or a NaN costs one row and not the night."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+LOG = "log.txt"
+GRACE_S = 5.0
+POLL_S = 0.2
+STATUS_LENGTH = 300
+
+_ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+_ERROR = re.compile(r"^(?:[A-Za-z_]\w*\.)*(\w*(?:Error|Exception|Interrupt|Exit)(?:: .*)?)$")
+
+Tick = Callable[[float, str], None]
+"""Called with the seconds since the start and the newest line of the log."""
+
+
+class Stopped(Exception):
+    """The benchmark is being stopped, and this run with it."""
+
+
+@contextlib.contextmanager
+def claim(folder: Path, stop: threading.Event, waiting: Callable[[str], None]) -> Iterator[int]:
+    """Hold the run's folder for one process; yield the lock's descriptor, for the child to hold it too.
+
+    A child that outlives a killed benchmark keeps the lock, so a restart waits for that run instead of doing it twice
+    in the same files.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    told = False
+    try:
+        while not _locked(descriptor):
+            if not told:
+                waiting(os.pread(descriptor, 32, 0).decode().strip() or "unknown")
+                told = True
+            if stop.wait(POLL_S):
+                raise Stopped
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def run_child(command: Sequence[str], folder: Path, lock: int, stop: threading.Event, tick: Tick) -> int:
+    """Run `command` to its end with its output in ``log.txt``; return its exit code, negative for a signal."""
+    log = folder / LOG
+    root = str(Path(__file__).resolve().parents[2])  # the package must be found from any working directory
+    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+    started = time.monotonic()
+    with log.open("wb") as output:
+        child = subprocess.Popen(
+            list(command),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            pass_fds=(lock,),
+            start_new_session=True,  # Ctrl-C reaches us alone, and we end the child with all it has started
+        )
+    os.pwrite(lock, f"{child.pid:<31}\n".encode(), 0)
+    try:
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return child.wait(timeout=POLL_S)
+            if stop.is_set():
+                raise Stopped
+            tick(time.monotonic() - started, last_line(log))
+    finally:
+        _end(child)
+
+
+def last_line(log: Path) -> str:
+    """Return the newest line of a log, as a terminal would show it."""
+    return next(reversed(_lines(log)), "")
+
+
+def failure(log: Path, code: int) -> str:
+    """Say in one line why a child failed: its last exception, else its last words, and the signal that ended it."""
+    lines = _lines(log)
+    errors = [found[1] for line in lines if (found := _ERROR.match(line))]
+    words = errors[-1] if errors else next(reversed(lines), "it said nothing")
+    if code < 0:
+        name = signal.Signals(-code).name if -code in signal.valid_signals() else f"signal {-code}"
+        memory = ", most often for lack of memory" if -code == signal.SIGKILL else ""
+        words = f"ended by {name}{memory}" + (f"; last: {words}" if errors else "")
+    elif code == 0:
+        words = f"it ended without a record; last: {words}"
+    return words if len(words) <= STATUS_LENGTH else words[: STATUS_LENGTH - 1] + "…"
+
+
+def _lines(log: Path, tail: int = 1 << 16) -> list[str]:
+    if not log.exists():
+        return []
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - tail))
+        text = _ESCAPES.sub("", file.read().decode(errors="replace"))
+    return [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()]
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """End the child, if it still runs, and everything in its session: first politely."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        if child.poll() is not None:
+            break
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(timeout=GRACE_S)

@@ -1,0 +1,90 @@
+"""Who may enter a benchmark: every RecBole model by its own name, and the named variants of MLLMMSR.
+
+This is the one place that knows what a label such as ``MLLMMSR:direct`` stands for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any
+
+from recbole_mllm.benchmark.records import Kind
+from recbole_mllm.errors import UserError
+
+MLLM = "MLLMMSR"
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "zero-shot": {"finetune": "none"},
+    "direct": {"summary_mode": "direct"},
+    "no-summary": {"summary_mode": "none"},
+    "no-image": {"use_image": False},
+    "no-item-summary": {"item_summary": "none"},
+}
+"""What each variant of MLLMMSR changes; ``block-N`` (``block_size: N``) is read by pattern."""
+
+SEQUENTIAL_CE = frozenset({
+    "BERT4Rec", "CORE", "Caser", "FDSA", "FEARec", "FOSSIL", "GCSAN", "GRU4Rec", "GRU4RecCPR", "GRU4RecF",
+    "GRU4RecKG", "HGN", "HRM", "KSR", "LightSANs", "NARM", "NPE", "NextItNet", "RepeatNet", "S3Rec", "SASRec",
+    "SASRecCPR", "SASRecF", "SHAN", "SINE", "SRGNN", "STAMP",
+})  # fmt: skip
+"""RecBole's sequential models with a cross-entropy loss, which RecBole refuses to start beside sampled negatives."""
+
+UNTRAINED = frozenset({"Pop", "ItemKNN", "Random", "EASE", "SLIMElastic", "ADMMSLIM", "NCEPLRec"})
+"""Baselines solved in one pass, which need no training budget."""
+
+TRAINED_DEFAULTS: Mapping[str, Any] = {"epochs": 50, "stopping_step": 5, "train_batch_size": 512}
+"""For small data: RecBole's 300 epochs in batches of 2048 are two steps an epoch on a thousand users."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One row of a benchmark, before it has run.
+
+    Args:
+        label: What the user asked for and what the table shows.
+        model: RecBole's name of the model.
+        kind: Whether it is held against the best baseline or may be that baseline.
+        defaults: Settings that any of the user's own, in files or on the command line, replace.
+        overrides: Settings that make the label true; they win over the user's.
+    """
+
+    label: str
+    model: str
+    kind: Kind
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+
+
+def resolve(label: str) -> Entry:
+    """Return what `label` stands for; any name without a colon is taken for a RecBole model."""
+    model, colon, preset = label.strip().partition(":")
+    if colon and model != MLLM:
+        raise UserError(f"{label!r}: only {MLLM} has named variants ({_known()})")
+    if model == MLLM:
+        return Entry(label.strip(), MLLM, "mllm", overrides=_preset(label, preset) if colon else {})
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", model):
+        raise UserError(f"{label!r} is no model's name; give RecBole's, such as SASRec, or one of {_known()}")
+    return Entry(model, model, "baseline", defaults=_baseline_defaults(model))
+
+
+def _preset(label: str, preset: str) -> Mapping[str, Any]:
+    block = re.fullmatch(r"block-([1-9][0-9]*)", preset)
+    if block:
+        return {"block_size": int(block[1])}
+    if preset not in PRESETS:
+        near = get_close_matches(preset, PRESETS, n=1)
+        hint = f"; did you mean {MLLM}:{near[0]}?" if near else ""
+        raise UserError(f"unknown variant {label!r}{hint} Known: {_known()}")
+    return PRESETS[preset]
+
+
+def _baseline_defaults(model: str) -> dict[str, Any]:
+    budget = {} if model in UNTRAINED else dict(TRAINED_DEFAULTS)
+    return {**budget, "train_neg_sample_args": None} if model in SEQUENTIAL_CE else budget
+
+
+def _known() -> str:
+    return ", ".join(f"{MLLM}:{name}" for name in (*PRESETS, "block-N"))

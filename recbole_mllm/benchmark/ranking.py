@@ -1,0 +1,189 @@
+"""From run records to a leaderboard people can defend.
+
+Every number comes from the per-user arrays, never from rounded metrics, so whoever has the arrays can check it. The
+best baseline is the one with the highest NDCG@10; every other row is tested against it, and all tests of the table form
+one family for Holm's correction: the chance that the table holds even one false mark is below 5 %.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from recbole_mllm.benchmark.evidence import POOLED, Evidence, average, load_evidence
+from recbole_mllm.benchmark.leaderboard import COSTS, SLICES, Leaderboard, Part, Row, Score, ordered_metrics
+from recbole_mllm.benchmark.records import RunRecord, latest
+from recbole_mllm.errors import UserError
+from recbole_mllm.evaluation import significance as sig
+
+DRAW_SEED = 2024
+"""Seed of every bootstrap: the same records give the same leaderboard, to the last digit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """A model's finished runs and what they have shown together; `replicates` is None where no scores were kept."""
+
+    name: str
+    runs: tuple[RunRecord, ...]
+    evidence: Evidence
+    replicates: sig.Floats | None
+
+
+def build(records: Iterable[RunRecord], results: Path, note: str = "") -> Leaderboard:
+    """Rank the latest record of every run; the arrays are read from below the folder `results`."""
+    runs = _current(records)
+    if not runs:
+        raise UserError(f"{results} holds no run; start one with `benchmark --output_dir {results}`")
+    _refuse_mixed_candidates(runs)
+    loaded, failed = _load(runs, results)
+    contenders = _contenders(loaded)
+    metrics = ordered_metrics({name for run, _ in loaded for name in run.metrics} | _shown(contenders))
+    told = loaded[0][0] if loaded else runs[0]
+    board = Leaderboard(told.dataset, told.protocol, told.candidates, told.n_users, metrics, (), None, note)
+    rows = [_row(contender, metrics) for contender in contenders]
+    rows = sorted(rows, key=lambda row: (-row.mean(board.valid_metric), row.model))
+    best = next((row.model for row in rows if row.kind == "baseline"), None)
+    if best is not None:
+        rows = _test_against(best, rows, {contender.name: contender for contender in contenders})
+    return replace(board, rows=(*rows, *failed), best_baseline=best)
+
+
+def _current(records: Iterable[RunRecord]) -> list[RunRecord]:
+    """Drop what was tried again: older records of a run, and failures of a (label, seed) that has finished since."""
+    runs = latest(records).values()
+    finished = {(run.label, run.seed) for run in runs if run.ok}
+    failures = {(run.label, run.seed): run for run in runs if not run.ok}
+    kept = [run for run in runs if run.ok]
+    kept += [run for key, run in failures.items() if key not in finished]
+    return sorted(kept, key=lambda run: (run.label, run.seed, run.run_id))
+
+
+def _refuse_mixed_candidates(runs: Sequence[RunRecord]) -> None:
+    """Numbers measured on different candidates are no comparison, so they get no table."""
+    by_digest: dict[str, list[str]] = defaultdict(list)
+    for run in runs:
+        if run.ok:
+            by_digest[run.candidates].append(run.run_id)
+    if len(by_digest) > 1:
+        sets = "; ".join(f"{digest or '(none)'}: {', '.join(ids)}" for digest, ids in by_digest.items())
+        raise UserError(f"these runs ranked different candidates and cannot share a leaderboard ({sets}); "
+                        "give one of them another --output_dir")  # fmt: skip
+
+
+def _load(runs: Sequence[RunRecord], results: Path) -> tuple[list[tuple[RunRecord, Evidence]], list[Row]]:
+    """Read each finished run; one whose arrays are unusable costs its own row and no other."""
+    loaded: list[tuple[RunRecord, Evidence]] = []
+    failed: list[Row] = []
+    for run in runs:
+        try:
+            if run.ok:
+                evidence = load_evidence(run, results)
+                if loaded and not np.array_equal(evidence.users, loaded[0][1].users):
+                    raise UserError(f"run {run.run_id} evaluated other users than {loaded[0][0].run_id}")
+                loaded.append((run, evidence))
+                continue
+            status = run.status
+        except UserError as error:
+            status = " ".join(str(error).split())
+        failed.append(Row(run.label, run.kind, (run.seed,), status, (run,), cost=_cost([run])))
+    return loaded, failed
+
+
+def _contenders(loaded: Sequence[tuple[RunRecord, Evidence]]) -> list[Contender]:
+    """Put the seeds of one model and one configuration together, and draw the users again for pooled AUC."""
+    groups: dict[tuple[str, str], dict[int, tuple[RunRecord, Evidence]]] = defaultdict(dict)
+    variants: dict[str, set[str]] = defaultdict(set)
+    for run, evidence in loaded:
+        variant = configuration(run.run_id)
+        groups[run.label, variant][run.seed] = (run, evidence)
+        variants[run.label].add(variant)
+    draws = _draws([evidence for _, evidence in loaded])
+    found = []
+    for (label, variant), seeds in groups.items():
+        name = f"{label} ({variant})" if len(variants[label]) > 1 else label
+        evidence = average([evidence for _, evidence in seeds.values()])
+        replicates = draws(evidence) if evidence.pairs else None
+        found.append(Contender(name, tuple(run for run, _ in seeds.values()), evidence, replicates))
+    return found
+
+
+def configuration(run_id: str) -> str:
+    """Return the part of a run id that names its configuration whatever the seed: the digest after ``-<seed>-``."""
+    found = re.search(r"-\d+-([0-9a-f]{8})$", run_id)
+    return found[1] if found else ""
+
+
+def _draws(evidence: Sequence[Evidence]) -> Callable[[Evidence], sig.Floats]:
+    """Draw users once for all rows, since only replicates of the same draws can be paired."""
+    pairs = max((pairs.size for one in evidence for pairs in one.pairs), default=0)
+    drawn = sig.draw_users(evidence[0].users.size, pairs, DRAW_SEED) if pairs else np.empty((0, 0), np.uint16)
+    return lambda one: sig.auc_replicates(one.pairs, drawn)
+
+
+def _shown(contenders: Sequence[Contender]) -> set[str]:
+    return {name for contender in contenders for name in contender.evidence.metrics}
+
+
+def _row(contender: Contender, metrics: Sequence[str]) -> Row:
+    """Measure one contender, still untested."""
+    evidence, runs = contender.evidence, contender.runs
+    estimates = dict(zip(evidence.values, sig.estimate_means(np.stack(list(evidence.values.values())), DRAW_SEED),
+                         strict=True))  # fmt: skip
+    if contender.replicates is not None:
+        estimates[POOLED] = sig.estimate_auc(evidence.pairs, contender.replicates, evidence.users.size)
+    scores = {name: Score(estimate.mean, (estimate.low, estimate.high)) for name, estimate in estimates.items()}
+    for name in metrics:  # what has no value per user, such as coverage, is shown without an interval
+        if name not in scores and all(name in run.metrics for run in runs):
+            scores[name] = Score(float(np.mean([run.metrics[name] for run in runs])))
+    seeds = tuple(run.seed for run in runs)
+    return Row(contender.name, runs[0].kind, seeds, "ok", runs, scores, _cost(runs), _slices(evidence))
+
+
+def _slices(evidence: Evidence) -> Mapping[str, Mapping[str, Part]]:
+    parts: dict[str, dict[str, Part]] = {}
+    for name in SLICES:
+        mask = evidence.masks[name]
+        parts[name] = {metric: Part(evidence.mean(metric, mask), int(mask.sum())) for metric in evidence.metrics}
+    return parts
+
+
+def _cost(runs: Sequence[RunRecord]) -> dict[str, float | None]:
+    """Average each cost over seeds; None where no run has told it."""
+    told = {name: [float(value) for run in runs if (value := getattr(run, name)) is not None] for name in COSTS}
+    return {name: sum(values) / len(values) if values else None for name, values in told.items()}
+
+
+def _test_against(best: str, rows: Sequence[Row], contenders: Mapping[str, Contender]) -> list[Row]:
+    """Test every metric of every other row against the row `best`, and correct for all tests at once."""
+    tests = {
+        (row.model, metric): _compare(metric, contenders[row.model], contenders[best])
+        for row in rows
+        if row.model != best
+        for metric in row.scores
+    }
+    told = {key: comparison for key, comparison in tests.items() if comparison is not None}
+    tested = {row.model: dict(row.scores) for row in rows}
+    corrected = dict(zip(told, sig.holm([comparison.p for comparison in told.values()]), strict=True))
+    for (model, metric), comparison in told.items():
+        p = corrected[model, metric]
+        tested[model][metric] = replace(
+            tested[model][metric], p=p, effect=comparison.effect, difference=comparison.difference
+        )
+    return [replace(row, scores=tested[row.model]) for row in rows]
+
+
+def _compare(metric: str, contender: Contender, best: Contender) -> sig.Comparison | None:
+    """Compare one metric on the same users, or return None where one side has no value per user."""
+    if metric == POOLED and contender.replicates is not None and best.replicates is not None:
+        everyone = np.ones(best.evidence.users.size, dtype=bool)
+        mine, theirs = contender.evidence.mean(POOLED, everyone), best.evidence.mean(POOLED, everyone)
+        return sig.compare_auc((mine or 0.0) - (theirs or 0.0), contender.replicates, best.replicates)
+    if metric not in contender.evidence.values or metric not in best.evidence.values:
+        return None
+    return sig.compare_paired(contender.evidence.values[metric], best.evidence.values[metric])

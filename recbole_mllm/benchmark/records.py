@@ -1,0 +1,196 @@
+"""What a run leaves behind: one line in ``runs.jsonl`` and its arrays; enough to rank it, test it and reproduce it.
+
+The file only ever grows, one whole line at a time under a lock, so any number of processes may write it and a crash
+costs at most the line being written. A line torn by ``kill -9`` is ignored when reading and cut off by the next writer.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recbole_mllm.errors import UserError
+
+RECORDS = "runs.jsonl"
+OK = "ok"
+
+Kind = Literal["baseline", "mllm"]
+Arrays = Mapping[str, NDArray[Any]]
+
+USER_COLUMNS = ("user", "item", "train_count", "tail", "history_length", "has_image")
+"""What a per-user file holds beside one float array for each per-user metric."""
+
+PAIR_COLUMNS = ("user", "item", "label", "score")
+"""What a scores file holds: one entry for each scored (user, item) pair."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRecord:
+    """One finished or failed run.
+
+    Args:
+        run_id: Readable label, seed and a digest of what decides the outcome; the run's folder is ``runs/<run_id>``.
+        label: The row's name, e.g. ``MLLMMSR:direct``; `model` is RecBole's name for it.
+        protocol: How it was evaluated, in one line for people.
+        candidates: Digest of the frozen candidates.
+        per_user: Path of the per-user arrays (`USER_COLUMNS`), relative to the results folder.
+        scores: Path of the pair scores (`PAIR_COLUMNS`), relative to the results folder.
+        status: ``ok``, or what went wrong, in one line.
+        started: Local time in ISO format.
+    """
+
+    run_id: str
+    model: str
+    label: str
+    kind: Kind
+    seed: int
+    dataset: str
+    status: str
+    started: str
+    protocol: str = ""
+    candidates: str = ""
+    n_users: int = 0
+    config_digest: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    per_user: str | None = None
+    scores: str | None = None
+    summarize_s: float | None = None
+    train_s: float | None = None
+    score_s: float | None = None
+    pairs_per_s: float | None = None
+    tokens: int | None = None
+    peak_memory_mb: float | None = None
+    device: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    commit: str = ""
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse a success without finite metrics, and a status that would break the one-line-a-run rule."""
+        bad = [name for name, value in self.metrics.items() if not math.isfinite(value)]
+        if self.ok and (bad or not self.metrics):
+            raise ValueError(f"run {self.run_id}: no finite value for {', '.join(bad) or 'any metric'}")
+        if not self.status or "\n" in self.status:
+            raise ValueError(f"run {self.run_id}: the status must be one line, not {self.status!r}")
+
+    @property
+    def ok(self) -> bool:
+        """Whether the run finished and its numbers may be ranked."""
+        return self.status == OK
+
+    def to_line(self) -> str:
+        """Return the record as one line of JSON."""
+        return json.dumps(plain_json(asdict(self)), ensure_ascii=False, allow_nan=False, sort_keys=True)
+
+    @classmethod
+    def from_line(cls, line: str) -> RunRecord:
+        """Read a line; fields that a later version has added are left out."""
+        values = json.loads(line)
+        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
+
+
+def append(path: Path, record: RunRecord) -> None:
+    """Add `record` to `path` for good: it is on the disk, whole, when this returns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = f"{record.to_line()}\n".encode()
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        _cut_torn_end(descriptor)
+        while data:
+            data = data[os.write(descriptor, data) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_records(path: Path) -> list[RunRecord]:
+    """Return every record in `path`, oldest first; none if there is no such file."""
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline was torn, or is being written
+    return [_read_line(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+
+
+def latest(records: Iterable[RunRecord]) -> dict[str, RunRecord]:
+    """Return the last record of each run id: a run that was repeated counts once, as it went the last time."""
+    return {record.run_id: record for record in records}
+
+
+def write_arrays(path: Path, arrays: Arrays) -> None:
+    """Write an ``.npz``, whole or not at all; texts become unicode arrays, so that nothing is pickled."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plain = {name: np.asarray(values) for name, values in arrays.items()}
+    plain = {name: values.astype(str) if values.dtype == object else values for name, values in plain.items()}
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with scratch.open("wb") as file:
+            np.savez_compressed(file, allow_pickle=False, **plain)
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def read_arrays(path: Path, required: Iterable[str]) -> dict[str, NDArray[Any]]:
+    """Read an ``.npz`` whose arrays are all of one length and include `required`."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"cannot read {path} ({error}); run that model again") from error
+    missing = [name for name in required if name not in arrays]
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}; run that model again")
+    if len({values.shape for values in arrays.values()}) != 1:
+        raise UserError(f"{path} holds arrays of different lengths; run that model again")
+    return arrays
+
+
+def _read_line(path: Path, number: int, line: bytes) -> RunRecord:
+    try:
+        return RunRecord.from_line(line.decode())
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}, line {number}, is no run record ({error}); delete that line") from error
+
+
+def _cut_torn_end(descriptor: int) -> None:
+    """Cut what a killed writer left after the last newline; the caller holds the lock."""
+    end = os.fstat(descriptor).st_size
+    keep, step = end, 1 << 16
+    while keep > 0:
+        start = max(0, keep - step)
+        newline = os.pread(descriptor, keep - start, start).rfind(b"\n")
+        if newline >= 0:
+            keep = start + newline + 1
+            break
+        keep = start
+    if keep != end:
+        os.ftruncate(descriptor, keep)
+
+
+def plain_json(value: Any) -> Any:
+    """Turn what a configuration may hold (paths, NumPy numbers, sets, torch devices) into what JSON can."""
+    if isinstance(value, Mapping):
+        return {str(key): plain_json(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_json(entry) for entry in value]
+    if isinstance(value, set | frozenset):
+        return sorted(str(entry) for entry in value)
+    if isinstance(value, np.generic):
+        return plain_json(value.item())
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    return str(value)

@@ -1,0 +1,262 @@
+"""Run every model of a benchmark, each (model, seed) in a process of its own, and keep the leaderboard up to date.
+
+Nothing finished is ever run again unless asked, and nothing that crashed is taken for finished: starting the same
+benchmark again after an interruption, a crash or ``kill -9`` leads to the leaderboard it would have led to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from recbole_mllm.benchmark.child import LOG, Stopped, claim, failure, run_child
+from recbole_mllm.benchmark.field import Entry, resolve
+from recbole_mllm.benchmark.leaderboard import VALID_METRIC
+from recbole_mllm.benchmark.progress import Progress
+from recbole_mllm.benchmark.records import RECORDS, RunRecord, append, latest, plain_json, read_records
+from recbole_mllm.benchmark.report import HTML, render, write_note
+from recbole_mllm.errors import UserError
+
+WORKER = (sys.executable, "-m", "recbole_mllm.benchmark.worker")
+
+
+@dataclass(frozen=True, slots=True)
+class BenchmarkPlan:
+    """What to run, where, and with which settings.
+
+    Args:
+        labels: Model names or variants, see `field.resolve`.
+        config_files: As RecBole takes them; they and `overrides` apply to every model.
+        force: Run again what is finished.
+        limit_users: Evaluate a seeded sample of this many users.
+        note: A sentence about the data that every report must carry.
+    """
+
+    dataset: str
+    labels: tuple[str, ...]
+    seeds: tuple[int, ...]
+    output_dir: Path
+    config_files: tuple[str, ...] = ()
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    jobs: int = 1
+    force: bool = False
+    limit_users: int | None = None
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse a plan that could not run, before anything does."""
+        if not self.labels or not self.seeds:
+            raise UserError("a benchmark needs at least one model and one seed: --models Pop,SASRec --seeds 2024")
+        if self.jobs < 1:
+            raise UserError(f"--jobs {self.jobs}: at least one run must be at work at a time")
+        if self.limit_users is not None and self.limit_users < 1:
+            raise UserError(f"--limit_users {self.limit_users}: at least one user must be evaluated")
+        for label in self.labels:
+            resolve(label)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One (model, seed) of a plan and its place in the order."""
+
+    number: int
+    entry: Entry
+    seed: int
+    run_id: str
+    plan: BenchmarkPlan
+
+    @property
+    def name(self) -> str:
+        """How the job is called on the screen."""
+        return f"{self.entry.label} seed {self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        """Where the job's own files lie: its order, log, checkpoints and arrays."""
+        return self.plan.output_dir / "runs" / self.run_id
+
+    def order(self) -> dict[str, Any]:
+        """Return what the worker is told: `defaults` stand below the config files, `overrides` above them."""
+        return {
+            "run_id": self.run_id,
+            "model": self.entry.model,
+            "label": self.entry.label,
+            "kind": self.entry.kind,
+            "seed": self.seed,
+            "dataset": self.plan.dataset,
+            "config_files": list(self.plan.config_files),
+            "defaults": dict(self.entry.defaults),
+            "overrides": {**self.plan.overrides, **self.entry.overrides},
+            "output_dir": str(self.plan.output_dir),
+            "limit_users": self.plan.limit_users,
+        }
+
+
+def jobs_of(plan: BenchmarkPlan) -> list[Job]:
+    """Return the plan's jobs in order, one seed after the other, so that a whole table stands early."""
+    entries = list(dict.fromkeys(plan.labels))
+    pairs = [(resolve(label), seed) for seed in dict.fromkeys(plan.seeds) for label in entries]
+    return [
+        Job(number, entry, seed, run_id(entry, seed, plan), plan) for number, (entry, seed) in enumerate(pairs, start=1)
+    ]
+
+
+def run_id(entry: Entry, seed: int, plan: BenchmarkPlan) -> str:
+    """Name a run readably; the digest covers everything that decides its outcome except the seed, which stands beside.
+
+    So the seeds of one configuration share the digest and are averaged, and another configuration is another row.
+    Config files count by what they hold, not by where they lie.
+    """
+    files = [Path(name) for name in plan.config_files]
+    contents = [file.read_text() if file.is_file() else str(file) for file in files]
+    decisive = [entry.model, plan.dataset, entry.defaults, {**plan.overrides, **entry.overrides}, contents]
+    text = json.dumps(plain_json([*decisive, plan.limit_users]), sort_keys=True)
+    readable = re.sub(r"[^A-Za-z0-9]+", "-", entry.label)
+    return f"{readable}-{seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def benchmark(plan: BenchmarkPlan, worker: Sequence[str] = WORKER, tell: Callable[[str], None] | None = None) -> Path:
+    """Run what is not finished yet and return the path of the HTML report; the other forms lie beside it.
+
+    A run that fails gets a row that says why. Ctrl-C and SIGTERM end the runs at work, keep the finished ones and leave
+    with exit code 1.
+
+    Args:
+        plan: What to run and where.
+        worker: The command that gets the path of a ``job.json``; it appends the run's record and exits with 0.
+        tell: Where each line for the user goes; default: standard output, live on a terminal.
+    """
+    plan.output_dir.mkdir(parents=True, exist_ok=True)
+    if plan.note:
+        write_note(plan.output_dir, plan.note)
+    jobs = jobs_of(plan)
+    bench = _Bench(plan, tuple(worker), Progress(len(jobs), live=plan.jobs == 1, tell=tell))
+    try:
+        with _terminable():
+            bench.run_all(jobs)
+    except KeyboardInterrupt:
+        done = sum(bench.finished(job) is not None for job in jobs)
+        bench.progress.say(
+            f"stopped; {done} of {len(jobs)} runs are finished and kept: the same command goes on from there"
+        )
+        raise SystemExit(1) from None
+    render(plan.output_dir)
+    return plan.output_dir / HTML
+
+
+class _Bench:
+    """The state that the jobs at work share."""
+
+    def __init__(self, plan: BenchmarkPlan, worker: tuple[str, ...], progress: Progress) -> None:
+        self.plan = plan
+        self.worker = worker
+        self.progress = progress
+        self.records = plan.output_dir / RECORDS
+        self.stop = threading.Event()
+        self.rendering = threading.Lock()
+
+    def run_all(self, jobs: Sequence[Job]) -> None:
+        """Run the jobs, `plan.jobs` at a time; whatever ends this ends all of them."""
+        pool = ThreadPoolExecutor(self.plan.jobs)
+        pending = {pool.submit(self.run_one, job) for job in jobs}
+        try:
+            while pending:
+                done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+                for future in done:
+                    future.result()
+        finally:
+            self.stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def finished(self, job: Job) -> RunRecord | None:
+        """Return the job's record if its last run succeeded."""
+        record = latest(read_records(self.records)).get(job.run_id)
+        return record if record is not None and record.ok else None
+
+    def run_one(self, job: Job) -> None:
+        """Do one job unless it is done, and put it into the leaderboard."""
+        with contextlib.suppress(Stopped), claim(job.folder, self.stop, self._waiting(job)) as lock:
+            kept = None if self.plan.force else self.finished(job)
+            if kept is not None:
+                self.progress.end(job.number, job.name, f"kept from before, {_headline(kept)}")
+                return
+            self._work(job, lock)
+            with self.rendering:
+                render(self.plan.output_dir)
+
+    def _work(self, job: Job, lock: int) -> None:
+        """Start the child and see to it that it leaves a record, good or bad."""
+        if self.stop.is_set():
+            raise Stopped
+        order = job.folder / "job.json"
+        order.write_text(json.dumps(plain_json(job.order()), indent=2))
+        started, clock = datetime.now().astimezone(), time.monotonic()
+        known = self._records_of(job)
+        self.progress.start(job.number, job.name)
+        code = run_child(
+            [*self.worker, str(order)], job.folder, lock, self.stop,
+            lambda seconds, line: self.progress.tick(job.number, job.name, seconds, line),
+        )  # fmt: skip
+        if len(self._records_of(job)) == len(known):
+            append(self.records, _failed(job, failure(job.folder / LOG, code), started))
+        record = self._records_of(job)[-1]
+        self.progress.end(job.number, job.name, f"{time.monotonic() - clock:.0f} s {_headline(record)}")
+
+    def _records_of(self, job: Job) -> list[RunRecord]:
+        return [record for record in read_records(self.records) if record.run_id == job.run_id]
+
+    def _waiting(self, job: Job) -> Callable[[str], None]:
+        text = f"[{job.number}/{self.progress.total}] {job.name}: process {{}} is still at this run; waiting for it"
+        return lambda process: self.progress.say(text.format(process))
+
+
+def _failed(job: Job, reason: str, started: datetime) -> RunRecord:
+    log = (job.folder / LOG).relative_to(job.plan.output_dir)
+    return RunRecord(
+        run_id=job.run_id,
+        model=job.entry.model,
+        label=job.entry.label,
+        kind=job.entry.kind,
+        seed=job.seed,
+        dataset=job.plan.dataset,
+        status=f"{reason} (log: {log})",
+        started=started.isoformat(timespec="seconds"),
+        config=job.order(),
+    )
+
+
+def _headline(record: RunRecord) -> str:
+    if not record.ok:
+        return f"failed: {record.status}"
+    metric = VALID_METRIC if VALID_METRIC in record.metrics else next(iter(record.metrics))
+    return f"{metric} {record.metrics[metric]:.3f}"
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Treat SIGTERM and SIGHUP as Ctrl-C, so that they too leave no child behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

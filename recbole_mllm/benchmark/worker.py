@@ -1,0 +1,157 @@
+"""One run of a benchmark, in a process of its own: reads its job, runs it, leaves arrays and one record."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import recbole_mllm
+from recbole_mllm.benchmark.records import RECORDS, RunRecord, append, plain_json, write_arrays
+from recbole_mllm.config import benchmark_defaults, config_paths
+from recbole_mllm.data.texts import read_items
+from recbole_mllm.errors import UserError
+
+_PATHS = ("data_path", "image_dir", "mllm", "item_summarizer", "user_summarizer", "prompt_style", "checkpoint_dir")
+_NO_CACHE = {"save_dataset": False, "save_dataloaders": False, "dataset_save_path": None, "dataloaders_save_path": None}
+
+
+def main() -> int:
+    """Run the job whose file is the only argument; a mistake of the user's is one line on standard error."""
+    job = json.loads(Path(sys.argv[1]).read_text())
+    sys.argv = sys.argv[:1]  # RecBole's Config reads it, and lets it win over everything
+    try:
+        run_job(job)
+    except UserError as error:
+        print(f"UserError: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run_job(job: dict[str, Any]) -> None:
+    """Run `job` (see `benchmark.run.Job.order`) and append its record."""
+    from recbole_mllm.quick_start import make_config, run
+
+    started = datetime.now().astimezone()
+    output = Path(job["output_dir"]).resolve()
+    folder = output / "runs" / job["run_id"]
+    defaults = folder / "defaults.yaml"
+    defaults.write_text(yaml.safe_dump(benchmark_defaults() | job["defaults"]))
+    config = make_config(
+        job["model"], job["dataset"], [str(defaults), *config_paths(job["config_files"])], _overrides(job, folder)
+    )
+    _settle(config, folder)
+    outcome = run(config)
+    evidence = _write_evidence(outcome, output, folder)
+    append(output / RECORDS, _record(job, outcome, started.isoformat(timespec="seconds"), evidence))
+
+
+def _overrides(job: dict[str, Any], folder: Path) -> dict[str, Any]:
+    own = {"seed": job["seed"], "limit_users": job["limit_users"], "checkpoint_dir": str(folder / "saved")}
+    return {**job["overrides"], **own, **_NO_CACHE, "frozen_candidates": True, "show_progress": False}
+
+
+def _settle(config: Any, folder: Path) -> None:
+    """Make paths absolute, then move into the run's folder: RecBole writes ``log/`` and ``log_tensorboard/`` where it stands."""
+    for key in _PATHS:
+        value = config[key]
+        if isinstance(value, str) and Path(value).exists():
+            config[key] = str(Path(value).resolve())
+    os.chdir(folder)
+
+
+def _write_evidence(outcome: Any, output: Path, folder: Path) -> dict[str, str]:
+    """Write the per-user metrics and the scored pairs; return their paths relative to `output`."""
+    from recbole_mllm.evaluation.protocol import user_columns
+
+    if outcome.pairs is None:
+        raise UserError("this protocol leaves no candidates to compare models on; use eval_args.mode uniN or popN")
+    config, data, pairs = outcome.config, outcome.dataset, outcome.pairs
+    tokens = {name: data.field2id_token[field].astype(str) for name, field in (("user", data.uid_field), ("item", data.iid_field))}
+    columns = user_columns(data, outcome.train_data._dataset, pairs, _images(config))
+    values = {name: column for name, column in outcome.users.items() if name != "user"}
+    write_arrays(folder / "per_user.npz", columns | values)
+    scores = {name: tokens[name][pairs[f"{name}_id"]] for name in tokens}
+    write_arrays(folder / "scores.npz", scores | {"label": pairs["label"].astype("int8"), "score": pairs["score"]})
+    return {name: str((folder / f"{name}.npz").relative_to(output)) for name in ("per_user", "scores")}
+
+
+def _images(config: Any) -> Any:
+    try:
+        image_dir = config["image_dir"]
+        return read_items(Path(config["data_path"]), Path(image_dir) if image_dir else None).images
+    except UserError:
+        return None
+
+
+def _record(job: dict[str, Any], outcome: Any, started: str, evidence: dict[str, str]) -> RunRecord:
+    from recbole_mllm.evaluation.protocol import protocol_line
+
+    config = plain_json(outcome.config.final_config_dict)
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+    users, pairs = len(outcome.users["user"]), len(outcome.pairs["score"])
+    is_mllm = job["kind"] == "mllm"
+    return RunRecord(
+        **{key: job[key] for key in ("run_id", "model", "label", "kind", "seed", "dataset")},
+        status="ok",
+        started=started,
+        protocol=protocol_line(outcome.config, users),
+        candidates=outcome.dataset.candidates_digest,
+        n_users=users,
+        config_digest=digest,
+        config=config,
+        metrics=outcome.test,
+        **evidence,
+        summarize_s=outcome.summarize_s if is_mllm else None,
+        train_s=outcome.train_s,
+        score_s=outcome.score_s,
+        pairs_per_s=pairs / outcome.score_s,
+        tokens=getattr(outcome.model, "tokens_read", None),
+        peak_memory_mb=_peak_memory(outcome.config["device"]),
+        device=str(outcome.config["device"]),
+        versions=_versions(),
+        commit=_commit(),
+        world_size=1,
+    )
+
+
+def _peak_memory(device: Any) -> float:
+    """Return the most memory this run held, in MB: the GPU's where there is one, else this process's resident set."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "recbole_mllm": recbole_mllm.__version__}
+    for name in ("recbole", "torch", "transformers", "peft", "numpy", "pandas"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "unknown"
+    return found
+
+
+def _commit() -> str:
+    """Return the checkout's commit, or "" outside one."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return ""
+    done = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

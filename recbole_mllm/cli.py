@@ -1,0 +1,119 @@
+"""The command line: ``python run_recbole_mllm.py …`` and ``recbole-mllm …`` are this."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from recbole_mllm.errors import UserError
+
+_DESCRIPTION = "MLLM-MSR for RecBole. Without arguments: the demo."
+_EPILOG = "Any configuration key may follow as --key=value. Exit code 2 means a mistake in what was given."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code: 0, 2 for a user's mistake (one line, no traceback), 1 otherwise."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    try:
+        return _run([word for word in arguments if word != "--debug"])
+    except UserError as error:
+        if debug:
+            raise
+        print(f"recbole-mllm: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("recbole-mllm: stopped; what was finished is kept", file=sys.stderr)
+        return 1
+
+
+def _run(words: list[str]) -> int:
+    from recbole_mllm import commands
+
+    known, rest = _parser().parse_known_args(words)
+    options = commands.Options(
+        overrides=_overrides(rest) | {k: v for k in ("limit_users", "image_dir") if (v := getattr(known, k)) is not None},
+        config_files=tuple(str(known.config_files or "").split()),
+        seed=known.seed,
+    )
+    if known.command == "summarize":
+        return commands.summarize(_dataset(known), known.stage, options)
+    if known.command == "benchmark":
+        return commands.benchmark(_dataset(known), known.models, known.seeds, known.output_dir, known.jobs, options)
+    if known.command == "report":
+        return commands.report(known.directory)
+    if known.model:
+        return commands.run_model(known.model, _dataset(known), options)
+    if known.dataset:
+        raise UserError("--dataset without --model: add --model MLLMMSR, or use the commands benchmark or summarize")
+    return commands.demo(options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = _Parser(add_help=False)
+    common.add_argument("--dataset", help="a folder name under data_path (default ./dataset)")
+    common.add_argument("--config_files", help="YAML files or preset names, separated by spaces")
+    common.add_argument("--limit_users", type=int, help="evaluate a seeded sample of this many users")
+    common.add_argument("--image_dir", help="images by item id, where .item has no image column")
+    common.add_argument("--seed", type=int, help="the run's seed; without a command: also the demo world's")
+    parser = _Parser(prog="recbole-mllm", description=_DESCRIPTION, epilog=_EPILOG, parents=[common])
+    parser.add_argument("--model", help="a RecBole model or MLLMMSR")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    commands = parser.add_subparsers(dest="command", metavar="{summarize,benchmark,report}", parser_class=_Parser)
+    add: Any = commands.add_parser
+    summarize = add("summarize", help="make the summaries alone; resumable", parents=[_quiet(common)], epilog=_EPILOG)
+    summarize.add_argument("--stage", choices=("items", "users", "all"), default="all")
+    benchmark = add("benchmark", help="many models, same candidates, one leaderboard", parents=[_quiet(common)], epilog=_EPILOG)
+    benchmark.add_argument("--models", required=True, help="e.g. Pop,SASRec,MLLMMSR,MLLMMSR:zero-shot")
+    benchmark.add_argument("--seeds", help="e.g. 2024,2025; default: --seed, else 2024")
+    benchmark.add_argument("--output_dir", help="default: results/<dataset>")
+    benchmark.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    report = add("report", help="render leaderboard.* again from runs.jsonl")
+    report.add_argument("directory")
+    return parser
+
+
+def _quiet(common: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Return a copy of the common options whose defaults do not overwrite what stood before the command."""
+    copy = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
+    for action in common._actions:
+        copy.add_argument(*action.option_strings, type=action.type, help=action.help)  # type: ignore[arg-type]
+    return copy
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are one line, like every other mistake's; options are never abbreviated."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **settings})
+
+    def error(self, message: str) -> Any:
+        raise UserError(f"{message}; see --help")
+
+
+def _dataset(known: argparse.Namespace) -> str:
+    if not known.dataset:
+        raise UserError("--dataset is missing: give the name of a folder under data_path, or demo, or ml-100k-posters")
+    return str(known.dataset)
+
+
+def _overrides(words: Sequence[str]) -> dict[str, Any]:
+    """Read ``--key=value`` words; values are YAML, so 5 is a number, [1,2] a list and null nothing."""
+    out: dict[str, Any] = {}
+    for word in words:
+        key, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or not equals or not key:
+            raise UserError(f"cannot read {word!r}; settings are written --key=value")
+        try:
+            out[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(f"cannot read the value of --{key}: {value!r} is no valid YAML") from None
+    return out
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,156 @@
+"""What each command does, once its words are read."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from recbole_mllm.errors import UserError
+
+DEMO_MODELS = "Pop,ItemKNN,SASRec,GRU4Rec,MLLMMSR"
+DEMO_NOTE = (
+    "This world is made so that the images carry the taste and some items are new: it shows that the machine works, "
+    "not that MLLMs beat SASRec."
+)
+POSTERS_NOTE = "The bundled tiny MLLM has never seen a film poster: its row shows that every stage runs on real data."
+DEFAULT_SEED = 2024
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What every command takes: configuration keys, config files or presets, and a seed."""
+
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    config_files: tuple[str, ...] = ()
+    seed: int | None = None
+
+    def keys(self) -> dict[str, Any]:
+        """Return the overrides with the seed among them."""
+        return {**self.overrides, **({"seed": self.seed} if self.seed is not None else {})}
+
+
+def _config(model: str, dataset: str, options: Options) -> Any:
+    """Return RecBole's Config of one run, with the process's own arguments out of its sight."""
+    from recbole_mllm.config import check_keys, config_paths
+    from recbole_mllm.quick_start import make_config
+
+    check_keys(options.overrides, "the command line")
+    sys.argv = sys.argv[:1]
+    files = config_paths(_with_preset(dataset, options.config_files))
+    return make_config(model, dataset, files, {"frozen_candidates": True, **options.keys()})
+
+
+def _with_preset(dataset: str, files: tuple[str, ...]) -> list[str]:
+    """Return `files` behind the preset of a built-in dataset, whose settings they may change."""
+    from recbole_mllm.demo.builtin import preset_of
+
+    preset = preset_of(dataset)
+    return [*([preset] if preset and preset not in files else []), *files]
+
+
+def run_model(model: str, dataset: str, options: Options) -> int:
+    """Train and evaluate one model, as RecBole's ``run_recbole.py`` does."""
+    from recbole_mllm.quick_start import run
+
+    outcome = run(_config(model, dataset, options))
+    print(f"best valid: {_metrics(outcome.valid)}")
+    print(f"test:       {_metrics(outcome.test)}")
+    print(f"checkpoint: {outcome.checkpoint}")
+    return 0
+
+
+def _metrics(values: Mapping[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4f}" for name, value in values.items()) or "-"
+
+
+def summarize(dataset: str, stage: str, options: Options) -> int:
+    """Make the summaries that a training of MLLMMSR with the same settings would read, and no more."""
+    from recbole_mllm.quick_start import prepare_summaries
+
+    paths = prepare_summaries(_config("MLLMMSR", dataset, options), stage)
+    for path in paths:
+        print(path)
+    return 0
+
+
+def benchmark(dataset: str, models: str, seeds: str | None, output: str | None, jobs: int, options: Options) -> int:
+    """Run every model on the same candidates and write the leaderboard."""
+    from recbole_mllm.benchmark.report import format_leaderboard
+    from recbole_mllm.benchmark.run import BenchmarkPlan
+    from recbole_mllm.benchmark.run import benchmark as run_benchmark
+    from recbole_mllm.config import check_keys, config_paths
+
+    check_keys(options.overrides, "the command line")
+    keys = dict(options.overrides)
+    folder = Path(output or f"results/{dataset}")
+    plan = BenchmarkPlan(
+        dataset=dataset,
+        labels=tuple(word.strip() for word in models.split(",") if word.strip()),
+        seeds=_seeds(seeds, options.seed),
+        output_dir=folder,
+        config_files=tuple(config_paths(_with_preset(dataset, options.config_files))),
+        limit_users=keys.pop("limit_users", None),
+        note=str(keys.pop("note", _note(dataset))),
+        overrides=keys,
+        jobs=jobs,
+    )
+    html = run_benchmark(plan)
+    print(format_leaderboard(folder))
+    print(f"report: {html}")
+    return 0
+
+
+def _seeds(text: str | None, seed: int | None) -> tuple[int, ...]:
+    if text is None:
+        return (DEFAULT_SEED if seed is None else seed,)
+    try:
+        return tuple(int(word) for word in text.split(","))
+    except ValueError:
+        raise UserError(f"--seeds {text!r} must be whole numbers separated by commas") from None
+
+
+def _note(dataset: str) -> str:
+    from recbole_mllm.demo.builtin import is_builtin
+
+    if not is_builtin(dataset):
+        return ""
+    return POSTERS_NOTE if dataset == "ml-100k-posters" else DEMO_NOTE
+
+
+def report(directory: str) -> int:
+    """Render the leaderboard again from its records."""
+    from recbole_mllm.benchmark.report import format_leaderboard, render
+
+    folder = Path(directory)
+    if not (folder / "runs.jsonl").is_file():
+        raise UserError(f"{folder} holds no runs.jsonl; give the folder a benchmark wrote")
+    render(folder)
+    print(format_leaderboard(folder))
+    return 0
+
+
+def demo(options: Options) -> int:
+    """Build the demo world and run the whole pipeline on it; another seed is another world."""
+    from recbole_mllm.demo.builtin import DEMO_SEED
+
+    world = "demo" if options.seed in (None, DEMO_SEED) else f"demo-{options.seed}"
+    folder = Path("results/demo")
+    _set_aside(folder, world)
+    print(f"dataset {world}: {DEMO_NOTE}")
+    return benchmark(world, DEMO_MODELS, None, str(folder), 1, options)
+
+
+def _set_aside(folder: Path, world: str) -> None:
+    """Move the results of another world out of the way: one leaderboard holds one set of candidates."""
+    from recbole_mllm.benchmark.records import RECORDS, read_records
+
+    others = {record.dataset for record in read_records(folder / RECORDS)} - {world}
+    if others:
+        old = folder.with_name(f"{folder.name}.{sorted(others)[0]}")
+        shutil.rmtree(old, ignore_errors=True)
+        folder.replace(old)
+        print(f"the results of {', '.join(sorted(others))} are now in {old}")

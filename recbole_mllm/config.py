@@ -1,0 +1,87 @@
+"""The border to RecBole's Config: which keys exist, and a clear word about one that does not."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from recbole_mllm.errors import UserError
+from recbole_mllm.resources import PROPERTIES, named, resource
+from recbole_mllm.settings import known_keys
+
+# Keys RecBole reads but lists neither in its argument tables nor in a YAML file, and fields of its command line
+_UNLISTED = {"model", "dataset", "config_files", "data_path", "device", "single_spec", "MODEL_TYPE", "eval_type", "local_rank"}
+
+
+@lru_cache(maxsize=1)
+def every_key() -> frozenset[str]:
+    """Return all keys that RecBole or this project knows: argument tables, YAML files, settings."""
+    import recbole
+    from recbole.utils import argument_list
+
+    tables = [getattr(argument_list, name) for name in dir(argument_list) if name.endswith("_arguments")]
+    keys = {key for table in tables for key in table} | known_keys() | _UNLISTED
+    folders = (Path(recbole.__file__).parent / "properties", PROPERTIES)
+    for path in (path for folder in folders for path in sorted(folder.rglob("*.yaml"))):
+        if path.parent.name not in ("prompt", "accelerate"):
+            keys |= set(_mapping(path))
+    return frozenset(keys)
+
+
+def check_keys(keys: Iterable[str], where: str) -> None:
+    """Refuse a key nobody reads; RecBole would pass it over in silence.
+
+    Raises:
+        UserError: Names the key, where it stands, and the nearest key there is.
+    """
+    for key in keys:
+        if key not in every_key():
+            near = difflib.get_close_matches(key, every_key(), n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "see properties/ for the keys there are"
+            raise UserError(f"unknown key {key!r} in {where}; {hint}")
+
+
+def config_path(name: str) -> Path:
+    """Return the file that `name` means: a path, or a preset's name.
+
+    Raises:
+        UserError: There is neither.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    found = resource("quick_start_config", name.removesuffix(".yaml"))
+    if found is None:
+        raise UserError(
+            f"config file {name!r} does not exist and is no preset; presets: {', '.join(named('quick_start_config'))}"
+        )
+    return found
+
+
+def config_paths(names: Sequence[str]) -> list[str]:
+    """Return the files of `names` in order, each with keys that exist."""
+    paths = [config_path(name) for name in names]
+    for path in paths:
+        check_keys(_mapping(path), str(path))
+    return [str(path) for path in paths]
+
+
+def _mapping(path: Path) -> Mapping[str, Any]:
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is no valid YAML: {str(error).splitlines()[0]}") from error
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        raise UserError(f"{path} must hold `key: value` lines")
+    return {str(key): value for key, value in found.items()}
+
+
+def benchmark_defaults() -> dict[str, Any]:
+    """Return what every model of a benchmark is evaluated with unless the user says otherwise."""
+    return dict(_mapping(PROPERTIES / "overall.yaml")["benchmark_defaults"])

@@ -1,0 +1,84 @@
+"""Datasets that are built on first use: the demo worlds, and MovieLens-100k from the files RecBole ships."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from recbole_mllm.errors import UserError
+
+DEMO_SEED = 1  # the world behind the plain name `demo`; `demo-7` is the world of seed 7
+_DEMO = re.compile(r"demo(?:-(\d+))?")
+
+DEMO_YAML = """\
+# A made world: the images carry the taste, the titles do not (docs/tiny-mllm.md).
+USER_ID_FIELD: user_id
+ITEM_ID_FIELD: item_id
+TIME_FIELD: timestamp
+load_col: {inter: [user_id, item_id, timestamp]}
+item_kind: product
+"""
+
+
+def is_builtin(name: str) -> bool:
+    """Return whether a dataset of this name can be built here."""
+    return name == "ml-100k-posters" or _DEMO.fullmatch(name) is not None
+
+
+def preset_of(name: str) -> str | None:
+    """Return the preset that goes with a built-in dataset."""
+    return None if not is_builtin(name) else "ml-100k-posters" if name == "ml-100k-posters" else "demo"
+
+
+def ensure_builtin(folder: Path) -> None:
+    """Build the dataset that `folder` is named after, if it is one of ours and not there yet; whole or not at all."""
+    name = folder.name
+    if not is_builtin(name) or (folder / f"{name}.inter").is_file():
+        return
+    match = _DEMO.fullmatch(name)
+    if match:
+        _whole(folder, lambda scratch: _demo(scratch, int(match.group(1) or DEMO_SEED)))
+    else:
+        _whole(folder, _movies)
+
+
+def _demo(folder: Path, seed: int) -> None:
+    from recbole_mllm.demo.world import write_demo_dataset
+
+    write_demo_dataset(folder, seed)
+    (folder / "dataset.yaml").write_text(DEMO_YAML, encoding="utf-8")
+
+
+def _movies(folder: Path) -> None:
+    from dataset_converters.ml_100k_posters import convert
+
+    spec = importlib.util.find_spec("recbole")
+    source = Path(spec.origin).parent / "dataset_example" / "ml-100k" if spec and spec.origin else None
+    if source is None or not source.is_dir():
+        raise UserError(
+            "RecBole's bundled ml-100k is not there; install it with `pip install --no-deps recbole==1.2.1`"
+        )
+    convert(source, folder)
+
+
+def _whole(folder: Path, build: Callable[[Path], None]) -> None:
+    """Build in a folder beside, then rename; another process that was faster wins."""
+    scratch = folder.parent / f".{folder.name}.{os.getpid()}" / folder.name
+    scratch.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        build(scratch)
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+        try:
+            scratch.replace(folder)
+        except OSError:
+            if not (folder / f"{folder.name}.inter").is_file():
+                raise UserError(
+                    f"{folder} exists but holds no {folder.name}.inter; move it away and try again"
+                ) from None
+    finally:
+        shutil.rmtree(scratch.parent, ignore_errors=True)

@@ -1,0 +1,49 @@
+"""From the pairs a run scored to metrics: RecBole's classes for each user, and the pooled AUC RecBole cannot give beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from recbole.evaluator.metrics import NDCG, Hit, MRR, Recall
+from scipy.stats import rankdata
+
+_TOP_K = {"Hit": Hit, "MRR": MRR, "NDCG": NDCG, "Recall": Recall}
+Log = Mapping[str, Any]
+
+
+def joined(batches: Sequence[Log]) -> dict[str, Any]:
+    """Return the batches of a ``score_log`` as one set of columns, sorted by user, best place first."""
+    columns = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+    order = np.lexsort((-columns["place"], columns["user_id"]))
+    return {name: column[order] for name, column in columns.items()}
+
+
+def per_user(log: Log, config: Any) -> dict[str, Any]:
+    """Return ``{"user": ids, "Hit@5": values, …, "GAUC": values}``, one value a user, from a `joined` log.
+
+    Top-k values come from RecBole's metric classes (metrics.py:39-205) over the ranking without ties.
+    """
+    users, starts, counts = np.unique(log["user_id"], return_index=True, return_counts=True)
+    depth = max(config["topk"])
+    places = starts[:, None] + np.arange(depth)
+    inside = np.arange(depth) < counts[:, None]
+    hits = np.where(inside, log["label"][np.minimum(places, len(log["label"]) - 1)] > 0, False)
+    positives = np.add.reduceat(log["label"] > 0, starts).astype(int)
+    out: dict[str, Any] = {"user": users}
+    for name, metric in _TOP_K.items():
+        extra = (positives,) if name in ("NDCG", "Recall") else ()
+        values = metric(config).metric_info(hits, *extra)
+        out |= {f"{name}@{k}": np.asarray(values[:, k - 1], dtype=float) for k in config["topk"]}
+    below = np.add.reduceat(np.where(log["label"] > 0, log["place"], 0), starts) - positives * (positives - 1) / 2
+    out["GAUC"] = below / (positives * (counts - positives))
+    return out
+
+
+def pooled_auc(label: Any, score: Any) -> float:
+    """Return the AUC over all pairs of all users, as the paper reports it; ties count half."""
+    positive = np.asarray(label) > 0
+    rank = rankdata(score)
+    n, m = int(positive.sum()), int((~positive).sum())
+    return float((rank[positive].sum() - n * (n + 1) / 2) / (n * m))

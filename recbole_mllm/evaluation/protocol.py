@@ -1,0 +1,67 @@
+"""What a run was evaluated on, in words and in numbers, for its record."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from recbole_mllm.data.schema import POSITION
+from recbole_mllm.settings import EvaluationSettings
+
+HEAD_SHARE = 0.2  # the most popular fifth of the trained items is the head, the rest the long tail
+
+
+def protocol_line(config: Any, users: int) -> str:
+    """Return the protocol in one line for people."""
+    arguments, settings = config["eval_args"], EvaluationSettings.from_config(config)
+    split = "benchmark files" if config["benchmark_filename"] else _split(arguments["split"])
+    limit = f", a seeded sample of {users} users" if settings.limit_users else f", {users} users"
+    mode = arguments["mode"]
+    same = mode if isinstance(mode, str) else " / ".join(dict.fromkeys(mode.values()))
+    return f"{split}, order {arguments['order']}, candidates {same} (seed {settings.candidate_seed}){limit}"
+
+
+def _split(split: dict[str, Any]) -> str:
+    (kind, how), *_ = split.items()
+    return f"leave-one-out ({how})" if kind == "LS" else f"{kind} {how}"
+
+
+def user_columns(dataset: Any, train: Any, pairs: dict[str, Any], images: Any) -> dict[str, Any]:
+    """Return one entry a user, in the order of ``np.unique`` user ids, of what slices are cut by.
+
+    Args:
+        dataset: RecBole's whole dataset.
+        train: The training part.
+        pairs: A `joined` log (internal ids).
+        images: Raw ids of items with an image, or None where nothing is known of images.
+    """
+    users, items = (np.asarray(dataset.field2id_token[f]).astype(str) for f in (dataset.uid_field, dataset.iid_field))
+    hit = pairs["label"] > 0
+    owners, first = np.unique(pairs["user_id"][hit], return_index=True)
+    targets = pairs["item_id"][hit][first]
+    counts, lengths = training_counts(train, len(users), len(items))
+    trained = np.flatnonzero(counts)
+    head = trained[np.argsort(-counts[trained], kind="stable")][: max(1, round(len(trained) * HEAD_SHARE))]
+    return {
+        "user": users[owners],
+        "item": items[targets],
+        "train_count": counts[targets],
+        "tail": ~np.isin(targets, head),
+        "history_length": lengths[owners],
+        "has_image": np.isin(items[targets], list(images)) if images is not None else np.zeros(len(targets), bool),
+    }
+
+
+def training_counts(train: Any, users: int, items: int) -> tuple[Any, Any]:
+    """Return how often each item, and each user, occurs in training, a sequence's first item included."""
+    rows = train.inter_feat
+    owner, item = rows[train.uid_field].numpy(), rows[train.iid_field].numpy()
+    listed = train.iid_field + train.config["LIST_SUFFIX"]
+    if listed in rows:  # a sequential row's target stands alone; the first item of a user is only in the lists
+        first = rows[train.item_list_length_field].numpy() == 1
+        if POSITION in rows:
+            first &= rows[POSITION].numpy() == 1
+        owner = np.r_[owner, owner[first]]
+        item = np.r_[item, rows[listed].numpy()[first, 0]]
+    return np.bincount(item, minlength=items), np.bincount(owner, minlength=users)

@@ -1,0 +1,191 @@
+"""From a prompt to token ids: chat template, plain-text guard, truncation, and images expanded to their placeholder tokens."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recbole_mllm.data.images import image_digest, open_image
+from recbole_mllm.errors import UserError
+from recbole_mllm.prompts import IMAGE, Prompt
+
+# Where this stands in a rendered prompt the text is cut before tokenisation, so that a special token's spelling inside a
+# title is tokenised in two parts and stays plain text.
+CUT = "\ue000"
+_NOT_IMAGE_INPUTS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels"}
+_FEWEST = 8  # characters a filled-in text keeps when a prompt is shortened
+
+
+@dataclass(frozen=True, slots=True)
+class ImageInput:
+    """One image as the model takes it: the ids its mark expands to, and the tensors its vision tower reads."""
+
+    key: str
+    ids: tuple[int, ...]
+    tensors: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A prompt's token ids with its images expanded in place."""
+
+    ids: tuple[int, ...]
+    images: tuple[ImageInput, ...] = ()
+
+
+@dataclass(slots=True)
+class Encoder:
+    """Turns prompts into `Encoded` for one model; images are preprocessed once each."""
+
+    tokenizer: Any
+    processor: Any | None
+    max_text_tokens: int
+    truncated: int = 0
+    _images: dict[str, ImageInput] = field(default_factory=dict)
+    _special: re.Pattern[str] | None = None
+
+    def __post_init__(self) -> None:
+        words = {str(token) for token in self.tokenizer.get_added_vocab()} | set(self.tokenizer.all_special_tokens)
+        words = {word for word in words | {IMAGE} if len(word) > 1}
+        self._special = re.compile("|".join(re.escape(word) for word in sorted(words, key=len, reverse=True)))
+
+    @property
+    def image_token(self) -> str:
+        """The text that stands for an image in a rendered prompt."""
+        return str(getattr(self.processor, "image_token", IMAGE))
+
+    def __call__(self, prompt: Prompt, answer: str = "") -> Encoded:
+        """Return the ids of `prompt` with the generation prompt, or with `answer` in the assistant's turn behind it."""
+        if prompt.images and self.processor is None:
+            raise UserError("this model reads no images; set use_image: false and item_summary: text or none")
+        pieces = prompt.pieces()
+        ids = self._ids(pieces, answer)
+        if len(ids) > self.max_text_tokens:
+            self.truncated += 1
+            while len(ids) > self.max_text_tokens:
+                self._shorten(pieces, len(ids) - self.max_text_tokens)
+                ids = self._ids(pieces, answer)
+        images = tuple(self.image(path) for path in prompt.images)
+        return Encoded(self._expanded(ids, images), images)
+
+    def _ids(self, pieces: Sequence[str], answer: str) -> list[int]:
+        rendered = self.render(pieces, answer)
+        ids: list[int] = []
+        for part in rendered.split(CUT):
+            ids += self.tokenizer(part, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def render(self, pieces: Sequence[str], answer: str) -> str:
+        """Return the conversation as the chat template writes it; without a template, the bare text."""
+        assert self._special is not None
+        guarded = [self._special.sub(_cut, p) if i % 2 else p.replace(IMAGE, f"{CUT}{IMAGE}{CUT}") for i, p in enumerate(pieces)]
+        text = "".join(guarded)
+        parts = [part for part in text.split(f"{CUT}{IMAGE}{CUT}")]
+        owner = self.processor if self.processor is not None else self.tokenizer
+        if not getattr(owner, "chat_template", None):
+            return self._untagged(parts, answer)
+        if self.processor is None:
+            content: Any = text
+        else:
+            content = [{"type": "text", "text": parts[0]}] if parts[0] else []
+            for part in parts[1:]:
+                content += [{"type": "image"}, *([{"type": "text", "text": part}] if part else [])]
+        turn = [{"role": "user", "content": content}]
+        rendered = str(owner.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+        return rendered + self._reply(owner, turn, rendered, answer) if answer else rendered
+
+    def _reply(self, owner: Any, turn: list[dict[str, Any]], rendered: str, answer: str) -> str:
+        """Return what the template writes for the assistant's `answer`, with its end tag; the bare answer where it differs."""
+        content: Any = answer if self.processor is None else [{"type": "text", "text": answer}]
+        whole = str(owner.apply_chat_template([*turn, {"role": "assistant", "content": content}], tokenize=False))
+        return whole[len(rendered) :] if whole.startswith(rendered) else answer + str(self.tokenizer.eos_token or "")
+
+    def _untagged(self, parts: Sequence[str], answer: str) -> str:
+        start, end = self.tokenizer.bos_token or "", self.tokenizer.eos_token or ""
+        return start + self.image_token.join(parts) + (f" {answer}{end}" if answer else "")
+
+    def _shorten(self, pieces: list[str], excess: int) -> None:
+        """Take about `excess` tokens from the end of the longest filled-in text."""
+        longest = max(range(1, len(pieces), 2), key=lambda i: len(pieces[i]), default=0)
+        if not longest or len(pieces[longest]) <= _FEWEST:
+            raise UserError(f"a prompt has more than max_text_tokens = {self.max_text_tokens} tokens of fixed wording; raise it")
+        text = pieces[longest]
+        tokens = max(1, len(self.tokenizer(text, add_special_tokens=False)["input_ids"]))
+        kept = min(len(text) - 1, int(len(text) * max(0, tokens - excess) / tokens))
+        # half the text at most in one step: another may have become the longest by then
+        pieces[longest] = text[: max(_FEWEST, kept, len(text) // 2)].rstrip()
+
+    def image(self, path: Path) -> ImageInput:
+        """Return the image at `path` as the model takes it; the same bytes are preprocessed once."""
+        key = image_digest(path)
+        if key not in self._images:
+            assert self.processor is not None
+            batch = self.processor(
+                images=[open_image(path)], text=[self.image_token], return_tensors="pt", add_special_tokens=False
+            )
+            tensors = {name: value for name, value in batch.items() if name not in _NOT_IMAGE_INPUTS}
+            self._images[key] = ImageInput(key, tuple(batch["input_ids"][0].tolist()), tensors)
+        return self._images[key]
+
+    def _expanded(self, ids: Sequence[int], images: Sequence[ImageInput]) -> tuple[int, ...]:
+        """Return `ids` with the n-th image token replaced by what the n-th image expands to."""
+        if not images:
+            return tuple(ids)
+        mark = self.tokenizer.convert_tokens_to_ids(self.image_token)
+        rest, out = iter(images), list[int]()
+        for token in ids:
+            out += next(rest).ids if token == mark else (token,)
+        return tuple(out)
+
+
+def _cut(match: re.Match[str]) -> str:
+    """Cut a special token's spelling behind its first character."""
+    word = match.group()
+    return f"{word[0]}{CUT}{word[1:]}"
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerTokens:
+    """The tokens of Yes and No as they follow a prompt; the first of each, which must differ, is what is scored."""
+
+    yes: tuple[int, ...]
+    no: tuple[int, ...]
+
+
+def answer_tokens(encoder: Encoder, yes: str, no: str) -> AnswerTokens:
+    """Read the answers' tokens off a tokenised prompt with answer, where they stand in context.
+
+    Raises:
+        UserError: The two answers share their first token, or tokenising them changes the prompt's own tokens.
+    """
+    probe = Prompt("A question? Answer Yes or No.")
+    asked = encoder(probe).ids
+    tails = []
+    for answer in (yes, no):
+        whole = encoder(probe, answer).ids
+        if whole[: len(asked)] != asked or len(whole) == len(asked):
+            raise UserError(f"the tokeniser joins the answer {answer!r} with the prompt before it; choose other answer words")
+        tails.append(whole[len(asked) :])
+    first = [tail[0] for tail in tails]
+    if first[0] == first[1]:
+        token = encoder.tokenizer.convert_ids_to_tokens(first[0])
+        raise UserError(f"the answers {yes!r} and {no!r} begin with the same token {token!r}; choose other answer words")
+    return AnswerTokens(tails[0], tails[1])
+
+
+def pad(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> tuple[Tensor, Tensor]:
+    """Return ``[B, T]`` ids (int64) and their ``[B, T]`` attention mask (int64), padded on the right or left."""
+    length = max(len(row) for row in rows)
+    ids = torch.full((len(rows), length), value, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        span = slice(length - len(row), length) if left else slice(0, len(row))
+        ids[i, span] = torch.tensor(row, dtype=torch.long)
+        mask[i, span] = 1
+    return ids, mask

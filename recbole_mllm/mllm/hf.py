@@ -1,0 +1,88 @@
+"""A Hugging Face model as this project uses it: it writes answers, scores Yes against No, and is fine-tuned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recbole_mllm.mllm.base import Answer
+from recbole_mllm.mllm.encode import AnswerTokens, Encoded, Encoder, answer_tokens, pad
+from recbole_mllm.mllm.forward import Body
+from recbole_mllm.mllm.loading import dtype_of, load
+from recbole_mllm.mllm.scoring import yes_logits
+from recbole_mllm.mllm.sft import answer_loss
+from recbole_mllm.prompts import Prompt, Style
+from recbole_mllm.settings import MLLMSettings
+
+
+class HFModel:
+    """A causal (multimodal) language model with its encoder. `identity` names the weights, `model` is the torch module."""
+
+    def __init__(self, name: str, settings: MLLMSettings, device: torch.device) -> None:
+        dtype = dtype_of(settings.dtype, device)
+        loaded = load(name, dtype, device, trust_remote_code=settings.trust_remote_code)
+        self.identity = f"{loaded.identity}:{str(dtype).removeprefix('torch.')}"
+        self.model: Any = loaded.model
+        self.device = device
+        limit = _context(loaded.model.config)
+        self.encoder = Encoder(loaded.tokenizer, loaded.processor, min(settings.max_text_tokens, limit))
+        self.body = Body(loaded.model)
+
+    def replace_model(self, model: Any) -> None:
+        """Go on with `model`, the same one with an adapter around it."""
+        self.model = model
+        self.body = Body(model)
+
+    def answers(self, style: Style) -> AnswerTokens:
+        """Return the tokens of the style's Yes and No as they follow a prompt."""
+        return answer_tokens(self.encoder, style.answer_yes, style.answer_no)
+
+    @torch.inference_mode()
+    def write(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Answer]:
+        """Answer each prompt greedily, as one left-padded batch."""
+        encoded = [self.encoder(prompt) for prompt in prompts]
+        ids, mask = pad([e.ids for e in encoded], self.encoder.tokenizer.pad_token_id, left=True)
+        images = [image for e in encoded for image in e.images]
+        out = self.body.head_model.generate(
+            input_ids=ids.to(self.device),
+            attention_mask=mask.to(self.device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            num_beams=1,
+            pad_token_id=self.encoder.tokenizer.pad_token_id,
+            **self.body.generation_images(ids, images),
+        )
+        new = out[:, ids.size(1) :]
+        texts = self.encoder.tokenizer.batch_decode(new, skip_special_tokens=True)
+        lengths = (new != self.encoder.tokenizer.pad_token_id).sum(1).tolist()
+        return [Answer(t.strip(), len(e.ids), n) for t, e, n in zip(texts, encoded, lengths, strict=True)]
+
+    @torch.inference_mode()
+    def yes_scores(self, prompts: Sequence[Prompt], answers: AnswerTokens, *, share_prefix: bool = True) -> Tensor:
+        """Return ``[B]`` float32 log-odds of Yes against No for each prompt; its sigmoid is P(Yes) (paper, eq. 1)."""
+        encoded = [self.encoder(prompt) for prompt in prompts]
+        logits = yes_logits(self.body, encoded, (answers.yes[0], answers.no[0]), share_prefix=share_prefix)
+        return logits[:, 0] - logits[:, 1]
+
+    def loss(self, prompts: Sequence[Prompt], labels: Tensor, answers: AnswerTokens, *, whole: bool = False) -> Tensor:
+        """Return the mean next-token loss of the right answers, over the answer or over the `whole` sequence."""
+        encoded = [self.encoder(prompt) for prompt in prompts]
+        return answer_loss(self.body, encoded, [answers.yes if y else answers.no for y in labels.tolist()], whole=whole)
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[Encoded]:
+        """Return the token ids and images of each prompt."""
+        return [self.encoder(prompt) for prompt in prompts]
+
+
+def _context(config: Any) -> int:
+    """Return how many positions the language model has, less a little room for an answer."""
+    text = config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None) or 10**9
+    image = getattr(config, "image_seq_length", 0) or 0
+    return max(64, positions - image - 48)

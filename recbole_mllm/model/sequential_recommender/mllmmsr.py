@@ -1,0 +1,147 @@
+"""MLLM-MSR as a RecBole model: glue between rows, prompts and the multimodal LLM."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from recbole.data.interaction import Interaction
+from recbole.model.abstract_recommender import SequentialRecommender
+from recbole.utils import InputType
+from torch import Tensor
+from tqdm import tqdm
+
+from recbole_mllm.data.schema import POSITION
+from recbole_mllm.errors import UserError
+from recbole_mllm.mllm.hf import HFModel
+from recbole_mllm.mllm.lora import adapt, adapter_state, load_adapter_state, save_adapter
+from recbole_mllm.model.stages import make_stage
+from recbole_mllm.prompts import Prompt, recommend_prompt
+from recbole_mllm.settings import Settings
+from recbole_mllm.summaries.prepare import make_preferences
+from recbole_mllm.summaries.users import Plan
+
+_AHEAD = 1024  # prompts encoded at a time when a whole split is scored
+
+
+class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
+    """MLLM-MSR: ask a fine-tuned multimodal LLM whether the user would take the item (Ye et al., AAAI 2025).
+
+    Making the model makes the summaries its rows will read, unless the store has them.
+    """
+
+    input_type = InputType.POINTWISE
+
+    def __init__(self, config: Any, dataset: Any) -> None:
+        super().__init__(config, dataset)
+        if "full" in config["eval_args"]["mode"].values():
+            raise UserError("MLLMMSR would have to score every item for every user; set eval_args.mode to uniN, e.g. uni20")
+        self.settings = Settings.from_config(config)
+        stage = make_stage(config, self.settings, self.device)
+        self.preferences = make_preferences(stage, Plan(dataset.histories, dataset.positions))
+        self.items, self.style = stage.items, stage.style
+        self.users = np.asarray(dataset.field2id_token[self.USER_ID]).astype(str)
+        self.tokens = np.asarray(dataset.field2id_token[self.ITEM_ID]).astype(str)
+        self.mllm = HFModel(self.settings.mllm.mllm, self.settings.mllm, self.device)
+        self.answers = self.mllm.answers(self.style)
+        if self.settings.lora.finetune == "lora":
+            self.mllm.replace_model(adapt(self.mllm.model, self.settings.lora, config["seed"]))
+        self.backbone = self.mllm.model
+        self.label_field = config["LABEL_FIELD"]
+        self._ahead: dict[tuple[int, int, int], float] = {}
+        if self.settings.recommend.use_image and not self.items.images:
+            raise UserError(
+                "no item has an image; give --image_dir, or set use_image: false and item_summary: text to go without"
+            )
+
+    def prompts_of(self, rows: Iterable[tuple[int, int, int]]) -> list[Prompt]:
+        """Return the question of each (user, position, item), internal ids; training and scoring both ask it."""
+        wants, first = self.settings.recommend.use_image, self.settings.recommend.prompt_order == "item-first"
+        out = []
+        for user, position, item in rows:
+            token = str(self.tokens[item])
+            preference = self.preferences.of(str(self.users[user]), position)
+            image = self.items.image(token) if wants else None
+            out.append(recommend_prompt(self.style, preference, self.items.title(token), image, item_first=first))
+        return out
+
+    def rows_of(self, interaction: Interaction) -> list[tuple[int, int, int]]:
+        """Return (user, position, item) of each row, internal ids."""
+        columns = (interaction[self.USER_ID], interaction[POSITION], interaction[self.ITEM_ID])
+        return list(zip(*(column.tolist() for column in columns), strict=True))
+
+    def calculate_loss(self, interaction: Interaction) -> Tensor:
+        """Return the mean next-token loss of the right answers (paper, eq. 2, or over the answer alone)."""
+        whole = self.settings.train.loss_on == "all"
+        prompts = self.prompts_of(self.rows_of(interaction))
+        return self.mllm.loss(prompts, interaction[self.label_field], self.answers, whole=whole)
+
+    def predict(self, interaction: Interaction) -> Tensor:
+        """Return ``[B]`` float32 log-odds of Yes: monotone in P(Yes) (paper, eq. 1), and without its ties near 0 and 1."""
+        rows = self.rows_of(interaction)
+        missing = sorted({row for row in rows if row not in self._ahead}, key=_item_major)
+        scores = self._ahead | self._scores(missing)
+        return torch.tensor([scores[row] for row in rows], device=self.device)
+
+    def full_sort_predict(self, interaction: Interaction) -> Tensor:
+        """Refuse: every item for every user is not what an MLLM is asked for lightly."""
+        raise UserError("MLLMMSR does not rank all items; evaluate with eval_args.mode uniN")
+
+    def _scores(self, rows: Sequence[tuple[int, int, int]]) -> dict[tuple[int, int, int], float]:
+        if not rows:
+            return {}
+        share = self.settings.train.share_prefix == "auto"
+        values = self.mllm.yes_scores(self.prompts_of(rows), self.answers, share_prefix=share)
+        return dict(zip(rows, values.tolist(), strict=True))
+
+    def score_ahead(self, rows: Iterable[tuple[int, int, int]]) -> int:
+        """Score distinct `rows` item by item, so that users of one item share its computation; return how many."""
+        ordered = sorted(set(rows), key=_item_major)
+        with tqdm(total=len(ordered), desc="scoring pairs", unit="pair", disable=None, ncols=100) as bar:
+            for start in range(0, len(ordered), _AHEAD):
+                part = ordered[start : start + _AHEAD]
+                self._ahead |= self._scores(part)
+                bar.update(len(part))
+        return len(ordered)
+
+    def forget(self) -> None:
+        """Drop the scores made ahead; they hold for one state of the adapter."""
+        self._ahead = {}
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether there is anything to fine-tune (not so for ``finetune: none``)."""
+        return self.settings.lora.finetune != "none"
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return the adapter alone: checkpoints do not carry the base model."""
+        return adapter_state(self.backbone) if self.is_trained else {}
+
+    def load_state_dict(self, state_dict: dict[str, Tensor], strict: bool = True, assign: bool = False) -> None:
+        """Load what `state_dict` returned; an adapter of another model is refused."""
+        if self.is_trained:
+            load_adapter_state(self.backbone, dict(state_dict))
+        elif state_dict:
+            raise UserError("the checkpoint holds an adapter, but finetune is none; set finetune: lora")
+        self.forget()
+
+    def other_parameter(self) -> dict[str, Any]:
+        """Return what a checkpoint says of its base model."""
+        return {"base": self.mllm.identity}
+
+    def load_other_parameter(self, para: dict[str, Any] | None) -> None:
+        """Refuse a checkpoint of another base model."""
+        if para and para["base"] != self.mllm.identity:
+            raise UserError(f"the checkpoint belongs to {para['base']}, not to {self.mllm.identity}; set mllm accordingly")
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write the adapter as a PEFT folder."""
+        if self.is_trained:
+            save_adapter(self.backbone, folder)
+
+
+def _item_major(row: tuple[int, int, int]) -> tuple[int, int, int]:
+    return row[2], row[0], row[1]

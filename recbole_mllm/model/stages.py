@@ -1,0 +1,72 @@
+"""From RecBole's Config to what the summaries are made of."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from recbole_mllm.data.texts import read_items
+from recbole_mllm.errors import UserError
+from recbole_mllm.mllm.hf import HFModel
+from recbole_mllm.mllm.loading import TINY, dtype_of, identity_of, source_of
+from recbole_mllm.prompts import Style
+from recbole_mllm.resources import named, resource
+from recbole_mllm.settings import Settings
+from recbole_mllm.summaries.prepare import Stage, Summarizers
+
+_NO_TEXT_CHANGE = {"summarize", "summarize_batch_size", "history_titles"}
+
+
+def load_style(settings: Settings) -> Style:
+    """Return the wording ``prompt_style`` names; `auto` is what the model knows (tiny) or what the items are.
+
+    Raises:
+        UserError: No such style, or it is not complete.
+    """
+    name = settings.recommend.prompt_style
+    if name == "auto":
+        name = "demo" if settings.mllm.mllm == TINY else settings.recommend.item_kind
+    path = Path(name) if name.endswith((".yaml", ".yml")) else resource("prompt", name)
+    if path is None or not path.is_file():
+        raise UserError(f"prompt_style {name!r} is unknown; give a YAML file or one of {', '.join(named('prompt'))}")
+    return Style.from_mapping(path.stem, yaml.safe_load(path.read_text(encoding="utf-8")))
+
+
+def make_stage(config: Mapping[str, Any], settings: Settings, device: torch.device) -> Stage:
+    """Read titles and images, and say who writes the summaries and under which tag they are exported."""
+    folder = Path(config["data_path"])
+    image_dir = settings.recommend.image_dir
+    items = read_items(folder, Path(image_dir) if image_dir else None)
+    style = load_style(settings)
+    who = _summarizers(settings, device)
+    return Stage(folder, _tag(settings, style, who), style, items, settings.summary, who)
+
+
+def _summarizers(settings: Settings, device: torch.device) -> Summarizers:
+    item = settings.mllm.item_summarizer or settings.mllm.mllm
+    user = settings.mllm.user_summarizer or settings.mllm.mllm
+    dtype = str(dtype_of(settings.mllm.dtype, device)).removeprefix("torch.")
+    return Summarizers(
+        f"{identity_of(item, None)}:{dtype}",
+        f"{identity_of(user, None)}:{dtype}",
+        partial(HFModel, item, settings.mllm, device),
+        partial(HFModel, user, settings.mllm, device),
+    )
+
+
+def _tag(settings: Settings, style: Style, who: Summarizers) -> str:
+    """Return a readable name and 8 hex digits of everything that changes the summaries' text."""
+    kept = {key: value for key, value in asdict(settings.summary).items() if key not in _NO_TEXT_CHANGE}
+    parts = [kept, asdict(style), who.item_identity, who.user_identity, settings.mllm.max_text_tokens]
+    digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:8]
+    model = Path(source_of(settings.mllm.user_summarizer or settings.mllm.mllm)).name
+    name = f"{model}-{settings.summary.summary_mode}-b{settings.summary.block_size}-{settings.summary.item_summary}"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + f"-{digest}"

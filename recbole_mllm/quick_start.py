@@ -1,0 +1,122 @@
+"""One run from configuration to metrics, in a straight line, with times and the scored pairs kept."""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from recbole.config import Config
+from recbole.data import create_dataset, data_preparation
+from recbole.utils import get_model, get_trainer, init_logger, init_seed
+
+from recbole_mllm.config import check_keys
+from recbole_mllm.data.schema import isum_file, store_file, usum_file
+from recbole_mllm.evaluation.metrics import joined, per_user, pooled_auc
+from recbole_mllm.model.stages import make_stage
+from recbole_mllm.settings import Settings
+from recbole_mllm.summaries.prepare import make_item_summaries, make_preferences
+from recbole_mllm.summaries.store import Store
+from recbole_mllm.summaries.users import Plan
+
+NAMES = {"hit": "Hit", "mrr": "MRR", "ndcg": "NDCG", "recall": "Recall", "gauc": "GAUC", "auc": "AUC"}
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a run ended with. `pairs` holds internal ids, labels, scores and places of every scored test pair."""
+
+    config: Any
+    dataset: Any
+    train_data: Any
+    model: Any
+    checkpoint: Path
+    valid: dict[str, float]
+    test: dict[str, float]
+    users: dict[str, Any]
+    pairs: dict[str, Any] | None
+    summarize_s: float
+    train_s: float
+    score_s: float
+
+
+def metric_name(key: str) -> str:
+    """Return RecBole's lower-case ``hit@5`` as ``Hit@5``."""
+    name, at, k = key.partition("@")
+    return NAMES.get(name, name) + at + k
+
+
+def run(config: Any) -> Outcome:
+    """Run what `config` says, as RecBole's ``run_recbole`` does (quick_start.py:94-178)."""
+    init_seed(config["seed"], config["reproducibility"])
+    init_logger(config)
+    log = logging.getLogger()
+    check_keys(config.external_config_dict, "the configuration")
+    dataset = create_dataset(config)
+    log.info(dataset)
+    train, valid, test = data_preparation(config, dataset)
+    started = time.perf_counter()
+    init_seed(config["seed"] + config["local_rank"], config["reproducibility"])
+    model = get_model(config["model"])(config, train._dataset).to(config["device"])
+    log.info(model)
+    made = time.perf_counter()
+    trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
+    _, best = trainer.fit(train, valid, saved=True, show_progress=config["show_progress"])
+    trained = time.perf_counter()
+    trainer.score_log = []
+    result = trainer.evaluate(test, load_best_model=True, show_progress=config["show_progress"])
+    scored = time.perf_counter()
+    pairs = joined(trainer.score_log) if trainer.score_log else None
+    users = per_user(pairs, config) if pairs else {}
+    metrics = {metric_name(key): float(value) for key, value in result.items()}
+    if pairs:
+        _agree(metrics, users, config["metric_decimal_place"])
+        metrics["AUC"] = pooled_auc(pairs["label"], pairs["score"])
+    return Outcome(
+        config,
+        dataset,
+        train,
+        model,
+        Path(trainer.saved_model_file),
+        {metric_name(key): float(value) for key, value in (best or {}).items()},
+        metrics,
+        users,
+        pairs,
+        made - started,
+        trained - made,
+        scored - trained,
+    )
+
+
+def _agree(metrics: dict[str, float], users: dict[str, Any], decimals: int) -> None:
+    """Hold the per-user values against what RecBole's evaluator reports; they are two ways to one number."""
+    for name, value in metrics.items():
+        if name in users and abs(float(np.mean(users[name])) - value) > 10**-decimals + 1e-6:
+            raise AssertionError(f"{name}: RecBole reports {value}, the users' mean is {np.mean(users[name])}")
+
+
+def make_config(model: str, dataset: str, files: list[str], overrides: dict[str, Any]) -> Any:
+    """Return RecBole's Config; the caller sees to it that ``sys.argv`` holds nothing else."""
+    return Config(model=model, dataset=dataset, config_file_list=files, config_dict=overrides)
+
+
+def prepare_summaries(config: Any, stage: str) -> list[Path]:
+    """Make the summaries a run of `config` would read (``items``, ``users`` or ``all``); return the files they are in."""
+    init_seed(config["seed"], config["reproducibility"])
+    init_logger(config)
+    check_keys(config.external_config_dict, "the configuration")
+    dataset = create_dataset(config)
+    train, *_ = data_preparation(config, dataset)
+    settings = Settings.from_config(config)
+    made = make_stage(config, settings, config["device"])
+    plan = Plan(train._dataset.histories, train._dataset.positions)
+    if stage != "items":
+        make_preferences(made, plan)
+    else:
+        with closing(Store(store_file(made.folder))) as store:
+            make_item_summaries(made, store, plan.items(made.settings))
+    return [path for path in (isum_file(made.folder, made.tag), usum_file(made.folder, made.tag)) if path.is_file()]

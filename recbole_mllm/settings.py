@@ -1,0 +1,157 @@
+"""Every key of properties/model/MLLMMSR.yaml and properties/overall.yaml, parsed once into values that cannot be wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
+
+from recbole_mllm.errors import UserError
+
+
+class _FromConfig:
+    """Reads each field of a dataclass from the key of the same name; all must be there, as RecBole answers None for a typo."""
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """Read and check every field.
+
+        Raises:
+            UserError: A key's value has the wrong type or is none of the allowed words.
+        """
+        hints = get_type_hints(cls)
+        values = {f.name: _checked(f.name, config[f.name], hints[f.name]) for f in fields(cls)}  # type: ignore[arg-type]
+        return cls(**values)
+
+
+def _checked(key: str, value: Any, hint: Any) -> Any:
+    """Return `value` as `hint` asks; integers pass as floats, and a whole float as an integer."""
+    if get_origin(hint) is Literal:
+        # YAML 1.1 reads a bare `off` as False
+        value = "off" if value is False else value
+        if value not in get_args(hint):
+            raise UserError(f"{key} is {value!r}; it must be one of {', '.join(get_args(hint))}")
+        return value
+    kinds = get_args(hint) or (hint,)
+    if value is None and type(None) in kinds:
+        return None
+    for kind in kinds:
+        if kind is bool and isinstance(value, bool):
+            return value
+        if kind is int and isinstance(value, int | float) and not isinstance(value, bool) and value == int(value):
+            return int(value)
+        if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        if kind is str and isinstance(value, str):
+            return value
+    wanted = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
+    raise UserError(f"{key} is {value!r}; it must be {wanted}")
+
+
+@dataclass(frozen=True, slots=True)
+class MLLMSettings(_FromConfig):
+    """Which models are loaded and how."""
+
+    mllm: str
+    item_summarizer: str | None
+    user_summarizer: str | None
+    trust_remote_code: bool
+    dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    max_text_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class SummarySettings(_FromConfig):
+    """What the summaries are made of; everything here but `summarize` and the batch size changes their text."""
+
+    summary_mode: Literal["recurrent", "direct", "none"]
+    block_size: int
+    partial_block: bool
+    max_history: int | None
+    history_titles: int
+    item_summary: Literal["image", "text", "fused", "none"]
+    summarize: Literal["auto", "off"]
+    summarize_batch_size: int
+    item_summary_tokens: int
+    user_summary_tokens: int
+
+    def __post_init__(self) -> None:
+        for key in ("block_size", "summarize_batch_size", "item_summary_tokens", "user_summary_tokens"):
+            if getattr(self, key) < 1:
+                raise UserError(f"{key} is {getattr(self, key)}; it must be at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class RecommendSettings(_FromConfig):
+    """What the recommender's question holds."""
+
+    prompt_style: str
+    item_kind: str
+    prompt_order: Literal["item-first", "user-first"]
+    use_image: bool
+    image_dir: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSettings(_FromConfig):
+    """How the backbone is adapted."""
+
+    finetune: Literal["lora", "none"]
+    lora_r: int
+    lora_alpha: int
+    lora_dropout: float
+    lora_target: Literal["language", "all"]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainSettings(_FromConfig):
+    """How the adapter is trained, beside RecBole's own keys."""
+
+    loss_on: Literal["answer", "all"]
+    train_last_k: int | None
+    gradient_accumulation_steps: int
+    warmup_ratio: float
+    lr_scheduler: Literal["cosine", "linear", "constant"]
+    micro_batch_size: int | None
+    share_prefix: Literal["auto", "off"]
+
+    def __post_init__(self) -> None:
+        if self.gradient_accumulation_steps < 1:
+            raise UserError(f"gradient_accumulation_steps is {self.gradient_accumulation_steps}; it must be at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationSettings(_FromConfig):
+    """Which pairs every model is asked for."""
+
+    frozen_candidates: bool | None
+    candidate_seed: int
+    limit_users: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """All of MLLMMSR's keys."""
+
+    mllm: MLLMSettings
+    summary: SummarySettings
+    recommend: RecommendSettings
+    lora: LoraSettings
+    train: TrainSettings
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """Parse a complete mapping of keys (the border between RecBole's Config and this project)."""
+        return cls(
+            MLLMSettings.from_config(config),
+            SummarySettings.from_config(config),
+            RecommendSettings.from_config(config),
+            LoraSettings.from_config(config),
+            TrainSettings.from_config(config),
+        )
+
+
+def known_keys() -> frozenset[str]:
+    """Return every key of this project."""
+    groups = (MLLMSettings, SummarySettings, RecommendSettings, LoraSettings, TrainSettings, EvaluationSettings)
+    return frozenset(f.name for group in groups for f in fields(group)) | {"benchmark_defaults", "note"}

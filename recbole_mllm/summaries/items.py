@@ -1,0 +1,36 @@
+"""Item summaries: image, text, or the fusion of both (paper, item summarisation)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from recbole_mllm.data.texts import Items
+from recbole_mllm.prompts import Style, fused_summary_prompt, image_summary_prompt, text_summary_prompt
+from recbole_mllm.summaries.writing import Scribe
+
+
+def item_summaries(scribe: Scribe, style: Style, items: Items, wanted: Sequence[str], what: str) -> dict[str, str]:
+    """Return the summary of each `wanted` raw id; "" where the item has nothing to summarise.
+
+    Args:
+        scribe: Who answers.
+        style: The wording.
+        items: Titles and images.
+        wanted: Raw item ids.
+        what: ``image`` | ``text`` | ``fused`` | ``none``. An item without an image has a fused summary of its text alone.
+    """
+    out = dict.fromkeys(wanted, "")
+    if what in ("image", "fused"):
+        seen = {item: path for item in wanted if (path := items.image(item)) is not None}
+        out |= _zip(seen, scribe.answer([image_summary_prompt(style, path) for path in seen.values()]))
+    if what in ("text", "fused"):
+        titled = {item: title for item in wanted if (title := items.title(item))}
+        texts = _zip(titled, scribe.answer([text_summary_prompt(style, title) for title in titled.values()]))
+        both = {item: text for item, text in texts.items() if out[item]}
+        prompts = [fused_summary_prompt(style, out[item], text) for item, text in both.items()]
+        out |= texts | _zip(both, scribe.answer(prompts))
+    return out
+
+
+def _zip(keys: dict[str, object] | dict[str, str], answers: Sequence[str]) -> dict[str, str]:
+    return dict(zip(keys, answers, strict=True))

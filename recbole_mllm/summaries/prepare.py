@@ -1,0 +1,124 @@
+"""The preprocessing hook: make what summaries are missing, export them, and answer which one a row reads."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from recbole_mllm.data import schema
+from recbole_mllm.data.texts import Items, write_item_summaries, write_user_summaries
+from recbole_mllm.errors import UserError
+from recbole_mllm.mllm.base import Writer
+from recbole_mllm.prompts import Style, titles_as_preference
+from recbole_mllm.settings import SummarySettings
+from recbole_mllm.summaries.chains import State, state_at
+from recbole_mllm.summaries.items import item_summaries
+from recbole_mllm.summaries.store import Decoding, Store
+from recbole_mllm.summaries.users import Plan, as_rows, preferences
+from recbole_mllm.summaries.writing import Scribe
+
+
+@dataclass(frozen=True, slots=True)
+class Preferences:
+    """What stands for the user in the recommender's question, for each row."""
+
+    texts: Mapping[tuple[str, State], str]
+    plan: Plan
+    items: Items
+    style: Style
+    settings: SummarySettings
+
+    def of(self, user: str, position: int) -> str:
+        """Return what a row of `user` at `position` reads: nothing at or after that position.
+
+        Raises:
+            UserError: No summary was made for that moment.
+        """
+        if self.settings.summary_mode == "none":
+            before = self.plan.histories[user][max(0, position - self.settings.history_titles) : position]
+            return titles_as_preference(self.style, [title for item in before if (title := self.items.title(item))])
+        state = state_at(position, self.settings)
+        if state is None:
+            return self.style.cold
+        try:
+            return self.texts[user, state]
+        except KeyError:
+            raise UserError(
+                f"user {user} has no summary of the first {state.seen} interactions; "
+                "run `python run_recbole_mllm.py summarize` with the same settings"
+            ) from None
+
+
+@dataclass(frozen=True, slots=True)
+class Summarizers:
+    """The two models that write; `load_*` are called only when something must be written."""
+
+    item_identity: str
+    user_identity: str
+    load_item: Callable[[], Writer]
+    load_user: Callable[[], Writer]
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Everything the summaries of one dataset are made from."""
+
+    folder: Path
+    tag: str
+    style: Style
+    items: Items
+    settings: SummarySettings
+    who: Summarizers
+
+
+def make_item_summaries(stage: Stage, store: Store, wanted: list[str]) -> dict[str, str]:
+    """Return the summaries of `wanted` items, made where missing, and export them."""
+    s = stage.settings
+    scribe = Scribe(
+        "item",
+        stage.who.load_item,
+        stage.who.item_identity,
+        store,
+        Decoding(s.item_summary_tokens),
+        s.summarize_batch_size,
+        s.summarize == "auto",
+    )
+    with scribe.progress(len(wanted)):
+        found = item_summaries(scribe, stage.style, stage.items, wanted, s.item_summary)
+    scribe.report()
+    if s.item_summary != "none":
+        path = schema.isum_file(stage.folder, stage.tag)
+        _log_export(path, write_item_summaries(path, found))
+    return found
+
+
+def make_preferences(stage: Stage, plan: Plan) -> Preferences:
+    """Make every summary that some row of `plan` reads, item summaries first, and export both."""
+    s = stage.settings
+    texts: dict[tuple[str, State], str] = {}
+    if s.summary_mode != "none":
+        store = Store(schema.store_file(stage.folder))
+        try:
+            summaries = make_item_summaries(stage, store, plan.items(s))
+            scribe = Scribe(
+                "user",
+                stage.who.load_user,
+                stage.who.user_identity,
+                store,
+                Decoding(s.user_summary_tokens),
+                s.summarize_batch_size,
+                s.summarize == "auto",
+            )
+            texts = preferences(scribe, stage.style, stage.items, summaries, plan, s)
+            scribe.report()
+        finally:
+            store.close()
+        path = schema.usum_file(stage.folder, stage.tag)
+        _log_export(path, write_user_summaries(path, as_rows(texts, plan)))
+    return Preferences(texts, plan, stage.items, stage.style, s)
+
+
+def _log_export(path: Path, rows: int) -> None:
+    logging.getLogger().info(f"{path}: {rows} summaries")

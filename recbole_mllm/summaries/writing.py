@@ -1,0 +1,114 @@
+"""Answer many prompts: what the store knows is read, the rest is written in batches and kept at once."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from tqdm import tqdm
+
+from recbole_mllm.data.atomic import clean
+from recbole_mllm.errors import UserError
+from recbole_mllm.mllm.base import Answer, Writer
+from recbole_mllm.prompts import Prompt
+from recbole_mllm.summaries.store import Decoding, Store, answer_key
+
+
+@dataclass(slots=True)
+class Tally:
+    """What a stage did."""
+
+    asked: int = 0
+    known: int = 0
+    written: int = 0
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    at_limit: int = 0
+    empty: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(slots=True)
+class Scribe:
+    """Answers prompts with one model through the store. The model is loaded only when something must be written."""
+
+    kind: str
+    load: Callable[[], Writer]
+    identity: str
+    store: Store
+    decoding: Decoding
+    batch_size: int
+    may_write: bool = True
+    tally: Tally = field(default_factory=Tally)
+    _writer: Writer | None = None
+    _bar: tqdm[None] | None = None
+
+    def answer(self, prompts: Sequence[Prompt]) -> list[str]:
+        """Return the answers, each one line; equal prompts are answered once.
+
+        Raises:
+            UserError: `may_write` is false and an answer is missing.
+        """
+        keys = [answer_key(self.identity, prompt, self.decoding) for prompt in prompts]
+        texts = self.store.get(keys)
+        missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in texts}
+        self.tally.asked += len(keys)
+        self.tally.known += len(keys) - len(missing)
+        if missing and not self.may_write:
+            raise UserError(
+                f"{len(missing)} {self.kind} summaries are missing or stale and summarize is off; "
+                "run `python run_recbole_mllm.py summarize` with the same settings, or set summarize: auto"
+            )
+        for batch in self._batches(missing):
+            texts.update(self._write(batch))
+        return [texts[key] for key in keys]
+
+    def _batches(self, missing: dict[str, Prompt]) -> Iterator[list[tuple[str, Prompt]]]:
+        # Batches of like length waste little on padding; the key settles ties, so a re-run cuts the same batches
+        ordered = sorted(missing.items(), key=lambda pair: (len(pair[1].marked), pair[0]))
+        for start in range(0, len(ordered), self.batch_size):
+            yield ordered[start : start + self.batch_size]
+
+    def _write(self, batch: Sequence[tuple[str, Prompt]]) -> dict[str, str]:
+        if self._writer is None:
+            self._writer = self.load()
+        started = time.perf_counter()
+        answers = self._writer.write([prompt for _, prompt in batch], self.decoding.max_new_tokens)
+        seconds = time.perf_counter() - started
+        answers = [Answer(clean(a.text), a.prompt_tokens, a.new_tokens) for a in answers]
+        self.store.add(self.kind, self.identity, [key for key, _ in batch], answers, seconds)
+        self._count(answers, seconds)
+        return {key: answer.text for (key, _), answer in zip(batch, answers, strict=True)}
+
+    def _count(self, answers: Sequence[Answer], seconds: float) -> None:
+        self.tally.written += len(answers)
+        self.tally.seconds += seconds
+        self.tally.prompt_tokens += sum(a.prompt_tokens for a in answers)
+        self.tally.new_tokens += sum(a.new_tokens for a in answers)
+        self.tally.at_limit += sum(a.new_tokens >= self.decoding.max_new_tokens for a in answers)
+        self.tally.empty += sum(not a.text for a in answers)
+        if self._bar is not None:
+            self._bar.update(len(answers))
+
+    def progress(self, total: int) -> tqdm[None]:
+        """Return a progress bar over `total` prompts that this scribe moves; on a terminal only."""
+        self._bar = tqdm(total=total, desc=f"{self.kind} summaries", unit="summary", disable=None, ncols=100)
+        return self._bar
+
+    def report(self) -> None:
+        """Log what was done, in one line, and what people should look at, if anything."""
+        log, t = logging.getLogger(), self.tally
+        if not t.asked:
+            return
+        rate = t.written / t.seconds if t.seconds else 0.0
+        log.info(
+            f"{self.kind} summaries: {t.asked} asked, {t.known} known, {t.written} written "
+            f"in {t.seconds:.1f} s ({rate:.1f}/s, {t.new_tokens} tokens)"
+        )
+        if t.at_limit or t.empty:
+            log.warning(
+                f"{self.kind} summaries: {t.at_limit} reached {self.decoding.max_new_tokens} tokens and may be cut "
+                f"({self.kind}_summary_tokens raises it), {t.empty} are empty"
+            )

@@ -1,0 +1,1 @@
+"""How the bundled tiny MLLM was made; `tools/train_tiny_mllm.py` runs it."""
