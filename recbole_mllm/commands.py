@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +150,7 @@ def _set_aside(folder: Path, world: str) -> None:
 
     others = {record.dataset for record in read_records(folder / RECORDS)} - {world}
     if others:
-        old = folder.with_name(f"{folder.name}.{sorted(others)[0]}")
-        shutil.rmtree(old, ignore_errors=True)
+        taken = (folder.with_name(f"{folder.name}.{n}") for n in count(1))
+        old = next(path for path in taken if not path.exists())
         folder.replace(old)
         print(f"the results of {', '.join(sorted(others))} are now in {old}")

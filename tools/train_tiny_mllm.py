@@ -50,7 +50,8 @@ def _start_vision(arguments: argparse.Namespace) -> subprocess.Popen[bytes]:
 
 
 def _log_to(path: Path) -> None:
-    handlers = [logging.StreamHandler(), logging.FileHandler(path, mode="a", encoding="utf-8")]
+    to_file = logging.FileHandler(path, mode="a", encoding="utf-8")
+    handlers: list[logging.Handler] = [logging.StreamHandler(), to_file]
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", handlers=handlers)
     LOG.setLevel(logging.INFO)
 

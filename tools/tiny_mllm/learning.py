@@ -68,7 +68,7 @@ def slot_places(samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
 
 def slot_noise(model: Any, samples: Sequence[Sample], generator: torch.Generator) -> Tensor:
     """Return ``[S, 192]`` noise for the slots of `samples`."""
-    words = model.get_input_embeddings().weight.detach()
+    words: Tensor = model.get_input_embeddings().weight.detach()
     slots = sum(len(sample.slots) for sample in samples)
     return SLOT_NOISE * words.std() * torch.randn(slots, words.shape[1], generator=generator)
 

@@ -157,7 +157,7 @@ def joint(places: Places, budget: Budget) -> None:
 
 
 def _distance(model: Any, images: Tensor, tokens: Tensor) -> Tensor:
-    words = model.get_input_embeddings().weight.detach()
+    words: Tensor = model.get_input_embeddings().weight.detach()
     return ((images - words[tokens]) / words.std()).pow(2).mean()
 
 

@@ -116,6 +116,12 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
         """Whether there is anything to fine-tune (not so for ``finetune: none``)."""
         return self.settings.lora.finetune != "none"
 
+    def __str__(self) -> str:
+        """Name the model and what is trained, not every layer of an LLM."""
+        trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        every = sum(p.numel() for p in self.parameters())
+        return f"MLLMMSR({self.mllm.identity})\nTrainable parameters: {trained} of {every}"
+
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Return the adapter alone: checkpoints do not carry the base model."""
         return adapter_state(self.backbone) if self.is_trained else {}

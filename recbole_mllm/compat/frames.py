@@ -1,0 +1,92 @@
+"""pandas 3: copy-on-write, a string dtype, and ``Series.agg`` that no longer tries its function on each element."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+from recbole_mllm.compat.patching import called_from, wrap
+
+
+def mend_pandas_3(dataset: ModuleType) -> None:
+    """Apply what data/dataset/dataset.py needs from pandas 3 on; older pandas is left alone."""
+    import pandas as pd
+
+    if int(pd.__version__.split(".")[0]) >= 3:
+        read_text_as_objects(dataset)
+        fill_nan_by_assignment(dataset)
+        agg_len_by_element()
+
+
+class _Pandas(ModuleType):
+    """pandas as data/dataset/dataset.py sees it: ``read_csv`` is another, the rest its own."""
+
+    def __init__(self, pandas: ModuleType, read_csv: Any) -> None:
+        super().__init__("pandas")
+        self._pandas = pandas
+        self.read_csv = read_csv
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pandas, name)
+
+
+def read_text_as_objects(dataset: ModuleType) -> None:
+    """Give data/dataset/dataset.py:486 text columns of dtype object, and empty sequences as ``""``.
+
+    ``dtype=str`` now means an extension dtype, whose values np.concatenate and pd.factorize (:1189, :1205) take differently,
+    and ``df[field].fillna(value="", inplace=True)`` (:501) changes a copy.
+    """
+    import numpy as np
+
+    pandas = dataset.pd
+    if isinstance(pandas, _Pandas):
+        return
+
+    def read_csv(*args: Any, dtype: Any = None, **kwargs: Any) -> Any:
+        frame = pandas.read_csv(*args, dtype=dtype, **kwargs)
+        for name in frame.columns:
+            if isinstance(dtype, dict) and dtype.get(name) is str:
+                text = frame[name].astype(object)
+                frame[name] = text.where(text.notna(), "" if str(name).endswith("_seq") else np.nan)
+        return frame
+
+    dataset.pd = _Pandas(pandas, read_csv)  # type: ignore[attr-defined]
+
+
+def fill_nan_by_assignment(dataset: ModuleType) -> None:
+    """Replace ``Dataset._fill_nan`` (data/dataset/dataset.py:636-657): :648 and :650 fill a copy under copy-on-write."""
+    import numpy as np
+
+    kinds = dataset.FeatureType
+
+    def _fill_nan(self: Any) -> None:
+        for feat in (getattr(self, name) for name in self.feat_name_list):
+            for field in feat:
+                kind = self.field2type[field]
+                if kind == kinds.TOKEN:
+                    feat[field] = feat[field].fillna(0)
+                elif kind == kinds.FLOAT:
+                    feat[field] = feat[field].fillna(feat[field].mean())
+                else:
+                    empty = np.array([], dtype=np.int64 if kind == kinds.TOKEN_SEQ else np.float64)
+                    feat[field] = [empty if isinstance(value, float) else value for value in feat[field]]
+
+    wrap(dataset.Dataset, "_fill_nan", lambda stock: _fill_nan)
+
+
+def agg_len_by_element() -> None:
+    """Let RecBole's ``Series.agg(len)`` mean the length of each element again; other callers get pandas' own.
+
+    data/dataset/dataset.py:712, :792, :809, :1217, sequential_dataset.py:165, kg_dataset.py:316.
+    """
+    import pandas as pd
+
+    def make(stock: Any) -> Any:
+        def aggregate(self: Any, func: Any = None, *args: Any, **kwargs: Any) -> Any:
+            if func is len and called_from("recbole"):
+                return self.map(len)
+            return stock(self, func, *args, **kwargs)
+
+        return aggregate
+
+    wrap(pd.Series, "agg", make)

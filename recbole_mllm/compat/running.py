@@ -1,0 +1,118 @@
+"""What goes wrong between a model's name and its first epoch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from recbole_mllm.compat.patching import wrap
+from recbole_mllm.errors import UserError
+
+# Classes that a Config was given instead of a name
+_GIVEN: dict[str, type] = {}
+
+
+def find_models(utils: ModuleType) -> None:
+    """Make ``get_model`` (utils/utils.py:55-85) name an unknown model, and know classes that ``run_recbole`` was given.
+
+    Looking for an unknown name ends in exlib_recommender, whose ``__init__`` imports lightgbm and xgboost: their absence
+    hid the ValueError of :80. And quick_start.py:137, :216, :262 ask by name for a class that Config took as a class.
+    """
+
+    def make(stock: Any) -> Any:
+        def get_model(model_name: str) -> Any:
+            if model_name in _GIVEN:
+                return _GIVEN[model_name]
+            try:
+                return stock(model_name)
+            except ModuleNotFoundError as error:
+                if error.name not in ("lightgbm", "xgboost") or _has_exlib_file(model_name):
+                    raise
+            raise ValueError(f"`model_name` [{model_name}] is not the name of an existing model.")
+
+        return get_model
+
+    wrap(utils, "get_model", make)
+
+
+def _has_exlib_file(model_name: str) -> bool:
+    import recbole.model
+
+    folders = (Path(folder) / "exlib_recommender" for folder in recbole.model.__path__)
+    return any((folder / f"{model_name.lower()}.py").is_file() for folder in folders)
+
+
+def remember_model_classes(configurator: ModuleType) -> None:
+    """Note the class that Config is given (config/configurator.py:211-213), for `find_models`; a name forgets it again."""
+
+    def make(stock: Any) -> Any:
+        def _get_model_and_dataset(self: Any, model: Any, dataset: Any) -> Any:
+            asked = self.external_config_dict.get("model") if model is None else model
+            if isinstance(asked, str):
+                _GIVEN.pop(asked, None)
+            elif isinstance(asked, type):
+                _GIVEN[asked.__name__] = asked
+            return stock(self, model, dataset)
+
+        return _get_model_and_dataset
+
+    wrap(configurator.Config, "_get_model_and_dataset", make)
+
+
+def count_no_llm_flops(utils: ModuleType) -> None:
+    """Answer 0 for MLLMMSR in ``get_flops`` (utils/utils.py:250), which deep-copies the model and predicts a row.
+
+    quick_start.py:141 calls it for every model; a copy would double what an LLM takes. Other models are counted as before.
+    """
+
+    def make(stock: Any) -> Any:
+        def get_flops(model: Any, *args: Any, **kwargs: Any) -> Any:
+            if any(kind.__name__ == "MLLMMSR" for kind in type(model).__mro__):
+                return 0
+            return stock(model, *args, **kwargs)
+
+        return get_flops
+
+    wrap(utils, "get_flops", make)
+
+
+def ask_for_nccl(quick_start: ModuleType) -> None:
+    """Refuse ``run(nproc > 1)`` and ``run_recboles`` in one line where there is no NCCL (config/configurator.py:495-505)."""
+
+    def make_run(stock: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            nproc = kwargs.get("nproc", args[5] if len(args) > 5 else 1)
+            world_size = kwargs.get("world_size", args[6] if len(args) > 6 else -1)
+            if nproc != 1 or world_size > 0:  # quick_start.py:53
+                require_nccl(nproc)
+            return stock(*args, **kwargs)
+
+        return run
+
+    def make_run_recboles(stock: Any) -> Any:
+        def run_recboles(rank: int, *args: Any) -> Any:
+            options = args[-1] if args and isinstance(args[-1], dict) else {}
+            require_nccl(options.get("config_dict", {}).get("nproc", 1))
+            return stock(rank, *args)
+
+        return run_recboles
+
+    wrap(quick_start, "run", make_run)
+    wrap(quick_start, "run_recboles", make_run_recboles)
+
+
+def require_nccl(nproc: int) -> None:
+    """Check that RecBole's way of running on several devices can work here.
+
+    Raises:
+        UserError: This torch has no NCCL, or sees no GPU.
+    """
+    import torch
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_nccl_available() and torch.cuda.is_available()):
+        raise UserError(
+            "RecBole's run_recboles needs GPUs and a torch with NCCL; on CPU start "
+            f"`ACCELERATE_USE_CPU=true torchrun --nproc_per_node {max(2, int(nproc))} run_recbole_mllm.py …` instead"
+        )

@@ -1,0 +1,118 @@
+"""The report in a real browser: it renders, sorts, filters, and has nothing to complain of."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from recbole_mllm.benchmark.records import append
+from recbole_mllm.benchmark.report import render
+from tests.planted_runs import plant_run
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine (Debian: apt-get install chromium)")
+
+OPTIONS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-dev-shm-usage",
+    "--enable-logging=stderr", "--virtual-time-budget=3000", "--hide-scrollbars",
+)  # fmt: skip
+EVIL = "<script>document.title = 'owned'; console.error('owned')</script>"
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory) -> Path:
+    results = tmp_path_factory.mktemp("results")
+    runs = [("Pop", 0.1, "baseline"), (EVIL, 0.6, "baseline"), ("SASRec", 1.0, "baseline"), ("MLLMMSR", 2.0, "mllm")]
+    for number, (label, power, kind) in enumerate(runs):
+        append(results / "runs.jsonl", plant_run(results, label, power, kind, run_id=f"run-{number}"))  # type: ignore[arg-type]
+    render(results)
+    return results / "leaderboard.html"
+
+
+def browse(page: Path, *options: str) -> tuple[str, list[str]]:
+    """Return the page's DOM once its scripts have run, and what it wrote on the console."""
+    command = [str(CHROMIUM), *OPTIONS, f"--user-data-dir={page.parent / 'profile'}", *options, page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, re.findall(r".*:CONSOLE[:(].*", done.stderr)
+
+
+def with_script(page: Path, name: str, script: str) -> Path:
+    """Copy the page with a script at its end, which does what a reader's hand would."""
+    copy = page.with_name(name)
+    copy.write_text(page.read_text().replace("</body>", f"<script>{script}</script></body>"))
+    return copy
+
+
+def models(dom: str) -> list[str]:
+    body = re.search(r'id="board".*?<tbody>(.*?)</tbody>', dom, re.S)
+    assert body is not None
+    return re.findall(r'class="model">(.*?)</span>', body[1])
+
+
+def test_it_renders_without_a_word_on_the_console(page):
+    dom, console = browse(page, "--dump-dom")
+    assert console == []
+    order = models(dom)
+    assert order[0] == "MLLMMSR" and order[-1] == "Pop" and "<title>demo: leaderboard</title>" in dom
+    assert order[2].startswith("&lt;script&gt;")
+    shown = re.findall(r'<th scope="col" data-cut="(\d*)"([^>]*)>', dom)
+    assert {cut for cut, rest in shown if "hidden" not in rest} == {"10", ""}
+
+
+def test_console_errors_would_be_heard(page):
+    _, console = browse(with_script(page, "loud.html", "console.error('heard'); undefinedFunction()"), "--dump-dom")
+    assert len(console) == 2
+
+
+def test_a_click_on_a_head_sorts_and_a_second_turns_it_round(page):
+    click = "document.querySelectorAll('#board thead button')[{}].click();"
+    falling, _ = browse(with_script(page, "sorted.html", click.format(2)), "--dump-dom")
+    rising, _ = browse(with_script(page, "turned.html", click.format(2) * 2), "--dump-dom")
+    names, _ = browse(with_script(page, "named.html", click.format(0)), "--dump-dom")
+    assert models(falling)[0] == "MLLMMSR" and models(falling) == models(rising)[::-1]
+    assert models(names)[1:] == ["MLLMMSR", "Pop", "SASRec"]
+    assert re.search(r'<th[^>]*aria-sort="ascending"[^>]*><button type="button">Hit@10', rising)
+
+
+def test_what_has_no_value_goes_last_either_way(page):
+    click = "document.querySelectorAll('#board thead th.cost button')[0].click();"
+    for times in (1, 2):
+        dom, _ = browse(with_script(page, f"cost-{times}.html", click * times), "--dump-dom")
+        assert models(dom)[0] == "MLLMMSR", "only MLLMMSR has summarised, so only it has a value"
+
+
+def test_the_cut_off_buttons_choose_the_metrics(page):
+    click = "document.querySelector('.cuts [data-cut=\"5\"]').click();"
+    dom, _ = browse(with_script(page, "cut.html", click), "--dump-dom")
+    shown = re.findall(r'<th scope="col" data-cut="(\d*)"([^>]*)>', dom)
+    assert {cut for cut, rest in shown if "hidden" not in rest} == {"5", ""}
+
+
+def test_nothing_but_the_tables_scrolls_sideways_on_a_phone(page):
+    """Chromium's own window is never narrower than 500 pixels, so the phone is a frame."""
+    phone = page.with_name("phone.html")
+    phone.write_text(
+        '<iframe id="f" style="width:360px;height:800px" srcdoc=""></iframe><p id="told"></p><script>'
+        "f.srcdoc = atob('{}'); f.onload = () => {{ const d = f.contentDocument.documentElement;"
+        "told.textContent = 'wide:' + (d.scrollWidth - d.clientWidth); }}</script>".format(_base64(page.read_bytes()))
+    )
+    dom, _ = browse(phone, "--dump-dom")
+    assert "wide:0<" in dom
+
+
+def _base64(data: bytes) -> str:
+    import base64
+
+    return base64.b64encode(data).decode()
+
+
+@pytest.mark.parametrize("mode", [(), ("--force-dark-mode", "--blink-settings=preferredColorScheme=0")])
+def test_a_picture_can_be_taken_in_light_and_dark(page, mode):
+    picture = page.with_name(f"page{len(mode)}.png")
+    _, console = browse(page, *mode, "--window-size=1280,1600", f"--screenshot={picture}")
+    assert console == [] and picture.stat().st_size > 20_000

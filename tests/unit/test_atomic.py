@@ -1,0 +1,83 @@
+"""Atomic files: what is cleaned survives both readers, a file is whole or absent."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from recbole_mllm.data.atomic import clean, read_atomic, whole_file, write_atomic
+from recbole_mllm.data.images import find_image, inside, open_image
+from recbole_mllm.data.texts import read_items
+from recbole_mllm.errors import UserError
+
+
+@given(st.lists(st.text(), max_size=5))
+def test_cleaned_text_survives_the_round_trip(tmp_path_factory, texts):
+    path = tmp_path_factory.mktemp("a") / "x.item"
+    cleaned = [clean(text) for text in texts]
+    write_atomic(path, {"item_id": "token", "title": "token_seq"}, [(str(n), t) for n, t in enumerate(cleaned)])
+    assert [row["title"] for row in read_atomic(path)] == cleaned
+
+
+@given(st.text())
+def test_clean_is_one_line_without_controls_and_stays_so(text):
+    once = clean(text)
+    assert clean(once) == once and not set(once) & set("\t\n\r\x00\u200b") and not once.startswith(('"', "'"))
+
+
+def test_a_tab_in_a_value_is_refused_and_leaves_no_file(tmp_path):
+    with pytest.raises(UserError, match="tab or newline"):
+        write_atomic(tmp_path / "x.item", {"item_id": "token", "title": "token_seq"}, [("1", "a\tb")])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reader_names_file_and_line(tmp_path):
+    (tmp_path / "x.item").write_text("item_id:token\ttitle:token_seq\n1\ta\n2\tb\tc\n")
+    with pytest.raises(UserError, match=r"x\.item:3: 3 values for 2 columns"):
+        list(read_atomic(tmp_path / "x.item"))
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "x"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), whole_file(path) as file:
+        file.write("half")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_images_open_upright_and_rgb(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned by 90 degrees
+    Image.new("RGB", (40, 20), "red").save(tmp_path / "turned.jpg", exif=exif)
+    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    Image.fromarray(np.full((4, 4), 65535, np.uint16)).save(tmp_path / "deep.png")
+    assert open_image(tmp_path / "turned.jpg").size == (20, 40)
+    assert open_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
+    assert open_image(tmp_path / "deep.png").getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>not found</html>", b"\xff\xd8\xff\xe0 cut off"])
+def test_an_unreadable_image_counts_as_missing_and_the_item_stays(tmp_path, content):
+    folder = tmp_path / "shop"
+    folder.mkdir()
+    (folder / "shop.item").write_text("item_id:token\ttitle:token_seq\timage:token\n1\ta mug\tm.jpg\n2\ta hat\t\n")
+    (folder / "m.jpg").write_bytes(content)
+    items = read_items(folder, None)
+    assert items.title("1") == "a mug" and items.image("1") is None and items.images == {}
+
+
+def test_no_path_leads_out_of_the_folder(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (tmp_path / "secret.png").write_bytes(b"x")
+    (folder / "link.png").symlink_to(tmp_path / "secret.png")
+    assert inside(folder, "../secret.png") is None and inside(folder, "link.png") is None
+    assert find_image(folder, "../secret") is None
+
+
+def test_images_by_id_are_found_in_the_folder_or_its_images(tmp_path):
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (2, 2)).save(tmp_path / "images" / "7.jpg")
+    assert find_image(tmp_path, "7") == tmp_path / "images" / "7.jpg" and find_image(tmp_path, "8") is None

@@ -1,0 +1,238 @@
+"""A benchmark survives its runs: crashes, kills and interruptions cost what was at work and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recbole_mllm.benchmark.field import resolve
+from recbole_mllm.benchmark.records import read_records
+from recbole_mllm.benchmark.run import BenchmarkPlan, benchmark, jobs_of
+from recbole_mllm.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+POWERS = {"Pop": 0.1, "ItemKNN": 0.8, "SASRec": 1.0, "MLLMMSR": 2.0, "MLLMMSR:direct": 1.5}
+
+WORKER = f"""
+import json, os, signal, sys, time
+from pathlib import Path
+sys.path.insert(0, {str(ROOT)!r})
+from recbole_mllm.benchmark.records import append
+from tests.planted_runs import plant_run
+job = json.loads(Path(sys.argv[1]).read_text())
+assert len(sys.argv) == 2
+out = Path(job["output_dir"])
+with (out / "started.txt").open("a") as file:
+    file.write(job["run_id"] + "\\n")
+fate = job["overrides"].get("fate", {{}}).get(job["label"])
+print("epoch 1 of", job["model"], flush=True)
+if fate == "crash":
+    raise ValueError("the loss is\\nnot a number")
+if fate == "oom":
+    os.kill(os.getpid(), signal.SIGKILL)
+if fate == "silent":
+    sys.exit(0)
+if fate == "mistake":
+    print("UserError: no such dataset", file=sys.stderr)
+    sys.exit(2)
+if fate == "wait":
+    while not (out / "go").exists():
+        time.sleep(0.05)
+append(out / "runs.jsonl", plant_run(out, job["label"], {POWERS!r}[job["label"]], job["kind"], job["seed"], run_id=job["run_id"]))
+"""
+
+
+@pytest.fixture
+def worker(tmp_path) -> tuple[str, ...]:
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    return sys.executable, str(script)
+
+
+def plan(tmp_path: Path, *labels: str, **changes: Any) -> BenchmarkPlan:
+    values: dict[str, Any] = {"dataset": "demo", "labels": labels, "seeds": (2024,), "output_dir": tmp_path / "results"}
+    return BenchmarkPlan(**(values | changes))
+
+
+def started(tmp_path: Path) -> list[str]:
+    return (tmp_path / "results" / "started.txt").read_text().split()
+
+
+def board(tmp_path: Path) -> Any:
+    return json.loads((tmp_path / "results" / "leaderboard.json").read_text())
+
+
+def test_every_model_and_seed_runs_once_and_the_leaderboard_stands(tmp_path, worker):
+    lines: list[str] = []
+    page = benchmark(plan(tmp_path, "Pop", "SASRec", "MLLMMSR:direct", seeds=(1, 2)), worker, lines.append)
+    assert page.name == "leaderboard.html" and page.exists()
+    assert [(row["model"], row["seeds"]) for row in board(tmp_path)["rows"]] == [
+        ("MLLMMSR:direct", [1, 2]), ("SASRec", [1, 2]), ("Pop", [1, 2]),
+    ]  # fmt: skip
+    assert lines[0] == "[1/6] Pop seed 1 …" and lines[-1].startswith("[6/6] MLLMMSR:direct seed 2 … ")
+    assert "NDCG@10 0." in lines[1]
+    assert len(started(tmp_path)) == 6
+
+
+def test_a_finished_run_is_kept_unless_forced_and_other_settings_are_another_run(tmp_path, worker):
+    benchmark(plan(tmp_path, "Pop"), worker, print)
+    lines: list[str] = []
+    benchmark(plan(tmp_path, "Pop", "SASRec"), worker, lines.append)
+    assert "kept from before, NDCG@10" in lines[0] and len(started(tmp_path)) == 2
+    benchmark(plan(tmp_path, "Pop", force=True), worker, print)
+    benchmark(plan(tmp_path, "Pop", overrides={"epochs": 9}), worker, print)
+    first, _, again, other = started(tmp_path)
+    assert first == again != other
+
+
+@pytest.mark.parametrize(
+    ("fate", "words"),
+    [("crash", "ValueError: the loss is"), ("oom", "SIGKILL"), ("silent", "without a record"), ("mistake", "no such dataset")],
+)
+def test_a_crash_costs_one_row_says_why_and_is_tried_again(tmp_path, worker, fate, words):
+    failing = {"fate": {"SASRec": fate}}
+    benchmark(plan(tmp_path, "Pop", "SASRec", "MLLMMSR", overrides=failing), worker, print)
+    *good, bad = board(tmp_path)["rows"]
+    assert [row["model"] for row in good] == ["MLLMMSR", "Pop"]
+    assert bad["model"] == "SASRec" and words in bad["status"] and "\n" not in bad["status"]
+    log = tmp_path / "results" / bad["status"].rpartition("log: ")[2].rstrip(")")
+    assert "epoch 1 of SASRec" in log.read_text()
+    benchmark(plan(tmp_path, "Pop", "SASRec", "MLLMMSR", overrides=failing), worker, print)
+    assert [run.partition("-")[0] for run in started(tmp_path)] == ["Pop", "SASRec", "MLLMMSR", "SASRec"]
+    assert len(board(tmp_path)["rows"]) == 3
+
+
+def test_jobs_at_once_leave_the_same_leaderboard(tmp_path, worker):
+    labels = tuple(POWERS)
+    benchmark(plan(tmp_path / "a", *labels, output_dir=tmp_path / "a" / "results"), worker, print)
+    benchmark(plan(tmp_path / "b", *labels, output_dir=tmp_path / "b" / "results", jobs=3), worker, print)
+    assert board(tmp_path / "a") == board(tmp_path / "b")
+
+
+def start_elsewhere(tmp_path: Path, worker: tuple[str, ...]) -> subprocess.Popen[str]:
+    """Start a benchmark whose second run waits, in a process of its own, and return once that run is at work."""
+    script = (
+        "import sys; from pathlib import Path; from recbole_mllm.benchmark.run import *\n"
+        "benchmark(BenchmarkPlan('demo', ('Pop', 'SASRec', 'MLLMMSR'), (2024,), Path(sys.argv[1]),"
+        " overrides={'fate': {'SASRec': 'wait'}}), sys.argv[2:])"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "results"), *worker]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "results" / "started.txt").exists() or len(started(tmp_path)) < 2:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    return process
+
+
+def child_of(tmp_path: Path) -> int:
+    (folder,) = (tmp_path / "results" / "runs").glob("SASRec-*")
+    return int((folder / "lock").read_text())
+
+
+def ended(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    return Path(f"/proc/{process}/stat").read_text().split()[2] == "Z"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_ends_the_child_and_keeps_what_is_finished(tmp_path, worker, number):
+    process = start_elsewhere(tmp_path, worker)
+    child = child_of(tmp_path)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 1 and ended(child)
+    assert "stopped; 1 of 3 runs are finished and kept" in output
+    assert [record.label for record in read_records(tmp_path / "results" / "runs.jsonl")] == ["Pop"]
+    assert [row["model"] for row in board(tmp_path)["rows"]] == ["Pop"]
+
+
+def test_kill_9_and_start_again_gives_the_leaderboard_it_would_have_been(tmp_path, worker):
+    waiting = {"fate": {"SASRec": "wait"}}
+    process = start_elsewhere(tmp_path, worker)
+    child = child_of(tmp_path)
+    process.kill()
+    process.wait()
+    os.kill(child, signal.SIGKILL)
+    (tmp_path / "results" / "go").touch()
+    with (tmp_path / "results" / "runs.jsonl").open("a") as file:
+        file.write('{"run_id": "torn')
+    benchmark(plan(tmp_path, "Pop", "SASRec", "MLLMMSR", overrides=waiting), worker, print)
+    straight = tmp_path / "straight"
+    straight.mkdir()
+    (straight / "go").touch()
+    benchmark(plan(tmp_path, "Pop", "SASRec", "MLLMMSR", overrides=waiting, output_dir=straight), worker, print)
+    assert board(tmp_path) == json.loads((straight / "leaderboard.json").read_text())
+
+
+def test_a_run_that_outlives_a_killed_benchmark_is_waited_for_not_repeated(tmp_path, worker):
+    process = start_elsewhere(tmp_path, worker)
+    process.kill()
+    process.wait()
+    lines: list[str] = []
+
+    def hear(line: str) -> None:
+        lines.append(line)
+        if "waiting for it" in line:
+            (tmp_path / "results" / "go").touch()
+
+    benchmark(plan(tmp_path, "Pop", "SASRec", overrides={"fate": {"SASRec": "wait"}}), worker, hear)
+    assert any("is still at this run" in line for line in lines)
+    assert len(started(tmp_path)) == 2 and board(tmp_path)["rows"][0]["model"] == "SASRec"
+
+
+def test_the_order_given_to_the_worker(tmp_path):
+    config = tmp_path / "mine.yaml"
+    config.write_text("epochs: 3")
+    job, variant = jobs_of(
+        plan(tmp_path, "SASRec", "MLLMMSR:no-image", config_files=(str(config),), limit_users=5,
+             overrides={"epochs": 7, "use_image": True})
+    )  # fmt: skip
+    order = job.order()
+    assert order["overrides"]["epochs"] == 7 and order["defaults"]["train_neg_sample_args"] is None
+    assert variant.order()["overrides"]["use_image"] is False, "a label must mean what it says"
+    assert (order["model"], order["limit_users"], order["config_files"]) == ("SASRec", 5, [str(config)])
+
+
+def test_the_seeds_of_one_configuration_share_the_digest_and_a_changed_file_changes_it(tmp_path):
+    config = tmp_path / "mine.yaml"
+    config.write_text("epochs: 3")
+    one, two = jobs_of(plan(tmp_path, "Pop", seeds=(1, 2), config_files=(str(config),)))
+    assert one.run_id.startswith("Pop-1-") and one.run_id[-8:] == two.run_id[-8:]
+    config.write_text("epochs: 4")
+    assert jobs_of(plan(tmp_path, "Pop", seeds=(1,), config_files=(str(config),)))[0].run_id != one.run_id
+    assert jobs_of(plan(tmp_path, "Pop", "Pop", seeds=(1, 1)))[0].number == 1
+    assert len(jobs_of(plan(tmp_path, "Pop", "Pop", seeds=(1, 1)))) == 1
+
+
+def test_presets_change_what_they_say():
+    assert resolve("MLLMMSR").kind == "mllm" and not resolve("MLLMMSR").overrides
+    assert resolve("MLLMMSR:block-5").overrides == {"block_size": 5}
+    assert resolve("MLLMMSR:zero-shot").overrides == {"finetune": "none"}
+    assert resolve("LightGCN").kind == "baseline"
+
+
+@pytest.mark.parametrize(
+    ("label", "words"),
+    [("MLLMMSR:zeroshot", "MLLMMSR:zero-shot"), ("MLLMMSR:block-0", "block-N"), ("Pop:direct", "only MLLMMSR"), ("", "no model")],
+)
+def test_an_unknown_label_is_refused_before_anything_runs(tmp_path, label, words):
+    with pytest.raises(UserError, match=words):
+        plan(tmp_path, "Pop", label)
+
+
+@pytest.mark.parametrize("changes", [{"labels": ()}, {"seeds": ()}, {"jobs": 0}, {"limit_users": 0}])
+def test_a_plan_that_cannot_run_is_refused(tmp_path, changes):
+    with pytest.raises(UserError):
+        plan(tmp_path, "Pop", **changes)

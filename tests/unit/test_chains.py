@@ -1,0 +1,126 @@
+"""No prompt has read its own answer, nor anything later: over random histories, positions and settings."""
+
+from dataclasses import replace
+
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from recbole_mllm.data.texts import Items
+from recbole_mllm.mllm.base import Answer
+from recbole_mllm.prompts import Style
+from recbole_mllm.resources import PROPERTIES
+from recbole_mllm.settings import SummarySettings
+from recbole_mllm.summaries.chains import State, before, history_digest, state_at, steps
+from recbole_mllm.summaries.prepare import Preferences
+from recbole_mllm.summaries.store import Decoding, Store
+from recbole_mllm.summaries.users import Plan, as_rows, preferences
+from recbole_mllm.summaries.writing import Scribe
+
+BASE = SummarySettings.from_config(yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text()))
+STYLE = Style.from_mapping("demo", yaml.safe_load((PROPERTIES / "prompt" / "demo.yaml").read_text()))
+
+SETTINGS = st.builds(
+    lambda size, partial, most, mode: replace(
+        BASE, block_size=size, partial_block=partial, max_history=most, summary_mode=mode, item_summary="none"
+    ),
+    st.integers(1, 5),
+    st.booleans(),
+    st.none() | st.integers(1, 7),
+    st.sampled_from(["recurrent", "direct"]),
+)
+HISTORIES = st.dictionaries(st.sampled_from(["u1", "u2", "u3"]), st.integers(2, 12), min_size=1)
+
+
+class Echo:
+    """Writes the markers it has read, so that a summary shows what it knows; counts what it was asked."""
+
+    identity = "echo"
+
+    def __init__(self):
+        self.asked = 0
+
+    def write(self, prompts, max_new_tokens):
+        self.asked += len(prompts)
+        return [Answer(" ".join(sorted(set(_markers(p.text)))), 1, 1) for p in prompts]
+
+
+def _markers(text):
+    return [word.strip(".,:") for word in text.split() if word.startswith("seen-")]
+
+
+def _world(lengths):
+    histories = {user: [f"{user}i{n}" for n in range(length)] for user, length in lengths.items()}
+    titles = {item: f"seen-{item}" for items in histories.values() for item in items}
+    return histories, Items(titles, {})
+
+
+def _run(folder, plan, items, settings, echo):
+    store = Store(folder / "store.sqlite")
+    scribe = Scribe("user", lambda: echo, echo.identity, store, Decoding(9), 4)
+    texts = preferences(scribe, STYLE, items, {}, plan, settings)
+    store.close()
+    return texts
+
+
+@given(lengths=HISTORIES, settings=SETTINGS)
+def test_a_row_reads_only_what_lies_before_it(tmp_path_factory, lengths, settings):
+    histories, items = _world(lengths)
+    plan = Plan(histories, {user: set(range(len(h))) for user, h in histories.items()})
+    texts = _run(tmp_path_factory.mktemp("s"), plan, items, settings, Echo())
+    known = Preferences(texts, plan, items, STYLE, settings)
+    for user, history in histories.items():
+        for position in range(len(history)):
+            seen = set(_markers(known.of(user, position)))
+            start = 0 if settings.max_history is None else max(0, position - settings.max_history)
+            stop = position
+            if settings.summary_mode == "recurrent" and not settings.partial_block:
+                stop = start + (position - start) // settings.block_size * settings.block_size
+            assert seen == {f"seen-{item}" for item in history[start:stop]}
+
+
+@given(lengths=HISTORIES, settings=SETTINGS)
+def test_shared_chains_say_what_each_row_alone_would(tmp_path_factory, lengths, settings):
+    histories, items = _world(lengths)
+    whole = Plan(histories, {user: set(range(1, len(h))) for user, h in histories.items()})
+    together, folder = _run(tmp_path_factory.mktemp("s"), whole, items, settings, Echo()), tmp_path_factory.mktemp("t")
+    for user, history in histories.items():
+        alone = Plan(histories, {user: {len(history) - 1}})
+        for key, text in _run(folder, alone, items, settings, Echo()).items():
+            assert together[key] == text
+
+
+def test_full_blocks_are_made_once_and_shared():
+    settings = replace(BASE, block_size=2)
+    found = steps([state_at(p, settings) for p in (3, 4, 5)], settings)
+    assert found == [[State(0, 0, 2)], [State(0, 2, 3), State(0, 2, 4)], [State(0, 4, 5)]]
+
+
+def test_a_step_continues_the_full_block_before_it():
+    settings = replace(BASE, block_size=3)
+    assert before(State(0, 3, 5), settings) == State(0, 0, 3)
+    assert before(State(0, 0, 2), settings) is None
+
+
+def test_no_partial_block_means_a_cold_start_before_the_first_full_one():
+    settings = replace(BASE, block_size=3, partial_block=False)
+    assert [state_at(p, settings) for p in range(3)] == [None] * 3
+    assert state_at(5, settings) == State(0, 0, 3)
+
+
+def test_a_second_run_asks_nothing(tmp_path):
+    histories, items = _world({"u1": 9})
+    plan, echo = Plan(histories, {"u1": {3, 8}}), Echo()
+    first = _run(tmp_path, plan, items, BASE, echo)
+    asked = echo.asked
+    assert _run(tmp_path, plan, items, BASE, echo) == first and echo.asked == asked
+
+
+def test_rows_name_the_history_they_have_read(tmp_path):
+    histories, items = _world({"u1": 5})
+    plan = Plan(histories, {"u1": {4}})
+    rows = as_rows(_run(tmp_path, plan, items, BASE, Echo()), plan)
+    assert [(row.seen, row.history) for row in rows] == [
+        (3, history_digest(histories["u1"][:3])),
+        (4, history_digest(histories["u1"][:4])),
+    ]

@@ -1,0 +1,312 @@
+"""The demo world holds what it promises, and the shipped tiny MLLM sees and judges it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+
+from recbole_mllm.demo import texts
+from recbole_mllm.demo.attributes import FIELDS, VALUES, VISIBLE, Item, draw_item, draw_traits, is_reserved
+from recbole_mllm.demo.render import render
+from recbole_mllm.demo.world import demo_world, item_id, user_id, write_demo_dataset
+from recbole_mllm.prompts import Prompt, Style, image_summary_prompt, recommend_prompt
+
+ROOT = Path(__file__).parents[2]
+TINY = ROOT / "recbole_mllm" / "demo" / "tiny"
+SEED = 100
+
+
+def items(count: int, *, reserved: bool = True) -> list[Item]:
+    rng = Random(3)
+    return [draw_item(rng, reserved=reserved) for _ in range(count)]
+
+
+# ---- attributes and texts
+
+
+def test_every_value_belongs_to_one_field():
+    values = [value for field in FIELDS for value in VALUES[field]]
+    assert len(values) == len(set(values))
+
+
+def test_a_title_holds_no_visual_attribute():
+    visual = {value for field in VISIBLE for value in VALUES[field]}
+    for item in items(300):
+        assert not visual & set(texts.title(item).lower().split())
+
+
+def test_reserved_looks_are_about_a_third_and_pretraining_never_draws_one():
+    looks = [dict(zip(VISIBLE, look, strict=True)) for look in product(*(VALUES[field] for field in VISIBLE))]
+    assert 0.25 < sum(map(is_reserved, looks)) / len(looks) < 0.35
+    assert not any(is_reserved(item.traits) for item in items(500, reserved=False))
+    assert all(is_reserved(item.traits) for item in demo_world(SEED).items)
+
+
+@pytest.mark.parametrize(
+    ("write", "read", "fields"),
+    [
+        (texts.caption, texts.parse_caption, VISIBLE),
+        (texts.text_summary, texts.parse_text_summary, ("theme",)),
+        (texts.fused_summary, texts.parse_fused_summary, FIELDS),
+    ],
+)
+def test_parsers_read_back_what_is_written(
+    write: Callable[[Item], str], read: Callable[[str], dict[str, str] | None], fields: tuple[str, ...]
+):
+    for item in items(50):
+        assert read(write(item)) == {field: item.traits[field] for field in fields}
+        assert read(write(item)[:-1]) is None
+
+
+def test_a_preference_lists_the_known_fields_and_is_read_back():
+    traits = {"colour": "red", "pattern": "striped", "kind": "mug", "scene": "studio", "theme": "sport"}
+    text = "The user prefers red colour, striped pattern, mug kind, studio scene, sport theme."
+    assert texts.preference_text(traits) == text
+    assert texts.parse_preference(text) == traits
+    assert texts.preference_text({"theme": "sport"}) == "The user prefers sport theme."
+    assert texts.parse_preference("The user prefers sport theme.") == {"theme": "sport"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "The user prefers .",
+        "The user prefers red.",
+        "The user prefers red colour, blue colour.",
+        "The user prefers sport theme, red colour.",
+        "The user prefers red size.",
+        "The user prefers red colour, sport theme",
+    ],
+)
+def test_what_is_no_preference_is_not_read_as_one(text: str):
+    assert texts.parse_preference(text) is None
+
+
+def test_summary_lets_the_later_of_two_win_and_two_beat_the_previous():
+    red, blue = {"colour": "red"}, {"colour": "blue"}
+    assert texts.summarize([red, blue]) == blue
+    assert texts.summarize([blue], red) == red
+    assert texts.summarize([blue, blue], red) == blue
+    assert texts.summarize([red, blue, blue, red]) == red  # 1 + 1.6 against 1.2 + 1.4: a tie, and red was last
+
+
+def test_summary_knows_what_its_lines_tell():
+    item = items(1)[0]
+    assert texts.known_traits(item, "") == {"theme": item.theme}
+    assert texts.known_traits(item, texts.text_summary(item)) == {"theme": item.theme}
+    assert texts.known_traits(item, texts.caption(item)) == item.traits
+    assert texts.summarize([texts.known_traits(item, "")]) == {"theme": item.theme}
+
+
+def test_a_recurrent_summary_follows_a_constant_user():
+    taste = draw_traits(Random(1))
+    preference = None
+    for _ in range(4):
+        preference = texts.summarize([taste, draw_traits(Random(2)), taste], preference)
+    assert preference == taste
+
+
+# ---- images
+
+
+def test_the_same_seed_draws_the_same_image_and_the_look_decides_what_it_shows():
+    first, second = items(2)
+    assert render(first, 7).tobytes() == render(first, 7).tobytes()
+    assert render(first, 7).tobytes() != render(first, 8).tobytes()
+    assert render(first, 7).tobytes() != render(second, 7).tobytes()
+    other_title = Item("Alba", first.colour, first.pattern, first.kind, first.scene, "retro")
+    assert render(first, 7).tobytes() == render(other_title, 7).tobytes()
+
+
+def test_all_768_looks_can_be_drawn():
+    for look in product(*(VALUES[field] for field in VISIBLE)):
+        assert render(Item("Alba", *look, "retro"), 1).getextrema() != ((0, 0), (0, 0), (0, 0))
+
+
+# ---- the world
+
+
+def test_a_world_depends_on_its_seed_alone():
+    assert demo_world(SEED) == demo_world(SEED)
+    assert demo_world(SEED).items != demo_world(SEED + 1).items
+
+
+def test_cold_items_are_last_interactions_or_none():
+    world = demo_world(SEED)
+    assert len(world.items) == 600 and len(world.users) == 400 and len(world.cold) == 120
+    assert not world.cold & {item for user in world.users for item in user.history[:-1]}
+    targets = sum(user.history[-1] in world.cold for user in world.users)
+    assert 80 < targets < 200
+
+
+def test_nobody_takes_an_item_twice_and_tastes_show_in_what_is_taken():
+    world = demo_world(SEED)
+    taken, any_item = [], []
+    for user in world.users:
+        assert len(set(user.history)) == len(user.history) >= 8
+        taken.append(world.utility(user.taste, world.items[user.history[-1]]))
+        any_item += [world.utility(user.taste, item) for item in world.items[:20]]
+    assert sum(taken) / len(taken) > 2 * sum(any_item) / len(any_item)
+
+
+# ---- the dataset folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "toy"
+    write_demo_dataset(path, SEED)
+    return path
+
+
+def table(path: Path) -> tuple[list[str], list[list[str]]]:
+    header, *rows = path.read_text(encoding="utf-8").splitlines()
+    return header.split("\t"), [row.split("\t") for row in rows]
+
+
+def test_dataset_holds_the_world(folder: Path):
+    world = demo_world(SEED)
+    header, rows = table(folder / "toy.item")
+    assert header == ["item_id:token", "title:token_seq", "image:token"]
+    assert [row[:2] for row in rows] == [[item_id(n), texts.title(item)] for n, item in enumerate(world.items)]
+    for _, _, image in rows[:20]:
+        with Image.open(folder / image) as picture:
+            assert picture.format == "PNG" and 64 <= picture.width <= 128
+    header, rows = table(folder / "toy.inter")
+    assert header == ["user_id:token", "item_id:token", "timestamp:float"]
+    times = [int(row[2]) for row in rows]
+    assert times == sorted(times) and times[-1] < 2**24
+    for number, user in enumerate(world.users):
+        own = [(int(time), item) for who, item, time in rows if who == user_id(number)]
+        assert [item for _, item in own] == [item_id(n) for n in user.history]
+        assert len({time for time, _ in own}) == len(own)
+
+
+def test_truth_stands_beside_the_dataset_and_not_in_it(folder: Path):
+    truth = json.loads((folder / "truth.json").read_text(encoding="utf-8"))
+    world = demo_world(SEED)
+    assert truth["tastes"][user_id(0)] == world.users[0].taste
+    assert truth["items"]["i0001"] == {"brand": world.items[0].brand, **world.items[0].traits}
+    assert set(truth["cold"]) == {item_id(n) for n in world.cold}
+
+
+def test_the_same_seed_writes_the_same_bytes(folder: Path, tmp_path: Path):
+    write_demo_dataset(tmp_path / "toy", SEED)
+    files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    assert files == sorted(path.relative_to(tmp_path / "toy") for path in (tmp_path / "toy").rglob("*.*"))
+    assert all((folder / file).read_bytes() == (tmp_path / "toy" / file).read_bytes() for file in files)
+
+
+def test_a_dataset_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full_disk(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("recbole_mllm.demo.world._write_lines", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        write_demo_dataset(tmp_path / "toy", SEED)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dataset_is_never_overwritten(folder: Path):
+    with pytest.raises(FileExistsError, match="remove it"):
+        write_demo_dataset(folder, SEED)
+
+
+# ---- the shipped model
+
+
+@pytest.fixture(scope="module")
+def tiny() -> tuple[Any, Any]:
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model = AutoModelForImageTextToText.from_pretrained(TINY, dtype=torch.float32).eval()
+    return model, AutoProcessor.from_pretrained(TINY)
+
+
+@pytest.fixture(scope="module")
+def style() -> Style:
+    wording = yaml.safe_load((ROOT / "properties" / "prompt" / "demo.yaml").read_text(encoding="utf-8"))
+    return Style.from_mapping("demo", wording)
+
+
+def encoded(processor: Any, prompts: list[Prompt], pictures: list[Image.Image]) -> Any:
+    """Encode prompts as anyone would: text and image parts through the chat template, then the processor."""
+    chats = []
+    for prompt in prompts:
+        before, *after = prompt.text.split("<image>")
+        parts: list[dict[str, str]] = [{"type": "text", "text": before}] if before else []
+        for text in after:
+            parts += [{"type": "image"}, {"type": "text", "text": text}]
+        chats.append(processor.apply_chat_template([{"role": "user", "content": parts}]))
+    return processor(text=chats, images=pictures or None, return_tensors="pt", padding=True, add_special_tokens=False)
+
+
+def test_the_chat_template_adds_nothing_to_the_parts(tiny: tuple[Any, Any], style: Style):
+    prompt = recommend_prompt(style, style.cold, "Norvik sport edition", Path("x.png"))
+    before, after = prompt.text.split("<image>")
+    parts = [{"type": "text", "text": before}, {"type": "image"}, {"type": "text", "text": after}]
+    question = {"role": "user", "content": parts}
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "Yes"}]}
+    template = tiny[1].apply_chat_template
+    assert template([question]) == f"<s>[INST] {prompt.text} [/INST]"
+    assert template([question, answer]) == f"<s>[INST] {prompt.text} [/INST] Yes</s>"
+    assert template([{"role": "user", "content": prompt.text}]) == template([question])
+
+
+def test_every_value_is_one_token(tiny: tuple[Any, Any]):
+    tokenizer = tiny[1].tokenizer
+    for field in FIELDS:
+        for value in VALUES[field]:
+            assert len(tokenizer.encode(f" {value}", add_special_tokens=False)) == 1
+
+
+def test_the_tiny_model_captions_looks_it_has_never_seen(tiny: tuple[Any, Any], style: Style):
+    import torch
+
+    model, processor = tiny
+    shown = items(100)
+    inputs = encoded(
+        processor,
+        [image_summary_prompt(style, Path("x.png"))] * len(shown),
+        [render(item, 500_000 + n) for n, item in enumerate(shown)],
+    )
+    with torch.inference_mode():
+        written = model.generate(**inputs, max_new_tokens=16, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    told = [texts.parse_caption(text) or {} for text in processor.batch_decode(written, skip_special_tokens=True)]
+    for field in VISIBLE:
+        hits = sum(told_of.get(field) == item.traits[field] for told_of, item in zip(told, shown, strict=True))
+        assert hits >= 95, f"{field}: {hits} of 100"
+
+
+@pytest.mark.parametrize("item_first", [True, False])
+def test_the_tiny_model_says_yes_to_what_agrees(tiny: tuple[Any, Any], style: Style, item_first: bool):
+    import torch
+
+    model, processor = tiny
+    shown = items(40)
+    rng = Random(8)
+    unlike = [
+        {field: rng.choice([v for v in VALUES[field] if v != item.traits[field]]) for field in FIELDS} for item in shown
+    ]
+    prompts = [
+        recommend_prompt(style, texts.preference_text(taste), texts.title(item), Path("x.png"), item_first=item_first)
+        for item, other in zip(shown, unlike, strict=True)
+        for taste in (item.traits, other)
+    ]
+    pictures = [render(item, 600_000 + n) for n, item in enumerate(shown) for _ in range(2)]
+    yes, no = (processor.tokenizer.encode(f" {word}", add_special_tokens=False)[0] for word in ("Yes", "No"))
+    with torch.inference_mode():
+        logits = model(**encoded(processor, prompts, pictures), logits_to_keep=1).logits[:, -1]
+    agreeing, disagreeing = (logits[:, yes] - logits[:, no]).view(-1, 2).unbind(1)
+    assert (agreeing > 0).float().mean() >= 0.95
+    assert (disagreeing < 0).float().mean() >= 0.95

@@ -1,0 +1,269 @@
+"""The leaderboard says what was planted, no more, and says it alike in every form."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from recbole_mllm.benchmark.leaderboard import COSTS, SLICES, Leaderboard
+from recbole_mllm.benchmark.ranking import build
+from recbole_mllm.benchmark.records import RunRecord, append, read_arrays
+from recbole_mllm.benchmark.report import format_csv, format_leaderboard, format_markdown, format_table, render, write_note
+from recbole_mllm.errors import UserError
+from tests.planted_runs import CANDIDATES, plant_run
+
+ROOT = Path(__file__).resolve().parents[2]
+EVIL = '<script>alert("1")</script>|&'
+
+
+@pytest.fixture
+def field(tmp_path) -> list[RunRecord]:
+    """A strong MLLM, a middling baseline that is the best one, a weak baseline and a twin of the best."""
+    return [
+        plant_run(tmp_path, "Pop", 0.1),
+        plant_run(tmp_path, "SASRec", 1.0),
+        plant_run(tmp_path, "MLLMMSR", 2.2, "mllm"),
+        plant_run(tmp_path, "MLLMMSR:direct", 1.0, "mllm"),
+    ]
+
+
+@pytest.fixture
+def board(field, tmp_path) -> Leaderboard:
+    return build(field, tmp_path)
+
+
+def per_user(results: Path, record: RunRecord, metric: str) -> np.ndarray:
+    arrays = read_arrays(results / str(record.per_user), ["user", metric])
+    return arrays[metric][np.argsort(arrays["user"])]
+
+
+def row_of(board: Leaderboard, model: str) -> dict:
+    return next(row for row in board.to_json()["rows"] if row["model"] == model)
+
+
+def test_the_planted_order_comes_out_and_the_best_baseline_is_the_reference(board):
+    names = [row.model for row in board.rows]
+    assert names[0] == "MLLMMSR" and names[-1] == "Pop"
+    assert board.best_baseline == "SASRec"
+    assert all(score["p_vs_best_baseline"] is None for score in row_of(board, "SASRec")["metrics"].values())
+    assert row_of(board, "MLLMMSR")["metrics"]["NDCG@10"]["p_vs_best_baseline"] < 0.001
+    assert row_of(board, "Pop")["metrics"]["AUC"]["p_vs_best_baseline"] < 0.001
+    assert row_of(board, "MLLMMSR:direct")["metrics"]["NDCG@10"]["p_vs_best_baseline"] > 0.05
+
+
+def test_the_published_schema_to_the_letter(board):
+    told = json.loads(json.dumps(board.to_json(), allow_nan=False))
+    assert list(told) == ["dataset", "protocol", "candidates", "n_users", "metrics", "rows"]
+    assert (told["dataset"], told["candidates"], told["n_users"]) == ("demo", CANDIDATES, 120)
+    assert {"Hit@5", "MRR@5", "NDCG@5", "Recall@5", "NDCG@3", "NDCG@10", "GAUC", "AUC"} <= set(told["metrics"])
+    for row in told["rows"]:
+        assert list(row) == ["model", "seeds", "status", "metrics", "cost", "slices"]
+        assert list(row["cost"]) == list(COSTS) and list(row["slices"]) == list(SLICES)
+        assert list(row["metrics"]) == told["metrics"]
+        for score in row["metrics"].values():
+            assert list(score) == ["mean", "ci95", "p_vs_best_baseline"]
+            assert score["ci95"][0] <= score["mean"] <= score["ci95"][1]
+        for part in row["slices"].values():
+            assert list(part) == told["metrics"] and all(list(cell) == ["mean", "n"] for cell in part.values())
+
+
+def test_every_p_value_recomputed_from_the_arrays(field, board, tmp_path):
+    """Means, t-tests and Holm's correction, written out; AUC's bootstrap p-values are taken as told, uncorrected."""
+    by_label = {record.label: record for record in field}
+    raw: dict[tuple[str, str], float] = {}
+    for label in ("Pop", "MLLMMSR", "MLLMMSR:direct"):
+        for metric in board.metrics[:-1]:
+            mine, best = (per_user(tmp_path, by_label[name], metric) for name in (label, "SASRec"))
+            raw[label, metric] = float(stats.ttest_rel(mine, best).pvalue)
+            assert row_of(board, label)["metrics"][metric]["mean"] == pytest.approx(mine.mean())
+    told = {key: row_of(board, key[0])["metrics"][key[1]]["p_vs_best_baseline"] for key in raw}
+    order, total, floor = sorted(raw, key=raw.__getitem__), 3 * len(board.metrics), 0.0
+    for place, key in enumerate(order):  # the three AUC tests may stand before or after, so the factor may be three lower
+        low, high = (max(floor, min(1.0, (total - place - shift) * raw[key])) for shift in (3, 0))
+        assert low - 1e-12 <= told[key] <= high + 1e-12
+        floor = low
+
+
+def test_slices_recomputed_from_the_arrays(field, board, tmp_path):
+    arrays = read_arrays(tmp_path / str(field[2].per_user), [])
+    masks = {"cold": arrays["train_count"] == 0, "warm": arrays["train_count"] > 0, "tail": arrays["tail"]}
+    for name, mask in masks.items():
+        cell = row_of(board, "MLLMMSR")["slices"][name]["NDCG@10"]
+        assert cell["n"] == mask.sum()
+        assert cell["mean"] == pytest.approx(arrays["NDCG@10"][mask].mean())
+    scores = read_arrays(tmp_path / str(field[2].scores), [])
+    cold = np.isin(scores["user"], arrays["user"][masks["cold"]])
+    positive, negative = (scores["score"][cold & (scores["label"] == label)] for label in (1, 0))
+    auc = (positive[:, None] > negative).mean()
+    assert row_of(board, "MLLMMSR")["slices"]["cold"]["AUC"]["mean"] == pytest.approx(auc)
+
+
+def test_a_slice_without_users_has_no_mean(field, tmp_path):
+    arrays = read_arrays(tmp_path / str(field[0].per_user), [])
+    np.savez(tmp_path / str(field[0].per_user), **(arrays | {"train_count": np.ones(120, int)}))
+    assert row_of(build(field[:1], tmp_path), "Pop")["slices"]["cold"]["AUC"] == {"mean": None, "n": 0}
+
+
+def test_seeds_are_averaged_per_user(tmp_path):
+    records = [plant_run(tmp_path, "SASRec", 1.0, seed=seed) for seed in (1, 2, 3)]
+    board = build([*records, plant_run(tmp_path, "Pop", 0.1)], tmp_path)
+    row = row_of(board, "SASRec")
+    both = np.mean([per_user(tmp_path, record, "NDCG@10") for record in records], axis=0)
+    low, high = row["metrics"]["NDCG@10"]["ci95"]
+    assert row["seeds"] == [1, 2, 3]
+    assert row["metrics"]["NDCG@10"]["mean"] == pytest.approx(both.mean())
+    assert high - low == pytest.approx(2 * 1.96 * stats.sem(both), rel=0.1)
+    assert row["cost"]["train_s"] == 20.0
+
+
+def test_two_sets_of_candidates_are_refused_by_name(field, tmp_path):
+    other = plant_run(tmp_path, "BPR", 0.5, candidates="other-digest")
+    with pytest.raises(UserError) as error:
+        build([*field, other], tmp_path)
+    assert CANDIDATES in str(error.value) and "other-digest" in str(error.value)
+    assert field[0].run_id in str(error.value) and other.run_id in str(error.value)
+
+
+def test_a_failed_run_costs_one_row_and_keeps_the_schema(field, tmp_path):
+    failed = replace(field[0], run_id="NGCF-2024-0a1b2c3d", label="NGCF", status="boom", metrics={}, candidates="")
+    board = build([*field, failed], tmp_path)
+    row = row_of(board, "NGCF")
+    assert board.rows[-1].model == "NGCF" and row["status"] == "boom"
+    assert row["metrics"]["AUC"] == {"mean": None, "ci95": None, "p_vs_best_baseline": None}
+    assert row["slices"]["tail"]["AUC"] == {"mean": None, "n": 0}
+    assert "NGCF seed 2024 failed: boom" in format_table(board)
+
+
+@pytest.mark.parametrize("harm", ["missing", "nan", "doubled", "others"])
+def test_unusable_arrays_cost_one_row(field, tmp_path, harm):
+    path = tmp_path / str(field[2].per_user)
+    arrays = read_arrays(path, [])
+    path.unlink()
+    if harm == "nan":
+        np.savez(path, **(arrays | {"NDCG@10": np.full(120, np.nan)}))
+    elif harm == "doubled":
+        np.savez(path, **(arrays | {"user": np.full(120, "u1")}))
+    elif harm == "others":
+        np.savez(path, **(arrays | {"user": np.char.add("x", arrays["user"])}))
+    board = build(field, tmp_path)
+    assert not board.rows[-1].ok and board.rows[-1].model == "MLLMMSR" and field[2].run_id[:7] in board.rows[-1].status
+    assert sum(row.ok for row in board.rows) == 3
+
+
+def test_a_failure_that_has_finished_since_is_forgotten(field, tmp_path):
+    failed = replace(field[1], run_id="SASRec-2024-99999999", status="typo", metrics={})
+    assert all(row.ok for row in build([failed, *field], tmp_path).rows)
+
+
+def test_only_failures_still_make_a_page(field, tmp_path):
+    failed = replace(field[0], status="boom", metrics={})
+    append(tmp_path / "runs.jsonl", failed)
+    board = render(tmp_path)
+    assert board.best_baseline is None and "nothing to rank" in (tmp_path / "leaderboard.html").read_text()
+
+
+def test_no_run_is_the_users_to_mend(tmp_path):
+    with pytest.raises(UserError, match="holds no run"):
+        build([], tmp_path)
+
+
+def test_two_configurations_of_a_model_are_two_rows_with_names_of_their_own(field, tmp_path):
+    board = build([*field, plant_run(tmp_path, "SASRec", 0.6, digest="ffffffff")], tmp_path)
+    assert {"SASRec (0a1b2c3d)", "SASRec (ffffffff)"} < {row.model for row in board.rows}
+
+
+def test_without_scores_auc_has_no_interval_and_the_rest_stands(field, tmp_path):
+    records = [replace(record, scores=None, metrics={**record.metrics, "AUC": 0.7}) for record in field]
+    row = row_of(build(records, tmp_path), "MLLMMSR")
+    assert row["metrics"]["AUC"] == {"mean": 0.7, "ci95": None, "p_vs_best_baseline": None}
+    assert row["metrics"]["GAUC"]["ci95"] is not None
+
+
+def test_a_leaderboard_of_mllms_alone_tests_nothing(field, tmp_path):
+    board = build(field[2:], tmp_path)
+    assert board.best_baseline is None
+    assert all(score.p is None for row in board.rows for score in row.scores.values())
+    assert "nothing is tested" in format_table(board)
+
+
+def test_every_form_says_the_same_numbers(field, tmp_path):
+    for record in field:
+        append(tmp_path / "runs.jsonl", record)
+    write_note(tmp_path, "A world\nmade up.")
+    render(tmp_path)
+    told = json.loads((tmp_path / "leaderboard.json").read_text())
+    table = list(csv.DictReader(io.StringIO((tmp_path / "leaderboard.csv").read_text())))
+    markdown, page = (tmp_path / "leaderboard.md").read_text(), (tmp_path / "leaderboard.html").read_text()
+    for row, line in zip(told["rows"], table, strict=True):
+        score = row["metrics"]["NDCG@10"]
+        assert (line["model"], float(line["NDCG@10"])) == (row["model"], score["mean"])
+        assert [float(line["NDCG@10 low"]), float(line["NDCG@10 high"])] == score["ci95"]
+        assert line["NDCG@10 p"] == ("" if score["p_vs_best_baseline"] is None else str(score["p_vs_best_baseline"]))
+        assert float(line["cold AUC"]) == row["slices"]["cold"]["AUC"]["mean"]
+        for text in (markdown, page, format_leaderboard(tmp_path)):
+            assert f"{score['mean']:.3f}" in text and row["model"] in text
+            assert "A world made up." in text
+    assert "[{:.3f}, {:.3f}]".format(*told["rows"][0]["metrics"]["AUC"]["ci95"]) in markdown and "n.s." in markdown
+    assert "epochs: 3" in markdown and "epochs: 3" in page and CANDIDATES in page
+
+
+def test_rendering_twice_changes_not_a_byte(field, tmp_path):
+    for record in reversed(field):
+        append(tmp_path / "runs.jsonl", record)
+    files = [f"leaderboard.{end}" for end in ("json", "csv", "md", "html")]
+    render(tmp_path)
+    first = [(tmp_path / name).read_bytes() for name in files]
+    render(tmp_path)
+    assert [(tmp_path / name).read_bytes() for name in files] == first
+
+
+def test_texts_are_escaped(tmp_path):
+    evil = plant_run(tmp_path, EVIL, 0.5, run_id="evil-1", dataset=EVIL, protocol=EVIL, device=EVIL, config={"note": EVIL})
+    failed = replace(evil, run_id="evil-2", seed=7, status=EVIL, metrics={})
+    append(tmp_path / "runs.jsonl", evil)
+    append(tmp_path / "runs.jsonl", failed)
+    write_note(tmp_path, EVIL)
+    board = render(tmp_path)
+    page = (tmp_path / "leaderboard.html").read_text()
+    assert "alert(" in page and "<script>alert" not in page
+    assert page.count("<script") == 1
+    table = [line for line in format_markdown(board).split("\n") if line.startswith("|")]
+    assert all("<script" not in line for line in table)
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table if "alert" in line or "NDCG@5" in line}) <= 3
+    assert next(csv.DictReader(io.StringIO(format_csv(board))))["model"] == EVIL
+
+
+def test_the_page_asks_nothing_of_the_network(field, tmp_path):
+    append(tmp_path / "runs.jsonl", field[0])
+    render(tmp_path)
+    page = (tmp_path / "leaderboard.html").read_text()
+    assert not re.search(r"https?://|//cdn|@import|url\((?!data:)|<link(?![^>]*href=\"data:)", page)
+
+
+def test_the_terminal_table_is_aligned_and_fits(board, field, tmp_path):
+    long = plant_run(tmp_path, "MLLMMSR:" + "long" * 20, 0.3, "mllm", summarize_s=123456.0, train_s=98765.0)
+    for text in (format_table(board), format_table(build([*field, long], tmp_path))):
+        lines = text.split("\n")
+        assert max(map(len, lines)) <= 120
+        rule = next(index for index, line in enumerate(lines) if line.startswith("──"))
+        assert len({len(line) for line in lines[rule - 1 : rule + 5]}) == 1
+        assert "SASRec (ref.)" in text and "n.s." in text
+
+
+def test_reports_need_neither_torch_nor_recbole():
+    names = "report records run ranking leaderboard"
+    script = f"import sys\nfor n in '{names}'.split(): __import__('recbole_mllm.benchmark.' + n)\n" + (
+        "bad = {'torch', 'recbole', 'transformers'} & set(sys.modules)\nsys.exit(str(bad) if bad else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,76 @@
+"""Prompts: marks are counted, filled-in text cannot pose as a mark, styles refuse to be incomplete."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from recbole_mllm.errors import UserError
+from recbole_mllm.prompts import (
+    Prompt,
+    Style,
+    item_line,
+    preference_prompt,
+    recommend_prompt,
+    titles_as_preference,
+)
+from recbole_mllm.resources import PROPERTIES, named
+
+WORDING = yaml.safe_load((PROPERTIES / "prompt" / "demo.yaml").read_text())
+STYLE = Style.from_mapping("demo", WORDING)
+PNG = Path("a.png")
+
+
+def test_a_prompt_refuses_a_mark_without_an_image():
+    with pytest.raises(ValueError, match="1 <image> marks for 0 images"):
+        Prompt("<image> what is it?")
+
+
+def test_a_title_that_says_image_is_no_mark():
+    prompt = recommend_prompt(STYLE, "likes <image>", "<image> of a cat", None)
+    assert prompt.images == () and prompt.text.count("<image>") == 2
+
+
+def test_the_wording_without_an_image_speaks_of_none():
+    assert "<image>" in recommend_prompt(STYLE, "p", "t", PNG).text
+    assert "<image>" not in recommend_prompt(STYLE, "p", "t", None).text
+
+
+def test_order_puts_item_or_user_first():
+    first = recommend_prompt(STYLE, "PREF", "TITLE", PNG).text
+    second = recommend_prompt(STYLE, "PREF", "TITLE", PNG, item_first=False).text
+    assert first.index("TITLE") < first.index("PREF") and second.index("PREF") < second.index("TITLE")
+
+
+def test_pieces_separate_the_styles_words_from_filled_in_texts():
+    lines = [item_line(STYLE, "mug", "red"), item_line(STYLE, "hat", "")]
+    pieces = preference_prompt(STYLE, lines, "likes red").pieces()
+    assert pieces[1::2] == ["likes red", "mug", "red", "hat"]
+
+
+def test_braces_in_a_title_are_just_braces():
+    assert "{preference}" in recommend_prompt(STYLE, "p", "{preference} {0}", None).text
+
+
+def test_titles_stand_for_the_preference_and_none_is_a_cold_start():
+    assert titles_as_preference(STYLE, ["a", "b"]).count("a") >= 1
+    assert titles_as_preference(STYLE, []) == STYLE.cold
+
+
+@pytest.mark.parametrize("name", named("prompt"))
+def test_every_shipped_style_is_complete(name):
+    Style.from_mapping(name, yaml.safe_load((PROPERTIES / "prompt" / f"{name}.yaml").read_text()))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"first_block": None}, "first_block must be a text"),
+        ({"first_block": "no field"}, "first_block must be a text with {items}"),
+        ({"image_summary": "no mark"}, "image_summary must hold 1 <image>"),
+        ({"extra": "x"}, "missing or unknown wording extra"),
+    ],
+)
+def test_a_style_says_what_is_wrong_with_it(change, message):
+    with pytest.raises(UserError, match=message):
+        Style.from_mapping("mine", WORDING | change)

@@ -1,0 +1,133 @@
+"""Run records survive crashes, crowds and bad numbers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from recbole_mllm.benchmark.records import (
+    PAIR_COLUMNS,
+    RunRecord,
+    append,
+    latest,
+    read_arrays,
+    read_records,
+    write_arrays,
+)
+from recbole_mllm.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def record(run_id: str = "Pop-2024-00000000", **changes: object) -> RunRecord:
+    values = {
+        "run_id": run_id, "model": "Pop", "label": "Pop", "kind": "baseline", "seed": 2024, "dataset": "demo",
+        "status": "ok", "started": "2026-01-01T10:00:00", "metrics": {"NDCG@10": 0.5},
+    }  # fmt: skip
+    return RunRecord(**(values | changes))  # type: ignore[arg-type]
+
+
+def test_what_is_appended_is_read_back(tmp_path):
+    path = tmp_path / "new" / "runs.jsonl"
+    told = record(config={"a": 1, "path": "x\ny", "né": None}, scores="runs/x/scores.npz", tokens=7)
+    append(path, told)
+    append(path, record("b"))
+    assert read_records(path) == [told, record("b")]
+    assert path.read_bytes().count(b"\n") == 2
+
+
+def test_a_configuration_may_hold_what_json_cannot(tmp_path):
+    odd = {"path": Path("a/b"), "n": np.int64(3), "set": {2, 1}, "inf": float("inf"), "nested": {"t": (np.float32(0.5),)}}
+    append(tmp_path / "runs.jsonl", record(config=odd))
+    (read,) = read_records(tmp_path / "runs.jsonl")
+    assert read.config == {"path": "a/b", "n": 3, "set": ["1", "2"], "inf": "inf", "nested": {"t": [0.5]}}
+
+
+def test_no_file_is_no_record(tmp_path):
+    assert read_records(tmp_path / "runs.jsonl") == []
+
+
+@pytest.mark.parametrize("torn", ['{"run_id": "to', '{"run_id": "' + "x" * 200_000])
+def test_a_torn_last_line_is_ignored_and_cut_off_by_the_next_writer(tmp_path, torn):
+    path = tmp_path / "runs.jsonl"
+    append(path, record("a"))
+    with path.open("a") as file:
+        file.write(torn)
+    assert [read.run_id for read in read_records(path)] == ["a"]
+    append(path, record("b"))
+    assert [read.run_id for read in read_records(path)] == ["a", "b"]
+    assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+def test_a_file_that_is_only_a_torn_line_starts_afresh(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    path.write_text('{"run_')
+    append(path, record("a"))
+    assert [read.run_id for read in read_records(path)] == ["a"]
+
+
+def test_a_broken_line_in_the_middle_is_named(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    path.write_text(f"{record('a').to_line()}\nnonsense\n")
+    with pytest.raises(UserError, match="line 2"):
+        read_records(path)
+
+
+def test_several_processes_write_whole_lines(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    script = (
+        "import sys; from pathlib import Path; from recbole_mllm.benchmark.records import RunRecord, append\n"
+        "for i in range(25): append(Path(sys.argv[1]), RunRecord(run_id=f'{sys.argv[2]}-{i}', model='Pop', label='Pop',"
+        " kind='baseline', seed=i, dataset='d', status='failed', started='', config={'long': 'x' * 20000}))"
+    )
+    writers = [subprocess.Popen([sys.executable, "-c", script, str(path), str(n)], cwd=ROOT) for n in range(3)]
+    assert [writer.wait() for writer in writers] == [0, 0, 0]
+    assert {read.run_id for read in read_records(path)} == {f"{n}-{i}" for n in range(3) for i in range(25)}
+
+
+@pytest.mark.parametrize("metrics", [{}, {"NDCG@10": float("nan")}, {"AUC": float("inf")}])
+def test_a_success_without_finite_numbers_is_refused(metrics):
+    with pytest.raises(ValueError, match="no finite value"):
+        record(metrics=metrics)
+
+
+def test_a_status_is_one_line():
+    with pytest.raises(ValueError, match="one line"):
+        record(status="Traceback\n  File", metrics={})
+
+
+def test_a_run_that_was_repeated_counts_as_it_went_last():
+    assert latest([record(status="failed", metrics={}), record()])["Pop-2024-00000000"].ok
+
+
+def test_a_later_versions_fields_are_left_out():
+    line = json.dumps(json.loads(record().to_line()) | {"from_the_future": 1})
+    assert RunRecord.from_line(line) == record()
+
+
+def test_arrays_come_back_and_hold_no_pickles(tmp_path):
+    pairs = {"user": np.array(["ü", "b"], dtype=object), "item": ["1", "2"], "label": [1, 0], "score": [0.5, 0.25]}
+    write_arrays(tmp_path / "scores.npz", pairs)  # type: ignore[arg-type]
+    read = read_arrays(tmp_path / "scores.npz", PAIR_COLUMNS)
+    assert read["user"].tolist() == ["ü", "b"] and read["score"].tolist() == [0.5, 0.25]
+    assert [path.name for path in tmp_path.iterdir()] == ["scores.npz"]
+
+
+def test_unusable_arrays_say_what_to_do(tmp_path):
+    path = tmp_path / "scores.npz"
+    with pytest.raises(UserError, match="run that model again"):
+        read_arrays(path, PAIR_COLUMNS)
+    path.write_bytes(b"PK torn")
+    with pytest.raises(UserError, match="run that model again"):
+        read_arrays(path, PAIR_COLUMNS)
+    write_arrays(path, {"user": np.array(["a"])})
+    with pytest.raises(UserError, match="lacks item, label, score"):
+        read_arrays(path, PAIR_COLUMNS)
+    write_arrays(path, {"user": np.array(["a"]), "score": np.zeros(2)})
+    with pytest.raises(UserError, match="different lengths"):
+        read_arrays(path, ["user"])

@@ -1,0 +1,121 @@
+"""Statistics against independent computations and planted truths."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from recbole_mllm.evaluation import significance as sig
+
+
+def brute_auc(label: np.ndarray, score: np.ndarray) -> float:
+    """Compare every positive with every negative."""
+    positive, negative = score[label > 0], score[label == 0]
+    wins = (positive[:, None] > negative).sum() + 0.5 * (positive[:, None] == negative).sum()
+    return float(wins / (positive.size * negative.size))
+
+
+def some_pairs(n_users: int = 12, ties: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(1)
+    user = np.repeat(np.arange(n_users), 6)
+    label = np.tile([1.0, 0, 0, 0, 0, 0], n_users)
+    score = rng.normal(size=user.size) + label
+    return user, label, np.round(score, 0 if ties else 9)
+
+
+def test_intervals_agree_with_a_bootstrap_written_out():
+    rng = np.random.default_rng(3)
+    values = np.stack([rng.random(150), (rng.random(150) < 0.3).astype(float)])
+    means = np.array([[row[rng.integers(0, 150, 150)].mean() for _ in range(4000)] for row in values])
+    for row, drawn, estimate in zip(values, means, sig.estimate_means(values, seed=1), strict=True):
+        assert estimate.mean == pytest.approx(row.mean())
+        width = estimate.high - estimate.low
+        assert np.percentile(drawn, 2.5) == pytest.approx(estimate.low, abs=0.08 * width)
+        assert np.percentile(drawn, 97.5) == pytest.approx(estimate.high, abs=0.08 * width)
+
+
+def test_the_same_seed_gives_the_same_interval():
+    values = np.random.default_rng(0).random((2, 80))
+    assert sig.estimate_means(values, seed=5) == sig.estimate_means(values, seed=5)
+
+
+def test_many_users_get_the_normal_interval_and_it_agrees(monkeypatch):
+    values = (np.random.default_rng(0).random((1, 5000)) < 0.4).astype(float)
+    (drawn,) = sig.estimate_means(values, seed=1)
+    monkeypatch.setattr(sig, "BOOTSTRAP_BUDGET", 0)
+    (normal,) = sig.estimate_means(values, seed=1)
+    assert normal.low == pytest.approx(drawn.low, abs=0.001)
+    assert normal.high == pytest.approx(drawn.high, abs=0.001)
+
+
+def test_one_user_and_constant_values_have_an_interval_of_no_width():
+    assert sig.estimate_means(np.array([[0.5]]), seed=1) == [sig.Estimate(0.5, 0.5, 0.5)]
+    assert sig.estimate_means(np.zeros((1, 40)), seed=1) == [sig.Estimate(0.0, 0.0, 0.0)]
+
+
+def test_the_paired_test_is_students_on_the_differences():
+    rng = np.random.default_rng(2)
+    a, b = rng.random(60) + 0.1, rng.random(60)
+    difference = a - b
+    t = difference.mean() / (difference.std(ddof=1) / np.sqrt(60))
+    told = sig.compare_paired(a, b)
+    assert told.difference == pytest.approx(difference.mean())
+    assert told.p == pytest.approx(2 * stats.t.sf(abs(t), 59))
+    assert told.effect == pytest.approx(t / np.sqrt(60))
+
+
+def test_equal_rows_differ_in_nothing_and_a_constant_gain_is_no_division_by_zero():
+    values = np.random.default_rng(0).random(30)
+    assert sig.compare_paired(values, values) == sig.Comparison(0.0, 1.0, 0.0)
+    told = sig.compare_paired(np.full(30, 1.0), np.zeros(30))
+    assert told.p < 1e-6 and told.effect is None
+
+
+def test_holm_as_in_the_textbook():
+    p = [0.01, 0.04, 0.03, 0.005]
+    assert sig.holm(p) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert sig.holm([]) == []
+
+
+def test_pooled_auc_counts_every_pair_and_half_of_each_tie():
+    user, label, score = some_pairs()
+    pairs = sig.sort_pairs(user, label, score)
+    assert sig.pooled_auc(pairs, np.ones(12)) == pytest.approx(brute_auc(label, score))
+    constant = sig.sort_pairs(user, label, np.zeros(user.size))
+    assert sig.pooled_auc(constant, np.ones(12)) == 0.5
+    assert np.isnan(sig.pooled_auc(pairs, np.zeros(12)))
+
+
+def test_a_replicate_is_the_auc_of_the_users_really_drawn_again():
+    user, label, score = some_pairs()
+    draws = sig.draw_users(12, user.size, seed=4)
+    replicates = sig.auc_replicates([sig.sort_pairs(user, label, score)], draws)
+    for draw, replicate in zip(draws[:20], replicates, strict=False):
+        times = draw[user]
+        assert replicate == pytest.approx(brute_auc(np.repeat(label, times), np.repeat(score, times)))
+
+
+def test_a_planted_gain_in_auc_is_found_and_none_is_invented():
+    rng = np.random.default_rng(0)
+    user = np.repeat(np.arange(200), 21)
+    label = np.tile([1.0] + [0.0] * 20, 200)
+    draws = sig.draw_users(200, user.size, seed=1)
+
+    def run(power: float) -> tuple[sig.Pairs, np.ndarray]:
+        pairs = sig.sort_pairs(user, label, rng.normal(size=user.size) + power * label)
+        return pairs, sig.auc_replicates([pairs], draws)
+
+    (weak, weak_drawn), (strong, strong_drawn), (twin, twin_drawn) = run(0.3), run(1.3), run(0.3)
+    everyone = np.ones(200)
+    gain = sig.pooled_auc(strong, everyone) - sig.pooled_auc(weak, everyone)
+    assert sig.compare_auc(gain, strong_drawn, weak_drawn).p < 1e-6
+    luck = sig.pooled_auc(twin, everyone) - sig.pooled_auc(weak, everyone)
+    assert sig.compare_auc(luck, twin_drawn, weak_drawn).p > 0.01
+    assert sig.compare_auc(0.0, weak_drawn, weak_drawn).p == 1.0
+
+
+def test_where_there_is_no_difference_one_test_in_twenty_says_there_is():
+    rng = np.random.default_rng(9)
+    p = [sig.compare_paired(*(rng.random((2, 100)) < 0.4).astype(float)).p for _ in range(400)]
+    assert 0.02 < np.mean(np.array(p) < 0.05) < 0.09
