@@ -1,7 +1,7 @@
 """Run code just before or just after a module's body runs, whoever imports the module and whenever.
 
-RecBole is slow to import and needs mending while it is imported. Waiting for the import keeps ``import recbole_mllm`` cheap,
-and leaves it to the user which of the two comes first.
+RecBole is slow to import and needs mending while it is imported. Waiting for the import keeps ``import recbole_mllm``
+cheap, and leaves it to the user which of the two comes first.
 """
 
 from __future__ import annotations
@@ -10,10 +10,14 @@ import importlib
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from importlib.abc import Loader
+else:  # importlib.abc alone would take half of `import recbole_mllm`'s time
+    Loader = object
 
 Callback = Callable[[ModuleType], None]
 
@@ -32,7 +36,7 @@ def before_import(name: str, callback: Callback) -> None:
     _FINDER.add(_FINDER.before, name, callback)
 
 
-class _Finder(MetaPathFinder):
+class _Finder:
     """Finds what the other finders find, and hands it on with a loader that calls back."""
 
     def __init__(self) -> None:

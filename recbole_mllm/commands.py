@@ -9,6 +9,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from recbole_mllm.errors import UserError
 
 DEMO_MODELS = "Pop,ItemKNN,SASRec,GRU4Rec,MLLMMSR"
@@ -34,14 +36,39 @@ class Options:
 
 
 def _config(model: str, dataset: str, options: Options) -> Any:
-    """Return RecBole's Config of one run, with the process's own arguments out of its sight."""
+    """Return RecBole's Config of one run, with the process's own arguments out of its sight.
+
+    Raises:
+        UserError: A key, a value, the model or the dataset is not what it should be; nothing has run yet.
+    """
     from recbole_mllm.config import check_keys, config_paths
     from recbole_mllm.quick_start import make_config
+    from recbole_mllm.settings import EvaluationSettings, Settings
 
     check_keys(options.overrides, "the command line")
     sys.argv = sys.argv[:1]
     files = config_paths(_with_preset(dataset, options.config_files))
-    return make_config(model, dataset, files, {"frozen_candidates": True, **options.keys()})
+    try:
+        config = make_config(model, dataset, files, {"frozen_candidates": True, **options.keys()})
+    except ValueError as error:  # RecBole's word for a model, mode or metric it does not know
+        raise UserError(f"{error}".strip().replace("\n", " ")) from error
+    EvaluationSettings.from_config(config)
+    if model == "MLLMMSR":
+        Settings.from_config(config)
+    _check_dataset(Path(config["data_path"]), config)
+    return config
+
+
+def _check_dataset(folder: Path, config: Any) -> None:
+    """Refuse a dataset that is not there; one that RecBole knows how to download is RecBole's business."""
+    import recbole
+
+    urls = yaml.safe_load((Path(recbole.__file__).parent / "properties" / "dataset" / "url.yaml").read_text())
+    if folder.is_dir() or config["dataset"] in urls:
+        return
+    near = sorted(path.name for path in folder.parent.glob("*") if path.is_dir() and not path.name.startswith("."))
+    there = f"there are {', '.join(near)}" if near else "there is none yet"
+    raise UserError(f"no dataset {folder.name!r} in {folder.parent} ({there}); give its folder's name, or --data_path=DIR")
 
 
 def _with_preset(dataset: str, files: tuple[str, ...]) -> list[str]:
@@ -82,14 +109,15 @@ def benchmark(dataset: str, models: str, seeds: str | None, output: str | None, 
     from recbole_mllm.benchmark.report import format_leaderboard
     from recbole_mllm.benchmark.run import BenchmarkPlan
     from recbole_mllm.benchmark.run import benchmark as run_benchmark
-    from recbole_mllm.config import check_keys, config_paths
+    from recbole_mllm.config import config_paths
 
-    check_keys(options.overrides, "the command line")
+    labels = tuple(word.strip() for word in models.split(",") if word.strip())
+    _check_models(labels, dataset, options)
     keys = dict(options.overrides)
     folder = Path(output or f"results/{dataset}")
     plan = BenchmarkPlan(
         dataset=dataset,
-        labels=tuple(word.strip() for word in models.split(",") if word.strip()),
+        labels=labels,
         seeds=_seeds(seeds, options.seed),
         output_dir=folder,
         config_files=tuple(config_paths(_with_preset(dataset, options.config_files))),
@@ -102,6 +130,14 @@ def benchmark(dataset: str, models: str, seeds: str | None, output: str | None, 
     print(format_leaderboard(folder))
     print(f"report: {html}")
     return 0
+
+
+def _check_models(labels: tuple[str, ...], dataset: str, options: Options) -> None:
+    """Refuse what could not run before hours are spent on the rest."""
+    from recbole_mllm.benchmark.field import resolve
+
+    for model in dict.fromkeys(resolve(label).model for label in labels):
+        _config(model, dataset, options)
 
 
 def _seeds(text: str | None, seed: int | None) -> tuple[int, ...]:

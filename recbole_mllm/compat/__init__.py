@@ -1,7 +1,7 @@
 """What stock RecBole 1.2.1 needs to run on today's numpy, pandas, SciPy, torch and Python, and without ray.
 
-Each shim is a function named for its cause, with the RecBole file:line that needs it. The tables say which module's import
-calls it; RecBole's files are never edited.
+Each shim is a function named for its cause, with the RecBole file:line that needs it. The tables say which module's
+import calls it; RecBole's files are never edited.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ import re
 import sys
 from collections.abc import Sequence
 from functools import total_ordering
-from importlib.abc import MetaPathFinder
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -21,7 +20,7 @@ class RecBoleMissing(UserError, ModuleNotFoundError):
     """RecBole is not installed; from Python 3.12 on pip cannot bring it, as its metadata asks for ray<=2.6.3."""
 
 
-class MissingRecBoleFinder(MetaPathFinder):
+class MissingRecBoleFinder:
     """Stands last on ``sys.meta_path``: reached only when nobody else has found RecBole."""
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> None:
@@ -41,12 +40,12 @@ def name_missing_recbole() -> None:
 
 
 def do_without_ray(module: ModuleType) -> None:
-    """Let quick_start/quick_start.py:20 say ``from ray import tune`` where ray is absent, or too new or old to import."""
+    """Let quick_start/quick_start.py:20 say ``from ray import tune`` where ray is absent or cannot be imported."""
     lend_imports(module, {"ray": SimpleNamespace(tune=SimpleNamespace(report=report_to_ray))})
 
 
 def report_to_ray(**metrics: Any) -> None:
-    """Answer ``tune.report(**test_result)`` (quick_start/quick_start.py:223): a no-op unless ray is running the function.
+    """Answer ``tune.report(**test_result)`` (quick_start/quick_start.py:223): nothing, unless ray is tuning.
 
     ray reaches ``objective_function`` only after it was imported, so there is no need to import it to find out.
     """

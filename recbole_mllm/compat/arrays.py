@@ -21,10 +21,10 @@ _NUMPY_NAMES = {
 
 
 def name_numpy_scalars(configurator: ModuleType) -> None:
-    """Replace ``Config.compatibility_settings`` (config/configurator.py:625-635), which reads ``np.float_`` and the like.
+    """Replace ``Config.compatibility_settings`` (config/configurator.py:625-635), which reads ``np.float_``.
 
-    The names it sets are used all over RecBole: evaluator/metrics.py:90, data/interaction.py:31, data/dataset/dataset.py:652,
-    model/layers.py:932, trainer/hyper_tuning.py:386.
+    The names it sets are used all over RecBole: evaluator/metrics.py:90, data/interaction.py:31,
+    data/dataset/dataset.py:652, model/layers.py:932, trainer/hyper_tuning.py:386.
     """
     import numpy as np
 
@@ -53,10 +53,10 @@ def keep_dok_update(_: ModuleType) -> None:
 def load_checkpoints_whole(_: ModuleType) -> None:
     """Let RecBole's own calls of ``torch.load`` read what RecBole saved; everybody else's stay as torch has them.
 
-    trainer/trainer.py:323, :583, quick_start/quick_start.py:250 and eight models with pre-training (s3rec.py:120, …) pass no
-    ``weights_only``, which torch 2.6 reads as True; but a checkpoint holds a pickled Config (trainer.py:300). Allow-listing
-    does not help: trainer.py:308 saves with pickle protocol 4, torch's restricted unpickler knows protocol 2 alone.
-    A checkpoint is therefore unpickled in full: load only those you trust.
+    trainer/trainer.py:323, :583, quick_start/quick_start.py:250 and eight models with pre-training (s3rec.py:120, …)
+    pass no ``weights_only``, which torch 2.6 reads as True; but a checkpoint holds a pickled Config (trainer.py:300).
+    Allow-listing does not help: trainer.py:308 saves with pickle protocol 4, torch's restricted unpickler knows
+    protocol 2 alone. A checkpoint is therefore unpickled in full: load only those you trust.
     """
     import torch
 

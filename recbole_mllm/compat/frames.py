@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from types import ModuleType
 from typing import Any
 
@@ -16,6 +17,8 @@ def mend_pandas_3(dataset: ModuleType) -> None:
         read_text_as_objects(dataset)
         fill_nan_by_assignment(dataset)
         agg_len_by_element()
+        # :501 still assigns to a copy, in vain and without harm: `read_text_as_objects` has filled the column
+        warnings.filterwarnings("ignore", category=pd.errors.ChainedAssignmentError, module=dataset.__name__)
 
 
 class _Pandas(ModuleType):
@@ -33,8 +36,8 @@ class _Pandas(ModuleType):
 def read_text_as_objects(dataset: ModuleType) -> None:
     """Give data/dataset/dataset.py:486 text columns of dtype object, and empty sequences as ``""``.
 
-    ``dtype=str`` now means an extension dtype, whose values np.concatenate and pd.factorize (:1189, :1205) take differently,
-    and ``df[field].fillna(value="", inplace=True)`` (:501) changes a copy.
+    ``dtype=str`` now means an extension dtype, whose values np.concatenate and pd.factorize (:1189, :1205) take
+    differently, and ``df[field].fillna(value="", inplace=True)`` (:501) changes a copy.
     """
     import numpy as np
 
@@ -54,7 +57,7 @@ def read_text_as_objects(dataset: ModuleType) -> None:
 
 
 def fill_nan_by_assignment(dataset: ModuleType) -> None:
-    """Replace ``Dataset._fill_nan`` (data/dataset/dataset.py:636-657): :648 and :650 fill a copy under copy-on-write."""
+    """Replace ``Dataset._fill_nan`` (data/dataset/dataset.py:636-657): :648 and :650 now fill a copy."""
     import numpy as np
 
     kinds = dataset.FeatureType

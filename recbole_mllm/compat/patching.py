@@ -39,7 +39,8 @@ def called_from(package: str, depth: int = 2) -> bool:
 def lend_imports(module: ModuleType, lent: Mapping[str, Any]) -> None:
     """Let `module` alone see `lent` where its body says ``from NAME import …``.
 
-    Nothing is put into ``sys.modules``: transformers and accelerate look there, and in ``find_spec``, for what is installed.
+    Nothing is put into ``sys.modules``: transformers and accelerate look there, and in ``find_spec``, for what is
+    installed.
     """
 
     def lending_import(name: str, *args: Any, **kwargs: Any) -> Any:
@@ -51,5 +52,3 @@ def lend_imports(module: ModuleType, lent: Mapping[str, Any]) -> None:
 def end_lending(module: ModuleType) -> None:
     """Give `module` Python's own builtins back; the functions it has defined keep what they were defined with."""
     vars(module)["__builtins__"] = vars(builtins)
-
-

@@ -16,8 +16,9 @@ _GIVEN: dict[str, type] = {}
 def find_models(utils: ModuleType) -> None:
     """Make ``get_model`` (utils/utils.py:55-85) name an unknown model, and know classes that ``run_recbole`` was given.
 
-    Looking for an unknown name ends in exlib_recommender, whose ``__init__`` imports lightgbm and xgboost: their absence
-    hid the ValueError of :80. And quick_start.py:137, :216, :262 ask by name for a class that Config took as a class.
+    Looking for an unknown name ends in exlib_recommender, whose ``__init__`` imports lightgbm and xgboost: their
+    absence hid the ValueError of :80. And quick_start.py:137, :216, :262 ask by name for a class that Config took as
+    a class.
     """
 
     def make(stock: Any) -> Any:
@@ -44,7 +45,7 @@ def _has_exlib_file(model_name: str) -> bool:
 
 
 def remember_model_classes(configurator: ModuleType) -> None:
-    """Note the class that Config is given (config/configurator.py:211-213), for `find_models`; a name forgets it again."""
+    """Note the class that Config is given (config/configurator.py:211-213) for `find_models`; a name forgets it."""
 
     def make(stock: Any) -> Any:
         def _get_model_and_dataset(self: Any, model: Any, dataset: Any) -> Any:
@@ -63,7 +64,8 @@ def remember_model_classes(configurator: ModuleType) -> None:
 def count_no_llm_flops(utils: ModuleType) -> None:
     """Answer 0 for MLLMMSR in ``get_flops`` (utils/utils.py:250), which deep-copies the model and predicts a row.
 
-    quick_start.py:141 calls it for every model; a copy would double what an LLM takes. Other models are counted as before.
+    quick_start.py:141 calls it for every model; a copy would double what an LLM takes. Other models are counted as
+    before.
     """
 
     def make(stock: Any) -> Any:
@@ -78,7 +80,7 @@ def count_no_llm_flops(utils: ModuleType) -> None:
 
 
 def ask_for_nccl(quick_start: ModuleType) -> None:
-    """Refuse ``run(nproc > 1)`` and ``run_recboles`` in one line where there is no NCCL (config/configurator.py:495-505)."""
+    """Refuse ``run(nproc > 1)`` and ``run_recboles`` where there is no NCCL (config/configurator.py:495-505)."""
 
     def make_run(stock: Any) -> Any:
         def run(*args: Any, **kwargs: Any) -> Any:

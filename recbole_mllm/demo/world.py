@@ -51,8 +51,7 @@ class World:
 
     def utility(self, taste: Traits, item: Item) -> float:
         """Return how well `item` suits `taste`: what an oracle ranks by."""
-        traits = item.traits
-        return sum(weight for field, weight in self.weights.items() if traits[field] == taste[field])
+        return sum(weight for field, weight in self.weights.items() if getattr(item, field) == taste[field])
 
     def image_seed(self, number: int) -> int:
         """Return the seed the image of item `number` is drawn with."""
@@ -69,20 +68,23 @@ def demo_world(seed: int, items: int = ITEMS, users: int = USERS, cold: int = CO
     products = tuple(draw_item(rng, reserved=True) for _ in range(items))
     weights = {field: weight * rng.uniform(0.85, 1.15) for field, weight in _WEIGHTS.items()}
     trend = {field: _trend(len(values), rng) for field, values in VALUES.items()}
+    rare = frozenset(rng.sample(range(items), cold))
     shop = _Shop(
-        world=World(seed, products, (), frozenset(rng.sample(range(items), cold)), weights),
+        world=World(seed, products, (), rare, weights),
         popularity=[rng.gauss(0, _POPULARITY) for _ in products],
+        shelves={is_cold: [n for n in range(items) if (n in rare) == is_cold] for is_cold in (False, True)},
     )
     customers = tuple(_user(shop, trend, rng) for _ in range(users))
-    return World(seed, products, customers, shop.world.cold, weights)
+    return World(seed, products, customers, rare, weights)
 
 
 @dataclass(frozen=True, slots=True)
 class _Shop:
-    """A world without users yet, and what makes items sell whatever their attributes."""
+    """A world without users yet, what makes items sell whatever their attributes, and where the cold ones stand."""
 
     world: World
     popularity: Sequence[float]
+    shelves: Mapping[bool, Sequence[int]]
 
     def appeal(self, taste: Traits) -> list[float]:
         """Return how likely, up to a factor, a user of this taste takes each item."""
@@ -94,7 +96,7 @@ class _Shop:
 
     def offer(self, rng: Random, taken: Sequence[int], *, cold: bool) -> list[int]:
         """Return the items a user looks at now."""
-        shelf = [n for n in range(len(self.world.items)) if (n in self.world.cold) == cold]
+        shelf = self.shelves[cold]
         return [n for n in rng.sample(shelf, min(len(shelf), _CONSIDERED)) if n not in taken]
 
 

@@ -30,6 +30,7 @@ class HFModel:
         limit = _context(loaded.model.config)
         self.encoder = Encoder(loaded.tokenizer, loaded.processor, min(settings.max_text_tokens, limit))
         self.body = Body(loaded.model)
+        self.tokens_read = 0
 
     def replace_model(self, model: Any) -> None:
         """Go on with `model`, the same one with an adapter around it."""
@@ -43,7 +44,7 @@ class HFModel:
     @torch.inference_mode()
     def write(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Answer]:
         """Answer each prompt greedily, as one left-padded batch."""
-        encoded = [self.encoder(prompt) for prompt in prompts]
+        encoded = self.encode(prompts)
         ids, mask = pad([e.ids for e in encoded], self.encoder.tokenizer.pad_token_id, left=True)
         images = [image for e in encoded for image in e.images]
         out = self.body.head_model.generate(
@@ -66,13 +67,14 @@ class HFModel:
     @torch.inference_mode()
     def yes_scores(self, prompts: Sequence[Prompt], answers: AnswerTokens, *, share_prefix: bool = True) -> Tensor:
         """Return ``[B]`` float32 log-odds of Yes against No for each prompt; its sigmoid is P(Yes) (paper, eq. 1)."""
-        encoded = [self.encoder(prompt) for prompt in prompts]
+        encoded = self.encode(prompts)
+        self.tokens_read += sum(len(e.ids) for e in encoded)
         logits = yes_logits(self.body, encoded, (answers.yes[0], answers.no[0]), share_prefix=share_prefix)
         return logits[:, 0] - logits[:, 1]
 
     def loss(self, prompts: Sequence[Prompt], labels: Tensor, answers: AnswerTokens, *, whole: bool = False) -> Tensor:
         """Return the mean next-token loss of the right answers, over the answer or over the `whole` sequence."""
-        encoded = [self.encoder(prompt) for prompt in prompts]
+        encoded = self.encode(prompts)
         return answer_loss(self.body, encoded, [answers.yes if y else answers.no for y in labels.tolist()], whole=whole)
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Encoded]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from pathlib import Path
 from random import Random
@@ -16,7 +17,7 @@ from PIL import Image
 from recbole_mllm.demo import texts
 from recbole_mllm.demo.attributes import FIELDS, VALUES, VISIBLE, Item, draw_item, draw_traits, is_reserved
 from recbole_mllm.demo.render import render
-from recbole_mllm.demo.world import demo_world, item_id, user_id, write_demo_dataset
+from recbole_mllm.demo.world import World, demo_world, item_id, user_id, write_demo_dataset
 from recbole_mllm.prompts import Prompt, Style, image_summary_prompt, recommend_prompt
 
 ROOT = Path(__file__).parents[2]
@@ -27,6 +28,11 @@ SEED = 100
 def items(count: int, *, reserved: bool = True) -> list[Item]:
     rng = Random(3)
     return [draw_item(rng, reserved=reserved) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return demo_world(SEED)
 
 
 # ---- attributes and texts
@@ -43,11 +49,11 @@ def test_a_title_holds_no_visual_attribute():
         assert not visual & set(texts.title(item).lower().split())
 
 
-def test_reserved_looks_are_about_a_third_and_pretraining_never_draws_one():
+def test_reserved_looks_are_about_a_third_and_pretraining_never_draws_one(world: World):
     looks = [dict(zip(VISIBLE, look, strict=True)) for look in product(*(VALUES[field] for field in VISIBLE))]
     assert 0.25 < sum(map(is_reserved, looks)) / len(looks) < 0.35
     assert not any(is_reserved(item.traits) for item in items(500, reserved=False))
-    assert all(is_reserved(item.traits) for item in demo_world(SEED).items)
+    assert all(is_reserved(item.traits) for item in world.items)
 
 
 @pytest.mark.parametrize(
@@ -136,20 +142,19 @@ def test_all_768_looks_can_be_drawn():
 
 
 def test_a_world_depends_on_its_seed_alone():
-    assert demo_world(SEED) == demo_world(SEED)
-    assert demo_world(SEED).items != demo_world(SEED + 1).items
+    first, again, other = (demo_world(seed, items=120, users=20, cold=30) for seed in (SEED, SEED, SEED + 1))
+    assert first == again
+    assert first.items != other.items
 
 
-def test_cold_items_are_last_interactions_or_none():
-    world = demo_world(SEED)
+def test_cold_items_are_last_interactions_or_none(world: World):
     assert len(world.items) == 600 and len(world.users) == 400 and len(world.cold) == 120
     assert not world.cold & {item for user in world.users for item in user.history[:-1]}
     targets = sum(user.history[-1] in world.cold for user in world.users)
     assert 80 < targets < 200
 
 
-def test_nobody_takes_an_item_twice_and_tastes_show_in_what_is_taken():
-    world = demo_world(SEED)
+def test_nobody_takes_an_item_twice_and_tastes_show_in_what_is_taken(world: World):
     taken, any_item = [], []
     for user in world.users:
         assert len(set(user.history)) == len(user.history) >= 8
@@ -173,8 +178,7 @@ def table(path: Path) -> tuple[list[str], list[list[str]]]:
     return header.split("\t"), [row.split("\t") for row in rows]
 
 
-def test_dataset_holds_the_world(folder: Path):
-    world = demo_world(SEED)
+def test_dataset_holds_the_world(folder: Path, world: World):
     header, rows = table(folder / "toy.item")
     assert header == ["item_id:token", "title:token_seq", "image:token"]
     assert [row[:2] for row in rows] == [[item_id(n), texts.title(item)] for n, item in enumerate(world.items)]
@@ -191,21 +195,31 @@ def test_dataset_holds_the_world(folder: Path):
         assert len({time for time, _ in own}) == len(own)
 
 
-def test_truth_stands_beside_the_dataset_and_not_in_it(folder: Path):
+def test_truth_stands_beside_the_dataset_and_not_in_it(folder: Path, world: World):
     truth = json.loads((folder / "truth.json").read_text(encoding="utf-8"))
-    world = demo_world(SEED)
     assert truth["tastes"][user_id(0)] == world.users[0].taste
     assert truth["items"]["i0001"] == {"brand": world.items[0].brand, **world.items[0].traits}
     assert set(truth["cold"]) == {item_id(n) for n in world.cold}
 
 
-def test_the_same_seed_writes_the_same_bytes(folder: Path, tmp_path: Path):
-    write_demo_dataset(tmp_path / "toy", SEED)
-    files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    assert files == sorted(path.relative_to(tmp_path / "toy") for path in (tmp_path / "toy").rglob("*.*"))
-    assert all((folder / file).read_bytes() == (tmp_path / "toy" / file).read_bytes() for file in files)
+@pytest.fixture
+def small_worlds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("recbole_mllm.demo.world.demo_world", partial(demo_world, items=120, users=20, cold=30))
 
 
+@pytest.mark.usefixtures("small_worlds")
+def test_the_same_seed_writes_the_same_bytes(tmp_path: Path):
+    written = []
+    for parent in ("a", "b"):
+        folder = tmp_path / parent / "toy"
+        write_demo_dataset(folder, SEED)
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        written.append({path.relative_to(folder): path.read_bytes() for path in files})
+    assert written[0] == written[1]
+    assert len(written[0]) == 120 + 3
+
+
+@pytest.mark.usefixtures("small_worlds")
 def test_a_dataset_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def full_disk(*_: object) -> None:
         raise OSError("no space left")

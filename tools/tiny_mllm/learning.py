@@ -84,7 +84,7 @@ class Learner:
 
     def backward(self, **losses: Tensor) -> None:
         """Add the gradients of the sum of `losses`."""
-        sum(losses.values(), torch.zeros(())).backward()  # type: ignore[no-untyped-call]
+        sum(losses.values(), torch.zeros(())).backward()
         for name, loss in losses.items():
             self.losses[name] = 0.95 * self.losses.get(name, loss.item()) + 0.05 * loss.item()
 

@@ -112,6 +112,11 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
         self._ahead = {}
 
     @property
+    def tokens_read(self) -> int:
+        """How many tokens of prompts have been scored, shared prefixes counted each time."""
+        return self.mllm.tokens_read
+
+    @property
     def is_trained(self) -> bool:
         """Whether there is anything to fine-tune (not so for ``finetune: none``)."""
         return self.settings.lora.finetune != "none"

@@ -1,0 +1,40 @@
+"""MLLM-MSR for RecBole: multimodal LLMs as sequential recommenders.
+
+Importing this imports nothing heavy. It arranges that RecBole, imported before or after, runs on today's libraries
+and finds our model, and that is all stock RecBole needs:
+
+    import recbole_mllm
+    from recbole.quick_start import run_recbole
+    run_recbole(model="MLLMMSR", dataset="demo", config_file_list=[recbole_mllm.preset("demo")])
+"""
+
+from recbole_mllm import compat, registry
+from recbole_mllm.errors import UserError
+from recbole_mllm.resources import named, resource
+
+__version__ = "0.1.0"
+__all__ = ["UserError", "__version__", "preset"]
+
+_KINDS = ("quick_start_config", "model", "dataset", "prompt")
+
+
+def preset(name: str) -> str:
+    """Return the path of the YAML file `name` in properties/, for RecBole's ``config_file_list``.
+
+    Raises:
+        UserError: There is none; names the nearest.
+    """
+    for kind in _KINDS:
+        found = resource(kind, name.removesuffix(".yaml"))
+        if found is not None:
+            return str(found)
+    import difflib
+
+    names = sorted({known for kind in _KINDS for known in named(kind)})
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names) or 'none'}"
+    raise UserError(f"no preset is called {name!r}; {hint}")
+
+
+compat.apply()
+registry.register()

@@ -1,0 +1,173 @@
+"""Puts our model, dataset, trainer, settings and candidates where stock RecBole looks for them.
+
+Nothing is imported before RecBole asks: what stands above this module is named by text.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from recbole_mllm._importhook import after_import
+from recbole_mllm.compat.patching import wrap
+from recbole_mllm.resources import PROPERTIES, resource
+
+if TYPE_CHECKING:
+    from importlib.abc import Loader
+else:  # as in _importhook
+    Loader = object
+
+# utils/utils.py:64-77 looks for a module named like the model, in lower case
+MODELS = {
+    "recbole.model.sequential_recommender.mllmmsr": ("MLLMMSR", "recbole_mllm.model.sequential_recommender.mllmmsr"),
+}
+# data/utils.py:41-42 and utils/utils.py:98-101 look for these names in two packages
+DATASETS = {"MLLMMSRDataset": "recbole_mllm.data.dataset"}
+TRAINERS = {"MLLMMSRTrainer": "recbole_mllm.trainer"}
+
+
+def register() -> None:
+    """Register with RecBole: at once where it has been imported, else as soon as it is."""
+    if not any(isinstance(finder, _ModelFinder) for finder in sys.meta_path):
+        sys.meta_path.append(_ModelFinder())
+    after_import("recbole.config.configurator", read_our_files)
+    after_import("recbole.data.dataset", offer_dataset)
+    after_import("recbole.data.utils", prepare_our_way)
+    after_import("recbole.trainer", offer_trainer)
+    after_import("recbole.trainer.trainer", break_ties)
+
+
+class _ModelFinder(Loader):
+    """Finds modules that hold one model each, under the names by which RecBole asks for them."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Return the spec of one of `MODELS`."""
+        return ModuleSpec(fullname, self) if fullname in MODELS else None
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        """Leave it to Python to make the module."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Put the model's class into `module`; here it is imported."""
+        name, source = MODELS[module.__name__]
+        setattr(module, name, getattr(importlib.import_module(source), name))
+
+
+def offer_dataset(package: ModuleType) -> None:
+    """Let ``create_dataset`` find our dataset in ``recbole.data.dataset`` (data/utils.py:41-42)."""
+    _offer(package, DATASETS)
+
+
+def offer_trainer(package: ModuleType) -> None:
+    """Let ``get_trainer`` find our trainer in ``recbole.trainer`` (utils/utils.py:98-101)."""
+    _offer(package, TRAINERS)
+
+
+def _offer(package: ModuleType, sources: dict[str, str]) -> None:
+    def lazy(name: str) -> Any:
+        if name not in sources:
+            raise AttributeError(f"module {package.__name__!r} has no attribute {name!r}")
+        try:
+            found = getattr(importlib.import_module(sources[name]), name)
+        except AttributeError as error:
+            # RecBole takes an AttributeError to mean that there is none, and goes on with its own class
+            raise ImportError(f"{sources[name]} cannot be imported: {error}", name=sources[name]) from error
+        setattr(package, name, found)
+        return found
+
+    package.__getattr__ = lazy  # type: ignore[method-assign]
+
+
+def read_our_files(configurator: ModuleType) -> None:
+    """Let Config read this project's YAML files as it reads RecBole's own (config/configurator.py:238-317).
+
+    The user's files, dictionary and command line win over all of them (:319-323).
+    """
+
+    def make(stock: Callable[..., None]) -> Callable[..., None]:
+        def _load_internal_config_dict(self: Any, model: str, model_class: Any, dataset: str) -> None:
+            stock(self, model, model_class, dataset)
+            recbole_says = dict(self.internal_config_dict)
+            self._update_internal_config_dict(PROPERTIES / "overall.yaml")
+            self.internal_config_dict.update(recbole_says)
+            home = Path(configurator.__file__ or "").parent.parent / "properties"
+            for path in (*_model_files(model_class, home, dataset), *_dataset_files(self, dataset)):
+                self._update_internal_config_dict(path)
+
+        return _load_internal_config_dict
+
+    wrap(configurator.Config, "_load_internal_config_dict", make)
+
+
+def _model_files(model_class: Any, home: Path, dataset: str) -> Iterator[Path]:
+    """Yield the YAML files of a model of ours, a parent's first, and RecBole's own for the dataset, which wins.
+
+    They come after quick_start_config/sequential.yaml, which RecBole reads last (:307-317): it says for every
+    sequential model to rank all items, and our model's own protocol must stand.
+    """
+    own = [path for kind in reversed(model_class.__mro__) if (path := resource("model", kind.__name__))]
+    yield from own
+    of_dataset = home / "dataset" / f"{dataset}.yaml"
+    if own and of_dataset.is_file():
+        yield of_dataset
+
+
+def _dataset_files(config: Any, dataset: str) -> Iterator[Path]:
+    """Yield the dataset's YAML in properties/ and the one in its own folder, for any model; the folder's wins.
+
+    They too win over sequential.yaml, since a dataset that says how it is to be split says so for every kind of model.
+    A built-in dataset is built first, for its folder to have one.
+    """
+    shipped = resource("dataset", dataset)
+    if shipped:
+        yield shipped
+    if dataset == "ml-100k":  # always RecBole's own copy (:330-334)
+        return
+    known = {**config.internal_config_dict, **config.external_config_dict}
+    folder = Path(known["data_path"]) / dataset
+    _build(folder)
+    if (folder / "dataset.yaml").is_file():
+        yield folder / "dataset.yaml"
+
+
+def _build(folder: Path) -> None:
+    importlib.import_module("recbole_mllm.demo.builtin").ensure_builtin(folder)
+
+
+def prepare_our_way(utils: ModuleType) -> None:
+    """Build a built-in dataset before ``create_dataset`` reads it, and freeze candidates after ``data_preparation``.
+
+    data/utils.py:31 and :140, wherever they have been imported to (quick_start/quick_start.py:24-25).
+    """
+
+    def make_create(stock: Callable[..., Any]) -> Callable[..., Any]:
+        def create_dataset(config: Any) -> Any:
+            _build(Path(config["data_path"]))
+            return stock(config)
+
+        return create_dataset
+
+    def make_prepare(stock: Callable[..., Any]) -> Callable[..., Any]:
+        def data_preparation(config: Any, dataset: Any) -> Any:
+            loaders = stock(config, dataset)
+            if config["frozen_candidates"] is not True:
+                return loaders
+            candidates = importlib.import_module("recbole_mllm.evaluation.candidates")
+            return candidates.freeze(config, dataset, *loaders)
+
+        return data_preparation
+
+    wrap(utils, "create_dataset", make_create)
+    wrap(utils, "data_preparation", make_prepare)
+
+
+def break_ties(trainer: ModuleType) -> None:
+    """Rank frozen candidates without ties, before RecBole's collector sees the scores (trainer/trainer.py:505-524)."""
+    importlib.import_module("recbole_mllm.evaluation.ties").install(trainer.Trainer)

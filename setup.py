@@ -1,0 +1,71 @@
+"""Packaging. ``properties/`` is installed as data inside the package; there is no top-level package of that name."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).resolve().parent
+PACKAGE = (HERE / "recbole_mllm/__init__.py").read_text(encoding="utf-8")
+VERSION = re.search(r'^__version__ = "([^"]+)"', PACKAGE, re.MULTILINE)[1]
+README = HERE / "README.md"
+
+# RecBole's metadata asks for ray<=2.6.3, which has no wheel for Python 3.12 and later: there
+# `pip install --no-deps recbole==1.2.1` brings it. We never import ray.
+RECBOLE = ["recbole==1.2.1; python_version < '3.12'"]
+
+# What RecBole 1.2.1 imports, but for ray; declared here for Pythons where RecBole itself cannot be
+NEEDED_BY_RECBOLE = [
+    "colorama==0.4.4",
+    "colorlog==4.7.2",
+    "plotly>=4.0.0",
+    "psutil>=5.9.0",
+    "scikit-learn>=0.23.2",
+    "tabulate>=0.8.10",
+    "tensorboard>=2.5.0",
+    "texttable>=0.9.0",
+    "thop>=0.1.1.post2207130030",
+    "tqdm>=4.48.2",
+]
+
+setup(
+    name="recbole-mllm",
+    version=VERSION,
+    description="MLLM-MSR for RecBole: multimodal large language models as sequential recommenders",
+    long_description=README.read_text(encoding="utf-8") if README.is_file() else "",
+    long_description_content_type="text/markdown",
+    license="MIT",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=[
+        *find_packages(include=["recbole_mllm", "recbole_mllm.*", "dataset_converters", "dataset_converters.*"]),
+        "recbole_mllm.properties",
+    ],
+    package_dir={"recbole_mllm.properties": "properties"},
+    package_data={
+        "recbole_mllm": ["demo/tiny/*", "benchmark/templates/*", "py.typed"],
+        "recbole_mllm.properties": ["*.yaml", "*/*.yaml"],
+    },
+    entry_points={"console_scripts": ["recbole-mllm = recbole_mllm.cli:main"]},
+    install_requires=[
+        "accelerate>=1.0",
+        "jinja2>=3.1",
+        "numpy>=1.26",
+        "pandas>=2.2",
+        "peft>=0.17",
+        "pillow>=10.0",
+        "pyyaml>=6.0",
+        "scipy>=1.12",
+        "statsmodels>=0.14",
+        "torch>=2.6",
+        "transformers>=5.0",
+        *NEEDED_BY_RECBOLE,
+        *RECBOLE,
+    ],
+    extras_require={
+        "test": ["hypothesis", "import-linter", "mypy", "pytest", "pytest-timeout", "ruff"],
+        "server": ["openai"],
+        "report": ["plotly>=4.0.0"],
+        "qlora": ["bitsandbytes"],
+    },
+)

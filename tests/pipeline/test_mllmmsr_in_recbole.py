@@ -1,0 +1,177 @@
+"""MLLMMSR inside stock RecBole: registered, trained, saved, reloaded, and ranked by what it says and nothing else."""
+
+import re
+import sys
+
+import numpy as np
+import pytest
+import small_world
+import tiny_models
+import torch
+from recbole.config import Config
+from recbole.data import create_dataset, data_preparation
+from recbole.quick_start import load_data_and_model, objective_function, run_recbole
+from recbole.utils import get_trainer, init_seed
+
+from recbole_mllm.data.schema import POSITION
+from recbole_mllm.errors import UserError
+from recbole_mllm.model.sequential_recommender.mllmmsr import MLLMMSR
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    small_world.write(folder / "data")
+    tiny_models.llava(folder / "llava")
+    return folder
+
+
+@pytest.fixture
+def settings(place, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+    monkeypatch.chdir(place)
+    return {
+        "data_path": str(place / "data"),
+        "checkpoint_dir": str(place / "saved"),
+        "mllm": str(place / "llava"),
+        "prompt_style": "demo",
+        "item_summary_tokens": 3,
+        "user_summary_tokens": 3,
+        "load_col": {"inter": ["user_id", "item_id", "timestamp"]},
+        "train_last_k": 1,
+        "show_progress": False,
+        "seed": 7,
+    }
+
+
+def _parts(settings, model="MLLMMSR"):
+    config = Config(model=model, dataset="steps", config_dict=settings)
+    init_seed(config["seed"], True)
+    dataset = create_dataset(config)
+    return config, dataset, data_preparation(config, dataset)
+
+
+def test_stock_run_recbole_trains_saves_and_reloads(settings, place):
+    outcome = run_recbole(model="MLLMMSR", dataset="steps", config_dict=settings)
+    assert 0 <= outcome["test_result"]["ndcg@10"] <= 1
+    saved = max((place / "saved").glob("MLLMMSR-*.pth"), key=lambda path: path.stat().st_mtime)
+    assert (saved.with_suffix("") / "adapter_model.safetensors").is_file()
+    state = torch.load(saved, weights_only=False)["state_dict"]
+    assert state and all("lora_" in name for name in state)  # the base model is not in the checkpoint
+    config, model, _, _, _, test = load_data_and_model(str(saved))
+    again = get_trainer(config["MODEL_TYPE"], config["model"])(config, model).evaluate(test, load_best_model=False)
+    assert dict(again) == dict(outcome["test_result"])
+
+
+def test_the_same_seed_gives_the_same_numbers(settings):
+    first, second = (run_recbole("MLLMMSR", "steps", config_dict=settings, saved=True) for _ in range(2))
+    assert first["test_result"] == second["test_result"] and first["best_valid_score"] == second["best_valid_score"]
+
+
+def test_hyper_tunings_objective_works(settings):
+    found = objective_function({"model": "MLLMMSR", "dataset": "steps", **settings, "finetune": "none"})
+    assert found["model"] == "MLLMMSR" and "ndcg@10" in found["test_result"]
+
+
+def test_each_row_knows_its_place_in_the_whole_history(settings):
+    settings |= {"MAX_ITEM_LIST_LENGTH": 3, "train_last_k": None}
+    _, _, (train, valid, test) = _parts(settings)
+    places = {
+        name: sorted(set(loader._dataset.inter_feat[POSITION].tolist()))
+        for name, loader in (("train", train), ("valid", valid), ("test", test))
+    }
+    last = small_world.LENGTH - 1
+    assert places == {"train": list(range(1, last - 1)), "valid": [last - 1], "test": [last]}
+    rows = test._dataset
+    for user, items in rows.histories.items():
+        start = 2 * int(user[1:])
+        assert items == [small_world.item(start + t) for t in range(small_world.LENGTH)]
+
+
+def test_train_last_k_keeps_the_latest_training_rows(settings):
+    _, _, (train, valid, test) = _parts(settings | {"train_last_k": 2})
+    assert set(train._dataset.inter_feat[POSITION].tolist()) == {3, 4}
+    assert len(valid._dataset) == len(test._dataset) == small_world.USERS
+
+
+def test_limit_users_limits_training_and_evaluation_alike(settings):
+    _, dataset, (train, valid, test) = _parts(settings | {"limit_users": 9})
+    users = [set(part._dataset.inter_feat["user_id"].tolist()) for part in (train, valid, test)]
+    assert users[0] == users[1] == users[2] and len(users[0]) == 9 == dataset.evaluated_users
+
+
+class Planted:
+    """Stands for an MLLM that says Yes to exactly the item after the last one the prompt speaks of."""
+
+    def __init__(self, shuffled=False):
+        self.shuffled = shuffled
+
+    def __call__(self, prompts, answers, *, share_prefix):
+        out = []
+        for prompt in prompts:
+            candidate, *history = re.findall(r"title of i(\d\d)", prompt.text)
+            following = (max(map(int, history), key=lambda n: history.index(f"{n:02d}")) + 1) % small_world.ITEMS
+            out.append(float(following == int(candidate)))
+        return torch.tensor(out) if not self.shuffled else torch.zeros(len(out))
+
+
+def _result(settings, scorer):
+    config, _, (train, valid, test) = _parts(settings | {"summary_mode": "none", "finetune": "none"})
+    model = MLLMMSR(config, train._dataset)
+    model.mllm.yes_scores = scorer
+    return get_trainer(config["MODEL_TYPE"], "MLLMMSR")(config, model).evaluate(test, load_best_model=False)
+
+
+def test_a_planted_world_is_ranked_perfectly(settings):
+    found = _result(settings, Planted())
+    assert found["hit@3"] == found["mrr@10"] == found["ndcg@10"] == found["gauc"] == 1.0
+
+
+def test_a_constant_scorer_is_at_chance(settings):
+    found = _result(settings, Planted(shuffled=True))
+    error = 4 * np.sqrt(0.5 * 0.5 / small_world.USERS)
+    assert abs(found["hit@10"] - 10 / 21) < error and abs(found["gauc"] - 0.5) < error and found["hit@3"] < 0.5
+
+
+def test_all_models_get_the_same_candidates(settings):
+    digests = set()
+    for model, extra in (("MLLMMSR", {}), ("SASRec", {"train_neg_sample_args": None}), ("BPR", {}), ("Pop", {})):
+        protocol = {"eval_args": {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "uni20"}}
+        config, dataset, loaders = _parts(settings | extra | protocol | {"frozen_candidates": True}, model)
+        np.random.seed(len(digests))  # what a model draws from numpy's generator must change nothing
+        pairs = [batch[0] for batch in loaders[2]]
+        users = np.concatenate([dataset.field2id_token["user_id"][p["user_id"].numpy()] for p in pairs])
+        items = np.concatenate([dataset.field2id_token["item_id"][p["item_id"].numpy()] for p in pairs])
+        seen = {(u, small_world.item(2 * int(u[1:]) + t)) for u in set(users) for t in range(small_world.LENGTH)}
+        drawn = sorted(zip(users.tolist(), items.tolist(), strict=True))
+        assert len(set(drawn)) == len(drawn) == 21 * small_world.USERS
+        assert len(set(drawn) & seen) == small_world.USERS  # the targets, and no other item the user met
+        digests.add((dataset.candidates_digest, tuple(drawn)))
+    assert len(digests) == 1
+
+
+def test_a_checkpoint_of_another_base_model_is_refused(settings, place):
+    config, _, (train, valid, _) = _parts(settings)
+    model = MLLMMSR(config, train._dataset)
+    with pytest.raises(UserError, match="the checkpoint belongs to other#1, not to llava"):
+        model.load_other_parameter({"base": "other#1"})
+
+
+def test_full_ranking_is_refused_before_anything_is_loaded(settings):
+    protocol = {"eval_args": {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "full"}}
+    with pytest.raises(UserError, match="set eval_args.mode to uniN"):
+        run_recbole("MLLMMSR", "steps", config_dict=settings | protocol)
+
+
+def test_no_images_anywhere_says_what_to_do(settings, place):
+    small_world.write(place / "bare", images=False)
+    with pytest.raises(UserError, match="no item has an image; give --image_dir"):
+        run_recbole("MLLMMSR", "steps", config_dict=settings | {"data_path": str(place / "bare")})
+
+
+def test_summaries_are_exported_and_off_accepts_them_but_makes_none(settings, place):
+    run_recbole("MLLMMSR", "steps", config_dict=settings | {"finetune": "none"})
+    assert list((place / "data" / "steps").glob("steps.*.isum")) and list((place / "data" / "steps").glob("steps.*.usum"))
+    run_recbole("MLLMMSR", "steps", config_dict=settings | {"finetune": "none", "summarize": "off"})
+    with pytest.raises(UserError, match="summarize is off"):
+        run_recbole("MLLMMSR", "steps", config_dict=settings | {"summarize": "off", "user_summary_tokens": 4})
