@@ -1,4 +1,4 @@
-"""MovieLens-100k as RecBole ships it, with titles a person would write; posters are found by movie id when it is used."""
+"""MovieLens-100k as RecBole ships it, with titles a person would write; posters are found by movie id."""
 
 from __future__ import annotations
 

@@ -39,7 +39,8 @@ def _run(words: list[str]) -> int:
 
     known, rest = _parser().parse_known_args(words)
     options = commands.Options(
-        overrides=_overrides(rest) | {k: v for k in ("limit_users", "image_dir") if (v := getattr(known, k)) is not None},
+        overrides=_overrides(rest)
+        | {k: v for k in ("limit_users", "image_dir") if (v := getattr(known, k)) is not None},
         config_files=tuple(str(known.config_files or "").split()),
         seed=known.seed,
     )
@@ -70,7 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     add: Any = commands.add_parser
     summarize = add("summarize", help="make the summaries alone; resumable", parents=[_quiet(common)], epilog=_EPILOG)
     summarize.add_argument("--stage", choices=("items", "users", "all"), default="all")
-    benchmark = add("benchmark", help="many models, same candidates, one leaderboard", parents=[_quiet(common)], epilog=_EPILOG)
+    benchmark = add(
+        "benchmark", help="many models, same candidates, one leaderboard", parents=[_quiet(common)], epilog=_EPILOG
+    )
     benchmark.add_argument("--models", required=True, help="e.g. Pop,SASRec,MLLMMSR,MLLMMSR:zero-shot")
     benchmark.add_argument("--seeds", help="e.g. 2024,2025; default: --seed, else 2024")
     benchmark.add_argument("--output_dir", help="default: results/<dataset>")

@@ -68,7 +68,9 @@ def _check_dataset(folder: Path, config: Any) -> None:
         return
     near = sorted(path.name for path in folder.parent.glob("*") if path.is_dir() and not path.name.startswith("."))
     there = f"there are {', '.join(near)}" if near else "there is none yet"
-    raise UserError(f"no dataset {folder.name!r} in {folder.parent} ({there}); give its folder's name, or --data_path=DIR")
+    raise UserError(
+        f"no dataset {folder.name!r} in {folder.parent} ({there}); give its folder's name, or --data_path=DIR"
+    )
 
 
 def _with_preset(dataset: str, files: tuple[str, ...]) -> list[str]:

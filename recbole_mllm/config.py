@@ -15,7 +15,17 @@ from recbole_mllm.resources import PROPERTIES, named, resource
 from recbole_mllm.settings import known_keys
 
 # Keys RecBole reads but lists neither in its argument tables nor in a YAML file, and fields of its command line
-_UNLISTED = {"model", "dataset", "config_files", "data_path", "device", "single_spec", "MODEL_TYPE", "eval_type", "local_rank"}
+_UNLISTED = {
+    "model",
+    "dataset",
+    "config_files",
+    "data_path",
+    "device",
+    "single_spec",
+    "MODEL_TYPE",
+    "eval_type",
+    "local_rank",
+}
 
 
 @lru_cache(maxsize=1)

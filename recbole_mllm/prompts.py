@@ -1,4 +1,4 @@
-"""What is said to a model: styles are data, filling them in is pure, and training and scoring call the same function."""
+"""What is said to a model: styles are data, filling them in is pure, training and scoring call the same function."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any, Self
 from recbole_mllm.errors import UserError
 
 IMAGE = "<image>"
-# Private-use characters that no title can hold (``data.atomic.clean`` removes them). They mark where text that is not the
-# style's own begins and ends, so that the MLLM's side can shorten it, and can keep a special token in it plain text.
+# Private-use characters that no title can hold (``data.atomic.clean`` removes them). They mark where text that is not
+# the style's own begins and ends, so that the MLLM's side can shorten it, and keep a special token in it plain text.
 OPEN, CLOSE = "\ue001", "\ue002"
 _PIECES = re.compile(f"{OPEN}(.*?){CLOSE}", re.DOTALL)
 
@@ -22,7 +22,7 @@ _PIECES = re.compile(f"{OPEN}(.*?){CLOSE}", re.DOTALL)
 class Prompt:
     """One question to an MLLM: text with one ``<image>`` mark for each image.
 
-    `marked` is the text with titles, summaries and preferences between `OPEN` and `CLOSE`; an ``<image>`` there is no mark.
+    `marked` is the text with titles, summaries and preferences between `OPEN` and `CLOSE`; ``<image>`` there is none.
     """
 
     marked: str
@@ -73,7 +73,9 @@ class Style:
         """
         known = {f.name for f in fields(cls)} - {"name"}
         if wrong := sorted(known.symmetric_difference(wording)):
-            raise UserError(f"prompt style {name!r}: missing or unknown wording {', '.join(wrong)}; see docs/prompts.md")
+            raise UserError(
+                f"prompt style {name!r}: missing or unknown wording {', '.join(wrong)}; see docs/prompts.md"
+            )
         for key, text in wording.items():
             if not isinstance(text, str) or _names(text) != _FIELDS.get(key, frozenset()):
                 wanted = ", ".join(f"{{{n}}}" for n in sorted(_FIELDS.get(key, ()))) or "no field"
@@ -150,7 +152,9 @@ def titles_as_preference(style: Style, titles: Sequence[str]) -> str:
     return _fill(style.titles, titles="\n".join(titles)) if titles else style.cold
 
 
-def recommend_prompt(style: Style, preference: str, title: str, image: Path | None, *, item_first: bool = True) -> Prompt:
+def recommend_prompt(
+    style: Style, preference: str, title: str, image: Path | None, *, item_first: bool = True
+) -> Prompt:
     """Ask whether the user would take the item; training and scoring both call this.
 
     Without an image the wording speaks of none, the same in training and scoring.

@@ -105,7 +105,7 @@ def make_config(model: str, dataset: str, files: list[str], overrides: dict[str,
 
 
 def prepare_summaries(config: Any, stage: str) -> list[Path]:
-    """Make the summaries a run of `config` would read (``items``, ``users`` or ``all``); return the files they are in."""
+    """Make the summaries a run of `config` would read (``items``, ``users``, ``all``); return the files they are in."""
     init_seed(config["seed"], config["reproducibility"])
     init_logger(config)
     check_keys(config.external_config_dict, "the configuration")

@@ -1,4 +1,4 @@
-"""Every key of properties/model/MLLMMSR.yaml and properties/overall.yaml, parsed once into values that cannot be wrong."""
+"""Every key of properties/model/MLLMMSR.yaml and overall.yaml, parsed once into values that cannot be wrong."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from recbole_mllm.errors import UserError
 
 
 class _FromConfig:
-    """Reads each field of a dataclass from the key of the same name; all must be there, as RecBole answers None for a typo."""
+    """Reads each field of a dataclass from the key of the same name."""
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:

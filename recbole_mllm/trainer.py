@@ -18,7 +18,7 @@ from recbole_mllm.data.schema import TIE
 
 
 def rate_at(step: int, steps: int, warmup: int, kind: str) -> float:
-    """Return the share of the full learning rate at `step` of `steps`: rising over `warmup`, then falling as `kind` says."""
+    """Return the share of the learning rate at `step` of `steps`: rising over `warmup`, falling as `kind` says."""
     rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
     done = min(1.0, step / max(1, steps))
     fall = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[kind]
@@ -26,7 +26,7 @@ def rate_at(step: int, steps: int, warmup: int, kind: str) -> float:
 
 
 class MLLMMSRTrainer(Trainer):  # type: ignore[misc]
-    """Trains the adapter of `MLLMMSR`; evaluates whole splits item by item; writes a PEFT folder beside the checkpoint."""
+    """Trains the adapter of `MLLMMSR`, scores splits item by item, writes a PEFT folder beside the checkpoint."""
 
     def __init__(self, config: Any, model: Any) -> None:
         super().__init__(config, model)
@@ -40,7 +40,9 @@ class MLLMMSRTrainer(Trainer):  # type: ignore[misc]
         trained = [p for p in self.model.parameters() if p.requires_grad]
         return super()._build_optimizer(params=trained or [nn.Parameter(torch.zeros(1))], **kwargs)
 
-    def _train_epoch(self, train_data: Any, epoch_idx: int, loss_func: Any = None, show_progress: bool = False) -> float:
+    def _train_epoch(
+        self, train_data: Any, epoch_idx: int, loss_func: Any = None, show_progress: bool = False
+    ) -> float:
         """Train one epoch; the sum of batch losses, as RecBole's own."""
         self.model.train()
         self.model.forget()
@@ -84,7 +86,9 @@ class MLLMMSRTrainer(Trainer):  # type: ignore[misc]
         scaler.step(self.optimizer)
         scaler.update()
 
-    def fit(self, train_data: Any, valid_data: Any = None, verbose: bool = True, saved: bool = True, **kwargs: Any) -> Any:
+    def fit(
+        self, train_data: Any, valid_data: Any = None, verbose: bool = True, saved: bool = True, **kwargs: Any
+    ) -> Any:
         """Train as RecBole does; a zero-shot model is only validated."""
         best = super().fit(train_data, valid_data, verbose, saved, **kwargs)
         if self.model.is_trained or not valid_data:
@@ -109,7 +113,9 @@ class MLLMMSRTrainer(Trainer):  # type: ignore[misc]
             self.model.forget()
 
     def _load(self, file: Any) -> None:
-        checkpoint = torch.load(file, map_location=self.device, weights_only=False)  # RecBole's own: it pickles its Config
+        checkpoint = torch.load(
+            file, map_location=self.device, weights_only=False
+        )  # RecBole's own: it pickles its Config
         self.model.load_other_parameter(checkpoint.get("other_parameter"))
         self.model.load_state_dict(checkpoint["state_dict"])
         self.logger.info(f"Loading model structure and parameters from {file}")

@@ -6,4 +6,4 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 
-import recbole_mllm  # noqa: E402, F401  (registers itself with RecBole)
+import recbole_mllm  # noqa: F401  (registers itself with RecBole)

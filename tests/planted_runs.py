@@ -21,7 +21,12 @@ def user_metrics(scores: NDArray[Any]) -> dict[str, NDArray[Any]]:
     metrics: dict[str, NDArray[Any]] = {}
     for k in (3, 5, 10):
         hit = (rank < k).astype(float)
-        metrics |= {f"Hit@{k}": hit, f"Recall@{k}": hit, f"NDCG@{k}": hit / np.log2(rank + 2), f"MRR@{k}": hit / (rank + 1)}
+        metrics |= {
+            f"Hit@{k}": hit,
+            f"Recall@{k}": hit,
+            f"NDCG@{k}": hit / np.log2(rank + 2),
+            f"MRR@{k}": hit / (rank + 1),
+        }
     return metrics | {"GAUC": 1 - rank / (scores.shape[1] - 1)}
 
 
@@ -51,7 +56,9 @@ def plant_run(
         "tail": train_count < 2, "history_length": np.full(n_users, 9), "has_image": np.ones(n_users, bool),
     }  # fmt: skip
     folder = f"runs/{run_id}"
-    write_arrays(results / folder / "per_user.npz", {name: column[shuffled] for name, column in (known | metrics).items()})
+    write_arrays(
+        results / folder / "per_user.npz", {name: column[shuffled] for name, column in (known | metrics).items()}
+    )
     label_row = np.zeros((n_users, N_CANDIDATES))
     label_row[:, 0] = 1
     pairs = {"user": np.repeat(users, N_CANDIDATES), "label": label_row.ravel(), "score": scores.ravel()}

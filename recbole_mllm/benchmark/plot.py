@@ -80,7 +80,9 @@ def _points(board: Leaderboard, marks: Sequence[tuple[Row, float, float, float, 
         right = x + 10 + length <= WIDTH
         start = x + 10 if right else x - 10 - length
         label_y = y
-        while hit := [at for a, b, at in placed if a < start + length and start < b and abs(at - label_y) < LABEL_GAP - 1]:
+        while hit := [
+            at for a, b, at in placed if a < start + length and start < b and abs(at - label_y) < LABEL_GAP - 1
+        ]:
             label_y = max(hit) + LABEL_GAP
         placed.append((start, start + length, label_y))
         said = say_score(board, row, board.valid_metric)

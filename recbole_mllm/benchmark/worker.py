@@ -62,7 +62,7 @@ def _overrides(job: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _settle(config: Any, folder: Path) -> None:
-    """Make paths absolute, then move into the run's folder: RecBole writes ``log/`` and ``log_tensorboard/`` where it stands."""
+    """Make paths absolute, then stand in the run's folder: RecBole writes ``log/`` where it stands."""
     for key in _PATHS:
         value = config[key]
         if isinstance(value, str) and Path(value).exists():
@@ -77,7 +77,10 @@ def _write_evidence(outcome: Any, output: Path, folder: Path) -> dict[str, str]:
     if outcome.pairs is None:
         raise UserError("this protocol leaves no candidates to compare models on; use eval_args.mode uniN or popN")
     config, data, pairs = outcome.config, outcome.dataset, outcome.pairs
-    tokens = {name: data.field2id_token[field].astype(str) for name, field in (("user", data.uid_field), ("item", data.iid_field))}
+    tokens = {
+        name: data.field2id_token[field].astype(str)
+        for name, field in (("user", data.uid_field), ("item", data.iid_field))
+    }
     columns = user_columns(data, outcome.train_data._dataset, pairs, _images(config))
     values = {name: column for name, column in outcome.users.items() if name != "user"}
     write_arrays(folder / "per_user.npz", columns | values)

@@ -60,7 +60,7 @@ def write_atomic(path: Path, types: Mapping[str, str], rows: Iterable[Sequence[s
 
 
 def read_atomic(path: Path) -> Iterator[dict[str, str]]:
-    """Yield each row of an atomic file as ``{name: value}``; quotes mean nothing, as RecBole's reader would have it not.
+    """Yield each row of an atomic file as ``{name: value}``; quotes are characters like any other.
 
     Raises:
         UserError: The file is missing, or a line has too many or too few values (file and line are named).

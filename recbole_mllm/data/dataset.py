@@ -16,10 +16,10 @@ from recbole_mllm.settings import EvaluationSettings, TrainSettings
 
 
 class MLLMMSRDataset(SequentialDataset):  # type: ignore[misc]
-    """Adds to RecBole's rows the number of interactions before them, counted before ``MAX_ITEM_LIST_LENGTH`` cuts.
+    """Adds to RecBole's rows the number of interactions before them, before ``MAX_ITEM_LIST_LENGTH`` cuts.
 
-    After `build`, the three parts share `histories`, each user's ordered raw item ids, and `positions`, where the user's
-    training, validation and test rows stand: all that summaries must be made for.
+    After `build`, the three parts share `histories`, each user's ordered raw item ids, and `positions`, where the
+    user's training, validation and test rows stand: all that summaries must be made for.
     """
 
     def data_augmentation(self) -> None:

@@ -1,4 +1,4 @@
-"""Titles, images and summaries, looked up by raw id and read by this project's own reader (RecBole's mangles free text)."""
+"""Titles, images and summaries, looked up by raw id and read by our own reader (RecBole's mangles free text)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TITLES = (schema.TITLE, "movie_title", "name")
 
 @dataclass(frozen=True, slots=True)
 class Items:
-    """What is known of each item, by raw id; an item without a title has "", one without a readable image is not in `images`."""
+    """What is known of each item, by raw id; without a readable image an item is not in `images`."""
 
     titles: Mapping[str, str]
     images: Mapping[str, Path]
@@ -43,7 +43,9 @@ def read_items(folder: Path, image_dir: Path | None) -> Items:
         raise UserError(f"image_dir {image_dir} is no folder; give the folder that holds the items' images")
     path = schema.item_file(folder)
     if not path.is_file():
-        raise UserError(f"{path} does not exist; MLLMMSR reads item titles from it (columns item_id:token, title:token_seq)")
+        raise UserError(
+            f"{path} does not exist; MLLMMSR reads item titles from it (columns item_id:token, title:token_seq)"
+        )
     titles: dict[str, str] = {}
     images: dict[str, Path] = {}
     for row in read_atomic(path):

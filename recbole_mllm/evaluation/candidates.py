@@ -88,7 +88,11 @@ def freeze(config: Any, dataset: Any, train: Any, valid: Any, test: Any) -> tupl
     settings = EvaluationSettings.from_config(config)
     users, items = (np.asarray(dataset.field2id_token[f]).astype(str) for f in (dataset.uid_field, dataset.iid_field))
     seen = _seen(dataset, users, items)
-    chosen = sample_users(users[np.unique(test._dataset.inter_feat[dataset.uid_field].numpy())], settings.limit_users, settings.candidate_seed)
+    chosen = sample_users(
+        users[np.unique(test._dataset.inter_feat[dataset.uid_field].numpy())],
+        settings.limit_users,
+        settings.candidate_seed,
+    )
     ids = {token: i for i, token in enumerate(items)}
     loaders, drawn = {"train": train}, {}
     for phase, loader in (("valid", valid), ("test", test)):

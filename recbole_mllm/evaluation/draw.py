@@ -17,7 +17,7 @@ _BATCH = 64
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """The items candidates are drawn from: sorted raw ids, and for popularity-proportional draws their cumulative share."""
+    """The items candidates are drawn from: sorted raw ids, and their cumulative shares where these differ."""
 
     items: Sequence[str]
     members: frozenset[str]
@@ -31,7 +31,7 @@ class Pool:
 
     @classmethod
     def popular(cls, counts: Mapping[str, int]) -> Pool:
-        """Each item in proportion to its training interactions; an item without any is never drawn (RecBole's ``popN``)."""
+        """Items in proportion to their training interactions; one without any is never drawn (RecBole's ``popN``)."""
         kept = sorted(item for item, count in counts.items() if count > 0)
         share = np.cumsum([counts[item] for item in kept], dtype=float)
         return cls(kept, frozenset(kept), share / share[-1])
@@ -77,7 +77,7 @@ def draw_negatives(
 
 
 def candidates_digest(drawn: Mapping[str, Mapping[str, tuple[Sequence[str], Sequence[str]]]]) -> str:
-    """Return the digest of ``{phase: {user: (targets, negatives)}}``, raw ids, in any order of users (16 hex digits)."""
+    """Return the digest (16 hex digits) of ``{phase: {user: (targets, negatives)}}``, whatever the order of users."""
     digest = hashlib.sha256()
     for phase in sorted(drawn):
         for user in sorted(drawn[phase]):

@@ -1,4 +1,4 @@
-"""From the pairs a run scored to metrics: RecBole's classes for each user, and the pooled AUC RecBole cannot give beside them."""
+"""From the pairs a run scored to metrics: RecBole's classes for each user, and the pooled AUC beside them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from recbole.evaluator.metrics import NDCG, Hit, MRR, Recall
+from recbole.evaluator.metrics import MRR, NDCG, Hit, Recall
 from scipy.stats import rankdata
 
 _TOP_K = {"Hit": Hit, "MRR": MRR, "NDCG": NDCG, "Recall": Recall}

@@ -1,7 +1,7 @@
 """Ties are broken by a permutation that knows the pair and the seed but not the label: a constant scorer is at chance.
 
-RecBole lays positives first (general_dataloader.py:160) and topk keeps an order of its own among equal scores, so ties would
-otherwise be settled by where the answer happens to stand.
+RecBole lays positives first (general_dataloader.py:160) and topk keeps an order of its own among equal scores, so ties
+would otherwise be settled by where the answer happens to stand.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from recbole_mllm.errors import UserError
 
 
 def tie_keys(users: Any, items: Any, seed: int) -> Callable[[Any, Any], Any]:
-    """Return a function of internal (users, items) ``[B]`` that gives int64 keys ``[B]`` depending on raw ids and seed."""
+    """Return a function of internal (users, items) ``[B]`` giving int64 keys ``[B]`` made of raw ids and seed."""
     of_user = np.array([hash64("tie-user", seed, user) for user in users], dtype=np.uint64)
     of_item = np.array([hash64("tie-item", seed, item) for item in items], dtype=np.uint64)
 
@@ -65,7 +65,9 @@ def install(trainer_class: Any) -> None:
         items = pairs[self.config["ITEM_ID_FIELD"]]
         raw = scores[owner, items].float().cpu()
         if bool(torch.isnan(raw).any()):
-            raise UserError(f"{self.config['model']} scored {int(torch.isnan(raw).sum())} pairs with NaN; it cannot be ranked")
+            raise UserError(
+                f"{self.config['model']} scored {int(torch.isnan(raw).sum())} pairs with NaN; it cannot be ranked"
+            )
         place = ranks(owner.numpy(), raw.numpy(), pairs[TIE].cpu().numpy())
         scores[owner, items] = torch.from_numpy(place).to(scores)
         _log(self, pairs, raw, place)
@@ -81,4 +83,6 @@ def _log(trainer: Any, pairs: Any, raw: Tensor, place: Any) -> None:
         return
     config = trainer.config
     columns = {USER: config["USER_ID_FIELD"], ITEM: config["ITEM_ID_FIELD"], "label": config["LABEL_FIELD"]}
-    log.append({name: pairs[field].cpu().numpy() for name, field in columns.items()} | {"score": raw.numpy(), "place": place})
+    log.append(
+        {name: pairs[field].cpu().numpy() for name, field in columns.items()} | {"score": raw.numpy(), "place": place}
+    )

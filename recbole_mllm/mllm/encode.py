@@ -1,4 +1,4 @@
-"""From a prompt to token ids: chat template, plain-text guard, truncation, and images expanded to their placeholder tokens."""
+"""From a prompt to token ids: chat template, plain-text guard, truncation, images expanded to placeholder tokens."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from recbole_mllm.data.images import image_digest, open_image
 from recbole_mllm.errors import UserError
 from recbole_mllm.prompts import IMAGE, Prompt
 
-# Where this stands in a rendered prompt the text is cut before tokenisation, so that a special token's spelling inside a
-# title is tokenised in two parts and stays plain text.
+# Where this stands in a rendered prompt the text is cut before tokenisation, so that a special token's spelling
+# inside a title is tokenised in two parts and stays plain text.
 CUT = "\ue000"
 _NOT_IMAGE_INPUTS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels"}
 _FEWEST = 8  # characters a filled-in text keeps when a prompt is shortened
@@ -84,9 +84,12 @@ class Encoder:
     def render(self, pieces: Sequence[str], answer: str) -> str:
         """Return the conversation as the chat template writes it; without a template, the bare text."""
         assert self._special is not None
-        guarded = [self._special.sub(_cut, p) if i % 2 else p.replace(IMAGE, f"{CUT}{IMAGE}{CUT}") for i, p in enumerate(pieces)]
+        guarded = [
+            self._special.sub(_cut, p) if i % 2 else p.replace(IMAGE, f"{CUT}{IMAGE}{CUT}")
+            for i, p in enumerate(pieces)
+        ]
         text = "".join(guarded)
-        parts = [part for part in text.split(f"{CUT}{IMAGE}{CUT}")]
+        parts = text.split(f"{CUT}{IMAGE}{CUT}")
         owner = self.processor if self.processor is not None else self.tokenizer
         if not getattr(owner, "chat_template", None):
             return self._untagged(parts, answer)
@@ -101,7 +104,7 @@ class Encoder:
         return rendered + self._reply(owner, turn, rendered, answer) if answer else rendered
 
     def _reply(self, owner: Any, turn: list[dict[str, Any]], rendered: str, answer: str) -> str:
-        """Return what the template writes for the assistant's `answer`, with its end tag; the bare answer where it differs."""
+        """Return what the template writes for the assistant's `answer`, with its end tag."""
         content: Any = answer if self.processor is None else [{"type": "text", "text": answer}]
         whole = str(owner.apply_chat_template([*turn, {"role": "assistant", "content": content}], tokenize=False))
         return whole[len(rendered) :] if whole.startswith(rendered) else answer + str(self.tokenizer.eos_token or "")
@@ -114,7 +117,9 @@ class Encoder:
         """Take about `excess` tokens from the end of the longest filled-in text."""
         longest = max(range(1, len(pieces), 2), key=lambda i: len(pieces[i]), default=0)
         if not longest or len(pieces[longest]) <= _FEWEST:
-            raise UserError(f"a prompt has more than max_text_tokens = {self.max_text_tokens} tokens of fixed wording; raise it")
+            raise UserError(
+                f"a prompt has more than max_text_tokens = {self.max_text_tokens} tokens of fixed wording; raise it"
+            )
         text = pieces[longest]
         tokens = max(1, len(self.tokenizer(text, add_special_tokens=False)["input_ids"]))
         kept = min(len(text) - 1, int(len(text) * max(0, tokens - excess) / tokens))
@@ -170,12 +175,16 @@ def answer_tokens(encoder: Encoder, yes: str, no: str) -> AnswerTokens:
     for answer in (yes, no):
         whole = encoder(probe, answer).ids
         if whole[: len(asked)] != asked or len(whole) == len(asked):
-            raise UserError(f"the tokeniser joins the answer {answer!r} with the prompt before it; choose other answer words")
+            raise UserError(
+                f"the tokeniser joins the answer {answer!r} with the prompt before it; choose other answer words"
+            )
         tails.append(whole[len(asked) :])
     first = [tail[0] for tail in tails]
     if first[0] == first[1]:
         token = encoder.tokenizer.convert_ids_to_tokens(first[0])
-        raise UserError(f"the answers {yes!r} and {no!r} begin with the same token {token!r}; choose other answer words")
+        raise UserError(
+            f"the answers {yes!r} and {no!r} begin with the same token {token!r}; choose other answer words"
+        )
     return AnswerTokens(tails[0], tails[1])
 
 

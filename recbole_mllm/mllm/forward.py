@@ -1,4 +1,4 @@
-"""One forward pass for every architecture: explicit positions, image features computed once, the head on chosen rows only."""
+"""One forward pass for every architecture: explicit positions, image features made once, the head on chosen rows."""
 
 from __future__ import annotations
 
@@ -144,11 +144,9 @@ class Body:
         return {}
 
     def logits(self, states: Tensor, tokens: Sequence[int] | None = None) -> Tensor:
-        """Return float32 logits of `states` ``[N, D]`` for `tokens` only (``[N, len(tokens)]``), or for the vocabulary."""
+        """Return float32 logits of `states` ``[N, D]``, for `tokens` only or for the vocabulary."""
         head = self.head_model.get_output_embeddings()
-        if tokens is None:
-            out = head(states).float()
-        else:
-            out = states.float() @ head.weight[list(tokens)].float().T
+        whole = tokens is None
+        out = head(states).float() if whole else states.float() @ head.weight[list(tokens or ())].float().T
         cap = getattr(self.config.get_text_config(), "final_logit_softcapping", None)
         return torch.tanh(out / cap) * cap if cap else out

@@ -19,7 +19,7 @@ from recbole_mllm.settings import MLLMSettings
 
 
 class HFModel:
-    """A causal (multimodal) language model with its encoder. `identity` names the weights, `model` is the torch module."""
+    """A causal (multimodal) language model with its encoder; `identity` names the weights and their precision."""
 
     def __init__(self, name: str, settings: MLLMSettings, device: torch.device) -> None:
         dtype = dtype_of(settings.dtype, device)

@@ -84,7 +84,9 @@ def load(name: str, dtype: torch.dtype, device: torch.device, *, trust_remote_co
         )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"model {name!r} cannot be loaded: {reason}; give a hub id, a local folder, or `tiny`") from error
+        raise UserError(
+            f"model {name!r} cannot be loaded: {reason}; give a hub id, a local folder, or `tiny`"
+        ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.requires_grad_(False)

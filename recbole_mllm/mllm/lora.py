@@ -67,7 +67,9 @@ def load_adapter_state(adapted: Any, state: dict[str, Tensor]) -> None:
     try:
         outcome = set_peft_model_state_dict(adapted, state)
     except RuntimeError as error:
-        raise UserError("the checkpoint's adapter has other shapes: was it trained on another model or lora_r?") from error
+        raise UserError(
+            "the checkpoint's adapter has other shapes: was it trained on another model or lora_r?"
+        ) from error
     missing = [name for name in outcome.missing_keys if "lora_" in name]
     if missing or outcome.unexpected_keys:
         raise UserError("the checkpoint's adapter fits other layers: was it trained on another model or lora_target?")

@@ -1,7 +1,8 @@
 """Score prompts through a prefix trie: what several prompts share (an item's image and title) is computed once.
 
-The order of prompts does not matter; they are sorted here. A shared prefix never ends inside an image, and always leaves
-each prompt at least one token of its own. Key-value caches live while their node is scored and are then thrown away.
+The order of prompts does not matter; they are sorted here. A shared prefix never ends inside an image, and always
+leaves each prompt at least one token of its own. Key-value caches live while
+their node is scored and are then thrown away.
 """
 
 from __future__ import annotations
@@ -76,7 +77,12 @@ class _Trie:
     """One pass over sorted prompts; `node` shares a prefix, `leaf` scores what shares no more."""
 
     def __init__(
-        self, body: Body, prompts: Sequence[Encoded], keys: Sequence[tuple[int, ...]], tokens: Sequence[int], out: Tensor
+        self,
+        body: Body,
+        prompts: Sequence[Encoded],
+        keys: Sequence[tuple[int, ...]],
+        tokens: Sequence[int],
+        out: Tensor,
     ) -> None:
         self.body, self.prompts, self.keys, self.tokens, self.out = body, prompts, keys, tokens, out
 

@@ -12,7 +12,9 @@ from recbole_mllm.mllm.encode import Encoded
 from recbole_mllm.mllm.forward import Body
 
 
-def answer_loss(body: Body, prompts: Sequence[Encoded], answers: Sequence[Sequence[int]], *, whole: bool = False) -> Tensor:
+def answer_loss(
+    body: Body, prompts: Sequence[Encoded], answers: Sequence[Sequence[int]], *, whole: bool = False
+) -> Tensor:
     """Return the mean loss over rows of the mean loss over each row's labelled tokens.
 
     Args:

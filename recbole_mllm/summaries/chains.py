@@ -1,7 +1,7 @@
 """Which preference summaries the rows will read, and what each may have read: pure index arithmetic, no text.
 
-A row at position p follows p interactions. Its summary is a state of a chain over the user's history: the chain starts at
-`start`, reads blocks of `block_size` items, and each state has read the interactions ``[start, seen)`` with ``seen <= p``.
+A row at position p follows p interactions. Its summary is a state of a chain over the user's history: the chain starts
+at `start`, reads blocks of `block_size` items, and each state has read ``[start, seen)`` with ``seen <= p``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from recbole_mllm.settings import SummarySettings
 
 @dataclass(frozen=True, slots=True, order=True)
 class State:
-    """A preference that has read the interactions ``[start, seen)`` of one user, the last step those from `since` on."""
+    """A preference that has read interactions ``[start, seen)`` of one user, in the last step those from `since` on."""
 
     start: int
     since: int
@@ -49,7 +49,7 @@ def before(state: State, settings: SummarySettings) -> State | None:
 
 
 def steps(states: Iterable[State], settings: SummarySettings) -> list[list[State]]:
-    """Return `states` and all they build on, each once, in the order of their steps: the n-th list needs the lists before."""
+    """Return `states` and all they build on, each once, by step: the n-th list needs only the lists before."""
     wanted: set[State] = set()
     for state in states:
         current: State | None = state

@@ -17,7 +17,7 @@ def item_summaries(scribe: Scribe, style: Style, items: Items, wanted: Sequence[
         style: The wording.
         items: Titles and images.
         wanted: Raw item ids.
-        what: ``image`` | ``text`` | ``fused`` | ``none``. An item without an image has a fused summary of its text alone.
+        what: ``image`` | ``text`` | ``fused`` | ``none``; without an image a fused summary is the text's alone.
     """
     out = dict.fromkeys(wanted, "")
     if what in ("image", "fused"):

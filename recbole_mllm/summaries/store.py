@@ -33,7 +33,12 @@ class Decoding:
 
 def answer_key(identity: str, prompt: Prompt, decoding: Decoding) -> str:
     """Return the digest of everything that changes an answer: weights, prompt text, image bytes, decoding."""
-    parts = [identity, prompt.marked, *(image_digest(path) for path in prompt.images), f"greedy:{decoding.max_new_tokens}"]
+    parts = [
+        identity,
+        prompt.marked,
+        *(image_digest(path) for path in prompt.images),
+        f"greedy:{decoding.max_new_tokens}",
+    ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
@@ -49,7 +54,9 @@ class Store:
             self._db.execute("PRAGMA synchronous=NORMAL")
             self._db.execute(_SCHEMA)
         except (sqlite3.DatabaseError, OSError) as error:
-            raise UserError(f"the summary store {path} cannot be opened ({error}); check the folder, or move the file away") from error
+            raise UserError(
+                f"the summary store {path} cannot be opened ({error}); check the folder, or move the file away"
+            ) from error
 
     def close(self) -> None:
         """Close the file; what was added is on disk."""
@@ -68,7 +75,8 @@ class Store:
         """Keep a batch of answers in one transaction; an answer that is known already stays as it is."""
         each, now = seconds / max(1, len(keys)), time.time()
         rows = [
-            (key, a.text, kind, model, a.prompt_tokens, a.new_tokens, each, now) for key, a in zip(keys, answers, strict=True)
+            (key, a.text, kind, model, a.prompt_tokens, a.new_tokens, each, now)
+            for key, a in zip(keys, answers, strict=True)
         ]
         with self._db:
             self._db.execute("BEGIN IMMEDIATE")

@@ -55,9 +55,7 @@ def preferences(
     return texts
 
 
-def _previous(
-    texts: Mapping[tuple[str, State], str], user: str, state: State, settings: SummarySettings
-) -> str | None:
+def _previous(texts: Mapping[tuple[str, State], str], user: str, state: State, settings: SummarySettings) -> str | None:
     earlier = before(state, settings) if settings.summary_mode == "recurrent" else None
     return texts[user, earlier] if earlier is not None else None
 

@@ -14,7 +14,9 @@ from recbole_mllm.benchmark.report import render
 from tests.planted_runs import plant_run
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine (Debian: apt-get install chromium)")
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="no chromium on this machine (Debian: apt-get install chromium)"
+)
 
 OPTIONS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-dev-shm-usage",
@@ -98,8 +100,8 @@ def test_nothing_but_the_tables_scrolls_sideways_on_a_phone(page):
     phone = page.with_name("phone.html")
     phone.write_text(
         '<iframe id="f" style="width:360px;height:800px" srcdoc=""></iframe><p id="told"></p><script>'
-        "f.srcdoc = atob('{}'); f.onload = () => {{ const d = f.contentDocument.documentElement;"
-        "told.textContent = 'wide:' + (d.scrollWidth - d.clientWidth); }}</script>".format(_base64(page.read_bytes()))
+        f"f.srcdoc = atob('{_base64(page.read_bytes())}'); f.onload = () => {{ const d = f.contentDocument.documentElement;"
+        "told.textContent = 'wide:' + (d.scrollWidth - d.clientWidth); }</script>"
     )
     dom, _ = browse(phone, "--dump-dom")
     assert "wide:0<" in dom

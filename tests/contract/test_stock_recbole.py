@@ -98,6 +98,6 @@ def test_hyper_tuning_calls_the_objective_without_ray(workplace):
     from recbole.quick_start import objective_function
 
     write_slice(workplace)
-    config = settings("BPR", data_path=str(workplace), model="BPR", dataset="few")
+    config = settings("BPR", data_path=str(workplace)) | {"model": "BPR", "dataset": "few"}
     assert objective_function(config_dict=config, saved=False)["model"] == "BPR"
     assert "ray" not in sys.modules

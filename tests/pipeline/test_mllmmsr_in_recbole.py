@@ -136,7 +136,9 @@ def test_a_constant_scorer_is_at_chance(settings):
 def test_all_models_get_the_same_candidates(settings):
     digests = set()
     for model, extra in (("MLLMMSR", {}), ("SASRec", {"train_neg_sample_args": None}), ("BPR", {}), ("Pop", {})):
-        protocol = {"eval_args": {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "uni20"}}
+        protocol = {
+            "eval_args": {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "uni20"}
+        }
         config, dataset, loaders = _parts(settings | extra | protocol | {"frozen_candidates": True}, model)
         np.random.seed(len(digests))  # what a model draws from numpy's generator must change nothing
         pairs = [batch[0] for batch in loaders[2]]
@@ -171,7 +173,9 @@ def test_no_images_anywhere_says_what_to_do(settings, place):
 
 def test_summaries_are_exported_and_off_accepts_them_but_makes_none(settings, place):
     run_recbole("MLLMMSR", "steps", config_dict=settings | {"finetune": "none"})
-    assert list((place / "data" / "steps").glob("steps.*.isum")) and list((place / "data" / "steps").glob("steps.*.usum"))
+    assert list((place / "data" / "steps").glob("steps.*.isum")) and list(
+        (place / "data" / "steps").glob("steps.*.usum")
+    )
     run_recbole("MLLMMSR", "steps", config_dict=settings | {"finetune": "none", "summarize": "off"})
     with pytest.raises(UserError, match="summarize is off"):
         run_recbole("MLLMMSR", "steps", config_dict=settings | {"summarize": "off", "user_summary_tokens": 4})

@@ -46,7 +46,9 @@ if fate == "mistake":
 if fate == "wait":
     while not (out / "go").exists():
         time.sleep(0.05)
-append(out / "runs.jsonl", plant_run(out, job["label"], {POWERS!r}[job["label"]], job["kind"], job["seed"], run_id=job["run_id"]))
+power = {POWERS!r}[job["label"]]
+record = plant_run(out, job["label"], power, job["kind"], job["seed"], run_id=job["run_id"])
+append(out / "runs.jsonl", record)
 """
 
 
@@ -95,7 +97,12 @@ def test_a_finished_run_is_kept_unless_forced_and_other_settings_are_another_run
 
 @pytest.mark.parametrize(
     ("fate", "words"),
-    [("crash", "ValueError: the loss is"), ("oom", "SIGKILL"), ("silent", "without a record"), ("mistake", "no such dataset")],
+    [
+        ("crash", "ValueError: the loss is"),
+        ("oom", "SIGKILL"),
+        ("silent", "without a record"),
+        ("mistake", "no such dataset"),
+    ],
 )
 def test_a_crash_costs_one_row_says_why_and_is_tried_again(tmp_path, worker, fate, words):
     failing = {"fate": {"SASRec": fate}}
@@ -225,7 +232,12 @@ def test_presets_change_what_they_say():
 
 @pytest.mark.parametrize(
     ("label", "words"),
-    [("MLLMMSR:zeroshot", "MLLMMSR:zero-shot"), ("MLLMMSR:block-0", "block-N"), ("Pop:direct", "only MLLMMSR"), ("", "no model")],
+    [
+        ("MLLMMSR:zeroshot", "MLLMMSR:zero-shot"),
+        ("MLLMMSR:block-0", "block-N"),
+        ("Pop:direct", "only MLLMMSR"),
+        ("", "no model"),
+    ],
 )
 def test_an_unknown_label_is_refused_before_anything_runs(tmp_path, label, words):
     with pytest.raises(UserError, match=words):

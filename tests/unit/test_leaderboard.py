@@ -18,7 +18,14 @@ from scipy import stats
 from recbole_mllm.benchmark.leaderboard import COSTS, SLICES, Leaderboard
 from recbole_mllm.benchmark.ranking import build
 from recbole_mllm.benchmark.records import RunRecord, append, read_arrays
-from recbole_mllm.benchmark.report import format_csv, format_leaderboard, format_markdown, format_table, render, write_note
+from recbole_mllm.benchmark.report import (
+    format_csv,
+    format_leaderboard,
+    format_markdown,
+    format_table,
+    render,
+    write_note,
+)
 from recbole_mllm.errors import UserError
 from tests.planted_runs import CANDIDATES, plant_run
 
@@ -227,7 +234,9 @@ def test_rendering_twice_changes_not_a_byte(field, tmp_path):
 
 
 def test_texts_are_escaped(tmp_path):
-    evil = plant_run(tmp_path, EVIL, 0.5, run_id="evil-1", dataset=EVIL, protocol=EVIL, device=EVIL, config={"note": EVIL})
+    evil = plant_run(
+        tmp_path, EVIL, 0.5, run_id="evil-1", dataset=EVIL, protocol=EVIL, device=EVIL, config={"note": EVIL}
+    )
     failed = replace(evil, run_id="evil-2", seed=7, status=EVIL, metrics={})
     append(tmp_path / "runs.jsonl", evil)
     append(tmp_path / "runs.jsonl", failed)

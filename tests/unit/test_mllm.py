@@ -83,9 +83,7 @@ def test_scores_do_not_depend_on_order_or_company(mllm, prompts):
 def test_an_image_is_seen_once_however_many_prompts_show_it(mllm, prompts, monkeypatch):
     calls = []
     stock = mllm.body.head_model.model.get_image_features
-    monkeypatch.setattr(
-        mllm.body.head_model.model, "get_image_features", lambda **kw: calls.append(1) or stock(**kw)
-    )
+    monkeypatch.setattr(mllm.body.head_model.model, "get_image_features", lambda **kw: calls.append(1) or stock(**kw))
     mllm.yes_scores(prompts, mllm.answers(STYLE))
     assert len(calls) == len(COLOURS)
 

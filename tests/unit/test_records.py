@@ -42,7 +42,13 @@ def test_what_is_appended_is_read_back(tmp_path):
 
 
 def test_a_configuration_may_hold_what_json_cannot(tmp_path):
-    odd = {"path": Path("a/b"), "n": np.int64(3), "set": {2, 1}, "inf": float("inf"), "nested": {"t": (np.float32(0.5),)}}
+    odd = {
+        "path": Path("a/b"),
+        "n": np.int64(3),
+        "set": {2, 1},
+        "inf": float("inf"),
+        "nested": {"t": (np.float32(0.5),)},
+    }
     append(tmp_path / "runs.jsonl", record(config=odd))
     (read,) = read_records(tmp_path / "runs.jsonl")
     assert read.config == {"path": "a/b", "n": 3, "set": ["1", "2"], "inf": "inf", "nested": {"t": [0.5]}}

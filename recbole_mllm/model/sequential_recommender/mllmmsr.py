@@ -38,7 +38,9 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
         if "full" in config["eval_args"]["mode"].values():
-            raise UserError("MLLMMSR would have to score every item for every user; set eval_args.mode to uniN, e.g. uni20")
+            raise UserError(
+                "MLLMMSR would have to score every item for every user; set eval_args.mode to uniN, e.g. uni20"
+            )
         self.settings = Settings.from_config(config)
         stage = make_stage(config, self.settings, self.device)
         self.preferences = make_preferences(stage, Plan(dataset.histories, dataset.positions))
@@ -80,7 +82,7 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
         return self.mllm.loss(prompts, interaction[self.label_field], self.answers, whole=whole)
 
     def predict(self, interaction: Interaction) -> Tensor:
-        """Return ``[B]`` float32 log-odds of Yes: monotone in P(Yes) (paper, eq. 1), and without its ties near 0 and 1."""
+        """Return ``[B]`` float32 log-odds of Yes: monotone in P(Yes) (paper, eq. 1), without its ties near 0 and 1."""
         rows = self.rows_of(interaction)
         missing = sorted({row for row in rows if row not in self._ahead}, key=_item_major)
         scores = self._ahead | self._scores(missing)
@@ -146,7 +148,9 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
     def load_other_parameter(self, para: dict[str, Any] | None) -> None:
         """Refuse a checkpoint of another base model."""
         if para and para["base"] != self.mllm.identity:
-            raise UserError(f"the checkpoint belongs to {para['base']}, not to {self.mllm.identity}; set mllm accordingly")
+            raise UserError(
+                f"the checkpoint belongs to {para['base']}, not to {self.mllm.identity}; set mllm accordingly"
+            )
 
     def save_adapter(self, folder: Path) -> None:
         """Write the adapter as a PEFT folder."""
