@@ -31,7 +31,7 @@ class MLLMMSRTrainer(Trainer):  # type: ignore[misc]
     def __init__(self, config: Any, model: Any) -> None:
         super().__init__(config, model)
         self.train_settings = model.settings.train
-        self.max_epochs = self.epochs
+        self.max_epochs: int = config["epochs"]
         if not model.is_trained:
             self.epochs = 0  # zero-shot: RecBole's fit then saves, and trains nothing
 
@@ -133,4 +133,4 @@ class MLLMMSRTrainer(Trainer):  # type: ignore[misc]
     def _save_checkpoint(self, epoch: int, verbose: bool = True, **kwargs: Any) -> None:
         """Write RecBole's checkpoint (config, adapter, optimizer) and the adapter as a PEFT folder beside it."""
         super()._save_checkpoint(epoch, verbose=verbose, **kwargs)
-        self.model.save_adapter(Path(kwargs.get("saved_model_file", self.saved_model_file)).with_suffix(""))
+        self.model.save_adapter(Path(str(kwargs.get("saved_model_file", self.saved_model_file))).with_suffix(""))

@@ -65,8 +65,9 @@ def plant_run(
     pairs["item"] = np.array([f"i{index}" for index in range(n_users * N_CANDIDATES)])
     write_arrays(results / folder / "scores.npz", pairs)
     values: dict[str, Any] = {
-        "run_id": run_id, "model": label.partition(":")[0], "label": label, "kind": kind, "seed": seed, "dataset": "demo",
-        "protocol": "leave-one-out, 1+20 frozen candidates", "candidates": candidates, "n_users": n_users,
+        "run_id": run_id, "model": label.partition(":")[0], "label": label, "kind": kind, "seed": seed,
+        "dataset": "demo", "protocol": "leave-one-out, 1+20 frozen candidates", "candidates": candidates,
+        "n_users": n_users,
         "config": {"epochs": 3, "seed": seed}, "metrics": {name: float(v.mean()) for name, v in metrics.items()},
         "per_user": f"{folder}/per_user.npz", "scores": f"{folder}/scores.npz", "status": "ok",
         "summarize_s": 12.0 if kind == "mllm" else None, "train_s": 20.0, "score_s": 3.0, "pairs_per_s": 840.0,

@@ -50,7 +50,7 @@ class Pool:
 
     def _indices(self, rng: np.random.Generator) -> list[int]:
         if self.cumulative is None:
-            return rng.integers(0, len(self.items), _BATCH).tolist()
+            return [int(index) for index in rng.integers(0, len(self.items), _BATCH)]
         found: list[int] = np.searchsorted(self.cumulative, rng.random(_BATCH), side="right").tolist()
         return found
 

@@ -149,4 +149,4 @@ class Body:
         whole = tokens is None
         out = head(states).float() if whole else states.float() @ head.weight[list(tokens or ())].float().T
         cap = getattr(self.config.get_text_config(), "final_logit_softcapping", None)
-        return torch.tanh(out / cap) * cap if cap else out
+        return torch.as_tensor(torch.tanh(out / cap) * cap if cap else out)

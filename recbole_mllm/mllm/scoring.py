@@ -1,8 +1,7 @@
 """Score prompts through a prefix trie: what several prompts share (an item's image and title) is computed once.
 
 The order of prompts does not matter; they are sorted here. A shared prefix never ends inside an image, and always
-leaves each prompt at least one token of its own. Key-value caches live while
-their node is scored and are then thrown away.
+leaves each prompt at least one token of its own. Key-value caches live while their node is scored, no longer.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from recbole_mllm.data.texts import Items
 from recbole_mllm.prompts import Style, fused_summary_prompt, image_summary_prompt, text_summary_prompt
@@ -32,5 +32,5 @@ def item_summaries(scribe: Scribe, style: Style, items: Items, wanted: Sequence[
     return out
 
 
-def _zip(keys: dict[str, object] | dict[str, str], answers: Sequence[str]) -> dict[str, str]:
+def _zip(keys: Iterable[str], answers: Sequence[str]) -> dict[str, str]:
     return dict(zip(keys, answers, strict=True))

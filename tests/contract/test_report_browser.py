@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 import shutil
 import subprocess
@@ -100,7 +101,8 @@ def test_nothing_but_the_tables_scrolls_sideways_on_a_phone(page):
     phone = page.with_name("phone.html")
     phone.write_text(
         '<iframe id="f" style="width:360px;height:800px" srcdoc=""></iframe><p id="told"></p><script>'
-        f"f.srcdoc = atob('{_base64(page.read_bytes())}'); f.onload = () => {{ const d = f.contentDocument.documentElement;"
+        f"f.srcdoc = atob('{_base64(page.read_bytes())}');"
+        "f.onload = () => { const d = f.contentDocument.documentElement;"
         "told.textContent = 'wide:' + (d.scrollWidth - d.clientWidth); }</script>"
     )
     dom, _ = browse(phone, "--dump-dom")
@@ -108,8 +110,6 @@ def test_nothing_but_the_tables_scrolls_sideways_on_a_phone(page):
 
 
 def _base64(data: bytes) -> str:
-    import base64
-
     return base64.b64encode(data).decode()
 
 

@@ -16,6 +16,7 @@ import pytest
 from scipy import stats
 
 from recbole_mllm.benchmark.leaderboard import COSTS, SLICES, Leaderboard
+from recbole_mllm.benchmark.plot import quality_versus_cost
 from recbole_mllm.benchmark.ranking import build
 from recbole_mllm.benchmark.records import RunRecord, append, read_arrays
 from recbole_mllm.benchmark.report import (
@@ -256,6 +257,14 @@ def test_the_page_asks_nothing_of_the_network(field, tmp_path):
     render(tmp_path)
     page = (tmp_path / "leaderboard.html").read_text()
     assert not re.search(r"https?://|//cdn|@import|url\((?!data:)|<link(?![^>]*href=\"data:)", page)
+
+
+def test_labels_of_rows_that_are_alike_do_not_overlap(field, tmp_path):
+    records = [replace(field[1], run_id=f"run-{number}", label=f"Twin{number}") for number in range(6)]
+    plot = quality_versus_cost(build(records, tmp_path))
+    assert plot is not None and len(plot.points) == 6
+    heights = sorted(point.label_y for point in plot.points)
+    assert min(np.diff(heights)) > 12
 
 
 def test_the_terminal_table_is_aligned_and_fits(board, field, tmp_path):
