@@ -47,7 +47,9 @@ def _run(words: list[str]) -> int:
     if known.command == "summarize":
         return commands.summarize(_dataset(known), known.stage, options)
     if known.command == "benchmark":
-        return commands.benchmark(_dataset(known), known.models, known.seeds, known.output_dir, known.jobs, options)
+        return commands.benchmark(
+            _dataset(known), known.models, known.seeds, known.output_dir, known.jobs, known.force, options
+        )
     if known.command == "report":
         return commands.report(known.directory)
     if known.model:
@@ -77,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     benchmark.add_argument("--models", required=True, help="e.g. Pop,SASRec,MLLMMSR,MLLMMSR:zero-shot")
     benchmark.add_argument("--seeds", help="e.g. 2024,2025; default: --seed, else 2024")
     benchmark.add_argument("--output_dir", help="default: results/<dataset>")
+    benchmark.add_argument("--force", action="store_true", help="run again what is finished")
     benchmark.add_argument("--jobs", type=int, default=1, help="runs at a time")
     report = add("report", help="render leaderboard.* again from runs.jsonl")
     report.add_argument("directory")

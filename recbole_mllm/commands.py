@@ -106,7 +106,9 @@ def summarize(dataset: str, stage: str, options: Options) -> int:
     return 0
 
 
-def benchmark(dataset: str, models: str, seeds: str | None, output: str | None, jobs: int, options: Options) -> int:
+def benchmark(
+    dataset: str, models: str, seeds: str | None, output: str | None, jobs: int, force: bool, options: Options
+) -> int:
     """Run every model on the same candidates and write the leaderboard."""
     from recbole_mllm.benchmark.report import format_leaderboard
     from recbole_mllm.benchmark.run import BenchmarkPlan
@@ -127,6 +129,7 @@ def benchmark(dataset: str, models: str, seeds: str | None, output: str | None, 
         note=str(keys.pop("note", _note(dataset))),
         overrides=keys,
         jobs=jobs,
+        force=force,
     )
     html = run_benchmark(plan)
     print(format_leaderboard(folder))
@@ -179,7 +182,7 @@ def demo(options: Options) -> int:
     folder = Path("results/demo")
     _set_aside(folder, world)
     print(f"dataset {world}: {DEMO_NOTE}")
-    return benchmark(world, DEMO_MODELS, None, str(folder), 1, options)
+    return benchmark(world, DEMO_MODELS, None, str(folder), 1, False, options)
 
 
 def _set_aside(folder: Path, world: str) -> None:

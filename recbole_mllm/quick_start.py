@@ -100,8 +100,18 @@ def _agree(metrics: dict[str, float], users: dict[str, Any], decimals: int) -> N
 
 
 def make_config(model: str, dataset: str, files: list[str], overrides: dict[str, Any]) -> Any:
-    """Return RecBole's Config; the caller sees to it that ``sys.argv`` holds nothing else."""
-    return Config(model=model, dataset=dataset, config_file_list=files, config_dict=overrides)
+    """Return RecBole's Config; the caller sees to it that ``sys.argv`` holds nothing else.
+
+    A model with a cross-entropy loss gets the ``train_neg_sample_args: null`` that RecBole demands of it and does not
+    set itself (configurator.py:343-352).
+    """
+    parts: dict[str, Any] = {"model": model, "dataset": dataset, "config_file_list": files}
+    try:
+        return Config(config_dict=overrides, **parts)
+    except ValueError as error:
+        if "should be None when the loss_type is CE" not in str(error):
+            raise
+        return Config(config_dict={**overrides, "train_neg_sample_args": None}, **parts)
 
 
 def prepare_summaries(config: Any, stage: str) -> list[Path]:

@@ -25,13 +25,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 }
 """What each variant of MLLMMSR changes; ``block-N`` (``block_size: N``) is read by pattern."""
 
-SEQUENTIAL_CE = frozenset({
-    "BERT4Rec", "CORE", "Caser", "FDSA", "FEARec", "FOSSIL", "GCSAN", "GRU4Rec", "GRU4RecCPR", "GRU4RecF",
-    "GRU4RecKG", "HGN", "HRM", "KSR", "LightSANs", "NARM", "NPE", "NextItNet", "RepeatNet", "S3Rec", "SASRec",
-    "SASRecCPR", "SASRecF", "SHAN", "SINE", "SRGNN", "STAMP",
-})  # fmt: skip
-"""RecBole's sequential models with a cross-entropy loss, which RecBole refuses to start beside sampled negatives."""
-
 UNTRAINED = frozenset({"Pop", "ItemKNN", "Random", "EASE", "SLIMElastic", "ADMMSLIM", "NCEPLRec"})
 """Baselines solved in one pass, which need no training budget."""
 
@@ -82,8 +75,7 @@ def _preset(label: str, preset: str) -> Mapping[str, Any]:
 
 
 def _baseline_defaults(model: str) -> dict[str, Any]:
-    budget = {} if model in UNTRAINED else dict(TRAINED_DEFAULTS)
-    return {**budget, "train_neg_sample_args": None} if model in SEQUENTIAL_CE else budget
+    return {} if model in UNTRAINED else dict(TRAINED_DEFAULTS)
 
 
 def _known() -> str:

@@ -1,0 +1,83 @@
+"""The command line: a mistake is one line and exit code 2; what is right is passed on as it was meant."""
+
+import sys
+
+import pytest
+
+from recbole_mllm import commands
+from recbole_mllm.cli import main
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["recbole-mllm"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("benchmark --dataset demo", "--models"),
+        ("benchmark --models Pop", "--dataset is missing"),
+        ("benchmark --dataset demo --models MLLMMSR:drect", "did you mean MLLMMSR:direct"),
+        ("benchmark --dataset demo --models Pop --seeds x", "--seeds 'x' must be whole numbers"),
+        ("--dataset demo", "add --model MLLMMSR"),
+        ("--model SASRec --dataset demo --epohcs=3", "unknown key 'epohcs' in the command line; did you mean 'epochs'"),
+        ("--model SASRec --dataset demo epochs=3", "invalid choice: 'epochs=3'"),
+        ("--model SASRec --dataset demo --config_files none.yaml", "'none.yaml' does not exist and is no preset"),
+        ("--model Nope --dataset demo", "[Nope] is not the name of an existing model"),
+        ("--model SASRec --dataset absent", "no dataset 'absent'"),
+        ("--model MLLMMSR --dataset demo --lora_r=x", "lora_r is 'x'; it must be int"),
+        ("--model SASRec --dataset demo --limit_users many", "invalid int value"),
+        ("report nowhere", "holds no runs.jsonl"),
+        ("conver", "invalid choice"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(words, message, capsys):
+    assert main(words.split()) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and "Traceback" not in error
+
+
+def test_debug_shows_where_it_came_from():
+    with pytest.raises(commands.UserError):
+        main(["--dataset", "demo", "--debug"])
+
+
+def test_options_may_stand_before_or_behind_the_command(monkeypatch):
+    calls = []
+    monkeypatch.setattr(commands, "benchmark", lambda *given: calls.append(given) or 0)
+    for words in (
+        "--seed 3 --limit_users 5 benchmark --dataset d --models A,B --lora_r=4 --topk=[1,5]",
+        "benchmark --dataset d --models A,B --lora_r=4 --seed 3 --topk=[1,5] --limit_users 5",
+        "benchmark --dataset=d --models=A,B --lora_r=4 --seed=3 --topk=[1,5] --limit_users=5",
+    ):
+        assert main(words.split()) == 0
+    options = commands.Options({"lora_r": 4, "topk": [1, 5], "limit_users": 5}, (), 3)
+    assert calls == [("d", "A,B", None, None, 1, False, options)] * 3
+
+
+def test_config_files_are_separated_by_spaces(monkeypatch):
+    calls = []
+    monkeypatch.setattr(commands, "run_model", lambda *given: calls.append(given) or 0)
+    main(["--model", "SASRec", "--dataset", "d", "--config_files", "a.yaml demo"])
+    assert calls[0][2].config_files == ("a.yaml", "demo")
+
+
+def test_no_argument_is_the_demo_and_a_seed_is_another_world(monkeypatch):
+    worlds = []
+    monkeypatch.setattr(commands, "benchmark", lambda dataset, *rest: worlds.append((dataset, rest[2])) or 0)
+    assert main([]) == main(["--seed", "7"]) == 0
+    assert worlds == [("demo", "results/demo"), ("demo-7", "results/demo")]
+
+
+def test_results_of_another_world_are_set_aside_not_lost(tmp_path, monkeypatch):
+    from recbole_mllm.benchmark.records import RunRecord, append
+
+    monkeypatch.setattr(commands, "benchmark", lambda *given: 0)
+    record = RunRecord(
+        run_id="Pop-1", model="Pop", label="Pop", kind="baseline", seed=1, dataset="demo", status="x", started=""
+    )
+    append(tmp_path / "results" / "demo" / "runs.jsonl", record)
+    main(["--seed", "7"])
+    assert (tmp_path / "results" / "demo.1" / "runs.jsonl").is_file()
