@@ -7,14 +7,19 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    CLIPVisionConfig,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextProcessor,
     LlavaProcessor,
     PreTrainedTokenizerFast,
     SiglipVisionConfig,
 )
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "[INST]", "[/INST]"]
@@ -119,5 +124,40 @@ def llava(folder: Path, seed: int = 0) -> Path:
         vision_feature_select_strategy="full",
         chat_template=CHAT,
         num_additional_image_tokens=0,
+    ).save_pretrained(folder)
+    return folder
+
+
+def llava_next(folder: Path, seed: int = 0, layers: int = 4, width: int = 256) -> Path:
+    """Write a LLaVA-NeXT whose images are one overview and four tiles: about 740 image tokens each."""
+    torch.manual_seed(seed)
+    words = tokenizer()
+    text = _text(len(words))
+    text.hidden_size, text.intermediate_size, text.num_hidden_layers = width, 2 * width, layers
+    text.head_dim = width // text.num_attention_heads
+    vision = CLIPVisionConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, image_size=96, patch_size=8
+    )
+    config = LlavaNextConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=SPECIAL.index("<image>"),
+        image_grid_pinpoints=[[192, 192]],
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
+    model = LlavaNextForConditionalGeneration(config)
+    _settle(model)
+    model.save_pretrained(folder)
+    pixels = LlavaNextImageProcessorPil(
+        size={"shortest_edge": 96}, crop_size={"height": 96, "width": 96}, image_grid_pinpoints=[[192, 192]]
+    )
+    LlavaNextProcessor(
+        image_processor=pixels,
+        tokenizer=words,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        chat_template=CHAT,
+        num_additional_image_tokens=1,
     ).save_pretrained(folder)
     return folder

@@ -207,7 +207,7 @@ def test_the_order_given_to_the_worker(tmp_path):
              overrides={"epochs": 7, "use_image": True})
     )  # fmt: skip
     order = job.order()
-    assert order["overrides"]["epochs"] == 7 and order["defaults"]["train_neg_sample_args"] is None
+    assert order["overrides"]["epochs"] == 7 and order["defaults"]["epochs"] == 50
     assert variant.order()["overrides"]["use_image"] is False, "a label must mean what it says"
     assert (order["model"], order["limit_users"], order["config_files"]) == ("SASRec", 5, [str(config)])
 
