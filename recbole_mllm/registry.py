@@ -97,6 +97,8 @@ def read_our_files(configurator: ModuleType) -> None:
             recbole_says = dict(self.internal_config_dict)
             self._update_internal_config_dict(PROPERTIES / "overall.yaml")
             self.internal_config_dict.update(recbole_says)
+            if any(resource("model", kind.__name__) for kind in model_class.__mro__):
+                _check_keys(self)
             home = Path(configurator.__file__ or "").parent.parent / "properties"
             for path in (*_model_files(model_class, home, dataset), *_dataset_files(self, dataset)):
                 self._update_internal_config_dict(path)
@@ -104,6 +106,13 @@ def read_our_files(configurator: ModuleType) -> None:
         return _load_internal_config_dict
 
     wrap(configurator.Config, "_load_internal_config_dict", make)
+
+
+def _check_keys(config: Any) -> None:
+    """Refuse keys nobody reads, where the user wrote them for us; a script's own ``--words`` are not ours to judge."""
+    check = importlib.import_module("recbole_mllm.config").check_keys
+    check(config.file_config_dict, "a config file")
+    check(config.variable_config_dict, "config_dict")
 
 
 def _model_files(model_class: Any, home: Path, dataset: str) -> Iterator[Path]:

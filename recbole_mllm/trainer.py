@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from recbole.data.interaction import Interaction
 from recbole.trainer import Trainer
-from recbole.utils import set_color
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
-from tqdm import tqdm
 
 from recbole_mllm.data.schema import TIE
+from recbole_mllm.progress import Progress
 
 
 def rate_at(step: int, steps: int, warmup: int, kind: str) -> float:
@@ -50,17 +49,19 @@ class MLLMMSRTrainer(Trainer):  # type: ignore[misc]
         per_epoch = math.ceil(len(train_data) / group)
         total, step = 0.0, epoch_idx * per_epoch
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.enable_scaler)
-        bar = tqdm(train_data, desc=set_color(f"Train {epoch_idx:>5}", "pink"), ncols=100, disable=not show_progress)
-        for number, interaction in enumerate(bar):
+        progress = Progress(len(train_data), f"training epoch {epoch_idx}", "batch")
+        for number, interaction in enumerate(train_data):
             if number % group == 0:
                 self.optimizer.zero_grad()
             batches_left = min(group, len(train_data) - number // group * group)
             loss = self._backward(interaction, batches_left, scaler)
             self._check_nan(torch.tensor(loss))
             total += loss
+            progress.update(1)
             if (number + 1) % group == 0 or number + 1 == len(train_data):
                 self._step(step, per_epoch * self.max_epochs, scaler)
                 step += 1
+        progress.close()
         return total
 
     def _backward(self, interaction: Interaction, share: int, scaler: Any) -> float:

@@ -1,6 +1,6 @@
-"""Pretrain the bundled tiny MLLM: `python tools/train_tiny_mllm.py` does all of it, the same each time.
+"""Pretrain the bundled tiny MLLM: `python tools/train_tiny_mllm.py` does all of it, from fixed seeds and step counts.
 
-Working files go to ``.tiny/``, the model to ``recbole_mllm/demo/tiny/``; about half an hour on two CPU cores.
+Working files go to ``.tiny/``, the model to ``recbole_mllm/demo/tiny/``; about 45 minutes on two busy CPU cores.
 `--stage NAME` does one stage again from the files of those before it.
 """
 

@@ -7,11 +7,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from tqdm import tqdm
-
 from recbole_mllm.data.atomic import clean
 from recbole_mllm.errors import UserError
 from recbole_mllm.mllm.base import Answer, Writer
+from recbole_mllm.progress import Progress
 from recbole_mllm.prompts import Prompt
 from recbole_mllm.summaries.store import Decoding, Store, answer_key
 
@@ -43,7 +42,7 @@ class Scribe:
     may_write: bool = True
     tally: Tally = field(default_factory=Tally)
     _writer: Writer | None = None
-    _bar: tqdm[None] | None = None
+    _progress: Progress | None = None
 
     def answer(self, prompts: Sequence[Prompt]) -> list[str]:
         """Return the answers, each one line; equal prompts are answered once.
@@ -56,6 +55,8 @@ class Scribe:
         missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in texts}
         self.tally.asked += len(keys)
         self.tally.known += len(keys) - len(missing)
+        if self._progress is not None:
+            self._progress.update(len(keys) - len(missing))
         if missing and not self.may_write:
             raise UserError(
                 f"{len(missing)} {self.kind} summaries are missing or stale and summarize is off; "
@@ -89,13 +90,13 @@ class Scribe:
         self.tally.new_tokens += sum(a.new_tokens for a in answers)
         self.tally.at_limit += sum(a.new_tokens >= self.decoding.max_new_tokens for a in answers)
         self.tally.empty += sum(not a.text for a in answers)
-        if self._bar is not None:
-            self._bar.update(len(answers))
+        if self._progress is not None:
+            self._progress.update(len(answers))
 
-    def progress(self, total: int) -> tqdm[None]:
-        """Return a progress bar over `total` prompts that this scribe moves; on a terminal only."""
-        self._bar = tqdm(total=total, desc=f"{self.kind} summaries", unit="summary", disable=None, ncols=100)
-        return self._bar
+    def progress(self, total: int) -> Progress:
+        """Return what shows how far `total` prompts are; this scribe moves it, known answers included."""
+        self._progress = Progress(total, f"{self.kind} summaries", "summary")
+        return self._progress
 
     def report(self) -> None:
         """Log what was done, in one line, and what people should look at, if anything."""

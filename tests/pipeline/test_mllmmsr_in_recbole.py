@@ -179,3 +179,8 @@ def test_summaries_are_exported_and_off_accepts_them_but_makes_none(settings, pl
     run_recbole("MLLMMSR", "steps", config_dict=settings | {"finetune": "none", "summarize": "off"})
     with pytest.raises(UserError, match="summarize is off"):
         run_recbole("MLLMMSR", "steps", config_dict=settings | {"summarize": "off", "user_summary_tokens": 4})
+
+
+def test_a_misspelt_key_is_refused_in_stock_recbole_too(settings):
+    with pytest.raises(UserError, match="unknown key 'lora_rnk' in config_dict; did you mean 'lora_"):
+        run_recbole("MLLMMSR", "steps", config_dict=settings | {"lora_rnk": 4})

@@ -81,3 +81,13 @@ def test_results_of_another_world_are_set_aside_not_lost(tmp_path, monkeypatch):
     append(tmp_path / "results" / "demo" / "runs.jsonl", record)
     main(["--seed", "7"])
     assert (tmp_path / "results" / "demo.1" / "runs.jsonl").is_file()
+
+
+def test_progress_is_plain_lines_off_a_terminal(caplog, monkeypatch):
+    from recbole_mllm import progress
+
+    caplog.set_level("INFO")
+    monkeypatch.setattr(progress, "EVERY_S", 0.0)
+    with progress.Progress(10, "scoring", "pair") as shown:
+        shown.update(4)
+    assert "scoring: 4 of 10" in caplog.text and "left" in caplog.text

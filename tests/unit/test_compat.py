@@ -47,7 +47,8 @@ def test_recbole_may_be_imported_first():
         "from recbole.quick_start import run_recbole\n"
         "import recbole.quick_start.quick_start as quick\n"
         "print(quick.create_dataset is create_dataset, quick.data_preparation is data_preparation)\n"
-        "print(quick.get_model is get_model, hasattr(get_model, '__wrapped__'), hasattr(create_dataset, '__wrapped__'))\n"
+        "print(quick.get_model is get_model)\n"
+        "print(hasattr(get_model, '__wrapped__'), hasattr(create_dataset, '__wrapped__'))\n"
         "sys.argv = ['x']\n"
         "print(Config('BPR', 'nothing', config_dict={'gpu_id': ''})['model'], 'ray' in sys.modules)\n"
     )

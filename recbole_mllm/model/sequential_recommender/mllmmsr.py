@@ -12,13 +12,13 @@ from recbole.data.interaction import Interaction
 from recbole.model.abstract_recommender import SequentialRecommender
 from recbole.utils import InputType
 from torch import Tensor
-from tqdm import tqdm
 
 from recbole_mllm.data.schema import POSITION
 from recbole_mllm.errors import UserError
 from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.mllm.lora import adapt, adapter_state, load_adapter_state, save_adapter
 from recbole_mllm.model.stages import make_stage
+from recbole_mllm.progress import Progress
 from recbole_mllm.prompts import Prompt, recommend_prompt
 from recbole_mllm.settings import Settings
 from recbole_mllm.summaries.prepare import make_preferences
@@ -102,11 +102,11 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
     def score_ahead(self, rows: Iterable[tuple[int, int, int]]) -> int:
         """Score distinct `rows` item by item, so that users of one item share its computation; return how many."""
         ordered = sorted(set(rows), key=_item_major)
-        with tqdm(total=len(ordered), desc="scoring pairs", unit="pair", disable=None, ncols=100) as bar:
+        with Progress(len(ordered), "scoring", "pair") as progress:
             for start in range(0, len(ordered), _AHEAD):
                 part = ordered[start : start + _AHEAD]
                 self._ahead |= self._scores(part)
-                bar.update(len(part))
+                progress.update(len(part))
         return len(ordered)
 
     def forget(self) -> None:

@@ -1,0 +1,50 @@
+"""How far long work is: a bar with rate and time left on a terminal, a plain log line every half minute elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from types import TracebackType
+from typing import Self
+
+from tqdm import tqdm
+
+EVERY_S = 30.0
+
+
+class Progress:
+    """Counts work that is done; a context manager, so that the bar is closed whatever happens."""
+
+    def __init__(self, total: int, what: str, unit: str) -> None:
+        self.total, self.what, self.unit, self.done = total, what, unit, 0
+        self._started = self._told = time.monotonic()
+        live = sys.stderr.isatty()
+        self._bar: tqdm[None] | None = tqdm(total=total, desc=what, unit=unit, ncols=100) if live and total else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def update(self, count: int) -> None:
+        """Note that `count` more are done."""
+        self.done += count
+        if self._bar is not None:
+            self._bar.update(count)
+            return
+        now = time.monotonic()
+        if now - self._told >= EVERY_S:
+            self._told = now
+            rate = self.done / (now - self._started)
+            left = (self.total - self.done) / rate if rate else float("inf")
+            text = f"{self.what}: {self.done} of {self.total}, {rate:.1f} {self.unit}/s, {left:.0f} s left"
+            logging.getLogger().info(text)
