@@ -92,6 +92,22 @@ def _mapping(path: Path) -> Mapping[str, Any]:
     return {str(key): value for key, value in found.items()}
 
 
+def per_model(files: Sequence[str], model: str) -> dict[str, Any]:
+    """Return what the ``per_model`` sections of `files` say of `model`; a later file wins.
+
+    Raises:
+        UserError: A section is no mapping of models to known keys.
+    """
+    out: dict[str, Any] = {}
+    for file in files:
+        sections = _mapping(Path(file)).get("per_model") or {}
+        if not isinstance(sections, dict) or not all(isinstance(keys, dict) for keys in sections.values()):
+            raise UserError(f"per_model in {file} must hold a model's name, and below it `key: value` lines")
+        check_keys(sections.get(model, {}), f"{file}, per_model, {model}")
+        out |= sections.get(model, {})
+    return out
+
+
 def benchmark_defaults() -> dict[str, Any]:
     """Return what every model of a benchmark is evaluated with unless the user says otherwise."""
     return dict(_mapping(PROPERTIES / "overall.yaml")["benchmark_defaults"])

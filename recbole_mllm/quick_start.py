@@ -14,7 +14,7 @@ from recbole.config import Config
 from recbole.data import create_dataset, data_preparation
 from recbole.utils import get_model, get_trainer, init_logger, init_seed
 
-from recbole_mllm.config import check_keys
+from recbole_mllm.config import check_keys, per_model
 from recbole_mllm.data.schema import isum_file, store_file, usum_file
 from recbole_mllm.evaluation.metrics import joined, per_user, pooled_auc
 from recbole_mllm.model.stages import make_stage
@@ -102,9 +102,12 @@ def _agree(metrics: dict[str, float], users: dict[str, Any], decimals: int) -> N
 def make_config(model: str, dataset: str, files: list[str], overrides: dict[str, Any]) -> Any:
     """Return RecBole's Config; the caller sees to it that ``sys.argv`` holds nothing else.
 
+    A file's ``per_model`` section for this model wins over the plain keys of all files, `overrides` win over both.
+
     A model with a cross-entropy loss gets the ``train_neg_sample_args: null`` that RecBole demands of it and does not
     set itself (configurator.py:343-352).
     """
+    overrides = per_model(files, model) | overrides
     parts: dict[str, Any] = {"model": model, "dataset": dataset, "config_file_list": files}
     try:
         return Config(config_dict=overrides, **parts)

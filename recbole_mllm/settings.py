@@ -154,4 +154,4 @@ class Settings:
 def known_keys() -> frozenset[str]:
     """Return every key of this project."""
     groups = (MLLMSettings, SummarySettings, RecommendSettings, LoraSettings, TrainSettings, EvaluationSettings)
-    return frozenset(f.name for group in groups for f in fields(group)) | {"benchmark_defaults", "note"}
+    return frozenset(f.name for group in groups for f in fields(group)) | {"benchmark_defaults", "note", "per_model"}

@@ -63,7 +63,9 @@ class FrozenEvalDataLoader(NegSampleEvalDataLoader):  # type: ignore[misc]
     def _pairs(self, rows: Any, items: Any, labels: Any) -> Interaction:
         used, back = np.unique(rows, return_inverse=True)
         # the item is replaced before joining, so that item features are the candidate's
-        plain = self.transform(self._dataset, self._dataset.inter_feat[used])[back]
+        shown = self.transform(self._dataset, self._dataset.inter_feat[used])
+        # RecBole's own indexing goes through Python lists (data/interaction.py:136-137)
+        plain = Interaction({name: column[torch.from_numpy(back)] for name, column in shown.interaction.items()})
         plain.update(Interaction({self.iid_field: torch.from_numpy(items)}))
         pairs = self._dataset.join(plain)
         users = plain[self._dataset.uid_field].numpy()

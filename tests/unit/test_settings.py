@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from recbole_mllm.config import benchmark_defaults, check_keys, config_paths
+from recbole_mllm.config import benchmark_defaults, check_keys, config_paths, per_model
 from recbole_mllm.errors import UserError
 from recbole_mllm.resources import PROPERTIES, named, resource
 from recbole_mllm.settings import Settings, known_keys
@@ -20,7 +20,7 @@ def test_every_preset_the_design_names_is_there_and_parses():
 
 def test_every_setting_stands_in_a_shipped_file_with_a_comment():
     text = (PROPERTIES / "model" / "MLLMMSR.yaml").read_text() + (PROPERTIES / "overall.yaml").read_text()
-    missing = [key for key in known_keys() - {"note"} if f"\n{key}:" not in f"\n{text}"]
+    missing = [key for key in known_keys() - {"note", "per_model"} if f"\n{key}:" not in f"\n{text}"]
     assert missing == []
 
 
@@ -57,6 +57,17 @@ def test_config_files_may_be_presets_and_are_checked(tmp_path):
         config_paths([str(tmp_path / "c.yaml")])
     with pytest.raises(UserError, match="is no preset; presets: .*demo"):
         config_paths(["dmeo"])
+
+
+def test_a_section_for_one_model_is_read_for_it_alone(tmp_path):
+    one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
+    one.write_text("per_model: {SASRec: {epochs: 3, hidden_size: 8}}")
+    two.write_text("per_model: {SASRec: {epochs: 4}}")
+    assert per_model([str(one), str(two)], "SASRec") == {"epochs": 4, "hidden_size": 8}
+    assert per_model([str(one)], "GRU4Rec") == {}
+    two.write_text("per_model: {SASRec: {epcohs: 4}}")
+    with pytest.raises(UserError, match="unknown key 'epcohs' in .*two.yaml, per_model, SASRec; did you mean 'epochs'"):
+        per_model([str(two)], "SASRec")
 
 
 def test_the_benchmark_compares_on_leave_one_out_with_twenty_candidates():
