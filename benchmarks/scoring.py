@@ -1,8 +1,8 @@
 """Scoring pairs: this project's way beside the released code's and a plain batched forward, on one model in one run.
 
-The released way (test_with_llava_sft.py) makes one processor call a pair, generates 30 tokens in batches of six and reads
-the first step's scores. The model is a tiny LLaVA-NeXT with random weights and about 740 image tokens an image; its
-vocabulary is small, so that the head does not flatter. Ends with one JSON line; keys are users per item.
+The released way (test_with_llava_sft.py) makes one processor call a pair, generates 30 tokens in batches of six and
+reads the first step's scores. The model is a tiny LLaVA-NeXT with random weights and about 740 image tokens an image;
+its vocabulary is small, so that the head does not flatter. Ends with one JSON line; keys are users per item.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SETTINGS = Settings.from_config(yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.
 
 
 def pairs(folder: Path, items: int, users: int) -> list[Prompt]:
-    """Return prompts of `items` images with `users` different preferences each, shuffled as an evaluation lists them."""
+    """Return prompts of `items` images with `users` different preferences each, in no order."""
     out = []
     for n in range(items):
         path = folder / f"{n}.png"

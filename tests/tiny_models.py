@@ -27,7 +27,8 @@ CHAT = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {% if m['content'] is string %}"
     "{{ m['content'] }}{% else %}{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% else %}"
     "{{ c['text'] }}{% endif %}{% endfor %}{% endif %} [/INST]{% else %} {% if m['content'] is string %}"
-    "{{ m['content'] }}{% else %}{% for c in m['content'] %}{{ c['text'] }}{% endfor %}{% endif %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{{ m['content'] }}{% else %}{% for c in m['content'] %}{{ c['text'] }}{% endfor %}{% endif %}"
+    "{{ eos_token }}{% endif %}{% endfor %}"
 )
 CORPUS = [
     "The user prefers red colour. Will the user buy it? Answer Yes or No.",
