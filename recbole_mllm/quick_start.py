@@ -17,11 +17,7 @@ from recbole.utils import get_model, get_trainer, init_logger, init_seed
 from recbole_mllm.config import check_keys, per_model
 from recbole_mllm.data.schema import isum_file, store_file, usum_file
 from recbole_mllm.evaluation.metrics import joined, per_user, pooled_auc
-from recbole_mllm.model.stages import make_stage
 from recbole_mllm.settings import Settings
-from recbole_mllm.summaries.prepare import make_item_summaries, make_preferences
-from recbole_mllm.summaries.store import Store
-from recbole_mllm.summaries.users import Plan
 
 NAMES = {"hit": "Hit", "mrr": "MRR", "ndcg": "NDCG", "recall": "Recall", "gauc": "GAUC", "auc": "AUC"}
 
@@ -119,6 +115,12 @@ def make_config(model: str, dataset: str, files: list[str], overrides: dict[str,
 
 def prepare_summaries(config: Any, stage: str) -> list[Path]:
     """Make the summaries a run of `config` would read (``items``, ``users``, ``all``); return the files they are in."""
+    # here, as every run of a baseline would wait seconds for transformers
+    from recbole_mllm.model.stages import make_stage
+    from recbole_mllm.summaries.prepare import make_item_summaries, make_preferences
+    from recbole_mllm.summaries.store import Store
+    from recbole_mllm.summaries.users import Plan
+
     init_seed(config["seed"], config["reproducibility"])
     init_logger(config)
     check_keys(config.external_config_dict, "the configuration")

@@ -28,7 +28,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 UNTRAINED = frozenset({"Pop", "ItemKNN", "Random", "EASE", "SLIMElastic", "ADMMSLIM", "NCEPLRec"})
 """Baselines solved in one pass, which need no training budget."""
 
-TRAINED_DEFAULTS: Mapping[str, Any] = {"epochs": 50, "stopping_step": 3, "train_batch_size": 256}
+TRAINED_DEFAULTS: Mapping[str, Any] = {"epochs": 50, "eval_step": 2, "stopping_step": 2, "train_batch_size": 256}
 """For small data: RecBole's batches of 2048 are two steps an epoch on a thousand users."""
 
 

@@ -19,7 +19,7 @@ from recbole_mllm.mllm.forward import Body
 
 # Prefix-LM: the whole prompt is read in both directions, so no part of it can be computed without the rest
 _NO_SHARING = {"paligemma"}
-_LEAST_GAIN = 24  # tokens a shared prefix must save to be worth a forward pass of its own
+_LEAST_GAIN = 512  # tokens a shared prefix must save to be worth a forward pass, and smaller batches behind it
 _BATCH_TOKENS = 8192  # tokens of keys and values a batch holds, padding included
 
 

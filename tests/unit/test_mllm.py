@@ -11,6 +11,7 @@ import yaml
 from PIL import Image
 
 from recbole_mllm.errors import UserError
+from recbole_mllm.mllm import scoring
 from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.mllm.lora import adapt, adapter_state, load_adapter_state, target_modules
 from recbole_mllm.prompts import Prompt, Style, recommend_prompt
@@ -64,7 +65,8 @@ def test_the_ids_are_those_of_the_processor_itself(mllm, folder):
 
 
 @pytest.mark.parametrize("share", [True, False])
-def test_scores_equal_a_plain_forward_of_each_prompt(mllm, prompts, share):
+def test_scores_equal_a_plain_forward_of_each_prompt(mllm, prompts, share, monkeypatch):
+    monkeypatch.setattr(scoring, "_LEAST_GAIN", 1)
     answers = mllm.answers(STYLE)
     plain = torch.stack([_plain_forward(mllm, p) for p in prompts])
     margin = plain[:, answers.yes[0]] - plain[:, answers.no[0]]
@@ -72,12 +74,28 @@ def test_scores_equal_a_plain_forward_of_each_prompt(mllm, prompts, share):
     assert torch.allclose(mllm.yes_scores(prompts, answers, share_prefix=share), margin, atol=1e-5)
 
 
-def test_scores_do_not_depend_on_order_or_company(mllm, prompts):
+def test_scores_do_not_depend_on_order_or_company(mllm, prompts, monkeypatch):
+    monkeypatch.setattr(scoring, "_LEAST_GAIN", 1)
     answers = mllm.answers(STYLE)
     together = mllm.yes_scores(prompts, answers)
     backwards = mllm.yes_scores(prompts[::-1], answers).flip(0)
     alone = torch.cat([mllm.yes_scores([p], answers) for p in prompts])
     assert torch.allclose(together, backwards, atol=1e-5) and torch.allclose(together, alone, atol=1e-5)
+
+
+def test_a_shared_prefix_is_computed_once(mllm, prompts, monkeypatch):
+    monkeypatch.setattr(scoring, "_LEAST_GAIN", 1)
+    counts = {}
+    stock = mllm.body.hidden
+    for share in (True, False):
+        read = []
+        spy = lambda rows, start, stops, cache, read=read: (  # noqa: E731
+            read.append(sum(stop - start for stop in stops)) or stock(rows, start, stops, cache)
+        )
+        monkeypatch.setattr(mllm.body, "hidden", spy)
+        mllm.yes_scores(prompts, mllm.answers(STYLE), share_prefix=share)
+        counts[share] = sum(read)
+    assert counts[True] < 0.7 * counts[False] == 0.7 * sum(len(e.ids) for e in mllm.encode(prompts))
 
 
 def test_an_image_is_seen_once_however_many_prompts_show_it(mllm, prompts, monkeypatch):
