@@ -41,6 +41,7 @@ class MLLMMSRDataset(SequentialDataset):  # type: ignore[misc]
             for part in parts:
                 part._add_positions(part.inter_feat[self.item_list_length_field].clone())
         train, _, test = parts
+        train.whole_split = train.inter_feat  # popularity is the split's, whatever part of it this model trains on
         limit = EvaluationSettings.from_config(self.config)
         chosen = sample_users(self._raw_users(test), limit.limit_users, limit.candidate_seed)
         if limit.limit_users is not None:

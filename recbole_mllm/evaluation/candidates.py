@@ -7,7 +7,6 @@ RecBole's own sampler draws from numpy's global generator, which training consum
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from recbole_mllm.data.sampling import sample_users
 from recbole_mllm.data.schema import TIE
 from recbole_mllm.errors import UserError
 from recbole_mllm.evaluation.draw import Pool, candidates_digest, draw_negatives
+from recbole_mllm.evaluation.protocol import training_counts
 from recbole_mllm.evaluation.ties import tie_keys
 from recbole_mllm.settings import EvaluationSettings
 
@@ -126,7 +126,8 @@ def _count(mode: str) -> int:
 
 def _pool(mode: str, seen: dict[str, set[str]], train: Any, items: Any) -> Pool:
     if mode.startswith("pop"):
-        return Pool.popular(Counter(items[train._dataset.inter_feat[train._dataset.iid_field].numpy()].tolist()))
+        counts, _ = training_counts(train._dataset, 0, len(items))
+        return Pool.popular(dict(zip(items.tolist(), counts.tolist(), strict=True)))
     return Pool.uniform(item for own in seen.values() for item in own)
 
 

@@ -55,7 +55,7 @@ def user_columns(dataset: Any, train: Any, pairs: dict[str, Any], images: Any) -
 
 def training_counts(train: Any, users: int, items: int) -> tuple[Any, Any]:
     """Return how often each item, and each user, occurs in training, a sequence's first item included."""
-    rows = train.inter_feat
+    rows = getattr(train, "whole_split", train.inter_feat)
     owner, item = rows[train.uid_field].numpy(), rows[train.iid_field].numpy()
     listed = train.iid_field + train.config["LIST_SUFFIX"]
     if listed in rows:  # a sequential row's target stands alone; the first item of a user is only in the lists
