@@ -8,13 +8,18 @@ from typing import Any
 
 from recbole_mllm.compat.patching import called_from, wrap
 
+_WORDS = (":token", ":token_seq")
+# pandas' own list (pandas.read_csv, na_values), which counts for the other columns
+_MISSING = ["", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A",
+            "NA", "NULL", "NaN", "None", "n/a", "nan", "null"]  # fmt: skip
+
 
 def mend_pandas_3(dataset: ModuleType) -> None:
-    """Apply what data/dataset/dataset.py needs from pandas 3 on; older pandas is left alone."""
+    """Apply what data/dataset/dataset.py needs from pandas 3 on; with older pandas, only words stay words."""
     import pandas as pd
 
+    read_text_as_objects(dataset)
     if int(pd.__version__.split(".")[0]) >= 3:
-        read_text_as_objects(dataset)
         fill_nan_by_assignment(dataset)
         agg_len_by_element()
         # :501 still assigns to a copy, in vain and without harm: `read_text_as_objects` has filled the column
@@ -37,7 +42,8 @@ def read_text_as_objects(dataset: ModuleType) -> None:
     """Give data/dataset/dataset.py:486 text columns of dtype object, and empty sequences as ``""``.
 
     ``dtype=str`` now means an extension dtype, whose values np.concatenate and pd.factorize (:1189, :1205) take
-    differently, and ``df[field].fillna(value="", inplace=True)`` (:501) changes a copy.
+    differently, and ``df[field].fillna(value="", inplace=True)`` (:501) changes a copy. In tokens and their sequences
+    only the empty string is missing: pandas would take an item called NA, or a film called None, for missing as well.
     """
     import numpy as np
 
@@ -46,6 +52,9 @@ def read_text_as_objects(dataset: ModuleType) -> None:
         return
 
     def read_csv(*args: Any, dtype: Any = None, **kwargs: Any) -> Any:
+        if isinstance(dtype, dict):
+            missing = {name: [""] if name.endswith(_WORDS) else _MISSING for name in map(str, dtype)}
+            kwargs = {"na_values": missing, "keep_default_na": False, **kwargs}
         frame = pandas.read_csv(*args, dtype=dtype, **kwargs)
         for name in frame.columns:
             if isinstance(dtype, dict) and dtype.get(name) is str:

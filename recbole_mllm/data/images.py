@@ -102,19 +102,21 @@ def is_readable(path: Path) -> bool:
     return problem(path) is None
 
 
+# Pillow warns of odd files, which are refused or opened all the same; `catch_warnings` would not be safe in threads
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
     """Open `path`, checked for its size but not yet decoded; whatever goes wrong is an OSError with the reason."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            _check_file(path)
-            with Image.open(path, formats=_formats()) as image:
-                _check_pixels(image.width * image.height)
-                yield image
-        # Pillow's readers raise whatever a broken file makes them meet: struct.error, IndexError, EOFError, ...
-        except Exception as error:
-            raise OSError(f"{path}: {_reason(path, error)}") from error
+    try:
+        _check_file(path)
+        with Image.open(path, formats=_formats()) as image:
+            _check_pixels(image.width * image.height)
+            yield image
+    # Pillow's readers raise whatever a broken file makes them meet: struct.error, IndexError, EOFError, ...
+    except Exception as error:
+        raise OSError(f"{path}: {_reason(path, error)}") from error
 
 
 @lru_cache(maxsize=1)
