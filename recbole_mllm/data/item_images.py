@@ -1,9 +1,9 @@
 """Which items have an image that can be used, and why the others have none; what was decoded once is remembered.
 
-Only decoding a file to its end shows that it is whole (about 2 ms a poster), and a check of the headers alone would let
-a run die, or silently change its prompts, hours later. So all images are decoded before a run, by all cores, and of a
-large collection the verdicts are kept beside the dataset, each with its file's size and time, so that the next run asks
-only for those. The file is a convenience: where it cannot be read or written, the images are decoded again.
+Only decoding a file to its end shows that it is whole (half a millisecond a poster); a check of the headers alone would
+let a run die, or silently change its prompts, hours later. So all images are decoded before a run, by all cores, and of
+a large collection the verdicts are kept beside the dataset, each with its file's size and time, so that the next run
+asks only for those. The file is a convenience: where it cannot be read or written, the images are decoded again.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Arbitrary ids and titles: what is written comes back through RecBole's reader and ours, or is refused with a reason."""
+"""Arbitrary ids and titles: what is written comes back from RecBole's reader and ours, or is refused with a reason."""
 
 from __future__ import annotations
 
