@@ -50,6 +50,8 @@ def _run(words: list[str]) -> int:
         return commands.benchmark(
             _dataset(known), known.models, known.seeds, known.output_dir, known.jobs, known.force, options
         )
+    if known.command == "inspect":
+        return commands.inspect(known.directory, known.output, options)
     if known.command == "report":
         return commands.report(known.directory)
     if known.model:
@@ -69,7 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="recbole-mllm", description=_DESCRIPTION, epilog=_EPILOG, parents=[common])
     parser.add_argument("--model", help="a RecBole model or MLLMMSR")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    commands = parser.add_subparsers(dest="command", metavar="{summarize,benchmark,report}", parser_class=_Parser)
+    commands = parser.add_subparsers(
+        dest="command", metavar="{summarize,benchmark,inspect,report}", parser_class=_Parser
+    )
     add: Any = commands.add_parser
     summarize = add("summarize", help="make the summaries alone; resumable", parents=[_quiet(common)], epilog=_EPILOG)
     summarize.add_argument("--stage", choices=("items", "users", "all"), default="all")
@@ -81,6 +85,10 @@ def _parser() -> argparse.ArgumentParser:
     benchmark.add_argument("--output_dir", help="default: results/<dataset>")
     benchmark.add_argument("--force", action="store_true", help="run again what is finished")
     benchmark.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    inspect = add("inspect", help="a dataset's health, as text and as a page")
+    inspect.add_argument("directory", help="a dataset's folder, or its name under data_path (default ./dataset)")
+    inspect.add_argument("--image_dir", default=argparse.SUPPRESS, help="images by item id")
+    inspect.add_argument("--output", help="the page's file; default: inspect.html in the dataset's folder")
     report = add("report", help="render leaderboard.* again from runs.jsonl")
     report.add_argument("directory")
     return parser
