@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from recbole_mllm.data.values import MAX_CHARACTERS
+from recbole_mllm.data.values import MAX_CHARACTERS, clean
 from recbole_mllm.health.items import LONG_TITLE
 from recbole_mllm.health.measure import Health
 from recbole_mllm.health.sample import Sample
@@ -23,7 +23,12 @@ class Finding(NamedTuple):
 
 def findings(health: Health) -> list[Finding]:
     """Return what matters, the gravest first: what breaks reading, then what changes results, then what is thin."""
-    return [*_reading(health), *_ids(health), *_repeats(health), *_order(health), *_thin(health), *_items(health)]
+    found = [*_reading(health), *_ids(health), *_repeats(health), *_order(health), *_thin(health), *_items(health)]
+    return [Finding(_sentence(what), _sentence(todo)) for what, todo in found]
+
+
+def _sentence(words: str) -> str:
+    return f"{words[0].upper()}{words[1:]}."
 
 
 def _told(sample: Sample, one: str, several: str, todo: str) -> Iterable[Finding]:
@@ -145,7 +150,7 @@ def _images(health: Health) -> Iterable[Finding]:
         item, path, reason = health.items.missing[0]
         what = many(len(health.items.missing), "image cannot be used", "images cannot be used")
         yield Finding(
-            f"{what}, the first of item {item!r}: {path} {reason}",
+            f"{what}, the first of item {item!r}: {clean(path)} {reason}",
             "mend or remove them; until then they count as missing (missing_images.tsv lists them)",
         )
     if not health.items.n_images and not health.items.missing:

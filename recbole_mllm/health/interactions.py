@@ -120,7 +120,7 @@ def _note_row(reading: _Reading, values: list[str], path: Path, number: int) -> 
     reading.hashes.append(hash(tuple(values)))
     for value in values:
         if value[:1] == '"':
-            reading.quoted.add(f"{path.name}:{number}: {value[:60]}")
+            reading.quoted.add(f"{path.name}:{number}: {value[:60]!r}")
 
 
 def _read_histories(reading: _Reading, path: Path, layout: Layout, histories: dict[int, array[int]]) -> None:

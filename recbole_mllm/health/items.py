@@ -77,7 +77,7 @@ def _read_file(out: Items, images: ItemImages, path: Path, layout: Layout, image
 def _note_values(out: Items, row: dict[str, str], where: str) -> None:
     for name, value in row.items():
         if value[:1] == '"':
-            out.quoted.add(f"{where}: {value[:60]}")
+            out.quoted.add(f"{where}: {value[:60]!r}")
         if len(value) > MAX_CHARACTERS:
             out.too_long.add(f"{where}: {name} has {len(value):,} characters")
 

@@ -21,6 +21,7 @@ def page(health: Health) -> str:
         many(health.n_users, "user", "users"), many(health.n_items, "item", "items"),
         many(health.n_interactions, "interaction", "interactions"),
     )  # fmt: skip
+    of_users, of_items = quantiles(health.lengths), quantiles(health.popularity)
     return (
         environment(Path(__file__).parent / "templates")
         .get_template("health.html")
@@ -29,10 +30,7 @@ def page(health: Health) -> str:
             summary=f"{', '.join(size)}: {many(len(told), 'warning', 'warnings') if told else 'nothing to warn of'}.",
             findings=told,
             facts=[(name, value) for name, value in facts(health) if name not in SPREADS],
-            spreads=[
-                ("Interactions of a user", quantiles(health.lengths)),
-                ("Interactions of an item", quantiles(health.popularity)),
-            ],
+            spread=[(name, a, b) for (name, a), (_, b) in zip(of_users, of_items, strict=True)],
             plots=plots(health),
         )
     )

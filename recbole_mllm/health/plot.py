@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from recbole_mllm.health.measure import Health
 from recbole_mllm.health.wording import many, moment
 
-WIDTH, HEIGHT = 520, 260
-LEFT, RIGHT, TOP, BOTTOM = 52, 14, 26, 44
+WIDTH, HEIGHT = 420, 260
+LEFT, RIGHT, TOP, BOTTOM = 46, 14, 26, 44
 MAX_POINTS = 240
 Tick = tuple[float, str]
 
@@ -53,7 +53,11 @@ def plots(health: Health) -> list[Plot]:
     if not health.n_interactions:
         return []
     drawn = [history_lengths(health.lengths), item_popularity(health.popularity)]
-    return [*drawn, *([over_time(health)] if health.over_time.any() else [])]
+    order = health.order
+    ranks = (
+        order is None or order.last - order.first + 1 == health.n_interactions
+    )  # no times, but places: a flat picture
+    return drawn if ranks or not health.over_time.any() else [*drawn, over_time(health)]
 
 
 def history_lengths(lengths: NDArray[np.int64]) -> Plot:

@@ -58,7 +58,7 @@ def _content(health: Health) -> Iterable[Fact]:
 
 def _summaries(health: Health) -> Iterable[Fact]:
     if not health.summaries:
-        yield "with summary", "none yet (`recbole-mllm summarize` makes them)"
+        yield "with summary", "none yet; recbole-mllm summarize makes them"
     for found in health.summaries:
         if found.users is None:
             yield "with summary", f"{of(found.rows, health.n_all_items)}: {found.tag}"
@@ -79,6 +79,6 @@ def format_health(health: Health) -> str:
 
 def _warning(finding: Finding) -> list[str]:
     """Return the finding and what to do, wrapped; a long path or id is never broken."""
-    text = f"{finding.what}. {finding.todo[0].upper()}{finding.todo[1:]}."
+    text = f"{finding.what} {finding.todo}"
     return textwrap.wrap(text, WIDTH, initial_indent="! ", subsequent_indent="  ", break_long_words=False,
                          break_on_hyphens=False)  # fmt: skip
