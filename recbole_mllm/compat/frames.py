@@ -65,6 +65,19 @@ def read_text_as_objects(dataset: ModuleType) -> None:
     dataset.pd = _Pandas(pandas, read_csv)  # type: ignore[attr-defined]
 
 
+def read_past_marks(dataset: ModuleType) -> None:
+    """Let data/dataset/dataset.py:459 read a header behind a byte order mark, as pandas reads the rows behind it.
+
+    Without a configured `encoding` it is UTF-8, again as pandas reads the rows, and not the machine's own.
+    """
+
+    def open_text(file: Any, mode: str = "r", encoding: str | None = None) -> Any:
+        plain = mode == "r" and (encoding or "utf-8").lower() in ("utf-8", "utf8")
+        return open(file, mode, encoding="utf-8-sig" if plain else encoding)
+
+    dataset.open = open_text  # type: ignore[attr-defined]
+
+
 def fill_nan_by_assignment(dataset: ModuleType) -> None:
     """Replace ``Dataset._fill_nan`` (data/dataset/dataset.py:636-657): :648 and :650 now fill a copy."""
     import numpy as np

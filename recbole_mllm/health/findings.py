@@ -39,7 +39,7 @@ def _told(sample: Sample, one: str, several: str, todo: str) -> Iterable[Finding
 def _reading(health: Health) -> Iterable[Finding]:
     for name in health.marked:
         yield Finding(
-            f"{name} begins with a byte order mark, which RecBole takes for a part of the first column's name",
+            f"{name} begins with a byte order mark, which RecBole without this package takes for a part of a name",
             "save it as UTF-8 without BOM",
         )
     quoted = Sample(

@@ -103,6 +103,22 @@ def test_the_writer_refuses_with_a_line_or_the_reader_gives_back_the_same(tmp_pa
         assert count == len(rows) and [list(row.values()) for row in read_atomic(path)] == rows
 
 
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_recbole_reads_past_a_mark_and_keeps_words_that_pandas_takes_for_missing(tmp_path, plain_argv, mark, end):
+    from recbole.config import Config
+    from recbole.data import create_dataset
+
+    lines = ["user_id:token\titem_id:token\trating:float", "NA\tnull\t1", "nan\tNone\tNA", "u\ti\t3"]
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "x.inter").write_bytes((mark + end.join(lines) + end).encode())
+    keys = {"data_path": str(tmp_path), "gpu_id": "", "load_col": {"inter": ["user_id", "item_id", "rating"]}}
+    dataset = create_dataset(Config("BPR", "x", config_dict=keys))
+    assert list(dataset.field2id_token["user_id"]) == ["[PAD]", "NA", "nan", "u"]
+    assert list(dataset.field2id_token["item_id"]) == ["[PAD]", "null", "None", "i"]
+    assert dataset.inter_feat["rating"].tolist() == [1, 2, 3], "a number that is missing is still the mean"
+
+
 def test_a_title_of_one_megabyte_is_cleaned_but_not_written_where_recbole_would_stop(tmp_path):
     title = clean("word\t" * 200_000)
     assert len(title) == 999_999
