@@ -34,12 +34,31 @@ class MLLMMSRDataset(SequentialDataset):  # type: ignore[misc]
         self.set_field_property(POSITION, FeatureType.TOKEN, FeatureSource.INTERACTION, 1)
         self.inter_feat.update(Interaction({POSITION: place}))
 
+    whole_lists: list[Any] | None = None
+
+    def _benchmark_presets(self) -> None:
+        """Keep each row's whole history, of which RecBole will see only the latest items."""
+        self.whole_lists = list(self.inter_feat[self.iid_field + self.config["LIST_SUFFIX"]])
+        super()._benchmark_presets()
+
+    def _change_feat_format(self) -> None:
+        super()._change_feat_format()
+        if self.whole_lists is not None:
+            self._add_positions(torch.tensor([len(items) for items in self.whole_lists]))
+
+    def _listed_histories(self) -> dict[str, list[str]]:
+        """Return each user's ordered raw item ids from benchmark files; the longest where a user has several rows."""
+        tokens = np.asarray(self.field2id_token[self.iid_field]).astype(str)
+        out: dict[str, list[str]] = {}
+        rows = zip(self._raw_users(self), self.whole_lists or [], self.inter_feat[self.iid_field].tolist(), strict=True)
+        for user, items, target in rows:
+            if len(items) >= len(out.get(user, [])):
+                out[user] = [*tokens[items].tolist(), str(tokens[target])]
+        return out
+
     def build(self) -> list[Any]:
         """Split, keep the rows `train_last_k` and `limit_users` allow, and say what summaries the rows will read."""
         parts = super().build()
-        if POSITION not in self.inter_feat:  # benchmark files: one ready-made row a user, its list the history
-            for part in parts:
-                part._add_positions(part.inter_feat[self.item_list_length_field].clone())
         train, _, test = parts
         train.whole_split = train.inter_feat  # popularity is the split's, whatever part of it this model trains on
         limit = EvaluationSettings.from_config(self.config)
@@ -48,7 +67,7 @@ class MLLMMSRDataset(SequentialDataset):  # type: ignore[misc]
             for part in parts:
                 part.inter_feat = part.inter_feat[np.isin(self._raw_users(part), list(chosen))]
         train.inter_feat = self._last(train, TrainSettings.from_config(self.config).train_last_k)
-        histories = self._histories(parts)
+        histories = self._listed_histories() if self.whole_lists else self._histories(parts)
         positions: dict[str, set[int]] = {}
         for part in parts:
             for user, place in zip(self._raw_users(part), part.inter_feat[POSITION].tolist(), strict=True):
