@@ -24,6 +24,7 @@ class Layout:
     item: str = schema.ITEM
     time: str = schema.TIME
     history: str | None = None
+    image_dir: Path | None = None
 
     @property
     def name(self) -> str:
@@ -49,8 +50,9 @@ def find_layout(folder: Path) -> Layout:
         if name not in columns:
             raise UserError(f"{files[0]}:1: there is no column {name}; its columns are {', '.join(columns)}")
     history = f"{item}{keys.get('LIST_SUFFIX') or '_list'}"
+    time, images = str(keys.get("TIME_FIELD") or schema.TIME), keys.get("image_dir")
     return Layout(
-        folder, files, user, item, str(keys.get("TIME_FIELD") or schema.TIME), history if history in columns else None
+        folder, files, user, item, time, history if history in columns else None, Path(str(images)) if images else None
     )
 
 
