@@ -85,7 +85,7 @@ def problem(path: Path) -> str | None:
         with _opened(path) as image:
             image.draft(None, _DRAFT)
             image.load()
-            if image.mode not in _EASY:
+            if image.mode not in _EASY or "transparency" in image.info:
                 _rgb(image)
     except OSError as error:
         return str(error).removeprefix(f"{path}: ")
