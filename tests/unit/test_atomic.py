@@ -39,6 +39,7 @@ def test_clean_is_one_line_without_controls_and_stays_so(text):
         ("👩\u200d🚀 and ❤\ufe0f", "👩\u200d🚀 and ❤\ufe0f"),
         ("می\u200cخواهم", "می\u200cخواهم"),
         ("\u200d \u200c", ""),
+        ("a \u200db\u200c c", "a b c"),
         ("\u202eevil\u202c", "evil"),
         ("שלום עולם", "שלום עולם"),
         ("\ud800x", "x"),
