@@ -29,8 +29,8 @@ def resolve(folder: Path, relative: str) -> tuple[Path | None, str | None]:
     """Return the file that `relative` names below `folder`, or None and the reason why there is none."""
     if not relative:
         return None, "no path is given"
-    root = _real(folder)
     try:
+        root = os.path.realpath(folder)
         path = os.path.realpath(os.path.join(root, relative))
         if path != root and not path.startswith(root.rstrip(os.sep) + os.sep):
             return None, "leads out of the folder"
@@ -38,11 +38,6 @@ def resolve(folder: Path, relative: str) -> tuple[Path | None, str | None]:
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         return None, _why_no_file(error)
     return (folder / relative, None) if stat.S_ISREG(mode) else (None, "is no file")
-
-
-@lru_cache(maxsize=64)
-def _real(folder: Path) -> str:
-    return os.path.realpath(folder)
 
 
 def _why_no_file(error: OSError | ValueError) -> str:
@@ -90,7 +85,7 @@ def problem(path: Path) -> str | None:
         with _opened(path) as image:
             image.draft(None, _DRAFT)
             image.load()
-            if image.mode not in _EASY:
+            if image.mode not in _EASY or "transparency" in image.info:
                 _rgb(image)
     except OSError as error:
         return str(error).removeprefix(f"{path}: ")

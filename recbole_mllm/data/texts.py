@@ -65,9 +65,9 @@ def _tell(images: ItemImages, folder: Path) -> None:
     if images.missing:
         item, path, reason = images.missing[0]
         logging.getLogger(__name__).warning(
-            "%d images cannot be used and count as missing, the first of item %s: %s %s; "
+            "%d of %d images cannot be used and count as missing, the first of item %s: %s %s; "
             "`recbole-mllm inspect %s` lists them",
-            len(images.missing), item, path, reason, folder,
+            len(images.missing), len(images.missing) + len(images.found), item, path, reason, folder,
         )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from recbole_mllm.health.measure import Health
 from recbole_mllm.health.sample import Sample
 from recbole_mllm.health.wording import many, share
 
-FEW = 3  # a shorter history has no training row left after a leave-one-out split
+FEW = 3  # of a shorter history, leave-one-out keeps a training row at most: sequential models are not tested on it
 
 
 class Finding(NamedTuple):
@@ -117,7 +117,8 @@ def _thin(health: Health) -> Iterable[Finding]:
         what = many(few, f"user has fewer than {FEW} interactions", f"users have fewer than {FEW} interactions")
         yield Finding(
             f"{what} ({share(few, health.n_users)})",
-            'leave-one-out trains nothing on them; user_inter_num_interval: "[3,inf)" leaves them out',
+            "a leave-one-out test of sequential models asks nothing of them; "
+            'user_inter_num_interval: "[3,inf)" leaves them out',
         )
 
 

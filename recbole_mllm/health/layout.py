@@ -24,6 +24,7 @@ class Layout:
     item: str = schema.ITEM
     time: str = schema.TIME
     history: str | None = None
+    image_dir: Path | None = None
 
     @property
     def name(self) -> str:
@@ -49,8 +50,9 @@ def find_layout(folder: Path) -> Layout:
         if name not in columns:
             raise UserError(f"{files[0]}:1: there is no column {name}; its columns are {', '.join(columns)}")
     history = f"{item}{keys.get('LIST_SUFFIX') or '_list'}"
+    time, images = str(keys.get("TIME_FIELD") or schema.TIME), keys.get("image_dir")
     return Layout(
-        folder, files, user, item, str(keys.get("TIME_FIELD") or schema.TIME), history if history in columns else None
+        folder, files, user, item, time, history if history in columns else None, Path(str(images)) if images else None
     )
 
 
@@ -68,15 +70,15 @@ def _keys(path: Path) -> Mapping[str, Any]:
 
 
 def _inter_files(folder: Path, keys: Mapping[str, Any]) -> tuple[Path, ...]:
-    """Return ``X.inter``, or the benchmark files ``X.<part>.inter`` where it is absent."""
+    """Return the benchmark files ``X.<part>.inter`` where they are named or alone, else ``X.inter``."""
     plain = folder / f"{folder.name}.inter"
+    named = keys.get("benchmark_filename")
+    if isinstance(named, list) and named:
+        return tuple(folder / f"{folder.name}.{part}.inter" for part in named)
     if plain.is_file():
         return (plain,)
-    named = keys.get("benchmark_filename")
-    parts = named if isinstance(named, list) else ["train", "valid", "test"]
-    files = [folder / f"{folder.name}.{part}.inter" for part in parts]
-    there = tuple(path for path in files if path.is_file() or named)
-    if there:
+    files = [folder / f"{folder.name}.{part}.inter" for part in ("train", "valid", "test")]
+    if there := tuple(path for path in files if path.is_file()):
         return there
     others = sorted(path.name for path in folder.glob("*.inter"))
     hint = (

@@ -50,7 +50,6 @@ class Health:
     ids: Ids
     summaries: list[Summaries]
     marked: list[str]
-    image_dir: Path | None
 
     @property
     def density(self) -> float:
@@ -64,9 +63,10 @@ def measure(folder: Path, image_dir: Path | None = None) -> Health:
     Raises:
         UserError: It is no dataset, a file cannot be read (file and line are named), or `image_dir` is no folder.
     """
+    layout = find_layout(folder)
+    image_dir = image_dir or layout.image_dir
     if image_dir is not None and not image_dir.is_dir():
         raise UserError(f"image_dir {image_dir} is no folder; give the folder that holds the items' images")
-    layout = find_layout(folder)
     inter = read_interactions(layout)
     items = read_items(layout, inter.items, image_dir)
     return Health(
@@ -87,7 +87,6 @@ def measure(folder: Path, image_dir: Path | None = None) -> Health:
         ids=measure_ids(inter, items, layout.history is not None),
         summaries=read_summaries(layout.folder),
         marked=[p.name for p in (*layout.inter, schema.item_file(layout.folder)) if _is_marked(p)],
-        image_dir=image_dir,
     )
 
 

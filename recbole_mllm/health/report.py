@@ -25,9 +25,8 @@ def write_health(health: Health, output: Path | None) -> list[str]:
     folder = health.layout.folder
     lines = [_page(health, folder, output)]
     missing = [*health.items.missing, *health.items.absent]
-    beside = output.parent if output else folder
-    if missing or (beside / MISSING).is_file():  # an older list must not contradict
-        lines.append(_missing(beside / MISSING, missing))
+    if missing or (folder / MISSING).is_file():  # an older list must not contradict
+        lines.append(_missing([folder, *([output.parent] if output else [])], missing))
     return lines
 
 
@@ -43,9 +42,12 @@ def _page(health: Health, folder: Path, output: Path | None) -> str:
     return f"page: {path}"
 
 
-def _missing(path: Path, missing: Sequence[tuple[str, str, str]]) -> str:
-    try:
-        write_report(path, missing)
-    except OSError as error:
-        return f"missing images: not listed, as {path.parent} cannot be written to ({error.strerror})"
-    return f"missing images: {path}"
+def _missing(folders: Sequence[Path], missing: Sequence[tuple[str, str, str]]) -> str:
+    """Write the list to the first of `folders` that takes it."""
+    for folder in folders:
+        try:
+            write_report(folder / MISSING, missing)
+        except OSError:
+            continue
+        return f"missing images: {folder / MISSING}"
+    return f"missing images: not listed, as {folders[0]} cannot be written to"

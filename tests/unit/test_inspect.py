@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from recbole_mllm.cli import main
+from recbole_mllm.errors import UserError
 from recbole_mllm.health.findings import findings
 from recbole_mllm.health.measure import measure
 from recbole_mllm.health.page import page
@@ -165,6 +166,25 @@ def test_benchmark_files_are_read_as_histories(tmp_path):
     assert (health.n_users, health.n_items, health.n_interactions) == (4, 5, 3 + 2 + 3 + 2)
     assert health.parts == {"train": 3, "valid": 1, "test": 1}
     assert "rows: train 3, valid 1, test 1" in format_health(health) and "no usable time" not in told(folder)
+
+
+def test_dataset_yaml_names_columns_files_and_images(tmp_path):
+    folder = plant(tmp_path / "x", "")
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (2, 2)).save(tmp_path / "photos" / "a.png")
+    (folder / "x.all.inter").write_text("who:token\twhat:token\twhen:float\nu\ta\t2\nu\tb\t1\n")
+    (folder / "dataset.yaml").write_text(
+        "USER_ID_FIELD: who\nITEM_ID_FIELD: what\nTIME_FIELD: when\nbenchmark_filename: [all]\nimage_dir: photos\n"
+    )
+    health = measure(folder)
+    assert (health.n_users, health.n_items, health.items.n_images) == (1, 2, 1)
+    assert health.order is not None and health.order.sorted == "no"
+    (folder / "dataset.yaml").write_text("benchmark_filename: [gone]\n")
+    with pytest.raises(UserError, match=r"x\.gone\.inter does not exist"):
+        measure(folder)
+    (folder / "dataset.yaml").write_text("a: [\n")
+    with pytest.raises(UserError, match=r"dataset\.yaml is no valid YAML"):
+        measure(folder)
 
 
 def test_summaries_are_counted_by_tag(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from recbole_mllm.data.atomic import clean, id_problem, read_atomic, write_atomic
+from recbole_mllm.data.atomic import clean, id_problem, read_atomic, value_problem, write_atomic
 from recbole_mllm.errors import UserError
 
 TRAPS = [
@@ -100,6 +100,7 @@ def test_the_writer_refuses_with_a_line_or_the_reader_gives_back_the_same(tmp_pa
     except UserError as error:
         assert f"{path}:" in str(error) and list(path.parent.iterdir()) == []
     else:
+        assert not [value for row in rows for value in row if value_problem(value)]
         assert count == len(rows) and [list(row.values()) for row in read_atomic(path)] == rows
 
 
@@ -117,6 +118,17 @@ def test_recbole_reads_past_a_mark_and_keeps_words_that_pandas_takes_for_missing
     assert list(dataset.field2id_token["user_id"]) == ["[PAD]", "NA", "nan", "u"]
     assert list(dataset.field2id_token["item_id"]) == ["[PAD]", "null", "None", "i"]
     assert dataset.inter_feat["rating"].tolist() == [1, 2, 3], "a number that is missing is still the mean"
+
+
+@pytest.mark.parametrize(
+    "row", [('"1"', "a", "b"), ("1", '"a', "b"), ("1", "a", '"'), ("1", "\ud800", "b"), ("1", "a")]
+)
+def test_the_writer_names_the_column_at_fault_and_leaves_no_file(tmp_path, row):
+    types = {"item_id": "token", "title": "token_seq", "image": "token"}
+    told = r"x\.item:3: (item_id|title|image) (starts with a quote|holds a lone surrogate)|x\.item:3: 2 values for 3"
+    with pytest.raises(UserError, match=told):
+        write_atomic(tmp_path / "x.item", types, [("0", 'a "fine" one', ""), row])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_title_of_one_megabyte_is_cleaned_but_not_written_where_recbole_would_stop(tmp_path):
