@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import warnings
 from types import ModuleType
 from typing import Any
@@ -47,6 +48,7 @@ def read_text_as_objects(dataset: ModuleType) -> None:
     """
     import numpy as np
 
+    csv.field_size_limit(2**31 - 1)  # :486 reads through the csv module, which stops at a value of 131,072 characters
     pandas = dataset.pd
     if isinstance(pandas, _Pandas):
         return

@@ -2,7 +2,8 @@
 
 RecBole reads with ``pd.read_csv(engine="python")`` and default quoting (data/dataset/dataset.py:486). So a value that
 starts with ``"`` loses its quotes or swallows the lines behind it, a line break makes a row more, and a value beyond
-the ``csv`` module's field limit stops the reading; inner quotes, spaces and any other character are kept.
+the ``csv`` module's field limit, which our import raises, stops the reading; inner quotes, spaces and any other
+character are kept.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-MAX_CHARACTERS = 131_072  # csv.field_size_limit(): RecBole's reader stops at a longer value
+MAX_CHARACTERS = 16_777_216  # what RecBole's reader is let take (compat/frames.py); a longer value is no text
 MAX_ID_CHARACTERS = 1_000  # RecBole keeps ids in a numpy array, where each takes the room of the longest
 PAD = "[PAD]"  # RecBole's own token for id 0 (data/dataset/dataset.py:1213)
 

@@ -83,7 +83,7 @@ SICK = {
         f"i9\t{'long ' * 300}\t\n",
         r"1 title is longer than 1,000 characters, .*\(1,499\) of item 'i9'",
     ),
-    "monstrous": ("", f"i9\t{'x' * 131_073}\t\n", r"x\.item:8: title has 131,073 characters"),
+    "monstrous": ("", f"i9\t{'x' * 16_777_217}\t\n", r"x\.item:8: title has 16,777,217 characters"),
     "same title": (
         "",
         "i9\ttitle 1\t\n",

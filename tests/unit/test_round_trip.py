@@ -131,11 +131,24 @@ def test_the_writer_names_the_column_at_fault_and_leaves_no_file(tmp_path, row):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_title_of_one_megabyte_is_cleaned_but_not_written_where_recbole_would_stop(tmp_path):
+def test_a_title_of_one_megabyte_passes_both_readers(tmp_path, plain_argv):
+    from recbole.config import Config
+    from recbole.data import create_dataset
+
     title = clean("word\t" * 200_000)
-    assert len(title) == 999_999
-    with pytest.raises(UserError, match=r"x\.item:2: title has 999,999 characters, more than the 131,072"):
-        write_atomic(tmp_path / "x.item", {"item_id": "token", "title": "token_seq"}, [("1", title)])
+    folder = tmp_path / "x"
+    write_atomic(folder / "x.item", {"item_id": "token", "title": "token_seq"}, [("1", title), ("2", "short")])
+    assert [row["title"] for row in read_atomic(folder / "x.item")] == [title, "short"]
+    (folder / "x.inter").write_text("user_id:token\titem_id:token\nu\t1\nv\t2\n")
+    load = {"inter": ["user_id", "item_id"], "item": ["item_id", "title"]}
+    keys = {"data_path": str(tmp_path), "gpu_id": "", "load_col": load}
+    dataset = create_dataset(Config("BPR", "x", config_dict=keys))
+    assert [len(words) for words in dataset.item_feat["title"]][-2:] == [200_000, 1]
+
+
+def test_a_value_beyond_any_text_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"x\.item:2: title has 16,777,217 characters, more than the 16,777,216"):
+        write_atomic(tmp_path / "x.item", {"item_id": "token", "title": "token_seq"}, [("1", "x" * (2**24 + 1))])
 
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
