@@ -6,12 +6,11 @@ import hashlib
 import sqlite3
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from recbole_mllm.data.images import image_digest
 from recbole_mllm.errors import UserError
-from recbole_mllm.mllm.base import Answer
+from recbole_mllm.mllm.base import Answer, Decoding
 from recbole_mllm.prompts import Prompt
 
 _SCHEMA = """
@@ -24,20 +23,13 @@ _INSERT = "INSERT INTO answers VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (key)
 _CHUNK = 500  # SQLite takes a limited number of parameters a statement
 
 
-@dataclass(frozen=True, slots=True)
-class Decoding:
-    """How an answer is decoded; greedy, so its length is all there is."""
-
-    max_new_tokens: int
-
-
 def answer_key(identity: str, prompt: Prompt, decoding: Decoding) -> str:
     """Return the digest of everything that changes an answer: weights, prompt text, image bytes, decoding."""
     parts = [
         identity,
         prompt.marked,
         *(image_digest(path) for path in prompt.images),
-        f"greedy:{decoding.max_new_tokens}",
+        str(decoding),
     ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 

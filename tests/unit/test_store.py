@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from recbole_mllm.errors import UserError
-from recbole_mllm.mllm.base import Answer
+from recbole_mllm.mllm.base import Answer, Decoding
 from recbole_mllm.prompts import Prompt
-from recbole_mllm.summaries.store import Decoding, Store, answer_key
+from recbole_mllm.summaries.store import Store, answer_key
 from recbole_mllm.summaries.writing import Scribe
 
 
