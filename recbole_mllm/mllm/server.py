@@ -85,7 +85,7 @@ class _Refused:
 
 
 class _Shift:
-    """One set of prompts on its way through the servers: a queue of jobs, threads for each server, a queue of results."""
+    """One set of prompts on its way: a queue of jobs, threads for each server that take them, a queue of results."""
 
     def __init__(
         self, prompts: Sequence[Prompt], decoding: Decoding, hosts: Sequence[Host], settings: ServerSettings
@@ -95,6 +95,7 @@ class _Shift:
         self.jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
         self.results: queue.SimpleQueue[tuple[_Job, Answer] | _Refused | Exception] = queue.SimpleQueue()
         self.left = len(prompts)
+        self.started = time.monotonic()
         for place, prompt in enumerate(prompts):
             self.jobs.put(_Job(place, prompt))
 
@@ -141,7 +142,10 @@ class _Shift:
         if not answered and len(refused) >= _HOPELESS:
             raise _refusal(refused)
         since = [host.failing_since for host in self.hosts]
-        if None in since or time.monotonic() - max(s or 0.0 for s in since) < self.settings.server_patience:
+        if (
+            None in since
+            or time.monotonic() - max(self.started, *(s or 0.0 for s in since)) < self.settings.server_patience
+        ):
             return
         who = "; ".join(f"{host.url}: {host.last_trouble}" for host in self.hosts)
         raise UserError(

@@ -23,6 +23,7 @@ from recbole_mllm.settings import ServerSettings
 from recbole_mllm.summaries.store import Store
 from recbole_mllm.summaries.writing import Scribe
 
+GREEDY = Decoding(9)
 SETTINGS = ServerSettings(4, 5.0, 2.0, "OPENAI_API_KEY")
 KEY = "sk-a-secret-nobody-may-read"
 PROMPTS = [Prompt(f"p{n}") for n in range(12)]
@@ -34,7 +35,7 @@ def no_key(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
-def ask(urls, prompts=PROMPTS, settings=SETTINGS, decoding=Decoding(9)):
+def ask(urls, prompts=PROMPTS, settings=SETTINGS, decoding=GREEDY):
     model = ServerModel(Endpoint("m", tuple(urls)), settings)
     return {place: answer for part in model.stream(prompts, decoding) for place, answer in part}
 
@@ -155,16 +156,20 @@ def test_a_prompt_that_is_refused_does_not_stop_the_others(tmp_path):
 
 
 def test_a_prompt_that_always_fails_is_given_up_not_repeated_for_ever():
-    with serving(Planned(lambda n, text: error(500, "cuda assert") if text == "p3" else None)) as planned:
-        with pytest.raises(UserError, match="1 prompts were refused.*cuda assert"):
-            ask([planned.url], settings=replace(SETTINGS, server_patience=60.0))
+    with (
+        serving(Planned(lambda n, text: error(500, "cuda assert") if text == "p3" else None)) as planned,
+        pytest.raises(UserError, match="1 prompts were refused.*cuda assert"),
+    ):
+        ask([planned.url], settings=replace(SETTINGS, server_patience=60.0))
     assert planned.texts().count("p3") == 5 and len(set(planned.texts())) == 12
 
 
 def test_when_every_prompt_is_refused_the_first_few_are_enough():
-    with serving(Planned(lambda n, text: error(422, "no such field"))) as planned:
-        with pytest.raises(UserError, match="no such field"):
-            ask([planned.url], [Prompt(f"p{n}") for n in range(500)])
+    with (
+        serving(Planned(lambda n, text: error(422, "no such field"))) as planned,
+        pytest.raises(UserError, match="no such field"),
+    ):
+        ask([planned.url], [Prompt(f"p{n}") for n in range(500)])
     assert len(planned.bodies) < 100
 
 
@@ -180,9 +185,11 @@ def test_a_prompt_too_long_for_the_server_has_its_longest_text_shortened(caplog)
 
 
 def test_an_unknown_model_lists_what_is_there():
-    with serving(Planned(lambda n, text: error(404, "no model m"), models=["llava", "qwen"])) as planned:
-        with pytest.raises(UserError, match="does not know model 'm'.*llava, qwen"):
-            ask([planned.url])
+    with (
+        serving(Planned(lambda n, text: error(404, "no model m"), models=["llava", "qwen"])) as planned,
+        pytest.raises(UserError, match="does not know model 'm'.*llava, qwen"),
+    ):
+        ask([planned.url])
 
 
 def test_a_url_without_the_protocol_behind_it_says_to_check_it():
@@ -205,9 +212,11 @@ def test_a_refused_key_names_the_variable_and_is_never_shown(status, monkeypatch
 
 def test_a_server_that_repeats_the_key_in_an_error_is_not_quoted(monkeypatch, caplog):
     monkeypatch.setenv("MY_KEY", KEY)
-    with serving(Planned(lambda n, text: error(400, f"bad request by {KEY}"))) as planned:
-        with pytest.raises(UserError, match=r"bad request by \*\*\*") as caught:
-            ask([planned.url], settings=replace(SETTINGS, server_key_env="MY_KEY"))
+    with (
+        serving(Planned(lambda n, text: error(400, f"bad request by {KEY}"))) as planned,
+        pytest.raises(UserError, match=r"bad request by \*\*\*") as caught,
+    ):
+        ask([planned.url], settings=replace(SETTINGS, server_key_env="MY_KEY"))
     assert KEY not in "".join(traceback.format_exception(caught.value)) + caplog.text
 
 
