@@ -55,8 +55,15 @@ class Host:
         self._client = _client(url, key, settings.server_timeout)
         self._changed = threading.Condition()
         self._failures, self._resume_at, self._last_failed, self._trying = 0, 0.0, 0.0, False
+        self._not_before = 0.0  # the server's own word, by Retry-After
         self.failing_since: float | None = None
         self.last_trouble = ""
+
+    def begin(self) -> None:
+        """Start on new prompts: a server that was failing is tried at once, unless it asked to be left alone."""
+        with self._changed:
+            self._resume_at = self._not_before
+            self._changed.notify_all()
 
     def admit(self, stop: threading.Event) -> bool:
         """Wait until the server may be asked (then True) or `stop` is set (then False)."""
@@ -184,7 +191,8 @@ class Host:
             self._resume_at = max(self._resume_at, now + wait * random.uniform(0.5, 1.0))
             self._last_failed = now
         if trouble.wait is not None:
-            self._resume_at = max(self._resume_at, now + trouble.wait + random.uniform(0.0, 0.1) * trouble.wait)
+            self._not_before = now + trouble.wait * random.uniform(1.0, 1.1)
+            self._resume_at = max(self._resume_at, self._not_before)
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:

@@ -124,6 +124,7 @@ class _Shift:
 
     def _start(self) -> None:
         for host in self.hosts:
+            host.begin()
             for _ in range(min(self.settings.server_concurrency, self.left)):
                 # daemons, as one may hang in a request when the run is stopped
                 threading.Thread(target=self._work, args=(host,), daemon=True).start()
