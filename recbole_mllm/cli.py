@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from recbole_mllm import store_commands
 from recbole_mllm.errors import UserError
 
 _DESCRIPTION = "MLLM-MSR for RecBole. Without arguments: the demo."
@@ -38,6 +39,10 @@ def _run(words: list[str]) -> int:
     from recbole_mllm import commands
 
     known, rest = _parser().parse_known_args(words)
+    if known.command == "store":
+        if rest:
+            raise UserError(f"store takes no {rest[0]!r}; see --help")
+        return store_commands.run(known)
     options = commands.Options(
         overrides=_overrides(rest)
         | {k: v for k in ("limit_users", "image_dir") if (v := getattr(known, k)) is not None},
@@ -69,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="recbole-mllm", description=_DESCRIPTION, epilog=_EPILOG, parents=[common])
     parser.add_argument("--model", help="a RecBole model or MLLMMSR")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    commands = parser.add_subparsers(dest="command", metavar="{summarize,benchmark,report}", parser_class=_Parser)
+    commands = parser.add_subparsers(dest="command", metavar="{summarize,benchmark,report,store}", parser_class=_Parser)
     add: Any = commands.add_parser
     summarize = add("summarize", help="make the summaries alone; resumable", parents=[_quiet(common)], epilog=_EPILOG)
     summarize.add_argument("--stage", choices=("items", "users", "all"), default="all")
@@ -83,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     benchmark.add_argument("--jobs", type=int, default=1, help="runs at a time")
     report = add("report", help="render leaderboard.* again from runs.jsonl")
     report.add_argument("directory")
+    store_commands.add_parser(add, _Parser)
     return parser
 
 

@@ -63,13 +63,13 @@ class Store:
 
     def insert(self, rows: Iterable[Row]) -> int:
         """Keep `rows`, all or none, beside what is there; return how many were new."""
-        with explained(self.path):
+        with self._mended():
             return _inserted(self._db, rows)
 
     @contextmanager
-    def snapshot(self) -> Iterator[sqlite3.Connection]:
-        """Give the connection for several reads of one moment's state, or for one change, as a transaction."""
-        with explained(self.path), _transaction(self._db, "BEGIN"):
+    def transaction(self, *, write: bool = False) -> Iterator[sqlite3.Connection]:
+        """Give the connection for several reads of one moment's state, or to `write`: all or nothing."""
+        with self._mended(), _transaction(self._db, "BEGIN IMMEDIATE" if write else "BEGIN"):
             yield self._db
 
     def compact(self) -> None:
@@ -78,7 +78,7 @@ class Store:
         Raises:
             UserError: Another process uses the store.
         """
-        with explained(self.path):
+        with self._mended():
             self._db.execute("VACUUM")
             self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
@@ -107,6 +107,20 @@ class Store:
             self._db = self._opened()
         with explained(self.path):
             return action(self._db)
+
+    @contextmanager
+    def _mended(self) -> Iterator[None]:
+        """Do what cannot simply be done again; a damaged file is mended, and the user asked to repeat."""
+        try:
+            with explained(self.path):
+                yield
+        except DamagedStore as error:
+            self._db.close()
+            salvage(self.path, self._file, str(error))
+            self._db = self._opened()
+            raise UserError(
+                f"the summary store {self.path} was damaged and is mended now; repeat the command"
+            ) from error
 
 
 def _inode(path: Path) -> int | None:

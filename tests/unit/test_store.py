@@ -47,12 +47,6 @@ def test_a_batch_is_whole_or_absent(tmp_path):
     assert len(store) == 0
 
 
-def test_a_file_that_is_no_store_is_one_clear_line(tmp_path):
-    (tmp_path / "s.sqlite").write_text("this is not a database, and long enough to be taken for one " * 40)
-    with pytest.raises(UserError, match=r"s\.sqlite cannot be opened"):
-        Store(tmp_path / "s.sqlite")
-
-
 class Upper:
     identity = "upper"
 
