@@ -40,7 +40,7 @@ class Kind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Trouble:
-    """Why there is no answer, in words that may be shown, and for how long the server wants to be left alone."""
+    """Why there is no answer, in words to show behind the server's URL; `wait` is how long it wants to be left alone."""
 
     kind: Kind
     text: str
@@ -103,7 +103,7 @@ class Host:
         except (openai.OpenAIError, ValueError, TypeError, AttributeError):
             return []
         if status in (401, 403):
-            raise UserError(self._no_entry(status))
+            raise UserError(f"server {self.url}: {self._no_entry(status)}")
         return []
 
     def _complete(self, message: dict[str, Any], decoding: Decoding) -> Any:
@@ -137,7 +137,7 @@ class Host:
         if status in (401, 403):
             return Trouble(Kind.FATAL, self._no_entry(status))
         if 300 <= status < 400:
-            return Trouble(Kind.FATAL, f"{self.url} redirects, which is not followed; give the address it leads to")
+            return Trouble(Kind.FATAL, "it redirects, which is not followed; give the address it leads to")
         if status in _AGAIN or status >= 500:
             kind = Kind.AGAIN if status in _NOT_THE_PROMPTS else Kind.AGAIN_BUT_COUNT
             return Trouble(kind, text, _retry_after(headers))
@@ -150,15 +150,15 @@ class Host:
     def _no_entry(self, status: int) -> str:
         name = self.settings.server_key_env
         if name is None:
-            return f"{self.url} wants a key ({status}); set server_key_env to the environment variable that holds it"
-        state = "refuses the key in" if self._key else "wants a key; put it in"
-        return f"{self.url} {state} the environment variable {name} ({status}); server_key_env names another one"
+            return f"it wants a key ({status}); set server_key_env to the environment variable that holds it"
+        state = "it refuses the key in" if self._key else "it wants a key; put it in"
+        return f"{state} the environment variable {name} ({status}); server_key_env names another one"
 
     def _unknown(self, text: str) -> str:
         listed = (
             ", ".join(self.models()[:20]) or "none; check the name and that the URL ends as the server's does, in /v1"
         )
-        return f"{self.url} does not know model {self.model!r} ({text}); it lists: {listed}"
+        return f"it does not know model {self.model!r} ({text}); it lists: {listed}"
 
     def _words(self, body: object) -> str:
         """Return what the server said, on one line, without the key should it repeat it."""

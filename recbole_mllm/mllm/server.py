@@ -8,7 +8,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from recbole_mllm.endpoints import Endpoint
 from recbole_mllm.errors import UserError
@@ -80,7 +80,6 @@ class _Job:
 
 @dataclass(frozen=True, slots=True)
 class _Refused:
-    url: str
     text: str
 
 
@@ -162,7 +161,7 @@ class _Shift:
                 except queue.Empty:
                     host.release()
                     continue
-                self._settle(job, host, self._ask(job, host))
+                self._settle(job, self._ask(job, host))
         except Exception as error:  # a bug must stop the run, not hang it
             self.results.put(error)
 
@@ -172,9 +171,10 @@ class _Shift:
         except UserError as error:
             host.release()
             return Trouble(Kind.REFUSED, str(error))
-        return host.ask(turn, self.decoding)
+        outcome = host.ask(turn, self.decoding)
+        return replace(outcome, text=f"server {host.url}: {outcome.text}") if isinstance(outcome, Trouble) else outcome
 
-    def _settle(self, job: _Job, host: Host, outcome: Answer | Trouble) -> None:
+    def _settle(self, job: _Job, outcome: Answer | Trouble) -> None:
         if isinstance(outcome, Answer):
             self.results.put((job, outcome))
             return
@@ -184,14 +184,13 @@ class _Shift:
         job.tries += outcome.kind is Kind.AGAIN_BUT_COUNT
         job.shortened += outcome.kind is Kind.TOO_LONG
         if outcome.kind is Kind.REFUSED or job.tries >= _TRIES:
-            self.results.put(_Refused(host.url, outcome.text))
+            self.results.put(_Refused(outcome.text))
         else:
             self.jobs.put(job)
 
 
 def _refusal(refused: Sequence[_Refused]) -> UserError:
-    first = refused[0]
     return UserError(
-        f"{len(refused)} prompts were refused; the first by {first.url}: {first.text}; "
+        f"{len(refused)} prompts were refused, the first for this: {refused[0].text}; "
         "mend that and repeat the command: what was finished is kept"
     )

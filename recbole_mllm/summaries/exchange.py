@@ -40,8 +40,8 @@ def export(store: Store, dataset: str, out: Path, model: str | None) -> int:
 
     The first line says what follows; each other line is one answer, ordered by key. ``.gz`` compresses.
     """
-    chosen = "WHERE model GLOB ?" if model else ""
-    given = (model,) if model else ()
+    chosen = "WHERE (model = ? OR model GLOB ?)" if model else ""
+    given = (model, model) if model else ()
     with store.transaction() as db:
         models: dict[str, int] = dict(
             db.execute(f"SELECT model, COUNT(*) FROM answers {chosen} GROUP BY model ORDER BY model", given)

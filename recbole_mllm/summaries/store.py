@@ -89,15 +89,24 @@ class Store:
         for attempt in (1, 2):
             self._file = _inode(self.path)
             try:
-                return connect(self.path)
+                db = connect(self.path)
+                self._file = _inode(self.path)
+                return db
             except DamagedStore as error:
                 if attempt == 2:
                     raise UserError(f"the summary store {self.path} is damaged ({error}); move it away") from error
                 salvage(self.path, self._file, str(error))
         raise AssertionError("unreachable")
 
+    def _follow(self) -> None:
+        """Go on with the file that stands in the store's place now, should another process have mended it."""
+        if _inode(self.path) != self._file:
+            self._db.close()
+            self._db = self._opened()
+
     def _tried(self, action: Callable[[sqlite3.Connection], _T]) -> _T:
         """Return what `action` does; on a damaged file, do it again on what could be saved of it."""
+        self._follow()
         try:
             with explained(self.path):
                 return action(self._db)
@@ -111,6 +120,7 @@ class Store:
     @contextmanager
     def _mended(self) -> Iterator[None]:
         """Do what cannot simply be done again; a damaged file is mended, and the user asked to repeat."""
+        self._follow()
         try:
             with explained(self.path):
                 yield

@@ -10,6 +10,7 @@ from recbole_mllm.summaries.store import Store
 from recbole_mllm.summaries.table import wal_of
 
 _DAY_S = 86400.0
+_EVER = 1e6  # days
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +60,12 @@ def prune(store: Store, model: str | None, older_than: float | None, *, dry_run:
     """
     if model is None and older_than is None:
         raise UserError("say what to prune: --model PATTERN, --older-than DAYS, or both; --dry-run shows what would go")
+    if older_than is not None and not 0 <= older_than < _EVER:
+        raise UserError(f"--older-than {older_than:g} must be a number of days, at least 0")
     parts, given = ["1"], list[str | float]()
     if model is not None:
-        parts.append("model GLOB ?")
-        given.append(model)
+        parts.append("(model = ? OR model GLOB ?)")
+        given += [model, model]
     if older_than is not None:
         parts.append("created < ?")
         given.append(time.time() - older_than * _DAY_S)

@@ -4,12 +4,15 @@ import base64
 import io
 import logging
 import socket
+import sys
 import threading
 import time
 import traceback
 from dataclasses import replace
 
 import pytest
+import torch
+import yaml
 from PIL import Image
 from planned_server import Planned, completion, error, serving
 
@@ -18,9 +21,11 @@ from recbole_mllm.errors import UserError
 from recbole_mllm.mllm.base import Answer, Decoding
 from recbole_mllm.mllm.chat import message
 from recbole_mllm.mllm.server import ServerModel
+from recbole_mllm.model.stages import make_stage
 from recbole_mllm.prompts import CLOSE, OPEN, Prompt
-from recbole_mllm.settings import ServerSettings
-from recbole_mllm.summaries.store import Store
+from recbole_mllm.resources import PROPERTIES
+from recbole_mllm.settings import ServerSettings, Settings
+from recbole_mllm.summaries.store import Store, answer_key
 from recbole_mllm.summaries.writing import Scribe
 
 GREEDY = Decoding(9)
@@ -150,7 +155,7 @@ def test_all_dead_longer_than_patience_names_them_and_keeps_what_was_finished(tm
 def test_a_prompt_that_is_refused_does_not_stop_the_others(tmp_path):
     with serving(Planned(lambda n, text: error(400, "what a word") if text == "p3" else None)) as planned:
         model, store = ServerModel(Endpoint("m", (planned.url,)), SETTINGS), Store(tmp_path / "s")
-        with pytest.raises(UserError, match="1 prompts were refused.*400 what a word.*kept"):
+        with pytest.raises(UserError, match=f"1 prompts were refused.*server {planned.url}: 400 what a word.*kept"):
             Scribe("item", lambda: model, "server:m", store, Decoding(9), 64).answer(PROMPTS)
     assert len(store) == 11
 
@@ -285,3 +290,94 @@ def test_a_wrong_endpoint_is_one_line_that_repeats_no_secret(text, message):
     with pytest.raises(UserError, match=message) as caught:
         parse_endpoint(text, "item_summarizer")
     assert "hunter2" not in str(caught.value)
+
+
+def test_an_image_that_cannot_be_read_is_refused_by_its_path_and_the_others_go_on(tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    bad, seen = Prompt("<image>", (tmp_path / "bad.png",)), {}
+    with (
+        serving(Planned()) as planned,
+        pytest.raises(UserError, match=r"1 prompts .*bad\.png: no image that can be read"),
+    ):
+        for part in ServerModel(Endpoint("m", (planned.url,)), SETTINGS).stream([bad, *PROMPTS], GREEDY):
+            seen |= dict(part)
+    assert len(seen) == 12
+
+
+def test_nothing_is_asked_any_more_once_the_reader_stops():
+    with serving(Planned(delay=0.05)) as planned:
+        answers = ServerModel(Endpoint("m", (planned.url,)), SETTINGS).stream(
+            [Prompt(str(n)) for n in range(200)], GREEDY
+        )
+        next(answers)
+        answers.close()
+        time.sleep(0.3)
+        asked = len(planned.bodies)
+        time.sleep(0.3)
+        assert asked == len(planned.bodies) < 20
+
+
+def test_a_server_that_lists_other_models_is_warned_about_and_asked_all_the_same(caplog):
+    with serving(Planned(models=["other.gguf"])) as planned:
+        assert texts(ask([planned.url])) == RIGHT
+    assert "does not list model 'm'; it lists: other.gguf" in caplog.text
+
+
+def test_a_server_whose_listing_fails_is_asked_all_the_same():
+    with serving(Planned(models=None)) as planned:
+        assert texts(ask([planned.url])) == RIGHT
+
+
+def test_without_the_client_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(UserError, match=r'pip install "recbole-mllm\[server\]"'):
+        ServerModel(Endpoint("m", ("http://127.0.0.1:9/v1",)), SETTINGS)
+
+
+def test_a_key_with_a_line_in_it_is_refused_unseen(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", f"{KEY} and more")
+    with pytest.raises(UserError, match="OPENAI_API_KEY holds a space") as caught:
+        ServerModel(Endpoint("m", ("http://127.0.0.1:9/v1",)), SETTINGS)
+    assert KEY not in str(caught.value)
+
+
+def test_the_key_of_an_answer_knows_model_and_decoding_not_the_host():
+    prompt = Prompt("a")
+    one, two = (parse_endpoint(f"server:m@http://{host}/v1", "k").identity for host in "ab")
+    assert answer_key(one, prompt, GREEDY) == answer_key(two, prompt, GREEDY)
+    others = [Decoding(8), Decoding(9, 0.6), Decoding(9, 0.6, 0.9), Decoding(9, 0.6, 0.9, 1)]
+    keys = {answer_key(one, prompt, decoding) for decoding in (GREEDY, *others)}
+    assert len(keys | {answer_key("server:n", prompt, GREEDY)}) == 6
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("mllm", "server:m@http://a/v1", "mllm is behind a server, which cannot be fine-tuned or scored yet"),
+        ("item_summarizer", "server:m", "item_summarizer must read server:MODEL@"),
+        ("server_concurrency", 0, "server_concurrency is 0; it must be above 0"),
+        ("server_patience", -1.0, "must be above 0"),
+        ("server_key_env", KEY, "server_key_env must name an environment variable"),
+        ("summary_top_p", 0.0, "summary_top_p above 0"),
+    ],
+)
+def test_a_wrong_setting_is_one_line_before_anything_runs(key, value, message):
+    base = yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text())
+    with pytest.raises(UserError, match=message) as caught:
+        Settings.from_config(base | {key: value})
+    assert KEY not in str(caught.value)
+
+
+def test_sampling_needs_servers_and_changes_the_tag_only_where_it_is_on(tmp_path):
+    base = yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text())
+    (tmp_path / f"{tmp_path.name}.item").write_text("item_id:token\ttitle:token_seq\n1\ta\n")
+    both = {"item_summarizer": "server:a/m@http://x/v1", "user_summarizer": "server:a/m@http://x/v1"}
+
+    def tag(**keys):
+        settings = Settings.from_config(base | keys)
+        return make_stage({"data_path": str(tmp_path)}, settings, torch.device("cpu")).tag
+
+    assert tag(**both) == tag(**both, summary_seed=5, server_concurrency=2) != tag(**both, summary_temperature=0.6)
+    assert tag(**both).startswith("m-recurrent-b3-image-")
+    with pytest.raises(UserError, match="local models write greedily"):
+        tag(summary_temperature=0.6)

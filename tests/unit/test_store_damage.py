@@ -117,6 +117,16 @@ def test_damage_found_while_working_is_mended_and_the_work_goes_on(tmp_path):
     assert right(everything(path)) and len(everything(path)) == COUNT
 
 
+def test_a_process_that_was_at_work_follows_when_another_mends(tmp_path):
+    path = filled(tmp_path / "s")
+    first = Store(path)
+    assert first.get([key(0)])
+    damage(path, path.stat().st_size // PAGE // 2 * PAGE, b"\0" * PAGE)
+    everything(path)
+    first.add("user", "m", ["new"], [Answer("kept", 1, 1)], 0.0)
+    assert Store(path).get(["new"]) == {"new": "kept"}
+
+
 def _get_all(path, queue):
     queue.put(len(everything(path)))
 
