@@ -40,7 +40,7 @@ class Kind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Trouble:
-    """Why there is no answer, in words to show behind the server's URL; `wait` is how long it wants to be left alone."""
+    """Why there is no answer, in words to show behind the server's URL; `wait` is what its Retry-After asks for."""
 
     kind: Kind
     text: str
@@ -62,7 +62,7 @@ class Host:
     def begin(self) -> None:
         """Start on new prompts: a server that was failing is tried at once, unless it asked to be left alone."""
         with self._changed:
-            self._resume_at = self._not_before
+            self._resume_at, self._trying = self._not_before, False
             self._changed.notify_all()
 
     def admit(self, stop: threading.Event) -> bool:

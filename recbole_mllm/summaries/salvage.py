@@ -11,9 +11,9 @@ from contextlib import closing, contextmanager, suppress
 from itertools import count, pairwise
 from pathlib import Path
 
-from recbole_mllm.summaries.table import COLUMNS, SCHEMA, VERSION, Row, explained, wal_of
+from recbole_mllm.summaries.table import COLUMNS, PAGE, SCHEMA, VERSION, Row, explained, wal_of
 
-_PAGE = 4096  # SQLite's default, which every store has
+_PAGES = (PAGE, 4096)  # older stores have SQLite's default
 # Keys are hex digests: an unreadable page hides its own few answers, not those of other ranges
 _RANGES = ("", *(f"{n:02x}" for n in range(256)), "g", "\U0010ffff")
 
@@ -39,6 +39,7 @@ def salvage(path: Path, seen: int | None, why: str) -> None:
             # a log of the bad file beside the fresh one would be replayed into it
             for suffix in ("-wal", "-shm"):
                 path.with_name(path.name + suffix).unlink(missing_ok=True)
+            shutil.copymode(path, fresh)
             fresh.replace(path)
     logging.getLogger().warning(
         f"the summary store {path} was damaged ({why}): {saved} answers were saved, what is missing will be written "
@@ -70,34 +71,68 @@ def _kept_aside(path: Path) -> Path:
 def _rebuilt(path: Path, fresh: Path, scratch: Path) -> int:
     """Write a store of all that can be read of `path` to `fresh`; return how many answers."""
     insert = f"INSERT OR IGNORE INTO answers VALUES ({', '.join('?' * len(COLUMNS))})"
+    _page_one(fresh, PAGE)
+    saved = 0
     with closing(sqlite3.connect(fresh, isolation_level=None)) as db:
-        db.execute(SCHEMA)
-        db.execute(f"PRAGMA user_version = {VERSION}")
-        page_one = fresh.read_bytes()[:_PAGE]
         db.execute("BEGIN")
-        for mended in (False, True):
-            copy = scratch / f"copy-{mended}"
+        for head, trusted in _heads(path, scratch):
+            copy = scratch / "copy"
             shutil.copyfile(path, copy)
+            wal_of(copy).unlink(missing_ok=True)
             if wal_of(path).is_file():
                 shutil.copyfile(wal_of(path), wal_of(copy))
-            if mended:
-                _transplant(copy, page_one)
-            db.executemany(insert, _readable(copy))
-            saved = int(db.execute("SELECT COUNT(*) FROM answers").fetchone()[0])
-            if saved:
+            if head:
+                _transplant(copy, head)
+            if trusted or _mostly_in_place(copy):
+                db.executemany(insert, _readable(copy))
+            if saved := int(db.execute("SELECT COUNT(*) FROM answers").fetchone()[0]):
                 break
         db.execute("COMMIT")
     return saved
 
 
+def _heads(path: Path, scratch: Path) -> Iterator[tuple[bytes, bool]]:
+    """Yield first pages to read the file with, and whether they surely have its page size; empty = its own, as it is.
+
+    Its own with the page count mended is for a truncated file, an empty store's for a damaged header or schema.
+    """
+    yield b"", True
+    with path.open("rb") as file:
+        own = file.read(65536)
+    size = int.from_bytes(own[16:18], "big")
+    known = own.startswith(b"SQLite format 3\0") and size in _PAGES
+    if known:
+        yield own[:size], True
+    for page in (size,) if known else _PAGES:
+        yield _page_one(scratch / f"empty-{page}", page), known
+
+
+def _page_one(path: Path, page: int) -> bytes:
+    """Write an empty store with pages of `page` bytes; return its first."""
+    with closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.execute(f"PRAGMA page_size={page}")
+        db.execute(SCHEMA)
+        db.execute(f"PRAGMA user_version = {VERSION}")
+    return path.read_bytes()[:page]
+
+
 def _transplant(copy: Path, page_one: bytes) -> None:
-    """Overwrite a damaged first page (header and schema) by a fresh store's: the table's root is page 2 in both."""
-    head, pages = bytearray(page_one), copy.stat().st_size // _PAGE
+    """Overwrite the first page, header and schema; the table's root is page 2 in every store."""
+    head, pages = bytearray(page_one), copy.stat().st_size // len(page_one)
     head[18:20] = b"\x02\x02"  # read the log beside it
     head[28:32] = pages.to_bytes(4, "big")
     head[92:96] = head[24:28]  # the page count is valid
     with copy.open("r+b") as file:
         file.write(head)
+
+
+def _mostly_in_place(copy: Path) -> bool:
+    """Return whether most pages are what they should be: read with another page size, texts would be mixed up."""
+    with closing(sqlite3.connect(copy, isolation_level=None)) as db, suppress(sqlite3.DatabaseError):
+        pages = int(db.execute("PRAGMA page_count").fetchone()[0])
+        found = db.execute(f"PRAGMA quick_check({pages + 1})").fetchall()
+        return sum(len(str(line).splitlines()) for (line,) in found) <= pages // 2
+    return False
 
 
 def _readable(copy: Path) -> Iterator[Row]:
