@@ -56,7 +56,7 @@ def dead_url():
 
 
 def test_every_prompt_is_answered_once_with_its_costs_and_bounded_concurrency():
-    with serving(Planned(delay=0.05)) as planned:
+    with serving(Planned(delay=0.2)) as planned:
         answers = ask([planned.url])
     assert texts(answers) == RIGHT and len(planned.bodies) == 12
     assert answers[0] == Answer("P0", 7, 3, truncated=False)
@@ -86,7 +86,7 @@ def test_a_passing_failure_is_tried_again(status):
 def test_retry_after_is_honoured():
     with serving(Planned(lambda n, text: error(429, "slow down", Retry_After="1.2") if n == 0 else None)) as planned:
         assert texts(ask([planned.url], settings=replace(SETTINGS, server_concurrency=1))) == RIGHT
-    assert 1.2 <= planned.times[1] - planned.times[0] < 2.5
+    assert 1.2 <= planned.times[1] - planned.times[0] < 6
 
 
 def test_a_server_that_hangs_is_timed_out_and_another_goes_on():
