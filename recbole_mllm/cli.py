@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from recbole_mllm import store_commands
 from recbole_mllm.arguments import Parser, exit_code
 from recbole_mllm.errors import UserError
 
@@ -32,6 +33,10 @@ def _run(words: list[str]) -> int:
     from recbole_mllm import commands
 
     known, rest = _parser().parse_known_args(words)
+    if known.command == "store":
+        if rest:
+            raise UserError(f"store takes no {rest[0]!r}; see --help")
+        return store_commands.run(known)
     options = commands.Options(
         overrides=_overrides(rest)
         | {k: v for k in ("limit_users", "image_dir") if (v := getattr(known, k)) is not None},
@@ -66,7 +71,7 @@ def _parser() -> Parser:
     parser.add_argument("--model", help="a RecBole model or MLLMMSR")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     commands = parser.add_subparsers(
-        dest="command", metavar="{convert,summarize,benchmark,inspect,report}", parser_class=Parser
+        dest="command", metavar="{convert,inspect,summarize,store,benchmark,report}", parser_class=Parser
     )
     add: Any = commands.add_parser
     add("convert", help="raw dump to atomic files; see convert --help")
@@ -86,6 +91,7 @@ def _parser() -> Parser:
     inspect.add_argument("--output", help="the page's file; default: inspect.html in the dataset's folder")
     report = add("report", help="render leaderboard.* again from runs.jsonl")
     report.add_argument("directory")
+    store_commands.add_parser(add, Parser)
     return parser
 
 
