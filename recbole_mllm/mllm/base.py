@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol
 
+from recbole_mllm.errors import UserError
 from recbole_mllm.prompts import Prompt
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A written text with what it cost, in tokens (0 where a server does not say)."""
+    """A written text with what it cost, in tokens (0 where a server does not say).
+
+    `truncated`: it reached the limit before its end. `shortened`: a text in its prompt was, to fit.
+    """
 
     text: str
     prompt_tokens: int
     new_tokens: int
     truncated: bool = False
+    shortened: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,22 +40,71 @@ class Decoding:
         return f"sampled:{self.max_new_tokens}:{self.temperature}:{self.top_p}:{self.seed}"
 
 
+class Ask(NamedTuple):
+    """A prompt that waits for an answer; `place` is how its answer is handed back."""
+
+    place: int
+    prompt: Prompt
+    decoding: Decoding
+
+
+class Work(Protocol):
+    """Prompts that wait for an answer; some appear only when others have been answered."""
+
+    def take(self, count: int) -> list[Ask]:
+        """Return up to `count` prompts that wait now; they are the caller's to answer."""
+        ...
+
+    def give(self, arrived: Sequence[tuple[int, Answer]]) -> None:
+        """Hand over answers, each with its prompt's place; more prompts may wait afterwards."""
+        ...
+
+    def fail(self, place: int, reason: str) -> None:
+        """Say that a prompt cannot be answered; the others go on."""
+        ...
+
+
 class Writer(Protocol):
     """A model that answers prompts with text; `identity` names everything about it that changes an answer."""
 
     identity: str
 
-    def write(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Answer]:
-        """Answer each prompt greedily; one batch."""
+    def write(self, work: Work) -> None:
+        """Take prompts and give their answers, in any order, until none waits and none is under way."""
         ...
 
 
-@runtime_checkable
-class Streamer(Protocol):
-    """A model that takes any number of prompts and hands each answer over when it is there, in any order."""
+class Batch:
+    """Work that is known from the start."""
 
-    identity: str
+    def __init__(self, prompts: Sequence[Prompt], decoding: Decoding) -> None:
+        self.waiting = [Ask(place, prompt, decoding) for place, prompt in enumerate(prompts)]
+        self.answers: dict[int, Answer] = {}
+        self.failures: dict[int, str] = {}
 
-    def stream(self, prompts: Sequence[Prompt], decoding: Decoding) -> Iterator[list[tuple[int, Answer]]]:
-        """Yield what has arrived since the last time, as (the prompt's place, its answer)."""
-        ...
+    def take(self, count: int) -> list[Ask]:
+        """Return the next `count` prompts."""
+        out = self.waiting[:count]
+        del self.waiting[:count]
+        return out
+
+    def give(self, arrived: Sequence[tuple[int, Answer]]) -> None:
+        """Keep the answers."""
+        self.answers.update(arrived)
+
+    def fail(self, place: int, reason: str) -> None:
+        """Keep the reason."""
+        self.failures[place] = reason
+
+
+def answers_of(writer: Writer, prompts: Sequence[Prompt], decoding: Decoding) -> list[Answer]:
+    """Return the answer to each prompt.
+
+    Raises:
+        UserError: One of them cannot be answered.
+    """
+    work = Batch(prompts, decoding)
+    writer.write(work)
+    for reason in work.failures.values():
+        raise UserError(reason)
+    return [work.answers[place] for place in range(len(prompts))]

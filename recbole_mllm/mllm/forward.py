@@ -135,6 +135,32 @@ class Body:
         )
         return torch.as_tensor(out.last_hidden_state)
 
+    def step(self, ids: Sequence[int], positions: Sequence[int], mask: Tensor, cache: DynamicCache) -> Tensor:
+        """Run one further token of each row behind `cache`, which grows by it.
+
+        Args:
+            ids: ``[B]`` tokens.
+            positions: ``[B]`` their positions, the same in every axis: text follows whatever images came before.
+            mask: ``[B, T + 1]``, the new token's column included.
+            cache: ``[0, T)`` of every row, right-aligned.
+
+        Returns:
+            ``[B, D]`` last hidden states.
+        """
+        tokens = torch.tensor(ids)[:, None]
+        places = torch.tensor(positions)[:, None]
+        if hasattr(self.head_model.model, "get_rope_index"):
+            places = places.expand(3, -1, -1)
+        out = self.head_model.model(
+            input_ids=tokens.to(self.device),
+            attention_mask=mask.to(self.device),
+            position_ids=places.to(self.device),
+            past_key_values=cache,
+            use_cache=True,
+            **self._token_types(tokens, 0, False),
+        )
+        return torch.as_tensor(out.last_hidden_state[:, 0])
+
     def _token_types(self, ids: Tensor, start: int, has_image: bool) -> dict[str, Tensor]:
         if self.family == "gemma3" and has_image:  # its mask code indexes by absolute position
             kinds = (ids == self.image_token_id).int()

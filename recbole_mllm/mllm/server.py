@@ -7,15 +7,14 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from recbole_mllm.endpoints import Endpoint
 from recbole_mllm.errors import UserError
-from recbole_mllm.mllm.base import Answer, Decoding
+from recbole_mllm.mllm.base import Answer, Ask, Work
 from recbole_mllm.mllm.chat import message
 from recbole_mllm.mllm.host import Host, Kind, Trouble
-from recbole_mllm.prompts import Prompt
 from recbole_mllm.settings import ServerSettings
 
 _TRIES = 5  # times a prompt may draw an error that could be its own doing
@@ -24,7 +23,7 @@ _TICK_S = 0.2
 
 
 class ServerModel:
-    """A `Streamer`: takes any number of prompts, asks a bounded number at a time, and hands answers over as they come.
+    """A `Writer` that asks a bounded number of prompts at a time and hands answers over as they come.
 
     Raises:
         UserError: The client is not installed, or a server refuses the key.
@@ -38,17 +37,17 @@ class ServerModel:
         for host in self.hosts:
             _look_at(host)
 
-    def stream(self, prompts: Sequence[Prompt], decoding: Decoding) -> Iterator[list[tuple[int, Answer]]]:
-        """Yield what has arrived since the last time, as (the prompt's place, its answer), until all are answered.
+    def write(self, work: Work) -> None:
+        """Answer what `work` holds; answers are handed over as they arrive.
 
         Raises:
             UserError: A server refuses the key or does not know the model; no server has answered for
                 ``server_patience`` seconds; or, after all others are answered, some prompts were refused. What had
-                arrived has been yielded before.
+                arrived has been handed over before.
         """
-        shift = _Shift(prompts, decoding, self.hosts, self.settings)
+        shift = _Shift(work, self.hosts, self.settings)
         try:
-            yield from shift.answers()
+            shift.run()
         finally:
             shift.stop.set()
 
@@ -72,8 +71,7 @@ def _look_at(host: Host) -> None:
 
 @dataclass(slots=True)
 class _Job:
-    place: int
-    prompt: Prompt
+    ask: Ask
     tries: int = 0
     shortened: int = 0
 
@@ -84,47 +82,52 @@ class _Refused:
 
 
 class _Shift:
-    """One set of prompts on its way: a queue of jobs, threads for each server that take them, a queue of results."""
+    """Prompts on their way: a queue of jobs, threads for each server that take them, a queue of results."""
 
-    def __init__(
-        self, prompts: Sequence[Prompt], decoding: Decoding, hosts: Sequence[Host], settings: ServerSettings
-    ) -> None:
-        self.decoding, self.hosts, self.settings = decoding, hosts, settings
+    def __init__(self, work: Work, hosts: Sequence[Host], settings: ServerSettings) -> None:
+        self.work, self.hosts, self.settings = work, hosts, settings
         self.stop = threading.Event()
         self.jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
         self.results: queue.SimpleQueue[tuple[_Job, Answer] | _Refused | Exception] = queue.SimpleQueue()
-        self.left = len(prompts)
+        self.under_way = 0
         self.started = time.monotonic()
-        for place, prompt in enumerate(prompts):
-            self.jobs.put(_Job(place, prompt))
 
-    def answers(self) -> Iterator[list[tuple[int, Answer]]]:
-        """Start the threads and yield what arrives; raise what the user must mend when all that arrived is out."""
-        self._start()
+    def run(self) -> None:
+        """Start the threads and hand over what arrives; raise what the user must mend when all that arrived is out."""
         refused: list[_Refused] = []
         answered = shortened = 0
-        while self.left:
+        self._fill()
+        self._start()
+        while self.under_way:
             arrived = self._arrived()
-            self.left -= sum(not isinstance(result, Exception) for result in arrived)
+            self.under_way -= sum(not isinstance(result, Exception) for result in arrived)
             refused += [result for result in arrived if isinstance(result, _Refused)]
             done = [result for result in arrived if isinstance(result, tuple)]
             if done:
                 answered += len(done)
                 shortened += sum(job.shortened > 0 for job, _ in done)
-                yield [(job.place, answer) for job, answer in done]
+                self.work.give([(job.ask.place, replace(a, shortened=job.shortened > 0)) for job, a in done])
             for result in arrived:
                 if isinstance(result, Exception):
                     raise result
             self._check(answered, refused)
+            self._fill()
         if shortened:
             logging.getLogger().warning(f"{shortened} prompts were too long for the server and had a text shortened")
         if refused:
             raise _refusal(refused)
 
+    def _fill(self) -> None:
+        """Keep as many jobs waiting as the servers could take at once, so that none of them runs dry."""
+        room = 2 * len(self.hosts) * self.settings.server_concurrency - self.under_way
+        for ask in self.work.take(room) if room > 0 else []:
+            self.jobs.put(_Job(ask))
+            self.under_way += 1
+
     def _start(self) -> None:
         for host in self.hosts:
             host.begin()
-            for _ in range(min(self.settings.server_concurrency, self.left)):
+            for _ in range(self.settings.server_concurrency if self.under_way else 0):
                 # daemons, as one may hang in a request when the run is stopped
                 threading.Thread(target=self._work, args=(host,), daemon=True).start()
 
@@ -167,11 +170,11 @@ class _Shift:
 
     def _ask(self, job: _Job, host: Host) -> Answer | Trouble:
         try:
-            turn = message(job.prompt, job.shortened)
+            turn = message(job.ask.prompt, job.shortened)
         except UserError as error:
             host.release()
             return Trouble(Kind.REFUSED, str(error))
-        outcome = host.ask(turn, self.decoding)
+        outcome = host.ask(turn, job.ask.decoding)
         return replace(outcome, text=f"server {host.url}: {outcome.text}") if isinstance(outcome, Trouble) else outcome
 
     def _settle(self, job: _Job, outcome: Answer | Trouble) -> None:

@@ -16,7 +16,7 @@ import yaml
 from recbole_mllm.data.texts import read_items
 from recbole_mllm.endpoints import is_server, parse_endpoint
 from recbole_mllm.errors import UserError
-from recbole_mllm.mllm.base import Streamer, Writer
+from recbole_mllm.mllm.base import Writer
 from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.mllm.loading import TINY, dtype_of, identity_of, source_of
 from recbole_mllm.mllm.server import ServerModel
@@ -57,8 +57,6 @@ def make_stage(config: Mapping[str, Any], settings: Settings, device: torch.devi
 def _summarizers(settings: Settings, device: torch.device) -> Summarizers:
     item = settings.mllm.item_summarizer or settings.mllm.mllm
     user = settings.mllm.user_summarizer or settings.mllm.mllm
-    if settings.summary.summary_temperature and not (is_server(item) and is_server(user)):
-        raise UserError("summary_temperature above 0 needs servers for both summarizers; local models write greedily")
     return Summarizers(
         _identity(item, settings, device),
         _identity(user, settings, device),
@@ -74,10 +72,10 @@ def _identity(name: str, settings: Settings, device: torch.device) -> str:
     return f"{identity_of(name, None)}:{dtype}"
 
 
-def _writer(name: str, key: str, settings: Settings, device: torch.device) -> Writer | Streamer:
+def _writer(name: str, key: str, settings: Settings, device: torch.device) -> Writer:
     if is_server(name):
         return ServerModel(parse_endpoint(name, key), settings.server)
-    return HFModel(name, settings.mllm, device)
+    return HFModel(name, settings.mllm, device, settings.summary.summarize_batch_size)
 
 
 def _tag(settings: Settings, style: Style, who: Summarizers) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from recbole_mllm.data import schema
 from recbole_mllm.data.texts import Items, write_item_summaries, write_user_summaries
 from recbole_mllm.errors import UserError
-from recbole_mllm.mllm.base import Decoding, Streamer, Writer
+from recbole_mllm.mllm.base import Decoding, Writer
 from recbole_mllm.prompts import Style, titles_as_preference
 from recbole_mllm.settings import SummarySettings
 from recbole_mllm.summaries.chains import State, state_at
@@ -57,8 +57,8 @@ class Summarizers:
 
     item_identity: str
     user_identity: str
-    load_item: Callable[[], Writer | Streamer]
-    load_user: Callable[[], Writer | Streamer]
+    load_item: Callable[[], Writer]
+    load_user: Callable[[], Writer]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,6 @@ def make_item_summaries(stage: Stage, store: Store, wanted: list[str]) -> dict[s
         stage.who.item_identity,
         store,
         _decoding(s, s.item_summary_tokens),
-        s.summarize_batch_size,
         s.summarize == "auto",
     )
     with scribe.progress(len(wanted)):
@@ -108,7 +107,6 @@ def make_preferences(stage: Stage, plan: Plan) -> Preferences:
                 stage.who.user_identity,
                 store,
                 _decoding(s, s.user_summary_tokens),
-                s.summarize_batch_size,
                 s.summarize == "auto",
             )
             texts = preferences(scribe, stage.style, stage.items, summaries, plan, s)

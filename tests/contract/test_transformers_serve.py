@@ -17,7 +17,7 @@ from PIL import Image
 from recbole_mllm.cli import main
 from recbole_mllm.endpoints import parse_endpoint
 from recbole_mllm.errors import UserError
-from recbole_mllm.mllm.base import Decoding
+from recbole_mllm.mllm.base import Batch, Decoding, answers_of
 from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.mllm.loading import source_of
 from recbole_mllm.mllm.server import ServerModel
@@ -113,12 +113,11 @@ def prompts(tmp_path_factory):
 
 def asked(endpoint, prompts, decoding=LENGTH, settings=SETTINGS):
     model = ServerModel(parse_endpoint(endpoint, "item_summarizer"), settings)
-    answers = {place: answer for part in model.stream(prompts, decoding) for place, answer in part}
-    return [answers[place] for place in range(len(prompts))]
+    return answers_of(model, prompts, decoding)
 
 
 def test_text_and_image_prompts_are_answered_as_in_this_process(served, local, prompts):
-    here = [local.write([prompt], LENGTH.max_new_tokens)[0] for prompt in prompts]
+    here = [answers_of(local, [prompt], LENGTH)[0] for prompt in prompts]
     there = asked(served.endpoint, prompts)
     assert [a.text for a in there] == [a.text for a in here]
     assert [a.prompt_tokens for a in there] == [a.prompt_tokens for a in here]
@@ -161,12 +160,18 @@ def test_summaries_made_through_a_server_need_no_server_once_imported(served, tm
 def test_a_server_that_is_killed_and_comes_back_loses_nothing(served, local, prompts, caplog):
     many = [*prompts, *(text_summary_prompt(STYLE, f"Thing number {n}") for n in range(30))]
     model = ServerModel(parse_endpoint(served.endpoint, "item_summarizer"), SETTINGS)
-    answers = {}
-    for part in model.stream(many, LENGTH):
-        answers |= dict(part)
-        if len(answers) >= 8 and served.process.poll() is None and "set aside" not in caplog.text:
+    work = Batch(many, LENGTH)
+    keep = work.give
+
+    def give(arrived):
+        keep(arrived)
+        if len(work.answers) >= 8 and served.process.poll() is None and "set aside" not in caplog.text:
             served.kill()
             served.start()
+
+    work.give = give
+    model.write(work)
+    answers = work.answers
     assert "set aside" in caplog.text
-    here = local.write(many, LENGTH.max_new_tokens)
+    here = answers_of(local, many, LENGTH)
     assert {place: a.text for place, a in answers.items()} == {place: a.text for place, a in enumerate(here)}

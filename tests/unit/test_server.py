@@ -18,7 +18,7 @@ from planned_server import Planned, completion, error, serving
 
 from recbole_mllm.endpoints import Endpoint, parse_endpoint
 from recbole_mllm.errors import UserError
-from recbole_mllm.mllm.base import Answer, Decoding
+from recbole_mllm.mllm.base import Answer, Batch, Decoding
 from recbole_mllm.mllm.chat import message
 from recbole_mllm.mllm.server import ServerModel
 from recbole_mllm.model.stages import make_stage
@@ -42,7 +42,9 @@ def no_key(monkeypatch):
 
 def ask(urls, prompts=PROMPTS, settings=SETTINGS, decoding=GREEDY):
     model = ServerModel(Endpoint("m", tuple(urls)), settings)
-    return {place: answer for part in model.stream(prompts, decoding) for place, answer in part}
+    work = Batch(prompts, decoding)
+    model.write(work)
+    return work.answers
 
 
 def texts(answers):
@@ -143,11 +145,11 @@ def test_all_dead_longer_than_patience_names_them_and_keeps_what_was_finished(tm
         model = ServerModel(Endpoint("m", (planned.url, other)), replace(SETTINGS, server_patience=1.0))
         store = Store(tmp_path / "s")
         with pytest.raises(UserError, match="no server has answered for 1 s") as caught:
-            Scribe("item", lambda: model, "server:m", store, Decoding(9), 64).answer(PROMPTS)
+            Scribe("item", lambda: model, "server:m", store, Decoding(9)).answer(PROMPTS)
         assert planned.url in str(caught.value) and other in str(caught.value) and "draining" in str(caught.value)
         assert len(store) == 5  # each was committed when it arrived
         planned.plan, before = lambda n, text: None, len(planned.bodies)
-        again = Scribe("item", lambda: model, "server:m", store, Decoding(9), 64)
+        again = Scribe("item", lambda: model, "server:m", store, Decoding(9))
         assert again.answer(PROMPTS) == list(RIGHT.values()) and again.tally.written == 7
         assert len(planned.bodies) - before == 7
 
@@ -156,7 +158,7 @@ def test_a_prompt_that_is_refused_does_not_stop_the_others(tmp_path):
     with serving(Planned(lambda n, text: error(400, "what a word") if text == "p3" else None)) as planned:
         model, store = ServerModel(Endpoint("m", (planned.url,)), SETTINGS), Store(tmp_path / "s")
         with pytest.raises(UserError, match=f"1 prompts were refused.*server {planned.url}: 400 what a word.*kept"):
-            Scribe("item", lambda: model, "server:m", store, Decoding(9), 64).answer(PROMPTS)
+            Scribe("item", lambda: model, "server:m", store, Decoding(9)).answer(PROMPTS)
     assert len(store) == 11
 
 
@@ -294,23 +296,21 @@ def test_a_wrong_endpoint_is_one_line_that_repeats_no_secret(text, message):
 
 def test_an_image_that_cannot_be_read_is_refused_by_its_path_and_the_others_go_on(tmp_path):
     (tmp_path / "bad.png").write_bytes(b"no image")
-    bad, seen = Prompt("<image>", (tmp_path / "bad.png",)), {}
+    work = Batch([Prompt("<image>", (tmp_path / "bad.png",)), *PROMPTS], GREEDY)
     with (
         serving(Planned()) as planned,
         pytest.raises(UserError, match=r"1 prompts .*bad\.png: no image that can be read"),
     ):
-        for part in ServerModel(Endpoint("m", (planned.url,)), SETTINGS).stream([bad, *PROMPTS], GREEDY):
-            seen |= dict(part)
-    assert len(seen) == 12
+        ServerModel(Endpoint("m", (planned.url,)), SETTINGS).write(work)
+    assert len(work.answers) == 12
 
 
 def test_nothing_is_asked_any_more_once_the_reader_stops():
     with serving(Planned(delay=0.05)) as planned:
-        answers = ServerModel(Endpoint("m", (planned.url,)), SETTINGS).stream(
-            [Prompt(str(n)) for n in range(200)], GREEDY
-        )
-        next(answers)
-        answers.close()
+        work = Batch([Prompt(str(n)) for n in range(200)], GREEDY)
+        work.give = lambda arrived: 1 / 0  # the reader dies over the first answer
+        with pytest.raises(ZeroDivisionError):
+            ServerModel(Endpoint("m", (planned.url,)), SETTINGS).write(work)
         time.sleep(0.3)
         asked = len(planned.bodies)
         time.sleep(0.3)
@@ -368,7 +368,7 @@ def test_a_wrong_setting_is_one_line_before_anything_runs(key, value, message):
     assert KEY not in str(caught.value)
 
 
-def test_sampling_needs_servers_and_changes_the_tag_only_where_it_is_on(tmp_path):
+def test_sampling_changes_the_tag_only_where_it_is_on(tmp_path):
     base = yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text())
     (tmp_path / f"{tmp_path.name}.item").write_text("item_id:token\ttitle:token_seq\n1\ta\n")
     both = {"item_summarizer": "server:a/m@http://x/v1", "user_summarizer": "server:a/m@http://x/v1"}
@@ -379,5 +379,3 @@ def test_sampling_needs_servers_and_changes_the_tag_only_where_it_is_on(tmp_path
 
     assert tag(**both) == tag(**both, summary_seed=5, server_concurrency=2) != tag(**both, summary_temperature=0.6)
     assert tag(**both).startswith("m-recurrent-b3-image-")
-    with pytest.raises(UserError, match="local models write greedily"):
-        tag(summary_temperature=0.6)

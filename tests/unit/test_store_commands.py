@@ -7,10 +7,11 @@ import subprocess
 import sys
 
 import pytest
+from planted_writers import Planted
 
 from recbole_mllm.cli import main
 from recbole_mllm.data.schema import store_file
-from recbole_mllm.mllm.base import Answer, Decoding
+from recbole_mllm.mllm.base import Decoding
 from recbole_mllm.prompts import Prompt
 from recbole_mllm.summaries.store import Store
 from recbole_mllm.summaries.writing import Scribe
@@ -18,15 +19,11 @@ from recbole_mllm.summaries.writing import Scribe
 PROMPTS = [Prompt(f"p{n}") for n in range(5)]
 
 
-class Counting:
+class Counting(Planted):
     identity = "counting"
 
     def __init__(self):
-        self.asked = 0
-
-    def write(self, prompts, max_new_tokens):
-        self.asked += len(prompts)
-        return [Answer(f"ünïcode {p.text} 🎬 <b> \\n", 3, 2) for p in prompts]
+        super().__init__(lambda prompt: f"ünïcode {prompt.text} 🎬 <b> \\n", 2)
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +37,7 @@ def make(name, prompts=PROMPTS, identity="counting"):
     folder = os.path.join("dataset", name)
     os.makedirs(folder, exist_ok=True)
     store, writer = open_store(name), Counting()
-    texts = Scribe("item", lambda: writer, identity, store, Decoding(9), 2).answer(prompts)
+    texts = Scribe("item", lambda: writer, identity, store, Decoding(9)).answer(prompts)
     store.close()
     return texts, writer.asked
 
