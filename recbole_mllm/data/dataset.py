@@ -10,8 +10,10 @@ from recbole.data.dataset import SequentialDataset
 from recbole.data.interaction import Interaction
 from recbole.utils import FeatureSource, FeatureType
 
+from recbole_mllm.data.peruser import Named, PerUser
 from recbole_mllm.data.sampling import sample_users
 from recbole_mllm.data.schema import POSITION
+from recbole_mllm.fastdata.listcolumn import entries
 from recbole_mllm.settings import EvaluationSettings, TrainSettings
 
 
@@ -42,24 +44,32 @@ class MLLMMSRDataset(SequentialDataset):  # type: ignore[misc]
                 part._add_positions(part.inter_feat[self.item_list_length_field].clone())
         train, _, test = parts
         train.whole_split = train.inter_feat  # popularity is the split's, whatever part of it this model trains on
-        limit = EvaluationSettings.from_config(self.config)
-        chosen = sample_users(self._raw_users(test), limit.limit_users, limit.candidate_seed)
-        if limit.limit_users is not None:
-            for part in parts:
-                part.inter_feat = part.inter_feat[np.isin(self._raw_users(part), list(chosen))]
+        self._limit_users(parts, test)
         train.inter_feat = self._last(train, TrainSettings.from_config(self.config).train_last_k)
-        histories = self._histories(parts)
-        positions: dict[str, set[int]] = {}
-        for part in parts:
-            for user, place in zip(self._raw_users(part), part.inter_feat[POSITION].tolist(), strict=True):
-                positions.setdefault(user, set()).add(place)
+        histories = self._histories()
+        rows = [(part.inter_feat[self.uid_field].numpy(), part.inter_feat[POSITION].numpy()) for part in parts]
+        owners, places = (np.concatenate(column) for column in zip(*rows, strict=True))
+        positions = self._per_user(owners, places, set)
         for part in (self, *parts):
             part.histories, part.positions = histories, positions
         return list(parts)
 
-    def _raw_users(self, part: Any) -> np.ndarray[Any, Any]:
-        tokens = np.asarray(self.field2id_token[self.uid_field]).astype(str)
-        return np.asarray(tokens[part.inter_feat[self.uid_field].numpy()])
+    def _limit_users(self, parts: list[Any], test: Any) -> None:
+        """Keep the rows of `limit_users` of the users in `test`."""
+        limit = EvaluationSettings.from_config(self.config)
+        if limit.limit_users is None:
+            return
+        raw = self._raw(self.uid_field)
+        chosen = sample_users(
+            raw[np.unique(test.inter_feat[self.uid_field].numpy())], limit.limit_users, limit.candidate_seed
+        )
+        kept = np.isin(raw, list(chosen))
+        for part in parts:
+            part.inter_feat = part.inter_feat[kept[part.inter_feat[self.uid_field].numpy()]]
+
+    def _raw(self, field: str) -> np.ndarray[Any, Any]:
+        """Return the raw id of each internal id."""
+        return np.asarray(self.field2id_token[field]).astype(str)
 
     def _last(self, train: Any, last_k: int | None) -> Any:
         """Return the rows of `train` that are among each user's `last_k` latest training positions."""
@@ -71,15 +81,23 @@ class MLLMMSRDataset(SequentialDataset):  # type: ignore[misc]
         np.maximum.at(latest, users, places)
         return rows[places > latest[users] - last_k]
 
-    def _histories(self, parts: list[Any]) -> dict[str, list[str]]:
-        """Return each user's ordered raw item ids, the targets of all rows included."""
-        tokens = np.asarray(self.field2id_token[self.iid_field]).astype(str)
+    def _histories(self) -> PerUser[list[str]]:
+        """Return each user's ordered raw item ids, the targets of all rows included.
+
+        A user's latest row whose list begins at the first interaction says what came before it; the targets follow.
+        """
         rows = self.inter_feat
-        lists, lengths = rows[self.item_id_list_field].numpy(), rows[self.item_list_length_field].numpy()
-        targets, places = rows[self.iid_field].numpy(), rows[POSITION].numpy() if POSITION in rows else lengths
-        out: dict[str, list[str]] = {}
-        for i, user in enumerate(self._raw_users(self)):
-            if user not in out or places[i] == lengths[i]:
-                out[user] = tokens[lists[i, : lengths[i]]].tolist()
-            out[user].append(str(tokens[targets[i]]))
-        return out
+        users, targets = rows[self.uid_field].numpy(), rows[self.iid_field].numpy()
+        lengths = rows[self.item_list_length_field].numpy()
+        whole = rows[POSITION].numpy() == lengths if POSITION in rows else np.ones(len(users), bool)
+        latest = np.full(self.user_num, len(users))
+        latest[users[::-1]] = np.arange(len(users))[::-1]  # the first row, where no list is whole
+        latest[users[whole]] = np.flatnonzero(whole)
+        after = np.arange(len(users)) >= latest[users]
+        told = torch.from_numpy(np.unique(latest[users]))
+        listed = entries(rows[self.item_id_list_field][told], rows[self.item_list_length_field][told]).numpy()
+        owners = np.r_[np.repeat(users[told], lengths[told]), users[after]]
+        return self._per_user(owners, np.r_[listed, targets[after]], Named(self._raw(self.iid_field)))
+
+    def _per_user(self, owners: Any, values: Any, make: Any) -> PerUser[Any]:
+        return PerUser(self.field2token_id[self.uid_field], self._raw(self.uid_field), owners, values, make)

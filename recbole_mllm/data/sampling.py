@@ -4,12 +4,30 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
 
 
 def hash64(*parts: object) -> int:
     """Return 64 bits that depend on `parts` alone."""
     text = "\x1f".join(str(part) for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def hashes64(values: Any, *parts: object) -> Any:
+    """Return ``hash64(*parts, value)`` of an array or list of raw ids, as uint64."""
+    before = "\x1f".join(str(part) for part in (*parts, ""))
+    texts = values.tolist() if isinstance(values, np.ndarray) else values
+    digests = [hashlib.blake2b((before + text).encode(), digest_size=8).digest() for text in texts]
+    return np.frombuffer(b"".join(digests), dtype=">u8").astype(np.uint64)
+
+
+def mix64(bits: Any) -> Any:
+    """Return splitmix64's finaliser of uint64 `bits`: neighbours come out unrelated."""
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return bits ^ (bits >> np.uint64(31))
 
 
 def sample_users(users: Iterable[str], count: int | None, seed: int) -> set[str]:

@@ -122,6 +122,15 @@ class ListColumn(Tensor):
         return self if answer is padded else answer
 
 
+def entries(column: Tensor, length: Tensor) -> Tensor:
+    """Return the first `length` ``[rows]`` entries of each row, one row after the other, without padding a lazy one."""
+    if not isinstance(column, ListColumn):
+        return column[torch.arange(column.shape[1]) < length[:, None]]
+    before = length.cumsum(0) - length
+    places = torch.arange(int(length.sum())) + (column.start - before).repeat_interleave(length)
+    return column.values[places]  # type: ignore[index]
+
+
 def _plain(value: Any) -> Any:
     """Return `value` with every ListColumn in it padded."""
     if isinstance(value, ListColumn):

@@ -21,11 +21,11 @@ class Pairs:
         keys = np.asarray(users).astype(np.int64) * width + np.asarray(items)
         self.width = width
         if phases is None:
-            self.keys, self.phase = np.unique(keys), None
+            keys.sort()
+            self.keys, self.phase = keys[_first_of_equals(keys)], None
         else:  # of equal keys, the first has the lowest phase
             order = np.argsort(keys, kind="stable")
-            new = np.r_[True, keys[order][1:] != keys[order][:-1]][: len(keys)]
-            order = order[new]
+            order = order[_first_of_equals(keys[order])]
             self.keys, self.phase = keys[order], np.asarray(phases)[order]
 
     def contain(self, users: Any, items: Any, phase: int = 0) -> Any:
@@ -41,3 +41,10 @@ class Pairs:
         """Return how many items the user with the most pairs up to `phase` has; `users` is above every user."""
         kept = self.keys if self.phase is None else self.keys[self.phase <= phase]
         return int(np.bincount(kept // self.width, minlength=users).max(initial=0))
+
+
+def _first_of_equals(ordered: Any) -> Any:
+    """Return which entries of a sorted array differ from the one before them."""
+    new = np.ones(len(ordered), bool)
+    new[1:] = ordered[1:] != ordered[:-1]
+    return new
