@@ -38,10 +38,13 @@ class UsedIds:
 
     def __getitem__(self, users: Any) -> Any:
         """Return the set of one user, or an array of the sets of many."""
-        if isinstance(users, int | np.integer):
-            return self._set(range(self._user_num)[users])
-        out = np.empty(len(users), dtype=object)
-        out[:] = [self._set(range(self._user_num)[user]) for user in users]
+        if users is None:  # FullSortEvalDataLoader's user before the first (general_dataloader.py:220), not looked at
+            return self
+        chosen = np.arange(self._user_num)[users]
+        if not isinstance(chosen, np.ndarray):
+            return self._set(int(chosen))
+        out = np.empty(chosen.shape, dtype=object)
+        out.flat = [self._set(user) for user in chosen.flat]
         return out
 
     def __iter__(self) -> Any:
