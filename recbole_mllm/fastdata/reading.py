@@ -13,7 +13,7 @@ _SEPARATORS = ("\t", ",", ";", "|")
 _ENCODINGS = ("utf-8", "utf8", "ascii")
 _BLOCK = 1 << 24
 _LONGEST = 1 << 16  # bytes of a line; Python's csv module refuses a field from 131,072 characters on
-_EXACT = 2.0**53  # whole numbers beyond are parsed as such by one parser and as floats by the other
+_EXACT = 2.0**53
 
 
 class _Pandas(ModuleType):
@@ -68,11 +68,19 @@ def read_fast(
     except (ValueError, UnicodeDecodeError):  # pandas' parser errors are ValueErrors; the other parser words its own
         return None
     for name, kind in dtype.items():
-        if kind is not str and bool((frame[name].abs() >= _EXACT).any()):
+        if kind is not str and _parsed_apart(frame[name].to_numpy()):
             return None
         if kind is str and name.endswith("_seq"):
             frame[name] = frame[name].where(frame[name].notna(), "")
     return frame
+
+
+def _parsed_apart(values: Any) -> bool:
+    """Return whether some number may come out otherwise of a parser that first reads a column as whole numbers.
+
+    Those are -0 and what is beyond 53 bits.
+    """
+    return bool(((np.abs(values) >= _EXACT) | (np.signbit(values) & (values == 0))).any())
 
 
 def is_plain(path: Path, delimiter: str) -> bool:
