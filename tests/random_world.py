@@ -16,7 +16,10 @@ def write(data_path: Path, name: str, seed: int, users: int = 40, items: int = 3
     for user in range(users):
         length = user + 1 if user < 3 else int(rng.integers(1, longest + 1))
         times = rng.integers(0, 6, length) * 50 + 1_600_000_000
-        rows += [_row(rng, f"u{user}", f"i{item}", time) for item, time in zip(_items(rng, items, length), times, strict=True)]
+        rows += [
+            _row(rng, f"u{user}", f"i{item}", time)
+            for item, time in zip(_items(rng, items, length), times, strict=True)
+        ]
     rng.shuffle(rows)
     folder = Path(data_path) / name
     folder.mkdir(exist_ok=True)

@@ -21,63 +21,63 @@ _CHUNK = 1 << 20  # elements padded at a time
 
 
 class ListColumn(Tensor):
-    """Rows ``values[start:start + length]`` padded with zeros to `width`: a tensor ``[rows, width, *values.shape[1:]]``.
+    """Rows ``flat[start:start + length]`` padded with zeros to `width`: a tensor ``[rows, width, *flat.shape[1:]]``.
 
     Choosing rows gives another such column, or a plain tensor where few are chosen; every other operation sees a plain
     tensor of the same content, made for it and forgotten. What writes in place changes this column; a view of one is a
     copy.
     """
 
-    values: Tensor
+    flat: Tensor
     start: Tensor
     length: Tensor
     width: int
 
     @staticmethod
-    def __new__(cls, values: Tensor, start: Tensor, length: Tensor, width: int) -> Self:
-        """Describe windows on `values`.
+    def __new__(cls, flat: Tensor, start: Tensor, length: Tensor, width: int) -> Self:
+        """Describe windows on `flat`.
 
         Args:
-            values: ``[V, …]``, shared with every column chosen from this one.
+            flat: ``[V, …]``, shared with every column chosen from this one.
             start: ``[rows]`` int64.
             length: ``[rows]`` int32, at most `width`.
             width: Length of a padded row.
         """
-        shape = (len(start), width, *values.shape[1:])
+        shape = (len(start), width, *flat.shape[1:])
         # without storage, so that C++ code that reads past Python fails loudly instead of finding zeros
-        column: Self = Tensor._make_wrapper_subclass(cls, shape, dtype=values.dtype, device=values.device)  # type: ignore[attr-defined]
-        column._fill(values, start, length, width)
+        column: Self = Tensor._make_wrapper_subclass(cls, shape, dtype=flat.dtype, device=flat.device)
+        column._fill(flat, start, length, width)
         return column
 
     @classmethod
-    def of(cls, values: Tensor, start: Tensor, length: Tensor, width: int) -> Tensor:
+    def of(cls, flat: Tensor, start: Tensor, length: Tensor, width: int) -> Tensor:
         """Return the column, as a plain tensor where it is small."""
-        column = cls(values, start, length, width)
+        column = cls(flat, start, length, width)
         return column.plain() if column.numel() <= PLAIN_ELEMENTS else column
 
-    def _fill(self, values: Tensor, start: Tensor, length: Tensor, width: int) -> None:
-        self.values, self.start, self.length, self.width = values, start, length, width  # type: ignore[assignment]
+    def _fill(self, flat: Tensor, start: Tensor, length: Tensor, width: int) -> None:
+        self.flat, self.start, self.length, self.width = flat, start, length, width
 
     def plain(self) -> Tensor:
         """Return the padded tensor."""
-        out = torch.zeros(tuple(self.shape), dtype=self.values.dtype, device=self.values.device)
+        out = torch.zeros(tuple(self.shape), dtype=self.flat.dtype, device=self.flat.device)
         step = max(1, _CHUNK // max(1, self.width))
         for low in range(0, len(self.start), step):
             start, length = self.start[low : low + step, None], self.length[low : low + step]
             reach = torch.arange(int(length.max()), device=start.device)
             rows, places = (reach < length[:, None]).nonzero(as_tuple=True)
-            out[low + rows, places] = self.values[start[rows, 0] + places]
+            out[low + rows, places] = self.flat[start[rows, 0] + places]
         return out
 
     def choose(self, rows: Any) -> Tensor:
         """Return the rows that `rows` indexes: a slice, a list, or a 1-d tensor of places or of booleans."""
-        return type(self).of(self.values, self.start[rows], self.length[rows], self.width)
+        return type(self).of(self.flat, self.start[rows], self.length[rows], self.width)
 
     def at(self, place: int) -> Tensor:
         """Return ``[rows, …]``, what stands at `place` of each row."""
         inside = self.length > place
-        out = torch.zeros((len(inside), *self.values.shape[1:]), dtype=self.values.dtype, device=self.values.device)
-        out[inside] = self.values[self.start[inside] + place]
+        out = torch.zeros((len(inside), *self.flat.shape[1:]), dtype=self.flat.dtype, device=self.flat.device)
+        out[inside] = self.flat[self.start[inside] + place]
         return out
 
     @classmethod
@@ -98,17 +98,19 @@ class ListColumn(Tensor):
         return func(*_plain(args), **_plain(given))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         """Pad for what reaches torch's kernels past `__torch_function__`."""
         return func(*_plain(args), **_plain(kwargs or {}))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle the windows, never the padding."""
-        return type(self), (self.values, self.start, self.length, self.width)
+        return type(self), (self.flat, self.start, self.length, self.width)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Copy the windows and the values they look at."""
-        copied = type(self)(self.values.clone(), self.start.clone(), self.length.clone(), self.width)
+        """Copy the windows and what they look at."""
+        copied = type(self)(self.flat.clone(), self.start.clone(), self.length.clone(), self.width)
         memo[id(self)] = copied
         return copied
 
@@ -116,9 +118,13 @@ class ListColumn(Tensor):
         """Call `func`, which changes its first argument, on a padded copy, and become that copy."""
         padded = self.plain()
         answer = func(padded, *_plain(args), **_plain(kwargs))
-        flat = padded.reshape(-1, *self.values.shape[1:])
-        rows = torch.arange(len(padded), device=flat.device)
-        self._fill(flat, rows * self.width, torch.full_like(rows, self.width, dtype=torch.int32), self.width)
+        rows = torch.arange(len(padded), device=padded.device)
+        self._fill(
+            padded.reshape(-1, *self.flat.shape[1:]),
+            rows * self.width,
+            torch.full_like(rows, self.width, dtype=torch.int32),
+            self.width,
+        )
         return self if answer is padded else answer
 
 
@@ -128,7 +134,7 @@ def entries(column: Tensor, length: Tensor) -> Tensor:
         return column[torch.arange(column.shape[1]) < length[:, None]]
     before = length.cumsum(0) - length
     places = torch.arange(int(length.sum())) + (column.start - before).repeat_interleave(length)
-    return column.values[places]  # type: ignore[index]
+    return column.flat[places]
 
 
 def _plain(value: Any) -> Any:
@@ -147,8 +153,10 @@ def _getitem(column: ListColumn, index: Any) -> Any:
         return column.at(index[1]) if 0 <= index[1] < column.width else NotImplemented
     if isinstance(index, range):
         index = torch.arange(index.start, index.stop, index.step)
-    flat = isinstance(index, list) and not (index and isinstance(index[0], Sequence | Tensor | np.ndarray | slice | None))
-    if flat or isinstance(index, slice) or (isinstance(index, Tensor | np.ndarray) and index.ndim == 1):
+    listed = isinstance(index, list) and not (
+        index and isinstance(index[0], Sequence | Tensor | np.ndarray | slice | None)
+    )
+    if listed or isinstance(index, slice) or (isinstance(index, Tensor | np.ndarray) and index.ndim == 1):
         return column.choose(index)
     return NotImplemented
 
@@ -163,26 +171,14 @@ def _unsqueeze(column: ListColumn, dim: int) -> Any:
     """Interaction asks for this when it only wants to count rows (data/interaction.py:131)."""
     if dim != -1:
         return NotImplemented
-    return ListColumn(column.values.unsqueeze(-1), column.start, column.length, column.width)
+    return ListColumn(column.flat.unsqueeze(-1), column.start, column.length, column.width)
 
 
-_ABOUT_SHAPE = {
-    Tensor.shape.__get__,
-    Tensor.dtype.__get__,
-    Tensor.device.__get__,
-    Tensor.ndim.__get__,
-    Tensor.is_cuda.__get__,
-    Tensor.requires_grad.__get__,
-    Tensor.size,
-    Tensor.dim,
-    Tensor.numel,
-    Tensor.nelement,
-    Tensor.element_size,
-    Tensor.is_floating_point,
-    Tensor.__len__,
-    Tensor.__hash__,
-}
+_PROPERTIES = ("shape", "dtype", "device", "ndim", "is_cuda", "requires_grad")
+_METHODS = ("size", "dim", "numel", "nelement", "element_size", "is_floating_point", "__len__", "__hash__")
+_ABOUT_SHAPE = {getattr(Tensor, name).__get__ for name in _PROPERTIES} | {getattr(Tensor, name) for name in _METHODS}
 _WRITERS = {"__setitem__"} | {
-    f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
+    f"__i{name}__"
+    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
 }
 _LAZY: dict[Any, Callable[..., Any]] = {Tensor.__getitem__: _getitem, Tensor.unsqueeze: _unsqueeze}

@@ -10,7 +10,6 @@ import numpy as np
 
 from recbole_mllm.compat.patching import wrap
 
-
 _DENSE = 1000  # keys far beyond the number of rows are no ids; RecBole's dictionary takes less then
 
 
@@ -54,7 +53,7 @@ def install(module: ModuleType) -> None:
     def make_grouped(stock: Callable[..., Any]) -> Callable[..., Any]:
         def _grouped_index(self: Any, group_by_list: Any) -> Any:
             keys = np.asarray(group_by_list)
-            plain = keys.ndim == 1 and keys.dtype.kind in "iu" and (not len(keys) or 0 <= keys.min())
+            plain = keys.ndim == 1 and keys.dtype.kind in "iu" and (not len(keys) or keys.min() >= 0)
             if plain and (not len(keys) or keys.max() <= _DENSE * len(keys)):
                 return Groups(keys)
             return stock(self, group_by_list)

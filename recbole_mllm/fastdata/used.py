@@ -43,9 +43,9 @@ class UsedIds:
         chosen = np.arange(self._user_num)[users]
         if not isinstance(chosen, np.ndarray):
             return self._set(int(chosen))
-        out = np.empty(chosen.shape, dtype=object)
-        out.flat = [self._set(user) for user in chosen.flat]
-        return out
+        out = np.empty(chosen.size, dtype=object)
+        out[:] = [self._set(user) for user in chosen.flat]
+        return out.reshape(chosen.shape)
 
     def __iter__(self) -> Any:
         return (self._set(user) for user in range(self._user_num))
@@ -104,7 +104,8 @@ def get_used_ids(self: Any) -> dict[str, Any]:
         (part.inter_feat[self.uid_field].numpy(), part.inter_feat[self.iid_field].numpy()) for part in self.datasets
     ]
     phases = np.repeat(np.arange(len(rows), dtype=np.int8), [len(users) for users, _ in rows])
-    pairs = Pairs(*(np.concatenate(column) for column in zip(*rows, strict=True)), self.item_num, phases)
+    users, items = (np.concatenate(column) for column in zip(*rows, strict=True))
+    pairs = Pairs(users, items, self.item_num, phases)
     if pairs.most(self.user_num, len(rows)) + 1 == self.item_num:  # [PAD] is an item
         raise ValueError(_ALL_MET)
     return {phase: UsedIds(rows[: n + 1], pairs, self.user_num) for n, phase in enumerate(self.phases)}

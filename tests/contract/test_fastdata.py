@@ -47,7 +47,10 @@ CASES = {
     "SASRec, ratios": ("SASRec", CE | {"eval_args": LOO | {"split": {"RS": [0.6, 0.2, 0.2]}}}),
     "SASRec, ratios of all": ("SASRec", CE | {"eval_args": LOO | {"split": {"RS": [8, 1, 1]}, "group_by": "none"}}),
     "SASRec, by time": ("SASRec", CE | {"eval_args": LOO | {"split": {"TS": [0.6, 0.2, 0.2]}}}),
-    "SASRec, k-core": ("SASRec", CE | WIDE | {"user_inter_num_interval": "[3,inf)", "item_inter_num_interval": "[2,9]"}),
+    "SASRec, k-core": (
+        "SASRec",
+        CE | WIDE | {"user_inter_num_interval": "[3,inf)", "item_inter_num_interval": "[2,9]"},
+    ),
     "SASRec, filters": ("SASRec", CE | WIDE | {"rm_dup_inter": "last", "val_interval": {"rating": "[2,5]"}}),
     "SASRec, no column but three": ("SASRec", CE | {"unused_col": {"inter": ["timestamp"]}}),
     "GRU4RecF": ("GRU4RecF", CE | {"load_col": None, "selected_features": ["class"]}),
@@ -99,7 +102,7 @@ def prepared(model, config):
 
 
 def everything(model, config):
-    """Return all a model could see: tables, vocabularies, matrices, two epochs, evaluation, and the generators' state."""
+    """Yield all a model could see: tables, vocabularies, matrices, two epochs, evaluation, the generators' state."""
     _, dataset, loaders = prepared(model, config)
     parts = [dataset, *(loader._dataset for loader in loaders)]
     yield "vocabularies", {field: list(tokens) for field, tokens in dataset.field2id_token.items()}

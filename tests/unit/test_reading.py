@@ -12,9 +12,56 @@ from recbole.data.dataset import dataset as dataset_module
 from recbole_mllm.fastdata import reading
 from recbole_mllm.fastdata.reading import is_plain, read_fast
 
-FLOATS = ["", "NA", "nan", "NaN", "null", "inf", "-Infinity", "1e5", "-3.25E-7", " 4", "4 ", "+5", "007", "1_000", "0x1A"]
-FLOATS += ["True", "-0", ".5", "5.", "1e400", "9007199254740993", "123456789012345678901", "881250949", "0.1234567890123456789"]
-TEXTS = ["", "NA", "null", "n/a", "None", "a b", " a", "b ", "'", "#x", "é", "日本", "1.0", "01", "-", "\\", "\\t", "a,b", "\u2028", "\x1c"]
+FLOATS = [
+    "",
+    "NA",
+    "nan",
+    "NaN",
+    "null",
+    "inf",
+    "-Infinity",
+    "1e5",
+    "-3.25E-7",
+    " 4",
+    "4 ",
+    "+5",
+    "007",
+    "1_000",
+    "0x1A",
+]
+FLOATS += [
+    "True",
+    "-0",
+    ".5",
+    "5.",
+    "1e400",
+    "9007199254740993",
+    "123456789012345678901",
+    "881250949",
+    "0.1234567890123456789",
+]
+TEXTS = [
+    "",
+    "NA",
+    "null",
+    "n/a",
+    "None",
+    "a b",
+    " a",
+    "b ",
+    "'",
+    "#x",
+    "é",
+    "日本",
+    "1.0",
+    "01",
+    "-",
+    "\\",
+    "\\t",
+    "a,b",
+    "\u2028",
+    "\x1c",
+]
 BREAKING = ['"', '"a"', "a\rb", "\x00", "a\tb"]
 float_text = st.sampled_from(FLOATS) | st.floats(allow_nan=False, width=64).map(repr) | st.integers(0, 2**54).map(str)
 text = st.sampled_from(TEXTS) | st.text(string.ascii_letters + " .é", max_size=8)
