@@ -40,8 +40,10 @@ class UsedIds:
         """Return the set of one user, or an array of the sets of many."""
         if users is None:  # FullSortEvalDataLoader's user before the first (general_dataloader.py:220), not looked at
             return self
-        chosen = np.arange(self._user_num)[users]
-        if not isinstance(chosen, np.ndarray):
+        if isinstance(users, int | np.integer):
+            return self._set(range(self._user_num)[users])
+        chosen = np.asarray(np.arange(self._user_num)[users])
+        if chosen.ndim == 0:
             return self._set(int(chosen))
         out = np.empty(chosen.size, dtype=object)
         out[:] = [self._set(user) for user in chosen.flat]

@@ -84,6 +84,9 @@ def test_users_with_several_targets_get_negatives_for_each(settings, tmp_path):
                 user, own = mine[0], owned[mine[0]]
                 assert set(mine) == {user} and labels.tolist() == [1.0] * own + [0.0] * 5 * own
                 assert sorted(items[:own]) == sorted(rows["item_id"][rows["user_id"] == user].tolist())
+                times = rows["timestamp"][rows["user_id"] == user]
+                shown = pairs["timestamp"][owner == place]
+                assert torch.equal(shown, torch.cat([times, times.repeat_interleave(5)]))
                 assert positive_i[positive_u == place].tolist() == items[:own].tolist()
                 drawn = items[own:].tolist()
                 assert len(set(drawn)) == len(drawn) and not set(drawn) & met[user]
