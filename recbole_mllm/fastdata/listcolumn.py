@@ -71,7 +71,12 @@ class ListColumn(Tensor):
 
     def choose(self, rows: Any) -> Tensor:
         """Return the rows that `rows` indexes: a slice, a list, or a 1-d tensor of places or of booleans."""
-        return type(self).of(self.flat, self.start[rows], self.length[rows], self.width)
+        chosen = self.windows(rows)
+        return chosen.plain() if chosen.numel() <= PLAIN_ELEMENTS else chosen
+
+    def windows(self, rows: Any) -> Self:
+        """Return the chosen rows as such a column, however few."""
+        return type(self)(self.flat, self.start[rows], self.length[rows], self.width)
 
     def at(self, place: int) -> Tensor:
         """Return ``[rows, …]``, what stands at `place` of each row."""
@@ -149,16 +154,28 @@ def _plain(value: Any) -> Any:
 
 
 def _getitem(column: ListColumn, index: Any) -> Any:
-    if isinstance(index, tuple) and len(index) == 2 and index[0] == slice(None) and type(index[1]) is int:
-        return column.at(index[1]) if 0 <= index[1] < column.width else NotImplemented
-    if isinstance(index, range):
-        index = torch.arange(index.start, index.stop, index.step)
-    listed = isinstance(index, list) and not (
-        index and isinstance(index[0], Sequence | Tensor | np.ndarray | slice | None)
-    )
-    if listed or isinstance(index, slice) or (isinstance(index, Tensor | np.ndarray) and index.ndim == 1):
-        return column.choose(index)
+    """Answer ``column[index]`` by looking at no more rows than it asks for; NotImplemented where that is not plain."""
+    first, *rest = index if isinstance(index, tuple) and index else (index,)
+    if _is_place(first):  # as FEARec asks for one row at a time (fearec.py:218)
+        place = range(len(column))[int(first)]
+        row = column.windows(slice(place, place + 1)).plain()[0]
+        return row[tuple(rest)] if rest else row
+    if rest:
+        whole = isinstance(first, slice) and first == slice(None) and len(rest) == 1
+        return column.at(rest[0]) if whole and type(rest[0]) is int and 0 <= rest[0] < column.width else NotImplemented
+    if isinstance(first, range):
+        first = torch.arange(first.start, first.stop, first.step)
+    listed = isinstance(first, list) and not (first and isinstance(first[0], _NESTED))
+    if listed or isinstance(first, slice) or (isinstance(first, Tensor | np.ndarray) and first.ndim == 1):
+        return column.choose(first)
     return NotImplemented
+
+
+def _is_place(index: Any) -> bool:
+    """Return whether `index` is one whole number."""
+    if isinstance(index, Tensor):
+        return index.dim() == 0 and not (index.is_floating_point() or index.dtype in (torch.bool, torch.uint8))
+    return isinstance(index, int | np.integer) and not isinstance(index, bool)
 
 
 def _writes(func: Any) -> bool:
@@ -177,6 +194,7 @@ def _unsqueeze(column: ListColumn, dim: int) -> Any:
 _PROPERTIES = ("shape", "dtype", "device", "ndim", "is_cuda", "requires_grad")
 _METHODS = ("size", "dim", "numel", "nelement", "element_size", "is_floating_point", "__len__", "__hash__")
 _ABOUT_SHAPE = {getattr(Tensor, name).__get__ for name in _PROPERTIES} | {getattr(Tensor, name) for name in _METHODS}
+_NESTED = (Sequence, Tensor, np.ndarray, slice, type(None))
 _WRITERS = {"__setitem__"} | {
     f"__i{name}__"
     for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")

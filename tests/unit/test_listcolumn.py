@@ -58,7 +58,13 @@ def test_chosen_rows_stay_lazy(column, choice):
     "operation",
     [
         lambda c: c[3],
+        lambda c: c[np.int64(39)],
+        lambda c: c[torch.tensor(-2)],
         lambda c: c[-1, 2],
+        lambda c: c[4, 1:5],
+        lambda c: c[4, [0, 2]],
+        lambda c: c[True],
+        lambda c: c[torch.tensor([2, 3]), torch.tensor([1, 0])],
         lambda c: c[:, 0],
         lambda c: c[:, 5],
         lambda c: c[:, -1],
@@ -99,6 +105,17 @@ def test_chosen_rows_stay_lazy(column, choice):
 def test_every_operation_sees_the_padded_tensor(column, operation):
     expected, found = operation(padded(column)), operation(column)
     assert found.dtype == expected.dtype and found.shape == expected.shape and torch.equal(found, expected)
+
+
+def test_a_row_is_had_without_the_others(column, monkeypatch):
+    """FEARec takes rows of the training column one by one (fearec.py:218)."""
+    expected = padded(column)[[5]][0]
+    asked = []
+    monkeypatch.setattr(ListColumn, "plain", lambda c, stock=ListColumn.plain: [asked.append(len(c)), stock(c)][1])
+    assert torch.equal(column[np.int64(5)], expected) and torch.equal(column[:, 3], column[:, 3])
+    assert asked == [1]
+    with pytest.raises(IndexError):
+        column[ROWS]
 
 
 def test_what_it_says_of_itself(column):
