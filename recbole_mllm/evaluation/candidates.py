@@ -10,6 +10,7 @@ import re
 from typing import Any
 
 import numpy as np
+import torch
 
 from recbole_mllm.data.sampling import hashes64, sample_users
 from recbole_mllm.errors import UserError
@@ -101,10 +102,15 @@ def _met(dataset: Any, width: int) -> Pairs:
     rows = dataset.inter_feat
     users, items = rows[dataset.uid_field].numpy(), rows[dataset.iid_field].numpy()
     listed = dataset.iid_field + dataset.config["LIST_SUFFIX"]
-    if listed in rows:  # a sequential row's target stands alone; the first item of a user only in the lists
-        lengths = rows[dataset.item_list_length_field]
-        # augmented rows list, but for that first item, the targets of other rows; ready-made rows stand alone
-        telling = (lengths == 1 if dataset.config["benchmark_filename"] is None else lengths > 0).nonzero()[:, 0]
-        items = np.r_[items, entries(rows[listed][telling], lengths[telling]).numpy()]
-        users = np.r_[users, np.repeat(users[telling], lengths[telling])]
+    if listed in rows:
+        augmented = hasattr(dataset, "item_list_length_field") and dataset.config["benchmark_filename"] is None
+        if augmented:  # a row's target stands alone, and only a user's first item is in no row but the lists
+            lengths = rows[dataset.item_list_length_field]
+            telling = (lengths == 1).nonzero()[:, 0]
+            lengths = lengths[telling]
+        else:  # ready-made rows list what no other row holds
+            lengths = (rows[listed] != 0).sum(1)
+            telling = torch.arange(len(lengths))
+        items = np.r_[items, entries(rows[listed][telling], lengths).numpy()]
+        users = np.r_[users, np.repeat(users[telling], lengths)]
     return Pairs(users, items, width)

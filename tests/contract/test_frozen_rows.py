@@ -37,8 +37,8 @@ def settings(request, tmp_path, monkeypatch):
     }
 
 
-def prepared(model, config):
-    config = Config(model=model, dataset="random", config_dict=config)
+def prepared(model, config, name="random"):
+    config = Config(model=model, dataset=name, config_dict=config)
     init_seed(3, True)
     dataset = create_dataset(config)
     return config, dataset, data_preparation(config, dataset)
@@ -109,6 +109,27 @@ def met_by(dataset, data_path):
     for user, item, *_ in lines(data_path):
         met.setdefault(users[user], set()).add(items[item])
     return met
+
+
+@pytest.mark.parametrize("model", ["SASRec", "BPR"])
+def test_items_of_ready_made_lists_are_no_candidates(settings, tmp_path, model):
+    (tmp_path / "ready").mkdir()
+    header = "user_id:token\titem_id:token\titem_id_list:token_seq\ttimestamp:float"
+    listed = {f"u{n}": [f"i{m}" for m in range(n, n + 4)] for n in range(30)}
+    for number, part in enumerate(("train", "valid", "test")):
+        rows = [f"{u}\ti{n + 4}\t{' '.join(own)}\t{n}" for n, (u, own) in enumerate(listed.items()) if n % 3 == number]
+        (tmp_path / f"ready/ready.{part}.inter").write_text("\n".join([header, *rows]) + "\n")
+    ready = {
+        "benchmark_filename": ["train", "valid", "test"],
+        "alias_of_item_id": ["item_id_list"],
+        "load_col": {"inter": ["user_id", "item_id", "item_id_list", "timestamp"]},
+    }
+    _, dataset, (_, valid, test) = prepared(model, settings | ready | (CE if model == "SASRec" else {}), "ready")
+    batches = [batch[0] for loader in (valid, test) for batch in loader]
+    assert sum(len(batch) for batch in batches) == 20 * 6
+    for batch in batches:
+        raw = (dataset.id2token(field, batch[field].numpy()).tolist() for field in ("user_id", "item_id"))
+        assert not any(item in listed[user] for user, item in zip(*raw, strict=True))
 
 
 def test_a_phase_without_rows_has_no_candidates(settings):
