@@ -43,7 +43,7 @@ setup(
     ],
     package_dir={"recbole_mllm.properties": "properties"},
     package_data={
-        "recbole_mllm": ["demo/tiny/*", "benchmark/templates/*", "py.typed"],
+        "recbole_mllm": ["demo/tiny/*", "benchmark/templates/*", "health/templates/*", "pages/*.css", "py.typed"],
         "recbole_mllm.properties": ["*.yaml", "*/*.yaml"],
     },
     entry_points={"console_scripts": ["recbole-mllm = recbole_mllm.cli:main"]},
@@ -63,8 +63,17 @@ setup(
         *RECBOLE,
     ],
     extras_require={
-        "test": ["hypothesis", "import-linter", "mypy", "pytest", "pytest-timeout", "ruff"],
-        "server": ["openai"],
+        "test": [
+            "hypothesis",
+            "import-linter",
+            "mypy",
+            "openai>=1.98",
+            "pytest",
+            "pytest-timeout",
+            "ruff",
+            "transformers[serving]",
+        ],
+        "server": ["openai>=1.98"],
         "report": ["plotly>=4.0.0"],
         "qlora": ["bitsandbytes"],
     },

@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from recbole_mllm import store_commands
+from recbole_mllm.arguments import Parser, exit_code
 from recbole_mllm.errors import UserError
 
 _DESCRIPTION = "MLLM-MSR for RecBole. Without arguments: the demo."
@@ -20,24 +22,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code: 0, 2 for a user's mistake (one line, no traceback), 1 otherwise."""
     # Threads that spin while they wait slow each other down several times over on a busy machine; read when torch loads
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in arguments
-    try:
-        return _run([word for word in arguments if word != "--debug"])
-    except UserError as error:
-        if debug:
-            raise
-        print(f"recbole-mllm: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("recbole-mllm: stopped; what was finished is kept", file=sys.stderr)
-        return 1
+    return exit_code(_run, sys.argv[1:] if argv is None else argv)
 
 
 def _run(words: list[str]) -> int:
+    if words[:1] == ["convert"]:
+        from dataset_converters.cli import main as convert  # without torch, pandas or RecBole
+
+        return convert(words[1:])
     from recbole_mllm import commands
 
     known, rest = _parser().parse_known_args(words)
+    if known.command == "store":
+        if rest:
+            raise UserError(f"store takes no {rest[0]!r}; see --help")
+        return store_commands.run(known)
     options = commands.Options(
         overrides=_overrides(rest)
         | {k: v for k in ("limit_users", "image_dir") if (v := getattr(known, k)) is not None},
@@ -50,6 +49,8 @@ def _run(words: list[str]) -> int:
         return commands.benchmark(
             _dataset(known), known.models, known.seeds, known.output_dir, known.jobs, known.force, options
         )
+    if known.command == "inspect":
+        return commands.inspect(known.directory, known.output, options)
     if known.command == "report":
         return commands.report(known.directory)
     if known.model:
@@ -59,18 +60,21 @@ def _run(words: list[str]) -> int:
     return commands.demo(options)
 
 
-def _parser() -> argparse.ArgumentParser:
-    common = _Parser(add_help=False)
+def _parser() -> Parser:
+    common = Parser(add_help=False)
     common.add_argument("--dataset", help="a folder name under data_path (default ./dataset)")
     common.add_argument("--config_files", help="YAML files or preset names, separated by spaces")
     common.add_argument("--limit_users", type=int, help="evaluate a seeded sample of this many users")
     common.add_argument("--image_dir", help="images by item id, where .item has no image column")
     common.add_argument("--seed", type=int, help="the run's seed; without a command: also the demo world's")
-    parser = _Parser(prog="recbole-mllm", description=_DESCRIPTION, epilog=_EPILOG, parents=[common])
+    parser = Parser(prog="recbole-mllm", description=_DESCRIPTION, epilog=_EPILOG, parents=[common])
     parser.add_argument("--model", help="a RecBole model or MLLMMSR")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    commands = parser.add_subparsers(dest="command", metavar="{summarize,benchmark,report}", parser_class=_Parser)
+    commands = parser.add_subparsers(
+        dest="command", metavar="{convert,inspect,summarize,store,benchmark,report}", parser_class=Parser
+    )
     add: Any = commands.add_parser
+    add("convert", help="raw dump to atomic files; see convert --help")
     summarize = add("summarize", help="make the summaries alone; resumable", parents=[_quiet(common)], epilog=_EPILOG)
     summarize.add_argument("--stage", choices=("items", "users", "all"), default="all")
     benchmark = add(
@@ -81,27 +85,22 @@ def _parser() -> argparse.ArgumentParser:
     benchmark.add_argument("--output_dir", help="default: results/<dataset>")
     benchmark.add_argument("--force", action="store_true", help="run again what is finished")
     benchmark.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    inspect = add("inspect", help="a dataset's health, as text and as a page")
+    inspect.add_argument("directory", help="a dataset's folder, or its name under data_path (default ./dataset)")
+    inspect.add_argument("--image_dir", default=argparse.SUPPRESS, help="images by item id")
+    inspect.add_argument("--output", help="the page's file; default: inspect.html in the dataset's folder")
     report = add("report", help="render leaderboard.* again from runs.jsonl")
     report.add_argument("directory")
+    store_commands.add_parser(add, Parser)
     return parser
 
 
-def _quiet(common: argparse.ArgumentParser) -> argparse.ArgumentParser:
+def _quiet(common: Parser) -> Parser:
     """Return a copy of the common options whose defaults do not overwrite what stood before the command."""
-    copy = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
+    copy = Parser(add_help=False, argument_default=argparse.SUPPRESS)
     for action in common._actions:
         copy.add_argument(*action.option_strings, type=action.type, help=action.help)  # type: ignore[arg-type]
     return copy
-
-
-class _Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are one line, like every other mistake's; options are never abbreviated."""
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**{"allow_abbrev": False, **settings})
-
-    def error(self, message: str) -> Any:
-        raise UserError(f"{message}; see --help")
 
 
 def _dataset(known: argparse.Namespace) -> str:

@@ -162,6 +162,41 @@ def _note(dataset: str) -> str:
     return POSTERS_NOTE if dataset == "ml-100k-posters" else DEMO_NOTE
 
 
+def inspect(directory: str, output: str | None, options: Options) -> int:
+    """Print a dataset's health and write it as a page; a poor dataset is no error, one that cannot be read is."""
+    from recbole_mllm.health.measure import measure
+    from recbole_mllm.health.report import write_health
+    from recbole_mllm.health.text import format_health
+
+    image_dir = options.overrides.get("image_dir")
+    health = measure(_dataset_folder(directory, options.overrides), Path(image_dir) if image_dir else None)
+    print(format_health(health))
+    print("", *write_health(health, Path(output) if output else None), sep="\n")
+    return 0
+
+
+def _dataset_folder(given: str, overrides: Mapping[str, Any]) -> Path:
+    """Return the folder that `given` is, or names under data_path; a built-in dataset is built there."""
+    from recbole_mllm.demo.builtin import ensure_builtin
+
+    if unknown := set(overrides) - {"data_path", "image_dir"}:
+        raise UserError(f"inspect takes no --{min(unknown)}; it takes --image_dir, --output and --data_path")
+    if Path(given).is_dir():
+        return Path(given)
+    data_path = Path(str(overrides.get("data_path") or "dataset"))
+    folder = data_path / given
+    if Path(given).name == given:
+        ensure_builtin(folder)
+    if not folder.is_dir():
+        raise UserError(f"no dataset {given!r}: it is neither a folder nor in {data_path}{_near(data_path)}")
+    return folder
+
+
+def _near(data_path: Path) -> str:
+    near = sorted(path.name for path in data_path.glob("*") if path.is_dir() and not path.name.startswith("."))
+    return f" ({', '.join(near)})" if near else ""
+
+
 def report(directory: str) -> int:
     """Render the leaderboard again from its records."""
     from recbole_mllm.benchmark.report import format_leaderboard, render

@@ -16,8 +16,9 @@ EVERY_S = 30.0
 class Progress:
     """Counts work that is done; a context manager, so that the bar is closed whatever happens."""
 
-    def __init__(self, total: int, what: str, unit: str) -> None:
-        self.total, self.what, self.unit, self.done = total, what, unit, 0
+    def __init__(self, total: float, what: str, unit: str) -> None:
+        self.total, self.what, self.unit = total, what, unit
+        self.done: float = 0
         self._started = self._told = time.monotonic()
         live = sys.stderr.isatty()
         self._bar: tqdm[None] | None = tqdm(total=total, desc=what, unit=unit, ncols=100) if live and total else None
@@ -35,7 +36,7 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def update(self, count: int) -> None:
+    def update(self, count: float) -> None:
         """Note that `count` more are done."""
         self.done += count
         if self._bar is not None:
@@ -46,5 +47,10 @@ class Progress:
             self._told = now
             rate = self.done / (now - self._started)
             left = (self.total - self.done) / rate if rate else float("inf")
-            text = f"{self.what}: {self.done} of {self.total}, {rate:.1f} {self.unit}/s, {left:.0f} s left"
+            text = f"{self.what}: {self.done:.0f} of {self.total:.0f}, {rate:.1f} {self.unit}/s, {left:.0f} s left"
             logging.getLogger().info(text)
+
+
+def log_to_terminal() -> None:
+    """Show log lines of a command that runs without RecBole, which has a logger of its own."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)

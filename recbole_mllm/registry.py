@@ -37,9 +37,18 @@ def register() -> None:
         sys.meta_path.append(_ModelFinder())
     after_import("recbole.config.configurator", read_our_files)
     after_import("recbole.data.dataset", offer_dataset)
+    after_import("recbole.data.dataset.dataset", _listed("learn_from_histories"))
+    after_import("recbole.data.dataset.sequential_dataset", _listed("show_latest_items"))
     after_import("recbole.data.utils", prepare_our_way)
     after_import("recbole.trainer", offer_trainer)
     after_import("recbole.trainer.trainer", break_ties)
+
+
+def _listed(name: str) -> Callable[[ModuleType], None]:
+    def arm(module: ModuleType) -> None:
+        getattr(importlib.import_module("recbole_mllm.data.listed"), name)(module)
+
+    return arm
 
 
 class _ModelFinder(Loader):

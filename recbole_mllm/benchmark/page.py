@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from recbole_mllm.benchmark.leaderboard import COSTS, SLICES, Leaderboard, Part, Row
 from recbole_mllm.benchmark.plot import quality_versus_cost
 from recbole_mllm.benchmark.text import command, configuration
@@ -22,6 +20,7 @@ from recbole_mllm.benchmark.wording import (
     say_score,
     seeds,
 )
+from recbole_mllm.pages import environment
 
 SLICE_TITLES = {
     "cold": ("Cold", "the target item has no interaction in training"),
@@ -32,10 +31,8 @@ SLICE_TITLES = {
 
 def page(board: Leaderboard) -> str:
     """Return the report; every text in it is escaped."""
-    templates = FileSystemLoader(Path(__file__).parent / "templates")
-    environment = Environment(loader=templates, autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-                              lstrip_blocks=True)  # fmt: skip
-    return environment.get_template("leaderboard.html").render(
+    template = environment(Path(__file__).parent / "templates").get_template("leaderboard.html")
+    return template.render(
         board=board,
         finding=finding(board).replace("p < ", "p\u00a0<\u00a0").replace("p = ", "p\u00a0=\u00a0"),
         legend=legend(board),

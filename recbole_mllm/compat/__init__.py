@@ -19,7 +19,7 @@ BEFORE: Mapping[str, tuple[Callback, ...]] = {
 
 AFTER: Mapping[str, tuple[Callback, ...]] = {
     "recbole.config.configurator": (arrays.name_numpy_scalars, running.remember_model_classes),
-    "recbole.data.dataset.dataset": (frames.mend_pandas_3, arrays.keep_dok_update),
+    "recbole.data.dataset.dataset": (frames.mend_pandas_3, frames.read_past_marks, arrays.keep_dok_update),
     "recbole.utils.utils": (arrays.load_checkpoints_whole, running.find_models, running.count_no_llm_flops),
     "recbole.quick_start.quick_start": (patching.end_lending, running.ask_for_nccl),
     "thop.profile": (patching.end_lending,),

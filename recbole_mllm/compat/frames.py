@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import csv
 import warnings
 from types import ModuleType
 from typing import Any
 
 from recbole_mllm.compat.patching import called_from, wrap
 
+_WORDS = (":token", ":token_seq")
+# pandas' own list (pandas.read_csv, na_values), which counts for the other columns
+_MISSING = ["", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A",
+            "NA", "NULL", "NaN", "None", "n/a", "nan", "null"]  # fmt: skip
+
 
 def mend_pandas_3(dataset: ModuleType) -> None:
-    """Apply what data/dataset/dataset.py needs from pandas 3 on; older pandas is left alone."""
+    """Apply what data/dataset/dataset.py needs from pandas 3 on; with older pandas, only words stay words."""
     import pandas as pd
 
+    read_text_as_objects(dataset)
     if int(pd.__version__.split(".")[0]) >= 3:
-        read_text_as_objects(dataset)
         fill_nan_by_assignment(dataset)
         agg_len_by_element()
         # :501 still assigns to a copy, in vain and without harm: `read_text_as_objects` has filled the column
@@ -37,15 +43,20 @@ def read_text_as_objects(dataset: ModuleType) -> None:
     """Give data/dataset/dataset.py:486 text columns of dtype object, and empty sequences as ``""``.
 
     ``dtype=str`` now means an extension dtype, whose values np.concatenate and pd.factorize (:1189, :1205) take
-    differently, and ``df[field].fillna(value="", inplace=True)`` (:501) changes a copy.
+    differently, and ``df[field].fillna(value="", inplace=True)`` (:501) changes a copy. In tokens and their sequences
+    only the empty string is missing: pandas would take an item called NA, or a film called None, for missing as well.
     """
     import numpy as np
 
+    csv.field_size_limit(2**31 - 1)  # :486 reads through the csv module, which stops at a value of 131,072 characters
     pandas = dataset.pd
     if isinstance(pandas, _Pandas):
         return
 
     def read_csv(*args: Any, dtype: Any = None, **kwargs: Any) -> Any:
+        if isinstance(dtype, dict):
+            missing = {name: [""] if name.endswith(_WORDS) else _MISSING for name in map(str, dtype)}
+            kwargs = {"na_values": missing, "keep_default_na": False, **kwargs}
         frame = pandas.read_csv(*args, dtype=dtype, **kwargs)
         for name in frame.columns:
             if isinstance(dtype, dict) and dtype.get(name) is str:
@@ -54,6 +65,19 @@ def read_text_as_objects(dataset: ModuleType) -> None:
         return frame
 
     dataset.pd = _Pandas(pandas, read_csv)  # type: ignore[attr-defined]
+
+
+def read_past_marks(dataset: ModuleType) -> None:
+    """Let data/dataset/dataset.py:459 read a header behind a byte order mark, as pandas reads the rows behind it.
+
+    Without a configured `encoding` it is UTF-8, again as pandas reads the rows, and not the machine's own.
+    """
+
+    def open_text(file: Any, mode: str = "r", encoding: str | None = None) -> Any:
+        plain = mode == "r" and (encoding or "utf-8").lower() in ("utf-8", "utf8")
+        return open(file, mode, encoding="utf-8-sig" if plain else encoding)
+
+    dataset.open = open_text  # type: ignore[attr-defined]
 
 
 def fill_nan_by_assignment(dataset: ModuleType) -> None:

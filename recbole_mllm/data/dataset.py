@@ -11,9 +11,8 @@ from recbole.data.interaction import Interaction
 from recbole.utils import FeatureSource, FeatureType
 
 from recbole_mllm.data.peruser import Named, PerUser
-from recbole_mllm.data.sampling import sample_users
+from recbole_mllm.data.sampling import limited_users
 from recbole_mllm.data.schema import POSITION
-from recbole_mllm.fastdata.listcolumn import entries
 from recbole_mllm.settings import EvaluationSettings, TrainSettings
 
 
@@ -36,17 +35,36 @@ class MLLMMSRDataset(SequentialDataset):  # type: ignore[misc]
         self.set_field_property(POSITION, FeatureType.TOKEN, FeatureSource.INTERACTION, 1)
         self.inter_feat.update(Interaction({POSITION: place}))
 
+    whole_lists: list[Any] | None = None
+
+    def _benchmark_presets(self) -> None:
+        """Keep each row's whole history, of which RecBole will see only the latest items."""
+        self.whole_lists = list(self.inter_feat[self.iid_field + self.config["LIST_SUFFIX"]])
+        super()._benchmark_presets()
+
+    def _change_feat_format(self) -> None:
+        super()._change_feat_format()
+        if self.whole_lists is not None:
+            self._add_positions(torch.tensor([len(items) for items in self.whole_lists]))
+
+    def _listed_histories(self) -> dict[str, list[str]]:
+        """Return each user's ordered raw item ids from benchmark files; the longest where a user has several rows."""
+        users, tokens = self._raw(self.uid_field)[self.inter_feat[self.uid_field].numpy()], self._raw(self.iid_field)
+        out: dict[str, list[str]] = {}
+        rows = zip(users.tolist(), self.whole_lists or [], self.inter_feat[self.iid_field].tolist(), strict=True)
+        for user, items, target in rows:
+            if len(items) >= len(out.get(user, [])):
+                out[user] = [*tokens[items].tolist(), str(tokens[target])]
+        return out
+
     def build(self) -> list[Any]:
         """Split, keep the rows `train_last_k` and `limit_users` allow, and say what summaries the rows will read."""
         parts = super().build()
-        if POSITION not in self.inter_feat:  # benchmark files: one ready-made row a user, its list the history
-            for part in parts:
-                part._add_positions(part.inter_feat[self.item_list_length_field].clone())
-        train, _, test = parts
+        train = parts[0]
         train.whole_split = train.inter_feat  # popularity is the split's, whatever part of it this model trains on
-        self._limit_users(parts, test)
+        self._limit_users(parts)
         train.inter_feat = self._last(train, TrainSettings.from_config(self.config).train_last_k)
-        histories = self._histories()
+        histories = self._listed_histories() if self.whole_lists else self._histories()
         rows = [(part.inter_feat[self.uid_field].numpy(), part.inter_feat[POSITION].numpy()) for part in parts]
         owners, places = (np.concatenate(column) for column in zip(*rows, strict=True))
         positions = self._per_user(owners, places, set)
@@ -54,18 +72,15 @@ class MLLMMSRDataset(SequentialDataset):  # type: ignore[misc]
             part.histories, part.positions = histories, positions
         return list(parts)
 
-    def _limit_users(self, parts: list[Any], test: Any) -> None:
-        """Keep the rows of `limit_users` of the users in `test`."""
+    def _limit_users(self, parts: list[Any]) -> None:
+        """Keep the rows of `limit_users` users."""
         limit = EvaluationSettings.from_config(self.config)
         if limit.limit_users is None:
             return
-        raw = self._raw(self.uid_field)
-        chosen = sample_users(
-            raw[np.unique(test.inter_feat[self.uid_field].numpy())], limit.limit_users, limit.candidate_seed
-        )
-        kept = np.isin(raw, list(chosen))
-        for part in parts:
-            part.inter_feat = part.inter_feat[kept[part.inter_feat[self.uid_field].numpy()]]
+        owners = [part.inter_feat[self.uid_field].numpy() for part in parts]
+        kept = limited_users(self._raw(self.uid_field), owners, limit.limit_users, limit.candidate_seed)
+        for part, users, chosen in zip(parts, owners, kept, strict=True):
+            part.inter_feat = part.inter_feat[chosen[users]]
 
     def _raw(self, field: str) -> np.ndarray[Any, Any]:
         """Return the raw id of each internal id."""
@@ -84,20 +99,14 @@ class MLLMMSRDataset(SequentialDataset):  # type: ignore[misc]
     def _histories(self) -> PerUser[list[str]]:
         """Return each user's ordered raw item ids, the targets of all rows included.
 
-        A user's latest row whose list begins at the first interaction says what came before it; the targets follow.
+        A user's first row lists the first interaction alone; the targets follow.
         """
         rows = self.inter_feat
         users, targets = rows[self.uid_field].numpy(), rows[self.iid_field].numpy()
-        lengths = rows[self.item_list_length_field].numpy()
-        whole = rows[POSITION].numpy() == lengths if POSITION in rows else np.ones(len(users), bool)
-        latest = np.full(self.user_num, len(users))
-        latest[users[::-1]] = np.arange(len(users))[::-1]  # the first row, where no list is whole
-        latest[users[whole]] = np.flatnonzero(whole)
-        after = np.arange(len(users)) >= latest[users]
-        told = torch.from_numpy(np.unique(latest[users]))
-        listed = entries(rows[self.item_id_list_field][told], rows[self.item_list_length_field][told]).numpy()
-        owners = np.r_[np.repeat(users[told], lengths[told]), users[after]]
-        return self._per_user(owners, np.r_[listed, targets[after]], Named(self._raw(self.iid_field)))
+        first = torch.from_numpy(np.flatnonzero(rows[POSITION].numpy() == 1))
+        listed = rows[self.item_id_list_field][first][:, 0].numpy()
+        owners, items = np.r_[users[first], users], np.r_[listed, targets]
+        return self._per_user(owners, items, Named(self._raw(self.iid_field)))
 
     def _per_user(self, owners: Any, values: Any, make: Any) -> PerUser[Any]:
         return PerUser(self.field2token_id[self.uid_field], self._raw(self.uid_field), owners, values, make)

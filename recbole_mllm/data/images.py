@@ -2,72 +2,211 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
+import re
+import stat
 import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from recbole_mllm.data.atomic import clean, whole_file
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 MAX_PIXELS = 50_000_000  # a larger image is a decompression bomb or no product photo
+# Pillow knows many more, of which EPS would even start Ghostscript
+_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+_DRAFT = (64, 64)  # JPEG is decoded at an eighth of its size where only its soundness is asked
+_EASY = {"1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"}  # modes that `_rgb` never fails on
 
 
-def find_image(folder: Path, item: str) -> Path | None:
-    """Return the image of raw id `item` in `folder` (or its ``images`` subfolder), or None."""
-    if not item or "/" in item or "\\" in item or item.startswith("."):
-        return None
-    for parent in (folder, folder / "images"):
-        for suffix in SUFFIXES:
-            if (path := parent / f"{item}{suffix}").is_file():
-                return path
-    return None
+def resolve(folder: Path, relative: str) -> tuple[Path | None, str | None]:
+    """Return the file that `relative` names below `folder`, or None and the reason why there is none."""
+    if not relative:
+        return None, "no path is given"
+    try:
+        root = os.path.realpath(folder)
+        path = os.path.realpath(os.path.join(root, relative))
+        if path != root and not path.startswith(root.rstrip(os.sep) + os.sep):
+            return None, "leads out of the folder"
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        return None, _why_no_file(error)
+    return (folder / relative, None) if stat.S_ISREG(mode) else (None, "is no file")
+
+
+def _why_no_file(error: OSError | ValueError) -> str:
+    known = {errno.ENOENT: "does not exist", errno.ENOTDIR: "does not exist", errno.ELOOP: "is a link to itself"}
+    code = error.errno if isinstance(error, OSError) else None
+    return known.get(code or 0, f"cannot be a file: {error.strerror if isinstance(error, OSError) else error}")
 
 
 def inside(folder: Path, relative: str) -> Path | None:
     """Return the file `relative` names below `folder`; None where it is empty, absent or leads out of the folder."""
-    if not relative:
+    return resolve(folder, relative)[0]
+
+
+def find_image(folder: Path, item: str) -> Path | None:
+    """Return the image of raw id `item` in `folder` (or its ``images`` subfolder), or None.
+
+    A link that leads out of the folder it lies in is no image; the folder itself may be a link.
+    """
+    if not item or "/" in item or "\\" in item or item.startswith("."):
         return None
-    path = folder / relative
-    if not path.is_file() or not path.resolve().is_relative_to(folder.resolve()):
-        return None
-    return path
+    for parent in (folder, folder / "images"):
+        for suffix in SUFFIXES:
+            path = parent / f"{item}{suffix}"
+            if os.path.lexists(path) and inside(parent, path.name) is not None:
+                return path
+    return None
 
 
 def open_image(path: Path) -> Image.Image:
-    """Open `path` as an upright RGB image; transparent parts turn white.
+    """Open `path` as an upright RGB image, of an animation the first frame; transparent parts turn white.
 
     Raises:
-        OSError: It is no image PIL can read, or has more than `MAX_PIXELS` pixels.
+        OSError: It is no image PIL can read, is broken, or has more than `MAX_PIXELS` pixels.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        try:
-            with Image.open(path) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise OSError(f"{path}: {image.width}x{image.height} pixels are more than {MAX_PIXELS}")
-                return _rgb(ImageOps.exif_transpose(image))
-        except (ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise OSError(f"{path}: {error}") from error
+    with _opened(path) as image:
+        return _rgb(_upright(image))
+
+
+def problem(path: Path) -> str | None:
+    """Return why `open_image` would refuse `path`, in words that follow its name, or None.
+
+    All of the file is decoded, as nothing less finds one cut short; a JPEG at an eighth of its size.
+    """
+    try:
+        with _opened(path) as image:
+            image.draft(None, _DRAFT)
+            image.load()
+            if image.mode not in _EASY or "transparency" in image.info:
+                _rgb(image)
+    except OSError as error:
+        return str(error).removeprefix(f"{path}: ")
+    return None
+
+
+def is_readable(path: Path) -> bool:
+    """Return whether `open_image` would succeed."""
+    return problem(path) is None
+
+
+# Pillow warns of odd files, which are refused or opened all the same; `catch_warnings` would not be safe in threads
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """Open `path`, checked for its size but not yet decoded; whatever goes wrong is an OSError with the reason."""
+    try:
+        _check_file(path)
+        with Image.open(path, formats=_formats()) as image:
+            _check_pixels(image.width * image.height)
+            yield image
+    # Pillow's readers raise whatever a broken file makes them meet: struct.error, IndexError, EOFError, ...
+    except Exception as error:
+        raise OSError(f"{path}: {_reason(path, error)}") from error
+
+
+@lru_cache(maxsize=1)
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+class _Refused(Exception):
+    """A reason of our own, ready to be told."""
+
+
+def _check_file(path: Path) -> None:
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for
+        raise _Refused("is no file")
+    if found.st_size == 0:
+        raise _Refused("is empty")
+
+
+def _check_pixels(count: int) -> None:
+    if count > MAX_PIXELS:
+        raise _Refused(f"has {count:,} pixels, more than {MAX_PIXELS:,}")
+
+
+def _reason(path: Path, error: Exception) -> str:
+    if isinstance(error, _Refused):
+        return str(error)
+    if isinstance(error, Image.DecompressionBombError):
+        count = re.search(r"\d+", str(error))
+        return f"has {int(count[0]):,} pixels, more than {MAX_PIXELS:,}" if count else "has too many pixels"
+    if isinstance(error, UnidentifiedImageError):
+        return _kind(path)
+    if isinstance(error, OSError) and error.errno is not None:
+        return {errno.EACCES: "may not be read", errno.ENOENT: "does not exist"}.get(error.errno, str(error.strerror))
+    text = clean(str(error))
+    if "decoder object" in text:  # WebP
+        return "is truncated or broken"
+    return "is truncated" if "truncated" in text.lower() else f"is broken ({text[:80] or type(error).__name__})"
+
+
+def _kind(path: Path) -> str:
+    """Say what a file that is no image looks like instead."""
+    with path.open("rb") as file:
+        start = file.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if b"<svg" in start:
+        return "is no image of pixels (SVG drawing)"
+    if start.startswith((b"<!doctype html", b"<html", b"<head", b"<body")) or b"<html" in start:
+        return "is no image (HTML page)"
+    starts = (b"\xff\xd8\xff", b"\x89png", b"gif8", b"riff", b"bm")
+    return "is truncated" if start.startswith(starts) else "is no image"
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except OSError:
+        raise
+    except Exception:  # damaged EXIF data says nothing of the picture
+        image.load()
+        return image
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):
-        image = image.point(lambda value: value / 257).convert("L")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    if image.mode[0] in "IF":
+        image = _eight_bits(image)
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         layer = image.convert("RGBA")
         ground = Image.new("RGBA", layer.size, "white")
         return Image.alpha_composite(ground, layer).convert("RGB")
     return image.convert("RGB")
 
 
-def is_readable(path: Path) -> bool:
-    """Return whether `open_image` would succeed."""
-    try:
-        open_image(path)
-    except OSError:
-        return False
-    return True
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Return 16-bit grey, 32-bit grey or floating-point grey as 8-bit grey; beyond 16 bits the full range is used."""
+    deep = image.convert("F")
+    low, high = deep.getextrema()
+    assert isinstance(low, float) and isinstance(high, float)
+    if image.mode != "F" and low >= 0 and high <= 65_535:
+        low, high = 0.0, 65_535.0
+    elif low >= 0 and high <= 1:
+        low, high = 0.0, 1.0
+    scale = 255 / ((high - low) or 1.0)
+    return deep.point(lambda value: value * scale + (0.5 - low * scale)).convert("L")
+
+
+def write_report(path: Path, rows: Iterable[tuple[str, str, str]]) -> int:
+    """Write ``item_id, path, reason`` of each missing image, tab-separated, whole or not at all; return how many."""
+    count = 0
+    with whole_file(path) as file:
+        file.write("item_id\tpath\treason\n")
+        for row in rows:
+            file.write("\t".join(" ".join(value.split()) for value in row).encode(errors="replace").decode() + "\n")
+            count += 1
+    return count
 
 
 @lru_cache(maxsize=1_000_000)

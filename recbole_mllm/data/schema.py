@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from pathlib import Path
 
 USER, ITEM, TIME = "user_id", "item_id", "timestamp"
@@ -16,6 +17,11 @@ ISUM_TYPES = {ITEM: "token", SUMMARY: "token_seq"}
 USUM_TYPES = {USER: "token", SEEN: "float", HISTORY: "token", SUMMARY: "token_seq"}
 ITEM_TYPES = {ITEM: "token", TITLE: "token_seq", IMAGE: "token"}
 INTER_TYPES = {USER: "token", ITEM: "token", TIME: "float"}
+
+
+def title_column(names: Container[str]) -> str | None:
+    """Return the column of ``.item`` that holds the titles, under our name or that of RecBole's own datasets."""
+    return next((name for name in (TITLE, "movie_title", "name") if name in names), None)
 
 
 def item_file(folder: Path) -> Path:

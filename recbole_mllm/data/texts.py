@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from recbole_mllm.data import schema
-from recbole_mllm.data.atomic import clean, read_atomic, write_atomic
-from recbole_mllm.data.images import find_image, inside, is_readable
+from recbole_mllm.data.atomic import clean, read_atomic, read_columns, read_numbered, write_atomic
+from recbole_mllm.data.item_images import ItemImages
 from recbole_mllm.errors import UserError
-
-_TITLES = (schema.TITLE, "movie_title", "name")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +32,10 @@ class Items:
 def read_items(folder: Path, image_dir: Path | None) -> Items:
     """Read titles from ``X.item`` and find images by its ``image`` column, else by item id in `image_dir`.
 
-    Unreadable images count as missing, with one line in the log.
+    Images that cannot be used count as missing, with one line in the log.
 
     Raises:
-        UserError: `image_dir` is no folder, or ``X.item`` cannot be read.
+        UserError: `image_dir` is no folder, or ``X.item`` cannot be read or holds an item twice.
     """
     if image_dir is not None and not image_dir.is_dir():
         raise UserError(f"image_dir {image_dir} is no folder; give the folder that holds the items' images")
@@ -46,23 +44,31 @@ def read_items(folder: Path, image_dir: Path | None) -> Items:
         raise UserError(
             f"{path} does not exist; MLLMMSR reads item titles from it (columns item_id:token, title:token_seq)"
         )
-    titles: dict[str, str] = {}
-    images: dict[str, Path] = {}
-    for row in read_atomic(path):
+    titles, images = {}, ItemImages()
+    lines: dict[str, int] = {}
+    columns = read_columns(path)
+    if schema.ITEM not in columns:
+        raise UserError(f"{path}:1: there is no column {schema.ITEM}:token")
+    title = schema.title_column(columns)
+    for number, row in read_numbered(path):
         item = row[schema.ITEM]
-        titles[item] = clean(next((row[name] for name in _TITLES if name in row), ""))
-        image = inside(folder, row.get(schema.IMAGE, ""))
-        if image is None and image_dir is not None:
-            image = find_image(image_dir, item)
-        if image is not None:
-            images[item] = image
-    broken = sorted(item for item, image in images.items() if not is_readable(image))
-    for item in broken:
-        del images[item]
-    if broken:
-        log = logging.getLogger(__name__)
-        log.warning("%d images cannot be read and count as missing, the first of item %s", len(broken), broken[0])
-    return Items(titles, images)
+        if (first := lines.setdefault(item, number)) != number:
+            raise UserError(f"{path}:{number}: item {item} stands in line {first} already; keep one of the two")
+        titles[item] = clean(row[title]) if title else ""
+        images.add(folder, item, row.get(schema.IMAGE, ""), image_dir)
+    images.check(folder)
+    _tell(images, folder)
+    return Items(titles, images.found)
+
+
+def _tell(images: ItemImages, folder: Path) -> None:
+    if images.missing:
+        item, path, reason = images.missing[0]
+        logging.getLogger(__name__).warning(
+            "%d of %d images cannot be used and count as missing, the first of item %s: %s %s; "
+            "`recbole-mllm inspect %s` lists them",
+            len(images.missing), len(images.missing) + len(images.found), item, path, reason, folder,
+        )  # fmt: skip
 
 
 def write_item_summaries(path: Path, summaries: Mapping[str, str]) -> int:

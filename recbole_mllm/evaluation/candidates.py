@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from recbole_mllm.data.sampling import hashes64, sample_users
+from recbole_mllm.data.sampling import hashes64, limited_users
 from recbole_mllm.errors import UserError
 from recbole_mllm.evaluation.draw import Pool, candidates_digest, draw_negatives
 from recbole_mllm.evaluation.loader import FrozenEvalDataLoader, UserRows
@@ -40,11 +40,12 @@ def freeze(config: Any, dataset: Any, train: Any, valid: Any, test: Any) -> tupl
     """
     settings = EvaluationSettings.from_config(config)
     users, items = (np.asarray(dataset.field2id_token[f]).astype(str) for f in (dataset.uid_field, dataset.iid_field))
-    chosen = _chosen(test._dataset, users, settings)
+    owners = [loader._dataset.inter_feat[dataset.uid_field].numpy() for loader in (valid, test)]
+    kept = limited_users(users, owners, settings.limit_users, settings.candidate_seed)
     met = _met(dataset, len(items))
     keys, hashes = tie_keys(users, items, settings.candidate_seed), hashes64(items, "item")
     loaders, drawn = [train], {}
-    for phase, loader in (("valid", valid), ("test", test)):
+    for phase, loader, chosen in (("valid", valid, kept[0]), ("test", test, kept[1])):
         mode = str(config["eval_args"]["mode"][phase])
         if mode == "full":
             loaders.append(_limited(config, loader, chosen))
@@ -57,17 +58,8 @@ def freeze(config: Any, dataset: Any, train: Any, valid: Any, test: Any) -> tupl
         drawn[phase] = rows.digested(users, hashes[part.inter_feat[part.iid_field].numpy()], hashes[negatives])
         loaders.append(FrozenEvalDataLoader(config, part, loader._sampler, rows, count, negatives, keys))
     dataset.candidates_digest = candidates_digest(drawn)
-    dataset.evaluated_users = int(chosen.sum())
+    dataset.evaluated_users = int(kept[1].sum())
     return loaders[0], loaders[1], loaders[2]
-
-
-def _chosen(test: Any, users: Any, settings: EvaluationSettings) -> Any:
-    """Return, for each internal user id, whether the user is evaluated."""
-    out = np.zeros(len(users), bool)
-    out[test.inter_feat[test.uid_field].numpy()] = True
-    if settings.limit_users is None:
-        return out
-    return out & np.isin(users, list(sample_users(users[out].tolist(), settings.limit_users, settings.candidate_seed)))
 
 
 def _count(mode: str) -> int:

@@ -10,12 +10,12 @@ from pathlib import Path
 from recbole_mllm.data import schema
 from recbole_mllm.data.texts import Items, write_item_summaries, write_user_summaries
 from recbole_mllm.errors import UserError
-from recbole_mllm.mllm.base import Writer
+from recbole_mllm.mllm.base import Decoding, Streamer, Writer
 from recbole_mllm.prompts import Style, titles_as_preference
 from recbole_mllm.settings import SummarySettings
 from recbole_mllm.summaries.chains import State, state_at
 from recbole_mllm.summaries.items import item_summaries
-from recbole_mllm.summaries.store import Decoding, Store
+from recbole_mllm.summaries.store import Store
 from recbole_mllm.summaries.users import Plan, as_rows, preferences
 from recbole_mllm.summaries.writing import Scribe
 
@@ -57,8 +57,8 @@ class Summarizers:
 
     item_identity: str
     user_identity: str
-    load_item: Callable[[], Writer]
-    load_user: Callable[[], Writer]
+    load_item: Callable[[], Writer | Streamer]
+    load_user: Callable[[], Writer | Streamer]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ def make_item_summaries(stage: Stage, store: Store, wanted: list[str]) -> dict[s
         stage.who.load_item,
         stage.who.item_identity,
         store,
-        Decoding(s.item_summary_tokens),
+        _decoding(s, s.item_summary_tokens),
         s.summarize_batch_size,
         s.summarize == "auto",
     )
@@ -107,7 +107,7 @@ def make_preferences(stage: Stage, plan: Plan) -> Preferences:
                 stage.who.load_user,
                 stage.who.user_identity,
                 store,
-                Decoding(s.user_summary_tokens),
+                _decoding(s, s.user_summary_tokens),
                 s.summarize_batch_size,
                 s.summarize == "auto",
             )
@@ -118,6 +118,10 @@ def make_preferences(stage: Stage, plan: Plan) -> Preferences:
         path = schema.usum_file(stage.folder, stage.tag)
         _log_export(path, write_user_summaries(path, as_rows(texts, plan)))
     return Preferences(texts, plan, stage.items, stage.style, s)
+
+
+def _decoding(settings: SummarySettings, length: int) -> Decoding:
+    return Decoding(length, settings.summary_temperature, settings.summary_top_p, settings.summary_seed)
 
 
 def _log_export(path: Path, rows: int) -> None:

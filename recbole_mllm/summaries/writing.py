@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from recbole_mllm.data.atomic import clean
 from recbole_mllm.errors import UserError
-from recbole_mllm.mllm.base import Answer, Writer
+from recbole_mllm.mllm.base import Answer, Decoding, Streamer, Writer
 from recbole_mllm.progress import Progress
 from recbole_mllm.prompts import Prompt
-from recbole_mllm.summaries.store import Decoding, Store, answer_key
+from recbole_mllm.summaries.store import Store, answer_key
 
 
 @dataclass(slots=True)
@@ -34,14 +34,14 @@ class Scribe:
     """Answers prompts with one model through the store. The model is loaded only when something must be written."""
 
     kind: str
-    load: Callable[[], Writer]
+    load: Callable[[], Writer | Streamer]
     identity: str
     store: Store
     decoding: Decoding
     batch_size: int
     may_write: bool = True
     tally: Tally = field(default_factory=Tally)
-    _writer: Writer | None = None
+    _writer: Writer | Streamer | None = None
     _progress: Progress | None = None
 
     def answer(self, prompts: Sequence[Prompt]) -> list[str]:
@@ -62,33 +62,48 @@ class Scribe:
                 f"{len(missing)} {self.kind} summaries are missing or stale and summarize is off; "
                 "run `python run_recbole_mllm.py summarize` with the same settings, or set summarize: auto"
             )
-        for batch in self._batches(missing):
-            texts.update(self._write(batch))
+        if missing:
+            for written in self._written(missing):
+                texts.update(written)
         return [texts[key] for key in keys]
 
-    def _batches(self, missing: dict[str, Prompt]) -> Iterator[list[tuple[str, Prompt]]]:
+    def _written(self, missing: dict[str, Prompt]) -> Iterator[dict[str, str]]:
+        """Yield what is written, each part kept in the store before it is yielded."""
         # Batches of like length waste little on padding; the key settles ties, so a re-run cuts the same batches
         ordered = sorted(missing.items(), key=lambda pair: (len(pair[1].marked), pair[0]))
-        for start in range(0, len(ordered), self.batch_size):
-            yield ordered[start : start + self.batch_size]
-
-    def _write(self, batch: Sequence[tuple[str, Prompt]]) -> dict[str, str]:
         if self._writer is None:
             self._writer = self.load()
         started = time.perf_counter()
-        answers = self._writer.write([prompt for _, prompt in batch], self.decoding.max_new_tokens)
-        seconds = time.perf_counter() - started
-        answers = [Answer(clean(a.text), a.prompt_tokens, a.new_tokens) for a in answers]
-        self.store.add(self.kind, self.identity, [key for key, _ in batch], answers, seconds)
+        for batch in self._answered(self._writer, ordered):
+            yield self._keep(batch, time.perf_counter() - started)
+            started = time.perf_counter()
+
+    def _answered(
+        self, writer: Writer | Streamer, ordered: Sequence[tuple[str, Prompt]]
+    ) -> Iterator[list[tuple[str, Answer]]]:
+        """Yield answers with their keys: a batch at a time, or as a server's arrive."""
+        if isinstance(writer, Streamer):
+            for arrived in writer.stream([prompt for _, prompt in ordered], self.decoding):
+                yield [(ordered[place][0], answer) for place, answer in arrived]
+            return
+        for start in range(0, len(ordered), self.batch_size):
+            batch = ordered[start : start + self.batch_size]
+            answers = writer.write([prompt for _, prompt in batch], self.decoding.max_new_tokens)
+            yield [(key, answer) for (key, _), answer in zip(batch, answers, strict=True)]
+
+    def _keep(self, batch: Sequence[tuple[str, Answer]], seconds: float) -> dict[str, str]:
+        answers = [replace(answer, text=clean(answer.text)) for _, answer in batch]
+        keys = [key for key, _ in batch]
+        self.store.add(self.kind, self.identity, keys, answers, seconds)
         self._count(answers, seconds)
-        return {key: answer.text for (key, _), answer in zip(batch, answers, strict=True)}
+        return {key: answer.text for key, answer in zip(keys, answers, strict=True)}
 
     def _count(self, answers: Sequence[Answer], seconds: float) -> None:
         self.tally.written += len(answers)
         self.tally.seconds += seconds
         self.tally.prompt_tokens += sum(a.prompt_tokens for a in answers)
         self.tally.new_tokens += sum(a.new_tokens for a in answers)
-        self.tally.at_limit += sum(a.new_tokens >= self.decoding.max_new_tokens for a in answers)
+        self.tally.at_limit += sum(a.truncated or a.new_tokens >= self.decoding.max_new_tokens for a in answers)
         self.tally.empty += sum(not a.text for a in answers)
         if self._progress is not None:
             self._progress.update(len(answers))

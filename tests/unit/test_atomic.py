@@ -1,5 +1,7 @@
 """Atomic files: what is cleaned survives both readers, a file is whole or absent."""
 
+import time
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -24,6 +26,38 @@ def test_cleaned_text_survives_the_round_trip(tmp_path_factory, texts):
 def test_clean_is_one_line_without_controls_and_stays_so(text):
     once = clean(text)
     assert clean(once) == once and not set(once) & set("\t\n\r\x00\u200b") and not once.startswith(('"', "'"))
+
+
+@pytest.mark.parametrize(
+    ("text", "cleaned"),
+    [
+        ("  two\twords \r\n", "two words"),
+        ('"Heroes"', "Heroes"),
+        ('"Heroes" by Bowie', 'Heroes" by Bowie'),
+        ('say "yes"', 'say "yes"'),
+        ("a\0b\u200bc\ufeff", "abc"),
+        ("👩\u200d🚀 and ❤\ufe0f", "👩\u200d🚀 and ❤\ufe0f"),
+        ("می\u200cخواهم", "می\u200cخواهم"),
+        ("\u200d \u200c", ""),
+        ("a \u200db\u200c c", "a b c"),
+        ("\u202eevil\u202c", "evil"),
+        ("שלום עולם", "שלום עולם"),
+        ("\ud800x", "x"),
+        ("\u3000全角\u3000空白", "全角 空白"),
+        ("None", "None"),
+    ],
+)
+def test_clean_keeps_words_and_drops_what_nobody_sees(text, cleaned):
+    assert clean(text) == cleaned
+
+
+@pytest.mark.parametrize(
+    "text", ["\u200d" * 10**6, "\t" * 10**6, '"' * 10**6, "é \u200b\t" * 250_000, "word " * 200_000]
+)
+def test_a_megabyte_is_cleaned_in_no_time(text):
+    start = time.perf_counter()
+    assert len(clean(text)) <= 10**6
+    assert time.perf_counter() - start < 5
 
 
 def test_a_tab_in_a_value_is_refused_and_leaves_no_file(tmp_path):
@@ -66,6 +100,26 @@ def test_an_unreadable_image_counts_as_missing_and_the_item_stays(tmp_path, cont
     (folder / "m.jpg").write_bytes(content)
     items = read_items(folder, None)
     assert items.title("1") == "a mug" and items.image("1") is None and items.images == {}
+
+
+def test_images_that_cannot_be_used_are_one_line_and_no_file(tmp_path, caplog):
+    folder = tmp_path / "shop"
+    folder.mkdir()
+    rows = "1\ta\tnone.png\n2\tb\t../x.png\n3\tc\tgood.png\n4\td\t\n"
+    (folder / "shop.item").write_text("item_id:token\ttitle:token_seq\timage:token\n" + rows)
+    Image.new("RGB", (2, 2)).save(folder / "good.png")
+    assert set(read_items(folder, None).images) == {"3"}
+    (line,) = caplog.messages
+    assert line.startswith("2 of 3 images cannot be used") and "item 1: none.png does not exist" in line
+    assert f"recbole-mllm inspect {folder}" in line and len(list(folder.iterdir())) == 2
+
+
+def test_an_item_that_stands_twice_is_refused_with_both_lines(tmp_path):
+    folder = tmp_path / "shop"
+    folder.mkdir()
+    (folder / "shop.item").write_text("item_id:token\ttitle:token_seq\n1\ta\n2\tb\n\n1\tc\n")
+    with pytest.raises(UserError, match=r"shop\.item:5: item 1 stands in line 2 already"):
+        read_items(folder, None)
 
 
 def test_no_path_leads_out_of_the_folder(tmp_path):

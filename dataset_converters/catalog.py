@@ -1,0 +1,206 @@
+"""The ``.item`` file: one row for each item that was interacted with, whatever is known of it, and its image."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from dataset_converters.intake import Intake
+from recbole_mllm.data import schema
+from recbole_mllm.data.atomic import write_atomic
+from recbole_mllm.data.images import SUFFIXES, problem, write_report
+from recbole_mllm.data.values import clean
+
+IMAGES = "images"
+MISSING = "missing_images.tsv"
+_SAFE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
+_BLANK = re.compile(r"\s")
+_AT_A_TIME = 4096
+_DOWNLOADS = 16  # at once
+URLS = "image_urls.tsv"
+
+# Given a URL and a path without its suffix, put the image there; return the path with its suffix, or None and why not
+Fetch = Callable[[str, Path], tuple[Path | None, str]]
+
+
+class ItemRow(NamedTuple):
+    """What a source knows of an item: `image` is a path below the images' folder, or "" where the id names the file."""
+
+    item: str
+    title: str
+    image: str = ""
+    features: tuple[str, ...] = ()
+    url: str = ""
+
+
+@dataclass(slots=True)
+class Catalog:
+    """Counts of what became of the items."""
+
+    items: int = 0
+    without_metadata: int = 0
+    without_title: int = 0
+    with_image: int = 0
+    broken_images: int = 0
+    unused: int = 0
+    repeated: int = 0
+    files: list[Path] = field(default_factory=list)
+
+
+def safe_name(item: str) -> str:
+    """Return a file name for `item` that cannot leave its folder: the id where it is plain, else a digest of it."""
+    return item if _SAFE.fullmatch(item) else hashlib.sha256(item.encode()).hexdigest()[:32]
+
+
+def plain_rows(
+    rows: Iterable[ItemRow], wanted: Iterable[str], width: int, catalog: Catalog, intake: Intake
+) -> Iterator[ItemRow]:
+    """Yield one row for each wanted item: the first that names it, else an empty one; count the rest.
+
+    Raises:
+        UserError: An item is described twice in different words (file and line are named).
+    """
+    left = dict.fromkeys(wanted)
+    seen: dict[str, int] = {}
+    for row in rows:
+        if row.item in left:
+            del left[row.item]
+            title = clean(row.title)
+            seen[row.item] = hash((title, row.image))
+            catalog.without_title += not title
+            yield row._replace(title=title, features=tuple(clean(f) for f in row.features))
+        elif row.item in seen:
+            if seen[row.item] != hash((clean(row.title), row.image)):
+                intake.refuse(f"item {row.item!r} is described a second time, with another title or image")
+            catalog.repeated += 1
+        else:
+            catalog.unused += 1
+    catalog.without_metadata = len(left)
+    catalog.without_title += len(left)
+    yield from (ItemRow(item, "", "", ("",) * width) for item in left)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSource:
+    """Where images come from: a folder whose files are found by name or by item id, and URLs where `fetch` is given."""
+
+    folder: Path | None
+    by_id: Mapping[str, Path] = field(default_factory=dict)
+    fetch: Fetch | None = None
+
+    @classmethod
+    def of(cls, folder: Path | None, fetch: Fetch | None = None) -> ImageSource:
+        """Look into `folder` once, so that a million items are found without asking the disk for each."""
+        if folder is None:
+            return cls(None, {}, fetch)
+        files = sorted((p for p in _entries(folder) if p.suffix.lower() in SUFFIXES), key=lambda p: p.name)
+        by_id: dict[str, Path] = {}
+        for path in files:
+            by_id.setdefault(path.stem, path)
+        return cls(folder, by_id, fetch)
+
+    def find(self, row: ItemRow) -> tuple[Path | None, str]:
+        """Return the file of the item's image, or None and why there is none ("" where none was promised)."""
+        if self.folder is None:
+            return None, ""
+        if not row.image:
+            path = self.by_id.get(row.item)
+            return (path, "") if path else (None, f"no file named by the item id in {self.folder.name}")
+        path = self.folder / row.image
+        if not path.resolve().is_relative_to(self.folder.resolve()):
+            return None, f"{row.image} leads out of the images' folder"
+        return (path, "") if path.is_file() else (None, f"{row.image} does not exist")
+
+
+def _entries(folder: Path) -> Iterator[Path]:
+    with os.scandir(folder) as entries:
+        yield from (Path(entry.path) for entry in entries if entry.is_file())
+
+
+def write_items(
+    folder: Path,
+    rows: Iterable[ItemRow],
+    features: Mapping[str, str],
+    source: ImageSource,
+    home: Path,
+    catalog: Catalog,
+) -> None:
+    """Write ``X.item`` into `folder`, and images that open below ``home/images``; name those that do not open."""
+    types = {**schema.ITEM_TYPES, **features}
+    missing: list[tuple[str, str, str]] = []
+    write_atomic(schema.item_file(folder), types, _with_images(home, rows, source, catalog, missing))
+    catalog.files.append(schema.item_file(folder))
+    if missing:
+        write_report(folder / MISSING, missing)
+        catalog.files.append(folder / MISSING)
+
+
+def _with_images(
+    home: Path, rows: Iterable[ItemRow], source: ImageSource, catalog: Catalog, missing: list[tuple[str, str, str]]
+) -> Iterator[tuple[str, ...]]:
+    with ThreadPoolExecutor(_DOWNLOADS if source.fetch else os.cpu_count()) as pool:
+        for batch in _batches(rows):
+            for row, (name, reason) in zip(batch, pool.map(lambda r: _place(home, r, source), batch), strict=True):
+                catalog.items += 1
+                catalog.with_image += bool(name)
+                if reason:
+                    catalog.broken_images += 1
+                    missing.append((row.item, row.image, reason))
+                yield row.item, row.title, name, *row.features
+
+
+def _batches(rows: Iterable[ItemRow]) -> Iterator[list[ItemRow]]:
+    batch: list[ItemRow] = []
+    for row in rows:
+        batch.append(row)
+        if len(batch) == _AT_A_TIME:
+            yield batch
+            batch = []
+    yield batch
+
+
+def _place(home: Path, row: ItemRow, source: ImageSource) -> tuple[str, str]:
+    """Put the item's image into the dataset's folder; return its name there, or "" and why it has none."""
+    path, reason = source.find(row)
+    if path is None and row.url and source.fetch is not None:
+        path, reason = source.fetch(row.url, home / IMAGES / safe_name(row.item))
+    if path is None:
+        return "", reason
+    trouble = problem(path)
+    if trouble is not None:
+        return "", trouble
+    name = f"{IMAGES}/{safe_name(row.item)}{path.suffix.lower()}"
+    target = home / name
+    if not (target.exists() and path.samefile(target)):
+        _bring(path.resolve(), target)
+    return name, ""
+
+
+def _bring(path: Path, target: Path) -> None:
+    """Link `path` where the file system allows, which costs no space, else copy it; whole or not at all."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = target.with_name(f".{target.name}.tmp")
+    with suppress(FileNotFoundError):
+        scratch.unlink()
+    try:
+        os.link(path, scratch)
+    except OSError:
+        shutil.copyfile(path, scratch)
+    scratch.replace(target)
+
+
+def noting_urls(rows: Iterable[ItemRow], file: IO[str]) -> Iterator[ItemRow]:
+    """Pass `rows` on, writing the URL of each item's image to `file`, so that it is known without the raw data."""
+    file.write("item_id\turl\n")
+    for row in rows:
+        if row.url and not _BLANK.search(row.url):
+            file.write(f"{row.item}\t{row.url}\n")
+        yield row

@@ -1,0 +1,157 @@
+"""The words of ``convert NAME --raw DIR --out DIR``, read into a `Job`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dataset_converters.amazon2023 import Amazon2023
+from dataset_converters.convert import Converted, Job, Source, convert
+from dataset_converters.csv_table import Columns, CsvTable
+from dataset_converters.download import Downloader
+from dataset_converters.filters import Limits
+from dataset_converters.intake import Intake
+from dataset_converters.microlens import MicroLens
+from dataset_converters.movielens import MovieLens
+from recbole_mllm.arguments import Parser
+from recbole_mllm.errors import UserError
+from recbole_mllm.progress import Progress, log_to_terminal
+
+KINDS = ("video", "movie", "product")
+_COLUMNS = ("user", "item", "time", "rating", "title", "image")
+# Options that change what is written; where files lie does not
+_TOLD = ("k_core", "min_rating", "max_history", "limit_users", "seed", "duplicates", "category", "separator")
+
+
+def main(words: Sequence[str]) -> int:
+    """Convert what `words` name; return the exit code.
+
+    Raises:
+        UserError: An option, a file or a line is not as it should be.
+    """
+    known = _parser().parse_args(words)
+    raw, folder = Path(known.raw), Path(known.out).absolute()
+    if not raw.exists():
+        raise UserError(f"--raw {raw} does not exist; give the folder of the raw files")
+    job = Job(
+        source=_source(known, raw, Path(known.image_dir) if known.image_dir else None),
+        folder=folder,
+        limits=_limits(known),
+        protocol=known.protocol,
+        item_kind=known.item_kind,
+        fetch=Downloader() if getattr(known, "download_images", False) else None,
+        options={key: _plain(value) for key in _TOLD if (value := getattr(known, key, None)) is not None},
+    )
+    log_to_terminal()
+    with Progress(_bytes(raw) / 1e6, f"reading {known.name}", "MB") as progress:
+        done = convert(job, Intake(known.skip_bad_rows, lambda count: progress.update(count / 1e6)))
+    print("\n".join(_told(folder, done)))
+    return 0
+
+
+def _plain(value: Any) -> Any:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else value
+
+
+def _bytes(raw: Path) -> int:
+    files = raw.iterdir() if raw.is_dir() else [raw]
+    return sum(path.stat().st_size for path in files if path.is_file())
+
+
+def _told(folder: Path, done: Converted) -> list[str]:
+    lines = [f"{'after':<46} {'users':>11} {'items':>11} {'interactions':>13}"]
+    lines += [f"{s.name[:46]:<46} {s.users:>11,} {s.items:>11,} {s.interactions:>13,}" for s in done.steps]
+    lines += [f"{part}: {count:,} users" for part, count in done.written.counts.items()]
+    catalog = done.catalog
+    lines.append(
+        f"{catalog.items:,} items, {catalog.without_title:,} without title, {catalog.with_image:,} with image, "
+        f"{catalog.broken_images:,} images missing or unusable"
+    )
+    if done.intake.rejected:
+        lines.append(f"{done.intake.rejected:,} lines left out; see rejected.tsv")
+    return [*lines, f"written: {folder}"]
+
+
+def _limits(known: argparse.Namespace) -> Limits:
+    return Limits(
+        min_rating=known.min_rating,
+        earliest=(known.duplicates or ("first" if known.name == Amazon2023.name else "keep")) == "first",
+        k_core=known.k_core,
+        max_history=known.max_history,
+        limit_users=known.limit_users,
+        seed=known.seed,
+    )
+
+
+def _source(known: argparse.Namespace, raw: Path, images: Path | None) -> Source:
+    if images is not None and not images.is_dir():
+        raise UserError(f"--image-dir {images} is no folder")
+    if known.name == CsvTable.name:
+        columns = Columns(**{key: getattr(known, f"{key}_column") for key in _COLUMNS})
+        return CsvTable(raw, images, known.interactions, known.items, known.separator, columns, known.encoding)
+    if not raw.is_dir():
+        raise UserError(f"--raw {raw} is no folder; give the folder of the raw files")
+    if known.name == Amazon2023.name:
+        return Amazon2023(raw, images, known.category)
+    return MicroLens(raw, images) if known.name == MicroLens.name else MovieLens(raw, images)
+
+
+def _parser() -> Parser:
+    common = Parser(add_help=False)
+    common.add_argument("--raw", required=True, metavar="DIR", help="the folder of the raw files; only read")
+    common.add_argument(
+        "--out", required=True, metavar="DIR", help="the dataset's folder; its last part names the files"
+    )
+    common.add_argument("--protocol", choices=("loo", "paper"), default="loo", help="paper: users split 8:1:1")
+    _add(common, "--k-core", type=_core, metavar="U,I", help="least interactions of a user and of an item")
+    _add(common, "--min-rating", type=float, metavar="R", help="drop lower ratings")
+    _add(common, "--max-history", type=_positive, metavar="N", help="keep a user's latest N interactions")
+    _add(common, "--limit-users", type=_positive, metavar="N", help="keep a seeded sample of users")
+    common.add_argument("--duplicates", choices=("keep", "first"), help="of a user's interactions with one item")
+    common.add_argument("--seed", type=int, default=2024, help="draws the sample and the split")
+    _add(common, "--image-dir", metavar="DIR", help="images by item id, or that the image column's paths start from")
+    _add(common, "--item-kind", choices=KINDS, help="which prompts fit the items")
+    _add(common, "--skip-bad-rows", action="store_true", help="leave out lines that cannot be read, and list them")
+    parser = Parser(prog="recbole-mllm convert", description="Raw dump to RecBole's atomic files.")
+    names = parser.add_subparsers(dest="name", required=True, parser_class=Parser)
+    names.add_parser(MicroLens.name, parents=[common], help=MicroLens.__doc__)
+    names.add_parser(MovieLens.name, parents=[common], help=MovieLens.__doc__)
+    amazon = names.add_parser(Amazon2023.name, parents=[common], help=Amazon2023.__doc__)
+    amazon.add_argument("--category", help="where --raw holds several")
+    _add(amazon, "--download-images", action="store_true", help="fetch each item's main image; resumable")
+    table = names.add_parser(CsvTable.name, parents=[common], help=CsvTable.__doc__)
+    for option, words in (("interactions", "the table of interactions in --raw"), ("items", "the table of items")):
+        table.add_argument(f"--{option}", metavar="FILE", help=words)
+    table.add_argument("--separator", type=_escaped, help="default: read off the header line")
+    table.add_argument("--encoding", default="utf-8")
+    for key in _COLUMNS:
+        _add(table, f"--{key}-column", metavar="NAME", help=f"the column of the {key}, where it has no usual name")
+    return parser
+
+
+def _add(parser: Parser, option: str, **settings: Any) -> None:
+    """Add an option that may be written with - or with _, as RecBole's are."""
+    parser.add_argument(option, "--" + option.strip("-").replace("-", "_"), **settings)
+
+
+def _number(check: Callable[[int], bool]) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isdigit() or not check(int(text)):
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
+        return int(text)
+
+    return parse
+
+
+_positive = _number(lambda value: value > 0)
+
+
+def _core(text: str) -> tuple[int, int]:
+    user, comma, item = text.partition(",")
+    return _positive(user), _positive(item if comma else user)
+
+
+def _escaped(text: str) -> str:
+    return {"\\t": "\t", "tab": "\t"}.get(text, text)

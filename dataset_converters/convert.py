@@ -1,0 +1,167 @@
+"""One conversion in a straight line: read, sort, narrow, write; files appear when all of them are made."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from dataset_converters import output, readme
+from dataset_converters.catalog import URLS, Catalog, Fetch, ImageSource, ItemRow, noting_urls, plain_rows, write_items
+from dataset_converters.filters import Limits, Step, narrow
+from dataset_converters.intake import Intake
+from dataset_converters.interactions import Row, collect, in_time_order
+from recbole_mllm.data.atomic import whole_file
+from recbole_mllm.errors import UserError
+
+STAGE = ".converting"
+
+
+class Source(Protocol):
+    """One kind of raw dump."""
+
+    name: str
+    item_kind: str
+    features: Mapping[str, str]  # columns of X.item beyond id, title and image, with RecBole's types
+    has_urls: bool  # whether items name images by URL
+    notes: list[str]  # what people should know of this dump, for the README
+
+    def interactions(self, intake: Intake) -> Iterator[Row]:
+        """Yield every interaction in the file's order."""
+
+    def items(self, intake: Intake) -> Iterator[ItemRow]:
+        """Yield what is known of each item."""
+
+    def images(self) -> Path | None:
+        """Return the folder with the items' images, or None."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What to convert, and how."""
+
+    source: Source
+    folder: Path
+    limits: Limits = Limits()
+    protocol: str = "loo"
+    item_kind: str | None = None
+    fetch: Fetch | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Converted:
+    """What a conversion did."""
+
+    steps: list[Step]
+    written: output.Written
+    catalog: Catalog
+    intake: Intake
+
+
+def convert(job: Job, intake: Intake) -> Converted:
+    """Write the dataset into `job.folder`, whose last part names the files.
+
+    Raises:
+        UserError: The raw data or the options do not fit; or the folder holds a dataset that is not one of ours.
+    """
+    _refuse_foreign(job.folder)
+    with _staged(job.folder) as stage:
+        inter, steps = narrow(in_time_order(collect(job.source.interactions(intake), intake)), job.limits)
+        if job.protocol == "paper":
+            written = output.write_benchmark_files(stage, inter, job.limits.seed)
+        else:
+            written = output.write_interactions(stage, inter)
+        wanted = [name for name, count in zip(inter.item_names, inter.per_item().tolist(), strict=True) if count]
+        del inter  # its columns make room for what follows
+        done = Converted(steps, written, Catalog(), intake)
+        _write_items(job, stage, wanted, done)
+        if intake.rejected:
+            written.files.append(output.write_rejects(stage, intake.rejects))
+        _write_words(job, stage, done)
+        _publish(stage, job.folder)
+    return done
+
+
+def _write_items(job: Job, stage: Path, wanted: list[str], done: Converted) -> None:
+    source, catalog = job.source, done.catalog
+    images = ImageSource.of(source.images(), job.fetch)
+    rows = plain_rows(source.items(done.intake), wanted, len(source.features), catalog, done.intake)
+    with ExitStack() as stack:
+        if source.has_urls:
+            rows = noting_urls(rows, stack.enter_context(whole_file(stage / URLS)))
+            catalog.files.append(stage / URLS)
+        write_items(stage, rows, source.features, images, job.folder, catalog)
+
+
+def _write_words(job: Job, folder: Path, done: Converted) -> None:
+    kind = job.item_kind or job.source.item_kind
+    comment = f"{folder.name}, converted from {job.source.name}; see README.md.\n{done.written.order}"
+    with whole_file(folder / "dataset.yaml") as file:
+        file.write(output.dataset_yaml(comment, done.written.config, kind))
+    with whole_file(folder / "README.md") as file:
+        file.write(readme.text(job, done))
+    files = [*done.written.files, *done.catalog.files, folder / "dataset.yaml", folder / "README.md"]
+    content = {
+        "converter": job.source.name,
+        "protocol": job.protocol,
+        "options": dict(job.options),
+        "steps": [[s.name, s.users, s.items, s.interactions] for s in done.steps],
+        "rejected_rows": done.intake.rejected,
+        "inputs": [{"file": f.path.name, "bytes": f.size, "sha256": f.digest} for f in done.intake.files],
+        "outputs": [{"file": p.name, "bytes": p.stat().st_size, "sha256": output.digest(p)} for p in files],
+        "images": done.catalog.with_image,
+    }
+    output.write_manifest(folder, content)
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Leave a dataset of another origin alone.
+
+    Raises:
+        UserError: The folder holds interactions that no conversion wrote.
+    """
+    theirs = sorted(path.name for path in folder.glob("*.inter")) if folder.is_dir() else []
+    if theirs and not (folder / output.MANIFEST).is_file():
+        raise UserError(f"{folder} already holds {theirs[0]}, which `convert` did not write; give another --out")
+
+
+@contextmanager
+def _staged(folder: Path) -> Iterator[Path]:
+    """Give an empty folder inside `folder`, of the same name, where files wait until all of them are there."""
+    stage = folder / STAGE / folder.name
+    shutil.rmtree(stage.parent, ignore_errors=True)
+    stage.mkdir(parents=True)
+    try:
+        yield stage
+    finally:
+        shutil.rmtree(stage.parent, ignore_errors=True)
+        if not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _publish(stage: Path, folder: Path) -> None:
+    """Put the new files in the place of those an earlier conversion wrote; images and summaries stay.
+
+    The manifest comes first, as it names what may be replaced should this be cut short and run again.
+    """
+    new = {path.name for path in stage.iterdir()}
+    for name in _earlier(folder / output.MANIFEST) - new:
+        (folder / name).unlink(missing_ok=True)
+    for name in sorted(new, key=lambda name: (name != output.MANIFEST, name)):
+        (stage / name).replace(folder / name)
+
+
+def _earlier(manifest: Path) -> set[str]:
+    """Return the names of the files that an earlier conversion wrote, none of them a path."""
+    if not manifest.is_file():
+        return set()
+    try:
+        names = {str(entry["file"]) for entry in json.loads(manifest.read_text(encoding="utf-8"))["outputs"]}
+    except (ValueError, KeyError, TypeError):
+        return set()
+    return {name for name in names if Path(name).name == name}

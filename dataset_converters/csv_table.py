@@ -1,0 +1,152 @@
+"""Any table of interactions with named columns, and optionally one of items."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dataset_converters.catalog import ItemRow
+from dataset_converters.finding import folder_named
+from dataset_converters.intake import Intake
+from dataset_converters.interactions import Row
+from dataset_converters.values import moment, number
+from recbole_mllm.errors import UserError
+
+_SEPARATORS = ("::", "\t", ",", ";", "|")
+# What a column is called where its option is not given
+_USUAL = {
+    "user": ("user_id", "user", "userid", "uid", "reviewerid", "session_id", "visitorid", "customer_id"),
+    "item": ("item_id", "item", "itemid", "iid", "movieid", "video_id", "product_id", "asin", "article_id", "id"),
+    "time": ("timestamp", "time", "date", "datetime", "ts", "unixreviewtime", "t_dat"),
+    "rating": ("rating", "ratings", "score", "stars", "overall"),
+    "title": ("title", "titles", "name", "item_title", "product_title", "movie_title", "prod_name"),
+    "image": ("image", "image_path", "img", "cover", "poster", "picture"),
+}
+_TABLES = (".csv", ".tsv", ".txt", ".dat", ".csv.gz", ".tsv.gz", ".inter", ".item")
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """The names of columns, None for the usual ones."""
+
+    user: str | None = None
+    item: str | None = None
+    time: str | None = None
+    rating: str | None = None
+    title: str | None = None
+    image: str | None = None
+
+
+class CsvTable:
+    """Interactions from one table; titles and images from an items table, or from the same one."""
+
+    name = "csv"
+    item_kind = "product"
+    features: Mapping[str, str] = {}
+    has_urls = False
+
+    def __init__(
+        self,
+        raw: Path,
+        images: Path | None,
+        interactions: str | None = None,
+        items: str | None = None,
+        separator: str | None = None,
+        columns: Columns | None = None,
+        encoding: str = "utf-8",
+    ) -> None:
+        folder = raw if raw.is_dir() else raw.parent
+        self._encoding, self._separator, self._columns = encoding, separator, columns or Columns()
+        self._table = raw if raw.is_file() else _choose(folder, interactions, items)
+        self._items = folder / items if items else None
+        self._images = images or folder_named(folder, "image", "cover", "poster")
+        self.notes: list[str] = []
+
+    def interactions(self, intake: Intake) -> Iterator[Row]:
+        """Yield each row; without a time column the file's order is each user's order."""
+        rows, header = self._open(self._table, intake)
+        user, item = (_find(header, key, getattr(self._columns, key), self._table) for key in ("user", "item"))
+        time, rating = (
+            _find(header, key, getattr(self._columns, key), self._table, False) for key in ("time", "rating")
+        )
+        if time is None:
+            self.notes.append("There is no column of times: the file's order is taken as the order in time.")
+        assert user is not None and item is not None
+        for row in rows:
+            at = None if time is None else moment(row[time])
+            stars = None if rating is None else number(row[rating])
+            if time is not None and at is None:
+                intake.refuse(f"{header[time]} {row[time][:40]!r} is neither a number nor an ISO date")
+            elif rating is not None and stars is None:
+                intake.refuse(f"{header[rating]} {row[rating][:40]!r} is no number")
+            else:
+                yield Row(row[user], row[item], at, None if stars is None else float(stars))
+
+    def items(self, intake: Intake) -> Iterator[ItemRow]:
+        """Yield each row of the items table, or the first row of each item in the interactions' table."""
+        path = self._items or self._table
+        rows, header = self._open(path, intake)
+        named = self._columns.item if self._columns.item in header else None  # the two tables may call it differently
+        item = _find(header, "item", named, path)
+        title, image = (
+            _find(header, key, getattr(self._columns, key), path, self._items is not None and key == "title")
+            for key in ("title", "image")
+        )
+        assert item is not None
+        known: set[str] = set()
+        for row in rows:
+            if self._items is None and row[item] in known:
+                continue
+            known.add(row[item])
+            yield ItemRow(row[item], row[title] if title is not None else "", row[image] if image is not None else "")
+
+    def images(self) -> Path | None:
+        """Return the folder that image names are below, or that holds images by item id."""
+        return self._images
+
+    def _open(self, path: Path, intake: Intake) -> tuple[Iterator[list[str]], list[str]]:
+        separator = self._separator or _separator(path, self._encoding)
+        rows = intake.table(path, separator, self._encoding)
+        atomic = path.suffix in (".inter", ".item")  # RecBole's own files name a column's type too
+        header = [(name.split(":")[0] if atomic else name).strip() for name in next(rows, [])]
+        if len(set(header)) != len(header) or not header:
+            raise UserError(f"{path}:1: the first line must name the columns, each once; it holds {header}")
+        return _complete(rows, len(header), intake), header
+
+
+def _complete(rows: Iterator[list[str]], width: int, intake: Intake) -> Iterator[list[str]]:
+    for row in rows:
+        if len(row) == width:
+            yield row
+        else:
+            intake.refuse(f"{len(row)} values for {width} columns")
+
+
+def _choose(folder: Path, interactions: str | None, items: str | None) -> Path:
+    if interactions:
+        return folder / interactions
+    found = sorted(p for p in folder.iterdir() if p.is_file() and p.name.endswith(_TABLES) and p.name != items)
+    if len(found) == 1:
+        return found[0]
+    names = ", ".join(path.name for path in found) or "no table"
+    raise UserError(
+        f"{folder} holds {names}; name the table of interactions with --interactions, and --items for titles"
+    )
+
+
+def _find(header: Sequence[str], what: str, given: str | None, path: Path, required: bool = True) -> int | None:
+    if given is not None and given in header:
+        return header.index(given)
+    lower: Mapping[str, int] = {name.lower(): place for place, name in reversed(list(enumerate(header)))}
+    found = next((lower[name] for name in _USUAL[what] if name in lower), None) if given is None else None
+    if found is None and (required or given is not None):
+        named = f"column {given!r}" if given is not None else f"{what} column under a usual name"
+        raise UserError(f"{path} has no {named}; it has {', '.join(header)}; name it with --{what}-column")
+    return found
+
+
+def _separator(path: Path, encoding: str) -> str:
+    """Return the separator that the header line holds most of."""
+    line = next(Intake().lines(path, encoding), "")
+    return max(_SEPARATORS, key=lambda mark: line.count(mark) * len(mark))

@@ -1,0 +1,111 @@
+"""Which items have an image that can be used, and why the others have none; what was decoded once is remembered.
+
+Only decoding a file to its end shows that it is whole (half a millisecond a poster); a check of the headers alone would
+let a run die, or silently change its prompts, hours later. So all images are decoded before a run, by all cores, and of
+a large collection the verdicts are kept beside the dataset, each with its file's size and time, so that the next run
+asks only for those. The file is a convenience: where it cannot be read or written, the images are decoded again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import PIL
+
+from recbole_mllm.data.atomic import whole_file
+from recbole_mllm.data.images import MAX_PIXELS, find_image, problem, resolve
+from recbole_mllm.progress import Progress
+
+REMEMBER_FROM = 1_000  # fewer images are decoded again in a second or two, without a file
+_EDITION = f"1 pillow {PIL.__version__} pixels {MAX_PIXELS}"  # another Pillow may judge otherwise
+_State = tuple[int, int]  # size in bytes, time of change in ns
+
+
+class Missing(NamedTuple):
+    """An item without an image, in the words of ``missing_images.tsv``."""
+
+    item: str
+    path: str
+    reason: str
+
+
+@dataclass(slots=True)
+class ItemImages:
+    """Images by raw item id; `missing` are those that were named but cannot be used, `absent` were not to be found."""
+
+    found: dict[str, Path] = field(default_factory=dict)
+    missing: list[Missing] = field(default_factory=list)
+    absent: list[Missing] = field(default_factory=list)
+
+    def add(self, folder: Path, item: str, relative: str, image_dir: Path | None) -> None:
+        """Look for an item's image at `relative` below `folder`, else by its id in `image_dir`."""
+        path, reason = resolve(folder, relative) if relative else (None, None)
+        if path is None and image_dir is not None:
+            path = find_image(image_dir, item)
+        if path is not None:
+            self.found[item] = path
+        elif relative:
+            self.missing.append(Missing(item, relative, str(reason)))
+        elif image_dir is not None:
+            self.absent.append(Missing(item, "", f"no image of this id in {image_dir}"))
+
+    def check(self, folder: Path) -> None:
+        """Decode what was found; images that cannot be opened become missing."""
+        for item, reason in broken(folder, self.found).items():
+            self.missing.append(Missing(item, str(self.found.pop(item)), reason))
+
+
+def broken(folder: Path, images: Mapping[str, Path]) -> dict[str, str]:
+    """Return the reason of each item whose image cannot be opened, in the order given."""
+    memory = folder / f".{folder.name}.images"
+    known = _recall(memory)
+    states = {path: _state(path) for path in dict.fromkeys(images.values())}
+    verdicts = {p: known[str(p)][1] for p, s in states.items() if str(p) in known and known[str(p)][0] == s}
+    fresh = [path for path in states if path not in verdicts]
+    verdicts |= dict(zip(fresh, _judge(fresh), strict=True))
+    if len(fresh) >= REMEMBER_FROM or (fresh and known):
+        _remember(memory, ((path, state, verdicts[path]) for path, state in states.items()))
+    return {item: reason for item, path in images.items() if (reason := verdicts[path])}
+
+
+def _state(path: Path) -> _State:
+    try:
+        found = path.stat()
+    except OSError:
+        return -1, -1
+    return found.st_size, found.st_mtime_ns
+
+
+def _judge(paths: list[Path]) -> list[str]:
+    """Return each image's problem, "" where there is none; Pillow decodes outside Python's lock."""
+    out = []
+    with Progress(len(paths), "checking images", "image") as shown, ThreadPoolExecutor(os.cpu_count()) as pool:
+        for reason in pool.map(problem, paths):
+            out.append(reason or "")
+            shown.update(1)
+    return out
+
+
+def _recall(memory: Path) -> dict[str, tuple[_State, str]]:
+    known: dict[str, tuple[_State, str]] = {}
+    with suppress(OSError, ValueError), memory.open(encoding="utf-8", newline="\n") as file:
+        if file.readline() != _EDITION + "\n":
+            return {}
+        for line in file:
+            path, size, changed, reason = line.removesuffix("\n").split("\t")
+            known[path] = (int(size), int(changed)), reason
+    return known
+
+
+def _remember(memory: Path, verdicts: Iterable[tuple[Path, _State, str]]) -> None:
+    with suppress(OSError, UnicodeEncodeError), whole_file(memory) as file:
+        file.write(_EDITION + "\n")
+        for path, (size, changed), reason in verdicts:
+            if not {"\t", "\n"} & set(str(path)):
+                file.write(f"{path}\t{size}\t{changed}\t{' '.join(reason.split())}\n")

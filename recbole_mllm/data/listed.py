@@ -1,0 +1,117 @@
+"""Benchmark files whose rows are a user's history and a target, as ``convert --protocol paper`` writes them.
+
+RecBole reads them (data/dataset/dataset.py:290-318, sequential_dataset.py:154-165) but shows a sequential model lists
+of any length, and a general model nothing but the targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from recbole.data.interaction import Interaction
+
+from recbole_mllm.compat.patching import wrap
+
+_TARGETS_ALONE = {"Pop"}  # counts what users take next, which is what it is asked for
+
+
+def show_latest_items(sequential_dataset: Any) -> None:
+    """Cut ready-made lists to the last ``MAX_ITEM_LIST_LENGTH`` entries, and pad to that width, as augmentation does.
+
+    Without it a longer list indexes past a model's positions, and a shorter one does not fit models of fixed width.
+    """
+
+    def make_presets(stock: Callable[[Any], None]) -> Callable[[Any], None]:
+        def _benchmark_presets(self: Any) -> None:
+            longest = self.max_item_list_len
+            for field in _list_fields(self):
+                self.inter_feat[field] = _column([values[-longest:] for values in self.inter_feat[field]])
+                self.field2seqlen[field] = longest
+            stock(self)
+
+        return _benchmark_presets
+
+    def make_change(stock: Callable[[Any], None]) -> Callable[[Any], None]:
+        def _change_feat_format(self: Any) -> None:
+            stock(self)
+            if self.config["benchmark_filename"] is not None:
+                for field in _list_fields(self):
+                    padded = _padded(self.inter_feat[field], self.max_item_list_len)
+                    self.inter_feat.update(Interaction({field: padded}))
+                if hasattr(self, "neg_item_list_field"):
+                    self.inter_feat.update(Interaction({self.neg_item_list_field: _negatives(self)}))
+
+        return _change_feat_format
+
+    wrap(sequential_dataset.SequentialDataset, "_benchmark_presets", make_presets)
+    wrap(sequential_dataset.SequentialDataset, "_change_feat_format", make_change)
+
+
+def _list_fields(dataset: Any) -> list[str]:
+    suffix = dataset.config["LIST_SUFFIX"]
+    return [field + suffix for field in dataset.inter_feat if field + suffix in dataset.inter_feat]
+
+
+def _column(lists: list[Any]) -> Any:
+    """Return an object array of arrays, which numpy would stack where they happen to be of one length."""
+    column = np.empty(len(lists), object)
+    column[:] = lists
+    return column
+
+
+def _padded(lists: torch.Tensor, width: int) -> torch.Tensor:
+    return torch.nn.functional.pad(lists, (0, width - lists.shape[1]))
+
+
+def _negatives(dataset: Any) -> torch.Tensor:
+    """Return another item for each item of each list, which DIEN wants (customized_dataset.py:144-151)."""
+    lists = dataset.inter_feat[dataset.iid_field + dataset.config["LIST_SUFFIX"]]
+    out = torch.zeros_like(lists)
+    out[lists > 0] = torch.as_tensor(dataset.seq_sampler.sample_neg_sequence(lists[lists > 0]), dtype=lists.dtype)
+    return out
+
+
+def learn_from_histories(dataset_module: Any) -> None:
+    """Where ``train_on_histories`` asks for it, give general models all users' histories and the train users' targets.
+
+    Targets of validation and test users are in no training row. `Pop` learns from the train users' targets alone.
+    """
+
+    def make_build(stock: Callable[[Any], list[Any]]) -> Callable[[Any], list[Any]]:
+        def build(self: Any) -> list[Any]:
+            parts = stock(self)
+            listed = f"{self.iid_field}{self.config['LIST_SUFFIX']}"
+            if self.config["train_on_histories"] is not True or hasattr(self, "item_list_length_field"):
+                return parts
+            train, *rest = parts
+            pairs = [] if self.config["model"] in _TARGETS_ALONE else [_pairs(part, listed) for part in parts]
+            for part in parts:
+                part.inter_feat = _targets(part, listed)
+            train.inter_feat = _joined([train.inter_feat, *pairs])
+            return [train, *rest]
+
+        return build
+
+    wrap(dataset_module.Dataset, "build", make_build)
+
+
+def _pairs(part: Any, listed: str) -> Interaction:
+    """Return one row for each item of each history; 0 pads a list."""
+    lists = part.inter_feat[listed]
+    row, place = torch.nonzero(lists, as_tuple=True)
+    return Interaction({part.uid_field: part.inter_feat[part.uid_field][row], part.iid_field: lists[row, place]})
+
+
+def _targets(part: Any, listed: str) -> Interaction:
+    return Interaction({name: column for name, column in part.inter_feat.interaction.items() if name != listed})
+
+
+def _joined(rows: list[Interaction]) -> Interaction:
+    """Return all rows, with the columns they share."""
+    shared = set.intersection(*(set(part.interaction) for part in rows))
+    return Interaction(
+        {name: torch.cat([part[name] for part in rows]) for name in rows[0].interaction if name in shared}
+    )

@@ -1,0 +1,359 @@
+"""Raw dumps become atomic files: what each format holds arrives, in exact order, and nothing vanishes unnamed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+from raw_dumps import jsonl, product, review, write_microlens
+
+from dataset_converters.amazon2023 import main_image
+from recbole_mllm.cli import main
+from recbole_mllm.data.atomic import read_atomic
+
+
+def convert(name: str, raw: Path, out: Path, *options: str) -> int:
+    return main(["convert", name, "--raw", str(raw), "--out", str(out), *options])
+
+
+def pairs(folder: Path) -> list[tuple[str, str, str]]:
+    rows = read_atomic(folder / f"{folder.name}.inter")
+    return [(row["user_id"], row["item_id"], row["timestamp"]) for row in rows]
+
+
+def titles(folder: Path) -> dict[str, str]:
+    return {row["item_id"]: row["title"] for row in read_atomic(folder / f"{folder.name}.item")}
+
+
+def refused(capsys: pytest.CaptureFixture[str], code: int) -> str:
+    assert code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len([line for line in lines if line.startswith("recbole-mllm:")]) == 1
+    return lines[-1]
+
+
+def test_microlens_lists_keep_their_order_and_titles_their_commas(tmp_path: Path) -> None:
+    raw = write_microlens(tmp_path / "raw", {"7": ["3", "1", "2"], "8": ["2", "9"]}, {"1": "a, b", "2": 'the "best"'})
+    assert convert("microlens", raw, tmp_path / "ml") == 0
+    expected = [("7", "3", "1"), ("7", "1", "2"), ("7", "2", "3"), ("8", "2", "1"), ("8", "9", "2")]
+    assert pairs(tmp_path / "ml") == expected
+    assert titles(tmp_path / "ml") == {"1": "a, b", "2": 'the "best"', "3": "", "9": ""}
+
+
+@pytest.mark.parametrize("header", ["", "user,item,timestamp\n"])
+def test_microlens_pairs_with_times_are_sorted_by_time(tmp_path: Path, header: str) -> None:
+    raw = write_microlens(tmp_path / "raw", {"7": ["1", "2"]}, {"1": "one", "2": "two"})
+    (raw / "MicroLens-made_pairs.csv").write_text(f"{header}7,2,1700000000900\n7,1,1600000000000\n8,2,1650000000000\n")
+    assert convert("microlens", raw, tmp_path / "ml") == 0
+    assert pairs(tmp_path / "ml") == [
+        ("7", "1", "1600000000000"),
+        ("8", "2", "1650000000000"),
+        ("7", "2", "1700000000900"),
+    ]
+    assert "MicroLens-made_pairs.tsv was not" in (tmp_path / "ml" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz"])
+def test_amazon_reviews_are_told_apart_by_parent_asin_and_kept_once(tmp_path: Path, suffix: str) -> None:
+    raw = tmp_path / "raw"
+    jsonl(
+        raw / f"Toys.{suffix}",
+        [review("A", "p1", 3_000_000_000_000), review("A", "p2", 2_000_000_000_000), review("B", "p3", 5, 1.0)]
+        + [review("A", "p1", 1_000_000_000_000, 2.0)],
+    )
+    jsonl(
+        raw / f"meta_Toys.{suffix}",
+        [product("p1", 'Say "hi"\n\tnow', price=12.5), product("p2", None), product("p9", "x")],
+    )
+    assert convert("amazon2023", raw, tmp_path / "toys") == 0
+    assert [row[:2] for row in pairs(tmp_path / "toys")] == [("B", "p3"), ("A", "p1"), ("A", "p2")]
+    rows = {row["item_id"]: row for row in read_atomic(tmp_path / "toys" / "toys.item")}
+    assert {item: row["title"] for item, row in rows.items()} == {"p1": 'Say "hi" now', "p2": "", "p3": ""}
+    assert rows["p1"]["price"] == "12.5"
+    assert rows["p1"]["categories"] == "Toys_&_Games Puzzles"
+    steps = json.loads((tmp_path / "toys" / "manifest.json").read_text())["steps"]
+    assert [step[1:] for step in steps] == [[2, 3, 4], [2, 3, 3]]
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        [
+            {"thumb": "http://x/t", "large": "http://x/other", "variant": "PT01"},
+            {"large": "http://x/main", "variant": "MAIN"},
+        ],
+        {"thumb": ["http://x/t", None], "large": ["http://x/other", "http://x/main"], "variant": ["PT01", "MAIN"]},
+        [{"thumb": None, "large": None, "hi_res": "http://x/main", "variant": "MAIN"}, None],
+        {"hi_res": ["http://x/main"], "large": [None], "variant": ["MAIN"]},
+    ],
+)
+def test_amazon_main_image_in_either_layout(images: object) -> None:
+    assert main_image(images) == "http://x/main"
+
+
+@pytest.mark.parametrize("images", [None, [], {}, [None], [{"large": "file:///etc/passwd"}], "x", {"large": None}])
+def test_amazon_without_a_usable_image(images: object) -> None:
+    assert main_image(images) == ""
+
+
+def test_movielens_100k_is_read_as_latin_1(tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    (raw / "u.data").write_text("196\t242\t3\t881250949\n186\t242\t5\t881250948\n")
+    flags = "|".join("1" if n in (5, 8) else "0" for n in range(19))
+    (raw / "u.item").write_bytes(f'242|Les Misérables "1995" (1995)|01-Jan-1995||http://x|{flags}\n'.encode("latin-1"))
+    assert convert("movielens", raw, tmp_path / "m") == 0
+    assert pairs(tmp_path / "m") == [("186", "242", "881250948"), ("196", "242", "881250949")]
+    (row,) = read_atomic(tmp_path / "m" / "m.item")
+    assert (row["title"], row["genres"]) == ('Les Misérables "1995" (1995)', "Comedy Drama")
+
+
+def test_movielens_1m_and_25m(tmp_path: Path) -> None:
+    one, many = tmp_path / "one", tmp_path / "many"
+    for folder in (one, many):
+        folder.mkdir()
+    (one / "ratings.dat").write_text("1::1193::5::978300760\n1::661::3::978302109\n")
+    (one / "movies.dat").write_bytes("1193::Café: One, Two (1975)::Drama|Children's\n".encode("latin-1"))
+    (many / "ratings.csv").write_text("userId,movieId,rating,timestamp\n1,296,5.0,1147880044\n1,306,3.5,1147868817\n")
+    (many / "movies.csv").write_text('movieId,title,genres\n296,"Pulp, Fiction (1994)",(no genres listed)\n')
+    assert convert("movielens", one, tmp_path / "m1") == convert("movielens", many, tmp_path / "m25") == 0
+    assert titles(tmp_path / "m1") == {"1193": "Café: One, Two (1975)", "661": ""}
+    assert titles(tmp_path / "m25") == {"296": "Pulp, Fiction (1994)", "306": ""}
+    assert [row[:2] for row in pairs(tmp_path / "m25")] == [("1", "306"), ("1", "296")]
+    assert convert("movielens", many, tmp_path / "high", "--min-rating", "4") == 0
+    assert pairs(tmp_path / "high") == [("1", "296", "1147880044")]
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|", "::"])
+def test_csv_with_usual_names_and_any_separator(tmp_path: Path, separator: str) -> None:
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    rows = [["uid", "iid", "Date", "extra"], ["u 1", "NA", "2024-01-02", ""], ["u 1", "b", "2024-01-01T10:00:00", "x"]]
+    (raw / "log.csv").write_text("\ufeff" + "\r\n".join(separator.join(row) for row in rows))
+    (raw / "things.csv").write_text("id;title\nNA;null\nb;'None\n")
+    assert convert("csv", raw, tmp_path / "c", "--interactions", "log.csv", "--items", "things.csv") == 0
+    assert [row[:2] for row in pairs(tmp_path / "c")] == [("u 1", "b"), ("u 1", "NA")]
+    assert titles(tmp_path / "c") == {"NA": "null", "b": "None"}
+
+
+def test_csv_with_named_columns_and_images_by_column(tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    (raw / "pics").mkdir(parents=True)
+    Image.new("RGB", (4, 4), "red").save(raw / "pics" / "shoe one.png")
+    (raw / "t.csv").write_text(
+        "who,what,how,pic\nann,s1,Red shoe,shoe one.png\nann,s2,Boot,../../secret.png\nbob,s1,x,y\n"
+    )
+    (tmp_path / "secret.png").write_bytes((raw / "pics" / "shoe one.png").read_bytes())
+    named = ["--user-column", "who", "--item_column", "what", "--title-column", "how", "--image-column", "pic"]
+    assert convert("csv", raw, tmp_path / "c", *named, "--image-dir", str(raw / "pics")) == 0
+    rows = list(read_atomic(tmp_path / "c" / "c.item"))
+    assert [(row["item_id"], row["title"], row["image"]) for row in rows] == [
+        ("s1", "Red shoe", "images/s1.png"),
+        ("s2", "Boot", ""),
+    ]
+    missing = (tmp_path / "c" / "missing_images.tsv").read_text()
+    assert "s2\t../../secret.png\t" in missing and "out of the" in missing
+    with Image.open(tmp_path / "c" / "images" / "s1.png") as image:
+        assert image.size == (4, 4)
+
+
+def test_every_drop_is_counted_and_the_core_is_the_fixed_point(tmp_path: Path) -> None:
+    lists = {str(u): [str((u * k + k * k) % 23) for k in range(2 + u % 7)] for u in range(90)}
+    raw = write_microlens(tmp_path / "raw", lists, {})
+    assert convert("microlens", raw, tmp_path / "core", "--k-core", "4,6", "--max-history", "5") == 0
+    kept = [(u, i) for u, items in lists.items() for i in items]
+    while True:
+        users, items = Counter(u for u, _ in kept), Counter(i for _, i in kept)
+        again = [(u, i) for u, i in kept if users[u] >= 4 and items[i] >= 6]
+        if again == kept:
+            break
+        kept = again
+    expected = [pair for u in dict.fromkeys(u for u, _ in kept) for pair in [p for p in kept if p[0] == u][-5:]]
+    assert [row[:2] for row in pairs(tmp_path / "core")] == expected
+    steps = json.loads((tmp_path / "core" / "manifest.json").read_text())["steps"]
+    assert steps[0][3] == sum(map(len, lists.values()))
+    assert steps[-1][1:] == [len({u for u, _ in expected}), len({i for _, i in expected}), len(expected)]
+    readme = (tmp_path / "core" / "README.md").read_text()
+    assert f"| --k-core 4,6 | {len({u for u, _ in kept})} | {len({i for _, i in kept})} | {len(kept)} |" in readme
+
+
+def test_a_sample_of_users_keeps_each_whole_and_depends_on_the_seed_alone(tmp_path: Path) -> None:
+    lists = {str(u): [str(u), str(u + 1)] for u in range(40)}
+    backwards = dict(reversed(lists.items()))
+    one = write_microlens(tmp_path / "one", lists, {})
+    two = write_microlens(tmp_path / "two", backwards, {})
+    for raw, name in ((one, "a"), (two, "b")):
+        assert convert("microlens", raw, tmp_path / name, "--limit-users", "7", "--seed", "3") == 0
+    assert convert("microlens", one, tmp_path / "c", "--limit_users", "7", "--seed", "4") == 0
+    a, b, c = (set(pairs(tmp_path / name)) for name in "abc")
+    assert a == b != c
+    assert len(a) == 14 and len({user for user, *_ in a}) == 7
+
+
+def test_confusing_times_become_places_and_stay_readable(tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    jsonl(raw / "T.jsonl", [review("A", "late", 1_700_000_000_002), review("A", "soon", 1_700_000_000_001)])
+    jsonl(raw / "meta_T.jsonl", [])
+    assert convert("amazon2023", raw, tmp_path / "t") == 0
+    rows = list(read_atomic(tmp_path / "t" / "t.inter"))
+    assert [(r["item_id"], r["timestamp"], r["exact_time"]) for r in rows] == [
+        ("soon", "1", "1700000000001"),
+        ("late", "2", "1700000000002"),
+    ]
+
+
+def test_the_paper_protocol_splits_users_and_keeps_histories(tmp_path: Path) -> None:
+    lists = {f"u{u}": [f"i{(u + k) % 31}" for k in range(1 + u % 4)] for u in range(80)}
+    raw = write_microlens(tmp_path / "raw", lists, {})
+    assert convert("microlens", raw, tmp_path / "p", "--protocol", "paper") == 0
+    parts = {part: list(read_atomic(tmp_path / "p" / f"p.{part}.inter")) for part in ("train", "valid", "test")}
+    assert {part: len(rows) for part, rows in parts.items()} == {"train": 48, "valid": 6, "test": 6}
+    seen = {row["user_id"]: [*row["item_id_list"].split(), row["item_id"]] for rows in parts.values() for row in rows}
+    assert seen == {user: items for user, items in lists.items() if len(items) > 1}
+    settings = yaml.safe_load((tmp_path / "p" / "dataset.yaml").read_text())
+    assert settings["benchmark_filename"] == ["train", "valid", "test"]
+    assert settings["alias_of_item_id"] == ["item_id_list"]
+    assert settings["MAX_ITEM_LIST_LENGTH"] == 3
+    assert "left out: 20 users" in (tmp_path / "p" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("protocol", ["loo", "paper"])
+def test_the_same_input_gives_the_same_bytes_and_the_manifest_their_digests(tmp_path: Path, protocol: str) -> None:
+    raw = write_microlens(tmp_path / "raw", {str(u): ["1", "2", str(u)] for u in range(20)}, {"1": "one"})
+    folders = [tmp_path / "x" / "d", tmp_path / "y" / "d"]
+    for folder in (*folders, folders[0]):  # the last over itself
+        assert convert("microlens", raw, folder, "--protocol", protocol) == 0
+    contents = [{path.name: path.read_bytes() for path in sorted(folder.iterdir())} for folder in folders]
+    assert contents[0] == contents[1]
+    manifest = json.loads(contents[0]["manifest.json"])
+    told = {entry["file"]: entry["sha256"] for entry in manifest["outputs"]}
+    assert told == {n: hashlib.sha256(b).hexdigest() for n, b in contents[0].items() if n != "manifest.json"}
+    for entry in manifest["inputs"]:
+        assert entry["sha256"] == hashlib.sha256((raw / entry["file"]).read_bytes()).hexdigest()
+
+
+def test_changing_the_protocol_leaves_no_file_of_the_other(tmp_path: Path) -> None:
+    raw = write_microlens(tmp_path / "raw", {str(u): ["1", "2"] for u in range(20)}, {})
+    assert convert("microlens", raw, tmp_path / "d", "--protocol", "paper") == 0
+    (tmp_path / "d" / "d.mllm.sqlite").write_text("summaries cost days")
+    assert convert("microlens", raw, tmp_path / "d") == 0
+    assert sorted(path.name for path in (tmp_path / "d").glob("d.*")) == ["d.inter", "d.item", "d.mllm.sqlite"]
+
+
+def test_a_dataset_of_another_origin_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    raw = write_microlens(tmp_path / "raw", {"1": ["1", "2"]}, {})
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "d.inter").write_text("mine")
+    assert "already holds d.inter" in refused(capsys, convert("microlens", raw, tmp_path / "d"))
+    assert (tmp_path / "d" / "d.inter").read_text() == "mine"
+
+
+BROKEN = {
+    "no tab": ("MicroLens-made_pairs.tsv", b"1\t2 3\n4 5 6\n", ":2: "),
+    "no utf-8": ("MicroLens-made_pairs.tsv", b"1\t2 3\n\xff\t5 6\n", ":2: "),
+    "utf-16": ("MicroLens-made_pairs.tsv", "1\t2 3\n".encode("utf-16"), "UTF-16"),
+    "quoted id": ("MicroLens-made_pairs.tsv", b'1\t2 3\n2\t"4 5\n', ":2: "),
+    "reserved id": ("MicroLens-made_pairs.tsv", b"[PAD]\t2 3\n", ":1: "),
+    "three columns": ("MicroLens-made_titles.csv", b"item,title\n1,one,two\n", ":2: "),
+    "two titles": ("MicroLens-made_titles.csv", b"item,title\n2,one\n2,two\n", ":3: "),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_broken_line_is_named_or_left_out_on_request(
+    tmp_path: Path, what: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, content, where = BROKEN[what]
+    raw = write_microlens(tmp_path / "raw", {"1": ["2", "3"], "2": ["3", "4"]}, {"2": "two"})
+    (raw / name).write_bytes(content)
+    told = refused(capsys, convert("microlens", raw, tmp_path / "d"))
+    assert f"{name}{where}" in told or where == "UTF-16" in told
+    assert not (tmp_path / "d").exists()
+    if where == "UTF-16":
+        return
+    if what == "reserved id":
+        content += b"1\t2 3\n"
+        (raw / name).write_bytes(content)
+    assert convert("microlens", raw, tmp_path / "d", "--skip-bad-rows") == 0
+    (reject,) = list(dict.fromkeys(read_rejects(tmp_path / "d")))
+    assert reject == (name, int(where.strip(": ")))
+
+
+def read_rejects(folder: Path) -> list[tuple[str, int]]:
+    lines = (folder / "rejected.tsv").read_text().splitlines()[1:]
+    return [(line.split("\t")[0], int(line.split("\t")[1])) for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ('{"user_id": "A", "parent_asin": "p", "timestamp": 1, "rating"', "no JSON"),
+        ('{"user_id": null, "parent_asin": "p", "timestamp": 1, "rating": 1}', "user_id"),
+        ('{"user_id": "A", "parent_asin": "p", "timestamp": "soon", "rating": 1}', "timestamp"),
+        ('{"user_id": "A\\u0000", "parent_asin": "p", "timestamp": 1, "rating": 1}', "user id"),
+        ("[1]", "no JSON object"),
+    ],
+)
+def test_a_broken_review_is_named(tmp_path: Path, line: str, why: str, capsys: pytest.CaptureFixture[str]) -> None:
+    raw = tmp_path / "raw"
+    jsonl(raw / "T.jsonl", [review("A", "p", 1)])
+    (raw / "T.jsonl").open("a").write(line + "\n")
+    jsonl(raw / "meta_T.jsonl", [])
+    told = refused(capsys, convert("amazon2023", raw, tmp_path / "t"))
+    assert "T.jsonl:2: " in told and why in told and "--skip-bad-rows" in told
+
+
+def test_a_download_cut_short_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    raw = tmp_path / "raw"
+    path = jsonl(raw / "T.jsonl.gz", [review(f"A{n}", "p", n) for n in range(5000)])
+    path.write_bytes(path.read_bytes()[:-500])
+    jsonl(raw / "meta_T.jsonl.gz", [])
+    assert "fetch the file again" in refused(capsys, convert("amazon2023", raw, tmp_path / "t"))
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["convert"], "NAME"),
+        (["convert", "microlense", "--raw", ".", "--out", "x"], "microlense"),
+        (["convert", "microlens", "--raw", "nowhere", "--out", "x"], "nowhere"),
+        (["convert", "microlens", "--raw", ".", "--out", "x"], "_pairs.tsv"),
+        (["convert", "amazon2023", "--raw", ".", "--out", "x"], "CATEGORY.jsonl"),
+        (["convert", "movielens", "--raw", ".", "--out", "x"], "ratings.csv"),
+        (["convert", "csv", "--raw", ".", "--out", "x"], "--interactions"),
+        (["convert", "csv", "--raw", ".", "--out", "x", "--k-core", "0,5"], "whole number"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(
+    tmp_path: Path, words: list[str], told: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert told.lower() in refused(capsys, main(words)).lower()
+
+
+def test_a_misnamed_column_is_told_with_the_columns_there_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "t.csv").write_text("user,item,stars\na,b,5\n")
+    told = refused(capsys, convert("csv", tmp_path / "t.csv", tmp_path / "o", "--rating-column", "starz"))
+    assert "'starz'" in told and "user, item, stars" in told
+
+
+def test_converters_load_neither_torch_nor_recbole_nor_pandas(tmp_path: Path) -> None:
+    raw = write_microlens(tmp_path / "raw", {"1": ["2", "3"]}, {})
+    code = (
+        "import sys; from recbole_mllm.cli import main; "
+        f"assert main(['convert', 'microlens', '--raw', {str(raw)!r}, '--out', {str(tmp_path / 'd')!r}]) == 0; "
+        "assert not {'torch', 'recbole', 'pandas', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    again = [sys.executable, "-m", "dataset_converters", "microlens", "--raw", str(raw), "--out", str(tmp_path / "e")]
+    subprocess.run(again, check=True)
+    assert pairs(tmp_path / "d") == pairs(tmp_path / "e")

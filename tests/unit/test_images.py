@@ -1,0 +1,251 @@
+"""Every kind of image a folder may hold: valid ones open as upright RGB, the others say why they cannot."""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from recbole_mllm.data import item_images
+from recbole_mllm.data.images import find_image, inside, open_image, problem, resolve, write_report
+from recbole_mllm.data.item_images import ItemImages, Missing, broken
+
+RED = (255, 0, 0)
+
+
+def grey(dtype: str, value: float) -> Image.Image:
+    return Image.fromarray(np.full((4, 4), value, dtype))
+
+
+def palette_with_alpha() -> Image.Image:
+    image = Image.new("P", (2, 1))
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.putpixel((1, 0), 1)
+    image.info["transparency"] = 1
+    return image
+
+
+GOOD = {
+    "plain.jpg": (Image.new("RGB", (8, 8), RED), {}, RED),
+    "adobe-cmyk.jpg": (Image.new("CMYK", (8, 8), (0, 255, 255, 0)), {}, RED),  # Pillow writes it inverted, as Adobe
+    "cmyk.tif": (Image.new("CMYK", (8, 8), (0, 255, 255, 0)), {}, RED),
+    "palette.png": (palette_with_alpha(), {}, RED),
+    "clear.png": (Image.new("RGBA", (4, 4), (255, 0, 0, 0)), {}, (255, 255, 255)),
+    "half.png": (Image.new("LA", (4, 4), (0, 128)), {}, (127, 127, 127)),
+    "deep.png": (grey("uint16", 32_768), {}, (128, 128, 128)),
+    "deep-big-endian.tif": (grey(">u2", 32_768), {}, (128, 128, 128)),
+    "deeper.tif": (grey("int32", 65_535), {}, (255, 255, 255)),
+    "floating.tif": (grey("float32", 0.5), {}, (128, 128, 128)),
+    "bit.png": (Image.new("1", (4, 4), 1), {}, (255, 255, 255)),
+    "one.png": (Image.new("RGB", (1, 1), RED), {}, RED),
+    "moving.gif": (Image.new("RGB", (4, 4), RED), {"append_images": [Image.new("RGB", (4, 4), "blue")]}, RED),
+    "moving.webp": (Image.new("RGB", (4, 4), RED), {"append_images": [Image.new("RGB", (4, 4))], "lossless": 1}, RED),
+    "moving.png": (Image.new("RGB", (4, 4), RED), {"append_images": [Image.new("RGB", (4, 4), "blue")]}, RED),
+}
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_a_valid_image_opens_as_rgb(tmp_path, name):
+    image, options, colour = GOOD[name]
+    image.save(tmp_path / name, save_all="append_images" in options, **options)
+    opened = open_image(tmp_path / name)
+    assert problem(tmp_path / name) is None
+    assert opened.mode == "RGB" and opened.size == image.size
+    assert np.abs(np.subtract(opened.getpixel((0, 0)), colour)).max() <= 2
+
+
+def test_a_transparent_palette_colour_turns_white(tmp_path):
+    palette_with_alpha().save(tmp_path / "p.png")
+    assert open_image(tmp_path / "p.png").getpixel((1, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_exif_orientation_stands_upright(tmp_path, orientation):
+    upright = Image.new("RGB", (40, 20), "white")
+    upright.paste(RED, (0, 0, 10, 10))  # the corner that must stay upper left
+    undo = [None, Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+            Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_90, Image.Transpose.TRANSVERSE,
+            Image.Transpose.ROTATE_270][orientation - 1]  # fmt: skip
+    stored = upright if undo is None else upright.transpose(undo)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / "turned.png", exif=exif)
+    assert np.array_equal(open_image(tmp_path / "turned.png"), upright)
+
+
+def png_header(width: int, height: int) -> bytes:
+    """Return a PNG of that size whose pixels are a few compressed zeros."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(9999))) + chunk(b"IEND", b"")
+    )
+
+
+def cut(kind: str, share: float) -> bytes:
+    noise = np.random.default_rng(0).integers(0, 255, (80, 60, 3), np.uint8)
+    path = Path(os.environ["TMP_IMAGE"])
+    Image.fromarray(noise).save(path, format=kind)
+    return path.read_bytes()[: int(path.stat().st_size * share)]
+
+
+BAD = {
+    "empty.jpg": (b"", "is empty"),
+    "page.jpg": (b"\n<!DOCTYPE html><html>not found</html>", "is no image (HTML page)"),
+    "drawing.svg": (b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"/>', "(SVG drawing)"),
+    "script.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is no image"),
+    "noise.png": (bytes(range(200)), "is no image"),
+    "bomb.png": (png_header(20_000, 20_000), "has 400,000,000 pixels, more than 50,000,000"),
+    "large.png": (png_header(10_000, 6_000), "has 60,000,000 pixels, more than 50,000,000"),
+    "short.png": (png_header(500, 500), "is truncated"),
+    "head.jpg": (b"\xff\xd8\xff\xe0 cut off", "is truncated"),
+}
+
+
+def refused(path: Path) -> str:
+    told = problem(path)
+    with pytest.raises(OSError) as caught:
+        open_image(path)
+    assert told is not None and str(caught.value) == f"{path}: {told}"
+    return told
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_no_image_says_why(tmp_path, name):
+    content, told = BAD[name]
+    (tmp_path / name).write_bytes(content)
+    assert told in refused(tmp_path / name)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.97])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_an_image_cut_short_is_truncated(tmp_path, monkeypatch, kind, share):
+    monkeypatch.setenv("TMP_IMAGE", str(tmp_path / "whole"))
+    (tmp_path / "cut").write_bytes(cut(kind, share))
+    assert "truncated" in refused(tmp_path / "cut")
+
+
+def test_a_folder_a_pipe_and_an_absent_file_are_no_images(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    assert refused(tmp_path) == refused(tmp_path / "pipe.jpg") == "is no file"
+    assert refused(tmp_path / "none.jpg") == "does not exist"
+
+
+def test_a_file_without_permission_says_so(tmp_path):
+    Image.new("RGB", (2, 2)).save(tmp_path / "mine.png")
+    (tmp_path / "mine.png").chmod(0)
+    user = os.geteuid()
+    os.seteuid(user or 65_534)  # root may read everything
+    try:
+        assert refused(tmp_path / "mine.png") == "may not be read"
+    finally:
+        os.seteuid(user)
+
+
+def test_damaged_exif_does_not_hide_the_picture(tmp_path):
+    Image.new("RGB", (4, 4), RED).save(tmp_path / "odd.jpg", exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff damaged")
+    assert problem(tmp_path / "odd.jpg") is None and open_image(tmp_path / "odd.jpg").size == (4, 4)
+
+
+def shop(tmp_path: Path) -> Path:
+    """Return a dataset folder with one image in it, and one outside that links inside lead to."""
+    folder = tmp_path / "shop"
+    (folder / "images").mkdir(parents=True)
+    Image.new("RGB", (2, 2)).save(folder / "images" / "1.png")
+    Image.new("RGB", (2, 2)).save(tmp_path / "secret.png")
+    (folder / "images" / "2.png").symlink_to(tmp_path / "secret.png")
+    (folder / "images" / "3.png").symlink_to("1.png")
+    (folder / "images" / "loop.png").symlink_to("loop.png")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("relative", "reason"),
+    [
+        ("images/1.png", None),
+        ("images/3.png", None),
+        ("images/../images/1.png", None),
+        ("images/2.png", "leads out of the folder"),
+        ("../secret.png", "leads out of the folder"),
+        ("../shop2/x.png", "leads out of the folder"),
+        ("/etc/hostname", "leads out of the folder"),
+        ("images/9.png", "does not exist"),
+        ("images/1.png/x", "does not exist"),
+        ("images", "is no file"),
+        (".", "is no file"),
+        ("", "no path is given"),
+        ("images/\0.png", "cannot be a file"),
+        ("x" * 5_000, "cannot be a file"),
+        ("images/loop.png", "is a link to itself"),
+    ],
+)
+def test_a_path_leads_to_a_file_in_the_folder_or_says_why_not(tmp_path, relative, reason):
+    folder = shop(tmp_path)
+    (tmp_path / "shop2").mkdir()
+    path, told = resolve(folder, relative)
+    assert inside(folder, relative) == path
+    assert (path == folder / relative and told is None) if reason is None else (path is None and reason in str(told))
+
+
+def test_an_image_by_id_stays_in_the_folder_which_may_itself_be_a_link(tmp_path):
+    folder = shop(tmp_path)
+    (tmp_path / "link").symlink_to(folder)
+    for parent in (folder, tmp_path / "link", folder / "images"):
+        assert find_image(parent, "1") and find_image(parent, "3")
+        assert find_image(parent, "2") is None and find_image(parent, "loop") is None
+    assert find_image(folder / "images", "../../secret") is None
+
+
+def test_each_item_without_an_image_is_in_the_report(tmp_path):
+    folder = shop(tmp_path)
+    (folder / "images" / "4.png").write_bytes(b"")
+    images = ItemImages()
+    for item, relative in (("a", "images/1.png"), ("b", "../x.png"), ("c", "images/4.png"), ("d", ""), ("3", "no.png")):
+        images.add(folder, item, relative, folder / "images")
+    images.check(folder)
+    assert set(images.found) == {"a", "3"}, "where the path is wrong, the image of that id counts"
+    assert images.missing == [
+        Missing("b", "../x.png", "leads out of the folder"),
+        Missing("c", str(folder / "images/4.png"), "is empty"),
+    ]
+    assert [lost.item for lost in images.absent] == ["d"]
+    assert write_report(tmp_path / "missing_images.tsv", images.missing) == 2
+    lines = (tmp_path / "missing_images.tsv").read_text().splitlines()
+    assert lines[:2] == ["item_id\tpath\treason", "b\t../x.png\tleads out of the folder"]
+
+
+def test_verdicts_are_remembered_until_the_file_changes(tmp_path, monkeypatch):
+    monkeypatch.setattr(item_images, "REMEMBER_FROM", 2)
+    paths = {str(n): tmp_path / f"{n}.png" for n in range(3)}
+    for path in paths.values():
+        Image.new("RGB", (4, 4)).save(path)
+    paths["1"].write_bytes(b"")
+    asked = []
+    monkeypatch.setattr(item_images, "problem", lambda path: asked.append(path.name) or problem(path))
+    assert broken(tmp_path, paths) == {"1": "is empty"} and sorted(asked) == ["0.png", "1.png", "2.png"]
+    asked.clear()
+    assert broken(tmp_path, paths) == {"1": "is empty"} and asked == []
+    paths["2"].write_bytes(b"<html>")
+    assert broken(tmp_path, paths) == {"1": "is empty", "2": "is no image (HTML page)"} and asked == ["2.png"]
+
+
+@pytest.mark.parametrize("memory", [b"", b"\xff\xfe", b"another edition\nx\ty\n", None])
+def test_a_damaged_or_unwritable_memory_does_no_harm(tmp_path, monkeypatch, memory):
+    monkeypatch.setattr(item_images, "REMEMBER_FROM", 1)
+    Image.new("RGB", (4, 4)).save(tmp_path / "0.png")
+    beside = tmp_path / f".{tmp_path.name}.images"
+    beside.mkdir() if memory is None else beside.write_bytes(memory)
+    assert broken(tmp_path, {"0": tmp_path / "0.png"}) == {}
+
+
+def test_a_few_images_leave_no_file_behind(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "0.png")
+    assert broken(tmp_path, {"0": tmp_path / "0.png"}) == {} and len(list(tmp_path.iterdir())) == 1

@@ -1,0 +1,279 @@
+"""`inspect` counts what was planted, tells what to do about it, and starts without torch or RecBole."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from recbole_mllm.cli import main
+from recbole_mllm.errors import UserError
+from recbole_mllm.health.findings import findings
+from recbole_mllm.health.measure import measure
+from recbole_mllm.health.page import page
+from recbole_mllm.health.text import format_health
+
+INTER = "user_id:token\titem_id:token\ttimestamp:float\n"
+ITEM = "item_id:token\ttitle:token_seq\timage:token\n"
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["recbole-mllm"])
+
+
+def plant(folder: Path, inter: str, item: str | None = None) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{folder.name}.inter").write_text(INTER + inter, encoding="utf-8")
+    if item is not None:
+        (folder / f"{folder.name}.item").write_text(ITEM + item, encoding="utf-8")
+    return folder
+
+
+def sound(folder: Path) -> Path:
+    """Four users with four of eight items each, all of it in order and with a title and an image."""
+    rows = [f"u{u}\ti{(u + n) % 8}\t{1_700_000_000 + 240 * n + 60 * u}" for n in range(4) for u in range(4)]
+    items = [f"i{n}\ttitle {n}\timages/{n}.png" for n in range(7)]
+    (folder / "images").mkdir(parents=True)
+    for n in range(7):
+        Image.new("RGB", (2, 2)).save(folder / "images" / f"{n}.png")
+    return plant(folder, "\n".join(rows) + "\n", "\n".join(items) + "\n")
+
+
+def told(folder: Path, image_dir: Path | None = None) -> str:
+    return "\n".join(f"{finding.what} {finding.todo}" for finding in findings(measure(folder, image_dir)))
+
+
+def test_a_sound_dataset_has_nothing_to_warn_of(tmp_path):
+    health = measure(sound(tmp_path / "s"))
+    assert findings(health) == [] and "nothing to warn of" in format_health(health)
+    assert (health.n_users, health.n_items, health.n_interactions) == (4, 7, 16)
+    assert health.density == 16 / 28 and health.lengths.tolist() == [4] * 4
+    assert health.popularity.tolist() == [1, 1, 2, 2, 3, 3, 4]
+    assert health.order is not None and health.order.sorted == "file" and health.order.ties == 0
+
+
+SICK = {
+    "a byte order mark": ("\ufeff", "", "begins with a byte order mark"),
+    "a quote": ("", 'i9\t"Q" and A\t\n', r"1 value starts with a quote, the first: x\.item:8: '\"Q\" and A'"),
+    "an empty user": (
+        "\ti1\t5\n\ti2\t6\n\ti3\t6\n",
+        "",
+        "1 id does not survive RecBole's reader, the first: user '' is",
+    ),
+    "[PAD]": ("u0\t[PAD]\t5\n", "[PAD]\tt\t\n", r"item '\[PAD\]' is \[PAD\], which RecBole reserves"),
+    "alike": ("U0\ti1\t5\nU0\ti2\t5\nU0\ti3\t5\n", "", "1 user id differs from another only .*'u0' and 'U0'"),
+    "outer space": ("u0\t i1\t5\n", " i1\tx\t\n", "1 item id differs from another only .*'i1' and ' i1'"),
+    "invisible": ("u0\ti\u200b9\t5\n", "i\u200b9\tx\t\n", "1 id holds invisible characters"),
+    "unlisted": ("u0\tnew\t5\n", "", "1 item with interactions has no row in .item, the first: 'new'"),
+    "identical lines": ("u0\ti1\t1\n", "", "1 line repeats an earlier one"),
+    "pairs": ("u0\ti1\t9\n", "", "1 interaction is not the first of its user .*user 'u0' and item 'i1'"),
+    "no time": ("u0\ti4\t\nu1\ti5\tNA\n", "", "2 interactions have no time"),
+    "few": ("new\ti1\t5\n", "", r"1 user has fewer than 3 interactions \(20\.0 %\)"),
+    "item twice": ("", "i1\tagain\t\n", "1 item stands twice in .item, the first: 'i1' in lines 3 and 8"),
+    "no title": ("", "i9\t\t\n", "1 item has no title"),
+    "long title": (
+        "",
+        f"i9\t{'long ' * 300}\t\n",
+        r"1 title is longer than 1,000 characters, .*\(1,499\) of item 'i9'",
+    ),
+    "monstrous": ("", f"i9\t{'x' * 16_777_217}\t\n", r"x\.item:8: title has 16,777,217 characters"),
+    "same title": (
+        "",
+        "i9\ttitle 1\t\n",
+        "1 item has the title of another, the first: 'i1' and 'i9' are both 'title 1'",
+    ),
+    "no image": (
+        "",
+        "i9\tt\timages/none.png\n",
+        r"1 image cannot be used, .* item 'i9': images/none.png does not exist",
+    ),
+    "outside": ("", "i9\tt\t../x.png\n", r"item 'i9': \.\./x\.png leads out of the folder"),
+}
+
+
+def base(tmp_path: Path, inter: str, item: str) -> Path:
+    """Return a sound dataset with more rows behind."""
+    folder = tmp_path / "x"
+    (folder / "images").mkdir(parents=True)
+    Image.new("RGB", (2, 2)).save(folder / "images" / "1.png")
+    rows = "".join(f"u{u}\ti{n}\t{n}\n" for n in range(1, 4) for u in range(4))
+    items = "".join(f"i{n}\ttitle {n}\timages/1.png\n" for n in range(6))
+    plant(folder, rows + inter, items + item)
+    if inter == "\ufeff":
+        (folder / "x.inter").write_text("\ufeff" + INTER + rows, encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("what", SICK)
+def test_what_was_planted_is_told_with_count_and_example(tmp_path, what):
+    inter, item, expected = SICK[what]
+    assert told(base(tmp_path / "sound", "", "")) == ""
+    found = told(base(tmp_path, inter, item)).splitlines()
+    assert [line for line in found if re.search(expected, line)], found
+    assert len(found) <= 2, "a single ill brings no others but its own consequence"
+
+
+def test_the_order_is_that_of_recboles_own_dataset(tmp_path):
+    """Times near 1.7e9 in random rows: float32 has steps of 128 there."""
+    from recbole.config import Config
+    from recbole.data import create_dataset
+
+    rng = np.random.default_rng(3)
+    rows = [(f"u{rng.integers(20)}", f"i{n}", 1_700_000_000 + int(rng.integers(900))) for n in range(300)]
+    folder = plant(tmp_path / "x", "".join(f"{u}\t{i}\t{t}\n" for u, i, t in rows))
+    config = Config("BPR", "x", config_dict={"data_path": str(tmp_path), "gpu_id": "", "load_col": None})
+    dataset = create_dataset(config)
+    dataset._change_feat_format()
+    dataset.sort(by=["user_id", "timestamp"], ascending=True)
+    order: dict[str, list[str]] = {}
+    inter = dataset.inter_feat
+    for user, item in zip(inter["user_id"].tolist(), inter["item_id"].tolist(), strict=True):
+        order.setdefault(dataset.id2token("user_id", user), []).append(dataset.id2token("item_id", item))
+    exact = {user: [i for u, i, t in sorted(rows, key=lambda row: row[2]) if u == user] for user in order}
+    changed = [user for user in order if order[user] != exact[user]]
+    other_last = [user for user in order if order[user][-1] != exact[user][-1]]
+    measured = measure(folder).order
+    assert measured is not None and len(changed) > 5 and other_last
+    assert measured.reordered.count == len(changed) and measured.reordered.example in changed
+    assert measured.other_last == len(other_last)
+
+
+@pytest.mark.parametrize(
+    ("times", "expected"),
+    [((1, 2, 3, 4), "file"), ((3, 1, 4, 2), "users"), ((4, 3, 2, 1), "no"), ((1, 1, 1, 1), "file")],
+)
+def test_how_far_the_file_is_sorted(tmp_path, times, expected):
+    rows = "".join(f"u{n % 2}\ti{n}\t{time}\n" for n, time in enumerate(times))
+    order = measure(plant(tmp_path / "x", rows)).order
+    assert order is not None and order.sorted == expected and order.ties == (2 if times[0] == times[3] else 0)
+
+
+def test_benchmark_files_are_read_as_histories(tmp_path):
+    folder = tmp_path / "x"
+    folder.mkdir()
+    head = "user_id:token\titem_id_list:token_seq\titem_id:token\n"
+    (folder / "x.train.inter").write_text(head + "u1\ta\tb\nu1\ta b\tc\nu2\tb\ta\n")
+    (folder / "x.valid.inter").write_text(head + "u3\tc a\td\n")
+    (folder / "x.test.inter").write_text(head + "u4\ta\te\n")
+    health = measure(folder)
+    assert (health.n_users, health.n_items, health.n_interactions) == (4, 5, 3 + 2 + 3 + 2)
+    assert health.parts == {"train": 3, "valid": 1, "test": 1}
+    assert "rows: train 3, valid 1, test 1" in format_health(health) and "no usable time" not in told(folder)
+
+
+def test_dataset_yaml_names_columns_files_and_images(tmp_path):
+    folder = plant(tmp_path / "x", "")
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (2, 2)).save(tmp_path / "photos" / "a.png")
+    (folder / "x.all.inter").write_text("who:token\twhat:token\twhen:float\nu\ta\t2\nu\tb\t1\n")
+    (folder / "dataset.yaml").write_text(
+        "USER_ID_FIELD: who\nITEM_ID_FIELD: what\nTIME_FIELD: when\nbenchmark_filename: [all]\nimage_dir: photos\n"
+    )
+    health = measure(folder)
+    assert (health.n_users, health.n_items, health.items.n_images) == (1, 2, 1)
+    assert health.order is not None and health.order.sorted == "no"
+    (folder / "dataset.yaml").write_text("benchmark_filename: [gone]\n")
+    with pytest.raises(UserError, match=r"x\.gone\.inter does not exist"):
+        measure(folder)
+    (folder / "dataset.yaml").write_text("a: [\n")
+    with pytest.raises(UserError, match=r"dataset\.yaml is no valid YAML"):
+        measure(folder)
+
+
+def test_summaries_are_counted_by_tag(tmp_path):
+    folder = sound(tmp_path / "s")
+    (folder / "s.tiny-1a2b3c4d.isum").write_text("item_id:token\tsummary:token_seq\ni0\tred\ni1\t\n")
+    (folder / "s.tiny-5e6f.usum").write_text(
+        "user_id:token\tseen:float\thistory:token\tsummary:token_seq\nu0\t3\tx\tlikes red\nu0\t4\ty\tstill\n"
+    )
+    text = format_health(measure(folder))
+    assert "1 of 7 (14.3 %): tiny-1a2b3c4d" in text and "2 of 1 user: tiny-5e6f" in text
+
+
+def test_images_by_id_are_counted_and_the_missing_ones_listed(tmp_path, capsys):
+    folder = plant(tmp_path / "x", "u\ta\t1\nu\tb\t2\nu\tc\t3\n", "a\tA\t\nb\tB\t\nd\tD\t\n")
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    Image.new("RGB", (2, 2)).save(photos / "a.jpg")
+    (photos / "b.jpg").write_bytes(b"<html>")
+    assert main(["inspect", "x", "--image_dir", "photos"]) == 0
+    shown = capsys.readouterr().out
+    assert "1 of 4 (25.0 %)" in shown and "1 image cannot be used" in shown and "2 items have no image" in shown
+    lines = (folder / "missing_images.tsv").read_text().splitlines()[1:]
+    assert [line.split("\t")[0] for line in lines] == ["b", "d", "c"] and "HTML page" in lines[0]
+
+
+def test_a_dataset_is_given_by_folder_or_by_name(tmp_path, capsys):
+    sound(tmp_path / "dataset" / "s")
+    for words in (["s"], ["dataset/s"], ["dataset/s/"], [str(tmp_path / "dataset/s")], ["s", "--data_path=dataset"]):
+        assert main(["inspect", *words]) == 0
+    assert (tmp_path / "dataset" / "s" / "inspect.html").is_file()
+    assert main(["inspect", "s", "--output", "out/page.html"]) == 0
+    assert (tmp_path / "out" / "page.html").is_file() and "page: out/page.html" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("inspect", "directory"),
+        ("inspect nothing", "no dataset 'nothing'"),
+        ("inspect .", "is none itself"),
+        ("inspect odd", "odd holds no odd.inter; it holds other.inter"),
+        ("inspect cut", "cut.inter:2: 2 values for 3 columns"),
+        ("inspect late", "late.inter:3: the time 'soon' is no number"),
+        ("inspect good --image_dir none", "image_dir none is no folder"),
+        ("inspect good --epochs=3", "inspect takes no --epochs"),
+        ("inspect good --output /proc/x.html", "--output /proc/x.html cannot be written"),
+    ],
+)
+def test_what_is_no_dataset_or_cannot_be_read_is_exit_code_2(tmp_path, words, message, capsys):
+    plant(tmp_path / "odd", "").joinpath("odd.inter").rename(tmp_path / "odd" / "other.inter")
+    plant(tmp_path / "cut", "u\ti\n")
+    plant(tmp_path / "late", "u\ti\t1\nu\ti\tsoon\n")
+    sound(tmp_path / "good")
+    assert main(words.split()) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path, capsys):
+    folder = sound(tmp_path / "s")
+    (folder / "inspect.html").mkdir()
+    assert main(["inspect", "s"]) == 0
+    assert "page: not written" in (shown := capsys.readouterr().out) and "--output=FILE.html" in shown
+
+
+def test_an_empty_dataset_is_measured_too(tmp_path):
+    health = measure(plant(tmp_path / "x", ""))
+    assert health.n_interactions == 0 and "users" in format_health(health) and "<svg" not in page(health)
+
+
+def test_the_page_escapes_what_the_data_say(tmp_path):
+    evil = "<script>alert(1)</script>"
+    html = page(measure(plant(tmp_path / "x", f"u\t{evil}\t1\nU\t{evil}\t2\n", f"a\t{evil}\t\nb\t{evil}\t\n")))
+    assert evil not in html and "&lt;script&gt;" in html and "http" not in html
+
+
+def test_the_page_draws_every_user_and_interaction(tmp_path):
+    html = page(measure(sound(tmp_path / "s")))
+    users = re.findall(r"interactions: (\d+) users?</title>", html)
+    moments = re.findall(r": (\d+) interactions?</title>", html)
+    assert sum(map(int, users)) == 4 and sum(map(int, moments)) == 16 and html.count("<polyline") == 1
+
+
+def test_inspect_starts_without_torch_recbole_or_pandas(tmp_path):
+    sound(tmp_path / "s")
+    code = (
+        "import sys; from recbole_mllm.cli import main; main(['inspect', 's'])\n"
+        "print([m for m in ('torch', 'recbole', 'pandas', 'transformers', 'scipy') if m in sys.modules])"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": str(root)})
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
