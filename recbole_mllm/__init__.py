@@ -36,6 +36,6 @@ def preset(name: str) -> str:
     raise UserError(f"no preset is called {name!r}; {hint}")
 
 
+fastdata.apply()  # before compat, whose reading of files rests on it
 compat.apply()
-fastdata.apply()
 registry.register()

@@ -12,12 +12,16 @@ import numpy as np
 _SEPARATORS = ("\t", ",", ";", "|")
 _ENCODINGS = ("utf-8", "utf8", "ascii")
 _BLOCK = 1 << 24
-_LONGEST = 1 << 16  # bytes of a line; Python's csv module refuses a field from 131,072 characters on
+_LONGEST = 1 << 16  # bytes of a line; Python's csv module refuses a field of 131,072 characters unless told
 _EXACT = 2.0**53
 
 
+_ASKED = {"delimiter", "usecols", "dtype", "encoding", "engine"}
+_OF_COMPAT = {"na_values", "keep_default_na"}
+
+
 class _Pandas(ModuleType):
-    """pandas as data/dataset/dataset.py sees it: ``read_csv`` is another, the rest what stood there before."""
+    """pandas as data/dataset/dataset.py sees it: ``read_csv`` is another, the rest its own."""
 
     def __init__(self, pandas: Any) -> None:
         super().__init__("pandas")
@@ -28,50 +32,37 @@ class _Pandas(ModuleType):
 
     def read_csv(self, path: Any, **options: Any) -> Any:
         """Read as RecBole asks (data/dataset/dataset.py:486-493), by the faster way where that is the same."""
-        frame = read_fast(path, **options) if set(options) == _ASKED else None
+        known = set(options) >= _ASKED and set(options) <= _ASKED | _OF_COMPAT
+        frame = read_fast(path, **options) if known else None
         return self._pandas.read_csv(path, **options) if frame is None else frame
 
 
-_ASKED = {"delimiter", "usecols", "dtype", "encoding", "engine"}
-
-
 def install(dataset: ModuleType) -> None:
-    """Let data/dataset/dataset.py:486 read by C what it reads by ``engine="python"``."""
-    if not isinstance(dataset.pd, _Pandas):
-        dataset.pd = _Pandas(dataset.pd)  # type: ignore[attr-defined]
+    """Let data/dataset/dataset.py:486 read by C what it reads by ``engine="python"``.
+
+    Below what compat/frames.py puts in the same place, which says what counts as missing.
+    """
+    dataset.pd = _Pandas(dataset.pd)  # type: ignore[attr-defined]
 
 
 def read_fast(
-    path: Any, *, delimiter: str, usecols: list[str], dtype: dict[str, Any], encoding: str | None, engine: str
+    path: Any, *, delimiter: str, dtype: dict[str, Any], encoding: str | None, engine: str, **options: Any
 ) -> Any:
-    """Return the frame that RecBole's own call gives, or None where that is not certain.
-
-    Text columns have dtype object and missing sequences are ``""``, as RecBole fills them next (:501).
-    """
+    """Return the frame that this call gives, text columns with dtype object; None where that is not certain."""
     import pandas as pd
 
     known = delimiter in _SEPARATORS and str(encoding or "utf-8").lower() in _ENCODINGS and engine == "python"
     if not known or not is_plain(Path(path), delimiter):
         return None
     kinds = {name: object if kind is str else kind for name, kind in dtype.items()}
+    # `high` is the Python parser's own precision; without `low_memory` equal texts are one object
+    how = {"engine": "c", "float_precision": "high", "low_memory": False}
     try:
-        frame = pd.read_csv(
-            path,
-            delimiter=delimiter,
-            usecols=usecols,
-            dtype=kinds,
-            encoding=encoding,
-            engine="c",
-            float_precision="high",  # the Python parser's own
-            low_memory=False,  # equal texts are then one object
-        )
-    except (ValueError, UnicodeDecodeError):  # pandas' parser errors are ValueErrors; the other parser words its own
+        frame = pd.read_csv(path, delimiter=delimiter, dtype=kinds, encoding=encoding, **options, **how)
+    except ValueError:  # pandas' parser errors are ValueErrors too; the other parser words its own
         return None
-    for name, kind in dtype.items():
-        if kind is not str and _parsed_apart(frame[name].to_numpy()):
-            return None
-        if kind is str and name.endswith("_seq"):
-            frame[name] = frame[name].where(frame[name].notna(), "")
+    if any(kind is not str and _parsed_apart(frame[name].to_numpy()) for name, kind in dtype.items()):
+        return None
     return frame
 
 

@@ -11,12 +11,11 @@ import torch
 from recbole.config import Config
 from recbole.data import create_dataset, data_preparation
 from recbole.data.dataset import Dataset, SequentialDataset
-from recbole.data.dataset import dataset as dataset_module
 from recbole.data.interaction import Interaction
 from recbole.sampler.sampler import AbstractSampler, RepeatableSampler, Sampler
 from recbole.utils import init_seed
 
-from recbole_mllm.fastdata import listcolumn
+from recbole_mllm.fastdata import listcolumn, reading
 from recbole_mllm.fastdata.listcolumn import ListColumn
 from recbole_mllm.fastdata.used import UsedIds
 
@@ -67,14 +66,14 @@ CASES = {
 def recboles_own():
     """Put RecBole's genuine functions back for a while."""
     ours = [(owner, name, vars(owner)[name]) for owner, name in REPLACED]
-    pandas = dataset_module.pd
+    is_plain = reading.is_plain
     try:
         for owner, name, shim in ours:
             setattr(owner, name, shim.__wrapped__)
-        dataset_module.pd = pandas._pandas
+        reading.is_plain = lambda *_: False
         yield
     finally:
-        dataset_module.pd = pandas
+        reading.is_plain = is_plain
         for owner, name, shim in ours:
             setattr(owner, name, shim)
 
@@ -166,7 +165,12 @@ def test_the_fast_way_is_taken(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(listcolumn, "PLAIN_ELEMENTS", 300)
     random_world.write(tmp_path, "random", seed=1)
     assert all(hasattr(vars(owner)[name], "__wrapped__") for owner, name in REPLACED)
+    read = []
+    monkeypatch.setattr(
+        reading, "read_fast", lambda *a, stock=reading.read_fast, **k: [read.append(stock(*a, **k)), read[-1]][1]
+    )
     _, _, (train, valid, _) = prepared("SASRec", settings | CE | WIDE)
+    assert len(read) == 3 and all(frame is not None for frame in read)
     lists = [name for name in train._dataset.inter_feat if name.endswith("_list")]
     assert len(lists) == 6 and all(type(train._dataset.inter_feat[name]) is ListColumn for name in lists)
     assert type(next(iter(train))["item_id_list"]) is torch.Tensor or settings["train_batch_size"] * 50 > 300

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from recbole_mllm.data.sampling import hash64, hashes64, sample_users
+from recbole_mllm.data.sampling import hash64, hashes64, limited_users, sample_users
 from recbole_mllm.errors import UserError
 from recbole_mllm.evaluation.draw import Pool, candidates_digest, draw_negatives
 from recbole_mllm.evaluation.ties import ranks, tie_keys
@@ -133,6 +133,19 @@ def test_a_sample_of_users_is_seeded_and_nested():
     assert sample_users(users, 10, 1) == sample_users(reversed(users), 10, 1)
     assert sample_users(users, 10, 1) < sample_users(users, 20, 1) and len(sample_users(users, 10, 1)) == 10
     assert sample_users(users, None, 1) == set(users) and sample_users(users, 10, 2) != sample_users(users, 10, 1)
+
+
+def test_parts_that_split_users_are_limited_apart():
+    raw = np.array(["[PAD]", *(f"u{n}" for n in range(90))])
+    shared = [np.repeat(np.arange(1, 91), 2), np.arange(1, 90), np.arange(1, 60)]
+    train, valid, test = limited_users(raw, shared, 10, 1)
+    assert (train == test).all() and (valid == test).all() and set(np.flatnonzero(test)) <= set(range(1, 60))
+    assert set(raw[test]) == sample_users(raw[1:60].tolist(), 10, 1)
+    apart = [np.arange(1, 61), np.arange(61, 66), np.arange(66, 91)]
+    kept = limited_users(raw, apart, 10, 1)
+    assert [int(own.sum()) for own in kept] == [10, 5, 10]
+    assert all(set(np.flatnonzero(own)) <= set(part) for own, part in zip(kept, apart, strict=True))
+    assert [int(own.sum()) for own in limited_users(raw, apart, None, 1)] == [60, 5, 25]
 
 
 def test_a_constant_scorer_puts_the_answer_anywhere_alike():
