@@ -28,10 +28,8 @@ def model(request, tmp_path_factory):
 @pytest.fixture
 def prompts(model):
     mllm, folder = model
-    out = [
-        Prompt(f"{'and more ' * (n % 5)}{word}")
-        for n, word in enumerate(["a", "dog", "saw", "9", "TREES;", "who?", "no-one:", "x"])
-    ]
+    words = ["a", "dog", "saw", "9", "TREES;", "who?", "no-one:", "x"]
+    out = [Prompt(f"{'and more ' * (n % 5)}{word}") for n, word in enumerate(words)]
     if mllm.encoder.processor is not None:
         out += [Prompt(f"<image> what is {'very ' * n}this?", (folder / f"{COLORS[n % 3]}.png",)) for n in range(6)]
     return out
