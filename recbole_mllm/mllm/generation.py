@@ -7,7 +7,7 @@ right-aligned in the key-value cache, their tokens without a gap, which sliding 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from recbole_mllm.mllm.base import Answer, Ask, Decoding, Work
 from recbole_mllm.mllm.encode import Encoded, Encoder
 from recbole_mllm.mllm.forward import Body
 
+_READ_TOKENS = 4096  # read in one pass; more would fill memory with activations, and short prompts with padding
 _REFILL = 4  # new rows are read once this share of the slots (1/4) is free: each refill copies the cache
 
 
@@ -79,10 +80,13 @@ class Generation:
         return out + (work.take(free - len(out)) if free > len(out) else [])
 
     def _admit(self, newcomers: Sequence[Ask], work: Work) -> None:
-        """Read the new prompts, write each one's first token, and let them join the batch."""
+        """Read the new prompts, those of like length together, and let them join the batch."""
         rows = [row for ask in newcomers if (row := self._row(ask, work)) is not None]
-        if not rows:
-            return
+        for part in _alike(sorted(rows, key=lambda row: len(row.encoded.ids))):
+            self._read(part)
+
+    def _read(self, rows: Sequence[_Row]) -> None:
+        """Read prompts and write each one's first token."""
         cache = DynamicCache()
         lengths = torch.tensor([len(row.encoded.ids) for row in rows])
         states = self.body.hidden([row.encoded for row in rows], 0, lengths.tolist(), cache)
@@ -169,6 +173,18 @@ class Generation:
         self.slots = max(1, len(under_way) // 2)
         self.again = [*under_way.values(), *self.again]
         logging.getLogger().warning(f"out of memory; writing goes on with {self.slots} prompts at a time")
+
+
+def _alike(rows: Sequence[_Row]) -> Iterator[list[_Row]]:
+    """Cut `rows`, sorted by length, into batches of at most `_READ_TOKENS` tokens, padding included."""
+    batch: list[_Row] = []
+    for row in rows:
+        if batch and (len(batch) + 1) * len(row.encoded.ids) > _READ_TOKENS:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
 
 
 def _stream(encoded: Encoded, decoding: Decoding) -> np.random.Generator | None:
