@@ -44,7 +44,7 @@ def _run(words: list[str]) -> int:
         seed=known.seed,
     )
     if known.command == "summarize":
-        return commands.summarize(_dataset(known), known.stage, options)
+        return commands.summarize(_dataset(known), known.stage, known.dry_run, options)
     if known.command == "benchmark":
         return commands.benchmark(
             _dataset(known), known.models, known.seeds, known.output_dir, known.jobs, known.force, options
@@ -77,6 +77,7 @@ def _parser() -> Parser:
     add("convert", help="raw dump to atomic files; see convert --help")
     summarize = add("summarize", help="make the summaries alone; resumable", parents=[_quiet(common)], epilog=_EPILOG)
     summarize.add_argument("--stage", choices=("items", "users", "all"), default="all")
+    summarize.add_argument("--dry-run", action="store_true", help="only say how many prompts, tokens and how long")
     benchmark = add(
         "benchmark", help="many models, same candidates, one leaderboard", parents=[_quiet(common)], epilog=_EPILOG
     )
