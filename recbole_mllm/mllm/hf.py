@@ -28,8 +28,9 @@ class HFModel:
         self.model: Any = loaded.model
         self.device = device
         limit = _context(loaded.model.config)
-        self.encoder = Encoder(loaded.tokenizer, loaded.processor, min(settings.max_text_tokens, limit))
         self.body = Body(loaded.model)
+        longest = min(settings.max_text_tokens, limit)
+        self.encoder = Encoder(loaded.tokenizer, loaded.processor, longest, self.body.architecture)
         self.tokens_read = 0
 
     def replace_model(self, model: Any) -> None:
@@ -57,7 +58,7 @@ class HFModel:
             top_k=None,
             num_beams=1,
             pad_token_id=self.encoder.tokenizer.pad_token_id,
-            **self.body.generation_images(ids, images),
+            **self.body.generation_inputs(ids, images),
         )
         new = out[:, ids.size(1) :]
         texts = self.encoder.tokenizer.batch_decode(new, skip_special_tokens=True)

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
 from recbole_mllm.errors import UserError
+from recbole_mllm.mllm.processors import load_processor
 
 TINY = "tiny"
 _WHOLE = 64 * 2**20  # files up to this many bytes are digested whole, larger ones by size, head and tail
@@ -78,7 +79,7 @@ def load(name: str, dtype: torch.dtype, device: torch.device, *, trust_remote_co
         sees = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
         auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
         model = auto.from_pretrained(source, dtype=dtype, trust_remote_code=trust_remote_code).to(device).eval()
-        processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code) if sees else None
+        processor = load_processor(source, trust_remote_code=trust_remote_code) if sees else None
         tokenizer = (
             processor.tokenizer
             if processor is not None

@@ -17,8 +17,6 @@ from transformers import DynamicCache
 from recbole_mllm.mllm.encode import Encoded
 from recbole_mllm.mllm.forward import Body
 
-# Prefix-LM: the whole prompt is read in both directions, so no part of it can be computed without the rest
-_NO_SHARING = {"paligemma"}
 _LEAST_GAIN = 512  # tokens a shared prefix must save to be worth a forward pass, and smaller batches behind it
 _BATCH_TOKENS = 8192  # tokens of keys and values a batch holds, padding included
 
@@ -29,7 +27,7 @@ def yes_logits(body: Body, prompts: Sequence[Encoded], tokens: Sequence[int], *,
     keys = [_key(body, prompt) for prompt in prompts]
     order = sorted(range(len(prompts)), key=keys.__getitem__)
     trie = _Trie(body, prompts, keys, tokens, out)
-    if share_prefix and body.family not in _NO_SHARING:
+    if share_prefix and body.architecture.shares_prefix:
         trie.node(order, 0, None)
     else:
         trie.leaf(order, 0, None)

@@ -26,7 +26,7 @@ def answer_loss(
     Returns:
         A scalar, float32.
     """
-    rows = [Encoded((*p.ids, *a), p.images) for p, a in zip(prompts, answers, strict=True)]
+    rows = [Encoded((*p.ids, *a), p.images, len(a)) for p, a in zip(prompts, answers, strict=True)]
     states = body.hidden(rows, 0, [len(row.ids) for row in rows], None)
     where, targets, weights = [], [], []
     for i, (row, answer) in enumerate(zip(rows, answers, strict=True)):
