@@ -158,7 +158,11 @@ class Encoder:
                 images=[open_image(path)], text=[self.image_token], return_tensors="pt", add_special_tokens=False
             )
             tensors = {name: value for name, value in batch.items() if name not in _NOT_IMAGE_INPUTS}
-            ids, before, behind = self._plain.stripped(batch["input_ids"][0].tolist())
+            found = batch["input_ids"][0].tolist()
+            if self.architecture.bos_behind_image:  # that is the prompt's, not the image's
+                mark = self.tokenizer.convert_tokens_to_ids(self.image_token)
+                found = [token for token in found if token == mark]
+            ids, before, behind = self._plain.stripped(found)
             self._images[key] = ImageInput(key, ids, tensors, before, behind)
         return self._images[key]
 

@@ -33,6 +33,7 @@ class Body:
         self.config = self.head_model.config
         self.device = next(self.head_model.parameters()).device
         self.architecture = architecture_of(self.head_model)
+        self.way: Any = None  # how prompts are scored, found at first use (see check)
         self._features: OrderedDict[str, BaseModelOutputWithPooling] = OrderedDict()
         self._bytes = 0
 
@@ -62,6 +63,12 @@ class Body:
         while self._bytes > _FEATURE_BYTES and len(self._features) > 1:
             self._bytes -= _bytes(self._features.popitem(last=False)[1])
         return out
+
+    def forget_features(self) -> bool:
+        """Drop the kept features, as memory is short; return whether there were any."""
+        any_kept, self._bytes = bool(self._features), 0
+        self._features.clear()
+        return any_kept
 
     def pixels(self, images: Sequence[ImageInput]) -> dict[str, Tensor]:
         """Return the images as the vision tower takes them."""

@@ -70,7 +70,10 @@ class HFModel:
         """Return ``[B]`` float32 log-odds of Yes against No for each prompt; its sigmoid is P(Yes) (paper, eq. 1)."""
         encoded = self.encode(prompts)
         self.tokens_read += sum(len(e.ids) for e in encoded)
-        logits = yes_logits(self.body, encoded, (answers.yes[0], answers.no[0]), share_prefix=share_prefix)
+        asked = (answers.yes[0], answers.no[0])
+        logits = yes_logits(
+            self.body, encoded, asked, share_prefix=share_prefix, name=lambda i: repr(prompts[i].text[:120])
+        )
         return logits[:, 0] - logits[:, 1]
 
     def loss(self, prompts: Sequence[Prompt], labels: Tensor, answers: AnswerTokens, *, whole: bool = False) -> Tensor:
