@@ -13,8 +13,10 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from recbole_mllm.mllm.architectures import architecture_of, language_part
+from recbole_mllm.mllm.batching import Budget
 from recbole_mllm.mllm.encode import Encoded, ImageInput, pad
 
+_BATCH_TOKENS = 8192  # tokens of keys and values a batch holds, padding included
 _FEATURE_BYTES = 2 * 2**30
 # An image's features: one tensor where the family stacks them, else one a tile; `deep` for Qwen3-VL's inner layers
 _Features = Tensor | Sequence[Tensor]
@@ -34,6 +36,7 @@ class Body:
         self.device = next(self.head_model.parameters()).device
         self.architecture = architecture_of(self.head_model)
         self.way: Any = None  # how prompts are scored, found at first use (see check)
+        self.budget = Budget(_BATCH_TOKENS, self.forget_features)
         self._features: OrderedDict[str, BaseModelOutputWithPooling] = OrderedDict()
         self._bytes = 0
 

@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from recbole_mllm.mllm.batching import Budget, in_batches
+from recbole_mllm.mllm.batching import in_batches
 from recbole_mllm.mllm.check import Way, plain_logits, way_to_score
 from recbole_mllm.mllm.encode import Encoded
 from recbole_mllm.mllm.forward import Body
 
 _LEAST_GAIN = 512  # tokens a shared prefix must save to be worth a forward pass, and smaller batches behind it
-_BATCH_TOKENS = 8192  # tokens of keys and values a batch holds, padding included
 
 
 def yes_logits(
@@ -114,7 +113,6 @@ class _Trie:
         self.body, self.prompts, self.tokens, self.name, self.least_gain = body, prompts, tokens, name, least_gain
         self.keys = [_key(body, prompt) for prompt in prompts]
         self.out = torch.empty(len(prompts), len(tokens))
-        self.budget = Budget(_BATCH_TOKENS, body.forget_features)
 
     def node(self, rows: Sequence[int], depth: int, cache: DynamicCache | None) -> None:
         """Score `rows` (sorted by key), whose first `depth` tokens `cache` holds."""
@@ -138,7 +136,7 @@ class _Trie:
             self.body.hidden([self.prompts[row]], depth, [stop], cache)
             return cache
 
-        ((_, cache),) = in_batches([row], run, self._cost, self.budget, self._named)
+        ((_, cache),) = in_batches([row], run, self._cost, self.body.budget, self._named)
         return cache
 
     def leaf(self, rows: Sequence[int], depth: int, cache: DynamicCache | None) -> None:
@@ -153,7 +151,7 @@ class _Trie:
             return self.body.logits(ends, self.tokens).cpu()
 
         by_length = sorted(rows, key=lambda i: (len(self.keys[i]), self.keys[i]))
-        for batch, logits in in_batches(by_length, run, self._cost, self.budget, self._named):
+        for batch, logits in in_batches(by_length, run, self._cost, self.body.budget, self._named):
             self.out[list(batch)] = logits
 
     def _cost(self, batch: Sequence[int]) -> int:

@@ -40,7 +40,8 @@ def settle(model: torch.nn.Module) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter.mul_(3)
+                # Gemma3's projector begins at zero: a model that sees no image
+                parameter.mul_(3) if parameter.any() else parameter.normal_(std=0.1)
 
 
 def write(folder: Path, model: type[PreTrainedModel], config: Any, *parts: Any, seed: int, **processor: Any) -> Path:
