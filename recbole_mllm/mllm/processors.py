@@ -24,6 +24,7 @@ class NoVideos(dict[str, Any]):
     num_frames: int = 0
     fps: int = 0
     model_input_names: tuple[str, ...] = ()
+    _auto_class: None = None
 
     def save_pretrained(self, folder: str, **_: Any) -> None:
         """Write nothing."""

@@ -8,7 +8,7 @@ from stock_forward import CPU, SETTINGS, STYLE, own_inputs
 
 from recbole_mllm.mllm import scoring
 from recbole_mllm.mllm.hf import HFModel
-from recbole_mllm.prompts import recommend_prompt
+from recbole_mllm.prompts import Prompt, image_summary_prompt, recommend_prompt
 
 
 @pytest.fixture(autouse=True)
@@ -21,9 +21,12 @@ def _scores(mllm, prompts, tokens, **options):
     return scoring.yes_logits(mllm.body, mllm.encode(prompts), tokens, **options)
 
 
-def test_the_ids_are_those_of_the_processor_itself(mllm, prompts):
+def test_the_ids_are_those_of_the_processor_itself(mllm, prompts, sees, images):
     encoder = mllm.encoder
-    for prompt in prompts:
+    # an image at the very start and the very end of a turn meets the template's own text
+    edges = [Prompt("<image>\nWhat is it?", (images["blue"],)), Prompt("What is it? <image>", (images["red"],))]
+    edges = [image_summary_prompt(STYLE, images["green"]), *edges] if sees else []
+    for prompt in [*prompts, *edges, Prompt("Tab\tand  two spaces\n\n\nnewlines, \u00fc\u4e16\U0001f600")]:
         own = own_inputs(encoder.tokenizer, encoder.processor, prompt)["input_ids"][0].tolist()
         assert encoder.tokenizer.decode(encoder(prompt).ids) == encoder.tokenizer.decode(own)
         assert list(encoder(prompt).ids) == own
