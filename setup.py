@@ -63,7 +63,8 @@ setup(
         *RECBOLE,
     ],
     extras_require={
-        "test": ["hypothesis", "import-linter", "mypy", "pytest", "pytest-timeout", "ruff"],
+        "test": ["gguf", "hypothesis", "import-linter", "mypy", "pytest", "pytest-timeout", "ruff", "sentencepiece"],
+        "gguf": ["gguf>=0.10"],
         "server": ["openai"],
         "report": ["plotly>=4.0.0"],
         "qlora": ["bitsandbytes"],

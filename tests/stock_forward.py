@@ -1,4 +1,4 @@
-"""What transformers itself makes of a prompt: its processor's ids and its own forward pass. Nothing of ours in between."""
+"""What transformers itself makes of a prompt: its processor's ids and its own forward pass, with nothing of ours."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ class Architecture:
     known: bool = True
     # False: a prefix-LM reads the whole prompt in both directions, so no part of it can be computed without the rest
     shares_prefix: bool = True
-    # What `token_type_ids` tells the model: nothing; 1 at images (read in both directions); 1 at the answer (read in one)
+    # Where `token_type_ids` are 1: nowhere; at images, read in both directions; at the answer, read in one
     token_types: str | None = None
     # The position of the first token
     first_position: int = 0
@@ -58,11 +58,11 @@ def architecture_of(model: Any) -> Architecture:
     found = _FAMILIES.get(str(model.config.model_type))
     if found is not None:
         return found
-    return replace(_GENERIC, positions_in_three_axes=hasattr(getattr(model, "model", None), "get_rope_index"))
+    return replace(_GENERIC, positions_in_three_axes=hasattr(model.base_model, "get_rope_index"))
 
 
 def language_part(model: Any) -> tuple[str, nn.Module]:
-    """Return the full name and the module of the language model inside `model`, which for a text-only one is its body."""
+    """Return the full name and the module of the language model in `model`; for a text-only one that is its body."""
     name = architecture_of(model).language
     decoder = None if name else model.get_decoder()
     for path, module in model.named_modules():

@@ -20,6 +20,8 @@ from recbole_mllm.mllm.forward import Body
 Way = Literal["shared", "flat", "plain"]
 _TOLERANCE = {torch.float32: 1e-3}  # of the largest logit; half precision moves more by batching alone
 _HALF = 5e-2
+# What a model that knows nothing of our caches, features or positions may raise
+_UNSUITED = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +54,7 @@ def way_to_score(
     for way in ways:
         try:
             off = (score(pair, way) - own).abs().max().item()
-        except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        except _UNSUITED as error:
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         else:
             if off <= allowed:

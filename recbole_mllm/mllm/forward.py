@@ -18,8 +18,8 @@ from recbole_mllm.mllm.encode import Encoded, ImageInput, pad
 
 _BATCH_TOKENS = 8192  # tokens of keys and values a batch holds, padding included
 _FEATURE_BYTES = 2 * 2**30
-# An image's features: one tensor where the family stacks them, else one a tile; `deep` for Qwen3-VL's inner layers
-_Features = Tensor | Sequence[Tensor]
+# An image's features: one tensor where the family stacks them, else a list of one or more
+_Features = Any
 
 
 class Body:
@@ -32,6 +32,7 @@ class Body:
         self.model = model
         # PEFT's wrapper adds nothing to the forward pass of a LoRA model: its layers sit inside the base model
         self.head_model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.inner = self.head_model.base_model  # what stands under the head
         self.config = self.head_model.config
         self.device = next(self.head_model.parameters()).device
         self.architecture = architecture_of(self.head_model)
@@ -83,7 +84,7 @@ class Body:
         }
 
     def _encode(self, image: ImageInput) -> BaseModelOutputWithPooling:
-        out = self.head_model.model.get_image_features(**self.pixels([image]), return_dict=True)
+        out = self.inner.get_image_features(**self.pixels([image]), return_dict=True)
         kept = BaseModelOutputWithPooling(pooler_output=out.pooler_output)
         if (deep := getattr(out, "deepstack_features", None)) is not None:
             kept["deepstack_features"] = deep
@@ -126,7 +127,7 @@ class Body:
         if encoded.images and three:
             grid = torch.cat([image.tensors["image_grid_thw"] for image in encoded.images])
             kinds = (ids == self.image_token_id).int()
-            found, _ = self.head_model.model.get_rope_index(ids[None], kinds[None], image_grid_thw=grid)
+            found, _ = self.inner.get_rope_index(ids[None], kinds[None], image_grid_thw=grid)
             return torch.as_tensor(found[:, 0])
         start = self.architecture.first_position
         plain = torch.arange(start, start + len(ids))
@@ -149,7 +150,7 @@ class Body:
         images = [image for row, sees in zip(rows, seen, strict=True) if sees for image in row.images]
         extra: dict[str, Any] = {"mm_encoder_outputs": self.image_outputs(images)} if images else {}
         extra |= self._token_types(rows, ids, start, bool(images))
-        out = self.head_model.model(
+        out = self.inner(
             input_ids=ids.to(self.device),
             attention_mask=mask.to(self.device),
             position_ids=position_ids.to(self.device),

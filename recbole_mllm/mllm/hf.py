@@ -72,7 +72,7 @@ class HFModel:
         self.tokens_read += sum(len(e.ids) for e in encoded)
         asked = (answers.yes[0], answers.no[0])
         logits = yes_logits(
-            self.body, encoded, asked, share_prefix=share_prefix, name=lambda i: repr(prompts[i].text[:120])
+            self.body, encoded, asked, share_prefix=share_prefix, name=lambda i: repr(prompts[i].text[:200])
         )
         return logits[:, 0] - logits[:, 1]
 

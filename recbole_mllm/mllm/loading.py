@@ -17,7 +17,6 @@ from recbole_mllm.mllm.sources import TINY, gguf_of, identity_of, source_of
 __all__ = ["TINY", "Loaded", "dtype_of", "identity_of", "load", "source_of"]
 
 
-
 @dataclass(frozen=True, slots=True)
 class Loaded:
     """A model in evaluation mode with what turns prompts into its inputs; `processor` is None for a text-only one."""

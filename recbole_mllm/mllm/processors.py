@@ -1,8 +1,8 @@
 """Load a model's processor also where torchvision is absent: only its videos need it, and this project shows none.
 
-Qwen-VL, SmolVLM and InternVL processors of transformers 5.23 insist on a video processor, whose class in turn insists on
-torchvision, and SmolVLM's on num2words, to write out a video's length. Their image processors have PIL versions that do
-without. So a stand-in takes the video processor's place, for the duration of one `from_pretrained`.
+Qwen-VL, SmolVLM and InternVL processors of transformers 5.23 insist on a video processor, whose class in turn insists
+on torchvision, and SmolVLM's on num2words, to write out a video's length. Their image processors have PIL versions that
+do without. So a stand-in takes the video processor's place, for the duration of one `from_pretrained`.
 """
 
 from __future__ import annotations

@@ -21,5 +21,7 @@ def test_all_is_every_linear_layer_but_head_and_projector(stock, sees):
     spared = _linears(stock) - adapted
     words = ("lm_head", "projector", "connector", "merger", "modality_projection")
     assert all(any(word in name for word in words) for name in spared) and "lm_head" in spared
-    assert adapted > set(target_modules(stock, "language")) if sees else adapted == set(target_modules(stock, "language"))
+    assert (
+        adapted > set(target_modules(stock, "language")) if sees else adapted == set(target_modules(stock, "language"))
+    )
     assert not sees or len(spared) > 1 or any("projector" in name for name, _ in stock.named_modules())

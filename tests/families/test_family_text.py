@@ -14,7 +14,8 @@ ELSEWHERE += ["<|image_pad|>", "<fake_token_around_image>", "<IMG_CONTEXT>", "<|
 def special(mllm):
     """Id and spelling of every special and added token; runs of newlines are ordinary text (Gemma)."""
     tokenizer = mllm.encoder.tokenizer
-    added = {**tokenizer.get_added_vocab(), **dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids))}
+    added = tokenizer.get_added_vocab()
+    added |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
     return {i: word for word, i in added.items() if word.strip()}
 
 

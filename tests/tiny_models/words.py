@@ -58,7 +58,7 @@ def llama_sentencepiece(template: str | None, **named: Any) -> LlamaTokenizer:
 
 
 def gemma_sentencepiece(template: str | None, **named: Any) -> GemmaTokenizer:
-    """Return Gemma's tokeniser over a SentencePiece model: no space before the first word, runs of newlines are tokens."""
+    """Return Gemma's tokeniser over a SentencePiece model: no space before the first word, newlines joined."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "tokenizer.model").write_bytes(_sentencepiece(dummy_prefix=False))
         words = GemmaTokenizer.from_pretrained(folder, add_bos_token=True, **named)
