@@ -83,11 +83,12 @@ class Encoder:
     def _ids(self, pieces: Sequence[str], images: Sequence[ImageInput], answer: str) -> list[int]:
         """Return ids with one image token an image; what is filled in holds no special token."""
         guarded = [self._plain.guard(p) if i % 2 else p.replace(IMAGE, _MARK) for i, p in enumerate(pieces)]
-        ids = self._plain.ids(self._dressed(self.render(guarded, answer), images))
-        if self._plain.broken(ids, own := self.render(guarded, answer)):
+        rendered = self._dressed(self.render(guarded, answer), images)
+        ids = self._plain.ids(rendered)
+        if self._plain.broken(ids, rendered):
             guarded = [self._plain.guard(p, every=True) if i % 2 else p for i, p in enumerate(guarded)]
-            ids = self._plain.ids(self._dressed(own := self.render(guarded, answer), images))
-        return self._start(own) + ids
+            ids = self._plain.ids(self._dressed(self.render(guarded, answer), images))
+        return self._start(rendered) + ids
 
     def _start(self, rendered: str) -> list[int]:
         """Return the ids the tokeniser puts in front by itself (<s>), where a processor's or a bare text lacks them."""

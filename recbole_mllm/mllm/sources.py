@@ -1,4 +1,4 @@
-"""What a model's name stands for (the bundled one, a folder, a ``.gguf`` file, a hub id), and what names its weights."""
+"""What a model's name means (the bundled one, a folder, a ``.gguf`` file, a hub id), and the name of its weights."""
 
 from __future__ import annotations
 

@@ -77,13 +77,17 @@ def test_answers_are_read_where_they_stand(mllm, prompts):
             assert (*asked, *tokens) == own == mllm.encoder(prompt, word).ids
 
 
-def test_the_loss_is_the_likelihood_of_the_answer(mllm, stock, prompts):
+@pytest.mark.parametrize("whole", [False, True], ids=["answer", "whole"])
+def test_the_loss_is_the_likelihood_of_the_answer_or_of_all_words(mllm, stock, prompts, whole):
+    whole = whole and stock.config.model_type != "paligemma"  # it sees its whole prompt at once
     few, labels = prompts[:6], torch.tensor([1.0, 0.0] * 3)
     losses = []
     for prompt, label in zip(few, labels.tolist(), strict=True):
         word = STYLE.answer_yes if label else STYLE.answer_no
         inputs = own_inputs(mllm.encoder.tokenizer, mllm.encoder.processor, prompt, word)
         ids, start = inputs["input_ids"][0], len(mllm.encoder(prompt).ids)
-        losses.append(torch.nn.functional.cross_entropy(own_logits(stock, inputs)[start - 1 : -1], ids[start:]))
-    got = mllm.loss(few, labels, mllm.answers(STYLE))
+        places = torch.arange(1 if whole else start, len(ids))
+        places = places[ids[places] != mllm.body.image_token_id]
+        losses.append(torch.nn.functional.cross_entropy(own_logits(stock, inputs)[places - 1], ids[places]))
+    got = mllm.loss(few, labels, mllm.answers(STYLE), whole=whole)
     assert torch.allclose(got, torch.stack(losses).mean(), atol=1e-5)

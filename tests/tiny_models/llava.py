@@ -102,16 +102,10 @@ def _grids(tile: int) -> list[list[int]]:
 def internvl(folder: Path, seed: int = 0) -> Path:
     """Write an InternVL with a Qwen2, byte-level BPE, images cut into up to three tiles."""
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>"]
-    words = byte_level(special, templates.INTERNVL, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    words.init_kwargs["extra_special_tokens"] = {}
-    words._set_model_specific_special_tokens(
-        {
-            "start_image_token": "<img>",
-            "end_image_token": "</img>",
-            "context_image_token": "<IMG_CONTEXT>",
-            "video_token": "<video>",
-        }
-    )
+    marks = {"start_image_token": "<img>", "end_image_token": "</img>"}
+    marks |= {"context_image_token": "<IMG_CONTEXT>", "video_token": "<video>"}
+    named = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "extra_special_tokens": marks}
+    words = byte_level(special, templates.INTERNVL, **named)
     config = InternVLConfig(
         vision_config=InternVLVisionConfig(**VISION | {"image_size": [32, 32], "patch_size": [8, 8]}),
         text_config=Qwen2Config(vocab_size=len(words), **TEXT, bos_token_id=None, eos_token_id=2, pad_token_id=0),

@@ -21,14 +21,13 @@ CORPUS = [
 ]
 
 
-def byte_level(special: Sequence[str], template: str | None, **named: str) -> PreTrainedTokenizerFast:
+def byte_level(special: Sequence[str], template: str | None, **named: Any) -> PreTrainedTokenizerFast:
     """Return a byte-level BPE tokeniser whose first ids are `special`; `named` are its named tokens (``bos_token``)."""
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_trained(tuple(special))),
         padding_side="left",
         chat_template=template,
-        additional_special_tokens=[word for word in special if word not in named.values()],
-        **named,
+        **{"extra_special_tokens": [word for word in special if word not in named.values()]} | named,
     )
 
 
@@ -52,7 +51,7 @@ def llama_sentencepiece(template: str | None, **named: Any) -> LlamaTokenizer:
     """Return Llama's tokeniser over a SentencePiece model: a space before the first word, bytes for unknown letters."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "tokenizer.model").write_bytes(_sentencepiece(dummy_prefix=True))
-        words = LlamaTokenizer.from_pretrained(folder, add_bos_token=True, legacy=False, **named)
+        words = LlamaTokenizer.from_pretrained(folder, **{"add_bos_token": True, "legacy": False} | named)
     words.chat_template = template
     return words
 

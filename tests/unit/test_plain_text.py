@@ -12,10 +12,11 @@ SPECIAL = ["<a>", "<<a>", "a><", "<s>", "<|x|>", "x|><s"]
 WORDS = {
     "bytes": byte_level(SPECIAL, None, bos_token="<s>"),
     "llama": llama_sentencepiece(None),
+    "llama-legacy": llama_sentencepiece(None, legacy=True),
     "gemma": gemma_sentencepiece(None),
 }
-for _words in (WORDS["llama"], WORDS["gemma"]):
-    _words.add_special_tokens({"additional_special_tokens": SPECIAL})
+for _kind in ("llama", "llama-legacy", "gemma"):
+    WORDS[_kind].add_special_tokens({"additional_special_tokens": SPECIAL})
 
 
 @pytest.mark.parametrize("kind", WORDS)
