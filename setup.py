@@ -64,6 +64,7 @@ setup(
     ],
     extras_require={
         "test": [
+            "gguf",
             "hypothesis",
             "import-linter",
             "mypy",
@@ -71,8 +72,10 @@ setup(
             "pytest",
             "pytest-timeout",
             "ruff",
+            "sentencepiece",
             "transformers[serving]",
         ],
+        "gguf": ["gguf>=0.10"],
         "server": ["openai>=1.98"],
         "report": ["plotly>=4.0.0"],
         "qlora": ["bitsandbytes"],

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import re
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +14,38 @@ from torch import Tensor
 
 from recbole_mllm.data.images import image_digest, open_image
 from recbole_mllm.errors import UserError
+from recbole_mllm.mllm.architectures import Architecture
+from recbole_mllm.mllm.plaintext import CUT, PlainText
 from recbole_mllm.prompts import IMAGE, Prompt
 
-# Where this stands in a rendered prompt the text is cut before tokenisation, so that a special token's spelling
-# inside a title is tokenised in two parts and stays plain text.
-CUT = "\ue000"
+_MARK = f"{CUT}{IMAGE}{CUT}"  # an image of the style's own, in a text whose filled-in parts are guarded
+_IMAGE_BYTES = 2**30  # of preprocessed images; LLaVA-NeXT's take 7 MB each
 _NOT_IMAGE_INPUTS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels"}
 _FEWEST = 8  # characters a filled-in text keeps when a prompt is shortened
 
 
 @dataclass(frozen=True, slots=True)
 class ImageInput:
-    """One image as the model takes it: the ids its mark expands to, and the tensors its vision tower reads."""
+    """One image as the model takes it: the ids its mark expands to, and the tensors its vision tower reads.
+
+    `before` and `behind` are plain text its processor puts around it (Gemma3: empty lines); it is tokenised with the
+    text it meets, as the processor itself would.
+    """
 
     key: str
     ids: tuple[int, ...]
     tensors: Mapping[str, Tensor]
+    before: str = ""
+    behind: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A prompt's token ids with its images expanded in place."""
+    """A prompt's token ids with its images expanded in place; the last `answer` of them are the assistant's."""
 
     ids: tuple[int, ...]
     images: tuple[ImageInput, ...] = ()
+    answer: int = 0
 
 
 @dataclass(slots=True)
@@ -46,14 +55,14 @@ class Encoder:
     tokenizer: Any
     processor: Any | None
     max_text_tokens: int
+    architecture: Architecture = field(default_factory=Architecture)
     truncated: int = 0
-    _images: dict[str, ImageInput] = field(default_factory=dict)
-    _special: re.Pattern[str] | None = None
+    _images: OrderedDict[str, ImageInput] = field(default_factory=OrderedDict)
+    _bytes: int = 0
+    _plain: PlainText = field(init=False)
 
     def __post_init__(self) -> None:
-        words = {str(token) for token in self.tokenizer.get_added_vocab()} | set(self.tokenizer.all_special_tokens)
-        words = {word for word in words | {IMAGE} if len(word) > 1}
-        self._special = re.compile("|".join(re.escape(word) for word in sorted(words, key=len, reverse=True)))
+        self._plain = PlainText(self.tokenizer)
 
     @property
     def image_token(self) -> str:
@@ -64,32 +73,46 @@ class Encoder:
         """Return the ids of `prompt` with the generation prompt, or with `answer` in the assistant's turn behind it."""
         if prompt.images and self.processor is None:
             raise UserError("this model reads no images; set use_image: false and item_summary: text or none")
+        images = tuple(self.image(path) for path in prompt.images)
         pieces = prompt.pieces()
-        ids = self._ids(pieces, answer)
+        ids = self._ids(pieces, images, answer)
         if len(ids) > self.max_text_tokens:
             self.truncated += 1
             while len(ids) > self.max_text_tokens:
                 self._shorten(pieces, len(ids) - self.max_text_tokens)
-                ids = self._ids(pieces, answer)
-        images = tuple(self.image(path) for path in prompt.images)
+                ids = self._ids(pieces, images, answer)
         return Encoded(self._expanded(ids, images), images)
 
-    def _ids(self, pieces: Sequence[str], answer: str) -> list[int]:
-        rendered = self.render(pieces, answer)
-        ids: list[int] = []
-        for part in rendered.split(CUT):
-            ids += self.tokenizer(part, add_special_tokens=False)["input_ids"]
-        return ids
+    def _ids(self, pieces: Sequence[str], images: Sequence[ImageInput], answer: str) -> list[int]:
+        """Return ids with one image token an image; what is filled in holds no special token."""
+        guarded = [self._plain.guard(p) if i % 2 else p.replace(IMAGE, _MARK) for i, p in enumerate(pieces)]
+        rendered = self._dressed(self.render(guarded, answer), images)
+        ids = self._plain.ids(rendered)
+        if self._plain.broken(ids, rendered):
+            guarded = [self._plain.guard(p, every=True) if i % 2 else p for i, p in enumerate(guarded)]
+            ids = self._plain.ids(self._dressed(self.render(guarded, answer), images))
+        return self._start(rendered) + ids
 
-    def render(self, pieces: Sequence[str], answer: str) -> str:
+    def _start(self, rendered: str) -> list[int]:
+        """Return the ids the tokeniser puts in front by itself (<s>), where a processor's or a bare text lacks them."""
+        begin = self.tokenizer.bos_token
+        templated = bool(getattr(self.processor or self.tokenizer, "chat_template", None))
+        if (templated and self.processor is None) or (begin and rendered.startswith(begin)):
+            return []
+        return self._plain.start
+
+    def _dressed(self, rendered: str, images: Sequence[ImageInput]) -> str:
+        """Return `rendered` with each image's own surrounding text at its mark."""
+        if not any(image.before or image.behind for image in images):
+            return rendered
+        parts = rendered.split(self.image_token)
+        marks = [f"{image.before}{self.image_token}{image.behind}" for image in images]
+        return "".join(part + mark for part, mark in zip_longest(parts, marks, fillvalue=""))
+
+    def render(self, guarded: Sequence[str], answer: str) -> str:
         """Return the conversation as the chat template writes it; without a template, the bare text."""
-        assert self._special is not None
-        guarded = [
-            self._special.sub(_cut, p) if i % 2 else p.replace(IMAGE, f"{CUT}{IMAGE}{CUT}")
-            for i, p in enumerate(pieces)
-        ]
         text = "".join(guarded)
-        parts = text.split(f"{CUT}{IMAGE}{CUT}")
+        parts = text.split(_MARK)
         owner = self.processor if self.processor is not None else self.tokenizer
         if not getattr(owner, "chat_template", None):
             return self._untagged(parts, answer)
@@ -110,8 +133,12 @@ class Encoder:
         return whole[len(rendered) :] if whole.startswith(rendered) else answer + str(self.tokenizer.eos_token or "")
 
     def _untagged(self, parts: Sequence[str], answer: str) -> str:
-        start, end = self.tokenizer.bos_token or "", self.tokenizer.eos_token or ""
-        return start + self.image_token.join(parts) + (f" {answer}{end}" if answer else "")
+        end = self.tokenizer.eos_token or ""
+        text = self.image_token.join(parts)
+        if self.architecture.bos_behind_image:  # PaliGemmaProcessor.prepare_inputs_layout; the answer: its `suffix`
+            head, mark, tail = text.rpartition(self.image_token)
+            return f"{head}{mark}{self.tokenizer.bos_token}{tail}\n" + (f"{answer}{end}" if answer else "")
+        return text + (f" {answer}{end}" if answer else "")
 
     def _shorten(self, pieces: list[str], excess: int) -> None:
         """Take about `excess` tokens from the end of the longest filled-in text."""
@@ -121,7 +148,7 @@ class Encoder:
                 f"a prompt has more than max_text_tokens = {self.max_text_tokens} tokens of fixed wording; raise it"
             )
         text = pieces[longest]
-        tokens = max(1, len(self.tokenizer(text, add_special_tokens=False)["input_ids"]))
+        tokens = max(1, len(self._plain.ids(self._plain.guard(text))))
         kept = min(len(text) - 1, int(len(text) * max(0, tokens - excess) / tokens))
         # half the text at most in one step: another may have become the longest by then
         pieces[longest] = text[: max(_FEWEST, kept, len(text) // 2)].rstrip()
@@ -129,13 +156,23 @@ class Encoder:
     def image(self, path: Path) -> ImageInput:
         """Return the image at `path` as the model takes it; the same bytes are preprocessed once."""
         key = image_digest(path)
-        if key not in self._images:
+        if key in self._images:
+            self._images.move_to_end(key)
+        else:
             assert self.processor is not None
             batch = self.processor(
                 images=[open_image(path)], text=[self.image_token], return_tensors="pt", add_special_tokens=False
             )
             tensors = {name: value for name, value in batch.items() if name not in _NOT_IMAGE_INPUTS}
-            self._images[key] = ImageInput(key, tuple(batch["input_ids"][0].tolist()), tensors)
+            found = batch["input_ids"][0].tolist()
+            if self.architecture.bos_behind_image:  # that is the prompt's, not the image's
+                mark = self.tokenizer.convert_tokens_to_ids(self.image_token)
+                found = [token for token in found if token == mark]
+            ids, before, behind = self._plain.stripped(found)
+            self._images[key] = ImageInput(key, ids, tensors, before, behind)
+            self._bytes += _size(self._images[key])
+            while self._bytes > _IMAGE_BYTES and len(self._images) > 1:
+                self._bytes -= _size(self._images.popitem(last=False)[1])
         return self._images[key]
 
     def _expanded(self, ids: Sequence[int], images: Sequence[ImageInput]) -> tuple[int, ...]:
@@ -147,12 +184,6 @@ class Encoder:
         for token in ids:
             out += next(rest).ids if token == mark else (token,)
         return tuple(out)
-
-
-def _cut(match: re.Match[str]) -> str:
-    """Cut a special token's spelling behind its first character."""
-    word = match.group()
-    return f"{word[0]}{CUT}{word[1:]}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,3 +229,7 @@ def pad(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> tup
         ids[i, span] = torch.tensor(row, dtype=torch.long)
         mask[i, span] = 1
     return ids, mask
+
+
+def _size(image: ImageInput) -> int:
+    return sum(tensor.nbytes for tensor in image.tensors.values())

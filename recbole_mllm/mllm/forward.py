@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -11,11 +12,14 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from recbole_mllm.mllm.architectures import architecture_of, language_part
+from recbole_mllm.mllm.batching import Budget
 from recbole_mllm.mllm.encode import Encoded, ImageInput, pad
 
-# Families whose image features come, and are fed back, as one stacked tensor rather than a list (transformers 5.23)
-_STACKED = {"gemma3", "paligemma"}
+_BATCH_TOKENS = 8192  # tokens of keys and values a batch holds, padding included
 _FEATURE_BYTES = 2 * 2**30
+# An image's features: one tensor where the family stacks them, else a list of one or more
+_Features = Any
 
 
 class Body:
@@ -28,25 +32,27 @@ class Body:
         self.model = model
         # PEFT's wrapper adds nothing to the forward pass of a LoRA model: its layers sit inside the base model
         self.head_model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.inner = self.head_model.base_model  # what stands under the head
         self.config = self.head_model.config
         self.device = next(self.head_model.parameters()).device
-        self.family = str(self.config.model_type)
-        self._features: OrderedDict[str, Tensor] = OrderedDict()
+        self.architecture = architecture_of(self.head_model)
+        self.way: Any = None  # how prompts are scored, found at first use (see check)
+        self.budget = Budget(_BATCH_TOKENS, self.forget_features)
+        self._features: OrderedDict[str, BaseModelOutputWithPooling] = OrderedDict()
         self._bytes = 0
 
     @property
     def frozen_vision(self) -> bool:
         """Whether no parameter outside the language model is trained, so that an image's features never change."""
-        language = self.head_model.get_decoder() if hasattr(self.head_model, "get_decoder") else None
-        inside = {id(p) for p in language.parameters()} if language is not None else set()
+        inside = {id(p) for p in language_part(self.head_model)[1].parameters()}
         return all(id(p) in inside for p in self.head_model.parameters() if p.requires_grad)
 
     def new_cache(self) -> DynamicCache:
         """Return an empty key-value cache."""
         return DynamicCache(config=self.config)
 
-    def features(self, images: Sequence[ImageInput]) -> list[Tensor]:
-        """Return each image's ``[tokens, D]`` features as the language model reads them."""
+    def features(self, images: Sequence[ImageInput]) -> list[BaseModelOutputWithPooling]:
+        """Return each image's features as the language model reads them."""
         if not self.frozen_vision:
             return [self._encode(image) for image in images]
         for image in images:
@@ -56,37 +62,43 @@ class Body:
             with torch.no_grad():
                 made = self._encode(image)
             self._features[image.key] = made
-            self._bytes += made.nbytes
+            self._bytes += _bytes(made)
         out = [self._features[image.key] for image in images]
         while self._bytes > _FEATURE_BYTES and len(self._features) > 1:
-            self._bytes -= self._features.popitem(last=False)[1].nbytes
+            self._bytes -= _bytes(self._features.popitem(last=False)[1])
         return out
 
-    def _encode(self, image: ImageInput) -> Tensor:
+    def forget_features(self) -> bool:
+        """Drop the kept features, as memory is short; return whether there were any."""
+        any_kept, self._bytes = bool(self._features), 0
+        self._features.clear()
+        return any_kept
+
+    def pixels(self, images: Sequence[ImageInput]) -> dict[str, Tensor]:
+        """Return the images as the vision tower takes them."""
         dtype = self.head_model.dtype
-        tensors = {
+        tensors = {name: torch.cat([image.tensors[name] for image in images]) for name in images[0].tensors}
+        return {
             name: value.to(self.device, dtype) if value.is_floating_point() else value.to(self.device)
-            for name, value in image.tensors.items()
+            for name, value in tensors.items()
         }
-        out = self.head_model.model.get_image_features(**tensors, return_dict=True).pooler_output
-        return out.reshape(-1, out.size(-1)) if isinstance(out, Tensor) else torch.cat(list(out), 0)
+
+    def _encode(self, image: ImageInput) -> BaseModelOutputWithPooling:
+        out = self.inner.get_image_features(**self.pixels([image]), return_dict=True)
+        kept = BaseModelOutputWithPooling(pooler_output=out.pooler_output)
+        if (deep := getattr(out, "deepstack_features", None)) is not None:
+            kept["deepstack_features"] = deep
+        return kept
 
     def image_outputs(self, images: Sequence[ImageInput]) -> dict[str, BaseModelOutputWithPooling]:
-        """Return features as the model's ``mm_encoder_outputs``."""
-        features = self.features(images)
-        pooled: Any = torch.stack(features) if self.family in _STACKED else features
-        return {"image": BaseModelOutputWithPooling(pooler_output=pooled)}
-
-    def generation_images(self, ids: Tensor, images: Sequence[ImageInput]) -> dict[str, Any]:
-        """Return the image arguments of ``generate`` for left-padded `ids` ``[B, T]``."""
-        if not images:
-            return {}
-        extra: dict[str, Any] = {"mm_encoder_outputs": self.image_outputs(images)}
-        grids = [image.tensors["image_grid_thw"] for image in images if "image_grid_thw" in image.tensors]
-        if grids:
-            extra["image_grid_thw"] = torch.cat(grids).to(self.device)
-            extra["mm_token_type_ids"] = (ids == self.image_token_id).int().to(self.device)
-        return extra
+        """Return features as the model's ``mm_encoder_outputs``, joined as the family itself joins those of a batch."""
+        made = self.features(images)
+        out = BaseModelOutputWithPooling(pooler_output=_joined([one.pooler_output for one in made]))
+        if "deepstack_features" in made[0]:
+            out["deepstack_features"] = [
+                _joined(layer) for layer in zip(*(one["deepstack_features"] for one in made), strict=True)
+            ]
+        return {"image": out}
 
     @property
     def image_token_id(self) -> int:
@@ -97,16 +109,16 @@ class Body:
         return -1
 
     def positions(self, encoded: Encoded) -> Tensor:
-        """Return the position of every token: ``[T]``, or ``[3, T]`` for rotary positions in three axes (Qwen-VL)."""
-        ids = torch.tensor(encoded.ids)
-        if encoded.images and hasattr(self.head_model.model, "get_rope_index"):
+        """Return the position of every token: ``[T]``, or ``[3, T]`` where positions have three axes (Qwen-VL)."""
+        ids, three = torch.tensor(encoded.ids), self.architecture.positions_in_three_axes
+        if encoded.images and three:
             grid = torch.cat([image.tensors["image_grid_thw"] for image in encoded.images])
             kinds = (ids == self.image_token_id).int()
-            found, _ = self.head_model.model.get_rope_index(ids[None], kinds[None], image_grid_thw=grid)
+            found, _ = self.inner.get_rope_index(ids[None], kinds[None], image_grid_thw=grid)
             return torch.as_tensor(found[:, 0])
-        start = 1 if self.family == "paligemma" else 0
+        start = self.architecture.first_position
         plain = torch.arange(start, start + len(ids))
-        return plain.expand(3, -1) if hasattr(self.head_model.model, "get_rope_index") else plain
+        return plain.expand(3, -1) if three else plain
 
     def hidden(self, rows: Sequence[Encoded], start: int, stops: Sequence[int], cache: DynamicCache | None) -> Tensor:
         """Run tokens ``[start, stop)`` of each row, right-padded, behind the ``[0, start)`` that `cache` holds.
@@ -124,8 +136,8 @@ class Body:
         seen = [self.image_token_id in row.ids[start:stop] for row, stop in zip(rows, stops, strict=True)]
         images = [image for row, sees in zip(rows, seen, strict=True) if sees for image in row.images]
         extra: dict[str, Any] = {"mm_encoder_outputs": self.image_outputs(images)} if images else {}
-        extra |= self._token_types(ids, start, bool(images))
-        out = self.head_model.model(
+        extra |= self._token_types(rows, ids, start, bool(images))
+        out = self.inner(
             input_ids=ids.to(self.device),
             attention_mask=mask.to(self.device),
             position_ids=position_ids.to(self.device),
@@ -149,30 +161,52 @@ class Body:
         """
         tokens = torch.tensor(ids)[:, None]
         places = torch.tensor(positions)[:, None]
-        if hasattr(self.head_model.model, "get_rope_index"):
+        if self.architecture.positions_in_three_axes:
             places = places.expand(3, -1, -1)
-        out = self.head_model.model(
+        kinds = torch.zeros_like(mask, dtype=torch.int)
+        kinds[:, -1] = 1
+        extra = {"token_type_ids": kinds.to(self.device)} if self.architecture.token_types == "answer" else {}
+        out = self.inner(
             input_ids=tokens.to(self.device),
             attention_mask=mask.to(self.device),
             position_ids=places.to(self.device),
             past_key_values=cache,
             use_cache=True,
-            **self._token_types(tokens, 0, False),
+            **extra,
         )
         return torch.as_tensor(out.last_hidden_state[:, 0])
 
-    def _token_types(self, ids: Tensor, start: int, has_image: bool) -> dict[str, Tensor]:
-        if self.family == "gemma3" and has_image:  # its mask code indexes by absolute position
-            kinds = (ids == self.image_token_id).int()
-            return {"token_type_ids": torch.cat([kinds.new_zeros(len(ids), start), kinds], 1).to(self.device)}
-        if self.family == "paligemma":  # prefix-LM: the whole prompt is read in both directions
-            return {"token_type_ids": torch.zeros_like(ids).to(self.device)}
-        return {}
+    def _token_types(self, rows: Sequence[Encoded], ids: Tensor, start: int, sees: bool) -> dict[str, Tensor]:
+        kinds = torch.zeros(len(ids), start + ids.size(1), dtype=torch.int)
+        if self.architecture.token_types == "image" and sees:
+            kinds[:, start:] = ids == self.image_token_id
+        elif self.architecture.token_types == "answer":
+            for kind, row in zip(kinds, rows, strict=True):
+                kind[len(row.ids) - row.answer : len(row.ids)] = 1
+        else:
+            return {}
+        return {"token_type_ids": kinds.to(self.device)}
 
     def logits(self, states: Tensor, tokens: Sequence[int] | None = None) -> Tensor:
         """Return float32 logits of `states` ``[N, D]``, for `tokens` only or for the vocabulary."""
         head = self.head_model.get_output_embeddings()
-        whole = tokens is None
-        out = head(states).float() if whole else states.float() @ head.weight[list(tokens or ())].float().T
+        if tokens is None:
+            out = head(states).float()
+        else:
+            out = states.float() @ head.weight[list(tokens)].float().T
+            if getattr(head, "bias", None) is not None:
+                out = out + head.bias[list(tokens)].float()
         cap = getattr(self.config.get_text_config(), "final_logit_softcapping", None)
         return torch.as_tensor(torch.tanh(out / cap) * cap if cap else out)
+
+
+def _joined(features: Sequence[_Features]) -> _Features:
+    """Return the features of several images as one: tensors along their first axis, or one list of all tiles."""
+    if isinstance(features[0], Tensor):
+        return torch.cat(list(features), 0)
+    return list(chain.from_iterable(features))
+
+
+def _bytes(made: BaseModelOutputWithPooling) -> int:
+    parts = [made.pooler_output, *made.get("deepstack_features", [])]
+    return sum(tile.nbytes for part in parts for tile in ([part] if isinstance(part, Tensor) else part))

@@ -29,9 +29,10 @@ class HFModel:
         self.model: Any = loaded.model
         self.device = device
         limit = _context(loaded.model.config)
-        self.encoder = Encoder(loaded.tokenizer, loaded.processor, min(settings.max_text_tokens, limit))
         self.body = Body(loaded.model)
         self.slots = slots
+        longest = min(settings.max_text_tokens, limit)
+        self.encoder = Encoder(loaded.tokenizer, loaded.processor, longest, self.body.architecture)
         self.tokens_read = 0
 
     def replace_model(self, model: Any) -> None:
@@ -55,7 +56,10 @@ class HFModel:
         """Return ``[B]`` float32 log-odds of Yes against No for each prompt; its sigmoid is P(Yes) (paper, eq. 1)."""
         encoded = self.encode(prompts)
         self.tokens_read += sum(len(e.ids) for e in encoded)
-        logits = yes_logits(self.body, encoded, (answers.yes[0], answers.no[0]), share_prefix=share_prefix)
+        asked = (answers.yes[0], answers.no[0])
+        logits = yes_logits(
+            self.body, encoded, asked, share_prefix=share_prefix, name=lambda i: repr(prompts[i].text[:200])
+        )
         return logits[:, 0] - logits[:, 1]
 
     def loss(self, prompts: Sequence[Prompt], labels: Tensor, answers: AnswerTokens, *, whole: bool = False) -> Tensor:

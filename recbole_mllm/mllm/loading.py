@@ -1,22 +1,20 @@
-"""Find and load a model with its processor: the bundled tiny one, a local folder, or a hub id."""
+"""Load a model with its processor by transformers' auto classes."""
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
 from recbole_mllm.errors import UserError
+from recbole_mllm.mllm.processors import load_processor
+from recbole_mllm.mllm.sources import TINY, gguf_of, identity_of, source_of
 
-TINY = "tiny"
-_WHOLE = 64 * 2**20  # files up to this many bytes are digested whole, larger ones by size, head and tail
-_END = 2**20
+__all__ = ["TINY", "Loaded", "dtype_of", "identity_of", "load", "source_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,32 +25,6 @@ class Loaded:
     tokenizer: Any
     processor: Any | None
     identity: str
-
-
-def source_of(name: str) -> str:
-    """Return the folder of the bundled model for `tiny`, else `name` itself."""
-    if name.startswith("server:"):
-        raise UserError(f"{name}: a model behind a server cannot be loaded here; give a hub id or a local folder")
-    if name == TINY:
-        return str(Path(__file__).resolve().parents[1] / "demo" / "tiny")
-    return name
-
-
-def identity_of(name: str, revision: str | None) -> str:
-    """Return what names the weights: a digest of a folder's files, or a hub id with its commit."""
-    folder = Path(source_of(name))
-    if not folder.is_dir():
-        return f"{name}@{revision or 'main'}"
-    digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")):
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder)}:{size}\n".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(min(size, _WHOLE) if size <= _WHOLE else _END))
-            if size > _WHOLE:
-                file.seek(-_END, 2)
-                digest.update(file.read())
-    return f"{folder.name}#{digest.hexdigest()[:16]}"
 
 
 def dtype_of(name: str, device: torch.device) -> torch.dtype:
@@ -73,21 +45,20 @@ def load(name: str, dtype: torch.dtype, device: torch.device, *, trust_remote_co
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     source = source_of(name)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if (file := gguf_of(source)) is not None:
+        source, options["gguf_file"] = str(file.parent), file.name
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-        sees = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+        config = AutoConfig.from_pretrained(source, **options)
+        sees = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and file is None
         auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
-        model = auto.from_pretrained(source, dtype=dtype, trust_remote_code=trust_remote_code).to(device).eval()
-        processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code) if sees else None
-        tokenizer = (
-            processor.tokenizer
-            if processor is not None
-            else AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-        )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        model = auto.from_pretrained(source, dtype=dtype, **options).to(device).eval()
+        processor = load_processor(source, **options) if sees else None
+        tokenizer = processor.tokenizer if processor is not None else AutoTokenizer.from_pretrained(source, **options)
+    except (ImportError, OSError, ValueError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(
-            f"model {name!r} cannot be loaded: {reason}; give a hub id, a local folder, or `tiny`"
+            f"model {name!r} cannot be loaded: {reason}; give a hub id, a local folder, a .gguf file, or `tiny`"
         ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

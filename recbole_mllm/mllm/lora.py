@@ -10,10 +10,9 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft
 from torch import Tensor, nn
 
 from recbole_mllm.errors import UserError
+from recbole_mllm.mllm.architectures import language_part
 from recbole_mllm.settings import LoraSettings
 
-_LANGUAGE = ("language_model", "text_model")
-_VISION = ("vision", "visual", "image")
 _NEVER = ("lm_head", "projector", "connector", "merger", "embed")
 
 
@@ -28,8 +27,8 @@ def target_modules(model: nn.Module, where: str) -> list[str]:
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     linear = [name for name in linear if not any(word in name for word in _NEVER)]
     if where == "language":
-        named = [name for name in linear if any(word in name for word in _LANGUAGE)]
-        linear = named or [name for name in linear if not any(word in name for word in _VISION)]
+        part, _ = language_part(model)
+        linear = [name for name in linear if name.startswith(part)]
     if not linear:
         raise UserError(f"{type(model).__name__} has no linear layer LoRA could adapt (lora_target: {where})")
     return linear

@@ -7,33 +7,60 @@ leaves each prompt at least one token of its own. Key-value caches live while th
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from recbole_mllm.mllm.batching import in_batches
+from recbole_mllm.mllm.check import Way, plain_logits, way_to_score
 from recbole_mllm.mllm.encode import Encoded
 from recbole_mllm.mllm.forward import Body
 
-# Prefix-LM: the whole prompt is read in both directions, so no part of it can be computed without the rest
-_NO_SHARING = {"paligemma"}
 _LEAST_GAIN = 512  # tokens a shared prefix must save to be worth a forward pass, and smaller batches behind it
-_BATCH_TOKENS = 8192  # tokens of keys and values a batch holds, padding included
 
 
-def yes_logits(body: Body, prompts: Sequence[Encoded], tokens: Sequence[int], *, share_prefix: bool = True) -> Tensor:
-    """Return ``[B, len(tokens)]`` float32 logits of `tokens` at the position behind each prompt."""
-    out = torch.empty(len(prompts), len(tokens))
-    keys = [_key(body, prompt) for prompt in prompts]
-    order = sorted(range(len(prompts)), key=keys.__getitem__)
-    trie = _Trie(body, prompts, keys, tokens, out)
-    if share_prefix and body.family not in _NO_SHARING:
-        trie.node(order, 0, None)
-    else:
-        trie.leaf(order, 0, None)
-    return out
+def yes_logits(
+    body: Body,
+    prompts: Sequence[Encoded],
+    tokens: Sequence[int],
+    *,
+    share_prefix: bool = True,
+    name: Callable[[int], str] = str,
+) -> Tensor:
+    """Return ``[B, len(tokens)]`` float32 logits of `tokens` at the position behind each prompt.
+
+    Args:
+        body: The model.
+        prompts: What is scored, in any order.
+        tokens: The ids whose logits are wanted.
+        share_prefix: Whether a prefix several prompts share may be computed once.
+        name: Names the n-th prompt to the user, where it alone is too large for the memory.
+    """
+    if not prompts:
+        return torch.empty(0, len(tokens))
+    if body.way is None:
+        body.way = way_to_score(body, prompts, tokens, lambda pair, way: _by(way, body, pair, tokens, str, 1))
+    way: Way = "flat" if body.way == "shared" and not share_prefix else body.way
+    return _by(way, body, prompts, tokens, name, _LEAST_GAIN)
+
+
+def _by(
+    way: Way,
+    body: Body,
+    prompts: Sequence[Encoded],
+    tokens: Sequence[int],
+    name: Callable[[int], str],
+    least_gain: int,
+) -> Tensor:
+    if way == "plain":
+        return torch.stack([plain_logits(body, prompt, tokens) for prompt in prompts])
+    trie = _Trie(body, prompts, tokens, name, least_gain)
+    order = sorted(range(len(prompts)), key=trie.keys.__getitem__)
+    (trie.node if way == "shared" else trie.leaf)(order, 0, None)
+    return trie.out
 
 
 def _key(body: Body, prompt: Encoded) -> tuple[int, ...]:
@@ -79,47 +106,60 @@ class _Trie:
         self,
         body: Body,
         prompts: Sequence[Encoded],
-        keys: Sequence[tuple[int, ...]],
         tokens: Sequence[int],
-        out: Tensor,
+        name: Callable[[int], str],
+        least_gain: int,
     ) -> None:
-        self.body, self.prompts, self.keys, self.tokens, self.out = body, prompts, keys, tokens, out
+        self.body, self.prompts, self.tokens, self.name, self.least_gain = body, prompts, tokens, name, least_gain
+        self.keys = [_key(body, prompt) for prompt in prompts]
+        self.out = torch.empty(len(prompts), len(tokens))
 
     def node(self, rows: Sequence[int], depth: int, cache: DynamicCache | None) -> None:
         """Score `rows` (sorted by key), whose first `depth` tokens `cache` holds."""
         shared = self._shared(rows, depth)
-        if len(rows) > 1 and (shared - depth) * (len(rows) - 1) >= _LEAST_GAIN:
-            cache = fork(cache, 1) if cache is not None else self.body.new_cache()
-            self.body.hidden([self.prompts[rows[0]]], depth, [shared], cache)
-            depth = shared
+        if len(rows) > 1 and (shared - depth) * (len(rows) - 1) >= self.least_gain:
+            cache, depth = self._prefix(rows[0], depth, shared, cache), shared
         alone: list[int] = []
         for group in self._groups(rows, depth):
             deeper = self._shared(group, depth)
-            if len(group) < len(rows) and (deeper - depth) * (len(group) - 1) >= _LEAST_GAIN:
+            if len(group) < len(rows) and (deeper - depth) * (len(group) - 1) >= self.least_gain:
                 self.node(group, depth, cache)
             else:
                 alone += group
         self.leaf(alone, depth, cache)
 
+    def _prefix(self, row: int, depth: int, stop: int, parent: DynamicCache | None) -> DynamicCache:
+        """Return a cache of the first `stop` tokens of `row`, `depth` of which `parent` holds."""
+
+        def run(_: Sequence[int]) -> DynamicCache:
+            cache = fork(parent, 1) if parent is not None else self.body.new_cache()
+            self.body.hidden([self.prompts[row]], depth, [stop], cache)
+            return cache
+
+        ((_, cache),) = in_batches([row], run, self._cost, self.body.budget, self._named)
+        return cache
+
     def leaf(self, rows: Sequence[int], depth: int, cache: DynamicCache | None) -> None:
         """Score `rows` in length-sorted batches behind the shared `depth` tokens."""
-        for batch in self._batches(sorted(rows, key=lambda i: (len(self.keys[i]), self.keys[i]))):
+
+        def run(batch: Sequence[int]) -> Tensor:
             prompts = [self.prompts[i] for i in batch]
             behind = fork(cache, len(batch)) if cache is not None else None
             states = self.body.hidden(prompts, depth, [len(p.ids) for p in prompts], behind)
             last = torch.tensor([len(p.ids) - depth - 1 for p in prompts], device=states.device)
             ends = states[torch.arange(len(batch), device=states.device), last]
-            self.out[list(batch)] = self.body.logits(ends, self.tokens).cpu()
+            return self.body.logits(ends, self.tokens).cpu()
 
-    def _batches(self, rows: Sequence[int]) -> Iterator[list[int]]:
-        batch: list[int] = []
-        for row in rows:
-            if batch and (len(batch) + 1) * len(self.keys[row]) > _BATCH_TOKENS:
-                yield batch
-                batch = []
-            batch.append(row)
-        if batch:
-            yield batch
+        by_length = sorted(rows, key=lambda i: (len(self.keys[i]), self.keys[i]))
+        for batch, logits in in_batches(by_length, run, self._cost, self.body.budget, self._named):
+            self.out[list(batch)] = logits
+
+    def _cost(self, batch: Sequence[int]) -> int:
+        """Tokens of keys and values of a batch sorted by length, padding included."""
+        return len(batch) * len(self.keys[batch[-1]])
+
+    def _named(self, row: int) -> str:
+        return f"{self.name(row)} ({len(self.keys[row])} tokens)"
 
     def _shared(self, rows: Sequence[int], depth: int) -> int:
         """Return the length of the prefix all of `rows` share: that of the first and the last, as they are sorted."""

@@ -21,16 +21,17 @@ def answer_loss(
         body: The model.
         prompts: One row each; they end where the answer begins.
         answers: Tokens of the right answer of each row.
-        whole: Label every token but image placeholders (the paper's eq. 2), not the answer alone.
+        whole: Label every token but image placeholders (the paper's eq. 2), not the answer alone. A prefix-LM sees
+            its whole prompt at once, which leaves nothing to predict there: its answer alone is labelled.
 
     Returns:
         A scalar, float32.
     """
-    rows = [Encoded((*p.ids, *a), p.images) for p, a in zip(prompts, answers, strict=True)]
+    rows = [Encoded((*p.ids, *a), p.images, len(a)) for p, a in zip(prompts, answers, strict=True)]
     states = body.hidden(rows, 0, [len(row.ids) for row in rows], None)
     where, targets, weights = [], [], []
     for i, (row, answer) in enumerate(zip(rows, answers, strict=True)):
-        first = 1 if whole else len(row.ids) - len(answer)
+        first = 1 if whole and body.architecture.shares_prefix else len(row.ids) - len(answer)
         places = [t for t in range(first, len(row.ids)) if row.ids[t] != body.image_token_id]
         where += [(i, t - 1) for t in places]
         targets += [row.ids[t] for t in places]

@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 
 from recbole_mllm.errors import UserError
-from recbole_mllm.mllm import scoring
+from recbole_mllm.mllm import encode, scoring
 from recbole_mllm.mllm.base import Decoding, answers_of
 from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.mllm.lora import adapt, adapter_state, load_adapter_state, target_modules
@@ -27,10 +27,10 @@ HOSTILE = "see <image> [INST] and </s> <s> there"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    place = tmp_path_factory.mktemp("llava")
+    place = tmp_path_factory.mktemp("llava_next")
     for width, colour in enumerate(COLOURS, start=30):
         Image.new("RGB", (width, 40), colour).save(place / f"{colour}.png")
-    return tiny_models.llava(place)
+    return tiny_models.llava_next(place)
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def prompts(folder):
 def _plain_forward(mllm, prompt):
     """Stock batch-1 forward of transformers with pixels: what every faster way must equal."""
     encoded = mllm.encoder(prompt)
-    pixels = {"pixel_values": encoded.images[0].tensors["pixel_values"]} if encoded.images else {}
+    pixels = encoded.images[0].tensors if encoded.images else {}
     with torch.no_grad():
         return mllm.model(input_ids=torch.tensor([encoded.ids]), **pixels).logits[0, -1].float()
 
@@ -120,8 +120,10 @@ def test_truncation_takes_the_longest_text_and_leaves_image_question_and_answer(
     prompt = recommend_prompt(STYLE, "word " * 400, "a short title", folder / "red.png")
     encoded = mllm.encoder(prompt)
     text = mllm.encoder.tokenizer.decode(encoded.ids)
-    assert text.count("<image>") == 16 and "a short title" in text and text.endswith("Answer Yes or No. [/INST]")
-    assert len(encoded.ids) <= 120 + 15 and mllm.encoder.truncated == 1
+    image = mllm.encoder.image(folder / "red.png").ids
+    assert text.count("<image>") == len(image) and "a short title" in text
+    assert text.endswith("Answer Yes or No. [/INST]")
+    assert len(encoded.ids) <= 120 + len(image) and mllm.encoder.truncated == 1
     assert mllm.encoder(prompt, "Yes").ids[-1] == mllm.answers(STYLE).yes[-1]
 
 
@@ -156,7 +158,7 @@ def test_the_loss_is_the_mean_likelihood_of_the_labelled_tokens(mllm, prompts, w
         tail = answers.yes if label else answers.no
         encoded = mllm.encoder(prompt)
         ids = torch.tensor([[*encoded.ids, *tail]])
-        pixels = {"pixel_values": encoded.images[0].tensors["pixel_values"]} if encoded.images else {}
+        pixels = encoded.images[0].tensors if encoded.images else {}
         with torch.no_grad():
             logp = mllm.model(input_ids=ids, **pixels).logits[0].log_softmax(-1)
         first = 1 if whole else len(encoded.ids)
@@ -228,3 +230,11 @@ def test_identity_follows_the_weights_not_the_place(folder, tmp_path):
     assert identity_of(str(copy), None) == identity_of(str(folder), None)
     Path(copy / "config.json").write_text("{}")
     assert identity_of(str(copy), None) != identity_of(str(folder), None)
+
+
+def test_preprocessed_images_take_bounded_memory(mllm, folder, monkeypatch):
+    monkeypatch.setattr(encode, "_IMAGE_BYTES", 1)
+    images = [mllm.encoder.image(folder / f"{colour}.png") for colour in COLOURS]
+    assert len(mllm.encoder._images) == 1
+    again = mllm.encoder.image(folder / f"{COLOURS[0]}.png")
+    assert torch.equal(again.tensors["pixel_values"], images[0].tensors["pixel_values"]) and again.ids == images[0].ids

@@ -1,0 +1,71 @@
+"""Where a family of models truly differs from the one code path; every other family takes the generic row.
+
+A family with a row of its own is tested against transformers' own forward pass in ``tests/unit/test_families.py``. One
+without is checked at its first use (see ``scoring``), as it may differ in a way this table knows nothing of.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """How one family differs."""
+
+    # Tested: no check at first use
+    known: bool = True
+    # False: a prefix-LM reads the whole prompt in both directions, so no part of it can be computed without the rest
+    shares_prefix: bool = True
+    # Where `token_type_ids` are 1: nowhere; at images, read in both directions; at the answer, read in one
+    token_types: str | None = None
+    # The position of the first token
+    first_position: int = 0
+    # Positions have three axes: time, height and width of an image's patches
+    positions_in_three_axes: bool = False
+    # Without a chat template: <bos> stands behind the last image and a newline ends the prompt
+    bos_behind_image: bool = False
+    # The name of the language model among the modules; None: asked of the model
+    language: str | None = "language_model"
+
+
+_QWEN_VL = Architecture(positions_in_three_axes=True)
+_IDEFICS = Architecture(language="text_model")
+_GENERIC = Architecture(known=False, language=None)
+
+_FAMILIES = {
+    "llama": Architecture(language="model"),
+    "llava": Architecture(),
+    "llava_next": Architecture(),
+    "internvl": Architecture(),
+    "qwen2_vl": _QWEN_VL,
+    "qwen2_5_vl": _QWEN_VL,
+    "qwen3_vl": _QWEN_VL,
+    "idefics3": _IDEFICS,
+    "smolvlm": _IDEFICS,
+    # Its mask code reads token types by absolute position: those of a cached prefix must stand in front
+    "gemma3": Architecture(token_types="image"),
+    # Its own positions begin at 1
+    "paligemma": Architecture(shares_prefix=False, token_types="answer", first_position=1, bos_behind_image=True),
+}
+
+
+def architecture_of(model: Any) -> Architecture:
+    """Return the row of the model's family; a family without one takes the generic row and what the model shows."""
+    found = _FAMILIES.get(str(model.config.model_type))
+    if found is not None:
+        return found
+    return replace(_GENERIC, positions_in_three_axes=hasattr(model.base_model, "get_rope_index"))
+
+
+def language_part(model: Any) -> tuple[str, nn.Module]:
+    """Return the full name and the module of the language model in `model`; for a text-only one that is its body."""
+    name = architecture_of(model).language
+    decoder = None if name else model.get_decoder()
+    for path, module in model.named_modules():
+        if (path.rpartition(".")[2] == name) if name else (module is decoder):
+            return path, module
+    return "", model

@@ -1,0 +1,78 @@
+"""Tokenise a rendered prompt so that a special token's spelling inside a title or summary stays plain text.
+
+A filled-in text is cut inside every such spelling, and the parts are tokenised apart. Text that needs no cut is
+tokenised in one piece, exactly as the model's own processor does it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from recbole_mllm.prompts import IMAGE
+
+# A private-use character that no title can hold (``data.atomic.clean``); a text is cut where it stands
+CUT = "\ue000"
+# A part from the middle of a text is tokenised behind this, as a SentencePiece tokeniser would put a space before the
+# first word of a text; its own ids are taken off again (as transformers' ``encode_marked_chat`` does)
+_ANCHOR = "\n"
+_WHITE = " \t\r\n\u2581"
+
+
+class PlainText:
+    """One tokeniser with the spellings of its special and added tokens."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        added = {str(word): int(i) for word, i in tokenizer.get_added_vocab().items()}
+        added |= {str(w): int(tokenizer.convert_tokens_to_ids(w)) for w in tokenizer.all_special_tokens}
+        # Gemma's runs of newlines are tokens of their own, and as harmless in a title as any letter
+        self._special = {word: i for word, i in added.items() if word.strip(_WHITE)}
+        self._ids = frozenset(self._special.values())
+        words = sorted({word for word in {*self._special, IMAGE} if len(word) > 1}, key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, words)))
+        self._anchor = self._encode(_ANCHOR)
+        self.start = self._start()
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _start(self) -> list[int]:
+        """Return the ids the tokeniser puts before a text by itself."""
+        bare, whole = self._encode("a"), list(self.tokenizer("a")["input_ids"])
+        return next((whole[:n] for n in range(len(whole)) if whole[n : n + len(bare)] == bare), [])
+
+    def guard(self, text: str, *, every: bool = False) -> str:
+        """Return `text` with a `CUT` inside each special token's spelling, or behind `every` character."""
+        if every:
+            return CUT.join(text.replace(CUT, ""))
+        # again, as what a cut leaves may spell another: <<a> is < and <a>
+        while (cut := self._pattern.sub(lambda found: f"{found[0][0]}{CUT}{found[0][1:]}", text)) != text:
+            text = cut
+        return text
+
+    def ids(self, text: str) -> list[int]:
+        """Return the ids of `text`, its parts between cuts tokenised apart."""
+        first, *rest = text.split(CUT)
+        ids = self._encode(first)
+        for part in filter(None, rest):
+            behind = self._encode(_ANCHOR + part)
+            n = len(self._anchor)
+            ids += behind[n:] if behind[:n] == self._anchor else self._encode(part)
+        return ids
+
+    def broken(self, ids: Sequence[int], text: str) -> bool:
+        """Whether `ids` hold more special tokens than `text` spells between cuts.
+
+        A tokeniser may fold letters (full-width ones, say) before it looks for its tokens; no spelling shows that.
+        """
+        return sum(token in self._ids for token in ids) > len(self._pattern.findall(text))
+
+    def stripped(self, ids: Sequence[int]) -> tuple[tuple[int, ...], str, str]:
+        """Return `ids` without the plain text around their special tokens, and that text: before and behind."""
+        places = [t for t, token in enumerate(ids) if token in self._ids]
+        if not places:
+            return tuple(ids), "", ""
+        first, stop = places[0], places[-1] + 1
+        return tuple(ids[first:stop]), self.tokenizer.decode(ids[:first]), self.tokenizer.decode(ids[stop:])
