@@ -39,6 +39,7 @@ class Body:
         """Whether no parameter outside the language model is trained, so that an image's features never change."""
         language = self.head_model.get_decoder() if hasattr(self.head_model, "get_decoder") else None
         inside = {id(p) for p in language.parameters()} if language is not None else set()
+        inside |= {id(p) for p in self.head_model.get_output_embeddings().parameters()}
         return all(id(p) in inside for p in self.head_model.parameters() if p.requires_grad)
 
     def new_cache(self) -> DynamicCache:
@@ -147,6 +148,7 @@ class Body:
         """Return float32 logits of `states` ``[N, D]``, for `tokens` only or for the vocabulary."""
         head = self.head_model.get_output_embeddings()
         whole = tokens is None
-        out = head(states).float() if whole else states.float() @ head.weight[list(tokens or ())].float().T
+        with torch.autocast(self.device.type, enabled=torch.is_autocast_enabled(self.device.type) and whole):
+            out = head(states).float() if whole else states.float() @ head.weight[list(tokens or ())].float().T
         cap = getattr(self.config.get_text_config(), "final_logit_softcapping", None)
         return torch.as_tensor(torch.tanh(out / cap) * cap if cap else out)

@@ -13,7 +13,7 @@ from recbole_mllm.mllm.encode import AnswerTokens, Encoded, Encoder, answer_toke
 from recbole_mllm.mllm.forward import Body
 from recbole_mllm.mllm.loading import dtype_of, load
 from recbole_mllm.mllm.scoring import yes_logits
-from recbole_mllm.mllm.sft import answer_loss
+from recbole_mllm.mllm.sft import Example, example_loss, make_examples
 from recbole_mllm.prompts import Prompt, Style
 from recbole_mllm.settings import MLLMSettings
 
@@ -72,10 +72,21 @@ class HFModel:
         logits = yes_logits(self.body, encoded, (answers.yes[0], answers.no[0]), share_prefix=share_prefix)
         return logits[:, 0] - logits[:, 1]
 
-    def loss(self, prompts: Sequence[Prompt], labels: Tensor, answers: AnswerTokens, *, whole: bool = False) -> Tensor:
+    def examples(self, prompts: Sequence[Prompt], labels: Tensor, answers: AnswerTokens) -> list[Example]:
+        """Return each prompt with its right answer, encoded: Yes where the label is 1, else No."""
+        return make_examples(self.encode(prompts), [answers.yes if y else answers.no for y in labels.tolist()])
+
+    def loss(
+        self,
+        prompts: Sequence[Prompt],
+        labels: Tensor,
+        answers: AnswerTokens,
+        *,
+        whole: bool = False,
+        share_prefix: bool = False,
+    ) -> Tensor:
         """Return the mean next-token loss of the right answers, over the answer or over the `whole` sequence."""
-        encoded = self.encode(prompts)
-        return answer_loss(self.body, encoded, [answers.yes if y else answers.no for y in labels.tolist()], whole=whole)
+        return example_loss(self.body, self.examples(prompts, labels, answers), whole=whole, share=share_prefix)
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Encoded]:
         """Return the token ids and images of each prompt."""
