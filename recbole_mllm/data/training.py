@@ -77,14 +77,16 @@ class SeededTrainDataLoader(TrainDataLoader):  # type: ignore[misc]
     @classmethod
     def of(cls, loader: Any) -> SeededTrainDataLoader:
         """Return `loader` itself if it is one of these, else one over the same rows."""
-        return loader if isinstance(loader, cls) else cls(loader.config, loader._dataset, loader._sampler, loader.shuffle)
+        return (
+            loader if isinstance(loader, cls) else cls(loader.config, loader._dataset, loader._sampler, loader.shuffle)
+        )
 
     def set_epoch(self, epoch: int, first: int = 0) -> None:
         """Make the next pass that of `epoch`, from its batch `first` on; without it, passes count up from 0."""
         self.epoch, self.first = epoch, first
 
     def __len__(self) -> int:
-        return -(-self.sample_size // self.step)
+        return -(-int(self.sample_size) // int(self.step))
 
     def rows_in(self, batch: int) -> int:
         """Return how many rows a batch has: all but the last have as many."""

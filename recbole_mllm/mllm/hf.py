@@ -21,10 +21,10 @@ from recbole_mllm.settings import MLLMSettings
 class HFModel:
     """A causal (multimodal) language model with its encoder; `identity` names the weights and their precision."""
 
-    def __init__(self, name: str, settings: MLLMSettings, device: torch.device) -> None:
+    def __init__(self, name: str, settings: MLLMSettings, device: torch.device, *, four_bit: bool = False) -> None:
         dtype = dtype_of(settings.dtype, device)
-        loaded = load(name, dtype, device, trust_remote_code=settings.trust_remote_code)
-        self.identity = f"{loaded.identity}:{str(dtype).removeprefix('torch.')}"
+        loaded = load(name, dtype, device, trust_remote_code=settings.trust_remote_code, four_bit=four_bit)
+        self.identity = f"{loaded.identity}:{str(dtype).removeprefix('torch.')}{':nf4' if four_bit else ''}"
         self.model: Any = loaded.model
         self.device = device
         limit = _context(loaded.model.config)
@@ -36,6 +36,13 @@ class HFModel:
         """Go on with `model`, the same one with an adapter around it."""
         self.model = model
         self.body = Body(model)
+
+    def checkpoint_gradients(self) -> None:
+        """Compute layers again on the way back rather than keep what they computed; the gradients are the same.
+
+        The non-reentrant kind needs no input that requires gradients, so frozen embeddings do not cut it off.
+        """
+        self.body.head_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def answers(self, style: Style) -> AnswerTokens:
         """Return the tokens of the style's Yes and No as they follow a prompt."""

@@ -64,8 +64,25 @@ def dtype_of(name: str, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def load(name: str, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool = False) -> Loaded:
-    """Load `name` for inference.
+def quantized(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """Return what ``from_pretrained`` needs for QLoRA's 4-bit NormalFloat; head and vision side stay as they are."""
+    from transformers import BitsAndBytesConfig
+
+    whole = ["lm_head", "vision_tower", "vision_model", "visual", "multi_modal_projector", "connector"]
+    how = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=whole,
+    )
+    return {"quantization_config": how, "device_map": {"": device}}
+
+
+def load(
+    name: str, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool = False, four_bit: bool = False
+) -> Loaded:
+    """Load `name` for inference, its linear layers in four bits where asked for.
 
     Raises:
         UserError: The name is neither a folder nor a model id that can be had, or no auto class knows it.
@@ -77,7 +94,9 @@ def load(name: str, dtype: torch.dtype, device: torch.device, *, trust_remote_co
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         sees = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
         auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
-        model = auto.from_pretrained(source, dtype=dtype, trust_remote_code=trust_remote_code).to(device).eval()
+        extra = quantized(dtype, device) if four_bit else {}
+        model = auto.from_pretrained(source, dtype=dtype, trust_remote_code=trust_remote_code, **extra).eval()
+        model = model if four_bit else model.to(device)
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code) if sees else None
         tokenizer = (
             processor.tokenizer
