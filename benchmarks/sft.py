@@ -1,9 +1,9 @@
 """A step of LoRA fine-tuning: this project's way beside the plain one, on the same examples of one model in one run.
 
 The plain way takes padded batches through the processor, so that images are opened and the vision tower runs at every
-step, labels the answer alone, and computes the logits of every token. The model is a tiny LLaVA-NeXT with random weights
-and about 740 image tokens an image; its vocabulary is small, so that the head does not flatter. LoRA dropout is 0, so
-that both ways have one gradient. Ends with one JSON line; keys are users per item.
+step, labels the answer alone, and computes the logits of every token. The model is a tiny LLaVA-NeXT with random
+weights and about 740 image tokens an image; its vocabulary is small, so that the head does not flatter. LoRA dropout is
+0, so that both ways have one gradient. Ends with one JSON line; keys are users per item.
 """
 
 from __future__ import annotations

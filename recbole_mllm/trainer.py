@@ -118,8 +118,10 @@ class MLLMMSRTrainer(Trainer):  # type: ignore[misc]
                 rows = sum(train_data.rows_in(n) for n in range(first, min(first + group, batches)))
                 total += self._backward(interaction, rows)
                 if number + 1 in (first + group, batches):
-                    self._step(number // group, math.ceil(batches / group), interaction)
-                    self._note(Place(epoch_idx, number + 1, total), number // group + 1)
+                    per_epoch = math.ceil(batches / group)
+                    step = epoch_idx * per_epoch + number // group
+                    self._step(step, per_epoch * self.max_epochs, interaction)
+                    self._note(Place(epoch_idx, number + 1, total), step + 1)
                 progress.update(1)
         return total
 
@@ -143,11 +145,10 @@ class MLLMMSRTrainer(Trainer):  # type: ignore[misc]
             total += value * len(part) / len(examples)
         return total
 
-    def _step(self, step: int, per_epoch: int, interaction: Interaction) -> None:
-        """Clip the gradients and take step `step` of the epoch."""
-        settings, steps = self.train_settings, per_epoch * self.max_epochs
-        done = self.place.epoch * per_epoch + step
-        rate = rate_at(done, steps, round(settings.warmup_ratio * steps), settings.lr_scheduler)
+    def _step(self, step: int, steps: int, interaction: Interaction) -> None:
+        """Clip the gradients and take `step` of the run's `steps`."""
+        settings = self.train_settings
+        rate = rate_at(step, steps, round(settings.warmup_ratio * steps), settings.lr_scheduler)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * rate
         scaler = self.precision.scaler
