@@ -86,10 +86,12 @@ class MLLMMSRTrainer(Trainer):  # type: ignore[misc]
                 callback_fn(epoch, score)
 
         if self.model.is_trained and self.start_epoch >= self.epochs:  # finished before; RecBole would save once more
+            self.eval_collector.data_collect(loader)
             return self.best_valid_score, self.best_valid_result
         best = super().fit(loader, valid_data, verbose, saved, show_progress, at_end_of_epoch)
         if every and self.model.is_trained:
-            self._save_last(finished=True)
+            self.place = Place(max(self.train_loss_dict) + 1)
+            self._save_last()
         if self.model.is_trained or not valid_data:
             return best
         self.best_valid_score, self.best_valid_result = self._valid_epoch(valid_data)
@@ -218,11 +220,11 @@ class MLLMMSRTrainer(Trainer):  # type: ignore[misc]
         if verbose:
             self.logger.info(f"Saving current: {path}")
 
-    def _save_last(self, finished: bool = False) -> None:
+    def _save_last(self) -> None:
         path = last_of(Path(self.saved_model_file))
-        self._write(path, self.place.epoch - 1, self.place, self.best_valid_result, finished)
+        self._write(path, self.place.epoch - 1, self.place, self.best_valid_result)
 
-    def _write(self, path: Path, epoch: int, place: Place, valid_result: Any, finished: bool = False) -> None:
+    def _write(self, path: Path, epoch: int, place: Place, valid_result: Any) -> None:
         """Write RecBole's entries (trainer.py:289-308) and, under ``training``, what an exact resume needs beside."""
         state = {
             "config": self.config,
@@ -237,7 +239,7 @@ class MLLMMSRTrainer(Trainer):  # type: ignore[misc]
                 "random": random_state(),
                 "scaler": self.precision.scaler.state_dict(),
                 "best_valid_result": valid_result,
-                "stopped": finished and place.epoch < self.epochs,  # early, so more epochs would change nothing
+                "stopped": self.cur_step > self.stopping_step,  # early (utils/utils.py:113-154)
             },
         }
         write_checkpoint(state, path)
@@ -270,6 +272,8 @@ class MLLMMSRTrainer(Trainer):  # type: ignore[misc]
         self.model.load_other_parameter(checkpoint.get("other_parameter"))
         if found := difference(checkpoint, self.config, course=place.batch > 0):
             raise UserError(f"{path} was trained with {found}; give the same settings to go on from it")
+        if training.get("best_valid_result") is not None and not best_of(path).is_file():
+            raise UserError(f"{best_of(path)}, the best epoch so far, is missing beside {path}; put it back")
         self.model.load_state_dict(checkpoint["state_dict"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.saved_model_file = str(best_of(path))

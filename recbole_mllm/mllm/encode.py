@@ -33,10 +33,11 @@ class ImageInput:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A prompt's token ids with its images expanded in place."""
+    """A prompt's token ids with its images expanded in place; the last `answer` of them are the assistant's."""
 
     ids: tuple[int, ...]
     images: tuple[ImageInput, ...] = ()
+    answer: int = 0
 
 
 @dataclass(slots=True)

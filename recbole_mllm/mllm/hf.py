@@ -13,7 +13,7 @@ from recbole_mllm.mllm.encode import AnswerTokens, Encoded, Encoder, answer_toke
 from recbole_mllm.mllm.forward import Body
 from recbole_mllm.mllm.loading import dtype_of, load
 from recbole_mllm.mllm.scoring import yes_logits
-from recbole_mllm.mllm.sft import Example, example_loss, make_examples
+from recbole_mllm.mllm.sft import example_loss, make_examples
 from recbole_mllm.prompts import Prompt, Style
 from recbole_mllm.settings import MLLMSettings
 
@@ -79,7 +79,7 @@ class HFModel:
         logits = yes_logits(self.body, encoded, (answers.yes[0], answers.no[0]), share_prefix=share_prefix)
         return logits[:, 0] - logits[:, 1]
 
-    def examples(self, prompts: Sequence[Prompt], labels: Tensor, answers: AnswerTokens) -> list[Example]:
+    def examples(self, prompts: Sequence[Prompt], labels: Tensor, answers: AnswerTokens) -> list[Encoded]:
         """Return each prompt with its right answer, encoded: Yes where the label is 1, else No."""
         return make_examples(self.encode(prompts), [answers.yes if y else answers.no for y in labels.tolist()])
 

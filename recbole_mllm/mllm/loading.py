@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.utils import logging as transformers_logging
 
 from recbole_mllm.errors import UserError
+from recbole_mllm.mllm.quantization import quantized
 
 TINY = "tiny"
 _WHOLE = 64 * 2**20  # files up to this many bytes are digested whole, larger ones by size, head and tail
@@ -62,21 +63,6 @@ def dtype_of(name: str, device: torch.device) -> torch.dtype:
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)
     return dtype
-
-
-def quantized(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Return what ``from_pretrained`` needs for QLoRA's 4-bit NormalFloat; head and vision side stay as they are."""
-    from transformers import BitsAndBytesConfig
-
-    whole = ["lm_head", "vision_tower", "vision_model", "visual", "multi_modal_projector", "connector"]
-    how = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=whole,
-    )
-    return {"quantization_config": how, "device_map": {"": device}}
 
 
 def load(

@@ -18,7 +18,7 @@ from recbole_mllm.mllm.encode import Encoded
 from recbole_mllm.mllm.forward import Body
 
 # Prefix-LM: the whole prompt is read in both directions, so no part of it can be computed without the rest
-NO_SHARING = {"paligemma"}
+_NO_SHARING = {"paligemma"}
 _LEAST_GAIN = 512  # tokens a shared prefix must save to be worth a forward pass, and smaller batches behind it
 _BATCH_TOKENS = 8192  # tokens of keys and values a batch holds, padding included
 
@@ -26,17 +26,17 @@ _BATCH_TOKENS = 8192  # tokens of keys and values a batch holds, padding include
 def yes_logits(body: Body, prompts: Sequence[Encoded], tokens: Sequence[int], *, share_prefix: bool = True) -> Tensor:
     """Return ``[B, len(tokens)]`` float32 logits of `tokens` at the position behind each prompt."""
     out = torch.empty(len(prompts), len(tokens))
-    keys = [trie_key(body, prompt) for prompt in prompts]
+    keys = [_key(body, prompt) for prompt in prompts]
     order = sorted(range(len(prompts)), key=keys.__getitem__)
     trie = _Trie(body, prompts, keys, tokens, out)
-    if share_prefix and body.family not in NO_SHARING:
+    if share_prefix and body.family not in _NO_SHARING:
         trie.node(order, 0, None)
     else:
         trie.leaf(order, 0, None)
     return out
 
 
-def trie_key(body: Body, prompt: Encoded) -> tuple[int, ...]:
+def _key(body: Body, prompt: Encoded) -> tuple[int, ...]:
     """Return the prompt's ids with image placeholders named after their image, so that equal keys are equal inputs."""
     if not prompt.images:
         return prompt.ids

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,25 +15,17 @@ from recbole_mllm.mllm.scoring import fork
 from recbole_mllm.mllm.sharing import Group, groups
 
 
-@dataclass(frozen=True, slots=True)
-class Example:
-    """A prompt with the right answer behind it; the last `answer` tokens are the answer's."""
-
-    row: Encoded
-    answer: int
+def make_examples(prompts: Sequence[Encoded], answers: Sequence[Sequence[int]]) -> list[Encoded]:
+    """Return each prompt, which ends where the answer begins, with the tokens of its right answer behind it."""
+    return [Encoded((*p.ids, *a), p.images, len(a)) for p, a in zip(prompts, answers, strict=True)]
 
 
-def make_examples(prompts: Sequence[Encoded], answers: Sequence[Sequence[int]]) -> list[Example]:
-    """Return each prompt, which ends where the answer begins, with the tokens of its right answer."""
-    return [Example(Encoded((*p.ids, *a), p.images), len(a)) for p, a in zip(prompts, answers, strict=True)]
-
-
-def example_loss(body: Body, examples: Sequence[Example], *, whole: bool = False, share: bool = False) -> Tensor:
+def example_loss(body: Body, examples: Sequence[Encoded], *, whole: bool = False, share: bool = False) -> Tensor:
     """Return the mean loss over rows of the mean loss over each row's labelled tokens.
 
     Args:
         body: The model.
-        examples: One row each.
+        examples: One row each, its right answer being its last tokens.
         whole: Label every token but image placeholders (the paper's eq. 2), not the answer alone.
         share: Compute what rows have in common once; the gradients are the same up to rounding. With LoRA dropout,
             the common part has one mask for all its rows.
@@ -42,19 +33,18 @@ def example_loss(body: Body, examples: Sequence[Example], *, whole: bool = False
     Returns:
         A scalar, float32.
     """
-    planned = groups(body, [e.row for e in examples]) if share else [Group(tuple(range(len(examples))), 0)]
+    planned = groups(body, examples) if share else [Group(tuple(range(len(examples))), 0)]
     losses = [_summed_loss(body, [examples[i] for i in group.rows], group.shared, whole) for group in planned]
     return torch.stack(losses).sum() / len(examples)
 
 
-def _summed_loss(body: Body, examples: Sequence[Example], shared: int, whole: bool) -> Tensor:
+def _summed_loss(body: Body, examples: Sequence[Encoded], shared: int, whole: bool) -> Tensor:
     """Return the sum of the rows' losses, their first `shared` tokens being computed once."""
-    rows = [example.row for example in examples]
-    states, width = _states(body, rows, shared)
+    states, width = _states(body, examples, shared)
     # what is predicted, at which state, with what weight; the shared part's own tokens are labelled by every row
     labels: dict[tuple[int, int], float] = defaultdict(float)
     for i, example in enumerate(examples):
-        ids = example.row.ids
+        ids = example.ids
         first = 1 if whole else len(ids) - example.answer
         places = [t for t in range(first, len(ids)) if ids[t] != body.image_token_id]
         for t in places:
@@ -81,7 +71,7 @@ def _states(body: Body, rows: Sequence[Encoded], shared: int) -> tuple[Tensor, i
     return torch.cat([before[0], behind.flatten(0, 1)]), behind.size(1)
 
 
-def micro_batches(body: Body, examples: Sequence[Example], size: int | None, *, share: bool = False) -> list[list[int]]:
+def micro_batches(body: Body, examples: Sequence[Encoded], size: int | None, *, share: bool = False) -> list[list[int]]:
     """Cut a batch into parts that one backward pass each holds; every row is in exactly one.
 
     Rows of like length stand together, at most `size` of them (None: all). Rows that share a prefix stay together as
@@ -89,14 +79,14 @@ def micro_batches(body: Body, examples: Sequence[Example], size: int | None, *, 
     """
     if size is None:
         return [list(range(len(examples)))]
-    rows = [example.row for example in examples]
-    planned = groups(body, rows) if share else [Group(tuple(range(len(rows))), 0)]
-    most, out = size * max(len(row.ids) for row in rows), list[list[int]]()
+    planned = groups(body, examples) if share else [Group(tuple(range(len(examples))), 0)]
+    lengths = [len(example.ids) for example in examples]
+    most, out = size * max(lengths), list[list[int]]()
     for group in planned:
         part: list[int] = []
         tokens = group.shared
-        for i in sorted(group.rows, key=lambda i: len(rows[i].ids)):
-            own = len(rows[i].ids) - group.shared
+        for i in sorted(group.rows, key=lengths.__getitem__):
+            own = lengths[i] - group.shared
             if part and (tokens + own > most if group.shared else len(part) == size):
                 out.append(part)
                 part, tokens = [], group.shared

@@ -8,7 +8,7 @@ from itertools import groupby
 
 from recbole_mllm.mllm.encode import Encoded
 from recbole_mllm.mllm.forward import Body
-from recbole_mllm.mllm.scoring import NO_SHARING, common_prefix, trie_key
+from recbole_mllm.mllm.scoring import _NO_SHARING, _key, common_prefix
 
 _LEAST_GAIN = 256  # tokens a shared prefix must save to be worth a forward pass of its own
 
@@ -26,14 +26,14 @@ def can_share(body: Body) -> bool:
 
     Gradient checkpointing computes layers again, without a cache; a prefix-LM reads its prompt in both directions.
     """
-    return body.family not in NO_SHARING and not getattr(body.head_model, "is_activation_checkpointing", False)
+    return body.family not in _NO_SHARING and not getattr(body.head_model, "is_activation_checkpointing", False)
 
 
 def groups(body: Body, rows: Sequence[Encoded]) -> list[Group]:
     """Partition `rows` such that shared prefixes save most; what shares nothing is one last group."""
     if not can_share(body):
         return [Group(tuple(range(len(rows))), 0)]
-    keys = [trie_key(body, row) for row in rows]
+    keys = [_key(body, row) for row in rows]
     _, found = _best(keys, sorted(range(len(rows)), key=keys.__getitem__), 0)
     together = {i for group in found for i in group.rows}
     alone = tuple(i for i in range(len(rows)) if i not in together)

@@ -87,7 +87,7 @@ def test_shared_prefixes_change_no_gradient(place, build, whole, monkeypatch):
     monkeypatch.setattr(sharing, "_LEAST_GAIN", 1)
     mllm = _model(place, build)
     examples = _examples(mllm, place, users=2)
-    groups = sharing.groups(mllm.body, [e.row for e in examples])
+    groups = sharing.groups(mllm.body, examples)
     assert sorted(sorted(g.rows) for g in groups) == [[0, 3], [1, 4], [2, 5]]  # one an item
     plain = _step(mllm, examples, whole=whole)
     assert min(float(g.norm()) for g in plain.values()) > 0
@@ -105,12 +105,12 @@ def test_a_shared_prefix_is_computed_once(place, monkeypatch):
 
     monkeypatch.setattr(mllm.body, "hidden", spy)
     _step(mllm, examples, share=True)
-    assert sum(read) < 0.5 * sum(len(e.row.ids) for e in examples)
+    assert sum(read) < 0.5 * sum(len(e.ids) for e in examples)
 
 
 def test_what_is_not_worth_sharing_is_not_shared(place):
     mllm = _model(place, tiny_models.llama)
-    assert [g.shared for g in sharing.groups(mllm.body, [e.row for e in _examples(mllm, place)])] == [0]
+    assert [g.shared for g in sharing.groups(mllm.body, _examples(mllm, place))] == [0]
 
 
 def test_rows_that_are_the_same_share_all_but_a_token(place, monkeypatch):
@@ -128,7 +128,7 @@ def test_micro_batches_hold_every_row_once_and_change_no_gradient(place, size, s
     examples = _examples(mllm, place)
     parts = micro_batches(mllm.body, examples, size, share=share)
     assert sorted(i for part in parts for i in part) == list(range(len(examples)))
-    lengths = [[len(examples[i].row.ids) for i in part] for part in parts]
+    lengths = [[len(examples[i].ids) for i in part] for part in parts]
     if size and not share:
         assert all(len(part) <= size for part in parts) and sum(lengths, []) == sorted(sum(lengths, []))
     assert _relative(_step(mllm, examples, parts, share=share), _step(mllm, examples)) < 1e-5

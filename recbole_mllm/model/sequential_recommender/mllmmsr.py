@@ -15,8 +15,9 @@ from torch import Tensor
 
 from recbole_mllm.data.schema import POSITION
 from recbole_mllm.errors import UserError
+from recbole_mllm.mllm.encode import Encoded
 from recbole_mllm.mllm.hf import HFModel
-from recbole_mllm.mllm.sft import Example, example_loss, micro_batches
+from recbole_mllm.mllm.sft import example_loss, micro_batches
 from recbole_mllm.mllm.sharing import can_share
 from recbole_mllm.mllm.tuning import check_finetune, load_trained_state, save_trained, trained_state, tune
 from recbole_mllm.model.stages import make_stage
@@ -84,18 +85,18 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
         """Return the mean next-token loss of the right answers (paper, eq. 2, or over the answer alone)."""
         return self.loss_of(self.examples_of(interaction))
 
-    def examples_of(self, interaction: Interaction) -> list[Example]:
+    def examples_of(self, interaction: Interaction) -> list[Encoded]:
         """Return the question of each row with its right answer."""
         return self.mllm.examples(
             self.prompts_of(self.rows_of(interaction)), interaction[self.label_field], self.answers
         )
 
-    def loss_of(self, examples: Sequence[Example]) -> Tensor:
+    def loss_of(self, examples: Sequence[Encoded]) -> Tensor:
         """Return the mean loss of `examples`; what they have in common is computed once where that is exact."""
         whole = self.settings.train.loss_on == "all"
         return example_loss(self.mllm.body, examples, whole=whole, share=self.shares_prefix)
 
-    def micro_batches(self, examples: Sequence[Example]) -> list[list[int]]:
+    def micro_batches(self, examples: Sequence[Encoded]) -> list[list[int]]:
         """Return which of a batch's `examples` one backward pass holds together."""
         size = self.settings.train.micro_batch_size
         return micro_batches(self.mllm.body, examples, size, share=self.shares_prefix)
