@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,12 @@ def check_finetune(settings: LoraSettings, device: torch.device) -> None:
         return
     if device.type != "cuda":
         raise UserError(f"finetune: qlora needs a CUDA device, and this run is on {device}; set finetune: lora")
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError('finetune: qlora needs bitsandbytes: pip install "recbole-mllm[qlora]", or set finetune: lora')
+    try:
+        importlib.import_module("bitsandbytes")
+    except ImportError:
+        raise UserError(
+            'finetune: qlora needs bitsandbytes: pip install "recbole-mllm[qlora]", or set finetune: lora'
+        ) from None
 
 
 def tune(model: Any, settings: LoraSettings, seed: int) -> Any:

@@ -142,6 +142,18 @@ def test_a_finished_run_is_not_trained_again(settings):
     assert trainer.fit(train, valid, verbose=False) == (first.best_valid_score, first.best_valid_result)
     assert trainer.train_loss_dict == {} and trainer.saved_model_file == first.saved_model_file
     assert trainer.evaluate(test) == first.evaluate(test)
+    _, model, *_ = load_data_and_model(str(last_of(Path(first.saved_model_file))))  # RecBole's own way of reloading
+    assert _same(model.state_dict(), _state(last_of(Path(first.saved_model_file))))
+
+
+def test_a_run_that_stopped_early_is_finished_however_many_epochs_are_asked_for(settings):
+    trainer, train, valid, _ = _made(settings | {"epochs": 6, "stopping_step": 0, "checkpoint_every_steps": 100})
+    falling = iter([0.5, 0.4])
+    trainer._valid_epoch = lambda *args, **kwargs: (value := next(falling), {"ndcg@10": value})
+    trainer.fit(train, valid, verbose=False)
+    again, train, valid, _ = _made(settings | {"epochs": 9, "stopping_step": 0})
+    again.resume_checkpoint(last_of(Path(trainer.saved_model_file)))
+    assert again.fit(train, valid, verbose=False)[0] == 0.5 and again.train_loss_dict == {}
 
 
 def test_auto_finds_nothing_of_a_run_with_other_settings(settings):
@@ -162,6 +174,12 @@ def test_other_settings_within_an_epoch_are_refused(settings):
     torch.save(checkpoint, path)
     with pytest.raises(UserError, match="trained with train_batch_size 8, not 32; give the same settings"):
         _made(settings | {"train_batch_size": 32, "epochs": 1})[0].resume_checkpoint(path)
+    with pytest.raises(UserError, match="the checkpoint belongs to other#1, not to llama"):
+        torch.save(checkpoint | {"other_parameter": {"base": "other#1"}}, path)
+        _made(settings | {"epochs": 1})[0].resume_checkpoint(path)
+    path.write_bytes(b"half a check")
+    with pytest.raises(UserError, match="cannot be read"):
+        _made(settings | {"epochs": 1})[0].resume_checkpoint(path)
     with pytest.raises(UserError, match="does not exist"):
         _made(settings | {"resume": "nowhere.pth"})[0]._resume()
 

@@ -1,5 +1,6 @@
 """Fine-tuning losses and gradients: shared or not, in one part or many, checkpointed or not, they are the same."""
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -7,10 +8,13 @@ import tiny_models
 import torch
 import yaml
 from PIL import Image
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from recbole_mllm.errors import UserError
 from recbole_mllm.mllm import sharing
 from recbole_mllm.mllm.hf import HFModel
+from recbole_mllm.mllm.lora import target_modules
+from recbole_mllm.mllm.quantization import quantized
 from recbole_mllm.mllm.sft import example_loss, micro_batches
 from recbole_mllm.mllm.tuning import check_finetune, load_trained_state, save_trained, trained_state, tune
 from recbole_mllm.prompts import Style, recommend_prompt
@@ -196,10 +200,24 @@ def test_full_tuning_trains_the_language_model_alone_and_comes_back(place, tmp_p
         load_trained_state(_model(place, tiny_models.llava, finetune="full", lora_target="all").model, state)
 
 
-def test_qlora_without_a_gpu_is_one_line_before_anything_is_loaded():
+def test_qlora_that_cannot_run_is_one_line_before_anything_is_loaded(monkeypatch):
+    wanted = replace(SETTINGS.lora, finetune="qlora")
     with pytest.raises(UserError, match="needs a CUDA device.*set finetune: lora"):
-        check_finetune(replace(SETTINGS.lora, finetune="qlora"), CPU)
+        check_finetune(wanted, CPU)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(UserError, match=r"pip install \"recbole-mllm\[qlora\]\""):
+        check_finetune(wanted, torch.device("cuda"))
     check_finetune(SETTINGS.lora, CPU)
+
+
+@pytest.mark.parametrize("build", FAMILIES)
+def test_qlora_quantises_the_layers_lora_adapts_and_no_other(place, build):
+    model = _model(place, build, finetune="none").model
+    adapted = set(target_modules(model, "language"))
+    how = quantized(torch.bfloat16, torch.device("cuda", 0))["quantization_config"]
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    assert how.load_in_4bit and how.bnb_4bit_quant_type == "nf4"
+    assert {name for name in linear if should_convert_module(name, how.llm_int8_skip_modules)} == adapted
 
 
 @pytest.mark.parametrize("finetune", ["lora", "full"])
