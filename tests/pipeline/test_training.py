@@ -181,7 +181,7 @@ def test_other_settings_within_an_epoch_are_refused(settings):
     with pytest.raises(UserError, match="cannot be read"):
         _made(settings | {"epochs": 1})[0].resume_checkpoint(path)
     with pytest.raises(UserError, match="does not exist"):
-        _made(settings | {"resume": "nowhere.pth"})[0]._resume()
+        _made(settings | {"resume": "nowhere.pth"})[0].resume()
 
 
 def test_a_checkpoint_is_whole_or_the_old_one(settings, monkeypatch):
@@ -238,7 +238,7 @@ def test_training_stops_when_the_frozen_candidates_are_ranked_worse_and_keeps_th
     seen = [score for score, _ in adapters]
     assert len(seen) == 4 and best == max(seen) == seen[1] == result["ndcg@10"]  # 1 is best, 2 and 3 are worse
     assert _same(_state(trainer.saved_model_file), adapters[1][1])
-    trainer._load(Path(trainer.saved_model_file))
+    trainer.load(Path(trainer.saved_model_file))
     assert _same(trainer.model.state_dict(), adapters[1][1]) and not _same(adapters[1][1], adapters[3][1])
 
 
