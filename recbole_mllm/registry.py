@@ -160,9 +160,10 @@ def _build(folder: Path) -> None:
 
 
 def prepare_our_way(utils: ModuleType) -> None:
-    """Build a built-in dataset before ``create_dataset`` reads it, and freeze candidates after ``data_preparation``.
+    """Build a built-in dataset before ``create_dataset`` reads it; seed negatives and candidates after the split.
 
-    data/utils.py:31 and :140, wherever they have been imported to (quick_start/quick_start.py:24-25).
+    They are ``create_dataset`` and ``data_preparation``, data/utils.py:31 and :140, wherever they have been imported to
+    (quick_start/quick_start.py:24-25).
     """
 
     def make_create(stock: Callable[..., Any]) -> Callable[..., Any]:
@@ -174,7 +175,9 @@ def prepare_our_way(utils: ModuleType) -> None:
 
     def make_prepare(stock: Callable[..., Any]) -> Callable[..., Any]:
         def data_preparation(config: Any, dataset: Any) -> Any:
-            loaders = stock(config, dataset)
+            train, *rest = stock(config, dataset)
+            training = importlib.import_module("recbole_mllm.data.training")
+            loaders = (training.seed_training(train), *rest)
             if config["frozen_candidates"] is not True:
                 return loaders
             candidates = importlib.import_module("recbole_mllm.evaluation.candidates")

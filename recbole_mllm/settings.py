@@ -132,7 +132,7 @@ class RecommendSettings(_FromConfig):
 class LoraSettings(_FromConfig):
     """How the backbone is adapted."""
 
-    finetune: Literal["lora", "none"]
+    finetune: Literal["lora", "qlora", "full", "none"]
     lora_r: int
     lora_alpha: int
     lora_dropout: float
@@ -150,10 +150,17 @@ class TrainSettings(_FromConfig):
     lr_scheduler: Literal["cosine", "linear", "constant"]
     micro_batch_size: int | None
     share_prefix: Literal["auto", "off"]
+    group_by_item: Literal["auto", "off"]
+    gradient_checkpointing: bool
+    checkpoint_every_steps: int | None
+    resume: str | None
 
     def __post_init__(self) -> None:
-        if self.gradient_accumulation_steps < 1:
-            raise UserError(f"gradient_accumulation_steps is {self.gradient_accumulation_steps}; it must be at least 1")
+        for key in ("gradient_accumulation_steps", "micro_batch_size", "checkpoint_every_steps", "train_last_k"):
+            if (value := getattr(self, key)) is not None and value < 1:
+                raise UserError(f"{key} is {value}; it must be at least 1")
+        if not 0 <= self.warmup_ratio <= 1:
+            raise UserError(f"warmup_ratio is {self.warmup_ratio}; it must be between 0 and 1")
 
 
 @dataclass(frozen=True, slots=True)

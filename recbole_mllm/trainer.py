@@ -1,35 +1,32 @@
-"""RecBole's trainer for MLLMMSR: only the adapter is optimised, in micro-batches, with warm-up and a schedule."""
+"""RecBole's trainer for MLLMMSR: only what is fine-tuned is optimised, in micro-batches, and a killed run goes on."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from recbole.data.interaction import Interaction
-from recbole.trainer import Trainer
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 from recbole_mllm.data.schema import TIE
+from recbole_mllm.data.training import SeededTrainDataLoader
+from recbole_mllm.errors import UserError
 from recbole_mllm.progress import Progress
+from recbole_mllm.training.checkpoint import Place
+from recbole_mllm.training.failure import write_rows
+from recbole_mllm.training.resuming import ResumableTrainer
+from recbole_mllm.training.schedule import rate_at
 
 
-def rate_at(step: int, steps: int, warmup: int, kind: str) -> float:
-    """Return the share of the learning rate at `step` of `steps`: rising over `warmup`, falling as `kind` says."""
-    rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
-    done = min(1.0, step / max(1, steps))
-    fall = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[kind]
-    return rise * fall
-
-
-class MLLMMSRTrainer(Trainer):  # type: ignore[misc]
-    """Trains the adapter of `MLLMMSR`, scores splits item by item, writes a PEFT folder beside the checkpoint."""
+class MLLMMSRTrainer(ResumableTrainer):
+    """Trains what `MLLMMSR` fine-tunes, and scores splits item by item."""
 
     def __init__(self, config: Any, model: Any) -> None:
         super().__init__(config, model)
-        self.train_settings = model.settings.train
         self.max_epochs: int = config["epochs"]
         if not model.is_trained:
             self.epochs = 0  # zero-shot: RecBole's fit then saves, and trains nothing
@@ -39,63 +36,110 @@ class MLLMMSRTrainer(Trainer):  # type: ignore[misc]
         trained = [p for p in self.model.parameters() if p.requires_grad]
         return super()._build_optimizer(params=trained or [nn.Parameter(torch.zeros(1))], **kwargs)
 
-    def _train_epoch(
-        self, train_data: Any, epoch_idx: int, loss_func: Any = None, show_progress: bool = False
-    ) -> float:
-        """Train one epoch; the sum of batch losses, as RecBole's own."""
-        self.model.train()
-        self.model.forget()
-        group = self.train_settings.gradient_accumulation_steps
-        per_epoch = math.ceil(len(train_data) / group)
-        total, step = 0.0, epoch_idx * per_epoch
-        scaler = torch.amp.GradScaler(self.device.type, enabled=self.enable_scaler)
-        progress = Progress(len(train_data), f"training epoch {epoch_idx}", "batch")
-        for number, interaction in enumerate(train_data):
-            if number % group == 0:
-                self.optimizer.zero_grad()
-            batches_left = min(group, len(train_data) - number // group * group)
-            loss = self._backward(interaction, batches_left, scaler)
-            self._check_nan(torch.tensor(loss))
-            total += loss
-            progress.update(1)
-            if (number + 1) % group == 0 or number + 1 == len(train_data):
-                self._step(step, per_epoch * self.max_epochs, scaler)
-                step += 1
-        progress.close()
-        return total
-
-    def _backward(self, interaction: Interaction, share: int, scaler: Any) -> float:
-        """Add the batch's gradients, a micro-batch at a time; return its mean loss."""
-        rows = len(interaction)
-        size = self.train_settings.micro_batch_size or rows
-        total = 0.0
-        for start in range(0, rows, size):
-            part = interaction[start : start + size]
-            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.enable_amp):
-                loss = self.model.calculate_loss(part.to(self.device)) * (len(part) / rows)
-            scaler.scale(loss / share).backward()
-            total += float(loss.detach())
-        return total
-
-    def _step(self, step: int, steps: int, scaler: Any) -> None:
-        rate = rate_at(step, steps, round(self.train_settings.warmup_ratio * steps), self.train_settings.lr_scheduler)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate * rate
-        if self.clip_grad_norm:
-            scaler.unscale_(self.optimizer)
-            clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], **self.clip_grad_norm)
-        scaler.step(self.optimizer)
-        scaler.update()
-
     def fit(
-        self, train_data: Any, valid_data: Any = None, verbose: bool = True, saved: bool = True, **kwargs: Any
+        self,
+        train_data: Any,
+        valid_data: Any = None,
+        verbose: bool = True,
+        saved: bool = True,
+        show_progress: bool = False,
+        callback_fn: Callable[[int, float], None] | None = None,
     ) -> Any:
-        """Train as RecBole does; a zero-shot model is only validated."""
-        best = super().fit(train_data, valid_data, verbose, saved, **kwargs)
+        """Train as RecBole does, from where `resume` says; a zero-shot model is only validated."""
+        loader = SeededTrainDataLoader.of(train_data)
+        loader.grouped = self.model.groups_by_item
+        self.resume()
+        self.every = self.train_settings.checkpoint_every_steps if saved else None
+
+        def at_end_of_epoch(epoch: int, score: float) -> None:
+            self.place = Place(epoch + 1)
+            if self.every:
+                self.save_last()
+            if callback_fn:
+                callback_fn(epoch, score)
+
+        if self.model.is_trained and self.start_epoch >= self.epochs:  # finished before; RecBole would save once more
+            self.eval_collector.data_collect(loader)
+            return self.best_valid_score, self.best_valid_result
+        best = super().fit(loader, valid_data, verbose, saved, show_progress, at_end_of_epoch)
+        if self.every and self.model.is_trained:
+            self.place = Place(max(self.train_loss_dict) + 1)
+            self.save_last()
         if self.model.is_trained or not valid_data:
             return best
         self.best_valid_score, self.best_valid_result = self._valid_epoch(valid_data)
         return self.best_valid_score, self.best_valid_result
+
+    def _train_epoch(
+        self, train_data: Any, epoch_idx: int, loss_func: Any = None, show_progress: bool = False
+    ) -> float:
+        """Train one epoch, or what a resumed run left of it; the sum of batch losses, as RecBole's own."""
+        self.model.train()
+        self.model.forget()
+        self.begin_epoch(epoch_idx)
+        train_data.set_epoch(epoch_idx, self.place.batch)
+        # RecBole's SINE, imported with any sequential model, has every operation's stack trace recorded from then on
+        # (sine.py:25): several times the time of a small model, and non-finite gradients raise there
+        what = f"training epoch {epoch_idx}"
+        with torch.autograd.set_detect_anomaly(False), Progress(len(train_data), what, "batch") as told:
+            told.update(self.place.batch)
+            for number, interaction in enumerate(train_data, self.place.batch):
+                self._train_batch(train_data, number, interaction)
+                told.update(1)
+        return self.place.loss
+
+    def _train_batch(self, train_data: Any, number: int, interaction: Interaction) -> None:
+        """Train on batch `number` of the epoch, and take a step where a group of accumulated batches ends."""
+        group, batches = self.train_settings.gradient_accumulation_steps, len(train_data)
+        first = number // group * group
+        if number == first:
+            self.optimizer.zero_grad()
+        rows = sum(train_data.rows_in(n) for n in range(first, min(first + group, batches)))
+        loss = self._backward(interaction, rows)
+        self.place = Place(self.place.epoch, number + 1, self.place.loss + loss)
+        if number + 1 in (first + group, batches):
+            per_epoch = math.ceil(batches / group)
+            step = self.place.epoch * per_epoch + number // group
+            self._step(step, per_epoch * self.max_epochs, interaction)
+            self.note_step(step + 1)
+
+    def _backward(self, interaction: Interaction, rows: int) -> float:
+        """Add the batch's gradients, a micro-batch at a time, as its part of `rows` rows; return its mean loss."""
+        examples = self.model.examples_of(interaction)
+        total = 0.0
+        for part in self.model.micro_batches(examples):
+            with self.precision.autocast():
+                loss = self.model.loss_of([examples[i] for i in part])
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                self._stop(f"the training loss is {value}", interaction, part)
+            self.precision.scaler.scale(loss * (len(part) / rows)).backward()
+            total += value * len(part) / len(examples)
+        return total
+
+    def _step(self, step: int, steps: int, interaction: Interaction) -> None:
+        """Clip the gradients and take `step` of the run's `steps`."""
+        settings = self.train_settings
+        rate = rate_at(step, steps, round(settings.warmup_ratio * steps), settings.lr_scheduler)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate * rate
+        scaler = self.precision.scaler
+        if self.clip_grad_norm:
+            scaler.unscale_(self.optimizer)
+            norm = clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], **self.clip_grad_norm)
+            if not scaler.is_enabled() and not math.isfinite(norm):  # a scaler passes over such a step itself
+                self._stop(f"the gradient's norm is {float(norm)}", interaction, range(len(interaction)))
+        scaler.step(self.optimizer)
+        scaler.update()
+
+    def _stop(self, what: str, interaction: Interaction, suspects: Sequence[int]) -> NoReturn:
+        """Save which rows the batch holds and end the run before the step spoils what has been learnt."""
+        path = Path(self.saved_model_file).with_suffix(".nonfinite.tsv")
+        write_rows(path, self.model.raw_rows(interaction), set(suspects))
+        raise UserError(
+            f"{what} in epoch {self.place.epoch}; the batch's rows are in {path}; lower learning_rate, or set dtype to "
+            "bfloat16 or float32"
+        )
 
     def evaluate(
         self, eval_data: Any, load_best_model: bool = True, model_file: Any = None, show_progress: bool = False
@@ -104,22 +148,16 @@ class MLLMMSRTrainer(Trainer):  # type: ignore[misc]
         if not eval_data:
             return None
         if load_best_model:
-            self._load(model_file or self.saved_model_file)
+            self.load(Path(model_file or self.saved_model_file))
         self.model.eval()
         self.model.forget()
-        self._score_ahead(eval_data)
         try:
-            return super().evaluate(eval_data, load_best_model=False, show_progress=show_progress)
+            # only a fully tuned model is kept in more precision than it computes in
+            with self.precision.autocast(enabled=self.model.settings.lora.finetune == "full"):
+                self._score_ahead(eval_data)
+                return super().evaluate(eval_data, load_best_model=False, show_progress=show_progress)
         finally:
             self.model.forget()
-
-    def _load(self, file: Any) -> None:
-        checkpoint = torch.load(
-            file, map_location=self.device, weights_only=False
-        )  # RecBole's own: it pickles its Config
-        self.model.load_other_parameter(checkpoint.get("other_parameter"))
-        self.model.load_state_dict(checkpoint["state_dict"])
-        self.logger.info(f"Loading model structure and parameters from {file}")
 
     @torch.no_grad()
     def _score_ahead(self, eval_data: Any) -> None:
@@ -130,8 +168,3 @@ class MLLMMSRTrainer(Trainer):  # type: ignore[misc]
                 return
             rows += self.model.rows_of(interaction)
         self.model.score_ahead(rows)
-
-    def _save_checkpoint(self, epoch: int, verbose: bool = True, **kwargs: Any) -> None:
-        """Write RecBole's checkpoint (config, adapter, optimizer) and the adapter as a PEFT folder beside it."""
-        super()._save_checkpoint(epoch, verbose=verbose, **kwargs)
-        self.model.save_adapter(Path(str(kwargs.get("saved_model_file", self.saved_model_file))).with_suffix(""))

@@ -45,6 +45,7 @@ class Body:
     def frozen_vision(self) -> bool:
         """Whether no parameter outside the language model is trained, so that an image's features never change."""
         inside = {id(p) for p in language_part(self.head_model)[1].parameters()}
+        inside |= {id(p) for p in self.head_model.get_output_embeddings().parameters()}
         return all(id(p) in inside for p in self.head_model.parameters() if p.requires_grad)
 
     def new_cache(self) -> DynamicCache:
@@ -190,12 +191,13 @@ class Body:
     def logits(self, states: Tensor, tokens: Sequence[int] | None = None) -> Tensor:
         """Return float32 logits of `states` ``[N, D]``, for `tokens` only or for the vocabulary."""
         head = self.head_model.get_output_embeddings()
-        if tokens is None:
-            out = head(states).float()
-        else:
-            out = states.float() @ head.weight[list(tokens)].float().T
-            if getattr(head, "bias", None) is not None:
-                out = out + head.bias[list(tokens)].float()
+        with torch.autocast(self.device.type, enabled=torch.is_autocast_enabled(self.device.type) and tokens is None):
+            if tokens is None:
+                out = head(states).float()
+            else:
+                out = states.float() @ head.weight[list(tokens)].float().T
+                if getattr(head, "bias", None) is not None:
+                    out = out + head.bias[list(tokens)].float()
         cap = getattr(self.config.get_text_config(), "final_logit_softcapping", None)
         return torch.as_tensor(torch.tanh(out / cap) * cap if cap else out)
 

@@ -14,7 +14,7 @@ from recbole_mllm.mllm.forward import Body
 from recbole_mllm.mllm.generation import Generation
 from recbole_mllm.mllm.loading import dtype_of, load
 from recbole_mllm.mllm.scoring import yes_logits
-from recbole_mllm.mllm.sft import answer_loss
+from recbole_mllm.mllm.sft import example_loss, make_examples
 from recbole_mllm.prompts import Prompt, Style
 from recbole_mllm.settings import MLLMSettings
 
@@ -22,10 +22,12 @@ from recbole_mllm.settings import MLLMSettings
 class HFModel:
     """A causal (multimodal) language model with its encoder; `identity` names the weights and their precision."""
 
-    def __init__(self, name: str, settings: MLLMSettings, device: torch.device, slots: int = 64) -> None:
+    def __init__(
+        self, name: str, settings: MLLMSettings, device: torch.device, slots: int = 64, *, four_bit: bool = False
+    ) -> None:
         dtype = dtype_of(settings.dtype, device)
-        loaded = load(name, dtype, device, trust_remote_code=settings.trust_remote_code)
-        self.identity = f"{loaded.identity}:{str(dtype).removeprefix('torch.')}"
+        loaded = load(name, dtype, device, trust_remote_code=settings.trust_remote_code, four_bit=four_bit)
+        self.identity = f"{loaded.identity}:{str(dtype).removeprefix('torch.')}{':nf4' if four_bit else ''}"
         self.model: Any = loaded.model
         self.device = device
         limit = _context(loaded.model.config)
@@ -39,6 +41,13 @@ class HFModel:
         """Go on with `model`, the same one with an adapter around it."""
         self.model = model
         self.body = Body(model)
+
+    def checkpoint_gradients(self) -> None:
+        """Compute layers again on the way back rather than keep what they computed; the gradients are the same.
+
+        The non-reentrant kind needs no input that requires gradients, so frozen embeddings do not cut it off.
+        """
+        self.body.head_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def answers(self, style: Style) -> AnswerTokens:
         """Return the tokens of the style's Yes and No as they follow a prompt."""
@@ -62,10 +71,21 @@ class HFModel:
         )
         return logits[:, 0] - logits[:, 1]
 
-    def loss(self, prompts: Sequence[Prompt], labels: Tensor, answers: AnswerTokens, *, whole: bool = False) -> Tensor:
+    def examples(self, prompts: Sequence[Prompt], labels: Tensor, answers: AnswerTokens) -> list[Encoded]:
+        """Return each prompt with its right answer, encoded: Yes where the label is 1, else No."""
+        return make_examples(self.encode(prompts), [answers.yes if y else answers.no for y in labels.tolist()])
+
+    def loss(
+        self,
+        prompts: Sequence[Prompt],
+        labels: Tensor,
+        answers: AnswerTokens,
+        *,
+        whole: bool = False,
+        share_prefix: bool = False,
+    ) -> Tensor:
         """Return the mean next-token loss of the right answers, over the answer or over the `whole` sequence."""
-        encoded = self.encode(prompts)
-        return answer_loss(self.body, encoded, [answers.yes if y else answers.no for y in labels.tolist()], whole=whole)
+        return example_loss(self.body, self.examples(prompts, labels, answers), whole=whole, share=share_prefix)
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Encoded]:
         """Return the token ids and images of each prompt."""

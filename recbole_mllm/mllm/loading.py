@@ -12,6 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from recbole_mllm.errors import UserError
 from recbole_mllm.mllm.processors import load_processor
+from recbole_mllm.mllm.quantization import quantized
 from recbole_mllm.mllm.sources import TINY, gguf_of, identity_of, source_of
 
 __all__ = ["TINY", "Loaded", "dtype_of", "identity_of", "load", "source_of"]
@@ -36,8 +37,10 @@ def dtype_of(name: str, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def load(name: str, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool = False) -> Loaded:
-    """Load `name` for inference.
+def load(
+    name: str, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool = False, four_bit: bool = False
+) -> Loaded:
+    """Load `name` for inference, its linear layers in four bits where asked for.
 
     Raises:
         UserError: The name is neither a folder nor a model id that can be had, or no auto class knows it.
@@ -52,7 +55,9 @@ def load(name: str, dtype: torch.dtype, device: torch.device, *, trust_remote_co
         config = AutoConfig.from_pretrained(source, **options)
         sees = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and file is None
         auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
-        model = auto.from_pretrained(source, dtype=dtype, **options).to(device).eval()
+        extra = quantized(dtype, device) if four_bit else {}
+        model = auto.from_pretrained(source, dtype=dtype, **options, **extra).eval()
+        model = model if four_bit else model.to(device)
         processor = load_processor(source, **options) if sees else None
         tokenizer = processor.tokenizer if processor is not None else AutoTokenizer.from_pretrained(source, **options)
     except (ImportError, OSError, ValueError) as error:

@@ -63,7 +63,7 @@ def _by(
     return trie.out
 
 
-def _key(body: Body, prompt: Encoded) -> tuple[int, ...]:
+def input_key(body: Body, prompt: Encoded) -> tuple[int, ...]:
     """Return the prompt's ids with image placeholders named after their image, so that equal keys are equal inputs."""
     if not prompt.images:
         return prompt.ids
@@ -111,7 +111,7 @@ class _Trie:
         least_gain: int,
     ) -> None:
         self.body, self.prompts, self.tokens, self.name, self.least_gain = body, prompts, tokens, name, least_gain
-        self.keys = [_key(body, prompt) for prompt in prompts]
+        self.keys = [input_key(body, prompt) for prompt in prompts]
         self.out = torch.empty(len(prompts), len(tokens))
 
     def node(self, rows: Sequence[int], depth: int, cache: DynamicCache | None) -> None:

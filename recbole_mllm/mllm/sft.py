@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
@@ -10,33 +11,87 @@ from torch.nn import functional
 
 from recbole_mllm.mllm.encode import Encoded
 from recbole_mllm.mllm.forward import Body
+from recbole_mllm.mllm.scoring import fork
+from recbole_mllm.mllm.sharing import Group, groups
 
 
-def answer_loss(
-    body: Body, prompts: Sequence[Encoded], answers: Sequence[Sequence[int]], *, whole: bool = False
-) -> Tensor:
+def make_examples(prompts: Sequence[Encoded], answers: Sequence[Sequence[int]]) -> list[Encoded]:
+    """Return each prompt, which ends where the answer begins, with the tokens of its right answer behind it."""
+    return [Encoded((*p.ids, *a), p.images, len(a)) for p, a in zip(prompts, answers, strict=True)]
+
+
+def example_loss(body: Body, examples: Sequence[Encoded], *, whole: bool = False, share: bool = False) -> Tensor:
     """Return the mean loss over rows of the mean loss over each row's labelled tokens.
 
     Args:
         body: The model.
-        prompts: One row each; they end where the answer begins.
-        answers: Tokens of the right answer of each row.
+        examples: One row each, its right answer being its last tokens.
         whole: Label every token but image placeholders (the paper's eq. 2), not the answer alone. A prefix-LM sees
             its whole prompt at once, which leaves nothing to predict there: its answer alone is labelled.
+        share: Compute what rows have in common once; the gradients are the same up to rounding. With LoRA dropout,
+            the common part has one mask for all its rows.
 
     Returns:
         A scalar, float32.
     """
-    rows = [Encoded((*p.ids, *a), p.images, len(a)) for p, a in zip(prompts, answers, strict=True)]
-    states = body.hidden(rows, 0, [len(row.ids) for row in rows], None)
-    where, targets, weights = [], [], []
-    for i, (row, answer) in enumerate(zip(rows, answers, strict=True)):
-        first = 1 if whole and body.architecture.shares_prefix else len(row.ids) - len(answer)
-        places = [t for t in range(first, len(row.ids)) if row.ids[t] != body.image_token_id]
-        where += [(i, t - 1) for t in places]
-        targets += [row.ids[t] for t in places]
-        weights += [1 / len(places)] * len(places)
-    index = torch.tensor(where, device=states.device)
-    logits = body.logits(states[index[:, 0], index[:, 1]])
-    losses = functional.cross_entropy(logits, torch.tensor(targets, device=states.device), reduction="none")
-    return (losses * torch.tensor(weights, device=states.device)).sum() / len(rows)
+    planned = groups(body, examples) if share else [Group(tuple(range(len(examples))), 0)]
+    losses = [_summed_loss(body, [examples[i] for i in group.rows], group.shared, whole) for group in planned]
+    return torch.stack(losses).sum() / len(examples)
+
+
+def _summed_loss(body: Body, examples: Sequence[Encoded], shared: int, whole: bool) -> Tensor:
+    """Return the sum of the rows' losses, their first `shared` tokens being computed once."""
+    states, width = _states(body, examples, shared)
+    # what is predicted, at which state, with what weight; the shared part's own tokens are labelled by every row
+    labels: dict[tuple[int, int], float] = defaultdict(float)
+    for i, example in enumerate(examples):
+        ids = example.ids
+        first = 1 if whole and body.architecture.shares_prefix else len(ids) - example.answer
+        places = [t for t in range(first, len(ids)) if ids[t] != body.image_token_id]
+        for t in places:
+            before = t - 1
+            state = before if before < shared else before + i * width
+            labels[state, ids[t]] += 1 / len(places)
+    index, targets = torch.tensor(list(labels), device=states.device).T
+    losses = functional.cross_entropy(body.logits(states[index]), targets, reduction="none")
+    return (losses * torch.tensor(list(labels.values()), device=states.device)).sum()
+
+
+def _states(body: Body, rows: Sequence[Encoded], shared: int) -> tuple[Tensor, int]:
+    """Return ``[shared + B * S, D]`` last hidden states, those of the shared tokens first, and S.
+
+    The keys and values of the shared tokens are part of the graph: each row's loss reaches them through its own view.
+    """
+    stops = [len(row.ids) for row in rows]
+    if not shared:
+        states = body.hidden(rows, 0, stops, None)
+        return states.flatten(0, 1), states.size(1)
+    cache = body.new_cache()
+    before = body.hidden(rows[:1], 0, [shared], cache)
+    behind = body.hidden(rows, shared, stops, fork(cache, len(rows)))
+    return torch.cat([before[0], behind.flatten(0, 1)]), behind.size(1)
+
+
+def micro_batches(body: Body, examples: Sequence[Encoded], size: int | None, *, share: bool = False) -> list[list[int]]:
+    """Cut a batch into parts that one backward pass each holds; every row is in exactly one.
+
+    Rows of like length stand together, at most `size` of them (None: all). Rows that share a prefix stay together as
+    long as they have no more tokens to compute than `size` rows of the batch's longest would have.
+    """
+    if size is None:
+        return [list(range(len(examples)))]
+    planned = groups(body, examples) if share else [Group(tuple(range(len(examples))), 0)]
+    lengths = [len(example.ids) for example in examples]
+    most, out = size * max(lengths), list[list[int]]()
+    for group in planned:
+        part: list[int] = []
+        tokens = group.shared
+        for i in sorted(group.rows, key=lengths.__getitem__):
+            own = lengths[i] - group.shared
+            if part and (tokens + own > most if group.shared else len(part) == size):
+                out.append(part)
+                part, tokens = [], group.shared
+            part.append(i)
+            tokens += own
+        out.append(part)
+    return out

@@ -15,8 +15,11 @@ from torch import Tensor
 
 from recbole_mllm.data.schema import POSITION
 from recbole_mllm.errors import UserError
+from recbole_mllm.mllm.encode import Encoded
 from recbole_mllm.mllm.hf import HFModel
-from recbole_mllm.mllm.lora import adapt, adapter_state, load_adapter_state, save_adapter
+from recbole_mllm.mllm.sft import example_loss, micro_batches
+from recbole_mllm.mllm.sharing import can_share
+from recbole_mllm.mllm.tuning import check_finetune, load_trained_state, save_trained, trained_state, tune
 from recbole_mllm.model.stages import make_stage
 from recbole_mllm.progress import Progress
 from recbole_mllm.prompts import Prompt, recommend_prompt
@@ -42,15 +45,18 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
                 "MLLMMSR would have to score every item for every user; set eval_args.mode to uniN, e.g. uni20"
             )
         self.settings = Settings.from_config(config)
+        check_finetune(self.settings.lora, self.device)
         stage = make_stage(config, self.settings, self.device)
         self.preferences = make_preferences(stage, Plan(dataset.histories, dataset.positions))
         self.items, self.style = stage.items, stage.style
         self.users = np.asarray(dataset.field2id_token[self.USER_ID]).astype(str)
         self.tokens = np.asarray(dataset.field2id_token[self.ITEM_ID]).astype(str)
-        self.mllm = HFModel(self.settings.mllm.mllm, self.settings.mllm, self.device)
+        lora = self.settings.lora
+        self.mllm = HFModel(self.settings.mllm.mllm, self.settings.mllm, self.device, four_bit=lora.finetune == "qlora")
         self.answers = self.mllm.answers(self.style)
-        if self.settings.lora.finetune == "lora":
-            self.mllm.replace_model(adapt(self.mllm.model, self.settings.lora, config["seed"]))
+        self.mllm.replace_model(tune(self.mllm.model, lora, config["seed"]))
+        if self.is_trained and self.settings.train.gradient_checkpointing:
+            self.mllm.checkpoint_gradients()
         self.backbone = self.mllm.model
         self.label_field = config["LABEL_FIELD"]
         self._ahead: dict[tuple[int, int, int], float] = {}
@@ -77,9 +83,40 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
 
     def calculate_loss(self, interaction: Interaction) -> Tensor:
         """Return the mean next-token loss of the right answers (paper, eq. 2, or over the answer alone)."""
+        return self.loss_of(self.examples_of(interaction))
+
+    def examples_of(self, interaction: Interaction) -> list[Encoded]:
+        """Return the question of each row with its right answer."""
+        return self.mllm.examples(
+            self.prompts_of(self.rows_of(interaction)), interaction[self.label_field], self.answers
+        )
+
+    def loss_of(self, examples: Sequence[Encoded]) -> Tensor:
+        """Return the mean loss of `examples`; what they have in common is computed once where that is exact."""
         whole = self.settings.train.loss_on == "all"
-        prompts = self.prompts_of(self.rows_of(interaction))
-        return self.mllm.loss(prompts, interaction[self.label_field], self.answers, whole=whole)
+        return example_loss(self.mllm.body, examples, whole=whole, share=self.shares_prefix)
+
+    def micro_batches(self, examples: Sequence[Encoded]) -> list[list[int]]:
+        """Return which of a batch's `examples` one backward pass holds together."""
+        size = self.settings.train.micro_batch_size
+        return micro_batches(self.mllm.body, examples, size, share=self.shares_prefix)
+
+    @property
+    def shares_prefix(self) -> bool:
+        """Whether rows of a micro-batch share the computation of a common prefix: asked for, and possible."""
+        return self.settings.train.share_prefix == "auto" and can_share(self.mllm.body)
+
+    @property
+    def groups_by_item(self) -> bool:
+        """Whether rows of one item should meet in a batch: they share a prefix, and a pass may hold several rows."""
+        train, first = self.settings.train, self.settings.recommend.prompt_order == "item-first"
+        return train.group_by_item == "auto" and first and self.shares_prefix and train.micro_batch_size != 1
+
+    def raw_rows(self, interaction: Interaction) -> list[tuple[str, str, int, int]]:
+        """Return the raw user, raw item, position and label of each row, for people to read."""
+        labels = interaction[self.label_field].tolist()
+        rows = zip(self.rows_of(interaction), labels, strict=True)
+        return [(str(self.users[u]), str(self.tokens[i]), p, int(label)) for (u, p, i), label in rows]
 
     def predict(self, interaction: Interaction) -> Tensor:
         """Return ``[B]`` float32 log-odds of Yes: monotone in P(Yes) (paper, eq. 1), without its ties near 0 and 1."""
@@ -130,13 +167,13 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
         return f"MLLMMSR({self.mllm.identity})\nTrainable parameters: {trained} of {every}"
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Return the adapter alone: checkpoints do not carry the base model."""
-        return adapter_state(self.backbone) if self.is_trained else {}
+        """Return what is trained alone: checkpoints do not carry the base model."""
+        return trained_state(self.backbone) if self.is_trained else {}
 
     def load_state_dict(self, state_dict: dict[str, Tensor], strict: bool = True, assign: bool = False) -> None:
         """Load what `state_dict` returned; an adapter of another model is refused."""
         if self.is_trained:
-            load_adapter_state(self.backbone, dict(state_dict))
+            load_trained_state(self.backbone, dict(state_dict))
         elif state_dict:
             raise UserError("the checkpoint holds an adapter, but finetune is none; set finetune: lora")
         self.forget()
@@ -153,9 +190,9 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
             )
 
     def save_adapter(self, folder: Path) -> None:
-        """Write the adapter as a PEFT folder."""
+        """Write what is trained into `folder`: PEFT's files, or a fully tuned model's parameters."""
         if self.is_trained:
-            save_adapter(self.backbone, folder)
+            save_trained(self.backbone, folder, self.mllm.identity)
 
 
 def _item_major(row: tuple[int, int, int]) -> tuple[int, int, int]:

@@ -1,0 +1,181 @@
+"""MLLMMSR's training rows: the negatives an epoch asks for, and which rows meet in a batch.
+
+RecBole's RepeatableSampler excludes a row's target alone (sampler.py:426), so that some negatives are items of the
+user's own history, and it draws from numpy's global generator. Here an epoch is known by (seed, epoch) alone, which
+is also what lets a run go on in the middle of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from recbole.data.dataloader import TrainDataLoader
+from recbole.data.interaction import Interaction
+
+from recbole_mllm.data.sampling import hash64
+from recbole_mllm.data.schema import POSITION
+from recbole_mllm.errors import UserError
+
+_ROWS_TOGETHER = 8  # most rows of one item that are kept together: sharing gains little beyond, and batches stay mixed
+
+
+class Negatives:
+    """Draws items that occur in training and that a user has not met there.
+
+    A user's validation and test items may be drawn: were they never negatives, they would stand out.
+
+    Args:
+        met: ``[n, 2]`` distinct (user, item) pairs of the training split, internal ids.
+        power: 0 draws every item alike, above 0 in proportion to its count to this power.
+    """
+
+    def __init__(self, met: Any, power: float = 0.0) -> None:
+        self.items, count = np.unique(met[:, 1], return_counts=True)
+        share = np.cumsum(count.astype(float) ** power)
+        self._cumulative = share / share[-1]
+        self._width = int(self.items[-1]) + 1
+        self._met = np.sort(met[:, 0].astype(np.int64) * self._width + met[:, 1])
+
+    def draw(self, users: Any, rng: np.random.Generator) -> Any:
+        """Return one item for each of `users` (internal ids), with replacement."""
+        out = self._any(len(users), rng)
+        left = np.flatnonzero(self._is_met(users, out))
+        while len(left):
+            out[left] = self._any(len(left), rng)
+            left = left[self._is_met(users[left], out[left])]
+        return out
+
+    def exhausted(self, users: Any) -> Any:
+        """Return those of `users` that have met every item, so that none is left to draw."""
+        owners, counts = np.unique(self._met // self._width, return_counts=True)
+        return np.intersect1d(users, owners[counts >= len(self.items)])
+
+    def _any(self, count: int, rng: np.random.Generator) -> Any:
+        return self.items[np.searchsorted(self._cumulative, rng.random(count), side="right")]
+
+    def _is_met(self, users: Any, items: Any) -> Any:
+        return np.isin(users.astype(np.int64) * self._width + items, self._met)
+
+
+class SeededTrainDataLoader(TrainDataLoader):  # type: ignore[misc]
+    """RecBole's pointwise training batches, positives then their negatives, known by (seed, epoch) alone.
+
+    Where `grouped` is set, the same rows are dealt out so that up to eight rows of an item, positive or negative,
+    stand together, and which items meet in a batch is random; every batch has as many rows as without.
+    """
+
+    grouped = False
+
+    def __init__(self, config: Any, dataset: Any, sampler: Any, shuffle: bool = True) -> None:
+        super().__init__(config, dataset, sampler, shuffle=shuffle)
+        self.epoch, self.first = 0, 0
+        self._negatives: Negatives | None = None
+
+    @classmethod
+    def of(cls, loader: Any) -> SeededTrainDataLoader:
+        """Return `loader` itself if it is one of these, else one over the same rows."""
+        return (
+            loader if isinstance(loader, cls) else cls(loader.config, loader._dataset, loader._sampler, loader.shuffle)
+        )
+
+    def set_epoch(self, epoch: int, first: int = 0) -> None:
+        """Make the next pass that of `epoch`, from its batch `first` on; without it, passes count up from 0."""
+        self.epoch, self.first = epoch, first
+
+    def __len__(self) -> int:
+        return -(-int(self.sample_size) // int(self.step))
+
+    def rows_in(self, batch: int) -> int:
+        """Return how many rows a batch has: all but the last have as many."""
+        return int(min(self.step, self.sample_size - batch * self.step) * self.times)
+
+    def __iter__(self) -> Iterator[Interaction]:
+        items, order = self._plan(self.epoch)
+        starts = np.cumsum([0, *(self.rows_in(batch) for batch in range(len(self)))])
+        for batch in range(self.first, len(self)):
+            yield self._rows(items, order[starts[batch] : starts[batch + 1]])
+        self.set_epoch(self.epoch + 1)
+
+    def _plan(self, epoch: int) -> tuple[Any, Any]:
+        """Return the items of the epoch's rows, positives before negatives, and the order in which rows are dealt."""
+        rng = np.random.default_rng(hash64("training", self.config["seed"], epoch))
+        count = self.sample_size
+        users, items = (self._dataset.inter_feat[field].numpy() for field in (self.uid_field, self.iid_field))
+        drawn = [self._draw(users, rng) for _ in range(self.times - 1)]
+        items = np.concatenate([items, *drawn])
+        if self.grouped and self.shuffle:
+            return items, _by_item(items, max(2, min(_ROWS_TOGETHER, self.step * self.times // 2)), rng)
+        positives = rng.permutation(count) if self.shuffle else np.arange(count)
+        blocks = np.split(positives, range(self.step, count, self.step))
+        return items, np.concatenate([block + count * n for block in blocks for n in range(self.times)])
+
+    def _rows(self, items: Any, chosen: Any) -> Interaction:
+        """Return rows as RecBole makes them (general_dataloader.py:68-72, abstract_dataloader.py:219-227)."""
+        count = self.sample_size
+        rows = self.transform(self._dataset, self._dataset[chosen % count])
+        if self.times == 1:  # without sampling, the labels are the dataset's own
+            return rows
+        rows.update(Interaction({self.iid_field: torch.from_numpy(items[chosen])}))
+        rows = self._dataset.join(rows)
+        rows.update(Interaction({self.label_field: torch.from_numpy(chosen < count).float()}))
+        return rows
+
+    def _draw(self, users: Any, rng: np.random.Generator) -> Any:
+        if self._negatives is None:
+            self._negatives = self._make_negatives(users)
+        return self._negatives.draw(users, rng)
+
+    def _make_negatives(self, users: Any) -> Negatives:
+        """Read off the training split who met what.
+
+        Raises:
+            UserError: A user has met every item there is, or negatives are asked for that a model must choose.
+        """
+        how = self.neg_sample_args
+        if how.get("dynamic", False):
+            raise UserError("train_neg_sample_args.dynamic asks an MLLM about every candidate; set it to false")
+        popular = how["distribution"] == "popularity"
+        negatives = Negatives(training_pairs(self._dataset), float(how.get("alpha", 1.0)) if popular else 0.0)
+        if len(full := negatives.exhausted(users)):
+            name = self._dataset.field2id_token[self.uid_field][full[0]]
+            raise UserError(
+                f"user {name} has met all {len(negatives.items)} items that occur in training, so no negative is left; "
+                "filter such users (user_inter_num_interval)"
+            )
+        return negatives
+
+
+def training_pairs(train: Any) -> Any:
+    """Return the ``[n, 2]`` distinct (user, item) pairs of the training split, a user's first items included.
+
+    A user's history ends here at the latest training target; whole lists are read, not what RecBole's cut leaves.
+    """
+    rows = getattr(train, "whole_split", train.inter_feat)
+    users, places = rows[train.uid_field].numpy(), rows[POSITION].numpy()
+    last = np.zeros(train.user_num, int)
+    np.maximum.at(last, users, places)
+    raw, ids = train.field2id_token[train.uid_field], train.field2token_id[train.iid_field]
+    owners = np.unique(users)
+    histories = (train.histories[str(raw[user])][: last[user] + 1] for user in owners)
+    items = np.fromiter((ids[item] for history in histories for item in history), dtype=np.int64)
+    return np.unique(np.c_[np.repeat(owners, last[owners] + 1), items], axis=0)
+
+
+def _by_item(items: Any, most: int, rng: np.random.Generator) -> Any:
+    """Return an order of `items` in which at most `most` rows of one stand together, and the rest is random."""
+    rows = rng.permutation(len(items))
+    rows = rows[np.argsort(items[rows], kind="stable")]
+    place = np.arange(len(rows))
+    first = np.r_[True, items[rows][1:] != items[rows][:-1]]
+    within = place - np.maximum.accumulate(np.where(first, place, 0))
+    chunk = np.cumsum(within % most == 0) - 1
+    turn = rng.permutation(chunk[-1] + 1)
+    return rows[np.argsort(turn[chunk], kind="stable")]
+
+
+def seed_training(train: Any) -> Any:
+    """Return RecBole's training loader as `SeededTrainDataLoader` where the rows know their places, else as it is."""
+    return SeededTrainDataLoader.of(train) if hasattr(train._dataset, "histories") else train

@@ -1,0 +1,129 @@
+"""Checkpoints from which a run goes on as if it had never stopped: where it stood, random numbers, whole files."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+
+from recbole_mllm.errors import UserError
+
+LAST = ".last.pth"
+# What another value of would make another model of, and what would make the rest of a begun epoch another one
+_MODEL = ("model", "dataset", "finetune", "lora_r", "lora_alpha", "lora_target")
+_COURSE = (
+    "seed", "epochs", "train_batch_size", "gradient_accumulation_steps", "micro_batch_size", "group_by_item", "shuffle",
+    "share_prefix", "loss_on", "train_last_k", "limit_users", "train_neg_sample_args", "learner", "learning_rate",
+    "lr_scheduler", "warmup_ratio", "weight_decay", "clip_grad_norm", "lora_dropout", "dtype", "enable_amp",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where training stands: the epoch, its next batch, and the loss its batches have summed up to."""
+
+    epoch: int = 0
+    batch: int = 0
+    loss: float = 0.0
+
+
+def random_state() -> dict[str, Any]:
+    """Return the state of every generator a training step may draw from."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def restore_random_state(state: Mapping[str, Any]) -> None:
+    """Go on drawing where `random_state` was taken."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"].cpu())  # loading may have moved it
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([one.cpu() for one in state["cuda"]])
+
+
+def write_checkpoint(state: Mapping[str, Any], path: Path) -> None:
+    """Write `state` such that `path` is always a whole checkpoint, the old one or the new one."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with scratch.open("wb") as file:
+            torch.save(dict(state), file, pickle_protocol=4)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    finally:
+        with suppress(FileNotFoundError):
+            scratch.unlink()
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder whose files replace those of `folder` one by one, each whole, when all are written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as name:
+        yield Path(name)
+        for path in sorted(Path(name).iterdir()):
+            path.replace(folder / path.name)
+
+
+def read_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
+    """Read a checkpoint of RecBole's or ours; it is unpickled, as it holds RecBole's Config.
+
+    Raises:
+        UserError: There is none, or it is not whole.
+    """
+    try:
+        found: dict[str, Any] = torch.load(path, map_location=device, weights_only=False)
+    except FileNotFoundError:
+        raise UserError(f"checkpoint {path} does not exist; give its path, or resume: auto") from None
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"checkpoint {path} cannot be read: {str(error).splitlines()[0]}") from error
+    if not isinstance(found, dict) or not {"config", "state_dict", "optimizer"} <= found.keys():
+        raise UserError(f"{path} is no checkpoint of a training run")
+    return found
+
+
+def last_of(best: Path) -> Path:
+    """Return the file of the newest state beside the file of the best one."""
+    return best.with_name(best.name.removesuffix(".pth") + LAST)
+
+
+def best_of(path: Path) -> Path:
+    """Return the file of the best state, given it or the file of the newest."""
+    return path.with_name(path.name.removesuffix(LAST) + ".pth") if path.name.endswith(LAST) else path
+
+
+def difference(checkpoint: Mapping[str, Any], config: Any, *, course: bool) -> str | None:
+    """Say in words which setting of the checkpoint's run differs from this one's; None for no difference.
+
+    Args:
+        checkpoint: What `read_checkpoint` returned.
+        config: This run's.
+        course: Whether settings count that change how training goes on, and not only what is trained.
+    """
+    for key in (*_MODEL, *(_COURSE if course else ())):
+        theirs, ours = checkpoint["config"][key], config[key]
+        if theirs != ours:
+            return f"{key} {theirs}, not {ours}"
+    return None
+
+
+def newest(folder: Path, base: str, config: Any, device: torch.device) -> Path | None:
+    """Return the newest checkpoint in `folder` of a run with the same settings on the same base model."""
+    found = sorted(folder.glob(f"{config['model']}-*.pth"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in found:
+        with suppress(UserError):  # a file that cannot be read is none to go on from
+            checkpoint = read_checkpoint(path, device)
+            same_base = (checkpoint.get("other_parameter") or {}).get("base") == base
+            if same_base and difference(checkpoint, config, course=True) is None:
+                return path
+    return None

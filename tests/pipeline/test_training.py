@@ -1,0 +1,310 @@
+"""Fine-tuning inside RecBole: it learns, stops early, goes on after kill -9, and names the rows of a NaN."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import small_world
+import tiny_models
+import torch
+from recbole.config import Config
+from recbole.data import create_dataset, data_preparation
+from recbole.quick_start import load_data_and_model
+from recbole.utils import get_trainer, init_logger, init_seed
+
+from recbole_mllm.errors import UserError
+from recbole_mllm.model.sequential_recommender.mllmmsr import MLLMMSR
+from recbole_mllm.training.checkpoint import _COURSE, _MODEL, last_of, newest, read_checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
+EVALUATED = {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "uni10"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("training")
+    small_world.write(folder / "data")
+    tiny_models.llama(folder / "llama")
+    tiny_models.llava(folder / "llava")
+    return folder
+
+
+@pytest.fixture
+def settings(place, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+    monkeypatch.chdir(tmp_path)
+    return {
+        "data_path": str(place / "data"),
+        "checkpoint_dir": str(tmp_path / "saved"),
+        "mllm": str(place / "llama"),
+        "prompt_style": "demo",
+        "item_summary": "none",
+        "summary_mode": "none",
+        "use_image": False,
+        "train_last_k": 2,
+        "limit_users": 15,
+        "eval_args": EVALUATED,
+        "train_batch_size": 8,
+        "gradient_accumulation_steps": 2,
+        "lora_dropout": 0.1,  # so that random numbers count
+        "epochs": 2,
+        "show_progress": False,
+        "seed": 7,
+    }
+
+
+def _made(settings, kind=None):
+    config = Config(model="MLLMMSR", dataset="steps", config_dict=settings)
+    init_seed(config["seed"], True)
+    init_logger(config)
+    dataset = create_dataset(config)
+    train, valid, test = data_preparation(config, dataset)
+    init_seed(config["seed"], True)
+    model = MLLMMSR(config, train._dataset)
+    return (kind or get_trainer(config["MODEL_TYPE"], "MLLMMSR"))(config, model), train, valid, test
+
+
+def _fit(settings, **more):
+    trainer, train, valid, _ = _made(settings | more)
+    trainer.fit(train, valid, verbose=False)
+    return trainer
+
+
+def _same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def _state(file):
+    return read_checkpoint(Path(file), CPU)["state_dict"]
+
+
+KILLED = """
+import os, signal, sys
+from recbole_mllm.trainer import MLLMMSRTrainer
+stock = MLLMMSRTrainer._backward
+def backward(self, *args):
+    if (self.place.epoch, self.place.batch) == (1, 6):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return stock(self, *args)
+MLLMMSRTrainer._backward = backward
+from recbole_mllm.cli import main
+sys.exit(main())
+"""
+
+
+def test_a_run_killed_in_an_epoch_goes_on_to_the_same_adapter_bit_for_bit(settings, tmp_path):
+    words = [f"--{key}={json.dumps(value, separators=(',', ':'))}" for key, value in settings.items()]
+    words += ["--model", "MLLMMSR", "--dataset", "steps", "--checkpoint_every_steps=3"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    child = subprocess.run([sys.executable, "-c", KILLED, *words], cwd=tmp_path, env=environment, capture_output=True)
+    assert child.returncode == -signal.SIGKILL, child.stderr.decode()[-2000:]
+    (last,) = (tmp_path / "saved").glob("*.last.pth")
+    assert read_checkpoint(last, CPU)["training"]["place"][:2] == (1, 4)  # the sixth of 2 * 4 steps was never taken
+
+    losses = {}
+    for name, more in (
+        ("straight", {"checkpoint_dir": str(tmp_path / "straight")}),
+        ("resumed", {"resume": "auto", "checkpoint_every_steps": 3}),
+    ):
+        trainer = _fit(settings, **more)
+        losses[name] = (trainer.train_loss_dict[1], trainer.best_valid_score, trainer.best_valid_result)
+        losses[name] += (trainer.model.state_dict(), trainer.optimizer.state_dict()["state"], trainer.saved_model_file)
+    straight, resumed = losses["straight"], losses["resumed"]
+    assert straight[:3] == resumed[:3] and _same(straight[3], resumed[3])
+    assert all(_same(straight[4][n], resumed[4][n]) for n in straight[4])
+    assert _same(_state(straight[5]), _state(resumed[5])) and Path(resumed[5]) == last.with_name(
+        last.name.replace(".last", "")
+    )
+
+
+def test_a_run_goes_on_from_a_checkpoint_of_an_epoch_too(settings, tmp_path):
+    straight = _fit(settings, eval_step=0)  # without validation every epoch is saved, the last over the first
+    trainer, train, _, _ = _made(settings | {"eval_step": 0, "checkpoint_dir": str(tmp_path / "other")})
+    trainer.epochs = 1
+    trainer.fit(train, verbose=False)
+    again, train, _, _ = _made(settings | {"eval_step": 0})
+    again.resume_checkpoint(trainer.saved_model_file)  # RecBole's own way
+    assert again.start_epoch == 1
+    again.fit(train, verbose=False)
+    assert _same(straight.model.state_dict(), again.model.state_dict())
+
+
+def test_a_finished_run_is_not_trained_again(settings):
+    first = _fit(settings, checkpoint_every_steps=2)
+    trainer, train, valid, test = _made(settings | {"resume": "auto", "checkpoint_every_steps": 2})
+    assert trainer.fit(train, valid, verbose=False) == (first.best_valid_score, first.best_valid_result)
+    assert trainer.train_loss_dict == {} and trainer.saved_model_file == first.saved_model_file
+    assert trainer.evaluate(test) == first.evaluate(test)
+    _, model, *_ = load_data_and_model(str(last_of(Path(first.saved_model_file))))  # RecBole's own way of reloading
+    assert _same(model.state_dict(), _state(last_of(Path(first.saved_model_file))))
+
+
+def test_a_run_that_stopped_early_is_finished_however_many_epochs_are_asked_for(settings):
+    trainer, train, valid, _ = _made(settings | {"epochs": 6, "stopping_step": 0, "checkpoint_every_steps": 100})
+    falling = iter([0.5, 0.4])
+    trainer._valid_epoch = lambda *args, **kwargs: (value := next(falling), {"ndcg@10": value})
+    trainer.fit(train, valid, verbose=False)
+    again, train, valid, _ = _made(settings | {"epochs": 9, "stopping_step": 0})
+    again.resume_checkpoint(last_of(Path(trainer.saved_model_file)))
+    assert again.fit(train, valid, verbose=False)[0] == 0.5 and again.train_loss_dict == {}
+
+
+def test_auto_finds_nothing_of_a_run_with_other_settings(settings):
+    trainer = _fit(settings, epochs=1)
+    base, folder = trainer.model.other_parameter()["base"], Path(trainer.checkpoint_dir)
+    assert newest(folder, base, trainer.config, CPU) == Path(trainer.saved_model_file)
+    assert newest(folder, "other#1:float32", trainer.config, CPU) is None
+    for key, value in {"seed": 8, "lora_r": 4, "learning_rate": 0.1, "train_last_k": None}.items():
+        config = {name: trainer.config[name] for name in (*_MODEL, *_COURSE)} | {key: value}
+        assert newest(folder, base, config, CPU) is None
+
+
+def test_other_settings_within_an_epoch_are_refused(settings):
+    trainer = _fit(settings, checkpoint_every_steps=3, epochs=1)
+    path = last_of(Path(trainer.saved_model_file))
+    checkpoint = read_checkpoint(path, CPU)
+    checkpoint["training"]["place"] = (0, 2, 1.0)
+    torch.save(checkpoint, path)
+    with pytest.raises(UserError, match="trained with train_batch_size 8, not 32; give the same settings"):
+        _made(settings | {"train_batch_size": 32, "epochs": 1})[0].resume_checkpoint(path)
+    with pytest.raises(UserError, match="the checkpoint belongs to other#1, not to llama"):
+        torch.save(checkpoint | {"other_parameter": {"base": "other#1"}}, path)
+        _made(settings | {"epochs": 1})[0].resume_checkpoint(path)
+    path.write_bytes(b"half a check")
+    with pytest.raises(UserError, match="cannot be read"):
+        _made(settings | {"epochs": 1})[0].resume_checkpoint(path)
+    with pytest.raises(UserError, match="does not exist"):
+        _made(settings | {"resume": "nowhere.pth"})[0].resume()
+
+
+def test_a_checkpoint_is_whole_or_the_old_one(settings, monkeypatch):
+    trainer = _fit(settings, epochs=1)
+    before = Path(trainer.saved_model_file).read_bytes()
+
+    def broken(state, file, **kwargs):
+        file.write(b"half a check")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(torch, "save", broken)
+    with pytest.raises(OSError, match="no space left"):
+        trainer._save_checkpoint(5)
+    saved = Path(trainer.saved_model_file)
+    assert saved.read_bytes() == before and [p.name for p in saved.parent.glob(".*")] == []
+
+
+def test_a_loss_that_is_no_number_stops_with_the_rows(settings, tmp_path):
+    trainer, train, valid, _ = _made(settings)
+    poison = next(p for n, p in trainer.model.named_parameters() if "lora_B" in n)
+    with torch.no_grad():
+        poison.fill_(float("nan"))
+    adapter = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    with pytest.raises(UserError, match=r"training loss is nan in epoch 0; the batch's rows are in \S+\.tsv; lower"):
+        trainer.fit(train, valid, verbose=False)
+    (file,) = (tmp_path / "saved").glob("*.nonfinite.tsv")
+    header, *lines = [line.split("\t") for line in file.read_text().splitlines()]
+    assert header[:4] == ["user_id", "item_id", "position", "label"] and len(lines) == 8
+    for user, item, position, label, _ in lines:
+        right = small_world.item(2 * int(user[1:]) + int(position))
+        assert (item == right) == (label == "1")
+    after = trainer.model.state_dict()
+    assert all(torch.equal(adapter[n].nan_to_num(), after[n].nan_to_num()) for n in adapter)
+
+
+def test_training_stops_when_the_frozen_candidates_are_ranked_worse_and_keeps_the_best(settings):
+    trainer, train, valid, test = _made(settings | {"epochs": 9, "stopping_step": 1})
+    plan = iter([0.3, 0.7, 0.6, 0.5, 0.9, 0.9])  # the share of users whose target is ranked first
+
+    def scores(prompts, answers, *, share_prefix):
+        """Rank the target first for a share of users; the others last. What is right is read off the prompt."""
+        out, share = [], next(plan)
+        for prompt in prompts:
+            *history, candidate = _numbers(prompt.text)
+            right = candidate == (max(history, key=history.index) + 1) % small_world.ITEMS
+            out.append((1.0 if hash(tuple(history)) % 100 < 100 * share else -1.0) * right)
+        return torch.tensor(out)
+
+    trainer.model.mllm.yes_scores = scores
+    adapters = []
+    best, result = trainer.fit(
+        train, valid, verbose=False, callback_fn=lambda epoch, score: adapters.append((score, _copy(trainer)))
+    )
+    seen = [score for score, _ in adapters]
+    assert len(seen) == 4 and best == max(seen) == seen[1] == result["ndcg@10"]  # 1 is best, 2 and 3 are worse
+    assert _same(_state(trainer.saved_model_file), adapters[1][1])
+    trainer.load(Path(trainer.saved_model_file))
+    assert _same(trainer.model.state_dict(), adapters[1][1]) and not _same(adapters[1][1], adapters[3][1])
+
+
+def _numbers(text):
+    candidate, *history = (int(n) for n in re.findall(r"title of i(\d\d)", text))
+    return [*history, candidate]
+
+
+def _copy(trainer):
+    return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+
+
+def test_accumulated_batches_have_the_gradient_of_one_large_batch(settings):
+    found = {}
+    for name, more in (
+        ("large", {"train_batch_size": 60, "gradient_accumulation_steps": 1}),
+        ("small", {"train_batch_size": 16, "gradient_accumulation_steps": 4, "micro_batch_size": 5}),
+    ):
+        how = {"lora_dropout": 0.0, "learner": "sgd", "epochs": 1, "warmup_ratio": 0.0, "clip_grad_norm": None}
+        trainer, train, _, _ = _made(settings | how | {"weight_decay": 0.0} | more)
+        before = _copy(trainer)
+        trainer.fit(train, verbose=False)
+        after = trainer.model.state_dict()
+        found[name] = torch.cat([(after[n] - before[n]).flatten().double() for n in before])
+    assert found["large"].norm() > 0
+    assert (found["large"] - found["small"]).norm() < 1e-4 * found["large"].norm()  # the last batch is smaller
+
+
+HALF = [
+    {"finetune": "full", "learning_rate": 3e-4},
+    {"dtype": "bfloat16"},
+    {"dtype": "float16"},
+    {"dtype": "bfloat16", "finetune": "full", "learning_rate": 3e-4},
+]
+
+
+@pytest.mark.parametrize("how", [{}, *(pytest.param(how, marks=pytest.mark.slow) for how in HALF)])
+def test_the_loss_falls_on_a_planted_world(settings, how):
+    trainer = _fit(settings | {"epochs": 3, "lora_dropout": 0.0, "eval_step": 0, "learning_rate": 3e-3} | how)
+    losses = [trainer.train_loss_dict[epoch] for epoch in range(3)]
+    assert losses[-1] < 0.8 * losses[0] and np.all(np.isfinite(losses))
+    assert all(tensor.dtype == torch.float32 for tensor in _state(trainer.saved_model_file).values())
+
+
+def test_full_tuning_is_saved_and_comes_back_through_recbole(settings):
+    trainer, train, valid, test = _made(settings | {"finetune": "full", "learning_rate": 1e-4, "epochs": 1})
+    trainer.fit(train, valid, verbose=False)
+    expected = trainer.evaluate(test)
+    folder = Path(trainer.saved_model_file).with_suffix("")
+    assert sorted(path.name for path in folder.iterdir()) == ["trained.json", "trained.safetensors"]
+    config, model, _, _, _, test = load_data_and_model(trainer.saved_model_file)
+    again = get_trainer(config["MODEL_TYPE"], "MLLMMSR")(config, model).evaluate(test, load_best_model=False)
+    assert dict(again) == dict(expected)
+
+
+def test_sharing_and_grouping_are_on_by_themselves_and_change_no_epochs_rows(settings, place):
+    sees = {"mllm": str(place / "llava"), "use_image": True}
+    trainer, train, valid, _ = _made(settings | sees | {"epochs": 1})
+    trainer.fit(train, verbose=False)
+    assert train.grouped and trainer.model.shares_prefix
+    for off in (
+        {"group_by_item": "off"},
+        {"share_prefix": "off"},
+        {"prompt_order": "user-first"},
+        {"micro_batch_size": 1},
+    ):
+        assert not _made(settings | sees | off)[0].model.groups_by_item
+    checkpointed = _made(settings | sees | {"gradient_checkpointing": True})[0].model
+    assert not checkpointed.shares_prefix and not checkpointed.groups_by_item
