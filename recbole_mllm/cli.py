@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from recbole_mllm import store_commands
 from recbole_mllm.arguments import Parser, exit_code
 from recbole_mllm.errors import UserError
 
@@ -32,6 +33,10 @@ def _run(words: list[str]) -> int:
     from recbole_mllm import commands
 
     known, rest = _parser().parse_known_args(words)
+    if known.command == "store":
+        if rest:
+            raise UserError(f"store takes no {rest[0]!r}; see --help")
+        return store_commands.run(known)
     options = commands.Options(
         overrides=_overrides(rest)
         | {k: v for k in ("limit_users", "image_dir") if (v := getattr(known, k)) is not None},
@@ -39,7 +44,7 @@ def _run(words: list[str]) -> int:
         seed=known.seed,
     )
     if known.command == "summarize":
-        return commands.summarize(_dataset(known), known.stage, options)
+        return commands.summarize(_dataset(known), known.stage, known.dry_run, options)
     if known.command == "benchmark":
         return commands.benchmark(
             _dataset(known), known.models, known.seeds, known.output_dir, known.jobs, known.force, options
@@ -66,12 +71,13 @@ def _parser() -> Parser:
     parser.add_argument("--model", help="a RecBole model or MLLMMSR")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     commands = parser.add_subparsers(
-        dest="command", metavar="{convert,summarize,benchmark,inspect,report}", parser_class=Parser
+        dest="command", metavar="{convert,inspect,summarize,store,benchmark,report}", parser_class=Parser
     )
     add: Any = commands.add_parser
     add("convert", help="raw dump to atomic files; see convert --help")
     summarize = add("summarize", help="make the summaries alone; resumable", parents=[_quiet(common)], epilog=_EPILOG)
     summarize.add_argument("--stage", choices=("items", "users", "all"), default="all")
+    summarize.add_argument("--dry-run", action="store_true", help="only say how many prompts, tokens and how long")
     benchmark = add(
         "benchmark", help="many models, same candidates, one leaderboard", parents=[_quiet(common)], epilog=_EPILOG
     )
@@ -86,6 +92,7 @@ def _parser() -> Parser:
     inspect.add_argument("--output", help="the page's file; default: inspect.html in the dataset's folder")
     report = add("report", help="render leaderboard.* again from runs.jsonl")
     report.add_argument("directory")
+    store_commands.add_parser(add, Parser)
     return parser
 
 

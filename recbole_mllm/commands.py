@@ -96,13 +96,12 @@ def _metrics(values: Mapping[str, float]) -> str:
     return "  ".join(f"{name} {value:.4f}" for name, value in values.items()) or "-"
 
 
-def summarize(dataset: str, stage: str, options: Options) -> int:
-    """Make the summaries that a training of MLLMMSR with the same settings would read, and no more."""
+def summarize(dataset: str, stage: str, dry: bool, options: Options) -> int:
+    """Make the summaries that a training of MLLMMSR with the same settings would read, no more; or say their cost."""
     from recbole_mllm.quick_start import prepare_summaries
 
-    paths = prepare_summaries(_config("MLLMMSR", dataset, options), stage)
-    for path in paths:
-        print(path)
+    for line in prepare_summaries(_config("MLLMMSR", dataset, options), stage, dry=dry):
+        print(line)
     return 0
 
 

@@ -36,10 +36,11 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def update(self, count: float) -> None:
-        """Note that `count` more are done."""
+    def update(self, count: float, note: str = "") -> None:
+        """Note that `count` more are done; `note` is shown behind the rate."""
         self.done += count
         if self._bar is not None:
+            self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(count)
             return
         now = time.monotonic()
@@ -47,7 +48,10 @@ class Progress:
             self._told = now
             rate = self.done / (now - self._started)
             left = (self.total - self.done) / rate if rate else float("inf")
-            text = f"{self.what}: {self.done:.0f} of {self.total:.0f}, {rate:.1f} {self.unit}/s, {left:.0f} s left"
+            text = (
+                f"{self.what}: {self.done:.0f} of {self.total:.0f}, {rate:.1f} {self.unit}/s, {left:.0f} s left"
+                + f", {note}" * bool(note)
+            )
             logging.getLogger().info(text)
 
 

@@ -63,6 +63,7 @@ class Style:
     recommend_user_first_without_image: str
     answer_yes: str
     answer_no: str
+    text_summary_length: str = ""
 
     @classmethod
     def from_mapping(cls, name: str, wording: Mapping[str, Any]) -> Self:
@@ -72,11 +73,14 @@ class Style:
             UserError: A wording is missing, unknown, not text, or names another field.
         """
         known = {f.name for f in fields(cls)} - {"name"}
+        wording = {"text_summary_length": "", **wording}
         if wrong := sorted(known.symmetric_difference(wording)):
             raise UserError(
                 f"prompt style {name!r}: missing or unknown wording {', '.join(wrong)}; see docs/prompts.md"
             )
         for key, text in wording.items():
+            if key == "text_summary_length" and text == "":
+                continue
             if not isinstance(text, str) or _names(text) != _FIELDS.get(key, frozenset()):
                 wanted = ", ".join(f"{{{n}}}" for n in sorted(_FIELDS.get(key, ()))) or "no field"
                 raise UserError(f"prompt style {name!r}: {key} must be a text with {wanted} in it; see docs/prompts.md")
@@ -87,6 +91,7 @@ class Style:
 
 _FIELDS = {
     "text_summary": frozenset({"title"}),
+    "text_summary_length": frozenset({"words"}),
     "fused_summary": frozenset({"image", "text"}),
     "item_line": frozenset({"title", "summary"}),
     "item_line_bare": frozenset({"title"}),
@@ -122,9 +127,10 @@ def image_summary_prompt(style: Style, image: Path) -> Prompt:
     return Prompt(style.image_summary, (image,))
 
 
-def text_summary_prompt(style: Style, title: str) -> Prompt:
-    """Ask for a summary of the item's text (the paper's item text summary)."""
-    return Prompt(_fill(style.text_summary, title=title))
+def text_summary_prompt(style: Style, title: str, words: int | None = None) -> Prompt:
+    """Ask for a summary of the item's text (the paper's item text summary), of about as many `words` if any."""
+    asked = style.text_summary_length.format(words=words) if words and style.text_summary_length else ""
+    return Prompt(_fill(style.text_summary, title=title) + asked)
 
 
 def fused_summary_prompt(style: Style, image: str, text: str) -> Prompt:

@@ -113,10 +113,14 @@ def make_config(model: str, dataset: str, files: list[str], overrides: dict[str,
         return Config(config_dict={**overrides, "train_neg_sample_args": None}, **parts)
 
 
-def prepare_summaries(config: Any, stage: str) -> list[Path]:
-    """Make the summaries a run of `config` would read (``items``, ``users``, ``all``); return the files they are in."""
+def prepare_summaries(config: Any, stage: str, *, dry: bool = False) -> list[str]:
+    """Make the summaries a run of `config` would read (``items``, ``users``, ``all``); return the files they are in.
+
+    With `dry` nothing is written, and what it would take is returned instead.
+    """
     # here, as every run of a baseline would wait seconds for transformers
     from recbole_mllm.model.stages import make_stage
+    from recbole_mllm.summaries.estimate import estimate
     from recbole_mllm.summaries.prepare import make_item_summaries, make_preferences
     from recbole_mllm.summaries.store import Store
     from recbole_mllm.summaries.users import Plan
@@ -129,9 +133,12 @@ def prepare_summaries(config: Any, stage: str) -> list[Path]:
     settings = Settings.from_config(config)
     made = make_stage(config, settings, config["device"])
     plan = Plan(train._dataset.histories, train._dataset.positions)
+    if dry:
+        return estimate(made, plan, stage)
     if stage != "items":
         make_preferences(made, plan)
     else:
         with closing(Store(store_file(made.folder))) as store:
             make_item_summaries(made, store, plan.items(made.settings))
-    return [path for path in (isum_file(made.folder, made.tag), usum_file(made.folder, made.tag)) if path.is_file()]
+    files = (isum_file(made.folder, made.tag), usum_file(made.folder, made.tag))
+    return [str(path) for path in files if path.is_file()]

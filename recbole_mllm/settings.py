@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
+from recbole_mllm.endpoints import is_server, parse_endpoint
 from recbole_mllm.errors import UserError
 
 
@@ -59,6 +61,34 @@ class MLLMSettings(_FromConfig):
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
     max_text_tokens: int
 
+    def __post_init__(self) -> None:
+        if is_server(self.mllm):
+            raise UserError(
+                "mllm is behind a server, which cannot be fine-tuned or scored yet; give a hub id or a local folder "
+                "(item_summarizer and user_summarizer may be servers)"
+            )
+        for key in ("item_summarizer", "user_summarizer"):
+            if is_server(name := getattr(self, key)):
+                parse_endpoint(name, key)
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSettings(_FromConfig):
+    """How servers are asked; nothing here changes a text."""
+
+    server_concurrency: int
+    server_timeout: float
+    server_patience: float
+    server_key_env: str | None
+
+    def __post_init__(self) -> None:
+        for key in ("server_concurrency", "server_timeout", "server_patience"):
+            if not getattr(self, key) > 0:
+                raise UserError(f"{key} is {getattr(self, key)}; it must be above 0")
+        if self.server_key_env is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", self.server_key_env):
+            # not repeated, as it may be the key itself
+            raise UserError("server_key_env must name an environment variable in capitals, such as OPENAI_API_KEY")
+
 
 @dataclass(frozen=True, slots=True)
 class SummarySettings(_FromConfig):
@@ -74,8 +104,13 @@ class SummarySettings(_FromConfig):
     summarize_batch_size: int
     item_summary_tokens: int
     user_summary_tokens: int
+    summary_temperature: float
+    summary_top_p: float
+    summary_seed: int
 
     def __post_init__(self) -> None:
+        if self.summary_temperature < 0 or not 0 < self.summary_top_p <= 1:
+            raise UserError("summary_temperature must be at least 0 (greedy), and summary_top_p above 0 and at most 1")
         for key in ("block_size", "summarize_batch_size", "item_summary_tokens", "user_summary_tokens"):
             if getattr(self, key) < 1:
                 raise UserError(f"{key} is {getattr(self, key)}; it must be at least 1")
@@ -134,6 +169,7 @@ class Settings:
     """All of MLLMMSR's keys."""
 
     mllm: MLLMSettings
+    server: ServerSettings
     summary: SummarySettings
     recommend: RecommendSettings
     lora: LoraSettings
@@ -144,6 +180,7 @@ class Settings:
         """Parse a complete mapping of keys (the border between RecBole's Config and this project)."""
         return cls(
             MLLMSettings.from_config(config),
+            ServerSettings.from_config(config),
             SummarySettings.from_config(config),
             RecommendSettings.from_config(config),
             LoraSettings.from_config(config),
@@ -153,5 +190,13 @@ class Settings:
 
 def known_keys() -> frozenset[str]:
     """Return every key of this project."""
-    groups = (MLLMSettings, SummarySettings, RecommendSettings, LoraSettings, TrainSettings, EvaluationSettings)
+    groups = (
+        MLLMSettings,
+        ServerSettings,
+        SummarySettings,
+        RecommendSettings,
+        LoraSettings,
+        TrainSettings,
+        EvaluationSettings,
+    )
     return frozenset(f.name for group in groups for f in fields(group)) | {"benchmark_defaults", "note", "per_model"}

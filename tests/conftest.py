@@ -1,9 +1,25 @@
 """Before anything else: threads that wait without spinning, no network, and RecBole made to run."""
 
+import logging
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 
+import pytest
+
 import recbole_mllm  # noqa: F401  (registers itself with RecBole)
+
+
+@pytest.fixture(autouse=True)
+def open_log():
+    """Undo what a RecBole run in this process did to the root logger (init_logger), which caplog listens to."""
+    root = logging.getLogger()
+    level, handlers = root.level, list(root.handlers)
+    root.setLevel(logging.INFO)
+    logging.disable(logging.NOTSET)
+    yield
+    root.setLevel(level)
+    for handler in [h for h in root.handlers if h not in handlers]:
+        root.removeHandler(handler)

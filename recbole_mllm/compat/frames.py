@@ -20,6 +20,8 @@ def mend_pandas_3(dataset: ModuleType) -> None:
     import pandas as pd
 
     read_text_as_objects(dataset)
+    # :2202 makes tensors of columns that pandas guards against writing; nothing writes to them
+    warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning, dataset.__name__)
     if int(pd.__version__.split(".")[0]) >= 3:
         fill_nan_by_assignment(dataset)
         agg_len_by_element()

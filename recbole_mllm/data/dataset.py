@@ -10,7 +10,8 @@ from recbole.data.dataset import SequentialDataset
 from recbole.data.interaction import Interaction
 from recbole.utils import FeatureSource, FeatureType
 
-from recbole_mllm.data.sampling import sample_users
+from recbole_mllm.data.peruser import Named, PerUser
+from recbole_mllm.data.sampling import limited_users
 from recbole_mllm.data.schema import POSITION
 from recbole_mllm.settings import EvaluationSettings, TrainSettings
 
@@ -48,9 +49,9 @@ class MLLMMSRDataset(SequentialDataset):  # type: ignore[misc]
 
     def _listed_histories(self) -> dict[str, list[str]]:
         """Return each user's ordered raw item ids from benchmark files; the longest where a user has several rows."""
-        tokens = np.asarray(self.field2id_token[self.iid_field]).astype(str)
+        users, tokens = self._raw(self.uid_field)[self.inter_feat[self.uid_field].numpy()], self._raw(self.iid_field)
         out: dict[str, list[str]] = {}
-        rows = zip(self._raw_users(self), self.whole_lists or [], self.inter_feat[self.iid_field].tolist(), strict=True)
+        rows = zip(users.tolist(), self.whole_lists or [], self.inter_feat[self.iid_field].tolist(), strict=True)
         for user, items, target in rows:
             if len(items) >= len(out.get(user, [])):
                 out[user] = [*tokens[items].tolist(), str(tokens[target])]
@@ -59,26 +60,31 @@ class MLLMMSRDataset(SequentialDataset):  # type: ignore[misc]
     def build(self) -> list[Any]:
         """Split, keep the rows `train_last_k` and `limit_users` allow, and say what summaries the rows will read."""
         parts = super().build()
-        train, _, test = parts
+        train = parts[0]
         train.whole_split = train.inter_feat  # popularity is the split's, whatever part of it this model trains on
-        limit = EvaluationSettings.from_config(self.config)
-        chosen = sample_users(self._raw_users(test), limit.limit_users, limit.candidate_seed)
-        if limit.limit_users is not None:
-            for part in parts:
-                part.inter_feat = part.inter_feat[np.isin(self._raw_users(part), list(chosen))]
+        self._limit_users(parts)
         train.inter_feat = self._last(train, TrainSettings.from_config(self.config).train_last_k)
-        histories = self._listed_histories() if self.whole_lists else self._histories(parts)
-        positions: dict[str, set[int]] = {}
-        for part in parts:
-            for user, place in zip(self._raw_users(part), part.inter_feat[POSITION].tolist(), strict=True):
-                positions.setdefault(user, set()).add(place)
+        histories = self._listed_histories() if self.whole_lists else self._histories()
+        rows = [(part.inter_feat[self.uid_field].numpy(), part.inter_feat[POSITION].numpy()) for part in parts]
+        owners, places = (np.concatenate(column) for column in zip(*rows, strict=True))
+        positions = self._per_user(owners, places, set)
         for part in (self, *parts):
             part.histories, part.positions = histories, positions
         return list(parts)
 
-    def _raw_users(self, part: Any) -> np.ndarray[Any, Any]:
-        tokens = np.asarray(self.field2id_token[self.uid_field]).astype(str)
-        return np.asarray(tokens[part.inter_feat[self.uid_field].numpy()])
+    def _limit_users(self, parts: list[Any]) -> None:
+        """Keep the rows of `limit_users` users."""
+        limit = EvaluationSettings.from_config(self.config)
+        if limit.limit_users is None:
+            return
+        owners = [part.inter_feat[self.uid_field].numpy() for part in parts]
+        kept = limited_users(self._raw(self.uid_field), owners, limit.limit_users, limit.candidate_seed)
+        for part, users, chosen in zip(parts, owners, kept, strict=True):
+            part.inter_feat = part.inter_feat[chosen[users]]
+
+    def _raw(self, field: str) -> np.ndarray[Any, Any]:
+        """Return the raw id of each internal id."""
+        return np.asarray(self.field2id_token[field]).astype(str)
 
     def _last(self, train: Any, last_k: int | None) -> Any:
         """Return the rows of `train` that are among each user's `last_k` latest training positions."""
@@ -90,15 +96,17 @@ class MLLMMSRDataset(SequentialDataset):  # type: ignore[misc]
         np.maximum.at(latest, users, places)
         return rows[places > latest[users] - last_k]
 
-    def _histories(self, parts: list[Any]) -> dict[str, list[str]]:
-        """Return each user's ordered raw item ids, the targets of all rows included."""
-        tokens = np.asarray(self.field2id_token[self.iid_field]).astype(str)
+    def _histories(self) -> PerUser[list[str]]:
+        """Return each user's ordered raw item ids, the targets of all rows included.
+
+        A user's first row lists the first interaction alone; the targets follow.
+        """
         rows = self.inter_feat
-        lists, lengths = rows[self.item_id_list_field].numpy(), rows[self.item_list_length_field].numpy()
-        targets, places = rows[self.iid_field].numpy(), rows[POSITION].numpy() if POSITION in rows else lengths
-        out: dict[str, list[str]] = {}
-        for i, user in enumerate(self._raw_users(self)):
-            if user not in out or places[i] == lengths[i]:
-                out[user] = tokens[lists[i, : lengths[i]]].tolist()
-            out[user].append(str(tokens[targets[i]]))
-        return out
+        users, targets = rows[self.uid_field].numpy(), rows[self.iid_field].numpy()
+        first = torch.from_numpy(np.flatnonzero(rows[POSITION].numpy() == 1))
+        listed = rows[self.item_id_list_field][first][:, 0].numpy()
+        owners, items = np.r_[users[first], users], np.r_[listed, targets]
+        return self._per_user(owners, items, Named(self._raw(self.iid_field)))
+
+    def _per_user(self, owners: Any, values: Any, make: Any) -> PerUser[Any]:
+        return PerUser(self.field2token_id[self.uid_field], self._raw(self.uid_field), owners, values, make)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 
 from recbole_mllm.data.schema import POSITION
 from recbole_mllm.settings import EvaluationSettings
@@ -63,5 +64,5 @@ def training_counts(train: Any, users: int, items: int) -> tuple[Any, Any]:
         if POSITION in rows:
             first &= rows[POSITION].numpy() == 1
         owner = np.r_[owner, owner[first]]
-        item = np.r_[item, rows[listed].numpy()[first, 0]]
+        item = np.r_[item, rows[listed][:, 0][torch.from_numpy(first)].numpy()]
     return np.bincount(item, minlength=items), np.bincount(owner, minlength=users)

@@ -13,21 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recbole_mllm.data.sampling import hash64
+from recbole_mllm.data.sampling import hashes64, mix64
 from recbole_mllm.data.schema import ITEM, TIE, USER
 from recbole_mllm.errors import UserError
 
 
 def tie_keys(users: Any, items: Any, seed: int) -> Callable[[Any, Any], Any]:
     """Return a function of internal (users, items) ``[B]`` giving int64 keys ``[B]`` made of raw ids and seed."""
-    of_user = np.array([hash64("tie-user", seed, user) for user in users], dtype=np.uint64)
-    of_item = np.array([hash64("tie-item", seed, item) for item in items], dtype=np.uint64)
+    of_user, of_item = hashes64(users, "tie-user", seed), hashes64(items, "tie-item", seed)
 
     def keys(u: Any, i: Any) -> Any:
-        mixed = of_user[u] ^ (of_item[i] * np.uint64(0x9E3779B97F4A7C15))
-        # splitmix64's finaliser: pairs that share a user or an item must not share an order
-        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        # mixed, as pairs that share a user or an item must not share an order
+        mixed = mix64(of_user[u] ^ (of_item[i] * np.uint64(0x9E3779B97F4A7C15)))
         return (mixed >> np.uint64(1)).astype(np.int64)
 
     return keys

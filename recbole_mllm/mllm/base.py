@@ -4,18 +4,64 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+from recbole_mllm.errors import UserError
 from recbole_mllm.prompts import Prompt
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A written text with what it cost, in tokens."""
+    """A written text with what it cost, in tokens (0 where a server does not say).
+
+    `truncated`: it reached the limit before its end. `shortened`: a text in its prompt was, to fit.
+    """
 
     text: str
     prompt_tokens: int
     new_tokens: int
+    truncated: bool = False
+    shortened: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """How an answer is decoded: its length, and greedily unless `temperature` is above 0."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __str__(self) -> str:
+        """Return what stands for it in an answer's key."""
+        if not self.temperature:
+            return f"greedy:{self.max_new_tokens}"
+        return f"sampled:{self.max_new_tokens}:{self.temperature}:{self.top_p}:{self.seed}"
+
+
+class Ask(NamedTuple):
+    """A prompt that waits for an answer; `place` is how its answer is handed back."""
+
+    place: int
+    prompt: Prompt
+    decoding: Decoding
+
+
+class Work(Protocol):
+    """Prompts that wait for an answer; some appear only when others have been answered."""
+
+    def take(self, count: int) -> list[Ask]:
+        """Return up to `count` prompts that wait now; they are the caller's to answer."""
+        ...
+
+    def give(self, arrived: Sequence[tuple[int, Answer]]) -> None:
+        """Hand over answers, each with its prompt's place; more prompts may wait afterwards."""
+        ...
+
+    def fail(self, place: int, reason: str) -> None:
+        """Say that a prompt cannot be answered; the others go on."""
+        ...
 
 
 class Writer(Protocol):
@@ -23,6 +69,42 @@ class Writer(Protocol):
 
     identity: str
 
-    def write(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Answer]:
-        """Answer each prompt greedily; one batch."""
+    def write(self, work: Work) -> None:
+        """Take prompts and give their answers, in any order, until none waits and none is under way."""
         ...
+
+
+class Batch:
+    """Work that is known from the start."""
+
+    def __init__(self, prompts: Sequence[Prompt], decoding: Decoding) -> None:
+        self.waiting = [Ask(place, prompt, decoding) for place, prompt in enumerate(prompts)]
+        self.answers: dict[int, Answer] = {}
+        self.failures: dict[int, str] = {}
+
+    def take(self, count: int) -> list[Ask]:
+        """Return the next `count` prompts."""
+        out = self.waiting[:count]
+        del self.waiting[:count]
+        return out
+
+    def give(self, arrived: Sequence[tuple[int, Answer]]) -> None:
+        """Keep the answers."""
+        self.answers.update(arrived)
+
+    def fail(self, place: int, reason: str) -> None:
+        """Keep the reason."""
+        self.failures[place] = reason
+
+
+def answers_of(writer: Writer, prompts: Sequence[Prompt], decoding: Decoding) -> list[Answer]:
+    """Return the answer to each prompt.
+
+    Raises:
+        UserError: One of them cannot be answered.
+    """
+    work = Batch(prompts, decoding)
+    writer.write(work)
+    for reason in work.failures.values():
+        raise UserError(reason)
+    return [work.answers[place] for place in range(len(prompts))]

@@ -48,7 +48,7 @@ def in_batches(
         try:
             out = run(batch)
         except RuntimeError as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
         else:
             yield batch, out
@@ -71,7 +71,8 @@ def _next(waiting: deque[Row], cost: Callable[[Sequence[Row]], int], size: int) 
     return batch
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
+def out_of_memory(error: Exception) -> bool:
+    """Whether `error` says that an accelerator, or the machine, has no memory left."""
     return isinstance(error, torch.OutOfMemoryError) or bool(should_reduce_batch_size(error))
 
 

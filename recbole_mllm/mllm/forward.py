@@ -100,19 +100,6 @@ class Body:
             ]
         return {"image": out}
 
-    def generation_inputs(self, ids: Tensor, images: Sequence[ImageInput]) -> dict[str, Any]:
-        """Return what ``generate`` takes beside left-padded `ids` ``[B, T]`` and their mask."""
-        extra: dict[str, Any] = {"mm_encoder_outputs": self.image_outputs(images)} if images else {}
-        kinds = (ids == self.image_token_id).int().to(self.device)
-        if images and self.architecture.positions_in_three_axes:
-            extra["image_grid_thw"] = torch.cat([image.tensors["image_grid_thw"] for image in images]).to(self.device)
-            extra["mm_token_type_ids"] = kinds
-        if self.architecture.token_types == "image" and images:
-            extra["token_type_ids"] = kinds
-        if self.architecture.token_types == "answer":
-            extra["token_type_ids"] = torch.zeros_like(kinds)
-        return extra
-
     @property
     def image_token_id(self) -> int:
         """The placeholder's token id, or -1 for a text-only model."""
@@ -159,6 +146,31 @@ class Body:
             **extra,
         )
         return torch.as_tensor(out.last_hidden_state)
+
+    def step(self, ids: Sequence[int], positions: Sequence[int], mask: Tensor, cache: DynamicCache) -> Tensor:
+        """Run one further token of each row behind `cache`, which grows by it.
+
+        Args:
+            ids: ``[B]`` tokens.
+            positions: ``[B]`` their positions, the same in every axis: text follows whatever images came before.
+            mask: ``[B, T + 1]``, the new token's column included.
+            cache: ``[0, T)`` of every row, right-aligned.
+
+        Returns:
+            ``[B, D]`` last hidden states.
+        """
+        tokens = torch.tensor(ids)[:, None]
+        places = torch.tensor(positions)[:, None]
+        if self.architecture.positions_in_three_axes:
+            places = places.expand(3, -1, -1)
+        out = self.inner(
+            input_ids=tokens.to(self.device),
+            attention_mask=mask.to(self.device),
+            position_ids=places.to(self.device),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return torch.as_tensor(out.last_hidden_state[:, 0])
 
     def _token_types(self, rows: Sequence[Encoded], ids: Tensor, start: int, sees: bool) -> dict[str, Tensor]:
         kinds = torch.zeros(len(ids), start + ids.size(1), dtype=torch.int)

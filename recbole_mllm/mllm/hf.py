@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recbole_mllm.mllm.base import Answer
-from recbole_mllm.mllm.encode import AnswerTokens, Encoded, Encoder, answer_tokens, pad
+from recbole_mllm.mllm.base import Work
+from recbole_mllm.mllm.encode import AnswerTokens, Encoded, Encoder, answer_tokens
 from recbole_mllm.mllm.forward import Body
+from recbole_mllm.mllm.generation import Generation
 from recbole_mllm.mllm.loading import dtype_of, load
 from recbole_mllm.mllm.scoring import yes_logits
 from recbole_mllm.mllm.sft import answer_loss
@@ -21,7 +22,7 @@ from recbole_mllm.settings import MLLMSettings
 class HFModel:
     """A causal (multimodal) language model with its encoder; `identity` names the weights and their precision."""
 
-    def __init__(self, name: str, settings: MLLMSettings, device: torch.device) -> None:
+    def __init__(self, name: str, settings: MLLMSettings, device: torch.device, slots: int = 64) -> None:
         dtype = dtype_of(settings.dtype, device)
         loaded = load(name, dtype, device, trust_remote_code=settings.trust_remote_code)
         self.identity = f"{loaded.identity}:{str(dtype).removeprefix('torch.')}"
@@ -31,6 +32,7 @@ class HFModel:
         self.body = Body(loaded.model)
         longest = min(settings.max_text_tokens, limit)
         self.encoder = Encoder(loaded.tokenizer, loaded.processor, longest, self.body.architecture)
+        self.slots = slots
         self.tokens_read = 0
 
     def replace_model(self, model: Any) -> None:
@@ -42,28 +44,12 @@ class HFModel:
         """Return the tokens of the style's Yes and No as they follow a prompt."""
         return answer_tokens(self.encoder, style.answer_yes, style.answer_no)
 
-    @torch.inference_mode()
-    def write(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Answer]:
-        """Answer each prompt greedily, as one left-padded batch."""
-        encoded = self.encode(prompts)
-        ids, mask = pad([e.ids for e in encoded], self.encoder.tokenizer.pad_token_id, left=True)
-        images = [image for e in encoded for image in e.images]
-        out = self.body.head_model.generate(
-            input_ids=ids.to(self.device),
-            attention_mask=mask.to(self.device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            num_beams=1,
-            pad_token_id=self.encoder.tokenizer.pad_token_id,
-            **self.body.generation_inputs(ids, images),
-        )
-        new = out[:, ids.size(1) :]
-        texts = self.encoder.tokenizer.batch_decode(new, skip_special_tokens=True)
-        lengths = (new != self.encoder.tokenizer.pad_token_id).sum(1).tolist()
-        return [Answer(t.strip(), len(e.ids), n) for t, e, n in zip(texts, encoded, lengths, strict=True)]
+    def write(self, work: Work) -> None:
+        """Answer what `work` holds, up to `slots` prompts at a time."""
+        stop = {self.encoder.tokenizer.eos_token_id}
+        said = getattr(self.model.generation_config, "eos_token_id", None)
+        stop |= set(said if isinstance(said, list) else [said])
+        Generation(self.body, self.encoder, frozenset(stop - {None}), self.slots).run(work)
 
     @torch.inference_mode()
     def yes_scores(self, prompts: Sequence[Prompt], answers: AnswerTokens, *, share_prefix: bool = True) -> Tensor:

@@ -16,7 +16,7 @@ _END = 2**20
 def source_of(name: str) -> str:
     """Return the folder of the bundled model for `tiny`, else `name` itself."""
     if name.startswith("server:"):
-        raise UserError(f"{name}: models behind a server are not supported yet; give a hub id or a local folder")
+        raise UserError(f"{name}: a model behind a server cannot be loaded here; give a hub id or a local folder")
     if name == TINY:
         return str(Path(__file__).resolve().parents[1] / "demo" / "tiny")
     return name

@@ -14,15 +14,19 @@ import torch
 import yaml
 
 from recbole_mllm.data.texts import read_items
+from recbole_mllm.endpoints import is_server, parse_endpoint
 from recbole_mllm.errors import UserError
+from recbole_mllm.mllm.base import Writer
 from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.mllm.loading import TINY, dtype_of, identity_of, source_of
+from recbole_mllm.mllm.server import ServerModel
 from recbole_mllm.prompts import Style
 from recbole_mllm.resources import named, resource
 from recbole_mllm.settings import Settings
 from recbole_mllm.summaries.prepare import Stage, Summarizers
 
 _NO_TEXT_CHANGE = {"summarize", "summarize_batch_size", "history_titles"}
+_SAMPLING = {"summary_temperature", "summary_top_p", "summary_seed"}
 
 
 def load_style(settings: Settings) -> Style:
@@ -53,20 +57,34 @@ def make_stage(config: Mapping[str, Any], settings: Settings, device: torch.devi
 def _summarizers(settings: Settings, device: torch.device) -> Summarizers:
     item = settings.mllm.item_summarizer or settings.mllm.mllm
     user = settings.mllm.user_summarizer or settings.mllm.mllm
-    dtype = str(dtype_of(settings.mllm.dtype, device)).removeprefix("torch.")
     return Summarizers(
-        f"{identity_of(item, None)}:{dtype}",
-        f"{identity_of(user, None)}:{dtype}",
-        partial(HFModel, item, settings.mllm, device),
-        partial(HFModel, user, settings.mllm, device),
+        _identity(item, settings, device),
+        _identity(user, settings, device),
+        partial(_writer, item, "item_summarizer", settings, device),
+        partial(_writer, user, "user_summarizer", settings, device),
     )
+
+
+def _identity(name: str, settings: Settings, device: torch.device) -> str:
+    if is_server(name):
+        return parse_endpoint(name, "summarizer").identity
+    dtype = str(dtype_of(settings.mllm.dtype, device)).removeprefix("torch.")
+    return f"{identity_of(name, None)}:{dtype}"
+
+
+def _writer(name: str, key: str, settings: Settings, device: torch.device) -> Writer:
+    if is_server(name):
+        return ServerModel(parse_endpoint(name, key), settings.server)
+    return HFModel(name, settings.mllm, device, settings.summary.summarize_batch_size)
 
 
 def _tag(settings: Settings, style: Style, who: Summarizers) -> str:
     """Return a readable name and 8 hex digits of everything that changes the summaries' text."""
-    kept = {key: value for key, value in asdict(settings.summary).items() if key not in _NO_TEXT_CHANGE}
+    unread = _NO_TEXT_CHANGE if settings.summary.summary_temperature else _NO_TEXT_CHANGE | _SAMPLING
+    kept = {key: value for key, value in asdict(settings.summary).items() if key not in unread}
     parts = [kept, asdict(style), who.item_identity, who.user_identity, settings.mllm.max_text_tokens]
     digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:8]
-    model = Path(source_of(settings.mllm.user_summarizer or settings.mllm.mllm)).name
+    writer = settings.mllm.user_summarizer or settings.mllm.mllm
+    model = Path(parse_endpoint(writer, "user_summarizer").model if is_server(writer) else source_of(writer)).name
     name = f"{model}-{settings.summary.summary_mode}-b{settings.summary.block_size}-{settings.summary.item_summary}"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + f"-{digest}"

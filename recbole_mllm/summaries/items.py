@@ -25,11 +25,21 @@ def item_summaries(scribe: Scribe, style: Style, items: Items, wanted: Sequence[
         out |= _zip(seen, scribe.answer([image_summary_prompt(style, path) for path in seen.values()]))
     if what in ("text", "fused"):
         titled = {item: title for item in wanted if (title := items.title(item))}
-        texts = _zip(titled, scribe.answer([text_summary_prompt(style, title) for title in titled.values()]))
+        asked = [text_summary_prompt(style, title, balanced_length(out[item])) for item, title in titled.items()]
+        texts = _zip(titled, scribe.answer(asked))
         both = {item: text for item, text in texts.items() if out[item]}
         prompts = [fused_summary_prompt(style, out[item], text) for item, text in both.items()]
         out |= texts | _zip(both, scribe.answer(prompts))
     return out
+
+
+def balanced_length(image_summary: str) -> int | None:
+    """Return how many words the text's summary should have for the fusion to weigh both alike (paper, item fusion).
+
+    It is as long as the image's summary, in tens; None where there is no such summary.
+    """
+    words = len(image_summary.split())
+    return max(10, round(words / 10) * 10) if words else None
 
 
 def _zip(keys: Iterable[str], answers: Sequence[str]) -> dict[str, str]:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 from recbole_mllm.data import schema
 from recbole_mllm.data.texts import Items, write_item_summaries, write_user_summaries
 from recbole_mllm.errors import UserError
-from recbole_mllm.mllm.base import Writer
+from recbole_mllm.mllm.base import Decoding, Writer
 from recbole_mllm.prompts import Style, titles_as_preference
 from recbole_mllm.settings import SummarySettings
 from recbole_mllm.summaries.chains import State, state_at
 from recbole_mllm.summaries.items import item_summaries
-from recbole_mllm.summaries.store import Decoding, Store
+from recbole_mllm.summaries.store import Store
 from recbole_mllm.summaries.users import Plan, as_rows, preferences
 from recbole_mllm.summaries.writing import Scribe
 
@@ -73,22 +74,27 @@ class Stage:
     who: Summarizers
 
 
+def item_scribe(stage: Stage, store: Store) -> Scribe:
+    """Return who answers for item summaries."""
+    s, who = stage.settings, stage.who
+    decoding = _decoding(s, s.item_summary_tokens)
+    return Scribe("item", who.load_item, who.item_identity, store, decoding, s.summarize == "auto")
+
+
+def user_scribe(stage: Stage, store: Store) -> Scribe:
+    """Return who answers for user summaries."""
+    s, who = stage.settings, stage.who
+    decoding = _decoding(s, s.user_summary_tokens)
+    return Scribe("user", who.load_user, who.user_identity, store, decoding, s.summarize == "auto")
+
+
 def make_item_summaries(stage: Stage, store: Store, wanted: list[str]) -> dict[str, str]:
     """Return the summaries of `wanted` items, made where missing, and export them."""
-    s = stage.settings
-    scribe = Scribe(
-        "item",
-        stage.who.load_item,
-        stage.who.item_identity,
-        store,
-        Decoding(s.item_summary_tokens),
-        s.summarize_batch_size,
-        s.summarize == "auto",
-    )
+    scribe = item_scribe(stage, store)
     with scribe.progress(len(wanted)):
-        found = item_summaries(scribe, stage.style, stage.items, wanted, s.item_summary)
+        found = item_summaries(scribe, stage.style, stage.items, wanted, stage.settings.item_summary)
     scribe.report()
-    if s.item_summary != "none":
+    if stage.settings.item_summary != "none":
         path = schema.isum_file(stage.folder, stage.tag)
         _log_export(path, write_item_summaries(path, found))
     return found
@@ -99,25 +105,18 @@ def make_preferences(stage: Stage, plan: Plan) -> Preferences:
     s = stage.settings
     texts: dict[tuple[str, State], str] = {}
     if s.summary_mode != "none":
-        store = Store(schema.store_file(stage.folder))
-        try:
+        with closing(Store(schema.store_file(stage.folder))) as store:
             summaries = make_item_summaries(stage, store, plan.items(s))
-            scribe = Scribe(
-                "user",
-                stage.who.load_user,
-                stage.who.user_identity,
-                store,
-                Decoding(s.user_summary_tokens),
-                s.summarize_batch_size,
-                s.summarize == "auto",
-            )
+            scribe = user_scribe(stage, store)
             texts = preferences(scribe, stage.style, stage.items, summaries, plan, s)
             scribe.report()
-        finally:
-            store.close()
         path = schema.usum_file(stage.folder, stage.tag)
         _log_export(path, write_user_summaries(path, as_rows(texts, plan)))
     return Preferences(texts, plan, stage.items, stage.style, s)
+
+
+def _decoding(settings: SummarySettings, length: int) -> Decoding:
+    return Decoding(length, settings.summary_temperature, settings.summary_top_p, settings.summary_seed)
 
 
 def _log_export(path: Path, rows: int) -> None:

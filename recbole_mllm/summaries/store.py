@@ -5,58 +5,43 @@ from __future__ import annotations
 import hashlib
 import sqlite3
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from recbole_mllm.data.images import image_digest
 from recbole_mllm.errors import UserError
-from recbole_mllm.mllm.base import Answer
+from recbole_mllm.mllm.base import Answer, Decoding
 from recbole_mllm.prompts import Prompt
+from recbole_mllm.summaries.salvage import salvage
+from recbole_mllm.summaries.table import COLUMNS, DamagedStore, Row, connect, explained
 
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS answers (
-    key TEXT PRIMARY KEY, text TEXT NOT NULL, kind TEXT NOT NULL, model TEXT NOT NULL,
-    prompt_tokens INTEGER NOT NULL, new_tokens INTEGER NOT NULL, seconds REAL NOT NULL, created REAL NOT NULL
-) WITHOUT ROWID
-"""
-_INSERT = "INSERT INTO answers VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (key) DO NOTHING"
+_INSERT = (
+    f"INSERT INTO answers ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))}) ON CONFLICT (key) DO NOTHING"
+)
 _CHUNK = 500  # SQLite takes a limited number of parameters a statement
-
-
-@dataclass(frozen=True, slots=True)
-class Decoding:
-    """How an answer is decoded; greedy, so its length is all there is."""
-
-    max_new_tokens: int
+_T = TypeVar("_T")
 
 
 def answer_key(identity: str, prompt: Prompt, decoding: Decoding) -> str:
     """Return the digest of everything that changes an answer: weights, prompt text, image bytes, decoding."""
-    parts = [
-        identity,
-        prompt.marked,
-        *(image_digest(path) for path in prompt.images),
-        f"greedy:{decoding.max_new_tokens}",
-    ]
+    parts = [identity, prompt.marked, *(image_digest(path) for path in prompt.images), str(decoding)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
 class Store:
-    """The answers of one dataset. Several processes may hold it open at once (WAL)."""
+    """The answers of one dataset. Several processes may hold it open at once (WAL).
+
+    A damaged file is noticed when it is opened or read; what is readable goes on in a fresh one (`salvage`).
+
+    Raises:
+        UserError: The folder or the file cannot be written, the disk is full, or a newer version wrote the file.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(path, timeout=60, isolation_level=None)
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=NORMAL")
-            self._db.execute(_SCHEMA)
-        except (sqlite3.DatabaseError, OSError) as error:
-            raise UserError(
-                f"the summary store {path} cannot be opened ({error}); check the folder, or move the file away"
-            ) from error
+        self._db = self._opened()
 
     def close(self) -> None:
         """Close the file; what was added is on disk."""
@@ -64,23 +49,120 @@ class Store:
 
     def get(self, keys: Iterable[str]) -> dict[str, str]:
         """Return the texts of those `keys` that are known."""
-        wanted, found = list(dict.fromkeys(keys)), dict[str, str]()
-        for start in range(0, len(wanted), _CHUNK):
-            chunk = wanted[start : start + _CHUNK]
-            marks = ",".join("?" * len(chunk))
-            found.update(self._db.execute(f"SELECT key, text FROM answers WHERE key IN ({marks})", chunk).fetchall())
-        return found
+        wanted = list(dict.fromkeys(keys))
+        return self._tried(lambda db: _texts(db, wanted))
 
     def add(self, kind: str, model: str, keys: Sequence[str], answers: Sequence[Answer], seconds: float) -> None:
         """Keep a batch of answers in one transaction; an answer that is known already stays as it is."""
         each, now = seconds / max(1, len(keys)), time.time()
         rows = [
-            (key, a.text, kind, model, a.prompt_tokens, a.new_tokens, each, now)
+            Row(key, a.text, kind, model, a.prompt_tokens, a.new_tokens, each, now, "", int(a.truncated))
             for key, a in zip(keys, answers, strict=True)
         ]
-        with self._db:
-            self._db.execute("BEGIN IMMEDIATE")
-            self._db.executemany(_INSERT, rows)
+        self._tried(lambda db: _inserted(db, rows))
+
+    def insert(self, rows: Iterable[Row]) -> int:
+        """Keep `rows`, all or none, beside what is there; return how many were new."""
+        with self._mended():
+            return _inserted(self._db, rows)
+
+    @contextmanager
+    def transaction(self, *, write: bool = False) -> Iterator[sqlite3.Connection]:
+        """Give the connection for several reads of one moment's state, or to `write`: all or nothing."""
+        with self._mended(), _transaction(self._db, "BEGIN IMMEDIATE" if write else "BEGIN"):
+            yield self._db
+
+    def compact(self) -> None:
+        """Give unused space back to the disk.
+
+        Raises:
+            UserError: Another process uses the store.
+        """
+        with self._mended():
+            self._db.execute("VACUUM")
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def __len__(self) -> int:
-        return int(self._db.execute("SELECT COUNT(*) FROM answers").fetchone()[0])
+        return self._tried(lambda db: int(db.execute("SELECT COUNT(*) FROM answers").fetchone()[0]))
+
+    def _opened(self) -> sqlite3.Connection:
+        for attempt in (1, 2):
+            self._file = _inode(self.path)
+            try:
+                db = connect(self.path)
+                self._file = _inode(self.path)
+                return db
+            except DamagedStore as error:
+                if attempt == 2:
+                    raise UserError(f"the summary store {self.path} is damaged ({error}); move it away") from error
+                salvage(self.path, self._file, str(error))
+        raise AssertionError("unreachable")
+
+    def _follow(self) -> None:
+        """Go on with the file that stands in the store's place now, should another process have mended it."""
+        if _inode(self.path) != self._file:
+            self._db.close()
+            self._db = self._opened()
+
+    def _tried(self, action: Callable[[sqlite3.Connection], _T]) -> _T:
+        """Return what `action` does; on a damaged file, do it again on what could be saved of it."""
+        self._follow()
+        try:
+            with explained(self.path):
+                return action(self._db)
+        except DamagedStore as error:
+            self._db.close()
+            salvage(self.path, self._file, str(error))
+            self._db = self._opened()
+        with explained(self.path):
+            return action(self._db)
+
+    @contextmanager
+    def _mended(self) -> Iterator[None]:
+        """Do what cannot simply be done again; a damaged file is mended, and the user asked to repeat."""
+        self._follow()
+        try:
+            with explained(self.path):
+                yield
+        except DamagedStore as error:
+            self._db.close()
+            salvage(self.path, self._file, str(error))
+            self._db = self._opened()
+            raise UserError(
+                f"the summary store {self.path} was damaged and is mended now; repeat the command"
+            ) from error
+
+
+def _inode(path: Path) -> int | None:
+    try:
+        return path.stat().st_ino
+    except OSError:
+        return None
+
+
+@contextmanager
+def _transaction(db: sqlite3.Connection, begin: str) -> Iterator[None]:
+    db.execute(begin)
+    try:
+        yield
+    except BaseException:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        raise
+    db.execute("COMMIT")
+
+
+def _texts(db: sqlite3.Connection, wanted: Sequence[str]) -> dict[str, str]:
+    found = dict[str, str]()
+    for start in range(0, len(wanted), _CHUNK):
+        chunk = wanted[start : start + _CHUNK]
+        marks = ",".join("?" * len(chunk))
+        found.update(db.execute(f"SELECT key, text FROM answers WHERE key IN ({marks})", chunk).fetchall())
+    return found
+
+
+def _inserted(db: sqlite3.Connection, rows: Iterable[Row]) -> int:
+    with _transaction(db, "BEGIN IMMEDIATE"):
+        before = db.total_changes
+        db.executemany(_INSERT, rows)
+        return db.total_changes - before

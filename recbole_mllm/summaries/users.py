@@ -1,15 +1,17 @@
-"""Recurrent user summaries: a fold over blocks of a user's history, one step for all users at a time."""
+"""Recurrent user summaries: a fold over blocks of each user's history, all users' chains side by side."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections import deque
+from collections.abc import Hashable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from typing import cast
 
 from recbole_mllm.data.texts import Items, UserSummary
 from recbole_mllm.prompts import Prompt, Style, item_line, preference_prompt
 from recbole_mllm.settings import SummarySettings
 from recbole_mllm.summaries.chains import State, before, history_digest, state_at, steps
-from recbole_mllm.summaries.writing import Scribe
+from recbole_mllm.summaries.writing import Question, Scribe
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,24 +42,53 @@ def preferences(
 ) -> dict[tuple[str, State], str]:
     """Return the text of every state that some row of `plan` reads, and of those they build on.
 
-    No state's prompt holds an interaction at or after its `seen`; users advance together, a step a batch.
+    No state's prompt holds an interaction at or after its `seen`. Each chain advances as soon as its last step is
+    written, whatever the others' do.
     """
-    wanted = {user: steps(states, settings) for user, states in plan.states(settings).items()}
-    texts: dict[tuple[str, State], str] = {}
-    with scribe.progress(sum(len(level) for levels in wanted.values() for level in levels)):
-        for depth in range(max((len(levels) for levels in wanted.values()), default=0)):
-            due = [(u, state) for u, levels in wanted.items() if depth < len(levels) for state in levels[depth]]
-            prompts = [
-                _prompt(style, items, summaries, plan.histories[user], state, _previous(texts, user, state, settings))
-                for user, state in due
-            ]
-            texts |= dict(zip(due, scribe.answer(prompts), strict=True))
-    return texts
+    chains = _Chains(style, items, summaries, plan, settings)
+    with scribe.progress(chains.total):
+        scribe.serve(chains)
+    return chains.texts
 
 
-def _previous(texts: Mapping[tuple[str, State], str], user: str, state: State, settings: SummarySettings) -> str | None:
-    earlier = before(state, settings) if settings.summary_mode == "recurrent" else None
-    return texts[user, earlier] if earlier is not None else None
+class _Chains:
+    """All users' chains: a state's prompt can be asked once the state before it has its text."""
+
+    def __init__(
+        self, style: Style, items: Items, summaries: Mapping[str, str], plan: Plan, settings: SummarySettings
+    ) -> None:
+        self.style, self.items, self.summaries, self.plan, self.settings = style, items, summaries, plan, settings
+        self.texts: dict[tuple[str, State], str] = {}
+        self.waiting: deque[tuple[str, State]] = deque()
+        self.after: dict[tuple[str, State], list[State]] = {}
+        self.total = 0
+        for user, states in plan.states(settings).items():
+            for state in (state for level in steps(states, settings) for state in level):
+                self.total += 1
+                earlier = self._before(state)
+                if earlier is None:
+                    self.waiting.append((user, state))
+                else:
+                    self.after.setdefault((user, earlier), []).append(state)
+
+    def _before(self, state: State) -> State | None:
+        return before(state, self.settings) if self.settings.summary_mode == "recurrent" else None
+
+    def ready(self, count: int) -> list[Question]:
+        """Return the next states' prompts."""
+        return [self._question(*self.waiting.popleft()) for _ in range(min(count, len(self.waiting)))]
+
+    def _question(self, user: str, state: State) -> Question:
+        earlier = self._before(state)
+        previous = self.texts[user, earlier] if earlier is not None else None
+        prompt = _prompt(self.style, self.items, self.summaries, self.plan.histories[user], state, previous)
+        return Question((user, state), prompt, previous or "")
+
+    def told(self, name: Hashable, text: str) -> None:
+        """Keep a state's text, and let those that continue it be asked."""
+        user, state = cast("tuple[str, State]", name)
+        self.texts[user, state] = text
+        self.waiting.extend((user, later) for later in self.after.pop((user, state), []))
 
 
 def _prompt(

@@ -1,18 +1,66 @@
-"""Answer many prompts: what the store knows is read, the rest is written in batches and kept at once."""
+"""Answer prompts through the store: what it knows is read, the rest is written and kept as it arrives.
+
+Prompts come from an `Asker`, which may ask more once it has been told an answer: so no user waits for another's chain.
+"""
 
 from __future__ import annotations
 
 import logging
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, Protocol
 
 from recbole_mllm.data.atomic import clean
 from recbole_mllm.errors import UserError
-from recbole_mllm.mllm.base import Answer, Writer
+from recbole_mllm.mllm.base import Answer, Ask, Decoding, Writer
 from recbole_mllm.progress import Progress
 from recbole_mllm.prompts import Prompt
-from recbole_mllm.summaries.store import Decoding, Store, answer_key
+from recbole_mllm.summaries.quality import Findings, cut_at_sentence, repeats_prompt, table
+from recbole_mllm.summaries.store import Store, answer_key
+
+_AT_A_TIME = 4096  # prompts made and looked up at once
+_KEEP_COUNT, _KEEP_S = 32, 1.0  # answers, or seconds, after which what arrived is committed
+_AGAIN = Decoding(0, 0.6, 0.9)  # how an answer that repeats its prompt is tried once more
+
+
+class Question(NamedTuple):
+    """A prompt with the name its asker knows it by, and the preference it continues, if any."""
+
+    name: Hashable
+    prompt: Prompt
+    previous: str = ""
+
+
+class Asker(Protocol):
+    """Asks questions, some of them only when others have been answered."""
+
+    def ready(self, count: int) -> list[Question]:
+        """Return up to `count` questions that can be asked now, each once."""
+        ...
+
+    def told(self, name: Hashable, text: str) -> None:
+        """Take an answer."""
+        ...
+
+
+class Listed:
+    """Questions that are all known from the start."""
+
+    def __init__(self, prompts: Iterable[tuple[Hashable, Prompt]]) -> None:
+        self.waiting = [Question(name, prompt) for name, prompt in prompts]
+        self.texts: dict[Hashable, str] = {}
+
+    def ready(self, count: int) -> list[Question]:
+        """Return the next ones."""
+        out = self.waiting[:count]
+        del self.waiting[:count]
+        return out
+
+    def told(self, name: Hashable, text: str) -> None:
+        """Keep the text."""
+        self.texts[name] = text
 
 
 @dataclass(slots=True)
@@ -24,74 +72,173 @@ class Tally:
     written: int = 0
     prompt_tokens: int = 0
     new_tokens: int = 0
-    at_limit: int = 0
-    empty: int = 0
     seconds: float = 0.0
+    words: list[int] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Open:
+    """A prompt on its way to the model, and who waits for its answer."""
+
+    key: str
+    question: Question
+    names: list[Hashable]
+    again: bool = False
 
 
 @dataclass(slots=True)
 class Scribe:
-    """Answers prompts with one model through the store. The model is loaded only when something must be written."""
+    """Answers questions with one model through the store. The model is loaded only when something must be written."""
 
     kind: str
     load: Callable[[], Writer]
     identity: str
     store: Store
     decoding: Decoding
-    batch_size: int
     may_write: bool = True
     tally: Tally = field(default_factory=Tally)
-    _writer: Writer | None = None
+    findings: Findings = field(default_factory=Findings)
+    _asker: Asker | None = None
+    _open: dict[str, _Open] = field(default_factory=dict)
+    _waiting: list[_Open] = field(default_factory=list)
+    _under_way: dict[int, _Open] = field(default_factory=dict)
+    _unkept: list[tuple[str, Answer]] = field(default_factory=list)
+    _failed: list[str] = field(default_factory=list)
+    _place: int = 0
+    _kept_at: float = 0.0
     _progress: Progress | None = None
 
     def answer(self, prompts: Sequence[Prompt]) -> list[str]:
-        """Return the answers, each one line; equal prompts are answered once.
+        """Return the answers, each one line; equal prompts are answered once."""
+        asker = Listed(enumerate(prompts))
+        self.serve(asker)
+        return [asker.texts[place] for place in range(len(prompts))]
+
+    def serve(self, asker: Asker) -> None:
+        """Answer all that `asker` asks.
 
         Raises:
-            UserError: `may_write` is false and an answer is missing.
+            UserError: `may_write` is false and an answer is missing; or, with all others answered and kept, some could
+                not be: an image is gone, or a prompt is too large for this machine.
         """
-        keys = [answer_key(self.identity, prompt, self.decoding) for prompt in prompts]
-        texts = self.store.get(keys)
-        missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in texts}
-        self.tally.asked += len(keys)
-        self.tally.known += len(keys) - len(missing)
-        if self._progress is not None:
-            self._progress.update(len(keys) - len(missing))
-        if missing and not self.may_write:
+        self._asker = asker
+        self._look_up(1 if self.may_write else sys.maxsize)
+        if self._waiting:
+            if not self.may_write:
+                raise UserError(
+                    f"{len(self._waiting)} {self.kind} summaries are missing or stale and summarize is off; "
+                    "run `python run_recbole_mllm.py summarize` with the same settings, or set summarize: auto"
+                )
+            writer = self.load()
+            self._kept_at = started = time.perf_counter()
+            try:
+                writer.write(self)
+            finally:
+                self._keep()
+                self.tally.seconds += time.perf_counter() - started
+        if self._failed:
             raise UserError(
-                f"{len(missing)} {self.kind} summaries are missing or stale and summarize is off; "
-                "run `python run_recbole_mllm.py summarize` with the same settings, or set summarize: auto"
+                f"{len(self._failed)} {self.kind} summaries cannot be written, the first for this: {self._failed[0]}; "
+                "all others are kept, and the same command goes on from there"
             )
-        for batch in self._batches(missing):
-            texts.update(self._write(batch))
-        return [texts[key] for key in keys]
 
-    def _batches(self, missing: dict[str, Prompt]) -> Iterator[list[tuple[str, Prompt]]]:
-        # Batches of like length waste little on padding; the key settles ties, so a re-run cuts the same batches
-        ordered = sorted(missing.items(), key=lambda pair: (len(pair[1].marked), pair[0]))
-        for start in range(0, len(ordered), self.batch_size):
-            yield ordered[start : start + self.batch_size]
+    def take(self, count: int) -> list[Ask]:
+        """Return up to `count` prompts that the store cannot answer."""
+        self._look_up(count)
+        out = []
+        for job in self._waiting[:count]:
+            self._place += 1
+            self._under_way[self._place] = job
+            again = replace(_AGAIN, max_new_tokens=self.decoding.max_new_tokens, seed=self.decoding.seed + 1)
+            out.append(Ask(self._place, job.question.prompt, again if job.again else self.decoding))
+        del self._waiting[:count]
+        return out
 
-    def _write(self, batch: Sequence[tuple[str, Prompt]]) -> dict[str, str]:
-        if self._writer is None:
-            self._writer = self.load()
-        started = time.perf_counter()
-        answers = self._writer.write([prompt for _, prompt in batch], self.decoding.max_new_tokens)
-        seconds = time.perf_counter() - started
-        answers = [Answer(clean(a.text), a.prompt_tokens, a.new_tokens) for a in answers]
-        self.store.add(self.kind, self.identity, [key for key, _ in batch], answers, seconds)
-        self._count(answers, seconds)
-        return {key: answer.text for (key, _), answer in zip(batch, answers, strict=True)}
+    def _look_up(self, count: int) -> None:
+        """Ask for questions until `count` wait for the model; what the store knows is told at once."""
+        assert self._asker is not None
+        while len(self._waiting) < count and (fresh := self._asker.ready(_AT_A_TIME)):
+            keys = [self._key(question) for question in fresh]
+            known = self.store.get([key for key in keys if key is not None]) | self._arrived(keys)
+            batch: list[_Open] = []
+            self.tally.asked += len(fresh)
+            for key, question in zip(keys, fresh, strict=True):
+                if key is None:
+                    continue
+                if key in known:
+                    self.tally.known += 1
+                    self._tell([question.name], known[key], question.prompt)
+                elif key in self._open:
+                    self._open[key].names.append(question.name)
+                else:
+                    self._open[key] = job = _Open(key, question, [question.name])
+                    batch.append(job)
+            # Prompts of like length waste little on padding; the key settles ties, so a re-run takes the same order
+            self._waiting += sorted(batch, key=lambda job: (len(job.question.prompt.marked), job.key))
 
-    def _count(self, answers: Sequence[Answer], seconds: float) -> None:
-        self.tally.written += len(answers)
-        self.tally.seconds += seconds
-        self.tally.prompt_tokens += sum(a.prompt_tokens for a in answers)
-        self.tally.new_tokens += sum(a.new_tokens for a in answers)
-        self.tally.at_limit += sum(a.new_tokens >= self.decoding.max_new_tokens for a in answers)
-        self.tally.empty += sum(not a.text for a in answers)
+    def _key(self, question: Question) -> str | None:
+        try:
+            return answer_key(self.identity, question.prompt, self.decoding)
+        except OSError as error:
+            self._failed.append(f"an image cannot be read any more: {error}")
+            return None
+
+    def _arrived(self, keys: Sequence[str | None]) -> dict[str, str]:
+        wanted = set(keys)
+        return {key: answer.text for key, answer in self._unkept if key in wanted}
+
+    def give(self, arrived: Sequence[tuple[int, Answer]]) -> None:
+        """Take answers: kept soon, told at once; one that repeats its prompt is asked for once more."""
+        for place, answer in arrived:
+            job = self._under_way.pop(place)
+            answer = replace(answer, text=clean(cut_at_sentence(answer)))
+            self._count(answer)
+            if repeats_prompt(answer.text, job.question.prompt, job.question.previous):
+                if not job.again:
+                    job.again = True
+                    self._waiting.insert(0, job)
+                    continue
+                self.findings.note("repeats its prompt", answer.text)
+            self.tally.written += 1
+            self.findings.look_at_new(answer)
+            self._unkept.append((job.key, answer))
+            del self._open[job.key]
+            self._tell(job.names, answer.text, job.question.prompt)
+        if len(self._unkept) >= _KEEP_COUNT or time.perf_counter() - self._kept_at > _KEEP_S:
+            self._keep()
+
+    def fail(self, place: int, reason: str) -> None:
+        """Note that a prompt cannot be answered, and go on."""
+        job = self._under_way.pop(place)
+        del self._open[job.key]
+        self._failed.append(reason)
+
+    def _tell(self, names: Sequence[Hashable], text: str, prompt: Prompt) -> None:
+        assert self._asker is not None
+        self.findings.look(text, prompt)
+        self.tally.words.append(len(text.split()))
+        for name in names:
+            self._asker.told(name, text)
         if self._progress is not None:
-            self._progress.update(len(answers))
+            self._progress.update(len(names), self._note())
+
+    def _note(self) -> str:
+        seconds = time.perf_counter() - self._kept_at + self.tally.seconds if self.tally.written else 0.0
+        rate = f", {self.tally.new_tokens / seconds:.0f} tokens/s" if seconds > 0 else ""
+        return f"{self.tally.known} known{rate}"
+
+    def _keep(self) -> None:
+        """Commit what arrived since the last time."""
+        now = time.perf_counter()
+        if self._unkept:
+            keys, answers = [key for key, _ in self._unkept], [answer for _, answer in self._unkept]
+            self.store.add(self.kind, self.identity, keys, answers, now - self._kept_at)
+            self._unkept = []
+        self._kept_at = now
+
+    def _count(self, answer: Answer) -> None:
+        self.tally.prompt_tokens += answer.prompt_tokens
+        self.tally.new_tokens += answer.new_tokens
 
     def progress(self, total: int) -> Progress:
         """Return what shows how far `total` prompts are; this scribe moves it, known answers included."""
@@ -99,17 +246,21 @@ class Scribe:
         return self._progress
 
     def report(self) -> None:
-        """Log what was done, in one line, and what people should look at, if anything."""
+        """Log what was done, and a table of what people should look at, if anything."""
         log, t = logging.getLogger(), self.tally
         if not t.asked:
             return
-        rate = t.written / t.seconds if t.seconds else 0.0
+        rate = f"{t.written / t.seconds:.1f}/s, {t.new_tokens / t.seconds:.0f} tokens/s" if t.seconds else "-"
         log.info(
-            f"{self.kind} summaries: {t.asked} asked, {t.known} known, {t.written} written "
-            f"in {t.seconds:.1f} s ({rate:.1f}/s, {t.new_tokens} tokens)"
+            f"{self.kind} summaries: {t.asked} asked, {t.known} known, {t.written} written in {t.seconds:.1f} s "
+            f"({rate}); words: {_spread(t.words)}"
         )
-        if t.at_limit or t.empty:
-            log.warning(
-                f"{self.kind} summaries: {t.at_limit} reached {self.decoding.max_new_tokens} tokens and may be cut "
-                f"({self.kind}_summary_tokens raises it), {t.empty} are empty"
-            )
+        if lines := table(self.findings, self.kind, len(t.words)):
+            log.warning("\n".join([f"{self.kind} summaries to look at:", *lines]))
+
+
+def _spread(numbers: Sequence[int]) -> str:
+    ordered = sorted(numbers)
+    if not ordered:
+        return "none"
+    return f"{ordered[0]} to {ordered[-1]}, half of them up to {ordered[len(ordered) // 2]}"

@@ -7,6 +7,7 @@ import torch
 from stock_forward import CPU, SETTINGS, STYLE, own_inputs
 
 from recbole_mllm.mllm import scoring
+from recbole_mllm.mllm.base import Decoding, answers_of
 from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.prompts import Prompt, image_summary_prompt, recommend_prompt
 
@@ -87,4 +88,4 @@ def test_written_text_is_that_of_plain_generation(mllm, stock, prompts):
         inputs = own_inputs(tokenizer, processor, prompt)
         out = stock.generate(**inputs, max_new_tokens=6, do_sample=False, pad_token_id=tokenizer.pad_token_id)
         expected.append(tokenizer.decode(out[0, inputs["input_ids"].size(1) :], skip_special_tokens=True).strip())
-    assert [answer.text for answer in mllm.write(few, 6)] == expected
+    assert [answer.text for answer in answers_of(mllm, few, Decoding(6))] == expected

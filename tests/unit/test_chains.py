@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import yaml
 from hypothesis import given
+from hypothesis import settings as settings_
 from hypothesis import strategies as st
+from planted_writers import Planted
 
 from recbole_mllm.data.texts import Items
-from recbole_mllm.mllm.base import Answer
 from recbole_mllm.prompts import Style
 from recbole_mllm.resources import PROPERTIES
 from recbole_mllm.settings import SummarySettings
@@ -32,17 +33,13 @@ SETTINGS = st.builds(
 HISTORIES = st.dictionaries(st.sampled_from(["u1", "u2", "u3"]), st.integers(2, 12), min_size=1)
 
 
-class Echo:
-    """Writes the markers it has read, so that a summary shows what it knows; counts what it was asked."""
+class Echo(Planted):
+    """Writes the markers it has read, so that a summary shows what it knows."""
 
     identity = "echo"
 
     def __init__(self):
-        self.asked = 0
-
-    def write(self, prompts, max_new_tokens):
-        self.asked += len(prompts)
-        return [Answer(" ".join(sorted(set(_markers(p.text)))), 1, 1) for p in prompts]
+        super().__init__(lambda prompt: " ".join(sorted(set(_markers(prompt.text)))), 3)
 
 
 def _markers(text):
@@ -57,12 +54,13 @@ def _world(lengths):
 
 def _run(folder, plan, items, settings, echo):
     store = Store(folder / "store.sqlite")
-    scribe = Scribe("user", lambda: echo, echo.identity, store, Decoding(9), 4)
+    scribe = Scribe("user", lambda: echo, echo.identity, store, Decoding(9))
     texts = preferences(scribe, STYLE, items, {}, plan, settings)
     store.close()
     return texts
 
 
+@settings_(deadline=None)
 @given(lengths=HISTORIES, settings=SETTINGS)
 def test_a_row_reads_only_what_lies_before_it(tmp_path_factory, lengths, settings):
     histories, items = _world(lengths)
@@ -79,6 +77,7 @@ def test_a_row_reads_only_what_lies_before_it(tmp_path_factory, lengths, setting
             assert seen == {f"seen-{item}" for item in history[start:stop]}
 
 
+@settings_(deadline=None)
 @given(lengths=HISTORIES, settings=SETTINGS)
 def test_shared_chains_say_what_each_row_alone_would(tmp_path_factory, lengths, settings):
     histories, items = _world(lengths)

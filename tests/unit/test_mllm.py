@@ -12,6 +12,7 @@ from PIL import Image
 
 from recbole_mllm.errors import UserError
 from recbole_mllm.mllm import scoring
+from recbole_mllm.mllm.base import Decoding, answers_of
 from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.mllm.lora import adapt, adapter_state, load_adapter_state, target_modules
 from recbole_mllm.prompts import Prompt, Style, recommend_prompt
@@ -168,8 +169,8 @@ def test_the_loss_is_the_mean_likelihood_of_the_labelled_tokens(mllm, prompts, w
 
 def test_answers_do_not_depend_on_the_batch(mllm, folder):
     prompts = [Prompt(f"<image> {text}", (folder / "red.png",)) for text in ("what?", "a longer question this is", "x")]
-    together = mllm.write(prompts, 6)
-    assert [mllm.write([p], 6)[0] for p in prompts] == together
+    together = answers_of(mllm, prompts, Decoding(6))
+    assert [answers_of(mllm, [p], Decoding(6))[0] for p in prompts] == together
 
 
 def test_lora_adapts_the_language_model_and_leaves_the_tower_alone(mllm):

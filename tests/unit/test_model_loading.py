@@ -15,6 +15,7 @@ from transformers import ProcessorMixin
 
 from recbole_mllm.errors import UserError
 from recbole_mllm.mllm import sources
+from recbole_mllm.mllm.base import Decoding, answers_of
 from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.mllm.processors import NoVideos, load_processor
 from recbole_mllm.mllm.sources import identity_of
@@ -74,7 +75,7 @@ def test_a_real_gguf_prefers_what_the_user_likes():
     answers = model.answers(STYLE)
     assert answers.yes[0] != answers.no[0]
     assert torch.isfinite(model.yes_scores(PROMPTS, answers)).all()
-    assert model.write(PROMPTS[:1], 8)[0].text
+    assert answers_of(model, PROMPTS[:1], Decoding(8))[0].text
 
 
 @pytest.mark.parametrize("build", [tiny_models.qwen2_5_vl, tiny_models.smolvlm], ids=lambda build: build.__name__)

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from planted_writers import Planted
 
 from recbole_mllm.errors import UserError
-from recbole_mllm.mllm.base import Answer
+from recbole_mllm.mllm.base import Answer, Decoding
 from recbole_mllm.prompts import Prompt
-from recbole_mllm.summaries.store import Decoding, Store, answer_key
+from recbole_mllm.summaries.store import Store, answer_key
 from recbole_mllm.summaries.writing import Scribe
 
 
@@ -47,46 +48,35 @@ def test_a_batch_is_whole_or_absent(tmp_path):
     assert len(store) == 0
 
 
-def test_a_file_that_is_no_store_is_one_clear_line(tmp_path):
-    (tmp_path / "s.sqlite").write_text("this is not a database, and long enough to be taken for one " * 40)
-    with pytest.raises(UserError, match=r"s\.sqlite cannot be opened"):
-        Store(tmp_path / "s.sqlite")
-
-
-class Upper:
+class Upper(Planted):
     identity = "upper"
 
     def __init__(self):
-        self.batches = []
-
-    def write(self, prompts, max_new_tokens):
-        self.batches.append([p.text for p in prompts])
-        return [Answer(p.text.upper() + "\n\tx", 1, 1) for p in prompts]
+        super().__init__(lambda prompt: prompt.text.upper() + "\n\tx", 2)
 
 
 def test_equal_prompts_are_answered_once_and_answers_are_one_line(tmp_path):
     writer = Upper()
-    scribe = Scribe("user", lambda: writer, "upper", Store(tmp_path / "s"), Decoding(3), 2)
+    scribe = Scribe("user", lambda: writer, "upper", Store(tmp_path / "s"), Decoding(3))
     assert scribe.answer([Prompt("a"), Prompt("b"), Prompt("a")]) == ["A x", "B x", "A x"]
     assert sorted(sum(writer.batches, [])) == ["a", "b"]
 
 
 def test_off_never_writes_and_names_the_command(tmp_path):
-    scribe = Scribe("user", Upper, "upper", Store(tmp_path / "s"), Decoding(3), 2, may_write=False)
+    scribe = Scribe("user", Upper, "upper", Store(tmp_path / "s"), Decoding(3), may_write=False)
     with pytest.raises(UserError, match="1 user summaries are missing or stale.*summarize"):
         scribe.answer([Prompt("a")])
 
 
 def test_a_crash_loses_only_the_batch_in_flight(tmp_path):
     class Dies(Upper):
-        def write(self, prompts, max_new_tokens):
-            if len(self.batches) == 2:
-                raise KeyboardInterrupt
-            return super().write(prompts, max_new_tokens)
+        def __init__(self):
+            super().__init__()
+            said, self.reply = self.reply, lambda prompt: said(prompt) if len(self.batches) < 3 else 1 / 0
 
     prompts = [Prompt(f"p{n}") for n in range(6)]
     writer, second = Dies(), Upper()
-    with pytest.raises(KeyboardInterrupt):
-        Scribe("user", lambda: writer, "upper", Store(tmp_path / "s"), Decoding(3), 2).answer(prompts)
-    Scribe("user", lambda: second, "upper", Store(tmp_path / "s"), Decoding(3), 2).answer(prompts)
-    assert len(writer.batches) == 2 and sum(map(len, second.batches)) == 2
+    with pytest.raises(ZeroDivisionError):
+        Scribe("user", lambda: writer, "upper", Store(tmp_path / "s"), Decoding(3)).answer(prompts)
+    Scribe("user", lambda: second, "upper", Store(tmp_path / "s"), Decoding(3)).answer(prompts)
+    assert writer.asked == 6 and second.asked == 2  # it died over the last two

@@ -1,0 +1,101 @@
+"""RecBole's evaluation loader with candidates that stay as they were drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from logging import getLogger
+from typing import Any
+
+import numpy as np
+import torch
+from recbole.data.dataloader import NegSampleEvalDataLoader
+from recbole.data.interaction import Interaction
+from recbole.utils import InputType
+
+from recbole_mllm.data.schema import TIE
+
+
+@dataclass(frozen=True, slots=True)
+class UserRows:
+    """Where each user's rows stand among rows sorted by user: ``[U]`` users, first places and how many."""
+
+    users: Any
+    starts: Any
+    counts: Any
+
+    @classmethod
+    def of(cls, users: Any) -> UserRows:
+        """Find the users in ``[rows]`` sorted internal ids."""
+        return cls(*np.unique(users, return_index=True, return_counts=True))
+
+    def digested(self, raw: Any, targets: Any, negatives: Any) -> tuple[Any, Any, Any]:
+        """Return raw ids, lengths and hashes for ``candidates_digest`` from the hashes of all rows' items."""
+        each = len(negatives) // max(1, len(targets))
+        lengths = self.counts * (1 + each)
+        place = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        out = np.empty(len(place), np.uint64)
+        positive = place < np.repeat(self.counts, lengths)
+        out[positive], out[~positive] = ~targets, negatives
+        return raw[self.users], lengths, out
+
+
+class FrozenEvalDataLoader(NegSampleEvalDataLoader):  # type: ignore[misc]
+    """RecBole's loader with given negatives, and a key beside each pair that breaks ties without looking at labels.
+
+    Args:
+        rows: Whose evaluation rows stand where in `dataset`, which is sorted by user.
+        count: Negatives of each row.
+        negatives: ``[rows * count]`` internal item ids, one user after the other.
+        keys: ``tie_keys`` of RecBole's users and items.
+    """
+
+    def __init__(
+        self, config: Any, dataset: Any, sampler: Any, rows: UserRows, count: int, negatives: Any, keys: Any
+    ) -> None:
+        self.rows, self.count, self.negatives, self.keys = rows, count, negatives, keys
+        self.logger = getLogger()
+        phase = sampler.phase if sampler is not None else "test"
+        self._set_neg_sample_args(config, dataset, InputType.POINTWISE, config[f"{phase}_neg_sample_args"])
+        self.uid_list, self.sample_size = rows.users, len(rows.users)
+        self.uid2items_num = np.bincount(rows.users, rows.counts, dataset.user_num).astype(np.int64)
+        # past RecBole's own, which counts rows in a loop and keeps a slice a user (general_dataloader.py:87-128)
+        super(NegSampleEvalDataLoader, self).__init__(config, dataset, sampler, shuffle=False)
+
+    def _init_batch_size_and_step(self) -> None:
+        """Take as many users as RecBole does (general_dataloader.py:130-146): the largest ones must fit a batch."""
+        sizes = np.sort(self.uid2items_num * self.times)[::-1]
+        fitting = 1 + int((np.cumsum(sizes)[1:] <= self.config["eval_batch_size"]).sum())
+        self.step = fitting
+        self.set_batch_size(int(sizes[:fitting].sum()))
+
+    def collate_fn(self, index: Sequence[int]) -> tuple[Interaction, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the users' pairs, positives first, as RecBole's loader does (general_dataloader.py:150-180)."""
+        starts, own = self.rows.starts[np.asarray(index)], self.rows.counts[np.asarray(index)]
+        sizes = own * (1 + self.count)
+        owner = np.repeat(np.arange(len(sizes)), sizes)
+        place = np.arange(len(owner)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        start, positive = starts[owner], place < own[owner]
+        drawn = np.where(positive, 0, place - own[owner])
+        rows = start + np.where(positive, place, drawn // max(1, self.count))
+        targets = self._dataset.inter_feat[self.iid_field].numpy()
+        items = np.where(positive, targets[rows], self.negatives[start * self.count + drawn])
+        pairs = self._pairs(rows, items, positive)
+        return (
+            pairs,
+            torch.from_numpy(owner),
+            torch.from_numpy(owner[positive]),
+            torch.from_numpy(items[positive]),
+        )
+
+    def _pairs(self, rows: Any, items: Any, labels: Any) -> Interaction:
+        used, back = np.unique(rows, return_inverse=True)
+        # the item is replaced before joining, so that item features are the candidate's
+        shown = self.transform(self._dataset, self._dataset.inter_feat[used])
+        plain = shown[back]
+        plain.update(Interaction({self.iid_field: torch.from_numpy(items)}))
+        pairs = self._dataset.join(plain)
+        users = plain[self._dataset.uid_field].numpy()
+        extra = {self.label_field: torch.from_numpy(labels).float(), TIE: torch.from_numpy(self.keys(users, items))}
+        pairs.update(Interaction(extra))
+        return pairs

@@ -1,0 +1,133 @@
+"""The items RecBole's samplers must not draw: looked up in one column, made into sets only where somebody asks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+
+from recbole_mllm.compat.patching import wrap
+from recbole_mllm.fastdata.pairs import Pairs
+from recbole_mllm.fastdata.popularity import build_alias_table
+
+_ALL_MET = (
+    "Some users have interacted with all items, which we can not sample negative items for them. "
+    "Please set `user_inter_num_interval` to filter those users."
+)
+
+
+class UsedIds:
+    """One phase's ``used_ids``: indexed by users it gives sets, as RecBole's array of sets does.
+
+    Args:
+        rows: ``(users, items)`` of all phases up to this one, a pair of arrays a phase.
+        pairs: The same pairs, to look up in.
+        user_num: How many users there are.
+    """
+
+    def __init__(self, rows: list[tuple[Any, Any]], pairs: Pairs, user_num: int) -> None:
+        self._pairs, self._user_num, self._phase = pairs, user_num, len(rows) - 1
+        self._rows = rows
+        self._by_user: list[tuple[Any, Any]] | None = None
+
+    def __len__(self) -> int:
+        return self._user_num
+
+    def __getitem__(self, users: Any) -> Any:
+        """Return the set of one user, or an array of the sets of many."""
+        if users is None:  # FullSortEvalDataLoader's user before the first (general_dataloader.py:220), not looked at
+            return self
+        if isinstance(users, int | np.integer):
+            return self._set(range(self._user_num)[users])
+        chosen = np.asarray(np.arange(self._user_num)[users])
+        if chosen.ndim == 0:
+            return self._set(int(chosen))
+        out = np.empty(chosen.size, dtype=object)
+        out[:] = [self._set(user) for user in chosen.flat]
+        return out.reshape(chosen.shape)
+
+    def __iter__(self) -> Any:
+        return (self._set(user) for user in range(self._user_num))
+
+    def contain(self, users: Any, items: Any) -> Any:
+        """Return which of `items` their user has used."""
+        return self._pairs.contain(users, items, self._phase)
+
+    def _set(self, user: int) -> set[int]:
+        if self._by_user is None:
+            self._by_user = [_grouped(users, items, self._user_num) for users, items in self._rows]
+        found: set[int] = set()
+        for items, bounds in self._by_user:  # copied from phase to phase as RecBole does, so that they iterate alike
+            found = set(found)
+            found.update(items[bounds[user] : bounds[user + 1]].tolist())
+        return found
+
+
+class NoneUsed:
+    """``used_ids`` of a sampler that forbids nothing until it is asked for rows (sampler.py:387-396)."""
+
+    def __init__(self, user_num: int) -> None:
+        self._user_num = user_num
+
+    def __len__(self) -> int:
+        return self._user_num
+
+    def __getitem__(self, users: Any) -> Any:
+        if isinstance(users, int | np.integer):
+            return set()
+        out = np.empty(len(users), dtype=object)
+        out[:] = [set() for _ in range(len(users))]
+        return out
+
+
+def _grouped(users: Any, items: Any, user_num: int) -> tuple[Any, Any]:
+    order = np.argsort(users, kind="stable")
+    return items[order], np.r_[0, np.cumsum(np.bincount(users, minlength=user_num))]
+
+
+def install(module: ModuleType) -> None:
+    """Replace what makes and reads sets of used items in RecBole's samplers (sampler/sampler.py:142-262, :387-396)."""
+    wrap(module.Sampler, "get_used_ids", lambda stock: get_used_ids)
+    wrap(module.RepeatableSampler, "get_used_ids", lambda stock: lambda self: NoneUsed(self.user_num))
+    wrap(module.AbstractSampler, "sample_by_key_ids", _make_sampling)
+    wrap(module.AbstractSampler, "_build_alias_table", lambda stock: build_alias_table)
+
+
+def get_used_ids(self: Any) -> dict[str, Any]:
+    """Return ``{phase: UsedIds}`` (``Sampler.get_used_ids``, sampler/sampler.py:233-262).
+
+    Raises:
+        ValueError: A user has met every item; RecBole's own words.
+    """
+    rows = [
+        (part.inter_feat[self.uid_field].numpy(), part.inter_feat[self.iid_field].numpy()) for part in self.datasets
+    ]
+    phases = np.repeat(np.arange(len(rows), dtype=np.int8), [len(users) for users, _ in rows])
+    users, items = (np.concatenate(column) for column in zip(*rows, strict=True))
+    pairs = Pairs(users, items, self.item_num, phases)
+    if pairs.most(self.user_num, len(rows)) + 1 == self.item_num:  # [PAD] is an item
+        raise ValueError(_ALL_MET)
+    return {phase: UsedIds(rows[: n + 1], pairs, self.user_num) for n, phase in enumerate(self.phases)}
+
+
+def _make_sampling(stock: Callable[..., Any]) -> Callable[..., Any]:
+    def sample_by_key_ids(self: Any, key_ids: Any, num: int) -> Any:
+        """Draw as sampler/sampler.py:128-175 does, number for number, and look all values up at once."""
+        used = self.used_ids
+        if not isinstance(used, UsedIds):
+            return stock(self, key_ids, num)
+        keys = np.tile(np.array(key_ids), num)
+        if not len(keys) or keys.min() < -len(used) or keys.max() >= len(used):
+            raise IndexError("no keys, or one beyond the used ids")
+        keys = keys % len(used)
+        values = np.zeros(len(keys), dtype=np.int64)
+        check = np.arange(len(keys))
+        while len(check):
+            values[check] = self.sampling(len(check))
+            check = check[used.contain(keys[check], values[check])]
+        return torch.tensor(values, dtype=torch.long)
+
+    return sample_by_key_ids

@@ -1,0 +1,111 @@
+"""From a prompt to an OpenAI-style chat message, and from a completion to an answer."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from recbole_mllm.data.images import open_image
+from recbole_mllm.errors import UserError
+from recbole_mllm.mllm.base import Answer
+from recbole_mllm.prompts import IMAGE, Prompt
+
+# A server tokenises the whole text, so a special token's spelling inside a title would become that token (and an image
+# mark without an image an error). A space behind its first character keeps it plain text.
+_SPECIAL = re.compile(
+    r"<\|[^|<>\s]{1,40}\|>|</?s>|\[/?INST\]|<</?SYS>>|<(?:image|video|audio|pad|unk|bos|eos|mask)>|"
+    r"<(?:start|end)_of_\w{1,20}>|<\w{1,20}_soft_token>"
+)
+_HALF = 2
+_FEWEST = 8  # characters a filled-in text keeps when a prompt is shortened
+_AS_IS = {"JPEG": "image/jpeg", "PNG": "image/png"}
+_ORIENTATION = 0x0112
+
+
+def message(prompt: Prompt, shortened: int = 0) -> dict[str, Any]:
+    """Return the user's turn: plain text, or text and images in their order; no mark of ours is in it.
+
+    `shortened` halves the longest filled-in text that many times (a server that finds the prompt too long).
+    """
+    pieces = prompt.pieces()
+    for _ in range(shortened):
+        _shorten(pieces)
+    parts: list[dict[str, Any]] = [{"type": "text", "text": ""}]
+    images = iter(prompt.images)
+    for place, piece in enumerate(pieces):
+        if place % 2:
+            parts[-1]["text"] += _SPECIAL.sub(lambda found: f"{found[0][0]} {found[0][1:]}", piece)
+            continue
+        head, *tails = piece.split(IMAGE)
+        parts[-1]["text"] += head
+        for tail in tails:
+            parts += [_image_part(next(images)), {"type": "text", "text": tail}]
+    if not prompt.images:
+        return {"role": "user", "content": parts[0]["text"]}
+    return {"role": "user", "content": [p for p in parts if p["type"] != "text" or p["text"]]}
+
+
+def _shorten(pieces: list[str]) -> None:
+    """Halve the longest filled-in text.
+
+    Raises:
+        UserError: What is left is the style's own wording.
+    """
+    longest = max(range(1, len(pieces), 2), key=lambda i: len(pieces[i]), default=0)
+    if not longest or len(pieces[longest]) <= _FEWEST:
+        raise UserError(
+            "the server finds a prompt too long, and what is left of it is fixed wording; serve the "
+            "model with a longer context"
+        )
+    pieces[longest] = pieces[longest][: max(_FEWEST, len(pieces[longest]) // _HALF)].rstrip()
+
+
+def _image_part(path: Path) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": data_url(path)}}
+
+
+def data_url(path: Path) -> str:
+    """Return the image as a data URL: its own bytes where every server reads them as we do, else an upright RGB PNG.
+
+    Raises:
+        UserError: It is no image that can be read.
+    """
+    try:
+        with Image.open(path) as image:
+            mime = _AS_IS.get(image.format or "")
+            plain = (
+                image.mode == "RGB" and image.getexif().get(_ORIENTATION, 1) == 1 and "transparency" not in image.info
+            )
+        upright = open_image(path)  # also refuses what is broken or too large
+    except OSError as error:
+        raise UserError(f"{path}: no image that can be read ({error}); mend or remove it") from error
+    if mime and plain:
+        data = path.read_bytes()
+    else:
+        mime, buffer = "image/png", io.BytesIO()
+        upright.save(buffer, "PNG")
+        data = buffer.getvalue()
+    return f"data:{mime};base64,{base64.b64encode(data).decode()}"
+
+
+def answer_of(completion: Any) -> Answer:
+    """Return the text of a chat completion with its costs, where the server tells them.
+
+    Raises:
+        ValueError: There is no choice in it.
+    """
+    choices = getattr(completion, "choices", None)
+    if not choices or getattr(choices[0], "message", None) is None:
+        raise ValueError("the answer holds no choice; is this URL an OpenAI-compatible /v1?")
+    usage = getattr(completion, "usage", None)
+    return Answer(
+        (choices[0].message.content or "").strip(),
+        int(getattr(usage, "prompt_tokens", 0) or 0),
+        int(getattr(usage, "completion_tokens", 0) or 0),
+        choices[0].finish_reason == "length",
+    )

@@ -1,0 +1,222 @@
+"""One OpenAI-compatible server: it is asked, and set aside for a while when it fails."""
+
+from __future__ import annotations
+
+import logging
+import random
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from enum import Enum, auto
+from typing import Any
+
+from recbole_mllm.errors import UserError
+from recbole_mllm.mllm.base import Answer, Decoding
+from recbole_mllm.mllm.chat import answer_of
+from recbole_mllm.settings import ServerSettings
+
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
+_LIST_TIMEOUT_S = 10.0
+_LONGEST_RETRY_AFTER_S = 3600.0
+_WORDS = 300  # characters of what a server says that are shown
+_AGAIN = {408, 409, 425, 429}
+_NOT_THE_PROMPTS = {408, 409, 425, 429, 502, 503, 504}  # these say nothing about the prompt itself
+_TOO_LONG = re.compile(r"context|too long|max(?:imum)?[ _](?:model[ _])?(?:length|tokens)|input length", re.IGNORECASE)
+_NO_KEY = "EMPTY"  # what servers without keys are sent
+
+
+class Kind(Enum):
+    """What a failure asks for."""
+
+    AGAIN = auto()  # the server's trouble: the same prompt later, or elsewhere
+    AGAIN_BUT_COUNT = auto()  # may be the prompt's own doing: again, a few times
+    TOO_LONG = auto()
+    REFUSED = auto()  # this prompt never
+    FATAL = auto()  # no prompt ever: the user must act
+
+
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """Why there is no answer, in words to show behind the server's URL; `wait` is what its Retry-After asks for."""
+
+    kind: Kind
+    text: str
+    wait: float | None = None
+
+
+class Host:
+    """A server with its client. Threads share it; while it fails, one of them tries it at a time."""
+
+    def __init__(self, url: str, model: str, settings: ServerSettings, key: str | None) -> None:
+        self.url, self.model, self.settings, self._key = url, model, settings, key
+        self._client = _client(url, key, settings.server_timeout)
+        self._changed = threading.Condition()
+        self._failures, self._resume_at, self._last_failed, self._trying = 0, 0.0, 0.0, False
+        self._not_before = 0.0  # the server's own word, by Retry-After
+        self.failing_since: float | None = None
+        self.last_trouble = ""
+
+    def begin(self) -> None:
+        """Start on new prompts: a server that was failing is tried at once, unless it asked to be left alone."""
+        with self._changed:
+            self._resume_at, self._trying = self._not_before, False
+            self._changed.notify_all()
+
+    def admit(self, stop: threading.Event) -> bool:
+        """Wait until the server may be asked (then True) or `stop` is set (then False)."""
+        with self._changed:
+            while not stop.is_set():
+                wait = self._resume_at - time.monotonic()
+                if wait <= 0 and not (self._failures and self._trying):
+                    self._trying = True
+                    return True
+                self._changed.wait(min(wait, 0.2) if wait > 0 else 0.2)
+        return False
+
+    def release(self) -> None:
+        """Say that an admitted thread had nothing to ask."""
+        with self._changed:
+            self._trying = False
+
+    def ask(self, message: dict[str, Any], decoding: Decoding) -> Answer | Trouble:
+        """Ask for one completion; what goes wrong is a value, and never holds the key."""
+        started = time.monotonic()
+        outcome = self._guarded(lambda: answer_of(self._complete(message, decoding)))
+        self._note(outcome, started)
+        return outcome
+
+    def models(self) -> list[str]:
+        """Return the models the server lists; some list none and serve all the same, some cannot be asked now.
+
+        Raises:
+            UserError: It refuses the key.
+        """
+        import openai
+
+        try:
+            return [str(model.id) for model in self._client.with_options(timeout=_LIST_TIMEOUT_S).models.list().data]
+        except openai.APIStatusError as error:
+            status = error.status_code
+        except (openai.OpenAIError, ValueError, TypeError, AttributeError):
+            return []
+        if status in (401, 403):
+            raise UserError(f"server {self.url}: {self._no_entry(status)}")
+        return []
+
+    def _complete(self, message: dict[str, Any], decoding: Decoding) -> Any:
+        sampled = {"top_p": decoding.top_p, "seed": decoding.seed} if decoding.temperature else {}
+        return self._client.chat.completions.create(
+            model=self.model,
+            messages=[message],
+            max_tokens=decoding.max_new_tokens,
+            temperature=decoding.temperature,
+            **sampled,
+        )
+
+    def _guarded(self, call: Callable[[], Answer]) -> Answer | Trouble:
+        import openai
+
+        try:
+            return call()
+        except (openai.OpenAIError, ValueError, TypeError, AttributeError) as error:
+            caught = error
+        # outside of the handler, so that no traceback chains what the client raised
+        if isinstance(caught, openai.APIStatusError):
+            return self._status(caught.status_code, self._words(caught.body), caught.response.headers)
+        if isinstance(caught, openai.APITimeoutError):
+            return Trouble(Kind.AGAIN_BUT_COUNT, f"no answer within {self.settings.server_timeout:g} s")
+        if isinstance(caught, openai.APIConnectionError):
+            return Trouble(Kind.AGAIN, self._words(str(caught.__cause__ or caught)))
+        return Trouble(Kind.AGAIN_BUT_COUNT, self._words(str(caught)) or "an answer that cannot be read")
+
+    def _status(self, status: int, words: str, headers: Mapping[str, str]) -> Trouble:
+        text = f"{status} {words}".strip()
+        if status in (401, 403):
+            return Trouble(Kind.FATAL, self._no_entry(status))
+        if 300 <= status < 400:
+            return Trouble(Kind.FATAL, "it redirects, which is not followed; give the address it leads to")
+        if status in _AGAIN or status >= 500:
+            kind = Kind.AGAIN if status in _NOT_THE_PROMPTS else Kind.AGAIN_BUT_COUNT
+            return Trouble(kind, text, _retry_after(headers))
+        if status == 404:
+            return Trouble(Kind.FATAL, self._unknown(text))
+        if status in (400, 413, 422) and _TOO_LONG.search(words):
+            return Trouble(Kind.TOO_LONG, text)
+        return Trouble(Kind.REFUSED, text)
+
+    def _no_entry(self, status: int) -> str:
+        name = self.settings.server_key_env
+        if name is None:
+            return f"it wants a key ({status}); set server_key_env to the environment variable that holds it"
+        state = "it refuses the key in" if self._key else "it wants a key; put it in"
+        return f"{state} the environment variable {name} ({status}); server_key_env names another one"
+
+    def _unknown(self, text: str) -> str:
+        listed = (
+            ", ".join(self.models()[:20]) or "none; check the name and that the URL ends as the server's does, in /v1"
+        )
+        return f"it does not know model {self.model!r} ({text}); it lists: {listed}"
+
+    def _words(self, body: object) -> str:
+        """Return what the server said, on one line, without the key should it repeat it."""
+        for name in ("error", "message", "detail"):
+            if isinstance(body, Mapping) and name in body:
+                body = body[name]
+        text = " ".join(str(body or "").split())
+        return (text.replace(self._key, "***") if self._key else text)[:_WORDS]
+
+    def _note(self, outcome: Answer | Trouble, started: float) -> None:
+        """Set the server aside after its own trouble, for longer each time; an answer ends that."""
+        with self._changed:
+            self._trying = False
+            if isinstance(outcome, Trouble) and outcome.kind in (Kind.AGAIN, Kind.AGAIN_BUT_COUNT):
+                self._failed(outcome, started)
+            elif self.failing_since is not None:
+                logging.getLogger().info(f"server {self.url} answers again")
+                self._failures, self._resume_at, self.failing_since = 0, 0.0, None
+            self._changed.notify_all()
+
+    def _failed(self, trouble: Trouble, started: float) -> None:
+        now = time.monotonic()
+        self.last_trouble = trouble.text
+        if self.failing_since is None:
+            self.failing_since = now
+            logging.getLogger().warning(f"server {self.url}: {trouble.text}; set aside, and tried again in a while")
+        if started >= self._last_failed:  # what was asked before the last failure is the same incident
+            self._failures += 1
+            wait = min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2.0 ** min(self._failures - 1, 16))
+            self._resume_at = max(self._resume_at, now + wait * random.uniform(0.5, 1.0))
+            self._last_failed = now
+        if trouble.wait is not None:
+            self._not_before = now + trouble.wait * random.uniform(1.0, 1.1)
+            self._resume_at = max(self._resume_at, self._not_before)
+
+
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    """Return the seconds ``Retry-After`` asks for, given as a number or as a date."""
+    text = headers.get("retry-after")
+    if text is None:
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(text).timestamp() - time.time()
+        except ValueError:
+            return None
+    return min(seconds, _LONGEST_RETRY_AFTER_S) if seconds > 0 else None
+
+
+def _client(url: str, key: str | None, timeout: float) -> Any:
+    """Return a client that follows no redirect and leaves retries to us: they move on to another server."""
+    try:
+        from openai import DefaultHttpxClient, OpenAI
+    except ImportError:
+        raise UserError('models behind a server need the client: pip install "recbole-mllm[server]"') from None
+    for name in ("openai", "httpx", "httpx2", "httpcore", "httpcore2"):  # a line a request, headers at debug level
+        logging.getLogger(name).setLevel(logging.WARNING)
+    transport = DefaultHttpxClient(follow_redirects=False, timeout=timeout)
+    return OpenAI(base_url=url, api_key=key or _NO_KEY, max_retries=0, timeout=timeout, http_client=transport)

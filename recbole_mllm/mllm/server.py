@@ -1,0 +1,199 @@
+"""A model behind OpenAI-compatible servers, as a writer: they share the prompts, and a failing one is left alone."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from recbole_mllm.endpoints import Endpoint
+from recbole_mllm.errors import UserError
+from recbole_mllm.mllm.base import Answer, Ask, Work
+from recbole_mllm.mllm.chat import message
+from recbole_mllm.mllm.host import Host, Kind, Trouble
+from recbole_mllm.settings import ServerSettings
+
+_TRIES = 5  # times a prompt may draw an error that could be its own doing
+_HOPELESS = 3  # prompts refused before any was answered: it is not the prompts
+_TICK_S = 0.2
+
+
+class ServerModel:
+    """A `Writer` that asks a bounded number of prompts at a time and hands answers over as they come.
+
+    Raises:
+        UserError: The client is not installed, or a server refuses the key.
+    """
+
+    def __init__(self, endpoint: Endpoint, settings: ServerSettings) -> None:
+        key = _key(settings)
+        self.identity = endpoint.identity
+        self.settings = settings
+        self.hosts = [Host(url, endpoint.model, settings, key) for url in endpoint.urls]
+        for host in self.hosts:
+            _look_at(host)
+
+    def write(self, work: Work) -> None:
+        """Answer what `work` holds; answers are handed over as they arrive.
+
+        Raises:
+            UserError: A server refuses the key or does not know the model; no server has answered for
+                ``server_patience`` seconds; or, after all others are answered, some prompts were refused. What had
+                arrived has been handed over before.
+        """
+        shift = _Shift(work, self.hosts, self.settings)
+        try:
+            shift.run()
+        finally:
+            shift.stop.set()
+
+
+def _key(settings: ServerSettings) -> str | None:
+    """Return the key the environment holds, if any."""
+    name = settings.server_key_env
+    key = os.environ.get(name, "").strip() if name else ""
+    if not key.isascii() or len(key.split()) > 1:
+        raise UserError(f"the environment variable {name} holds a space or letters that no key has; set it again")
+    return key or None
+
+
+def _look_at(host: Host) -> None:
+    """Say so where the server lists models and not this one; a server that is down now may be up later."""
+    there = host.models()
+    if there and host.model not in there:
+        listed = ", ".join(there[:20])
+        logging.getLogger().warning(f"server {host.url} does not list model {host.model!r}; it lists: {listed}")
+
+
+@dataclass(slots=True)
+class _Job:
+    ask: Ask
+    tries: int = 0
+    shortened: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Refused:
+    text: str
+
+
+class _Shift:
+    """Prompts on their way: a queue of jobs, threads for each server that take them, a queue of results."""
+
+    def __init__(self, work: Work, hosts: Sequence[Host], settings: ServerSettings) -> None:
+        self.work, self.hosts, self.settings = work, hosts, settings
+        self.stop = threading.Event()
+        self.jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
+        self.results: queue.SimpleQueue[tuple[_Job, Answer] | _Refused | Exception] = queue.SimpleQueue()
+        self.under_way = 0
+        self.started = time.monotonic()
+
+    def run(self) -> None:
+        """Start the threads and hand over what arrives; raise what the user must mend when all that arrived is out."""
+        refused: list[_Refused] = []
+        answered = shortened = 0
+        self._fill()
+        self._start()
+        while self.under_way:
+            arrived = self._arrived()
+            self.under_way -= sum(not isinstance(result, Exception) for result in arrived)
+            refused += [result for result in arrived if isinstance(result, _Refused)]
+            done = [result for result in arrived if isinstance(result, tuple)]
+            if done:
+                answered += len(done)
+                shortened += sum(job.shortened > 0 for job, _ in done)
+                self.work.give([(job.ask.place, replace(a, shortened=job.shortened > 0)) for job, a in done])
+            for result in arrived:
+                if isinstance(result, Exception):
+                    raise result
+            self._check(answered, refused)
+            self._fill()
+        if shortened:
+            logging.getLogger().warning(f"{shortened} prompts were too long for the server and had a text shortened")
+        if refused:
+            raise _refusal(refused)
+
+    def _fill(self) -> None:
+        """Keep as many jobs waiting as the servers could take at once, so that none of them runs dry."""
+        room = 2 * len(self.hosts) * self.settings.server_concurrency - self.under_way
+        for ask in self.work.take(room) if room > 0 else []:
+            self.jobs.put(_Job(ask))
+            self.under_way += 1
+
+    def _start(self) -> None:
+        for host in self.hosts:
+            host.begin()
+            for _ in range(self.settings.server_concurrency if self.under_way else 0):
+                # daemons, as one may hang in a request when the run is stopped
+                threading.Thread(target=self._work, args=(host,), daemon=True).start()
+
+    def _arrived(self) -> list[tuple[_Job, Answer] | _Refused | Exception]:
+        """Return all results that are there, waiting a moment for the first."""
+        out: list[tuple[_Job, Answer] | _Refused | Exception] = []
+        try:
+            out.append(self.results.get(timeout=_TICK_S))
+            while True:
+                out.append(self.results.get_nowait())
+        except queue.Empty:
+            return out
+
+    def _check(self, answered: int, refused: Sequence[_Refused]) -> None:
+        if not answered and len(refused) >= _HOPELESS:
+            raise _refusal(refused)
+        since = [host.failing_since for host in self.hosts]
+        if (
+            None in since
+            or time.monotonic() - max(self.started, *(s or 0.0 for s in since)) < self.settings.server_patience
+        ):
+            return
+        who = "; ".join(f"{host.url}: {host.last_trouble}" for host in self.hosts)
+        raise UserError(
+            f"no server has answered for {self.settings.server_patience:g} s ({who}); start them again and repeat the "
+            "command: what was finished is kept (server_patience sets how long is waited)"
+        )
+
+    def _work(self, host: Host) -> None:
+        try:
+            while host.admit(self.stop):
+                try:
+                    job = self.jobs.get(timeout=_TICK_S)
+                except queue.Empty:
+                    host.release()
+                    continue
+                self._settle(job, self._ask(job, host))
+        except Exception as error:  # a bug must stop the run, not hang it
+            self.results.put(error)
+
+    def _ask(self, job: _Job, host: Host) -> Answer | Trouble:
+        try:
+            turn = message(job.ask.prompt, job.shortened)
+        except UserError as error:
+            host.release()
+            return Trouble(Kind.REFUSED, str(error))
+        outcome = host.ask(turn, job.ask.decoding)
+        return replace(outcome, text=f"server {host.url}: {outcome.text}") if isinstance(outcome, Trouble) else outcome
+
+    def _settle(self, job: _Job, outcome: Answer | Trouble) -> None:
+        if isinstance(outcome, Answer):
+            self.results.put((job, outcome))
+            return
+        if outcome.kind is Kind.FATAL:
+            self.results.put(UserError(outcome.text))
+            return
+        job.tries += outcome.kind is Kind.AGAIN_BUT_COUNT
+        job.shortened += outcome.kind is Kind.TOO_LONG
+        if outcome.kind is Kind.REFUSED or job.tries >= _TRIES:
+            self.results.put(_Refused(outcome.text))
+        else:
+            self.jobs.put(job)
+
+
+def _refusal(refused: Sequence[_Refused]) -> UserError:
+    return UserError(
+        f"{len(refused)} prompts were refused, the first for this: {refused[0].text}; "
+        "mend that and repeat the command: what was finished is kept"
+    )

@@ -1,0 +1,116 @@
+"""What summarising would cost, before it is done: the same walk with a model that answers a few prompts and no more."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+
+from recbole_mllm.data.schema import store_file
+from recbole_mllm.mllm.base import Answer, Ask, Batch, Work, Writer
+from recbole_mllm.summaries.items import item_summaries
+from recbole_mllm.summaries.prepare import Stage, item_scribe, user_scribe
+from recbole_mllm.summaries.store import Store
+from recbole_mllm.summaries.users import Plan, preferences
+from recbole_mllm.summaries.writing import Scribe
+
+_PROBED = 16  # prompts that are really answered
+_AT_A_TIME = 4096
+
+
+@dataclass(slots=True)
+class Probe:
+    """A `Writer` that answers the first few prompts with the real model, and all others with an answer like theirs."""
+
+    load: Callable[[], Writer]
+    identity: str
+    answers: list[Answer] = field(default_factory=list)
+    characters: list[int] = field(default_factory=list)
+    seconds: float = 0.0
+    prompts: int = 0
+    more_characters: int = 0
+
+    def write(self, work: Work) -> None:
+        """Take everything; time the first few."""
+        if asks := work.take(max(0, _PROBED - len(self.answers))):
+            self._probe(asks, work)
+        while asks := work.take(_AT_A_TIME):
+            self.prompts += len(asks)
+            self.more_characters += sum(len(ask.prompt.text) for ask in asks)
+            work.give([(ask.place, self.answers[n % len(self.answers)]) for n, ask in enumerate(asks)])
+
+    def _probe(self, asks: Sequence[Ask], work: Work) -> None:
+        model = self.load()
+        batch = Batch([ask.prompt for ask in asks], asks[0].decoding)
+        started = time.perf_counter()
+        model.write(batch)
+        self.seconds += time.perf_counter() - started
+        self.prompts += len(asks)
+        for place, ask in enumerate(asks):
+            if place in batch.answers:
+                self.answers.append(batch.answers[place])
+                self.characters.append(len(ask.prompt.text))
+                work.give([(ask.place, batch.answers[place])])
+            else:
+                work.fail(ask.place, batch.failures.get(place, "no answer"))
+
+    def line(self, scribe: Scribe) -> str:
+        """Return the counts and what they would take, for people."""
+        head = f"{scribe.kind} summaries: {scribe.tally.asked:,} prompts, {scribe.tally.known:,} known"
+        if not self.answers:
+            return f"{head}, nothing to write"
+        probed = len(self.answers)
+        share = self.prompts / probed
+        # tokens grow with the prompts' characters, images included in the probe's own ratio
+        text = (sum(self.characters) + self.more_characters) / sum(self.characters)
+        read = sum(a.prompt_tokens for a in self.answers) * text
+        new = sum(a.new_tokens for a in self.answers) * share
+        return (
+            f"{head}, {self.prompts:,} to write: about {read:,.0f} tokens to read and {new:,.0f} to write, "
+            f"about {_duration(self.seconds * share)} (probe: {probed} prompts in {self.seconds:.1f} s)"
+        )
+
+
+class _ReadOnly:
+    """A store that is only looked into; nothing is created where there is none."""
+
+    def __init__(self, store: Store | None) -> None:
+        self.store = store
+
+    def get(self, keys: Iterable[str]) -> dict[str, str]:
+        """Return what is known."""
+        return self.store.get(keys) if self.store is not None else {}
+
+    def add(self, *_: object) -> None:
+        """Keep nothing."""
+
+
+def estimate(stage: Stage, plan: Plan, which: str) -> list[str]:
+    """Return, a line a stage, how many prompts ``items``, ``users`` or ``all`` would take, and how long; write nothing.
+
+    Users' later prompts hold answers that are not there yet; answers of the probe stand in for them.
+    """
+    s, lines = stage.settings, []
+    with ExitStack() as stack:
+        path = store_file(stage.folder)
+        store = _ReadOnly(stack.enter_context(closing(Store(path))) if path.is_file() else None)
+        scribe = item_scribe(stage, store)  # type: ignore[arg-type]
+        probe = Probe(scribe.load, scribe.identity)
+        scribe.load = lambda: probe
+        texts = item_summaries(scribe, stage.style, stage.items, plan.items(s), s.item_summary)
+        lines.append(probe.line(scribe))
+        if which != "items" and s.summary_mode != "none":
+            scribe = user_scribe(stage, store)  # type: ignore[arg-type]
+            probe = Probe(scribe.load, scribe.identity)
+            scribe.load = lambda: probe
+            preferences(scribe, stage.style, stage.items, texts, plan, s)
+            lines.append(probe.line(scribe))
+    return lines
+
+
+def _duration(seconds: float) -> str:
+    for size, name in ((86_400, "days"), (3_600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {name}"
+    return f"{seconds:.0f} seconds"

@@ -1,0 +1,138 @@
+"""The store's table: its columns, opening and migrating a file, and SQLite's errors in words that help."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from recbole_mllm.errors import UserError
+
+VERSION = 1  # of the table, in the file's user_version; 0 has neither origin nor truncated
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS answers (
+    key TEXT PRIMARY KEY, text TEXT NOT NULL, kind TEXT NOT NULL, model TEXT NOT NULL,
+    prompt_tokens INTEGER NOT NULL, new_tokens INTEGER NOT NULL, seconds REAL NOT NULL, created REAL NOT NULL,
+    origin TEXT NOT NULL DEFAULT '', truncated INTEGER NOT NULL DEFAULT 0
+) WITHOUT ROWID
+"""
+_ADDED = {"origin": "TEXT NOT NULL DEFAULT ''", "truncated": "INTEGER NOT NULL DEFAULT 0"}
+_CHECKED_BYTES = 256 * 2**20  # a file up to this size is checked whole (about a second) when it was not closed properly
+_BUSY_S = 60
+PAGE = 16384  # a row of more than a quarter page spills into a page of its own: at 4096, the default, most answers do
+
+
+class Row(NamedTuple):
+    """One answer as it is kept; `origin` is empty where this dataset's own runs wrote it."""
+
+    key: str
+    text: str
+    kind: str
+    model: str
+    prompt_tokens: int
+    new_tokens: int
+    seconds: float
+    created: float
+    origin: str = ""
+    truncated: int = 0
+
+
+COLUMNS = Row._fields
+
+
+class DamagedStore(Exception):
+    """The file is no database, or parts of it cannot be read."""
+
+
+def wal_of(path: Path) -> Path:
+    """Return the file that holds what is committed and not yet in `path` itself."""
+    return path.with_name(f"{path.name}-wal")
+
+
+def connect(path: Path) -> sqlite3.Connection:
+    """Open the store at `path`, made if absent, brought to the newest version if older.
+
+    Raises:
+        DamagedStore: It is no database, is shorter than it says, or failed its check after an unclean end.
+        UserError: It cannot be opened or written, or is newer than this program.
+    """
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        wal = wal_of(path)
+        unclean = wal.is_file() and wal.stat().st_size > 0  # or another process is at work: no harm in checking then
+        db = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None)
+        try:
+            db.execute(f"PRAGMA page_size={PAGE}")  # of a new file; no effect on another
+            db.execute("PRAGMA journal_mode=WAL")
+            db.execute("PRAGMA synchronous=NORMAL")
+            if unclean and path.stat().st_size <= _CHECKED_BYTES:
+                _quick_check(db)
+            _migrate(db, path)
+        except BaseException:
+            db.close()
+            raise
+        return db
+
+
+def _quick_check(db: sqlite3.Connection) -> None:
+    (verdict,) = db.execute("PRAGMA quick_check(1)").fetchone()
+    if verdict != "ok":
+        raise DamagedStore(" ".join(str(verdict).split()))
+
+
+def _migrate(db: sqlite3.Connection, path: Path) -> None:
+    if _version(db, path) == VERSION and db.execute("PRAGMA table_info(answers)").fetchone():
+        return
+    db.execute("BEGIN IMMEDIATE")
+    if _version(db, path) <= VERSION:  # another process may have been first
+        db.execute(SCHEMA)
+        there = {name for _, name, *_ in db.execute("PRAGMA table_info(answers)")}
+        for name, kind in _ADDED.items():
+            if name not in there:
+                db.execute(f"ALTER TABLE answers ADD COLUMN {name} {kind}")
+        db.execute(f"PRAGMA user_version = {VERSION}")
+    db.execute("COMMIT")
+
+
+def _version(db: sqlite3.Connection, path: Path) -> int:
+    version = int(db.execute("PRAGMA user_version").fetchone()[0])
+    if version > VERSION:
+        raise UserError(f"the summary store {path} was written by a newer version of recbole-mllm; upgrade this one")
+    return version
+
+
+_DAMAGE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+_CLOSED = {sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM, sqlite3.SQLITE_AUTH}
+_TAKEN = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL}
+_NO_ROOM = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR}
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn what SQLite and the disk say into a `DamagedStore`, or a `UserError` that says what to do."""
+    try:
+        yield
+    except sqlite3.DatabaseError as error:
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        if code in _DAMAGE or "Could not decode to UTF-8" in str(error):
+            raise DamagedStore(str(error)) from error
+        if advice := _advice(code):
+            raise UserError(f"the summary store {path} {advice[0]} ({error}); {advice[1]}") from error
+        raise
+    except OSError as error:
+        raise UserError(
+            f"the summary store {path} cannot be opened ({error.strerror or error}); check the folder"
+        ) from error
+
+
+def _advice(code: int) -> tuple[str, str] | None:
+    """Return what went wrong and what to do about it, for what is the machine's trouble and not a bug."""
+    if code in _NO_ROOM:
+        return "cannot be written", "make room on the disk (or raise the quota) and repeat: what was finished is kept"
+    if code in _CLOSED:
+        return "cannot be opened for writing", "make its folder writable, or copy the dataset to one that is"
+    if code in _TAKEN:
+        return f"has been in use by another process for {_BUSY_S} s", "wait for that process, or stop it"
+    return None

@@ -1,0 +1,121 @@
+"""A real HTTP server on loopback that speaks the chat protocol and misbehaves on plan."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+Reply = tuple[int, dict[str, str], Any]
+
+
+@dataclass
+class Planned:
+    """What was asked, and how the n-th request (from 0) is answered; by default with the prompt in capitals."""
+
+    plan: Callable[[int, str], Reply | None] = lambda n, text: None
+    models: list[str] | None = field(default_factory=lambda: ["m"])
+    delay: float = 0.0
+    bodies: list[dict[str, Any]] = field(default_factory=list)
+    headers: list[dict[str, str]] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+    active: int = 0
+    most_active: int = 0
+    url: str = ""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def texts(self) -> list[str]:
+        """Return what each request asked, images as ``<image>``."""
+        return [text_of(body) for body in self.bodies]
+
+    def listed(self) -> Reply:
+        """Answer ``/v1/models``."""
+        if self.models is None:
+            return 500, {}, {"detail": "no listing here"}
+        return 200, {}, {"object": "list", "data": [{"id": m, "object": "model"} for m in self.models]}
+
+    def chat(self, body: dict[str, Any], headers: dict[str, str]) -> Reply:
+        """Answer ``/v1/chat/completions``."""
+        with self.lock:
+            number = len(self.bodies)
+            self.bodies.append(body)
+            self.headers.append(headers)
+            self.times.append(time.monotonic())
+            self.active += 1
+            self.most_active = max(self.most_active, self.active)
+        try:
+            time.sleep(self.delay)
+            return self.plan(number, text_of(body)) or completion(text_of(body).upper())
+        finally:
+            with self.lock:
+                self.active -= 1
+
+
+def text_of(body: dict[str, Any]) -> str:
+    """Return the request's text."""
+    content = body["messages"][0]["content"]
+    return content if isinstance(content, str) else "".join(part.get("text", "<image>") for part in content)
+
+
+def completion(text: str, reason: str = "stop", usage: bool = True) -> Reply:
+    """Return a chat completion."""
+    choice = {"index": 0, "finish_reason": reason, "message": {"role": "assistant", "content": text}}
+    body: dict[str, Any] = {"id": "x", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}
+    if usage:
+        body["usage"] = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
+    return 200, {}, body
+
+
+def error(status: int, message: str = "no", **headers: str) -> Reply:
+    """Return an error as OpenAI's servers write it; underscores in header names are dashes."""
+    return status, {k.replace("_", "-"): v for k, v in headers.items()}, {"error": {"message": message}}
+
+
+@contextmanager
+def serving(planned: Planned, port: int = 0) -> Iterator[Planned]:
+    """Run the server in threads of this process."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self._send(planned.listed() if self.path == "/v1/models" else error(404))
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            headers = {k.lower(): v for k, v in self.headers.items()}
+            reply = planned.chat(body, headers) if self.path == "/v1/chat/completions" else error(404)
+            self._send(reply)
+
+        def _send(self, reply: Reply) -> None:
+            status, headers, body = reply
+            data = body if isinstance(body, bytes) else json.dumps(body).encode()
+            self.send_response(status)
+            for name, value in ({"content-type": "application/json"} | headers).items():
+                self.send_header(name, value)
+            self.send_header("content-length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+
+        def handle_error(self, *args: Any) -> None:
+            pass
+
+    server = Server(("127.0.0.1", port), Handler)
+    planned.url = f"http://127.0.0.1:{server.server_port}/v1"
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    try:
+        yield planned
+    finally:
+        server.shutdown()
+        server.server_close()

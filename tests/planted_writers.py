@@ -1,0 +1,29 @@
+"""Writers whose answers are known beforehand, so that a test can say what a summary must hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from recbole_mllm.mllm.base import Answer, Work
+from recbole_mllm.prompts import Prompt
+
+
+class Planted:
+    """Answers with what `reply` makes of a prompt, `size` prompts at a time; keeps what it was asked."""
+
+    identity = "planted"
+
+    def __init__(self, reply: Callable[[Prompt], str] = lambda prompt: prompt.text, size: int = 4) -> None:
+        self.reply, self.size = reply, size
+        self.batches: list[list[str]] = []
+
+    @property
+    def asked(self) -> int:
+        """How many prompts were answered."""
+        return sum(map(len, self.batches))
+
+    def write(self, work: Work) -> None:
+        """Answer until nothing waits."""
+        while asks := work.take(self.size):
+            self.batches.append([ask.prompt.text for ask in asks])
+            work.give([(ask.place, Answer(self.reply(ask.prompt), 3, 2)) for ask in asks])
