@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -61,6 +62,7 @@ def in_batches(
                 f"out of memory with one prompt alone: {name(batch[0])}; take a smaller model, image or max_text_tokens"
             )
         budget.size = max(1, cost(batch) // 2)
+        logging.getLogger().warning(f"out of memory with {len(batch)} prompts at once; going on with smaller batches")
         waiting.extendleft(reversed(batch))
 
 
