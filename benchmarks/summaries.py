@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import tiny_models  # noqa: E402
 import torch  # noqa: E402
 import yaml  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from recbole_mllm.data.atomic import clean  # noqa: E402
 from recbole_mllm.data.texts import Items  # noqa: E402
@@ -47,9 +47,10 @@ Texts = dict[tuple[str, int], str]
 def write_model(folder: Path) -> Path:
     """Write a Llama of four layers and width 256."""
     torch.manual_seed(0)
-    words = tiny_models.tokenizer()
+    tiny_models.llama(folder)  # for its tokenizer; the model is written over
+    words = AutoTokenizer.from_pretrained(folder)
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8}
-    ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    ends = {"pad_token_id": words.pad_token_id, "bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id}
     config = LlamaConfig(vocab_size=len(words), num_key_value_heads=4, max_position_embeddings=2048, **sizes, **ends)
     model = LlamaForCausalLM(config)
     with torch.no_grad():
@@ -57,7 +58,6 @@ def write_model(folder: Path) -> Path:
             if parameter.dim() > 1:
                 parameter.mul_(3)
     model.save_pretrained(folder)
-    words.save_pretrained(folder)
     return folder
 
 
@@ -82,11 +82,11 @@ def one_at_a_time(model: HFModel, histories: dict[str, list[str]], items: Items)
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=LENGTH,
                 do_sample=False,
-                pad_token_id=0,
+                pad_token_id=model.encoder.tokenizer.pad_token_id,
             )
             new = out[0, ids.size(1) :]
             text = model.encoder.tokenizer.decode(new, skip_special_tokens=True).strip()
-            answer = Answer(text, ids.size(1), len(new), truncated=int(new[-1]) != 2)
+            answer = Answer(text, ids.size(1), len(new), truncated=int(new[-1]) != model.encoder.tokenizer.eos_token_id)
             previous = clean(cut_at_sentence(answer))
             texts[user, start + len(block)] = previous
     return texts

@@ -101,7 +101,7 @@ class SummarySettings(_FromConfig):
     history_titles: int
     item_summary: Literal["image", "text", "fused", "none"]
     summarize: Literal["auto", "off"]
-    summarize_batch_size: int
+    summarize_batch_size: int | None
     item_summary_tokens: int
     user_summary_tokens: int
     summary_temperature: float
@@ -112,8 +112,9 @@ class SummarySettings(_FromConfig):
         if self.summary_temperature < 0 or not 0 < self.summary_top_p <= 1:
             raise UserError("summary_temperature must be at least 0 (greedy), and summary_top_p above 0 and at most 1")
         for key in ("block_size", "summarize_batch_size", "item_summary_tokens", "user_summary_tokens"):
-            if getattr(self, key) < 1:
-                raise UserError(f"{key} is {getattr(self, key)}; it must be at least 1")
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise UserError(f"{key} is {value}; it must be at least 1")
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -18,6 +19,7 @@ from recbole_mllm.mllm.plaintext import CUT, PlainText
 from recbole_mllm.prompts import IMAGE, Prompt
 
 _MARK = f"{CUT}{IMAGE}{CUT}"  # an image of the style's own, in a text whose filled-in parts are guarded
+_IMAGE_BYTES = 2**30  # of preprocessed images; LLaVA-NeXT's take 7 MB each
 _NOT_IMAGE_INPUTS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels"}
 _FEWEST = 8  # characters a filled-in text keeps when a prompt is shortened
 
@@ -55,7 +57,8 @@ class Encoder:
     max_text_tokens: int
     architecture: Architecture = field(default_factory=Architecture)
     truncated: int = 0
-    _images: dict[str, ImageInput] = field(default_factory=dict)
+    _images: OrderedDict[str, ImageInput] = field(default_factory=OrderedDict)
+    _bytes: int = 0
     _plain: PlainText = field(init=False)
 
     def __post_init__(self) -> None:
@@ -153,7 +156,9 @@ class Encoder:
     def image(self, path: Path) -> ImageInput:
         """Return the image at `path` as the model takes it; the same bytes are preprocessed once."""
         key = image_digest(path)
-        if key not in self._images:
+        if key in self._images:
+            self._images.move_to_end(key)
+        else:
             assert self.processor is not None
             batch = self.processor(
                 images=[open_image(path)], text=[self.image_token], return_tensors="pt", add_special_tokens=False
@@ -165,6 +170,9 @@ class Encoder:
                 found = [token for token in found if token == mark]
             ids, before, behind = self._plain.stripped(found)
             self._images[key] = ImageInput(key, ids, tensors, before, behind)
+            self._bytes += _size(self._images[key])
+            while self._bytes > _IMAGE_BYTES and len(self._images) > 1:
+                self._bytes -= _size(self._images.popitem(last=False)[1])
         return self._images[key]
 
     def _expanded(self, ids: Sequence[int], images: Sequence[ImageInput]) -> tuple[int, ...]:
@@ -221,3 +229,7 @@ def pad(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> tup
         ids[i, span] = torch.tensor(row, dtype=torch.long)
         mask[i, span] = 1
     return ids, mask
+
+
+def _size(image: ImageInput) -> int:
+    return sum(tensor.nbytes for tensor in image.tensors.values())

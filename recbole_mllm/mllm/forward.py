@@ -163,12 +163,16 @@ class Body:
         places = torch.tensor(positions)[:, None]
         if self.architecture.positions_in_three_axes:
             places = places.expand(3, -1, -1)
+        kinds = torch.zeros_like(mask, dtype=torch.int)
+        kinds[:, -1] = 1
+        extra = {"token_type_ids": kinds.to(self.device)} if self.architecture.token_types == "answer" else {}
         out = self.inner(
             input_ids=tokens.to(self.device),
             attention_mask=mask.to(self.device),
             position_ids=places.to(self.device),
             past_key_values=cache,
             use_cache=True,
+            **extra,
         )
         return torch.as_tensor(out.last_hidden_state[:, 0])
 

@@ -30,9 +30,9 @@ class HFModel:
         self.device = device
         limit = _context(loaded.model.config)
         self.body = Body(loaded.model)
+        self.slots = slots
         longest = min(settings.max_text_tokens, limit)
         self.encoder = Encoder(loaded.tokenizer, loaded.processor, longest, self.body.architecture)
-        self.slots = slots
         self.tokens_read = 0
 
     def replace_model(self, model: Any) -> None:

@@ -26,6 +26,7 @@ from recbole_mllm.settings import Settings
 from recbole_mllm.summaries.prepare import Stage, Summarizers
 
 _NO_TEXT_CHANGE = {"summarize", "summarize_batch_size", "history_titles"}
+_SLOTS = {"cpu": 64, "gpu": 256}
 _SAMPLING = {"summary_temperature", "summary_top_p", "summary_seed"}
 
 
@@ -75,7 +76,8 @@ def _identity(name: str, settings: Settings, device: torch.device) -> str:
 def _writer(name: str, key: str, settings: Settings, device: torch.device) -> Writer:
     if is_server(name):
         return ServerModel(parse_endpoint(name, key), settings.server)
-    return HFModel(name, settings.mllm, device, settings.summary.summarize_batch_size)
+    slots = settings.summary.summarize_batch_size or _SLOTS["cpu" if device.type == "cpu" else "gpu"]
+    return HFModel(name, settings.mllm, device, slots)
 
 
 def _tag(settings: Settings, style: Style, who: Summarizers) -> str:

@@ -105,6 +105,7 @@ class Scribe:
     _unkept: list[tuple[str, Answer]] = field(default_factory=list)
     _failed: list[str] = field(default_factory=list)
     _place: int = 0
+    _started: float = 0.0
     _kept_at: float = 0.0
     _progress: Progress | None = None
 
@@ -130,12 +131,12 @@ class Scribe:
                     "run `python run_recbole_mllm.py summarize` with the same settings, or set summarize: auto"
                 )
             writer = self.load()
-            self._kept_at = started = time.perf_counter()
+            self._kept_at = self._started = time.perf_counter()
             try:
                 writer.write(self)
             finally:
                 self._keep()
-                self.tally.seconds += time.perf_counter() - started
+                self.tally.seconds += time.perf_counter() - self._started
         if self._failed:
             raise UserError(
                 f"{len(self._failed)} {self.kind} summaries cannot be written, the first for this: {self._failed[0]}; "
@@ -223,8 +224,8 @@ class Scribe:
             self._progress.update(len(names), self._note())
 
     def _note(self) -> str:
-        seconds = time.perf_counter() - self._kept_at + self.tally.seconds if self.tally.written else 0.0
-        rate = f", {self.tally.new_tokens / seconds:.0f} tokens/s" if seconds > 0 else ""
+        seconds = time.perf_counter() - self._started
+        rate = f", {self.tally.new_tokens / seconds:.0f} tokens/s" if self._started and seconds > 0 else ""
         return f"{self.tally.known} known{rate}"
 
     def _keep(self) -> None:

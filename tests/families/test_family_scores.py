@@ -80,12 +80,13 @@ def test_bfloat16_is_no_worse_than_batching_alone(folder, prompts, tokens):
     assert (shared - flat).abs().max() <= 2 * (flat - alone).abs().max() + 2**-7 * flat.abs().max()
 
 
-def test_written_text_is_that_of_plain_generation(mllm, stock, prompts):
+def test_written_text_is_that_of_plain_generation(mllm, stock, prompts, monkeypatch):
+    monkeypatch.setattr(mllm, "slots", 3)  # rows leave and join: the prompts have different lengths
     tokenizer, processor = mllm.encoder.tokenizer, mllm.encoder.processor
-    few = prompts[:5]
+    few = prompts[:7]
     expected = []
     for prompt in few:
         inputs = own_inputs(tokenizer, processor, prompt)
-        out = stock.generate(**inputs, max_new_tokens=6, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+        out = stock.generate(**inputs, max_new_tokens=12, do_sample=False, pad_token_id=tokenizer.pad_token_id)
         expected.append(tokenizer.decode(out[0, inputs["input_ids"].size(1) :], skip_special_tokens=True).strip())
-    assert [answer.text for answer in answers_of(mllm, few, Decoding(6))] == expected
+    assert [answer.text for answer in answers_of(mllm, few, Decoding(12))] == expected

@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 
 from recbole_mllm.errors import UserError
-from recbole_mllm.mllm import scoring
+from recbole_mllm.mllm import encode, scoring
 from recbole_mllm.mllm.base import Decoding, answers_of
 from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.mllm.lora import adapt, adapter_state, load_adapter_state, target_modules
@@ -248,3 +248,11 @@ def test_identity_follows_the_weights_not_the_place(folder, tmp_path):
     assert identity_of(str(copy), None) == identity_of(str(folder), None)
     Path(copy / "config.json").write_text("{}")
     assert identity_of(str(copy), None) != identity_of(str(folder), None)
+
+
+def test_preprocessed_images_take_bounded_memory(mllm, folder, monkeypatch):
+    monkeypatch.setattr(encode, "_IMAGE_BYTES", 1)
+    images = [mllm.encoder.image(folder / f"{colour}.png") for colour in COLOURS]
+    assert len(mllm.encoder._images) == 1
+    again = mllm.encoder.image(folder / f"{COLOURS[0]}.png")
+    assert torch.equal(again.tensors["pixel_values"], images[0].tensors["pixel_values"]) and again.ids == images[0].ids
