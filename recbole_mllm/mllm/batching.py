@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ def in_batches(
         try:
             out = run(batch)
         except RuntimeError as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
         else:
             yield batch, out
@@ -61,6 +62,7 @@ def in_batches(
                 f"out of memory with one prompt alone: {name(batch[0])}; take a smaller model, image or max_text_tokens"
             )
         budget.size = max(1, cost(batch) // 2)
+        logging.getLogger().warning(f"out of memory with {len(batch)} prompts at once; going on with smaller batches")
         waiting.extendleft(reversed(batch))
 
 
@@ -71,7 +73,8 @@ def _next(waiting: deque[Row], cost: Callable[[Sequence[Row]], int], size: int) 
     return batch
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
+def out_of_memory(error: Exception) -> bool:
+    """Whether `error` says that an accelerator, or the machine, has no memory left."""
     return isinstance(error, torch.OutOfMemoryError) or bool(should_reduce_batch_size(error))
 
 

@@ -23,8 +23,6 @@ _HALF = 5e-2
 # What a model that knows nothing of our caches, features or positions may raise
 _UNSUITED = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
-logger = logging.getLogger(__name__)
-
 
 def plain_logits(body: Body, prompt: Encoded, tokens: Sequence[int]) -> Tensor:
     """Return ``[len(tokens)]`` float32 logits behind `prompt` by the model's own forward pass with pixels."""
@@ -60,10 +58,8 @@ def way_to_score(
             if off <= allowed:
                 return way
             reason = f"logits differ by {off:.2g}"
-        logger.warning(
-            "%s: %s scoring disagrees with a plain forward pass (%s); going on without it",
-            body.config.model_type,
-            way,
-            reason,
+        family = body.config.model_type
+        logging.getLogger().warning(
+            f"{family}: {way} scoring disagrees with a plain forward pass ({reason}); going on without it"
         )
     return "plain"

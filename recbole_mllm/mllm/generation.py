@@ -18,6 +18,7 @@ from transformers import DynamicCache
 
 from recbole_mllm.data.sampling import hash64
 from recbole_mllm.mllm.base import Answer, Ask, Decoding, Work
+from recbole_mllm.mllm.batching import out_of_memory
 from recbole_mllm.mllm.encode import Encoded, Encoder
 from recbole_mllm.mllm.forward import Body
 
@@ -65,7 +66,7 @@ class Generation:
                 else:
                     self._step()
             except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
+                if not out_of_memory(error):
                     raise
                 self._retreat(newcomers, work)
                 continue
@@ -238,7 +239,3 @@ def _stacked(old: Tensor, new: Tensor) -> Tensor:
         return new
     width = max(old.size(1), new.size(1))
     return torch.cat([torch.nn.functional.pad(x, (width - x.size(1), 0)) for x in (old, new)], 0)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

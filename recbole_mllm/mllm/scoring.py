@@ -120,7 +120,8 @@ class _Trie:
         if len(rows) > 1 and (shared - depth) * (len(rows) - 1) >= self.least_gain:
             cache, depth = self._prefix(rows[0], depth, shared, cache), shared
         alone: list[int] = []
-        for group in self._groups(rows, depth):
+        # where they part ways, which may lie behind words too few to be shared (the template's own before an image)
+        for group in self._groups(rows, shared):
             deeper = self._shared(group, depth)
             if len(group) < len(rows) and (deeper - depth) * (len(group) - 1) >= self.least_gain:
                 self.node(group, depth, cache)
@@ -170,7 +171,7 @@ class _Trie:
         inside = bool(marks) and marks[0] < shared <= marks[-1]
         return max(marks[0] if inside else shared, depth)
 
-    def _groups(self, rows: Sequence[int], depth: int) -> Iterator[list[int]]:
-        """Split `rows` by their next token."""
-        for _, group in groupby(rows, key=lambda i: self.keys[i][depth : depth + 1]):
+    def _groups(self, rows: Sequence[int], place: int) -> Iterator[list[int]]:
+        """Split `rows` by their token at `place`, before which they are alike."""
+        for _, group in groupby(rows, key=lambda i: self.keys[i][place : place + 1]):
             yield list(group)

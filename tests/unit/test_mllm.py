@@ -99,6 +99,24 @@ def test_a_shared_prefix_is_computed_once(mllm, prompts, monkeypatch):
     assert counts[True] < 0.7 * counts[False] == 0.7 * sum(len(e.ids) for e in mllm.encode(prompts))
 
 
+def test_items_are_shared_behind_a_prefix_too_short_to_share(mllm, folder, monkeypatch):
+    """Prompts of several images have the template's first words in common: too few, but what follows is worth it."""
+    shown = [(user, colour) for user in ("cats", "dogs", "cars") for colour in COLOURS]
+    prompts = [recommend_prompt(STYLE, f"likes {user}", "the mug", folder / f"{colour}.png") for user, colour in shown]
+    encoded = mllm.encode(prompts)
+    start = encoded[0].ids.index(mllm.body.image_token_id)
+    image = len(encoded[0].images[0].ids)
+    monkeypatch.setattr(scoring, "_LEAST_GAIN", len(prompts) * start + 1)
+    assert 2 * image > scoring._LEAST_GAIN
+    read, stock = [], mllm.body.hidden
+    spy = lambda rows, first, stops, cache: (  # noqa: E731
+        read.append(sum(stop - first for stop in stops)) or stock(rows, first, stops, cache)
+    )
+    monkeypatch.setattr(mllm.body, "hidden", spy)
+    mllm.yes_scores(prompts, mllm.answers(STYLE))
+    assert sum(read) <= sum(len(e.ids) for e in encoded) - 6 * image  # each of three images read once, not three times
+
+
 def test_an_image_is_seen_once_however_many_prompts_show_it(mllm, prompts, monkeypatch):
     calls = []
     stock = mllm.body.head_model.model.get_image_features
