@@ -174,8 +174,3 @@ def _by_item(items: Any, most: int, rng: np.random.Generator) -> Any:
     chunk = np.cumsum(within % most == 0) - 1
     turn = rng.permutation(chunk[-1] + 1)
     return rows[np.argsort(turn[chunk], kind="stable")]
-
-
-def seed_training(train: Any) -> Any:
-    """Return RecBole's training loader as `SeededTrainDataLoader` where the rows know their places, else as it is."""
-    return SeededTrainDataLoader.of(train) if hasattr(train._dataset, "histories") else train
