@@ -176,8 +176,9 @@ def prepare_our_way(utils: ModuleType) -> None:
     def make_prepare(stock: Callable[..., Any]) -> Callable[..., Any]:
         def data_preparation(config: Any, dataset: Any) -> Any:
             train, *rest = stock(config, dataset)
-            training = importlib.import_module("recbole_mllm.data.training")
-            loaders = (training.seed_training(train), *rest)
+            if hasattr(getattr(train, "_dataset", None), "histories"):  # our dataset, whose rows know their places
+                train = importlib.import_module("recbole_mllm.data.training").SeededTrainDataLoader.of(train)
+            loaders = (train, *rest)
             if config["frozen_candidates"] is not True:
                 return loaders
             candidates = importlib.import_module("recbole_mllm.evaluation.candidates")

@@ -106,8 +106,9 @@ class SeededTrainDataLoader(TrainDataLoader):  # type: ignore[misc]
         users, items = (self._dataset.inter_feat[field].numpy() for field in (self.uid_field, self.iid_field))
         drawn = [self._draw(users, rng) for _ in range(self.times - 1)]
         items = np.concatenate([items, *drawn])
-        if self.grouped and self.shuffle:
-            return items, _by_item(items, max(2, min(_ROWS_TOGETHER, self.step * self.times // 2)), rng)
+        most = min(_ROWS_TOGETHER, self.step * self.times // 2)  # a batch has room for two items at least
+        if self.grouped and self.shuffle and most > 1:
+            return items, _by_item(items, most, rng)
         positives = rng.permutation(count) if self.shuffle else np.arange(count)
         blocks = np.split(positives, range(self.step, count, self.step))
         return items, np.concatenate([block + count * n for block in blocks for n in range(self.times)])
@@ -174,8 +175,3 @@ def _by_item(items: Any, most: int, rng: np.random.Generator) -> Any:
     chunk = np.cumsum(within % most == 0) - 1
     turn = rng.permutation(chunk[-1] + 1)
     return rows[np.argsort(turn[chunk], kind="stable")]
-
-
-def seed_training(train: Any) -> Any:
-    """Return RecBole's training loader as `SeededTrainDataLoader` where the rows know their places, else as it is."""
-    return SeededTrainDataLoader.of(train) if hasattr(train._dataset, "histories") else train

@@ -99,6 +99,14 @@ def test_grouping_deals_out_the_same_rows_with_one_items_together(settings):
     assert len({tuple(batch) for batch in grouped} & {tuple(batch) for batch in _rows(loader, 1)}) == 0
 
 
+def test_small_batches_still_hold_several_items(settings):
+    for size in (2, 4, 6):
+        loader = _loader(settings, train_batch_size=size)
+        plain, loader.grouped = _rows(loader), True
+        assert all(len({row[2] for row in batch}) > 1 for batch in _rows(loader) if len(batch) == size)
+        assert (_rows(loader) == plain) == (size == 2)  # too small to group
+
+
 def test_several_negatives_a_positive(settings):
     how = {"distribution": "uniform", "sample_num": 3, "alpha": 1.0, "dynamic": False, "candidate_num": 0}
     batches = _rows(_loader(settings, train_neg_sample_args=how))
