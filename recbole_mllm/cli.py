@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 import yaml
@@ -32,7 +32,9 @@ def _run(words: list[str]) -> int:
         return convert(words[1:])
     from recbole_mllm import commands
 
-    known, rest = _parser().parse_known_args(words)
+    parser = _parser()
+    known, rest = parser.parse_known_args([word for word in words if not _is_setting(word, parser)])
+    rest += [word for word in words if _is_setting(word, parser)]
     if known.command == "store":
         if rest:
             raise UserError(f"store takes no {rest[0]!r}; see --help")
@@ -58,6 +60,20 @@ def _run(words: list[str]) -> int:
     if known.dataset:
         raise UserError("--dataset without --model: add --model MLLMMSR, or use the commands benchmark or summarize")
     return commands.demo(options)
+
+
+def _is_setting(word: str, parser: Parser) -> bool:
+    """Return whether `word` is ``--key=value`` of the configuration; argparse takes one with a space for no option."""
+    name, equals, _ = word.partition("=")
+    return bool(name.startswith("--") and equals) and not any(name in options for options in _options(parser))
+
+
+def _options(parser: argparse.ArgumentParser) -> Iterator[Container[str]]:
+    yield parser._option_string_actions
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                yield from _options(command)
 
 
 def _parser() -> Parser:

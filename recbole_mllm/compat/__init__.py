@@ -22,6 +22,7 @@ AFTER: Mapping[str, tuple[Callback, ...]] = {
     "recbole.data.dataset.dataset": (frames.mend_pandas_3, frames.read_past_marks, arrays.keep_dok_update),
     "recbole.utils.utils": (arrays.load_checkpoints_whole, running.find_models, running.count_no_llm_flops),
     "recbole.quick_start.quick_start": (patching.end_lending, running.ask_for_nccl),
+    "recbole.model.sequential_recommender.sine": (running.train_without_detector,),
     "thop.profile": (patching.end_lending,),
     "thop.fx_profile": (patching.end_lending,),
 }

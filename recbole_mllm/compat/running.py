@@ -118,3 +118,13 @@ def require_nccl(nproc: int) -> None:
             "RecBole's run_recboles needs GPUs and a torch with NCCL; on CPU start "
             f"`ACCELERATE_USE_CPU=true torchrun --nproc_per_node {max(2, int(nproc))} run_recbole_mllm.py …` instead"
         )
+
+
+def train_without_detector(sine: ModuleType) -> None:
+    """Take back what importing sine.py:25 switches on for the whole process, whatever model is trained.
+
+    The anomaly detector checks every gradient of every operation: on small models it doubles the time of an epoch.
+    """
+    import torch
+
+    torch.autograd.set_detect_anomaly(False)

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from recbole_mllm.errors import UserError
+from recbole_mllm.mllm.architectures import language_part
 from recbole_mllm.mllm.lora import adapt, adapter_state, load_adapter_state, save_adapter
 from recbole_mllm.settings import LoraSettings
 
@@ -50,7 +51,7 @@ def tune(model: Any, settings: LoraSettings, seed: int) -> Any:
 
 
 def _language(model: Any) -> list[nn.Parameter]:
-    return [*model.get_decoder().parameters(), *model.get_output_embeddings().parameters()]
+    return [*language_part(model)[1].parameters(), *model.get_output_embeddings().parameters()]
 
 
 def trained_state(model: Any) -> dict[str, Tensor]:

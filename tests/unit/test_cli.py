@@ -91,3 +91,10 @@ def test_progress_is_plain_lines_off_a_terminal(caplog, monkeypatch):
     with progress.Progress(10, "scoring", "pair") as shown:
         shown.update(4)
     assert "scoring: 4 of 10" in caplog.text and "left" in caplog.text
+
+
+def test_a_setting_may_hold_spaces(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["--model", "MLLMMSR", "--dataset", "demo", "--mllm=a folder/with spaces"]
+    assert main(words) == 2
+    assert "a folder/with spaces" in capsys.readouterr().err

@@ -193,3 +193,11 @@ def test_a_result_reaches_a_running_ray(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray.tune", SimpleNamespace(report=reported.append))
     absent.report_to_ray(ndcg=0.5)
     assert reported == [{"ndcg": 0.5}]
+
+
+def test_no_model_trains_under_the_anomaly_detector():
+    import torch
+    from recbole.utils import get_model
+
+    get_model("SASRec")
+    assert not torch.is_anomaly_enabled()
