@@ -40,6 +40,7 @@ def register() -> None:
     after_import("recbole.data.dataset.dataset", _listed("learn_from_histories"))
     after_import("recbole.data.dataset.sequential_dataset", _listed("show_latest_items"))
     after_import("recbole.data.utils", prepare_our_way)
+    after_import("recbole.model.general_recommender.pop", count_popularity)
     after_import("recbole.trainer", offer_trainer)
     after_import("recbole.trainer.trainer", break_ties)
 
@@ -188,6 +189,11 @@ def prepare_our_way(utils: ModuleType) -> None:
 
     wrap(utils, "create_dataset", make_create)
     wrap(utils, "data_preparation", make_prepare)
+
+
+def count_popularity(pop: ModuleType) -> None:
+    """Let Pop count every interaction of a batch (model/general_recommender/pop.py:47)."""
+    importlib.import_module("recbole_mllm.evaluation.counting").count_all(pop)
 
 
 def break_ties(trainer: ModuleType) -> None:
