@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def main(words: Sequence[str]) -> int:
         UserError: An option, a file or a line is not as it should be.
     """
     known = _parser().parse_args(words)
-    raw, folder = Path(known.raw), Path(known.out).absolute()
+    raw, folder = Path(known.raw), Path(os.path.abspath(known.out))
     if not raw.exists():
         raise UserError(f"--raw {raw} does not exist; give the folder of the raw files")
     job = Job(

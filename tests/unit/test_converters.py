@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import csv
 import hashlib
+import io
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -11,12 +15,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from raw_dumps import jsonl, product, review, write_microlens
 
 from dataset_converters.amazon2023 import main_image
 from recbole_mllm.cli import main
-from recbole_mllm.data.atomic import read_atomic
+from recbole_mllm.data.atomic import clean, id_problem, read_atomic
 
 
 def convert(name: str, raw: Path, out: Path, *options: str) -> int:
@@ -357,3 +363,31 @@ def test_converters_load_neither_torch_nor_recbole_nor_pandas(tmp_path: Path) ->
     again = [sys.executable, "-m", "dataset_converters", "microlens", "--raw", str(raw), "--out", str(tmp_path / "e")]
     subprocess.run(again, check=True)
     assert pairs(tmp_path / "d") == pairs(tmp_path / "e")
+
+
+CELLS = st.text(st.characters(codec="utf-8"), max_size=12) | st.sampled_from(
+    ["NA", "null", "", " a", "[PAD]", '"x', "a\tb", "a\nb", "\x00", "\u200b", "مرحبا", "👩‍👩‍👧", "a b", "'til"]
+)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(rows=st.lists(st.tuples(CELLS, CELLS, CELLS, st.integers(0, 2**40)), min_size=1, max_size=6))
+def test_whatever_a_table_holds_arrives_or_is_refused_with_its_line(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str, str, int]]
+) -> None:
+    folder = tmp_path_factory.mktemp("any")
+    with (folder / "t.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("user", "item", "title", "time"), *rows])
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+        code = convert("csv", folder / "t.csv", folder / "d")
+    refusals = [user for user, item, _, _ in rows if id_problem(user) or id_problem(item)]
+    assert (code == 2) is bool(refusals)
+    if code == 2:
+        assert re.search(r"t\.csv:\d+: (user|item) id ", errors.getvalue())
+        assert not (folder / "d").exists()
+        return
+    ordered = sorted(rows, key=lambda row: row[3])
+    assert [row[:2] for row in pairs(folder / "d")] == [(user, item) for user, item, _, _ in ordered]
+    first = {item: title for _, item, title, _ in reversed(rows)}
+    assert titles(folder / "d") == {item: clean(title) for item, title in first.items()}
