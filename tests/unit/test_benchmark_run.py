@@ -132,7 +132,14 @@ def start_elsewhere(tmp_path: Path, worker: tuple[str, ...]) -> subprocess.Popen
         " overrides={'fate': {'SASRec': 'wait'}}), sys.argv[2:])"
     )
     command = [sys.executable, "-c", script, str(tmp_path / "results"), *worker]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    # a shell's background job, as which the tests may run, passes on that Ctrl-C is ignored
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     deadline = time.monotonic() + 60
     while not (tmp_path / "results" / "started.txt").exists() or len(started(tmp_path)) < 2:
         assert time.monotonic() < deadline and process.poll() is None
