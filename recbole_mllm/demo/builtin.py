@@ -9,19 +9,13 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from recbole_mllm.data.schema import INTER_TYPES
 from recbole_mllm.errors import UserError
 
 DEMO_SEED = 1  # the world behind the plain name `demo`; `demo-7` is the world of seed 7
 _DEMO = re.compile(r"demo(?:-(\d+))?")
 
-DEMO_YAML = """\
-# A made world: the images carry the taste, the titles do not (docs/tiny-mllm.md).
-USER_ID_FIELD: user_id
-ITEM_ID_FIELD: item_id
-TIME_FIELD: timestamp
-load_col: {inter: [user_id, item_id, timestamp]}
-item_kind: product
-"""
+DEMO_COMMENT = "A made world: the images carry the taste, the titles do not (docs/tiny-mllm.md)."
 
 
 def is_builtin(name: str) -> bool:
@@ -47,10 +41,12 @@ def ensure_builtin(folder: Path) -> None:
 
 
 def _demo(folder: Path, seed: int) -> None:
+    from dataset_converters.output import dataset_yaml
     from recbole_mllm.demo.world import write_demo_dataset
 
     write_demo_dataset(folder, seed)
-    (folder / "dataset.yaml").write_text(DEMO_YAML, encoding="utf-8")
+    text = dataset_yaml(DEMO_COMMENT, {"load_col": {"inter": list(INTER_TYPES)}}, "product")
+    (folder / "dataset.yaml").write_text(text, encoding="utf-8")
 
 
 def _movies(folder: Path) -> None:
