@@ -184,3 +184,12 @@ def test_summaries_are_exported_and_off_accepts_them_but_makes_none(settings, pl
 def test_a_misspelt_key_is_refused_in_stock_recbole_too(settings):
     with pytest.raises(UserError, match="unknown key 'lora_rnk' in config_dict; did you mean 'lora_"):
         run_recbole("MLLMMSR", "steps", config_dict=settings | {"lora_rnk": 4})
+
+
+def test_missing_images_are_told_before_any_summary_is_made(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small_world.write(tmp_path / "dataset", images=False)
+    for words in (["summarize"], ["--model", "MLLMMSR"]):
+        assert main([*words, "--dataset", "steps"]) == 2
+        assert "no item has an image" in capsys.readouterr().err
+    assert not list((tmp_path / "dataset" / "steps").glob("*sum")) + list((tmp_path / "dataset").rglob("*.sqlite"))

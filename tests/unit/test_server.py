@@ -372,10 +372,11 @@ def test_sampling_changes_the_tag_only_where_it_is_on(tmp_path):
     base = yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text())
     (tmp_path / f"{tmp_path.name}.item").write_text("item_id:token\ttitle:token_seq\n1\ta\n")
     both = {"item_summarizer": "server:a/m@http://x/v1", "user_summarizer": "server:a/m@http://x/v1"}
+    both |= {"use_image": False, "item_summary": "text"}  # the one item has no image
 
     def tag(**keys):
         settings = Settings.from_config(base | keys)
         return make_stage({"data_path": str(tmp_path)}, settings, torch.device("cpu")).tag
 
     assert tag(**both) == tag(**both, summary_seed=5, server_concurrency=2) != tag(**both, summary_temperature=0.6)
-    assert tag(**both).startswith("m-recurrent-b3-image-")
+    assert tag(**both).startswith("m-recurrent-b3-text-")

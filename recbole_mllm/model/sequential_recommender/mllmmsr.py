@@ -60,10 +60,6 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
         self.backbone = self.mllm.model
         self.label_field = config["LABEL_FIELD"]
         self._ahead: dict[tuple[int, int, int], float] = {}
-        if self.settings.recommend.use_image and not self.items.images:
-            raise UserError(
-                "no item has an image; give --image_dir, or set use_image: false and item_summary: text to go without"
-            )
 
     def prompts_of(self, rows: Iterable[tuple[int, int, int]]) -> list[Prompt]:
         """Return the question of each (user, position, item), internal ids; training and scoring both ask it."""
