@@ -13,6 +13,7 @@ from recbole.data import create_dataset, data_preparation
 from recbole.quick_start import load_data_and_model, objective_function, run_recbole
 from recbole.utils import get_trainer, init_seed
 
+from recbole_mllm.cli import main
 from recbole_mllm.data.schema import POSITION
 from recbole_mllm.errors import UserError
 from recbole_mllm.model.sequential_recommender.mllmmsr import MLLMMSR
