@@ -208,6 +208,19 @@ def report(directory: str) -> int:
     return 0
 
 
+def rerun(run_id: str, output: str | None, options: Options) -> int:
+    """Repeat a recorded run and say whether its numbers hold: 0 if they do, 1 if not."""
+    from recbole_mllm.benchmark.rerun import find_run
+    from recbole_mllm.benchmark.rerun import rerun as run_again
+
+    if unknown := set(options.overrides) - {"data_path"}:
+        raise UserError(f"rerun takes no --{min(unknown)}; the run's record says everything but --data_path")
+    folder, record = find_run(run_id, Path(output) if output else None)
+    found = run_again(folder, record, options.overrides.get("data_path"))
+    print(*found.lines, sep="\n")
+    return 0 if found.agree else 1
+
+
 def demo(options: Options) -> int:
     """Build the demo world and run the whole pipeline on it; another seed is another world."""
     from recbole_mllm.demo.builtin import DEMO_SEED

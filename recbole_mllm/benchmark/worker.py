@@ -139,13 +139,23 @@ def _peak_memory(device: Any) -> float:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "recbole_mllm": recbole_mllm.__version__}
+    found = {"python": platform.python_version(), "recbole_mllm": recbole_mllm.__version__, "machine": _machine()}
     for name in ("recbole", "torch", "transformers", "peft", "numpy", "pandas"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = "unknown"
     return found
+
+
+def _machine() -> str:
+    """Return what computed: floating-point sums differ from one processor, or number of threads, to another."""
+    import torch
+
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    parts = [f"{platform.system()} {cpu}", f"{torch.get_num_threads()} threads"]
+    return ", ".join([*parts, torch.cuda.get_device_name()] if torch.cuda.is_available() else parts)
 
 
 def _commit() -> str:
