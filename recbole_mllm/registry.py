@@ -40,6 +40,7 @@ def register() -> None:
     after_import("recbole.data.dataset.dataset", _listed("learn_from_histories"))
     after_import("recbole.data.dataset.sequential_dataset", _listed("show_latest_items"))
     after_import("recbole.data.utils", prepare_our_way)
+    after_import("recbole.model.general_recommender.random", score_by_pair)
     after_import("recbole.trainer", offer_trainer)
     after_import("recbole.trainer.trainer", break_ties)
 
@@ -184,6 +185,11 @@ def prepare_our_way(utils: ModuleType) -> None:
 
     wrap(utils, "create_dataset", make_create)
     wrap(utils, "data_preparation", make_prepare)
+
+
+def score_by_pair(module: ModuleType) -> None:
+    """Give ``Random`` scores that belong to the pair; RecBole's change with the batch (random.py:38-45)."""
+    importlib.import_module("recbole_mllm.model.random").score_by_pair(module.Random)
 
 
 def break_ties(trainer: ModuleType) -> None:

@@ -28,10 +28,11 @@ RERUNS = "reruns"
 TOLERANCE = 0.01
 """How far a metric may be off where library versions or the machine differ; on the same ones it must be equal."""
 
-_DERIVED = frozenset(
-    "MODEL_TYPE MODEL_INPUT_TYPE eval_type device single_spec local_rank valid_metric_bigger valid_neg_sample_args "
-    "test_neg_sample_args benchmark_defaults per_model model dataset data_path checkpoint_dir note tune".split()
-)
+_DERIVED = {
+    *("MODEL_TYPE", "MODEL_INPUT_TYPE", "eval_type", "device", "single_spec", "local_rank", "valid_metric_bigger"),
+    *("valid_neg_sample_args", "test_neg_sample_args", "benchmark_defaults", "per_model", "model", "dataset"),
+    *("data_path", "checkpoint_dir", "note"),
+}
 """Keys of a finished Config that RecBole works out itself, or that say where the first run's files lay."""
 
 
@@ -44,7 +45,7 @@ class Agreement:
 
 
 def find_run(run_id: str, output: Path | None = None, root: Path = Path("results")) -> tuple[Path, RunRecord]:
-    """Return the results folder and the latest record of `run_id`, looked for in `output`, else everywhere below `root`.
+    """Return the results folder and the latest record of `run_id`, looked for in `output`, else all over `root`.
 
     Raises:
         UserError: No record has this id, several folders have one, or the run has no numbers.
