@@ -53,6 +53,8 @@ def _run(words: list[str]) -> int:
         return commands.inspect(known.directory, known.output, options)
     if known.command == "report":
         return commands.report(known.directory)
+    if known.command == "candidates":
+        return commands.export_candidates(_dataset(known), known.out, options)
     if known.command == "rerun":
         return commands.rerun(known.run_id, known.output_dir, options)
     if known.model:
@@ -73,7 +75,9 @@ def _parser() -> Parser:
     parser.add_argument("--model", help="a RecBole model or MLLMMSR")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     commands = parser.add_subparsers(
-        dest="command", metavar="{convert,inspect,summarize,store,benchmark,report,rerun}", parser_class=Parser
+        dest="command",
+        metavar="{convert,inspect,summarize,store,candidates,benchmark,report,rerun}",
+        parser_class=Parser,
     )
     add: Any = commands.add_parser
     add("convert", help="raw dump to atomic files; see convert --help")
@@ -94,6 +98,10 @@ def _parser() -> Parser:
     inspect.add_argument("--output", help="the page's file; default: inspect.html in the dataset's folder")
     report = add("report", help="render leaderboard.* again from runs.jsonl")
     report.add_argument("directory")
+    candidates = add("candidates", help="the frozen candidates as a file; import them with --candidates_file=FILE")
+    export = candidates.add_subparsers(dest="action", metavar="{export}", required=True, parser_class=Parser)
+    out = export.add_parser("export", help="write them as JSON lines", parents=[_quiet(common)], epilog=_EPILOG)
+    out.add_argument("--out", required=True, metavar="FILE", help="FILE.jsonl or FILE.jsonl.gz")
     rerun = add("rerun", help="repeat a recorded run and compare: exit code 0 if the numbers agree, 1 if not")
     rerun.add_argument("run_id", help="as in runs.jsonl")
     rerun.add_argument("--output_dir", help="the benchmark's; default: the one below results/ that has the run")

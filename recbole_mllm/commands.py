@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -205,6 +205,19 @@ def report(directory: str) -> int:
         raise UserError(f"{folder} holds no runs.jsonl; give the folder a benchmark wrote")
     render(folder)
     print(format_leaderboard(folder))
+    return 0
+
+
+def export_candidates(dataset: str, out: str, options: Options) -> int:
+    """Write the frozen candidates that every model meets on `dataset`."""
+    from recbole_mllm.config import benchmark_defaults
+    from recbole_mllm.quick_start import frozen_candidates
+
+    shown = _config("Pop", dataset, options)
+    chosen = shown.external_config_dict
+    defaults = {key: value for key, value in benchmark_defaults().items() if key not in chosen}
+    config = _config("Pop", dataset, replace(options, overrides={**defaults, **options.overrides}))
+    print(frozen_candidates(config, Path(out)))
     return 0
 
 

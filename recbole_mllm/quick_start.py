@@ -16,7 +16,10 @@ from recbole.utils import get_model, get_trainer, init_logger, init_seed
 
 from recbole_mllm.config import check_keys, per_model
 from recbole_mllm.data.schema import isum_file, store_file, usum_file
+from recbole_mllm.errors import UserError
+from recbole_mllm.evaluation.exchange import write
 from recbole_mllm.evaluation.metrics import joined, per_user, pooled_auc
+from recbole_mllm.evaluation.protocol import protocol_line
 from recbole_mllm.settings import Settings
 
 NAMES = {"hit": "Hit", "mrr": "MRR", "ndcg": "NDCG", "recall": "Recall", "gauc": "GAUC", "auc": "AUC"}
@@ -142,3 +145,28 @@ def prepare_summaries(config: Any, stage: str, *, dry: bool = False) -> list[str
             make_item_summaries(made, store, plan.items(made.settings))
     files = (isum_file(made.folder, made.tag), usum_file(made.folder, made.tag))
     return [str(path) for path in files if path.is_file()]
+
+
+def frozen_candidates(config: Any, out: Path) -> str:
+    """Write the candidates a run of `config` would meet to `out`; say what was written.
+
+    Raises:
+        UserError: Every phase ranks all items, so there are none.
+    """
+    config["show_progress"], config["state"] = False, "ERROR"
+    init_seed(config["seed"], config["reproducibility"])  # as `run`: a random split draws from it
+    init_logger(config)
+    dataset = create_dataset(config)
+    _, *loaders = data_preparation(config, dataset)
+    frozen = {p: made for p, made in zip(("valid", "test"), loaders, strict=True) if hasattr(made, "negatives")}
+    if not frozen:
+        raise UserError("full ranking has no candidates to export; set eval_args.mode to uniN or popN")
+    users, items = (np.asarray(dataset.field2id_token[f]).astype(str) for f in (dataset.uid_field, dataset.iid_field))
+    header = {
+        "dataset": dataset.dataset_name,
+        "protocol": protocol_line(config, len(frozen["test"].rows.users) if "test" in frozen else 0),
+        "seed": config["candidate_seed"],
+        "digest": dataset.candidates_digest,
+    }
+    lines = write(out, header, frozen, users, items)
+    return f"{out}: {lines} lines of users, digest {dataset.candidates_digest}; {header['protocol']}"

@@ -119,8 +119,9 @@ def run_id(entry: Entry, seed: int, plan: BenchmarkPlan) -> str:
     So the seeds of one configuration share the digest and are averaged, and another configuration is another row.
     Config files count by what they hold, not by where they lie.
     """
-    files = [Path(name) for name in plan.config_files]
-    contents = [file.read_text() if file.is_file() else str(file) for file in files]
+    given = plan.overrides.get("candidates_file")
+    files = [Path(name) for name in (*plan.config_files, *([str(given)] if given else []))]
+    contents = [hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else str(file) for file in files]
     decisive = [entry.model, plan.dataset, entry.defaults, {**plan.overrides, **entry.overrides}, contents]
     text = json.dumps(plain_json([*decisive, plan.limit_users]), sort_keys=True)
     readable = re.sub(r"[^A-Za-z0-9]+", "-", entry.label)
