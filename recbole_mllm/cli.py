@@ -12,6 +12,7 @@ import yaml
 
 from recbole_mllm import store_commands
 from recbole_mllm.arguments import Parser, exit_code
+from recbole_mllm.benchmark.field import known_variants
 from recbole_mllm.errors import UserError
 
 _DESCRIPTION = "MLLM-MSR for RecBole. Without arguments: the demo."
@@ -87,7 +88,7 @@ def _parser() -> Parser:
     benchmark = add(
         "benchmark", help="many models, same candidates, one leaderboard", parents=[_quiet(common)], epilog=_EPILOG
     )
-    benchmark.add_argument("--models", required=True, help="e.g. Pop,SASRec,MLLMMSR,MLLMMSR:zero-shot")
+    benchmark.add_argument("--models", required=True, help=f"RecBole's by name, MLLMMSR, {known_variants()}")
     benchmark.add_argument("--seeds", help="e.g. 2024,2025; default: --seed, else 2024")
     benchmark.add_argument("--output_dir", help="default: results/<dataset>")
     benchmark.add_argument("--force", action="store_true", help="run again what is finished")

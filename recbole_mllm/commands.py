@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -51,12 +52,21 @@ def _config(model: str, dataset: str, options: Options) -> Any:
     try:
         config = make_config(model, dataset, files, {"frozen_candidates": True, **options.keys()})
     except ValueError as error:  # RecBole's word for a model, mode or metric it does not know
-        raise UserError(f"{error}".strip().replace("\n", " ")) from error
+        raise UserError(f"{error}".strip().replace("\n", " ") + _nearest_model(model)) from error
     EvaluationSettings.from_config(config)
     if model == "MLLMMSR":
         Settings.from_config(config)
     _check_dataset(Path(config["data_path"]), config)
     return config
+
+
+def _nearest_model(name: str) -> str:
+    """Return a hint where RecBole has no model `name`; its models are the files of its properties/model."""
+    import recbole
+
+    names = {path.stem for path in (Path(recbole.__file__).parent / "properties" / "model").glob("*.yaml")}
+    near = get_close_matches(name, names := sorted(names | {"Random", "MLLMMSR", "TALLRec"}), n=1, cutoff=0.5)
+    return f" Did you mean {near[0]}?" if near and name not in names else ""
 
 
 def _check_dataset(folder: Path, config: Any) -> None:
