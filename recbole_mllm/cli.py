@@ -12,7 +12,6 @@ import yaml
 
 from recbole_mllm import store_commands
 from recbole_mllm.arguments import Parser, exit_code
-from recbole_mllm.benchmark.field import known_variants
 from recbole_mllm.errors import UserError
 
 _DESCRIPTION = "MLLM-MSR for RecBole. Without arguments: the demo."
@@ -48,7 +47,7 @@ def _run(words: list[str]) -> int:
         return commands.summarize(_dataset(known), known.stage, known.dry_run, options)
     if known.command == "benchmark":
         return commands.benchmark(
-            _dataset(known), known.models, known.seeds, known.output_dir, known.jobs, known.force, options
+            _dataset(known), known.models, known.seeds, known.output_dir, known.jobs, known.force, options, known.tune
         )
     if known.command == "inspect":
         return commands.inspect(known.directory, known.output, options)
@@ -66,6 +65,8 @@ def _run(words: list[str]) -> int:
 
 
 def _parser() -> Parser:
+    from recbole_mllm.benchmark.field import known_variants  # here, as `convert` does without numpy
+
     common = Parser(add_help=False)
     common.add_argument("--dataset", help="a folder name under data_path (default ./dataset)")
     common.add_argument("--config_files", help="YAML files or preset names, separated by spaces")
@@ -93,6 +94,7 @@ def _parser() -> Parser:
     benchmark.add_argument("--output_dir", help="default: results/<dataset>")
     benchmark.add_argument("--force", action="store_true", help="run again what is finished")
     benchmark.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    benchmark.add_argument("--tune", type=int, default=0, metavar="N", help="configurations each model may try first")
     inspect = add("inspect", help="a dataset's health, as text and as a page")
     inspect.add_argument("directory", help="a dataset's folder, or its name under data_path (default ./dataset)")
     inspect.add_argument("--image_dir", default=argparse.SUPPRESS, help="images by item id")

@@ -64,8 +64,9 @@ def _nearest_model(name: str) -> str:
     """Return a hint where RecBole has no model `name`; its models are the files of its properties/model."""
     import recbole
 
-    names = {path.stem for path in (Path(recbole.__file__).parent / "properties" / "model").glob("*.yaml")}
-    near = get_close_matches(name, names := sorted(names | {"Random", "MLLMMSR", "TALLRec"}), n=1, cutoff=0.5)
+    files = (Path(recbole.__file__).parent / "properties" / "model").glob("*.yaml")
+    names = sorted({path.stem for path in files} | {"Random", "MLLMMSR", "TALLRec"})
+    near = get_close_matches(name, names, n=1, cutoff=0.5)
     return f" Did you mean {near[0]}?" if near and name not in names else ""
 
 
@@ -116,7 +117,14 @@ def summarize(dataset: str, stage: str, dry: bool, options: Options) -> int:
 
 
 def benchmark(
-    dataset: str, models: str, seeds: str | None, output: str | None, jobs: int, force: bool, options: Options
+    dataset: str,
+    models: str,
+    seeds: str | None,
+    output: str | None,
+    jobs: int,
+    force: bool,
+    options: Options,
+    tune: int = 0,
 ) -> int:
     """Run every model on the same candidates and write the leaderboard."""
     from recbole_mllm.benchmark.report import format_leaderboard
@@ -139,6 +147,7 @@ def benchmark(
         overrides=keys,
         jobs=jobs,
         force=force,
+        tune=tune,
     )
     html = run_benchmark(plan)
     print(format_leaderboard(folder))

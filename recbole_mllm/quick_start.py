@@ -49,8 +49,20 @@ def metric_name(key: str) -> str:
     return NAMES.get(name, name) + at + k
 
 
-def run(config: Any) -> Outcome:
-    """Run what `config` says, as RecBole's ``run_recbole`` does (quick_start.py:94-178)."""
+@dataclass(slots=True)
+class _Trained:
+    dataset: Any
+    train: Any
+    test: Any
+    model: Any
+    trainer: Any
+    score: float
+    valid: Any
+    summarize_s: float
+    train_s: float
+
+
+def _train(config: Any, saved: bool) -> _Trained:
     init_seed(config["seed"], config["reproducibility"])
     init_logger(config)
     log = logging.getLogger()
@@ -64,11 +76,23 @@ def run(config: Any) -> Outcome:
     log.info(model)
     made = time.perf_counter()
     trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
-    _, best = trainer.fit(train, valid, saved=True, show_progress=config["show_progress"])
-    trained = time.perf_counter()
+    score, best = trainer.fit(train, valid, saved=saved, show_progress=config["show_progress"])
+    seconds = made - started, time.perf_counter() - made
+    return _Trained(dataset, train, test, model, trainer, score, best, *seconds)
+
+
+def validate(config: Any) -> float:
+    """Train as `run` does and return the best validation score, leaving the test split and the disk alone."""
+    return float(_train(config, saved=False).score)
+
+
+def run(config: Any) -> Outcome:
+    """Run what `config` says, as RecBole's ``run_recbole`` does (quick_start.py:94-178)."""
+    done = _train(config, saved=True)
+    trainer, started = done.trainer, time.perf_counter()
     trainer.score_log = []
-    result = trainer.evaluate(test, load_best_model=True, show_progress=config["show_progress"])
-    scored = time.perf_counter()
+    result = trainer.evaluate(done.test, load_best_model=True, show_progress=config["show_progress"])
+    score_s = time.perf_counter() - started
     pairs = joined(trainer.score_log) if trainer.score_log else None
     users = per_user(pairs, config) if pairs else {}
     metrics = {metric_name(key): float(value) for key, value in result.items()}
@@ -77,17 +101,17 @@ def run(config: Any) -> Outcome:
         metrics["AUC"] = pooled_auc(pairs["label"], pairs["score"])
     return Outcome(
         config,
-        dataset,
-        train,
-        model,
+        done.dataset,
+        done.train,
+        done.model,
         Path(trainer.saved_model_file),
-        {metric_name(key): float(value) for key, value in (best or {}).items()},
+        {metric_name(key): float(value) for key, value in (done.valid or {}).items()},
         metrics,
         users,
         pairs,
-        made - started,
-        trained - made,
-        scored - trained,
+        done.summarize_s,
+        done.train_s,
+        score_s,
     )
 
 

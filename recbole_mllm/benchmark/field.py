@@ -11,8 +11,11 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
+import yaml
+
 from recbole_mllm.benchmark.records import Kind
 from recbole_mllm.errors import UserError
+from recbole_mllm.resources import PROPERTIES
 
 MLLM = "MLLMMSR"
 
@@ -29,8 +32,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 }
 """What each variant of MLLMMSR changes; ``block-N`` (``block_size: N``) is read by pattern.
 
-``no-image-summary`` leaves the titles of the items read (the paper's MLLM-MSR_I), ``no-image`` the candidate's image out
-of the question, ``text`` every image out of everything.
+``no-image-summary`` leaves the titles of the items read (the paper's MLLM-MSR_I), ``no-image`` leaves the candidate's
+image out of the question, ``text`` every image out of everything.
 """
 
 ALONE: Mapping[str, Mapping[str, Any]] = {
@@ -44,9 +47,6 @@ LLM is `mllm`, as for MLLMMSR.
 
 UNTRAINED = frozenset({"Pop", "ItemKNN", "Random", "EASE", "SLIMElastic", "ADMMSLIM", "NCEPLRec"})
 """Baselines solved in one pass, which need no training budget."""
-
-TRAINED_DEFAULTS: Mapping[str, Any] = {"epochs": 50, "eval_step": 2, "stopping_step": 2, "train_batch_size": 256}
-"""For small data: RecBole's batches of 2048 are two steps an epoch on a thousand users."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,9 @@ def _preset(label: str, preset: str) -> Mapping[str, Any]:
 
 
 def _baseline_defaults(model: str) -> dict[str, Any]:
-    return {} if model in UNTRAINED else dict(TRAINED_DEFAULTS)
+    """Return what properties/baselines.yaml says of the model."""
+    found = yaml.safe_load((PROPERTIES / "baselines.yaml").read_text(encoding="utf-8"))
+    return {} if model in UNTRAINED else {**found["every"], **found.get(model, {})}
 
 
 def known_variants() -> str:

@@ -49,31 +49,27 @@ def freeze(config: Any, dataset: Any, train: Any, valid: Any, test: Any) -> tupl
     keys, hashes = tie_keys(users, items, settings.candidate_seed), hashes64(items, "item")
     given = read(Path(settings.candidates_file)) if settings.candidates_file else None
 
-    def pool_of(mode: str) -> Pool:
-        if mode.startswith("pop"):
-            return Pool.popular(_popularity(config, lengths, parts, len(items)), items)
-        return Pool.uniform(met.keys % met.width, items)
+    def negatives_of(phase: str, mode: str, rows: UserRows, targets: Any, known: Any) -> Any:
+        count = _count(mode)
+        if given:
+            given.refuse_others(phase, known, users)
+            return given.negatives(phase, rows, targets, count, users, items)
+        popular = _popularity(config, lengths, parts, len(items)) if mode.startswith("pop") else None
+        pool = Pool.uniform(met.keys % met.width, items) if popular is None else Pool.popular(popular, items)
+        return draw_negatives(pool, met, rows.users, rows.counts * count, users, phase, settings.candidate_seed)
 
     loaders, drawn = [train], {}
-    for phase, loader, chosen in (("valid", valid, kept[0]), ("test", test, kept[1])):
+    for phase, loader, chosen, known in zip(("valid", "test"), (valid, test), kept, owners, strict=True):
         mode = str(config["eval_args"]["mode"][phase])
         if mode == "full":
-            if given and given.phases[phase]:
-                raise UserError(f"{given.path} has {phase} candidates, but eval_args.mode of {phase} is full; use uniN")
-            loaders.append(_limited(config, loader, chosen))
+            loaders.append(_limited(config, loader, chosen, given and given.phases[phase]))
             continue
-        part, count = _of_users(loader._dataset, chosen), _count(mode)
+        part = _of_users(loader._dataset, chosen)
         part.sort(by=part.uid_field, ascending=True)
-        rows = UserRows.of(part.inter_feat[part.uid_field].numpy())
-        targets = part.inter_feat[part.iid_field].numpy()
-        if given:
-            given.refuse_others(phase, owners[len(loaders) - 1], users)
-            negatives = given.negatives(phase, rows, targets, count, users, items)
-        else:
-            pool, wanted = pool_of(mode), rows.counts * count
-            negatives = draw_negatives(pool, met, rows.users, wanted, users, phase, settings.candidate_seed)
+        rows, targets = UserRows.of(part.inter_feat[part.uid_field].numpy()), part.inter_feat[part.iid_field].numpy()
+        negatives = negatives_of(phase, mode, rows, targets, known)
         drawn[phase] = rows.digested(users, hashes[targets], hashes[negatives])
-        loaders.append(FrozenEvalDataLoader(config, part, loader._sampler, rows, count, negatives, keys))
+        loaders.append(FrozenEvalDataLoader(config, part, loader._sampler, rows, _count(mode), negatives, keys))
     dataset.candidates_digest = candidates_digest(drawn)
     if given and settings.limit_users is None:
         given.confirm(dataset.candidates_digest)
@@ -124,8 +120,10 @@ def _count(mode: str) -> int:
     return int(match.group(2))
 
 
-def _limited(config: Any, loader: Any, chosen: Any) -> Any:
+def _limited(config: Any, loader: Any, chosen: Any, given: Any) -> Any:
     """Return a loader of the `chosen` users' rows, which is `loader` where those are all of its rows."""
+    if given:
+        raise UserError("candidates_file has candidates for a phase whose eval_args.mode is full; use uniN")
     part = _of_users(loader._dataset, chosen)
     if len(part) == len(loader._dataset):
         return loader

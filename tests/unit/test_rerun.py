@@ -24,13 +24,13 @@ def planted(folder: Path, label: str = "SASRec", **changes):
 
 @pytest.fixture
 def ran(tmp_path):
-    """A finished run of BPR and its dataset's folder; its config file is gone, as the record must suffice."""
+    """A finished, tuned run of BPR and its dataset's folder; its config file is gone, as the record must suffice."""
     folder = small_world.write(tmp_path, images=False)
     config = tmp_path / "mine.yaml"
     config.write_text("epochs: 2\nload_col: {inter: [user_id, item_id, timestamp]}\n")
     results = tmp_path / "results"
     overrides = {"data_path": str(tmp_path), "embedding_size": 16}
-    benchmark(BenchmarkPlan("steps", ("BPR",), (7,), results, (str(config),), overrides), tell=print)
+    benchmark(BenchmarkPlan("steps", ("BPR",), (7,), results, (str(config),), overrides, tune=3), tell=print)
     config.unlink()
     (record,) = read_records(results / RECORDS)
     assert record.metrics
@@ -40,11 +40,17 @@ def ran(tmp_path):
 def test_a_trained_run_is_repeated_to_the_last_digit(ran):
     results, first, _ = ran
     assert find_run(first.run_id, results) == (results, first)
+    assert len(first.tuning["trials"]) == 3 and first.tuning["metric"] == "NDCG@10"
+    best = max(first.tuning["trials"], key=lambda trial: trial["valid"])
+    assert first.tuning["chosen"] == best["settings"] and "embedding_size" not in first.tuning["space"]
+    for key, value in best["settings"].items():
+        assert first.config[key] == value
     again = rerun(results, first)
     assert again.agree and "every metric must be equal" in again.lines[0], again.lines
     assert read_records(results / RECORDS) == [first], "the leaderboard's records stay as they are"
     second = read_records(results / "reruns" / RECORDS)[0]
     assert second.metrics == first.metrics and second.config["embedding_size"] == 16 and second.config["epochs"] == 2
+    assert second.tuning is None, "the choice is repeated, not the search"
 
 
 @pytest.mark.slow
