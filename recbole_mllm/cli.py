@@ -49,12 +49,16 @@ def _run(words: list[str]) -> int:
         return commands.summarize(_dataset(known), known.stage, known.dry_run, options)
     if known.command == "benchmark":
         return commands.benchmark(
-            _dataset(known), known.models, known.seeds, known.output_dir, known.jobs, known.force, options
+            _dataset(known), known.models, known.seeds, known.output_dir, known.jobs, known.force, options, known.tune
         )
     if known.command == "inspect":
         return commands.inspect(known.directory, known.output, options)
     if known.command == "report":
         return commands.report(known.directory)
+    if known.command == "candidates":
+        return commands.export_candidates(_dataset(known), known.out, options)
+    if known.command == "rerun":
+        return commands.rerun(known.run_id, known.output_dir, options)
     if known.model:
         return commands.run_model(known.model, _dataset(known), options)
     if known.dataset:
@@ -77,6 +81,8 @@ def _options(parser: argparse.ArgumentParser) -> Iterator[Container[str]]:
 
 
 def _parser() -> Parser:
+    from recbole_mllm.benchmark.field import known_variants  # here, as `convert` does without numpy
+
     common = Parser(add_help=False)
     common.add_argument("--dataset", help="a folder name under data_path (default ./dataset)")
     common.add_argument("--config_files", help="YAML files or preset names, separated by spaces")
@@ -87,7 +93,9 @@ def _parser() -> Parser:
     parser.add_argument("--model", help="a RecBole model or MLLMMSR")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     commands = parser.add_subparsers(
-        dest="command", metavar="{convert,inspect,summarize,store,benchmark,report}", parser_class=Parser
+        dest="command",
+        metavar="{convert,inspect,summarize,store,candidates,benchmark,report,rerun}",
+        parser_class=Parser,
     )
     add: Any = commands.add_parser
     add("convert", help="raw dump to atomic files; see convert --help")
@@ -97,17 +105,25 @@ def _parser() -> Parser:
     benchmark = add(
         "benchmark", help="many models, same candidates, one leaderboard", parents=[_quiet(common)], epilog=_EPILOG
     )
-    benchmark.add_argument("--models", required=True, help="e.g. Pop,SASRec,MLLMMSR,MLLMMSR:zero-shot")
+    benchmark.add_argument("--models", required=True, help=f"RecBole's by name, MLLMMSR, {known_variants()}")
     benchmark.add_argument("--seeds", help="e.g. 2024,2025; default: --seed, else 2024")
     benchmark.add_argument("--output_dir", help="default: results/<dataset>")
     benchmark.add_argument("--force", action="store_true", help="run again what is finished")
     benchmark.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    benchmark.add_argument("--tune", type=int, default=0, metavar="N", help="configurations each model may try first")
     inspect = add("inspect", help="a dataset's health, as text and as a page")
     inspect.add_argument("directory", help="a dataset's folder, or its name under data_path (default ./dataset)")
     inspect.add_argument("--image_dir", default=argparse.SUPPRESS, help="images by item id")
     inspect.add_argument("--output", help="the page's file; default: inspect.html in the dataset's folder")
     report = add("report", help="render leaderboard.* again from runs.jsonl")
     report.add_argument("directory")
+    candidates = add("candidates", help="the frozen candidates as a file; import them with --candidates_file=FILE")
+    export = candidates.add_subparsers(dest="action", metavar="{export}", required=True, parser_class=Parser)
+    out = export.add_parser("export", help="write them as JSON lines", parents=[_quiet(common)], epilog=_EPILOG)
+    out.add_argument("--out", required=True, metavar="FILE", help="FILE.jsonl or FILE.jsonl.gz")
+    rerun = add("rerun", help="repeat a recorded run and compare: exit code 0 if the numbers agree, 1 if not")
+    rerun.add_argument("run_id", help="as in runs.jsonl")
+    rerun.add_argument("--output_dir", help="the benchmark's; default: the one below results/ that has the run")
     store_commands.add_parser(add, Parser)
     return parser
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -51,12 +52,22 @@ def _config(model: str, dataset: str, options: Options) -> Any:
     try:
         config = make_config(model, dataset, files, {"frozen_candidates": True, **options.keys()})
     except ValueError as error:  # RecBole's word for a model, mode or metric it does not know
-        raise UserError(f"{error}".strip().replace("\n", " ")) from error
+        raise UserError(f"{error}".strip().replace("\n", " ") + _nearest_model(model)) from error
     EvaluationSettings.from_config(config)
     if model == "MLLMMSR":
         Settings.from_config(config)
     _check_dataset(Path(config["data_path"]), config)
     return config
+
+
+def _nearest_model(name: str) -> str:
+    """Return a hint where RecBole has no model `name`; its models are the files of its properties/model."""
+    import recbole
+
+    files = (Path(recbole.__file__).parent / "properties" / "model").glob("*.yaml")
+    names = sorted({path.stem for path in files} | {"Random", "MLLMMSR", "TALLRec"})
+    near = get_close_matches(name, names, n=1, cutoff=0.5)
+    return f" Did you mean {near[0]}?" if near and name not in names else ""
 
 
 def _check_dataset(folder: Path, config: Any) -> None:
@@ -106,7 +117,14 @@ def summarize(dataset: str, stage: str, dry: bool, options: Options) -> int:
 
 
 def benchmark(
-    dataset: str, models: str, seeds: str | None, output: str | None, jobs: int, force: bool, options: Options
+    dataset: str,
+    models: str,
+    seeds: str | None,
+    output: str | None,
+    jobs: int,
+    force: bool,
+    options: Options,
+    tune: int = 0,
 ) -> int:
     """Run every model on the same candidates and write the leaderboard."""
     from recbole_mllm.benchmark.report import format_leaderboard
@@ -129,6 +147,7 @@ def benchmark(
         overrides=keys,
         jobs=jobs,
         force=force,
+        tune=tune,
     )
     html = run_benchmark(plan)
     print(format_leaderboard(folder))
@@ -206,6 +225,32 @@ def report(directory: str) -> int:
     render(folder)
     print(format_leaderboard(folder))
     return 0
+
+
+def export_candidates(dataset: str, out: str, options: Options) -> int:
+    """Write the frozen candidates that every model meets on `dataset`."""
+    from recbole_mllm.config import benchmark_defaults
+    from recbole_mllm.quick_start import frozen_candidates
+
+    shown = _config("Pop", dataset, options)
+    chosen = shown.external_config_dict
+    defaults = {key: value for key, value in benchmark_defaults().items() if key not in chosen}
+    config = _config("Pop", dataset, replace(options, overrides={**defaults, **options.overrides}))
+    print(frozen_candidates(config, Path(out)))
+    return 0
+
+
+def rerun(run_id: str, output: str | None, options: Options) -> int:
+    """Repeat a recorded run and say whether its numbers hold: 0 if they do, 1 if not."""
+    from recbole_mllm.benchmark.rerun import find_run
+    from recbole_mllm.benchmark.rerun import rerun as run_again
+
+    if unknown := set(options.overrides) - {"data_path"}:
+        raise UserError(f"rerun takes no --{min(unknown)}; the run's record says everything but --data_path")
+    folder, record = find_run(run_id, Path(output) if output else None)
+    found = run_again(folder, record, options.overrides.get("data_path"))
+    print(*found.lines, sep="\n")
+    return 0 if found.agree else 1
 
 
 def demo(options: Options) -> int:

@@ -38,7 +38,7 @@ def every_key() -> frozenset[str]:
     keys = {key for table in tables for key in table} | known_keys() | _UNLISTED
     folders = (Path(recbole.__file__).parent / "properties", PROPERTIES)
     for path in (path for folder in folders for path in sorted(folder.rglob("*.yaml"))):
-        if path.parent.name not in ("prompt", "accelerate"):
+        if path.parent.name not in ("prompt", "accelerate") and path.name != "baselines.yaml":
             keys |= set(_mapping(path))
     return frozenset(keys)
 
@@ -106,6 +106,12 @@ def per_model(files: Sequence[str], model: str) -> dict[str, Any]:
         check_keys(sections.get(model, {}), f"{file}, per_model, {model}")
         out |= sections.get(model, {})
     return out
+
+
+def keys_for(name: str, model: str) -> set[str]:
+    """Return the keys that the config file or preset `name` sets for `model`."""
+    path = config_path(name)
+    return set(_mapping(path)) | set(per_model([str(path)], model))
 
 
 def benchmark_defaults() -> dict[str, Any]:

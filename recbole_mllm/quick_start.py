@@ -16,7 +16,10 @@ from recbole.utils import get_model, get_trainer, init_logger, init_seed
 
 from recbole_mllm.config import check_keys, per_model
 from recbole_mllm.data.schema import isum_file, store_file, usum_file
+from recbole_mllm.errors import UserError
+from recbole_mllm.evaluation.exchange import write
 from recbole_mllm.evaluation.metrics import joined, per_user, pooled_auc
+from recbole_mllm.evaluation.protocol import protocol_line
 from recbole_mllm.settings import Settings
 
 NAMES = {"hit": "Hit", "mrr": "MRR", "ndcg": "NDCG", "recall": "Recall", "gauc": "GAUC", "auc": "AUC"}
@@ -46,8 +49,20 @@ def metric_name(key: str) -> str:
     return NAMES.get(name, name) + at + k
 
 
-def run(config: Any) -> Outcome:
-    """Run what `config` says, as RecBole's ``run_recbole`` does (quick_start.py:94-178)."""
+@dataclass(slots=True)
+class _Trained:
+    dataset: Any
+    train: Any
+    test: Any
+    model: Any
+    trainer: Any
+    score: float
+    valid: Any
+    summarize_s: float
+    train_s: float
+
+
+def _train(config: Any, saved: bool) -> _Trained:
     init_seed(config["seed"], config["reproducibility"])
     init_logger(config)
     log = logging.getLogger()
@@ -61,11 +76,23 @@ def run(config: Any) -> Outcome:
     log.info(model)
     made = time.perf_counter()
     trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
-    _, best = trainer.fit(train, valid, saved=True, show_progress=config["show_progress"])
-    trained = time.perf_counter()
+    score, best = trainer.fit(train, valid, saved=saved, show_progress=config["show_progress"])
+    seconds = made - started, time.perf_counter() - made
+    return _Trained(dataset, train, test, model, trainer, score, best, *seconds)
+
+
+def validate(config: Any) -> float:
+    """Train as `run` does and return the best validation score, leaving the test split and the disk alone."""
+    return float(_train(config, saved=False).score)
+
+
+def run(config: Any) -> Outcome:
+    """Run what `config` says, as RecBole's ``run_recbole`` does (quick_start.py:94-178)."""
+    done = _train(config, saved=True)
+    trainer, started = done.trainer, time.perf_counter()
     trainer.score_log = []
-    result = trainer.evaluate(test, load_best_model=True, show_progress=config["show_progress"])
-    scored = time.perf_counter()
+    result = trainer.evaluate(done.test, load_best_model=True, show_progress=config["show_progress"])
+    score_s = time.perf_counter() - started
     pairs = joined(trainer.score_log) if trainer.score_log else None
     users = per_user(pairs, config) if pairs else {}
     metrics = {metric_name(key): float(value) for key, value in result.items()}
@@ -74,17 +101,17 @@ def run(config: Any) -> Outcome:
         metrics["AUC"] = pooled_auc(pairs["label"], pairs["score"])
     return Outcome(
         config,
-        dataset,
-        train,
-        model,
+        done.dataset,
+        done.train,
+        done.model,
         Path(trainer.saved_model_file),
-        {metric_name(key): float(value) for key, value in (best or {}).items()},
+        {metric_name(key): float(value) for key, value in (done.valid or {}).items()},
         metrics,
         users,
         pairs,
-        made - started,
-        trained - made,
-        scored - trained,
+        done.summarize_s,
+        done.train_s,
+        score_s,
     )
 
 
@@ -142,3 +169,28 @@ def prepare_summaries(config: Any, stage: str, *, dry: bool = False) -> list[str
             make_item_summaries(made, store, plan.items(made.settings))
     files = (isum_file(made.folder, made.tag), usum_file(made.folder, made.tag))
     return [str(path) for path in files if path.is_file()]
+
+
+def frozen_candidates(config: Any, out: Path) -> str:
+    """Write the candidates a run of `config` would meet to `out`; say what was written.
+
+    Raises:
+        UserError: Every phase ranks all items, so there are none.
+    """
+    config["show_progress"], config["state"] = False, "ERROR"
+    init_seed(config["seed"], config["reproducibility"])  # as `run`: a random split draws from it
+    init_logger(config)
+    dataset = create_dataset(config)
+    _, *loaders = data_preparation(config, dataset)
+    frozen = {p: made for p, made in zip(("valid", "test"), loaders, strict=True) if hasattr(made, "negatives")}
+    if not frozen:
+        raise UserError("full ranking has no candidates to export; set eval_args.mode to uniN or popN")
+    users, items = (np.asarray(dataset.field2id_token[f]).astype(str) for f in (dataset.uid_field, dataset.iid_field))
+    header = {
+        "dataset": dataset.dataset_name,
+        "protocol": protocol_line(config, len(frozen["test"].rows.users) if "test" in frozen else 0),
+        "seed": config["candidate_seed"],
+        "digest": dataset.candidates_digest,
+    }
+    lines = write(out, header, frozen, users, items)
+    return f"{out}: {lines} lines of users, digest {dataset.candidates_digest}; {header['protocol']}"

@@ -41,6 +41,7 @@ def register() -> None:
     after_import("recbole.data.dataset.sequential_dataset", _listed("show_latest_items"))
     after_import("recbole.data.utils", prepare_our_way)
     after_import("recbole.model.general_recommender.pop", count_popularity)
+    after_import("recbole.model.general_recommender.random", score_by_pair)
     after_import("recbole.trainer", offer_trainer)
     after_import("recbole.trainer.trainer", break_ties)
 
@@ -194,6 +195,11 @@ def prepare_our_way(utils: ModuleType) -> None:
 def count_popularity(pop: ModuleType) -> None:
     """Let Pop count every interaction of a batch (model/general_recommender/pop.py:47)."""
     importlib.import_module("recbole_mllm.evaluation.counting").count_all(pop)
+
+
+def score_by_pair(module: ModuleType) -> None:
+    """Give ``Random`` scores that belong to the pair; RecBole's change with the batch (random.py:38-45)."""
+    importlib.import_module("recbole_mllm.model.random").score_by_pair(module.Random)
 
 
 def break_ties(trainer: ModuleType) -> None:

@@ -169,6 +169,7 @@ class EvaluationSettings(_FromConfig):
 
     frozen_candidates: bool | None
     candidate_seed: int
+    candidates_file: str | None
     limit_users: int | None
 
 

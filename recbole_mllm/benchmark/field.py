@@ -11,25 +11,42 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
+import yaml
+
 from recbole_mllm.benchmark.records import Kind
 from recbole_mllm.errors import UserError
+from recbole_mllm.resources import PROPERTIES
 
 MLLM = "MLLMMSR"
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "zero-shot": {"finetune": "none"},
+    "no-sft": {"finetune": "none"},
     "direct": {"summary_mode": "direct"},
+    "no-user-summary": {"summary_mode": "none"},
     "no-summary": {"summary_mode": "none"},
-    "no-image": {"use_image": False},
+    "no-image-summary": {"item_summary": "none"},
     "no-item-summary": {"item_summary": "none"},
+    "no-image": {"use_image": False},
+    "text": {"use_image": False, "item_summary": "text"},
 }
-"""What each variant of MLLMMSR changes; ``block-N`` (``block_size: N``) is read by pattern."""
+"""What each variant of MLLMMSR changes; ``block-N`` (``block_size: N``) is read by pattern.
+
+``no-image-summary`` leaves the titles of the items read (the paper's MLLM-MSR_I), ``no-image`` leaves the candidate's
+image out of the question, ``text`` every image out of everything.
+"""
+
+ALONE: Mapping[str, Mapping[str, Any]] = {
+    "TALLRec": {"summary_mode": "none", "item_summary": "none", "use_image": False},
+}
+"""Methods with a name of their own that are settings of MLLMMSR.
+
+TALLRec (Bao et al., RecSys 2023) tunes an LLM to answer Yes or No from the titles of the history and of the item; which
+LLM is `mllm`, as for MLLMMSR.
+"""
 
 UNTRAINED = frozenset({"Pop", "ItemKNN", "Random", "EASE", "SLIMElastic", "ADMMSLIM", "NCEPLRec"})
 """Baselines solved in one pass, which need no training budget."""
-
-TRAINED_DEFAULTS: Mapping[str, Any] = {"epochs": 50, "eval_step": 2, "stopping_step": 2, "train_batch_size": 256}
-"""For small data: RecBole's batches of 2048 are two steps an epoch on a thousand users."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +72,13 @@ def resolve(label: str) -> Entry:
     """Return what `label` stands for; any name without a colon is taken for a RecBole model."""
     model, colon, preset = label.strip().partition(":")
     if colon and model != MLLM:
-        raise UserError(f"{label!r}: only {MLLM} has named variants ({_known()})")
+        raise UserError(f"{label!r}: only {MLLM} has named variants ({known_variants()})")
+    if model in ALONE:
+        return Entry(model, MLLM, "baseline", overrides=ALONE[model])
     if model == MLLM:
         return Entry(label.strip(), MLLM, "mllm", overrides=_preset(label, preset) if colon else {})
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", model):
-        raise UserError(f"{label!r} is no model's name; give RecBole's, such as SASRec, or one of {_known()}")
+        raise UserError(f"{label!r} is no model's name; give RecBole's, such as SASRec, or one of {known_variants()}")
     return Entry(model, model, "baseline", defaults=_baseline_defaults(model))
 
 
@@ -68,15 +87,18 @@ def _preset(label: str, preset: str) -> Mapping[str, Any]:
     if block:
         return {"block_size": int(block[1])}
     if preset not in PRESETS:
-        near = get_close_matches(preset, PRESETS, n=1)
+        near = get_close_matches(preset, [*PRESETS, *(f"block-{n}" for n in range(1, 6))], n=1)
         hint = f"; did you mean {MLLM}:{near[0]}?" if near else ""
-        raise UserError(f"unknown variant {label!r}{hint} Known: {_known()}")
+        raise UserError(f"unknown variant {label!r}{hint} Known: {known_variants()}")
     return PRESETS[preset]
 
 
 def _baseline_defaults(model: str) -> dict[str, Any]:
-    return {} if model in UNTRAINED else dict(TRAINED_DEFAULTS)
+    """Return what properties/baselines.yaml says of the model."""
+    found = yaml.safe_load((PROPERTIES / "baselines.yaml").read_text(encoding="utf-8"))
+    return {} if model in UNTRAINED else {**found["every"], **found.get(model, {})}
 
 
-def _known() -> str:
-    return ", ".join(f"{MLLM}:{name}" for name in (*PRESETS, "block-N"))
+def known_variants() -> str:
+    """Return every named variant, for help and complaints."""
+    return ", ".join(f"{MLLM}:{name}" for name in (*PRESETS, "block-N")) + f", {', '.join(ALONE)}"

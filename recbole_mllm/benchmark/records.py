@@ -47,6 +47,7 @@ class RunRecord:
         scores: Path of the pair scores (`PAIR_COLUMNS`), relative to the results folder.
         status: ``ok``, or what went wrong, in one line.
         started: Local time in ISO format.
+        tuning: What ``--tune`` tried, with its validation scores, and what it chose; `config` has the choice in it.
     """
 
     run_id: str
@@ -75,6 +76,7 @@ class RunRecord:
     versions: Mapping[str, str] = field(default_factory=dict)
     commit: str = ""
     world_size: int = 1
+    tuning: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         """Refuse a success without finite metrics, and a status that would break the one-line-a-run rule."""

@@ -41,6 +41,7 @@ class BenchmarkPlan:
         config_files: As RecBole takes them; they and `overrides` apply to every model.
         force: Run again what is finished.
         limit_users: Evaluate a seeded sample of this many users.
+        tune: How many configurations each model may try on validation first; 0 = none.
         note: A sentence about the data that every report must carry.
     """
 
@@ -53,6 +54,7 @@ class BenchmarkPlan:
     jobs: int = 1
     force: bool = False
     limit_users: int | None = None
+    tune: int = 0
     note: str = ""
 
     def __post_init__(self) -> None:
@@ -61,6 +63,8 @@ class BenchmarkPlan:
             raise UserError("a benchmark needs at least one model and one seed: --models Pop,SASRec --seeds 2024")
         if self.jobs < 1:
             raise UserError(f"--jobs {self.jobs}: at least one run must be at work at a time")
+        if self.tune < 0:
+            raise UserError(f"--tune {self.tune}: give how many configurations each model may try, or 0")
         if self.limit_users is not None and self.limit_users < 1:
             raise UserError(f"--limit_users {self.limit_users}: at least one user must be evaluated")
         for label in self.labels:
@@ -101,6 +105,7 @@ class Job:
             "overrides": {**self.plan.overrides, **self.entry.overrides},
             "output_dir": str(self.plan.output_dir),
             "limit_users": self.plan.limit_users,
+            "tune": self.plan.tune,
         }
 
 
@@ -119,10 +124,12 @@ def run_id(entry: Entry, seed: int, plan: BenchmarkPlan) -> str:
     So the seeds of one configuration share the digest and are averaged, and another configuration is another row.
     Config files count by what they hold, not by where they lie.
     """
-    files = [Path(name) for name in plan.config_files]
-    contents = [file.read_text() if file.is_file() else str(file) for file in files]
+    given = plan.overrides.get("candidates_file")
+    files = [Path(name) for name in (*plan.config_files, *([str(given)] if given else []))]
+    contents = [hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else str(file) for file in files]
     decisive = [entry.model, plan.dataset, entry.defaults, {**plan.overrides, **entry.overrides}, contents]
-    text = json.dumps(plain_json([*decisive, plan.limit_users]), sort_keys=True)
+    budget = [plan.tune] if plan.tune else []
+    text = json.dumps(plain_json([*decisive, plan.limit_users, *budget]), sort_keys=True)
     readable = re.sub(r"[^A-Za-z0-9]+", "-", entry.label)
     return f"{readable}-{seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 

@@ -9,6 +9,7 @@ import platform
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,11 +19,16 @@ import yaml
 
 import recbole_mllm
 from recbole_mllm.benchmark.records import RECORDS, RunRecord, append, plain_json, write_arrays
-from recbole_mllm.config import benchmark_defaults, config_paths
+from recbole_mllm.benchmark.tuning import search, space_of, trials
+from recbole_mllm.config import benchmark_defaults, config_paths, keys_for
 from recbole_mllm.data.texts import read_items
 from recbole_mllm.errors import UserError
 
-_PATHS = ("data_path", "image_dir", "mllm", "item_summarizer", "user_summarizer", "prompt_style", "checkpoint_dir")
+_PATHS = (
+    *("data_path", "image_dir", "mllm", "item_summarizer", "user_summarizer", "prompt_style", "checkpoint_dir"),
+    "candidates_file",
+)
+NOTHING_TO_TUNE = ("Pop", "Random")
 _NO_CACHE = {"save_dataset": False, "save_dataloaders": False, "dataset_save_path": None, "dataloaders_save_path": None}
 
 
@@ -47,13 +53,20 @@ def run_job(job: dict[str, Any]) -> None:
     folder = output / "runs" / job["run_id"]
     defaults = folder / "defaults.yaml"
     defaults.write_text(yaml.safe_dump(benchmark_defaults() | job["defaults"]))
-    config = make_config(
-        job["model"], job["dataset"], [str(defaults), *config_paths(job["config_files"])], _overrides(job, folder)
-    )
-    _settle(config, folder)
-    outcome = run(config)
+    files, home = [str(defaults), *config_paths(job["config_files"])], Path.cwd()
+
+    def configured(tuned: dict[str, Any]) -> Any:
+        """Make a Config where the user stood, and run it in the run's folder: RecBole writes ``log/`` where it is."""
+        os.chdir(home)
+        config = make_config(job["model"], job["dataset"], files, {**tuned, **_overrides(job, folder)})
+        _make_absolute(config)
+        os.chdir(folder)
+        return config
+
+    tuning = _tune(job, configured)
+    outcome = run(configured(tuning["chosen"] if tuning else {}))
     evidence = _write_evidence(outcome, output, folder)
-    append(output / RECORDS, _record(job, outcome, started.isoformat(timespec="seconds"), evidence))
+    append(output / RECORDS, _record(job, outcome, started.isoformat(timespec="seconds"), evidence, tuning))
 
 
 def _overrides(job: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -61,13 +74,26 @@ def _overrides(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {**job["overrides"], **own, **_NO_CACHE, "frozen_candidates": True, "show_progress": False}
 
 
-def _settle(config: Any, folder: Path) -> None:
-    """Make paths absolute, then stand in the run's folder: RecBole writes ``log/`` where it stands."""
+def _make_absolute(config: Any) -> None:
     for key in _PATHS:
         value = config[key]
         if isinstance(value, str) and Path(value).exists():
             config[key] = str(Path(value).resolve())
-    os.chdir(folder)
+
+
+def _tune(job: dict[str, Any], configured: Callable[[dict[str, Any]], Any]) -> dict[str, Any] | None:
+    """Search for the job's settings on validation, if it has a budget for that; what the user has set stays."""
+    from recbole_mllm.quick_start import validate
+
+    budget = job.get("tune")
+    if not budget:
+        return None
+    given = {key for name in job["config_files"] for key in keys_for(name, job["model"])}
+    default = configured({})
+    space = {} if job["model"] in NOTHING_TO_TUNE else space_of(job["model"], given | set(job["overrides"]))
+    tried = trials(space, budget, job["seed"], {key: default[key] for key in space})
+    found = search(tried, lambda tuned: validate(configured(tuned)), default["valid_metric_bigger"])
+    return {"budget": budget, "seed": job["seed"], "metric": default["valid_metric"], "space": space, **found}
 
 
 def _write_evidence(outcome: Any, output: Path, folder: Path) -> dict[str, str]:
@@ -97,7 +123,9 @@ def _images(config: Any) -> Any:
         return None
 
 
-def _record(job: dict[str, Any], outcome: Any, started: str, evidence: dict[str, str]) -> RunRecord:
+def _record(
+    job: dict[str, Any], outcome: Any, started: str, evidence: dict[str, str], tuning: dict[str, Any] | None
+) -> RunRecord:
     from recbole_mllm.evaluation.protocol import protocol_line
 
     config = plain_json(outcome.config.final_config_dict)
@@ -126,6 +154,7 @@ def _record(job: dict[str, Any], outcome: Any, started: str, evidence: dict[str,
         versions=_versions(),
         commit=_commit(),
         world_size=1,
+        tuning=tuning,
     )
 
 
@@ -139,13 +168,23 @@ def _peak_memory(device: Any) -> float:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "recbole_mllm": recbole_mllm.__version__}
+    found = {"python": platform.python_version(), "recbole_mllm": recbole_mllm.__version__, "machine": _machine()}
     for name in ("recbole", "torch", "transformers", "peft", "numpy", "pandas"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = "unknown"
     return found
+
+
+def _machine() -> str:
+    """Return what computed: floating-point sums differ from one processor, or number of threads, to another."""
+    import torch
+
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    parts = [f"{platform.system()} {cpu}", f"{torch.get_num_threads()} threads"]
+    return ", ".join([*parts, torch.cuda.get_device_name()] if torch.cuda.is_available() else parts)
 
 
 def _commit() -> str:

@@ -7,6 +7,7 @@ RecBole's own sampler draws from numpy's global generator, which training consum
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from recbole_mllm.data.sampling import hashes64, limited_users
 from recbole_mllm.errors import UserError
 from recbole_mllm.evaluation.draw import Pool, candidates_digest, draw_negatives
+from recbole_mllm.evaluation.exchange import read
 from recbole_mllm.evaluation.loader import FrozenEvalDataLoader, UserRows
 from recbole_mllm.evaluation.protocol import training_counts
 from recbole_mllm.evaluation.ties import tie_keys
@@ -36,30 +38,79 @@ def freeze(config: Any, dataset: Any, train: Any, valid: Any, test: Any) -> tupl
     Full ranking has no candidates to freeze and passes as it is, but for `limit_users`.
 
     Raises:
-        UserError: The mode is ``labeled``, or a user leaves too few items.
+        UserError: The mode is ``labeled``, a user leaves too few items, or ``candidates_file`` does not fit the split.
     """
     settings = EvaluationSettings.from_config(config)
     users, items = (np.asarray(dataset.field2id_token[f]).astype(str) for f in (dataset.uid_field, dataset.iid_field))
-    owners = [loader._dataset.inter_feat[dataset.uid_field].numpy() for loader in (valid, test)]
+    lengths, parts = _lengths(config, dataset), [loader._dataset for loader in (train, valid, test)]
+    owners = _owners(config, dataset, lengths, parts[1:])
     kept = limited_users(users, owners, settings.limit_users, settings.candidate_seed)
-    met = _met(dataset, len(items))
+    met = _met(dataset, len(items), lengths)
     keys, hashes = tie_keys(users, items, settings.candidate_seed), hashes64(items, "item")
+    given = read(Path(settings.candidates_file)) if settings.candidates_file else None
+
+    def negatives_of(phase: str, mode: str, rows: UserRows, targets: Any, known: Any) -> Any:
+        count = _count(mode)
+        if given:
+            given.refuse_others(phase, known, users)
+            return given.negatives(phase, rows, targets, count, users, items)
+        popular = _popularity(config, lengths, parts, len(items)) if mode.startswith("pop") else None
+        pool = Pool.uniform(met.keys % met.width, items) if popular is None else Pool.popular(popular, items)
+        return draw_negatives(pool, met, rows.users, rows.counts * count, users, phase, settings.candidate_seed)
+
     loaders, drawn = [train], {}
-    for phase, loader, chosen in (("valid", valid, kept[0]), ("test", test, kept[1])):
+    for phase, loader, chosen, known in zip(("valid", "test"), (valid, test), kept, owners, strict=True):
         mode = str(config["eval_args"]["mode"][phase])
         if mode == "full":
-            loaders.append(_limited(config, loader, chosen))
+            loaders.append(_limited(config, loader, chosen, given and given.phases[phase]))
             continue
-        part, count = _of_users(loader._dataset, chosen), _count(mode)
+        part = _of_users(loader._dataset, chosen)
         part.sort(by=part.uid_field, ascending=True)
-        rows = UserRows.of(part.inter_feat[part.uid_field].numpy())
-        pool = _pool(mode, met, train, items)
-        negatives = draw_negatives(pool, met, rows.users, rows.counts * count, users, phase, settings.candidate_seed)
-        drawn[phase] = rows.digested(users, hashes[part.inter_feat[part.iid_field].numpy()], hashes[negatives])
-        loaders.append(FrozenEvalDataLoader(config, part, loader._sampler, rows, count, negatives, keys))
+        rows, targets = UserRows.of(part.inter_feat[part.uid_field].numpy()), part.inter_feat[part.iid_field].numpy()
+        negatives = negatives_of(phase, mode, rows, targets, known)
+        drawn[phase] = rows.digested(users, hashes[targets], hashes[negatives])
+        loaders.append(FrozenEvalDataLoader(config, part, loader._sampler, rows, _count(mode), negatives, keys))
     dataset.candidates_digest = candidates_digest(drawn)
+    if given and settings.limit_users is None:
+        given.confirm(dataset.candidates_digest)
     dataset.evaluated_users = int(kept[1].sum())
     return loaders[0], loaders[1], loaders[2]
+
+
+def _lengths(config: Any, dataset: Any) -> Any:
+    """Return how many interactions each user has where a sequential model would be given fewer rows, else None.
+
+    Leaving one out, RecBole gives a sequential model a row less for each user, as nothing precedes the first item
+    (sequential_dataset.py:77-152): a user of one interaction is unknown there, one of two never tested, one of three
+    never validated. The same users, and the same candidates, for every model is what they are frozen for, so general
+    models are asked about no others.
+    """
+    listed = dataset.iid_field + config["LIST_SUFFIX"] in dataset.inter_feat
+    if listed or "LS" not in (config["eval_args"]["split"] or {}) or config["benchmark_filename"]:
+        return None
+    return np.bincount(dataset.inter_feat[dataset.uid_field].numpy(), minlength=dataset.user_num)
+
+
+def _owners(config: Any, dataset: Any, lengths: Any, parts: list[Any]) -> list[Any]:
+    """Return the users of the rows of each of `parts` (validation, test) that every model has."""
+    owners = [part.inter_feat[dataset.uid_field].numpy() for part in parts]
+    if lengths is None:
+        return owners
+    least = (4 if config["eval_args"]["split"]["LS"] == "valid_and_test" else 3, 3)
+    return [users[lengths[users] >= length] for users, length in zip(owners, least, strict=True)]
+
+
+def _popularity(config: Any, lengths: Any, parts: list[Any], width: int) -> Any:
+    """Return how often each item is trained on, as a sequential model counts it (parts: training, validation, test)."""
+    if lengths is None:
+        return training_counts(parts[0], 0, width)[0]
+    both = config["eval_args"]["split"]["LS"] == "valid_and_test"
+    trained = ((lengths >= 2), (lengths == 2) | ((lengths == 3) & both), (lengths == 2))
+    counts = np.zeros(width, np.int64)
+    for part, whose in zip(parts, trained, strict=True):
+        kept = whose[part.inter_feat[part.uid_field].numpy()]
+        counts += np.bincount(part.inter_feat[part.iid_field].numpy()[kept], minlength=width)
+    return counts
 
 
 def _count(mode: str) -> int:
@@ -69,14 +120,10 @@ def _count(mode: str) -> int:
     return int(match.group(2))
 
 
-def _pool(mode: str, met: Pairs, train: Any, items: Any) -> Pool:
-    if mode.startswith("pop"):
-        return Pool.popular(training_counts(train._dataset, 0, len(items))[0], items)
-    return Pool.uniform(met.keys % met.width, items)
-
-
-def _limited(config: Any, loader: Any, chosen: Any) -> Any:
+def _limited(config: Any, loader: Any, chosen: Any, given: Any) -> Any:
     """Return a loader of the `chosen` users' rows, which is `loader` where those are all of its rows."""
+    if given:
+        raise UserError("candidates_file has candidates for a phase whose eval_args.mode is full; use uniN")
     part = _of_users(loader._dataset, chosen)
     if len(part) == len(loader._dataset):
         return loader
@@ -89,10 +136,12 @@ def _of_users(part: Any, chosen: Any) -> Any:
     return part.copy(part.inter_feat[mask])
 
 
-def _met(dataset: Any, width: int) -> Pairs:
-    """Return every item each user has met in any split."""
+def _met(dataset: Any, width: int, lengths: Any = None) -> Pairs:
+    """Return every item each user has met in any split; users of one interaction are nobody's where `lengths` tell."""
     rows = dataset.inter_feat
     users, items = rows[dataset.uid_field].numpy(), rows[dataset.iid_field].numpy()
+    if lengths is not None:
+        users, items = users[lengths[users] >= 2], items[lengths[users] >= 2]
     listed = dataset.iid_field + dataset.config["LIST_SUFFIX"]
     if listed in rows:
         augmented = hasattr(dataset, "item_list_length_field") and dataset.config["benchmark_filename"] is None

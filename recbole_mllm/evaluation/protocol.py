@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,9 @@ def protocol_line(config: Any, users: int) -> str:
     limit = f", a seeded sample of {users} users" if settings.limit_users else f", {users} users"
     mode = arguments["mode"]
     same = mode if isinstance(mode, str) else " / ".join(dict.fromkeys(mode.values()))
-    return f"{split}, order {arguments['order']}, candidates {same} (seed {settings.candidate_seed}){limit}"
+    given = f"given as {Path(settings.candidates_file).name}" if settings.candidates_file else None
+    source = given or f"seed {settings.candidate_seed}"
+    return f"{split}, order {arguments['order']}, candidates {same} ({source}){limit}"
 
 
 def _split(split: dict[str, Any]) -> str:

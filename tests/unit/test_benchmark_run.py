@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from recbole_mllm.benchmark.field import resolve
+from recbole_mllm import preset
+from recbole_mllm.benchmark.field import PRESETS, resolve
 from recbole_mllm.benchmark.records import read_records
 from recbole_mllm.benchmark.run import BenchmarkPlan, benchmark, jobs_of
 from recbole_mllm.errors import UserError
+from recbole_mllm.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 POWERS = {"Pop": 0.1, "ItemKNN": 0.8, "SASRec": 1.0, "MLLMMSR": 2.0, "MLLMMSR:direct": 1.5}
@@ -235,6 +238,18 @@ def test_presets_change_what_they_say():
     assert resolve("MLLMMSR:block-5").overrides == {"block_size": 5}
     assert resolve("MLLMMSR:zero-shot").overrides == {"finetune": "none"}
     assert resolve("LightGCN").kind == "baseline"
+    defaults = yaml.safe_load(Path(preset("MLLMMSR")).read_text())
+    for entry in (resolve(f"MLLMMSR:{name}") for name in PRESETS):
+        complete = defaults | entry.overrides
+        Settings.from_config(complete)  # each key exists and each value is one of those it may have
+        assert complete != defaults, "a variant must differ from what it varies"
+    assert resolve("MLLMMSR:no-sft").overrides == resolve("MLLMMSR:zero-shot").overrides
+
+
+def test_tallrec_is_a_baseline_that_reads_titles_alone():
+    entry = resolve("TALLRec")
+    assert (entry.label, entry.model, entry.kind) == ("TALLRec", "MLLMMSR", "baseline")
+    assert entry.overrides == {"summary_mode": "none", "item_summary": "none", "use_image": False}
 
 
 @pytest.mark.parametrize(
@@ -242,6 +257,8 @@ def test_presets_change_what_they_say():
     [
         ("MLLMMSR:zeroshot", "MLLMMSR:zero-shot"),
         ("MLLMMSR:block-0", "block-N"),
+        ("MLLMMSR:no-images", "did you mean MLLMMSR:no-image"),
+        ("MLLMMSR:block3", "did you mean MLLMMSR:block-3"),
         ("Pop:direct", "only MLLMMSR"),
         ("", "no model"),
     ],

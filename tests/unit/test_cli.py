@@ -54,7 +54,7 @@ def test_options_may_stand_before_or_behind_the_command(monkeypatch):
     ):
         assert main(words.split()) == 0
     options = commands.Options({"lora_r": 4, "topk": [1, 5], "limit_users": 5}, (), 3)
-    assert calls == [("d", "A,B", None, None, 1, False, options)] * 3
+    assert calls == [("d", "A,B", None, None, 1, False, options, 0)] * 3
 
 
 def test_config_files_are_separated_by_spaces(monkeypatch):

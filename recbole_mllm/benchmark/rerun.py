@@ -1,0 +1,184 @@
+"""Do a recorded run again from its record alone, in a process of its own, and hold the numbers against each other.
+
+The repetition is written below ``reruns/`` in the results folder: it never touches the leaderboard or its records.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from recbole_mllm.benchmark.child import LOG, claim, failure, run_child
+from recbole_mllm.benchmark.progress import HEARTBEAT_S
+from recbole_mllm.benchmark.records import RECORDS, RunRecord, latest, plain_json, read_records
+from recbole_mllm.config import every_key
+from recbole_mllm.demo.builtin import is_builtin
+from recbole_mllm.errors import UserError
+
+WORKER = (sys.executable, "-m", "recbole_mllm.benchmark.worker")
+RERUNS = "reruns"
+
+TOLERANCE = 0.01
+"""How far a metric may be off where library versions or the machine differ; on the same ones it must be equal."""
+
+_DERIVED = {
+    *("MODEL_TYPE", "MODEL_INPUT_TYPE", "eval_type", "device", "single_spec", "local_rank", "valid_metric_bigger"),
+    *("valid_neg_sample_args", "test_neg_sample_args", "benchmark_defaults", "per_model", "model", "dataset"),
+    *("data_path", "checkpoint_dir", "note"),
+}
+"""Keys of a finished Config that RecBole works out itself, or that say where the first run's files lay."""
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """What a repetition showed, one sentence a line; `agree` is whether every number holds."""
+
+    agree: bool
+    lines: tuple[str, ...]
+
+
+def find_run(run_id: str, output: Path | None = None, root: Path = Path("results")) -> tuple[Path, RunRecord]:
+    """Return the results folder and the latest record of `run_id`, looked for in `output`, else all over `root`.
+
+    Raises:
+        UserError: No record has this id, several folders have one, or the run has no numbers.
+    """
+    if output is not None and not (output / RECORDS).is_file():
+        raise UserError(f"{output} holds no {RECORDS}; give the folder a benchmark wrote")
+    files = [output / RECORDS] if output is not None else sorted(root.rglob(RECORDS))
+    known = {file.parent: latest(read_records(file)) for file in files if RERUNS not in file.parts}
+    found = [folder for folder, records in known.items() if run_id in records]
+    if not found:
+        near = get_close_matches(run_id, [name for records in known.values() for name in records], n=1)
+        hint = f"; did you mean {near[0]}?" if near else "; the ids stand in runs.jsonl and below runs/"
+        raise UserError(f"no run {run_id!r} in {output or root}{hint}")
+    if len(found) > 1:
+        raise UserError(f"run {run_id} stands in {', '.join(map(str, found))}; say which with --output_dir")
+    record = known[found[0]][run_id]
+    if not record.ok:
+        raise UserError(f"run {run_id} has no numbers to compare with: {record.status}; run the benchmark again")
+    return found[0], record
+
+
+def rerun(
+    folder: Path,
+    record: RunRecord,
+    data_path: str | None = None,
+    worker: Sequence[str] = WORKER,
+    tell: Callable[[str], None] = print,
+) -> Agreement:
+    """Run what `record` of the results folder `folder` describes once more and compare.
+
+    Args:
+        folder: Where the record stands.
+        record: A finished run's.
+        data_path: Where the datasets lie now; default: where they lay then.
+        worker: As for `run.benchmark`.
+        tell: Takes each line for the user while the run is at work.
+    """
+    output = folder.resolve() / RERUNS
+    order = order_of(record, output, data_path)
+    place = output / "runs" / record.run_id
+    tell(f"running {record.run_id} again in {folder / RERUNS / 'runs' / record.run_id}")
+    stop, heard = threading.Event(), [time.monotonic()]
+
+    def tick(seconds: float, line: str) -> None:
+        if time.monotonic() - heard[0] >= HEARTBEAT_S:
+            heard[0] = time.monotonic()
+            tell(f"{seconds:.0f} s  {line}")
+
+    with claim(place, stop, lambda process: tell(f"process {process} is still at this; waiting for it")) as lock:
+        (place / "job.json").write_text(json.dumps(order, indent=2))
+        known = _records_of(output, record)
+        code = run_child([*worker, str(place / "job.json")], place, lock, stop, tick)
+    again = _records_of(output, record)
+    if len(again) == len(known):
+        return Agreement(False, (f"it failed this time: {failure(place / LOG, code)} (log: {place / LOG})",))
+    return compare(record, again[-1])
+
+
+def _records_of(output: Path, record: RunRecord) -> list[RunRecord]:
+    return [entry for entry in read_records(output / RECORDS) if entry.run_id == record.run_id]
+
+
+def order_of(record: RunRecord, output: Path, data_path: str | None = None) -> dict[str, Any]:
+    """Return the worker's order that repeats `record`: its whole configuration, no file of the first run's.
+
+    Raises:
+        UserError: The dataset is no longer where it was.
+    """
+    kept = {key: value for key, value in record.config.items() if key in every_key() - _DERIVED}
+    negatives = kept.get("train_neg_sample_args")
+    if isinstance(negatives, Mapping) and negatives.get("distribution") == "none":
+        kept["train_neg_sample_args"] = None  # what RecBole wants to be told, and writes differently (Config:538-560)
+    home = Path(data_path) if data_path else Path(str(record.config["data_path"])).parent
+    bundled = is_builtin(record.dataset) or record.dataset == "ml-100k"
+    if not (bundled or (home / record.dataset).is_dir()):
+        raise UserError(f"dataset {record.dataset!r} is no longer in {home}; say where it is with --data_path=DIR")
+    order = {
+        **{key: getattr(record, key) for key in ("run_id", "model", "label", "kind", "seed", "dataset")},
+        "config_files": [],
+        "defaults": kept,
+        "overrides": {"data_path": str(home.resolve())},
+        "output_dir": str(output),
+        "limit_users": record.config.get("limit_users"),
+    }
+    return dict(plain_json(order))
+
+
+def compare(before: RunRecord, now: RunRecord) -> Agreement:
+    """Compare two runs of one configuration metric by metric."""
+    changes = _changes(before, now)
+    tolerance = TOLERANCE if changes else 0.0
+    lines = [_rule(changes), *changes]
+    same = before.candidates == now.candidates
+    if not same:
+        lines.append(
+            f"the candidates differ ({before.candidates or 'none'} then, {now.candidates or 'none'} now): "
+            "the dataset's files, or the candidates file, are not those of the first run"
+        )
+    names = [*before.metrics, *(name for name in now.metrics if name not in before.metrics)]
+    verdicts = {name: _holds(before.metrics.get(name), now.metrics.get(name), tolerance) for name in names}
+    width = max(map(len, names))
+    for name, holds in verdicts.items():
+        then, later = (_number(run.metrics.get(name)) for run in (before, now))
+        lines.append(f"{name:<{width}}  {then}  {later}  {'agrees' if holds else 'DISAGREES'}")
+    agree = same and all(verdicts.values())
+    lines.append(
+        f"{sum(verdicts.values())} of {len(names)} metrics agree: the run is {'' if agree else 'NOT '}reproduced"
+    )
+    return Agreement(agree, tuple(lines))
+
+
+def _holds(then: float | None, now: float | None, tolerance: float) -> bool:
+    return then is not None and now is not None and abs(then - now) <= tolerance
+
+
+def _number(value: float | None) -> str:
+    return "       –" if value is None else f"{value:.6f}"
+
+
+def _rule(changes: Sequence[str]) -> str:
+    if not changes:
+        return "same machine and versions: every metric must be equal"
+    return f"not the same surroundings, so each metric may differ by {TOLERANCE}:"
+
+
+def _changes(before: RunRecord, now: RunRecord) -> list[str]:
+    """Return what differs between the surroundings of two runs, one thing a line."""
+    then, later = (
+        {**run.versions, "device": run.device, "commit": run.commit, "processes": str(run.world_size)}
+        for run in (before, now)
+    )
+    return [
+        f"  {name}: {then.get(name) or 'unknown'} then, {later.get(name) or 'unknown'} now"
+        for name in sorted(then.keys() | later.keys())
+        if then.get(name) != later.get(name)
+    ]

@@ -1,0 +1,210 @@
+"""Frozen candidates as a file, so that others run on the same ones: JSON lines by raw ids.
+
+The first line is a header with the dataset, protocol, seed and digest; each further one is
+``{"phase", "user", "targets", "negatives"}``, sorted by phase and user. A user's negatives stand in the order in which
+they were drawn, N for each target; the digest covers that order and the targets', whatever the order of users.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from recbole_mllm.errors import UserError
+
+FORMAT = "recbole-mllm candidates 1"
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """One user's line: where it stands, and the raw ids of targets and negatives."""
+
+    where: str
+    targets: tuple[str, ...]
+    negatives: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CandidatesFile:
+    """What a file gives: for each phase and raw user id a line."""
+
+    path: Path
+    digest: str
+    phases: Mapping[str, Mapping[str, Given]]
+
+    def negatives(self, phase: str, rows: Any, targets: Any, count: int, users: Any, items: Any) -> Any:
+        """Return ``[rows * count]`` internal ids of the negatives, one user after the other.
+
+        Args:
+            phase: ``valid`` or ``test``.
+            rows: The `UserRows` to be evaluated.
+            targets: ``[rows]`` internal ids of the split's targets, in the order of `rows`.
+            count: Negatives for each target, as ``eval_args.mode`` says.
+            users: Raw id of each internal user id.
+            items: Raw id of each internal item id.
+
+        Raises:
+            UserError: The file does not fit the split; names file and line.
+        """
+        given, number = self.phases.get(phase, {}), {name: place for place, name in enumerate(items.tolist())}
+        out = []
+        for user, start, many in zip(users[rows.users].tolist(), rows.starts, rows.counts, strict=True):
+            line = given.get(user)
+            if line is None:
+                raise UserError(f"{self.path}: no {phase} line for user {user}; export the candidates of this dataset")
+            own = items[targets[start : start + many]].tolist()
+            out.append(_checked(line, own, int(many) * count, phase, number))
+        return np.concatenate(out) if out else np.zeros(0, np.int64)
+
+    def confirm(self, digest: str) -> None:
+        """Refuse a file whose header states another digest than its lines make with this split.
+
+        Raises:
+            UserError: They differ.
+        """
+        if self.digest not in ("", digest):
+            raise UserError(
+                f"{self.path}:1: the header's digest is {self.digest}, but the lines make {digest}; "
+                "they were edited (then drop the digest), or the file is damaged"
+            )
+
+    def refuse_others(self, phase: str, evaluated: Any, users: Any) -> None:
+        """Refuse lines of users the split does not evaluate in `phase`; `evaluated` are their internal ids.
+
+        Raises:
+            UserError: Names file and line of the first.
+        """
+        known, split = set(users.tolist()), set(users[evaluated].tolist())
+        for user, line in self.phases.get(phase, {}).items():
+            if user not in split:
+                why = "is not evaluated in this phase" if user in known else "is not in the dataset"
+                raise UserError(f"{line.where}: user {user} {why} ({phase})")
+
+
+def _checked(line: Given, own: Sequence[str], wanted: int, phase: str, number: Mapping[str, int]) -> Any:
+    """Return the internal ids of a line's negatives."""
+    if Counter(line.targets) != Counter(own):
+        raise UserError(f"{line.where}: the targets are {_few(line.targets)}, the {phase} split's {_few(own)}")
+    if len(line.negatives) != wanted:
+        raise UserError(f"{line.where}: {len(line.negatives)} negatives where eval_args.mode asks for {wanted}")
+    if twice := [item for item, many in Counter(line.negatives).items() if many > 1]:
+        raise UserError(f"{line.where}: {_few(twice)} stands twice among the negatives")
+    if wrong := sorted(set(line.negatives) & set(own)):
+        raise UserError(f"{line.where}: {_few(wrong)} is a target of the user and cannot be a negative")
+    if strange := [item for item in line.negatives if item not in number]:
+        raise UserError(f"{line.where}: {_few(strange)} is no item of the dataset after filtering")
+    return np.array([number[item] for item in line.negatives], np.int64)
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+
+
+def read(path: Path) -> CandidatesFile:
+    """Read a file that `write` has written, or another of its kind.
+
+    Raises:
+        UserError: There is none, or a line is not what it should be; names file and line.
+    """
+    phases: dict[str, dict[str, Given]] = {"valid": {}, "test": {}}
+    header: dict[str, Any] = {}
+    for number, values in _lines(path):
+        where = f"{path}:{number}"
+        if number == 1:
+            header = values
+            if values.get("format") != FORMAT:
+                raise UserError(f"{where}: no header with format {FORMAT!r}; write one with `candidates export`")
+            continue
+        phase, user = values.get("phase"), values.get("user")
+        if phase not in phases or not isinstance(user, str):
+            raise UserError(f"{where}: phase must be valid or test, and user a text; found {phase!r} and {user!r}")
+        if user in phases[phase]:
+            raise UserError(f"{where}: user {user} has a second {phase} line")
+        phases[phase][user] = Given(where, _ids(values, "targets", where), _ids(values, "negatives", where))
+    if not header:
+        raise UserError(f"{path} is empty; write one with `candidates export`")
+    return CandidatesFile(path, str(header.get("digest", "")), phases)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    if not path.is_file():
+        raise UserError(f"candidates_file {str(path)!r} does not exist")
+    number = 0
+    try:
+        with _opened(path, "rt") as file:
+            for number, text in enumerate(file, start=1):
+                values = json.loads(text)
+                if not isinstance(values, dict):
+                    raise UserError(f"{path}:{number}: not a JSON object")
+                yield number, values
+    except (ValueError, OSError, EOFError) as error:
+        raise UserError(f"{path}:{number + isinstance(error, OSError)}: cannot be read ({error})") from error
+
+
+def _ids(values: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
+    ids = values.get(key)
+    if not isinstance(ids, list) or not all(isinstance(entry, str) for entry in ids):
+        raise UserError(f"{where}: {key} must be a list of raw item ids in quotes")
+    return tuple(ids)
+
+
+def write(path: Path, header: Mapping[str, Any], loaders: Mapping[str, Any], users: Any, items: Any) -> int:
+    """Write the candidates of frozen evaluation loaders, whole or not at all; return the number of lines of users.
+
+    Args:
+        path: ``.jsonl`` or ``.jsonl.gz``; the same candidates give the same bytes.
+        header: Dataset, protocol, seed and digest.
+        loaders: The `FrozenEvalDataLoader` of each phase.
+        users: Raw id of each internal user id.
+        items: Raw id of each internal item id.
+    """
+    scratch = path.with_name(f".{os.getpid()}.{path.name}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = 0
+    try:
+        with _opened(scratch, "wt") as file:
+            file.write(_text({"format": FORMAT, **header}))
+            for phase in sorted(loaders):
+                for line in _of_loader(phase, loaders[phase], users, items):
+                    file.write(_text(line))
+                    written += 1
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+    return written
+
+
+def _of_loader(phase: str, loader: Any, users: Any, items: Any) -> Iterator[dict[str, Any]]:
+    rows, count = loader.rows, loader.count
+    targets = loader._dataset.inter_feat[loader.iid_field].numpy()
+    for place in np.argsort(users[rows.users], kind="stable"):
+        low, high = rows.starts[place], rows.starts[place] + rows.counts[place]
+        yield {
+            "phase": phase,
+            "user": str(users[rows.users[place]]),
+            "targets": items[targets[low:high]].tolist(),
+            "negatives": items[loader.negatives[low * count : high * count]].tolist(),
+        }
+
+
+def _text(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, ensure_ascii=False) + "\n"
+
+
+@contextmanager
+def _opened(path: Path, mode: str) -> Iterator[IO[Any]]:
+    with ExitStack() as stack:
+        file: Any = stack.enter_context(path.open(mode.replace("t", "b")))
+        if path.suffix == ".gz":  # without name and time, so that the same candidates are the same bytes
+            file = stack.enter_context(gzip.GzipFile("", mode.replace("t", "b"), fileobj=file, mtime=0))
+        yield stack.enter_context(io.TextIOWrapper(file, encoding="utf-8"))

@@ -1,0 +1,118 @@
+"""A record is enough to do its run again, and what does not hold is said plainly."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import small_world
+from planted_runs import plant_run
+
+from recbole_mllm.benchmark.records import RECORDS, append, read_records
+from recbole_mllm.benchmark.rerun import TOLERANCE, compare, find_run, order_of, rerun
+from recbole_mllm.benchmark.run import BenchmarkPlan, benchmark
+from recbole_mllm.errors import UserError
+
+
+def planted(folder: Path, label: str = "SASRec", **changes):
+    record = plant_run(folder, label, 1.0, versions={"torch": "2"}, device="cpu", **changes)
+    append(folder / RECORDS, record)
+    return record
+
+
+@pytest.fixture
+def ran(tmp_path):
+    """A finished, tuned run of BPR and its dataset's folder; its config file is gone, as the record must suffice."""
+    folder = small_world.write(tmp_path, images=False)
+    config = tmp_path / "mine.yaml"
+    config.write_text("epochs: 2\nload_col: {inter: [user_id, item_id, timestamp]}\n")
+    results = tmp_path / "results"
+    overrides = {"data_path": str(tmp_path), "embedding_size": 16}
+    benchmark(BenchmarkPlan("steps", ("BPR",), (7,), results, (str(config),), overrides, tune=3), tell=print)
+    config.unlink()
+    (record,) = read_records(results / RECORDS)
+    assert record.metrics
+    return results, record, folder
+
+
+def test_a_trained_run_is_repeated_to_the_last_digit(ran):
+    results, first, _ = ran
+    assert find_run(first.run_id, results) == (results, first)
+    assert len(first.tuning["trials"]) == 3 and first.tuning["metric"] == "NDCG@10"
+    best = max(first.tuning["trials"], key=lambda trial: trial["valid"])
+    assert first.tuning["chosen"] == best["settings"] and "embedding_size" not in first.tuning["space"]
+    for key, value in best["settings"].items():
+        assert first.config[key] == value
+    again = rerun(results, first)
+    assert again.agree and "every metric must be equal" in again.lines[0], again.lines
+    assert read_records(results / RECORDS) == [first], "the leaderboard's records stay as they are"
+    second = read_records(results / "reruns" / RECORDS)[0]
+    assert second.metrics == first.metrics and second.config["embedding_size"] == 16 and second.config["epochs"] == 2
+    assert second.tuning is None, "the choice is repeated, not the search"
+
+
+@pytest.mark.slow
+def test_changed_data_are_noticed(ran):
+    results, first, folder = ran
+    lines = (folder / "steps.inter").read_text().splitlines()
+    (folder / "steps.inter").write_text("\n".join(line for line in lines if "\ti00\t" not in line) + "\n")
+    changed = rerun(results, first)
+    assert not changed.agree and any("candidates differ" in line for line in changed.lines)
+
+
+def test_equal_surroundings_ask_for_equal_numbers_and_others_for_near_ones(tmp_path):
+    record = planted(tmp_path)
+    shifted = {name: value + TOLERANCE / 2 for name, value in record.metrics.items()}
+    assert compare(record, record).agree
+    here = compare(record, replace(record, metrics=shifted))
+    assert not here.agree and sum("DISAGREES" in line for line in here.lines) == len(record.metrics)
+    there = compare(record, replace(record, metrics=shifted, versions={"torch": "3"}))
+    assert there.agree and str(TOLERANCE) in there.lines[0] and "  torch: 2 then, 3 now" in there.lines
+    far = {name: value + 2 * TOLERANCE for name, value in record.metrics.items()}
+    assert not compare(record, replace(record, metrics=far, device="cuda")).agree
+    fewer = {"NDCG@10": record.metrics["NDCG@10"]}
+    assert not compare(record, replace(record, metrics=fewer)).agree
+
+
+def test_a_run_is_found_below_results_and_an_unknown_one_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    record = planted(Path("results/a"))
+    planted(Path("results/a/reruns"), run_id=record.run_id)
+    assert find_run(record.run_id) == (Path("results/a"), record)
+    with pytest.raises(UserError, match=f"did you mean {record.run_id}"):
+        find_run(record.run_id[:-1])
+    with pytest.raises(UserError, match=r"no runs\.jsonl|holds no"):
+        find_run(record.run_id, tmp_path)
+    planted(Path("results/b"))
+    with pytest.raises(UserError, match="results/a, results/b; say which"):
+        find_run(record.run_id)
+    failed = replace(record, run_id="broken", status="out of memory", metrics={})
+    append(Path("results/a") / RECORDS, failed)
+    with pytest.raises(UserError, match="out of memory"):
+        find_run("broken")
+
+
+def test_a_dataset_that_has_moved_is_asked_for(tmp_path):
+    record = planted(tmp_path, config={"data_path": str(tmp_path / "old" / "steps"), "limit_users": 5}, dataset="steps")
+    with pytest.raises(UserError, match="--data_path"):
+        order_of(record, tmp_path)
+    (tmp_path / "new" / "steps").mkdir(parents=True)
+    order = order_of(record, tmp_path, str(tmp_path / "new"))
+    assert order["overrides"] == {"data_path": str(tmp_path / "new")} and order["limit_users"] == 5
+
+
+def test_a_repetition_that_crashes_disagrees_and_says_why(tmp_path):
+    record = planted(tmp_path, config={"data_path": str(tmp_path / "demo")}, dataset="demo")
+    script = "raise MemoryError('too small')"
+    found = rerun(tmp_path, record, worker=(sys.executable, "-c", script))
+    assert not found.agree and "MemoryError: too small" in found.lines[0]
+
+
+def test_the_command_exits_with_2_for_an_unknown_run(tmp_path, monkeypatch, capsys):
+    from recbole_mllm.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    assert main(["rerun", "nothing"]) == 2
+    assert capsys.readouterr().err.startswith("recbole-mllm: no run 'nothing'")
