@@ -19,6 +19,9 @@ from statsmodels.stats.multitest import multipletests
 
 Floats = NDArray[np.float64]
 
+DRAW_SEED = 2024
+"""Seed of every bootstrap: the same records give the same leaderboard, to the last digit."""
+
 CONFIDENCE = 0.95
 RESAMPLES = 2000
 BOOTSTRAP_BUDGET = 4e8  # drawn values (users x metrics x resamples), a few seconds; beyond, the normal interval
