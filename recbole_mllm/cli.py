@@ -47,12 +47,13 @@ def _run(words: list[str]) -> int:
         return commands.summarize(_dataset(known), known.stage, known.dry_run, options)
     if known.command == "benchmark":
         return commands.benchmark(
-            _dataset(known), known.models, known.seeds, known.output_dir, known.jobs, known.force, options
-        )
+            _dataset(known), known.models, known.seeds, known.output_dir, known.jobs, known.force, options,
+            known.embed_images == "on",
+        )  # fmt: skip
     if known.command == "inspect":
         return commands.inspect(known.directory, known.output, options)
     if known.command == "report":
-        return commands.report(known.directory)
+        return commands.report(known.directory, known.embed_images == "on")
     if known.model:
         return commands.run_model(known.model, _dataset(known), options)
     if known.dataset:
@@ -86,14 +87,22 @@ def _parser() -> Parser:
     benchmark.add_argument("--output_dir", help="default: results/<dataset>")
     benchmark.add_argument("--force", action="store_true", help="run again what is finished")
     benchmark.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    _add_embed_images(benchmark)
     inspect = add("inspect", help="a dataset's health, as text and as a page")
     inspect.add_argument("directory", help="a dataset's folder, or its name under data_path (default ./dataset)")
     inspect.add_argument("--image_dir", default=argparse.SUPPRESS, help="images by item id")
     inspect.add_argument("--output", help="the page's file; default: inspect.html in the dataset's folder")
     report = add("report", help="render leaderboard.* again from runs.jsonl")
     report.add_argument("directory")
+    _add_embed_images(report)
     store_commands.add_parser(add, Parser)
     return parser
+
+
+def _add_embed_images(command: Parser) -> None:
+    command.add_argument(
+        "--embed_images", choices=("on", "off"), default="on", help="thumbnails in the report's case studies"
+    )
 
 
 def _quiet(common: Parser) -> Parser:

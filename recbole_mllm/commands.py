@@ -106,7 +106,14 @@ def summarize(dataset: str, stage: str, dry: bool, options: Options) -> int:
 
 
 def benchmark(
-    dataset: str, models: str, seeds: str | None, output: str | None, jobs: int, force: bool, options: Options
+    dataset: str,
+    models: str,
+    seeds: str | None,
+    output: str | None,
+    jobs: int,
+    force: bool,
+    options: Options,
+    embed_images: bool = True,
 ) -> int:
     """Run every model on the same candidates and write the leaderboard."""
     from recbole_mllm.benchmark.report import format_leaderboard
@@ -129,6 +136,7 @@ def benchmark(
         overrides=keys,
         jobs=jobs,
         force=force,
+        embed_images=embed_images,
     )
     html = run_benchmark(plan)
     print(format_leaderboard(folder))
@@ -196,14 +204,14 @@ def _near(data_path: Path) -> str:
     return f" ({', '.join(near)})" if near else ""
 
 
-def report(directory: str) -> int:
+def report(directory: str, embed_images: bool = True) -> int:
     """Render the leaderboard again from its records."""
     from recbole_mllm.benchmark.report import format_leaderboard, render
 
     folder = Path(directory)
     if not (folder / "runs.jsonl").is_file():
         raise UserError(f"{folder} holds no runs.jsonl; give the folder a benchmark wrote")
-    render(folder)
+    render(folder, embed_images=embed_images)
     print(format_leaderboard(folder))
     return 0
 

@@ -56,7 +56,7 @@ def quality_versus_cost(board: Leaderboard) -> Plot | None:
     metric = board.valid_metric
     low_s, high_s = _time_range([row.seconds for row in rows])
     bounds = [row.scores[metric].ci95 or (row.mean(metric),) * 2 for row in rows]
-    steps = _steps(min(low for low, _ in bounds), max(high for _, high in bounds))
+    steps = round_steps(min(low for low, _ in bounds), max(high for _, high in bounds))
 
     def x(seconds: float) -> float:
         share = math.log(seconds / low_s) / math.log(high_s / low_s)
@@ -99,7 +99,7 @@ def _time_range(seconds: Sequence[float]) -> tuple[float, float]:
     return min(low, middle / math.sqrt(10)), max(high, middle * math.sqrt(10))
 
 
-def _steps(low: float, high: float) -> list[float]:
+def round_steps(low: float, high: float) -> list[float]:
     """Return round tick values that enclose ``[low, high]``."""
     span = max(high - low, 0.02)
     size = next(step for step in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 10.0) if span / step <= 6)

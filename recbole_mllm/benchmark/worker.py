@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 import recbole_mllm
+from recbole_mllm.benchmark.cases import write_cases
 from recbole_mllm.benchmark.records import RECORDS, RunRecord, append, plain_json, write_arrays
 from recbole_mllm.config import benchmark_defaults, config_paths
 from recbole_mllm.data.texts import read_items
@@ -85,7 +86,9 @@ def _write_evidence(outcome: Any, output: Path, folder: Path) -> dict[str, str]:
     values = {name: column for name, column in outcome.users.items() if name != "user"}
     write_arrays(folder / "per_user.npz", columns | values)
     scores = {name: tokens[name][pairs[f"{name}_id"]] for name in tokens}
-    write_arrays(folder / "scores.npz", scores | {"label": pairs["label"].astype("int8"), "score": pairs["score"]})
+    known = {"label": pairs["label"].astype("int8"), "score": pairs["score"], "place": pairs["place"].astype("int32")}
+    write_arrays(folder / "scores.npz", scores | known)
+    write_cases(outcome, folder)
     return {name: str((folder / f"{name}.npz").relative_to(output)) for name in ("per_user", "scores")}
 
 
@@ -121,12 +124,20 @@ def _record(job: dict[str, Any], outcome: Any, started: str, evidence: dict[str,
         score_s=outcome.score_s,
         pairs_per_s=pairs / outcome.score_s,
         tokens=getattr(outcome.model, "tokens_read", None),
+        parameters_trained=_parameters_trained(outcome.model),
         peak_memory_mb=_peak_memory(outcome.config["device"]),
         device=str(outcome.config["device"]),
         versions=_versions(),
         commit=_commit(),
         world_size=1,
     )
+
+
+def _parameters_trained(model: Any) -> int:
+    """Return how many parameters learn; none of a model that RecBole calls traditional, whose one is a stand-in."""
+    if getattr(getattr(model, "type", None), "name", "") == "TRADITIONAL":
+        return 0
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def _peak_memory(device: Any) -> float:
