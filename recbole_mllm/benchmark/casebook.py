@@ -43,6 +43,7 @@ class Block:
     last: int
     items: tuple[Shown, ...]
     text: tuple[Piece, ...] | None
+    unchanged: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,8 +192,8 @@ def _blocks(case: Mapping[str, Any], shown: Mapping[str, Shown]) -> tuple[Block,
     blocks, before = [], None
     for step in steps:
         text = [Piece("same", step["text"])] if before is None else word_changes(before, step["text"])
-        since, before = step["since"], step["text"]
-        blocks.append(Block(since + 1, step["seen"], items(since, step["seen"]), tuple(text)))
+        since, unchanged, before = step["since"], before == step["text"], step["text"]
+        blocks.append(Block(since + 1, step["seen"], items(since, step["seen"]), tuple(text), unchanged))
     if steps[-1]["seen"] < end:
         seen = steps[-1]["seen"]
         blocks.append(Block(seen + 1, end, items(seen, end), None))

@@ -74,7 +74,7 @@ def target_position(history: Any, positions: Any, target: str) -> int:
     A history of a benchmark file holds no target, so the row stands behind all of it.
     """
     places = [place for place in positions if place < len(history) and history[place] == target]
-    return max(places) if places else max(positions)
+    return int(max(places or positions))
 
 
 def _item(items: Any, item: str, folders: list[Path]) -> dict[str, str]:

@@ -12,12 +12,12 @@ _MARKS = {"better": r"$^{\blacktriangle}$", "worse": r"$^{\blacktriangledown}$"}
 _SPECIAL = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "_": r"\_", "%": r"\%",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
-    "|": r"\textbar{}", '"': r"\textquotedbl{}",
+    "|": r"\textbar{}", "[": "{[}", "]": "{]}", "*": "{*}", '"': r"\textquotedbl{}",
 }  # fmt: skip
 
 
 def format_latex(board: Leaderboard) -> str:
-    """Return the table: best value of a column in bold, marks of significance, protocol and candidates in the caption."""
+    """Return the table: best value of a column in bold, marks of significance, protocol and digest in the caption."""
     names = [name for name in COLUMNS if name in board.metrics] or list(board.metrics[:7])
     lines = [_row(board, row, names) for row in board.rows]
     body = [
@@ -59,7 +59,9 @@ def _cell(board: Leaderboard, row: Row, metric: str) -> str:
 
 
 def _caption(board: Leaderboard) -> str:
-    told = f"{escape(board.dataset)}: {escape(board.protocol)}; {board.n_users} users; "
+    told = f"{escape(board.dataset)}: {escape(board.protocol)}; "
+    if f"{board.n_users} users" not in board.protocol:
+        told += f"{board.n_users} users; "
     told += rf"candidates \texttt{{{escape(board.candidates)}}}. Best value of a column in bold."
     if board.best_baseline is not None:
         told += (

@@ -61,7 +61,7 @@ class GroupPart:
 
 @dataclass(frozen=True, slots=True)
 class Dimension:
-    """One way to part the users into groups: `key` finds a row's numbers, each label names a group of `counts` users."""
+    """One way to part the users: `key` finds a row's numbers, each of `labels` names a group of `counts` users."""
 
     key: str
     title: str

@@ -84,7 +84,11 @@ def _row(board: Leaderboard, row: Row) -> Mapping[str, Any]:
 def _cell(board: Leaderboard, row: Row, metric: str) -> Mapping[str, Any]:
     said, score = say_score(board, row, metric), row.scores.get(metric)
     highest = max((other.mean(metric) for other in board.rows if other.ok), default=None)
-    told = f"{said.difference} to {board.best_baseline}, {said.p}, d_z = {said.effect}, {WORDS.get(said.verdict, '')}" if said.p else ""
+    told = (
+        f"{said.difference} to {board.best_baseline}, {said.p}, d_z = {said.effect}, {WORDS.get(said.verdict, '')}"
+        if said.p
+        else ""
+    )
     return {
         "value": score.mean if score else None,
         "said": said,

@@ -13,6 +13,7 @@ WIDTH, HEIGHT = 520, 340
 LEFT, RIGHT, TOP, BOTTOM = 52, 16, 18, 46
 LABEL_GAP = 14
 CHARACTER = 6.6  # width of a label's character at the size the page draws it
+BOLD = 1.2  # how much wider an MLLM's label is
 TIMES = (0.1, 1, 10, 60, 600, 3600, 36_000, 360_000, 3_600_000)
 
 
@@ -76,7 +77,7 @@ def _points(board: Leaderboard, marks: Sequence[tuple[Row, float, float, float, 
     placed: list[tuple[float, float, float]] = []
     points = []
     for row, x, y, low, high in sorted(marks, key=lambda mark: mark[2]):
-        length = len(row.model) * CHARACTER
+        length = len(row.model) * CHARACTER * (BOLD if row.kind == "mllm" else 1)
         right = x + 10 + length <= WIDTH
         start = x + 10 if right else x - 10 - length
         label_y = y

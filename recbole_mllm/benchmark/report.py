@@ -14,10 +14,11 @@ from pathlib import Path
 from recbole_mllm.benchmark.casebook import read_casebook
 from recbole_mllm.benchmark.latex import format_latex
 from recbole_mllm.benchmark.leaderboard import ALL_COSTS, SLICES, Leaderboard, Part, Row
+from recbole_mllm.benchmark.markdown import format_markdown
 from recbole_mllm.benchmark.page import page
 from recbole_mllm.benchmark.ranking import build
 from recbole_mllm.benchmark.records import RECORDS, read_records
-from recbole_mllm.benchmark.text import format_markdown, format_table
+from recbole_mllm.benchmark.text import format_table
 
 __all__ = [
     "HTML",

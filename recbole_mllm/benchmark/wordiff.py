@@ -26,14 +26,16 @@ def word_changes(before: str, after: str) -> list[Piece]:
     for number, (tag, a, b, c, d) in enumerate(blocks):
         inner = 0 < number < len(blocks) - 1
         told.append((tag == "equal" and not (inner and b - a < SHORT), old[a:b], new[c:d]))
-    pieces = []
+    pieces: list[Piece] = []
     for same, parts in groupby(told, key=lambda part: part[0]):
-        gone, come = [], []
-        for _, left, right in parts:
-            gone += left
-            come += right
+        pairs = list(parts)
+        gone = [word for _, left, _ in pairs for word in left]
+        come = [word for _, _, right in pairs for word in right]
         if same:
             pieces.append(Piece("same", " ".join(come)))
             continue
-        pieces += [Piece(change, " ".join(words)) for change, words in (("gone", gone), ("new", come)) if words]  # type: ignore[arg-type]
+        if gone:
+            pieces.append(Piece("gone", " ".join(gone)))
+        if come:
+            pieces.append(Piece("new", " ".join(come)))
     return pieces

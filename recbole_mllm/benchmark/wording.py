@@ -17,8 +17,8 @@ METHOD = (
     "Intervals are 95 % bootstrap intervals over users; metrics are averaged over a user's seeds first. Tests are "
     "paired over users, two-sided: a t-test of the per-user differences and, for pooled AUC, a bootstrap that draws "
     "whole users (cluster bootstrap). All p-values of the table are corrected together by Holm's method, so the chance "
-    "that it holds even one false mark is below 5 %. The effect size is Cohen's d_z, the mean of the per-user differences "
-    "over their standard deviation; pooled AUC has no per-user value and so none."
+    "that it holds even one false mark is below 5 %. The effect size is Cohen's d_z, the mean of the per-user "
+    "differences over their standard deviation; pooled AUC has no per-user value and so none."
 )
 COST_NOTE = (
     "Tokens are those of the prompts scored; parameters are those trained, not those of a frozen backbone. "
