@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import sys
 
 import numpy as np
@@ -13,10 +15,12 @@ from recbole.config import Config
 import recbole_mllm  # noqa: F401 - RecBole's Config on today's numpy
 from recbole_mllm.benchmark.charts import curve_charts, group_charts
 from recbole_mllm.benchmark.curves import metric_curves, target_ranks
-from recbole_mllm.benchmark.groups import bands, partitions
+from recbole_mllm.benchmark.groups import bands, measure, partitions
 from recbole_mllm.benchmark.ranking import build
 from recbole_mllm.benchmark.records import read_arrays
+from recbole_mllm.benchmark.sheets import format_curves, format_groups
 from recbole_mllm.evaluation.metrics import per_user
+from recbole_mllm.evaluation.significance import estimate_means
 from tests.planted_runs import plant_run
 
 
@@ -121,3 +125,26 @@ def _last(board, key: str, number: int) -> int:
 def test_a_dimension_of_one_group_is_named_but_not_drawn():
     columns = {"train_count": np.ones(5, int), "history_length": np.ones(5, int), "has_image": np.zeros(5, bool)}
     assert [part.dimension.labels for part in partitions(columns)] == [("warm",), ("1",), ("1",), ("without image",)]
+
+
+def test_the_sheets_hold_what_the_page_draws(tmp_path):
+    board = build([plant_run(tmp_path, "SASRec", 1.0), plant_run(tmp_path, "Pop", 0.1)], tmp_path)
+    groups = list(csv.DictReader(io.StringIO(format_groups(board))))
+    curves = list(csv.DictReader(io.StringIO(format_curves(board))))
+    assert len(curves) == 2 * 3 * 20 and len(groups) == 2 * sum(len(part.labels) for part in board.dimensions)
+    cold = next(line for line in groups if (line["model"], line["group"]) == ("SASRec", "cold"))
+    assert float(cold["NDCG@10"]) == board.rows[0].groups["warmth"][0].mean and int(cold["n"]) == 18
+    ten = next(line for line in curves if (line["model"], line["metric"], line["k"]) == ("SASRec", "NDCG", "10"))
+    assert float(ten["mean"]) == pytest.approx(board.rows[0].mean("NDCG@10"))
+
+
+def test_large_groups_get_the_normal_interval_which_is_the_bootstraps():
+    values = np.random.default_rng(4).random(3000)
+    columns = {
+        "train_count": np.ones(3000, int),
+        "history_length": np.ones(3000, int),
+        "has_image": np.ones(3000, bool),
+    }
+    (part,) = measure(values, partitions(columns)[0])
+    (drawn,) = estimate_means(values[None], 1)
+    assert (part.low, part.high) == pytest.approx((drawn.low, drawn.high), abs=2e-3)
