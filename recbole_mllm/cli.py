@@ -42,18 +42,18 @@ def _run(words: list[str]) -> int:
         | {k: v for k in ("limit_users", "image_dir") if (v := getattr(known, k)) is not None},
         config_files=tuple(str(known.config_files or "").split()),
         seed=known.seed,
+        embed_images=getattr(known, "embed_images", "on") == "on",
     )
     if known.command == "summarize":
         return commands.summarize(_dataset(known), known.stage, known.dry_run, options)
     if known.command == "benchmark":
         return commands.benchmark(
-            _dataset(known), known.models, known.seeds, known.output_dir, known.jobs, known.force, options,
-            known.embed_images == "on",
-        )  # fmt: skip
+            _dataset(known), known.models, known.seeds, known.output_dir, known.jobs, known.force, options
+        )
     if known.command == "inspect":
         return commands.inspect(known.directory, known.output, options)
     if known.command == "report":
-        return commands.report(known.directory, known.embed_images == "on")
+        return commands.report(known.directory, options.embed_images)
     if known.model:
         return commands.run_model(known.model, _dataset(known), options)
     if known.dataset:

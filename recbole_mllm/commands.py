@@ -24,11 +24,12 @@ DEFAULT_SEED = 2024
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What every command takes: configuration keys, config files or presets, and a seed."""
+    """What every command takes: configuration keys, config files or presets, and a seed; whether a report shows images."""
 
     overrides: Mapping[str, Any] = field(default_factory=dict)
     config_files: tuple[str, ...] = ()
     seed: int | None = None
+    embed_images: bool = True
 
     def keys(self) -> dict[str, Any]:
         """Return the overrides with the seed among them."""
@@ -106,14 +107,7 @@ def summarize(dataset: str, stage: str, dry: bool, options: Options) -> int:
 
 
 def benchmark(
-    dataset: str,
-    models: str,
-    seeds: str | None,
-    output: str | None,
-    jobs: int,
-    force: bool,
-    options: Options,
-    embed_images: bool = True,
+    dataset: str, models: str, seeds: str | None, output: str | None, jobs: int, force: bool, options: Options
 ) -> int:
     """Run every model on the same candidates and write the leaderboard."""
     from recbole_mllm.benchmark.report import format_leaderboard
@@ -136,7 +130,7 @@ def benchmark(
         overrides=keys,
         jobs=jobs,
         force=force,
-        embed_images=embed_images,
+        embed_images=options.embed_images,
     )
     html = run_benchmark(plan)
     print(format_leaderboard(folder))

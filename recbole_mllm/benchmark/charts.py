@@ -18,11 +18,11 @@ Tick = tuple[float, str]
 
 
 def series(board: Leaderboard) -> dict[str, int]:
-    """Return each finished row's number among the colours; the best MLLM has the first."""
+    """Return each finished row's number among the colours; the best MLLM has the first to itself."""
     ranked = [row for row in board.rows if row.ok]
     first = next((row.model for row in ranked if row.kind == "mllm"), None)
     ordered = sorted(ranked, key=lambda row: row.model != first)
-    return {row.model: index % COLOURS for index, row in enumerate(ordered)}
+    return {row.model: index if index < 1 else 1 + (index - 1) % (COLOURS - 1) for index, row in enumerate(ordered)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ def curve_charts(board: Leaderboard) -> tuple[CurveChart, ...]:
 
 def _curve_chart(metric: str, rows: list[Row], colours: dict[str, int]) -> CurveChart:
     width = max(len(row.model) for row in rows) * CHARACTER
-    empty = CurveChart(metric, (), (), (), "", right=round(max(200, min(340, 420 - 14 - width))))
+    empty = CurveChart(metric, (), (), (), "", right=round(max(200, min(340, 420 - 28 - width))))
     depth = max(len(row.curves[metric]) for row in rows)
     steps = round_steps(0.0, max(max(row.curves[metric]) for row in rows))
 
@@ -130,7 +130,7 @@ class GroupChart:
     top: int = 8
 
 
-PITCH = 12
+PITCH, CLOSE_PITCH, CLOSE_FROM = 12, 9, 7  # pixels a model; the closer ones from this many models on
 PADDING = 8
 
 
@@ -149,7 +149,8 @@ def _group_chart(
     dimension: Dimension, rows: list[Row], colours: dict[str, int], steps: list[float], metric: str
 ) -> GroupChart:
     left, right, top = 104, 408, 8
-    tall = len(rows) * PITCH + PADDING
+    pitch = CLOSE_PITCH if len(rows) >= CLOSE_FROM else PITCH
+    tall = max(30, len(rows) * pitch + PADDING)
 
     def x(value: float) -> float:
         return round(left + (value - steps[0]) / (steps[-1] - steps[0]) * (right - left), 1)
@@ -160,7 +161,7 @@ def _group_chart(
         marks = []
         for place, row in enumerate(rows):
             part = row.groups[dimension.key][number]
-            y = start + PADDING / 2 + (place + 0.5) * PITCH
+            y = start + tall / 2 + (place + 0.5 - len(rows) / 2) * pitch
             told = f"{row.model}, {label}: {metric} {_say(part)}, {part.n} users"
             marks.append(Mark(colours[row.model], x(part.mean), x(part.low), x(part.high), y, told))
         users = f"{count:,} {'user' if count == 1 else 'users'}"

@@ -75,7 +75,7 @@ def test_no_argument_is_the_demo_and_a_seed_is_another_world(monkeypatch):
 def test_images_are_embedded_unless_told_otherwise(monkeypatch, words, embed):
     told = []
     monkeypatch.setattr(commands, "report", lambda folder, images: told.append(images) or 0)
-    monkeypatch.setattr(commands, "benchmark", lambda *given: told.append(given[7]) or 0)
+    monkeypatch.setattr(commands, "benchmark", lambda *given: told.append(given[6].embed_images) or 0)
     main(["report", "results/demo", *words])
     main(["benchmark", "--dataset", "demo", "--models", "Pop", *words])
     assert told == [embed, embed]
