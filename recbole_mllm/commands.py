@@ -24,7 +24,7 @@ DEFAULT_SEED = 2024
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What every command takes: configuration keys, config files or presets, and a seed; whether a report shows images."""
+    """What every command takes: configuration keys, config files or presets, a seed, whether reports show images."""
 
     overrides: Mapping[str, Any] = field(default_factory=dict)
     config_files: tuple[str, ...] = ()

@@ -31,13 +31,15 @@ def write_cases(outcome: Any, folder: Path, kept: int = KEPT) -> Path | None:
         return None
     data, pairs = outcome.dataset, outcome.pairs
     users, tokens = (np.asarray(data.field2id_token[f]).astype(str) for f in (data.uid_field, data.iid_field))
-    names, items = users[pairs["user_id"]], tokens[pairs["item_id"]]
-    targets = {str(u): str(i) for u, i in zip(names[pairs["label"] > 0], items[pairs["label"] > 0], strict=True)}
+    hit = pairs["label"] > 0
+    owners, answers = users[pairs["user_id"][hit]], tokens[pairs["item_id"][hit]]
+    targets = dict(zip(owners.tolist(), answers.tolist(), strict=True))
     chosen = drawn(targets, kept)
     told = [case_of(preferences, user, targets[user]) for user in chosen]
-    wanted = {item for case in told for item in case["history"]} | set(items[np.isin(names, chosen)].tolist())
+    candidates = tokens[pairs["item_id"][np.isin(pairs["user_id"], np.flatnonzero(np.isin(users, chosen)))]]
+    wanted = {item for case in told for item in case["history"]} | set(candidates.tolist())
     folders = [Path(str(p)) for p in (outcome.config["data_path"], outcome.config["image_dir"]) if p]
-    known = {item: _item(preferences.items, item, folders) for item in sorted(map(str, wanted))}
+    known = {item: _item(preferences.items, item, folders) for item in sorted(wanted)}
     with whole_file(folder / CASES) as file:
         json.dump({"version": 1, "seed": CASE_SEED, "users": told, "items": known}, file, ensure_ascii=False)
     return folder / CASES

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import platform
 import resource
@@ -88,8 +89,15 @@ def _write_evidence(outcome: Any, output: Path, folder: Path) -> dict[str, str]:
     scores = {name: tokens[name][pairs[f"{name}_id"]] for name in tokens}
     known = {"label": pairs["label"].astype("int8"), "score": pairs["score"], "place": pairs["place"].astype("int32")}
     write_arrays(folder / "scores.npz", scores | known)
-    write_cases(outcome, folder)
+    _keep_cases(outcome, folder)
     return {name: str((folder / f"{name}.npz").relative_to(output)) for name in ("per_user", "scores")}
+
+
+def _keep_cases(outcome: Any, folder: Path) -> None:
+    try:
+        write_cases(outcome, folder)
+    except Exception:  # what illustrates a result must not cost the hours that made it
+        logging.getLogger(__name__).exception("the case studies of this run could not be kept; the report goes without")
 
 
 def _images(config: Any) -> Any:
