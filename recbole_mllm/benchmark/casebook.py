@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from recbole_mllm.benchmark.cases import CASES
+from recbole_mllm.benchmark.field import MLLM
 from recbole_mllm.benchmark.leaderboard import Leaderboard
 from recbole_mllm.benchmark.records import PAIR_COLUMNS, RunRecord, read_arrays
 from recbole_mllm.benchmark.thumbnails import thumbnails
@@ -97,9 +98,9 @@ Order = dict[str, list[tuple[str, float, bool]]]
 
 
 def read_casebook(board: Leaderboard, results: Path, *, embed_images: bool = True) -> Casebook | None:
-    """Return the cases of the best MLLM that kept some, or None if none did."""
+    """Return the cases of MLLMMSR itself, else of its best variant that kept some, or None if none did."""
     rows = [row for row in board.rows if row.ok and row.kind == "mllm"]
-    for row in rows:
+    for row in sorted(rows, key=lambda row: row.runs[0].label != MLLM):
         for run in row.runs:
             path = results / str(run.per_user)
             if (path := path.with_name(CASES)).is_file():

@@ -52,6 +52,14 @@ def test_sasrec_stands_beside_even_where_another_baseline_is_best(runs, tmp_path
     assert book_of([runs[0], runs[1], runs[3]], tmp_path).beside == "ItemKNN"
 
 
+def test_mllmmsr_itself_is_shown_before_a_variant_that_did_better(runs, tmp_path):
+    better = plant_run(tmp_path, "MLLMMSR:direct", 9.0, "mllm")
+    plant_cases(tmp_path, better)
+    assert build([*runs, better], tmp_path).rows[0].model == "MLLMMSR:direct"
+    assert book_of([*runs, better], tmp_path).model == "MLLMMSR"
+    assert book_of([*runs[:3], better], tmp_path).model == "MLLMMSR:direct"
+
+
 def test_rankings_recomputed_from_the_scores(runs, tmp_path):
     mine, theirs = (read_arrays(tmp_path / str(runs[n].scores), []) for n in (3, 2))
     for case in book_of(runs, tmp_path).cases:
