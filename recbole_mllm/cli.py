@@ -44,6 +44,7 @@ def _run(words: list[str]) -> int:
         | {k: v for k in ("limit_users", "image_dir") if (v := getattr(known, k)) is not None},
         config_files=tuple(str(known.config_files or "").split()),
         seed=known.seed,
+        embed_images=getattr(known, "embed_images", "on") == "on",
     )
     if known.command == "summarize":
         return commands.summarize(_dataset(known), known.stage, known.dry_run, options)
@@ -54,7 +55,7 @@ def _run(words: list[str]) -> int:
     if known.command == "inspect":
         return commands.inspect(known.directory, known.output, options)
     if known.command == "report":
-        return commands.report(known.directory)
+        return commands.report(known.directory, options.embed_images)
     if known.command == "candidates":
         return commands.export_candidates(_dataset(known), known.out, options)
     if known.command == "rerun":
@@ -111,12 +112,14 @@ def _parser() -> Parser:
     benchmark.add_argument("--force", action="store_true", help="run again what is finished")
     benchmark.add_argument("--jobs", type=int, default=1, help="runs at a time")
     benchmark.add_argument("--tune", type=int, default=0, metavar="N", help="configurations each model may try first")
+    _add_embed_images(benchmark)
     inspect = add("inspect", help="a dataset's health, as text and as a page")
     inspect.add_argument("directory", help="a dataset's folder, or its name under data_path (default ./dataset)")
     inspect.add_argument("--image_dir", default=argparse.SUPPRESS, help="images by item id")
     inspect.add_argument("--output", help="the page's file; default: inspect.html in the dataset's folder")
     report = add("report", help="render leaderboard.* again from runs.jsonl")
     report.add_argument("directory")
+    _add_embed_images(report)
     candidates = add("candidates", help="the frozen candidates as a file; import them with --candidates_file=FILE")
     export = candidates.add_subparsers(dest="action", metavar="{export}", required=True, parser_class=Parser)
     out = export.add_parser("export", help="write them as JSON lines", parents=[_quiet(common)], epilog=_EPILOG)
@@ -126,6 +129,12 @@ def _parser() -> Parser:
     rerun.add_argument("--output_dir", help="the benchmark's; default: the one below results/ that has the run")
     store_commands.add_parser(add, Parser)
     return parser
+
+
+def _add_embed_images(command: Parser) -> None:
+    command.add_argument(
+        "--embed_images", choices=("on", "off"), default="on", help="thumbnails in the report's case studies"
+    )
 
 
 def _quiet(common: Parser) -> Parser:

@@ -25,11 +25,12 @@ DEFAULT_SEED = 2024
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What every command takes: configuration keys, config files or presets, and a seed."""
+    """What every command takes: configuration keys, config files or presets, a seed, whether reports show images."""
 
     overrides: Mapping[str, Any] = field(default_factory=dict)
     config_files: tuple[str, ...] = ()
     seed: int | None = None
+    embed_images: bool = True
 
     def keys(self) -> dict[str, Any]:
         """Return the overrides with the seed among them."""
@@ -148,6 +149,7 @@ def benchmark(
         jobs=jobs,
         force=force,
         tune=tune,
+        embed_images=options.embed_images,
     )
     html = run_benchmark(plan)
     print(format_leaderboard(folder))
@@ -215,14 +217,14 @@ def _near(data_path: Path) -> str:
     return f" ({', '.join(near)})" if near else ""
 
 
-def report(directory: str) -> int:
+def report(directory: str, embed_images: bool = True) -> int:
     """Render the leaderboard again from its records."""
     from recbole_mllm.benchmark.report import format_leaderboard, render
 
     folder = Path(directory)
     if not (folder / "runs.jsonl").is_file():
         raise UserError(f"{folder} holds no runs.jsonl; give the folder a benchmark wrote")
-    render(folder)
+    render(folder, embed_images=embed_images)
     print(format_leaderboard(folder))
     return 0
 

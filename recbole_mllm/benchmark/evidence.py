@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from recbole_mllm.benchmark.curves import Ranks, target_ranks
 from recbole_mllm.benchmark.records import PAIR_COLUMNS, USER_COLUMNS, Arrays, RunRecord, read_arrays
 from recbole_mllm.errors import UserError
 from recbole_mllm.evaluation.significance import Floats, Pairs, pooled_auc, sort_pairs
@@ -26,12 +27,16 @@ class Evidence:
         values: ``[users]`` floats for each per-user metric, averaged over the row's seeds.
         masks: ``[users]`` booleans for each slice.
         pairs: Scored pairs of each seed, for pooled AUC; empty where a run kept none.
+        ranks: The targets' ranks in each seed; empty where a run does not tell them.
+        columns: ``[users]`` arrays that users are grouped by, `USER_COLUMNS`.
     """
 
     users: NDArray[np.str_]
     values: Mapping[str, Floats]
     masks: Mapping[str, NDArray[np.bool_]]
     pairs: tuple[Pairs, ...] = ()
+    ranks: tuple[Ranks, ...] = ()
+    columns: Arrays = field(default_factory=dict)
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -61,7 +66,8 @@ def load_evidence(record: RunRecord, results: Path) -> Evidence:
     odd = [name for name, column in values.items() if not np.isfinite(column).all()]
     if odd or not values:
         raise UserError(f"run {record.run_id}: {', '.join(odd) or 'no metric'} is not finite for every user")
-    return Evidence(users, values, slice_masks(arrays), _load_pairs(record, results, users))
+    known = {name: arrays[name] for name in USER_COLUMNS}
+    return Evidence(users, values, slice_masks(arrays), *_load_scores(record, results, users), known)
 
 
 def slice_masks(arrays: Arrays) -> dict[str, NDArray[np.bool_]]:
@@ -80,12 +86,15 @@ def average(seeds: Sequence[Evidence]) -> Evidence:
     values = {name: np.mean([seed.values[name] for seed in seeds], axis=0) for name in shared}
     complete = all(seed.pairs for seed in seeds)
     pairs = tuple(pairs for seed in seeds for pairs in seed.pairs) if complete else ()
-    return Evidence(first.users, values, first.masks, pairs)
+    ranks = tuple(ranks for seed in seeds for ranks in seed.ranks) if all(seed.ranks for seed in seeds) else ()
+    return Evidence(first.users, values, first.masks, pairs, ranks, first.columns)
 
 
-def _load_pairs(record: RunRecord, results: Path, users: NDArray[np.str_]) -> tuple[Pairs, ...]:
+def _load_scores(
+    record: RunRecord, results: Path, users: NDArray[np.str_]
+) -> tuple[tuple[Pairs, ...], tuple[Ranks, ...]]:
     if record.scores is None:
-        return ()
+        return (), ()
     arrays: Mapping[str, NDArray[Any]] = read_arrays(results / record.scores, PAIR_COLUMNS)
     names = arrays["user"].astype(str)
     index = np.minimum(np.searchsorted(users, names), users.size - 1)
@@ -94,4 +103,6 @@ def _load_pairs(record: RunRecord, results: Path, users: NDArray[np.str_]) -> tu
         raise UserError(f"run {record.run_id}: its scores name users that its per-user metrics do not")
     if not np.isfinite(score).all():
         raise UserError(f"run {record.run_id}: some scores are not finite")
-    return (sort_pairs(index, arrays["label"].astype(np.float64), score),)
+    label = arrays["label"].astype(np.float64)
+    ranks = target_ranks(index, label, arrays.get("place", score), users.size)
+    return (sort_pairs(index, label, score),), (ranks,) if ranks is not None else ()

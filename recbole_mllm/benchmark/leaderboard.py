@@ -16,6 +16,10 @@ VALID_METRIC = "NDCG@10"
 
 LEVEL = 0.05
 COSTS = ("summarize_s", "train_s", "score_s", "pairs_per_s", "peak_memory_mb")
+MORE_COSTS = ("tokens", "parameters_trained")
+ALL_COSTS = (*COSTS, *MORE_COSTS)
+"""Costs that the reports show; ``leaderboard.json`` keeps to its published `COSTS`."""
+
 SLICES = ("cold", "warm", "tail")
 FAMILIES = ("NDCG", "Hit", "Recall", "MRR", "GAUC", "AUC")
 CUTOFFS = ("10", "5", "3")
@@ -46,6 +50,27 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
+class GroupPart:
+    """The ranking metric on one group of users, with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True, slots=True)
+class Dimension:
+    """One way to part the users: `key` finds a row's numbers, each of `labels` names a group of `counts` users."""
+
+    key: str
+    title: str
+    told: str
+    labels: tuple[str, ...]
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
     """One model of the table: all its seeds that finished alike, or one seed that did not."""
 
@@ -57,6 +82,8 @@ class Row:
     scores: Mapping[str, Score] = field(default_factory=dict)
     cost: Mapping[str, float | None] = field(default_factory=dict)
     slices: Mapping[str, Mapping[str, Part]] = field(default_factory=dict)
+    curves: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    groups: Mapping[str, tuple[GroupPart, ...]] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -85,6 +112,7 @@ class Leaderboard:
     rows: tuple[Row, ...]
     best_baseline: str | None
     note: str = ""
+    dimensions: tuple[Dimension, ...] = ()
 
     @property
     def valid_metric(self) -> str:

@@ -6,14 +6,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from recbole_mllm.benchmark.leaderboard import COSTS, SLICES, Leaderboard, Part, Row
+from recbole_mllm.benchmark.casebook import Casebook
+from recbole_mllm.benchmark.charts import curve_charts, group_charts, series
+from recbole_mllm.benchmark.groups import FEW
+from recbole_mllm.benchmark.leaderboard import ALL_COSTS, SLICES, Leaderboard, Part, Row
 from recbole_mllm.benchmark.plot import quality_versus_cost
 from recbole_mllm.benchmark.text import command, configuration
+from recbole_mllm.benchmark.thumbnails import SIDE
 from recbole_mllm.benchmark.wording import (
+    COST_NOTE,
     COST_TITLES,
     MARKS,
     METHOD,
     NOTHING,
+    WORDS,
     finding,
     legend,
     say_cost,
@@ -29,22 +35,38 @@ SLICE_TITLES = {
 }
 
 
-def page(board: Leaderboard) -> str:
+LAST_BLOCKS = 4
+"""Blocks of a history that stand open; those before are a click away."""
+
+
+def page(board: Leaderboard, book: Casebook | None = None) -> str:
     """Return the report; every text in it is escaped."""
-    template = environment(Path(__file__).parent / "templates").get_template("leaderboard.html")
+    templates = environment(Path(__file__).parent / "templates")
+    templates.filters["capitalize_first"] = lambda text: text[:1].upper() + text[1:]
+    template = templates.get_template("leaderboard.html")
     return template.render(
         board=board,
         finding=finding(board).replace("p < ", "p\u00a0<\u00a0").replace("p = ", "p\u00a0=\u00a0"),
         legend=legend(board),
         method=METHOD,
         metrics=[(name, name.partition("@")[2]) for name in board.metrics],
-        costs=[(name, COST_TITLES[name]) for name in COSTS],
+        costs=[(name, COST_TITLES[name]) for name in ALL_COSTS],
+        cost_note=COST_NOTE,
         rows=[_row(board, row) for row in board.rows if row.ok],
         failures=[{"model": row.model, "seeds": seeds(row), "status": row.status} for row in board.rows if not row.ok],
         slices=_slices(board),
         tests=_tests(board),
         plot=quality_versus_cost(board),
         runs=[_run(row) for row in board.rows],
+        series=series(board),
+        curves=curve_charts(board),
+        uncurved=", ".join(row.model for row in board.rows if row.ok and not row.curves),
+        groups=group_charts(board),
+        whole=[dimension for dimension in board.dimensions if len(dimension.labels) == 1],
+        few=FEW,
+        book=book,
+        side=SIDE,
+        last_blocks=LAST_BLOCKS,
     )
 
 
@@ -55,14 +77,18 @@ def _row(board: Leaderboard, row: Row) -> Mapping[str, Any]:
         "seeds": seeds(row),
         "reference": row.model == board.best_baseline,
         "scores": [_cell(board, row, metric) for metric in board.metrics],
-        "costs": [{"value": row.cost.get(name), "text": say_cost(name, row.cost.get(name))} for name in COSTS],
+        "costs": [{"value": row.cost.get(name), "text": say_cost(name, row.cost.get(name))} for name in ALL_COSTS],
     }
 
 
 def _cell(board: Leaderboard, row: Row, metric: str) -> Mapping[str, Any]:
     said, score = say_score(board, row, metric), row.scores.get(metric)
     highest = max((other.mean(metric) for other in board.rows if other.ok), default=None)
-    told = f"{said.difference} to {board.best_baseline}, {said.p}, d = {said.effect}" if said.p else ""
+    told = (
+        f"{said.difference} to {board.best_baseline}, {said.p}, d_z = {said.effect}, {WORDS.get(said.verdict, '')}"
+        if said.p
+        else ""
+    )
     return {
         "value": score.mean if score else None,
         "said": said,
@@ -94,12 +120,11 @@ def _bar(part: Part, largest: float) -> Mapping[str, Any]:
 
 def _tests(board: Leaderboard) -> list[Mapping[str, Any]]:
     """Return every test of the table, for whoever wants more than a mark."""
-    words = {"better": "better", "worse": "worse", "n.s.": "not significant"}
     told = [(row, name, say_score(board, row, name)) for row in board.rows for name in board.metrics if row.ok]
     return [
-        {"model": row.model, "metric": name, "said": said, "verdict": words[said.verdict]}
+        {"model": row.model, "metric": name, "said": said, "verdict": WORDS[said.verdict]}
         for row, name, said in told
-        if said.verdict in words
+        if said.verdict in WORDS
     ]
 
 

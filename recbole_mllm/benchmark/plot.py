@@ -13,6 +13,7 @@ WIDTH, HEIGHT = 520, 340
 LEFT, RIGHT, TOP, BOTTOM = 52, 16, 18, 46
 LABEL_GAP = 14
 CHARACTER = 6.6  # width of a label's character at the size the page draws it
+BOLD = 1.2  # how much wider an MLLM's label is
 TIMES = (0.1, 1, 10, 60, 600, 3600, 36_000, 360_000, 3_600_000)
 
 
@@ -56,7 +57,7 @@ def quality_versus_cost(board: Leaderboard) -> Plot | None:
     metric = board.valid_metric
     low_s, high_s = _time_range([row.seconds for row in rows])
     bounds = [row.scores[metric].ci95 or (row.mean(metric),) * 2 for row in rows]
-    steps = _steps(min(low for low, _ in bounds), max(high for _, high in bounds))
+    steps = round_steps(min(low for low, _ in bounds), max(high for _, high in bounds))
 
     def x(seconds: float) -> float:
         share = math.log(seconds / low_s) / math.log(high_s / low_s)
@@ -76,7 +77,7 @@ def _points(board: Leaderboard, marks: Sequence[tuple[Row, float, float, float, 
     placed: list[tuple[float, float, float]] = []
     points = []
     for row, x, y, low, high in sorted(marks, key=lambda mark: mark[2]):
-        length = len(row.model) * CHARACTER
+        length = len(row.model) * CHARACTER * (BOLD if row.kind == "mllm" else 1)
         right = x + 10 + length <= WIDTH
         start = x + 10 if right else x - 10 - length
         label_y = y
@@ -99,7 +100,7 @@ def _time_range(seconds: Sequence[float]) -> tuple[float, float]:
     return min(low, middle / math.sqrt(10)), max(high, middle * math.sqrt(10))
 
 
-def _steps(low: float, high: float) -> list[float]:
+def round_steps(low: float, high: float) -> list[float]:
     """Return round tick values that enclose ``[low, high]``."""
     span = max(high - low, 0.02)
     size = next(step for step in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 10.0) if span / step <= 6)

@@ -15,14 +15,14 @@ from pathlib import Path
 
 import numpy as np
 
+from recbole_mllm.benchmark.curves import metric_curves
 from recbole_mllm.benchmark.evidence import POOLED, Evidence, average, load_evidence
-from recbole_mllm.benchmark.leaderboard import COSTS, SLICES, Leaderboard, Part, Row, Score, ordered_metrics
+from recbole_mllm.benchmark.groups import Partition, measure, partitions
+from recbole_mllm.benchmark.leaderboard import ALL_COSTS, SLICES, Leaderboard, Part, Row, Score, ordered_metrics
 from recbole_mllm.benchmark.records import RunRecord, latest
 from recbole_mllm.errors import UserError
 from recbole_mllm.evaluation import significance as sig
-
-DRAW_SEED = 2024
-"""Seed of every bootstrap: the same records give the same leaderboard, to the last digit."""
+from recbole_mllm.evaluation.significance import DRAW_SEED
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +46,13 @@ def build(records: Iterable[RunRecord], results: Path, note: str = "") -> Leader
     metrics = ordered_metrics({name for run, _ in loaded for name in run.metrics} | _shown(contenders))
     told = loaded[0][0] if loaded else runs[0]
     board = Leaderboard(told.dataset, told.protocol, told.candidates, told.n_users, metrics, (), None, note)
-    rows = [_row(contender, metrics) for contender in contenders]
+    parted = partitions(loaded[0][1].columns) if loaded else ()
+    rows = [_row(contender, metrics, parted, board.valid_metric) for contender in contenders]
     rows = sorted(rows, key=lambda row: (-row.mean(board.valid_metric), row.model))
     best = next((row.model for row in rows if row.kind == "baseline"), None)
     if best is not None:
         rows = _test_against(best, rows, {contender.name: contender for contender in contenders})
-    return replace(board, rows=(*rows, *failed), best_baseline=best)
+    return replace(board, rows=(*rows, *failed), best_baseline=best, dimensions=tuple(p.dimension for p in parted))
 
 
 def _current(records: Iterable[RunRecord]) -> list[RunRecord]:
@@ -130,7 +131,7 @@ def _shown(contenders: Sequence[Contender]) -> set[str]:
     return {name for contender in contenders for name in contender.evidence.metrics}
 
 
-def _row(contender: Contender, metrics: Sequence[str]) -> Row:
+def _row(contender: Contender, metrics: Sequence[str], parted: Sequence[Partition], valid: str) -> Row:
     """Measure one contender, still untested."""
     evidence, runs = contender.evidence, contender.runs
     estimates = dict(zip(evidence.values, sig.estimate_means(np.stack(list(evidence.values.values())), DRAW_SEED),
@@ -142,7 +143,9 @@ def _row(contender: Contender, metrics: Sequence[str]) -> Row:
         if name not in scores and all(name in run.metrics for run in runs):
             scores[name] = Score(float(np.mean([run.metrics[name] for run in runs])))
     seeds = tuple(run.seed for run in runs)
-    return Row(contender.name, runs[0].kind, seeds, "ok", runs, scores, _cost(runs), _slices(evidence))
+    groups = {part.dimension.key: measure(evidence.values[valid], part) for part in parted if valid in evidence.values}
+    return Row(contender.name, runs[0].kind, seeds, "ok", runs, scores, _cost(runs), _slices(evidence),
+               metric_curves(evidence.ranks), groups)  # fmt: skip
 
 
 def _slices(evidence: Evidence) -> Mapping[str, Mapping[str, Part]]:
@@ -155,7 +158,7 @@ def _slices(evidence: Evidence) -> Mapping[str, Mapping[str, Part]]:
 
 def _cost(runs: Sequence[RunRecord]) -> dict[str, float | None]:
     """Average each cost over seeds; None where no run has told it."""
-    told = {name: [float(value) for run in runs if (value := getattr(run, name)) is not None] for name in COSTS}
+    told = {name: [float(value) for run in runs if (value := getattr(run, name)) is not None] for name in ALL_COSTS}
     return {name: sum(values) / len(values) if values else None for name, values in told.items()}
 
 

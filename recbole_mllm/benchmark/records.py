@@ -31,7 +31,10 @@ USER_COLUMNS = ("user", "item", "train_count", "tail", "history_length", "has_im
 """What a per-user file holds beside one float array for each per-user metric."""
 
 PAIR_COLUMNS = ("user", "item", "label", "score")
-"""What a scores file holds: one entry for each scored (user, item) pair."""
+"""What a scores file holds: one entry for each scored (user, item) pair.
+
+Beside them ``place`` where the run kept it: the pair's place among its user's, 0 for the worst, without ties.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +74,7 @@ class RunRecord:
     score_s: float | None = None
     pairs_per_s: float | None = None
     tokens: int | None = None
+    parameters_trained: int | None = None
     peak_memory_mb: float | None = None
     device: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)

@@ -40,6 +40,7 @@ class BenchmarkPlan:
         labels: Model names or variants, see `field.resolve`.
         config_files: As RecBole takes them; they and `overrides` apply to every model.
         force: Run again what is finished.
+        embed_images: Whether the report's case studies show thumbnails.
         limit_users: Evaluate a seeded sample of this many users.
         tune: How many configurations each model may try on validation first; 0 = none.
         note: A sentence about the data that every report must carry.
@@ -53,6 +54,7 @@ class BenchmarkPlan:
     overrides: Mapping[str, Any] = field(default_factory=dict)
     jobs: int = 1
     force: bool = False
+    embed_images: bool = True
     limit_users: int | None = None
     tune: int = 0
     note: str = ""
@@ -159,7 +161,7 @@ def benchmark(plan: BenchmarkPlan, worker: Sequence[str] = WORKER, tell: Callabl
             f"stopped; {done} of {len(jobs)} runs are finished and kept: the same command goes on from there"
         )
         raise SystemExit(1) from None
-    render(plan.output_dir)
+    render(plan.output_dir, embed_images=plan.embed_images)
     return plan.output_dir / HTML
 
 
@@ -201,7 +203,7 @@ class _Bench:
                 return
             self._work(job, lock)
             with self.rendering:
-                render(self.plan.output_dir)
+                render(self.plan.output_dir, embed_images=self.plan.embed_images)
 
     def _work(self, job: Job, lock: int) -> None:
         """Start the child and see to it that it leaves a record, good or bad."""

@@ -1,4 +1,4 @@
-"""The leaderboard as text: a table for the terminal, and a Markdown page in the manner of RecBole's result pages."""
+"""The leaderboard as text for the terminal, and a run's command and configuration as every form tells them."""
 
 from __future__ import annotations
 
@@ -8,20 +8,9 @@ from collections.abc import Sequence
 
 import yaml
 
-from recbole_mllm.benchmark.leaderboard import COSTS, SLICES, Leaderboard, Row
+from recbole_mllm.benchmark.leaderboard import COSTS, Leaderboard, Row
 from recbole_mllm.benchmark.records import RunRecord, plain_json
-from recbole_mllm.benchmark.wording import (
-    COST_TITLES,
-    MARKS,
-    METHOD,
-    NOTHING,
-    finding,
-    legend,
-    say_cost,
-    say_score,
-    say_seconds,
-    seeds,
-)
+from recbole_mllm.benchmark.wording import MARKS, finding, legend, say_score, say_seconds, seeds
 
 WIDTH = 120
 NAME_WIDTH = 28
@@ -57,27 +46,6 @@ def format_table(board: Leaderboard) -> str:
     return "\n".join([*fixed, "", *_wrap([legend(board), finding(board), *notes])])
 
 
-def format_markdown(board: Leaderboard) -> str:
-    """Return the leaderboard as a page that carries its configurations."""
-    parts = [
-        f"# {_md(board.dataset)}: leaderboard",
-        _md(finding(board)),
-        *([f"> {_md(board.note)}"] if board.note else []),
-        f"- Protocol: {_md(board.protocol)}\n- Users: {board.n_users}\n- Candidates: `{_md(board.candidates)}`",
-        "## Quality",
-        _table(["model", "seeds", *board.metrics], [_quality(board, row) for row in board.rows]),
-        f"{_md(legend(board))} {METHOD}",
-        f"## Slices ({board.valid_metric})",
-        _table(["model", *SLICES], [_slices(board, row) for row in board.rows if row.ok]),
-        "cold: the target has no interaction in training; warm: it has; tail: it is in the long tail. (Users.)",
-        "## Cost",
-        _table(["model", *(COST_TITLES[name] for name in COSTS)], [_costs(row) for row in board.rows]),
-        "## Configurations",
-        *[_configuration(run) for row in board.rows for run in row.runs],
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
 def command(run: RunRecord) -> str:
     """Return the command that repeats a run, once its configuration lies in ``<run_id>.yaml``."""
     return (
@@ -95,41 +63,6 @@ def _score_cell(board: Leaderboard, row: Row, name: str) -> str:
     said = say_score(board, row, name)
     mark = {"better": " ▲", "worse": " ▼"}.get(said.verdict, "  ")
     return f"{said.mean}{mark}"
-
-
-def _quality(board: Leaderboard, row: Row) -> list[str]:
-    if not row.ok:
-        return [_md(row.model), seeds(row), f"failed: {_md(row.status)}"] + [""] * (len(board.metrics) - 1)
-    cells = []
-    for name in board.metrics:
-        said = say_score(board, row, name)
-        cells.append(" ".join(filter(None, [said.mean, MARKS[said.verdict], said.interval])))
-    return [_md(row.model), seeds(row), *cells]
-
-
-def _slices(board: Leaderboard, row: Row) -> list[str]:
-    parts = [row.slices.get(part, {}).get(board.valid_metric) for part in SLICES]
-    said = [NOTHING if part is None or part.mean is None else f"{part.mean:.3f} ({part.n})" for part in parts]
-    return [_md(row.model), *said]
-
-
-def _costs(row: Row) -> list[str]:
-    return [_md(row.model), *(say_cost(name, row.cost.get(name)) for name in COSTS)]
-
-
-def _configuration(run: RunRecord) -> str:
-    head = f"<details><summary>{_md(run.label)}, seed {run.seed}</summary>"
-    return f"{head}\n\n`{_md(command(run))}`\n\n~~~~~~yaml\n{configuration(run)}~~~~~~\n\n</details>"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _md(text: str) -> str:
-    """Escape what Markdown would take for a table, a tag or a new line."""
-    return " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
 
 
 def _align(cells: Sequence[str], widths: Sequence[int]) -> str:

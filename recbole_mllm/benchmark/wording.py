@@ -5,18 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from recbole_mllm.benchmark.leaderboard import LEVEL, Leaderboard, Row, Score
+from recbole_mllm.benchmark.leaderboard import LEVEL, MORE_COSTS, Leaderboard, Row, Score
 
 Verdict = Literal["better", "worse", "n.s.", "reference", ""]
 
 MARKS = {"better": "▲", "worse": "▼", "n.s.": "n.s.", "reference": "ref.", "": ""}
+WORDS = {"better": "better", "worse": "worse", "n.s.": "not significant"}
 NOTHING = "–"
 
 METHOD = (
     "Intervals are 95 % bootstrap intervals over users; metrics are averaged over a user's seeds first. Tests are "
     "paired over users, two-sided: a t-test of the per-user differences and, for pooled AUC, a bootstrap that draws "
     "whole users (cluster bootstrap). All p-values of the table are corrected together by Holm's method, so the chance "
-    "that it holds even one false mark is below 5 %."
+    "that it holds even one false mark is below 5 %. The effect size is Cohen's d_z, the mean of the per-user "
+    "differences over their standard deviation; pooled AUC has no per-user value and so none."
+)
+COST_NOTE = (
+    "Tokens are those of the prompts scored; parameters are those trained, not those of a frozen backbone. "
+    "Memory is the GPU's where there is one, else the process's."
 )
 
 
@@ -85,6 +91,8 @@ def say_number(value: float | None) -> str:
 
 def say_cost(name: str, value: float | None) -> str:
     """Put one cost into words."""
+    if name in MORE_COSTS and value is not None:
+        return f"{value / 1e6:,.1f} M" if value >= 1e6 else f"{value:,.0f}"
     return say_seconds(value) if name.endswith("_s") and name != "pairs_per_s" else say_number(value)
 
 
@@ -94,6 +102,8 @@ COST_TITLES = {
     "score_s": "Score",
     "pairs_per_s": "Pairs/s",
     "peak_memory_mb": "Memory MB",
+    "tokens": "Tokens",
+    "parameters_trained": "Parameters",
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import platform
 import resource
@@ -18,6 +19,7 @@ from typing import Any
 import yaml
 
 import recbole_mllm
+from recbole_mllm.benchmark.cases import write_cases
 from recbole_mllm.benchmark.records import RECORDS, RunRecord, append, plain_json, write_arrays
 from recbole_mllm.benchmark.tuning import search, space_of, trials
 from recbole_mllm.config import benchmark_defaults, config_paths, keys_for
@@ -111,8 +113,17 @@ def _write_evidence(outcome: Any, output: Path, folder: Path) -> dict[str, str]:
     values = {name: column for name, column in outcome.users.items() if name != "user"}
     write_arrays(folder / "per_user.npz", columns | values)
     scores = {name: tokens[name][pairs[f"{name}_id"]] for name in tokens}
-    write_arrays(folder / "scores.npz", scores | {"label": pairs["label"].astype("int8"), "score": pairs["score"]})
+    known = {"label": pairs["label"].astype("int8"), "score": pairs["score"], "place": pairs["place"].astype("int32")}
+    write_arrays(folder / "scores.npz", scores | known)
+    _keep_cases(outcome, folder)
     return {name: str((folder / f"{name}.npz").relative_to(output)) for name in ("per_user", "scores")}
+
+
+def _keep_cases(outcome: Any, folder: Path) -> None:
+    try:
+        write_cases(outcome, folder)
+    except Exception:  # what illustrates a result must not cost the hours that made it
+        logging.getLogger(__name__).exception("the case studies of this run could not be kept; the report goes without")
 
 
 def _images(config: Any) -> Any:
@@ -149,6 +160,7 @@ def _record(
         score_s=outcome.score_s,
         pairs_per_s=pairs / outcome.score_s,
         tokens=getattr(outcome.model, "tokens_read", None),
+        parameters_trained=_parameters_trained(outcome.model),
         peak_memory_mb=_peak_memory(outcome.config["device"]),
         device=str(outcome.config["device"]),
         versions=_versions(),
@@ -156,6 +168,13 @@ def _record(
         world_size=1,
         tuning=tuning,
     )
+
+
+def _parameters_trained(model: Any) -> int:
+    """Return how many parameters learn; none of a model that RecBole calls traditional, whose one is a stand-in."""
+    if getattr(getattr(model, "type", None), "name", "") == "TRADITIONAL":
+        return 0
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def _peak_memory(device: Any) -> float:

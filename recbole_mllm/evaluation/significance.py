@@ -19,6 +19,9 @@ from statsmodels.stats.multitest import multipletests
 
 Floats = NDArray[np.float64]
 
+DRAW_SEED = 2024
+"""Seed of every bootstrap: the same records give the same leaderboard, to the last digit."""
+
 CONFIDENCE = 0.95
 RESAMPLES = 2000
 BOOTSTRAP_BUDGET = 4e8  # drawn values (users x metrics x resamples), a few seconds; beyond, the normal interval
@@ -50,17 +53,18 @@ class Comparison:
     effect: float | None
 
 
-def estimate_means(values: Floats, seed: int) -> list[Estimate]:
+def estimate_means(values: Floats, seed: int, budget: float = BOOTSTRAP_BUDGET) -> list[Estimate]:
     """Return mean and interval of each row of `values` ``[metrics, users]``.
 
-    All metrics share the drawn users. From some 16,000 users and 12 metrics on, the normal interval is taken: at that
-    size it and the bootstrap agree to far below the digits shown, and 10^5 users cost milliseconds.
+    All metrics share the drawn users. Beyond `budget` drawn values, by default from some 16,000 users and 12 metrics
+    on, the normal interval is taken: at that size it and the bootstrap agree to far below the digits shown, and 10^5
+    users cost milliseconds.
     """
     n_metrics, n_users = values.shape
     means = values.mean(axis=1)
     if n_users < 2:
         return [Estimate(float(m), float(m), float(m)) for m in means]
-    if n_metrics * n_users * RESAMPLES > BOOTSTRAP_BUDGET:
+    if n_metrics * n_users * RESAMPLES > budget:
         reach = stats.norm.ppf(0.5 + CONFIDENCE / 2) * stats.sem(values, axis=1)
         low, high = means - reach, means + reach
     else:

@@ -14,7 +14,7 @@ from recbole_mllm.errors import UserError
 from recbole_mllm.mllm.base import Decoding, Writer
 from recbole_mllm.prompts import Style, titles_as_preference
 from recbole_mllm.settings import SummarySettings
-from recbole_mllm.summaries.chains import State, state_at
+from recbole_mllm.summaries.chains import State, before, state_at
 from recbole_mllm.summaries.items import item_summaries
 from recbole_mllm.summaries.store import Store
 from recbole_mllm.summaries.users import Plan, as_rows, preferences
@@ -50,6 +50,17 @@ class Preferences:
                 f"user {user} has no summary of the first {state.seen} interactions; "
                 "run `python run_recbole_mllm.py summarize` with the same settings"
             ) from None
+
+    def chain(self, user: str, position: int) -> list[tuple[State, str]]:
+        """Return the states that led to what a row of `user` at `position` reads, oldest first, with their texts."""
+        if self.settings.summary_mode == "none":
+            return []
+        found: list[tuple[State, str]] = []
+        state = state_at(position, self.settings)
+        while state is not None:
+            found.append((state, self.texts[user, state]))
+            state = before(state, self.settings) if self.settings.summary_mode == "recurrent" else None
+        return found[::-1]
 
 
 @dataclass(frozen=True, slots=True)

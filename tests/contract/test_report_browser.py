@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 
 from recbole_mllm.benchmark.records import append
 from recbole_mllm.benchmark.report import render
+from tests.planted_cases import plant_cases, plant_images
 from tests.planted_runs import plant_run
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -23,6 +25,7 @@ OPTIONS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-dev-shm-usage",
     "--enable-logging=stderr", "--virtual-time-budget=3000", "--hide-scrollbars",
 )  # fmt: skip
+HANDLER = "\"><img src=x onerror=\"document.title = 'owned'; console.error('owned')\">"
 EVIL = "<script>document.title = 'owned'; console.error('owned')</script>"
 
 
@@ -31,7 +34,13 @@ def page(tmp_path_factory) -> Path:
     results = tmp_path_factory.mktemp("results")
     runs = [("Pop", 0.1, "baseline"), (EVIL, 0.6, "baseline"), ("SASRec", 1.0, "baseline"), ("MLLMMSR", 2.0, "mllm")]
     for number, (label, power, kind) in enumerate(runs):
-        append(results / "runs.jsonl", plant_run(results, label, power, kind, run_id=f"run-{number}"))  # type: ignore[arg-type]
+        config = {"data_path": str(results / "data")}
+        record = plant_run(results, label, power, kind, run_id=f"run-{number}", config=config)  # type: ignore[arg-type]
+        append(results / "runs.jsonl", record)
+    plant_cases(
+        results, record, titles={"i0": EVIL, "h0": EVIL, "h1": HANDLER}, texts=(f"likes {EVIL}", f"{HANDLER} now")
+    )
+    plant_images(results / "data", ["h0", "h1", "i0"])
     render(results)
     return results / "leaderboard.html"
 
@@ -65,6 +74,42 @@ def test_it_renders_without_a_word_on_the_console(page):
     assert order[2].startswith("&lt;script&gt;")
     shown = re.findall(r'<th scope="col" data-cut="(\d*)"([^>]*)>', dom)
     assert {cut for cut, rest in shown if "hidden" not in rest} == {"10", ""}
+
+
+def test_titles_and_texts_of_the_case_studies_are_only_text(page):
+    count = (
+        "const told = document.createElement('p'); document.body.append(told);"
+        "const all = (what) => document.querySelectorAll('.cases ' + what).length;"
+        "const images = [...document.querySelectorAll('.cases img')];"
+        "const sides = images.map((i) => Math.max(i.naturalWidth, i.naturalHeight));"
+        "told.textContent = ['scripts', all('script'), 'handlers', all('[onerror]'), 'images', images.length,"
+        "'largest', Math.max(...sides), 'smallest', Math.min(...sides), 'users', all('article'),"
+        "'hits', all('.hit'), 'changes', all('article ins') + all('article del')].join(' ');"
+        "const title = document.querySelector('.cases .strip figcaption').textContent;"
+        "told.textContent += ' title ' + (title === " + json.dumps(EVIL).replace("</", "<\\/") + ");"
+    )
+    dom, console = browse(with_script(page, "cases.html", count), "--dump-dom")
+    assert console == [] and "<title>demo: leaderboard</title>" in dom
+    told = re.search(
+        r"scripts 0 handlers 0 images (\d+) largest 96 smallest 96 users (\d+) hits (\d+) changes (\d+)", dom
+    )
+    assert told is not None and "title true" in dom
+    images, users, hits, changes = map(int, told.groups())
+    assert users >= 6 and hits == 2 * users and changes >= 2 * users
+    assert images == 2 * users + 1, "two pictures of the history for each user, and one candidate's"
+
+
+def test_every_curve_and_group_has_its_lines_and_a_name(page):
+    dom, _ = browse(page, "--dump-dom")
+    charts = re.findall(r'<svg viewBox[^>]*aria-labelledby="(curve|group)-\d-t [^>]*>\s*<title[^>]*>(.*?)</title>', dom)
+    assert [title for kind, title in charts if kind == "curve"] == ["NDCG@k", "Hit@k", "MRR@k"]
+    assert len(charts) >= 5 and dom.count('<polyline class="curve"') == 3 * 4
+
+
+def test_it_can_be_printed(page):
+    paper = page.with_name("page.pdf")
+    browse(page, f"--print-to-pdf={paper}")
+    assert paper.read_bytes().startswith(b"%PDF") and paper.stat().st_size > 20_000
 
 
 def test_console_errors_would_be_heard(page):

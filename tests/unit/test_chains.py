@@ -123,3 +123,22 @@ def test_rows_name_the_history_they_have_read(tmp_path):
         (3, history_digest(histories["u1"][:3])),
         (4, history_digest(histories["u1"][:4])),
     ]
+
+
+@given(HISTORIES, SETTINGS)
+@settings_(max_examples=40, deadline=None)
+def test_the_chain_of_a_position_ends_with_what_its_row_reads(tmp_path_factory, lengths, settings):
+    histories, items = _world(lengths)
+    plan = Plan(histories, {user: {len(history) - 1} for user, history in histories.items()})
+    texts = _run(tmp_path_factory.mktemp("chain"), plan, items, settings, Echo())
+    told = Preferences(texts, plan, items, STYLE, settings)
+    for user, history in histories.items():
+        position = len(history) - 1
+        chain = told.chain(user, position)
+        state = state_at(position, settings)
+        assert [one for one, _ in chain][-1:] == ([state] if state else [])
+        assert (chain[-1][1] if chain else STYLE.cold) == told.of(user, position)
+        assert all(texts[user, one] == text for one, text in chain)
+        if settings.summary_mode == "recurrent":
+            assert [one.since for one, _ in chain[1:]] == [one.seen for one, _ in chain[:-1]]
+            assert not chain or chain[0][0].since == chain[0][0].start

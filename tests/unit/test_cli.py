@@ -71,6 +71,17 @@ def test_no_argument_is_the_demo_and_a_seed_is_another_world(monkeypatch):
     assert worlds == [("demo", "results/demo"), ("demo-7", "results/demo")]
 
 
+@pytest.mark.parametrize(("words", "embed"), [([], True), (["--embed_images", "off"], False)])
+def test_images_are_embedded_unless_told_otherwise(monkeypatch, words, embed):
+    told = []
+    monkeypatch.setattr(commands, "report", lambda folder, images: told.append(images) or 0)
+    monkeypatch.setattr(commands, "benchmark", lambda *given: told.append(given[6].embed_images) or 0)
+    main(["report", "results/demo", *words])
+    main(["benchmark", "--dataset", "demo", "--models", "Pop", *words])
+    assert told == [embed, embed]
+    assert main(["report", "results/demo", "--embed_images", "maybe"]) == 2
+
+
 def test_results_of_another_world_are_set_aside_not_lost(tmp_path, monkeypatch):
     from recbole_mllm.benchmark.records import RunRecord, append
 

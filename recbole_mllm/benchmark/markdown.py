@@ -1,0 +1,115 @@
+"""The leaderboard as a Markdown page in the manner of RecBole's result pages: tables, then every configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from recbole_mllm.benchmark.leaderboard import ALL_COSTS, SLICES, Leaderboard, Row
+from recbole_mllm.benchmark.records import plain_json
+from recbole_mllm.benchmark.text import command
+from recbole_mllm.benchmark.wording import (
+    COST_NOTE,
+    COST_TITLES,
+    MARKS,
+    METHOD,
+    NOTHING,
+    WORDS,
+    finding,
+    legend,
+    say_cost,
+    say_score,
+    seeds,
+)
+
+
+def format_markdown(board: Leaderboard) -> str:
+    """Return the leaderboard as a page that carries its configurations."""
+    parts = [
+        f"# {_md(board.dataset)}: leaderboard",
+        _md(finding(board)),
+        *([f"> {_md(board.note)}"] if board.note else []),
+        f"- Protocol: {_md(board.protocol)}\n- Users: {board.n_users}\n- Candidates: `{_md(board.candidates)}`",
+        "## Quality",
+        _table(["model", "seeds", *board.metrics], [_quality(board, row) for row in board.rows]),
+        f"{_md(legend(board))} {METHOD}",
+        *_tests(board),
+        f"## Slices ({board.valid_metric})",
+        _table(["model", *SLICES], [_slices(board, row) for row in board.rows if row.ok]),
+        "cold: the target has no interaction in training; warm: it has; tail: it is in the long tail. (Users.)",
+        "## Cost",
+        _table(["model", *(COST_TITLES[name] for name in ALL_COSTS)], [_costs(row) for row in board.rows]),
+        COST_NOTE,
+        "## Configurations",
+        "A run's own settings and the shared ones, in one file `<run_id>.yaml`, are its whole configuration.",
+        *_configurations(board),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _quality(board: Leaderboard, row: Row) -> list[str]:
+    if not row.ok:
+        return [_md(row.model), seeds(row), f"failed: {_md(row.status)}"] + [""] * (len(board.metrics) - 1)
+    cells = []
+    for name in board.metrics:
+        said = say_score(board, row, name)
+        cells.append(" ".join(filter(None, [said.mean, MARKS[said.verdict], said.interval])))
+    return [_md(row.model), seeds(row), *cells]
+
+
+def _slices(board: Leaderboard, row: Row) -> list[str]:
+    parts = [row.slices.get(part, {}).get(board.valid_metric) for part in SLICES]
+    said = [NOTHING if part is None or part.mean is None else f"{part.mean:.3f} ({part.n})" for part in parts]
+    return [_md(row.model), *said]
+
+
+def _costs(row: Row) -> list[str]:
+    return [_md(row.model), *(say_cost(name, row.cost.get(name)) for name in ALL_COSTS)]
+
+
+def _tests(board: Leaderboard) -> list[str]:
+    """Return the tests of the ranking metric; those of all metrics are in the CSV and the page."""
+    said = [(row, say_score(board, row, board.valid_metric)) for row in board.rows if row.ok]
+    rows = [[_md(row.model), s.difference, s.effect, s.p, WORDS[s.verdict]] for row, s in said if s.verdict in WORDS]
+    if not rows:
+        return []
+    head = ["model", f"difference to {_md(str(board.best_baseline))}", "Cohen's d_z", "p (Holm)", "verdict"]
+    return [f"## Tests ({board.valid_metric})", _table(head, rows)]
+
+
+def _configurations(board: Leaderboard) -> list[str]:
+    """Return the settings all runs share, once, and each run's own."""
+    runs = [run for row in board.rows for run in row.runs]
+    configs = [plain_json(run.config) for run in runs]
+    shared = {
+        key: value
+        for key, value in configs[0].items()
+        if all(key in config and config[key] == value for config in configs)
+    }
+    told = [_details("All runs share", _yaml(shared))] if shared else []
+    for run, config in zip(runs, configs, strict=True):
+        own = {key: value for key, value in config.items() if key not in shared}
+        told.append(_details(f"{run.label}, seed {run.seed}", _yaml(own) if own else "", command(run)))
+    return told
+
+
+def _yaml(config: Mapping[str, Any]) -> str:
+    text = yaml.safe_dump(dict(config), sort_keys=True, allow_unicode=True, width=100)
+    return f"~~~~~~yaml\n{text}~~~~~~"
+
+
+def _details(title: str, body: str, line: str = "") -> str:
+    parts = [f"<details><summary>{_md(title)}</summary>", f"`{_md(line)}`" if line else "", body, "</details>"]
+    return "\n\n".join(filter(None, parts))
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _md(text: str) -> str:
+    """Escape what Markdown would take for a table, a tag or a new line."""
+    return " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
