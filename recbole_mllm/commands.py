@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from itertools import count
@@ -162,7 +163,8 @@ def _check_models(labels: tuple[str, ...], dataset: str, options: Options) -> No
     from recbole_mllm.benchmark.field import resolve
 
     for model in dict.fromkeys(resolve(label).model for label in labels):
-        _config(model, dataset, options)
+        with suppress(ModuleNotFoundError):  # a model that lacks its library gets a row that says so
+            _config(model, dataset, options)
 
 
 def _seeds(text: str | None, seed: int | None) -> tuple[int, ...]:

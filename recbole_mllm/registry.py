@@ -108,6 +108,7 @@ def read_our_files(configurator: ModuleType) -> None:
             recbole_says = dict(self.internal_config_dict)
             self._update_internal_config_dict(PROPERTIES / "overall.yaml")
             self.internal_config_dict.update(recbole_says)
+            _load_times(self)
             if any(resource("model", kind.__name__) for kind in model_class.__mro__):
                 _check_keys(self)
             home = Path(configurator.__file__ or "").parent.parent / "properties"
@@ -117,6 +118,17 @@ def read_our_files(configurator: ModuleType) -> None:
         return _load_internal_config_dict
 
     wrap(configurator.Config, "_load_internal_config_dict", make)
+
+
+def _load_times(config: Any) -> None:
+    """Load a dataset's times where nobody says which columns to load.
+
+    RecBole's sample.yaml, which stands in for datasets without a file of their own, leaves them out, and then no split
+    in time order can be made.
+    """
+    loaded = config.internal_config_dict.get("load_col")
+    if loaded == {"inter": ["user_id", "item_id"]}:
+        config.internal_config_dict["load_col"] = {"inter": ["user_id", "item_id", "timestamp"]}
 
 
 def _check_keys(config: Any) -> None:

@@ -122,8 +122,20 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
         return torch.tensor([scores[row] for row in rows], device=self.device)
 
     def full_sort_predict(self, interaction: Interaction) -> Tensor:
-        """Refuse: every item for every user is not what an MLLM is asked for lightly."""
-        raise UserError("MLLMMSR does not rank all items; evaluate with eval_args.mode uniN")
+        """Return ``[B * items]`` log-odds of Yes for every item, as RecBole's ``full_sort_topk`` asks for a few users.
+
+        Each user costs as many questions as there are items, so an evaluation that ranks all is refused when the model
+        is made.
+        """
+        users = list(zip(interaction[self.USER_ID].tolist(), interaction[POSITION].tolist(), strict=True))
+        rows = sorted({(*user, item) for user in users for item in range(1, self.n_items)}, key=_item_major)
+        scores: dict[tuple[int, int, int], float] = {}
+        for start in range(0, len(rows), _AHEAD):
+            scores |= self._scores(rows[start : start + _AHEAD])
+        padding = float("-inf")
+        return torch.tensor(
+            [scores.get((*u, i), padding) for u in users for i in range(self.n_items)], device=self.device
+        )
 
     def _scores(self, rows: Sequence[tuple[int, int, int]]) -> dict[tuple[int, int, int], float]:
         if not rows:
