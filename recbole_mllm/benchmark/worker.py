@@ -43,6 +43,13 @@ def main() -> int:
     except UserError as error:
         print(f"UserError: {error}", file=sys.stderr)
         return 2
+    except KeyError as error:
+        if error.args != ("label",):
+            raise
+        # RecBole's context-aware models draw no negatives of their own (quick_start_config/context-aware.yaml)
+        print(f"UserError: {job['model']} learns from labels, which these interactions do not have; "
+              "give it train_neg_sample_args, or a threshold on a rating", file=sys.stderr)  # fmt: skip
+        return 2
     return 0
 
 
