@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -24,6 +25,7 @@ def whole_file(path: Path) -> Iterator[IO[str]]:
     """Open `path` for writing UTF-8 text such that it appears only when all of it is written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    _sweep(path)
     try:
         with scratch.open("w", encoding="utf-8", newline="\n") as file:
             yield file
@@ -33,6 +35,14 @@ def whole_file(path: Path) -> Iterator[IO[str]]:
     finally:
         with suppress(FileNotFoundError):
             scratch.unlink()
+
+
+def _sweep(path: Path) -> None:
+    """Remove what processes that were killed had begun to write in the place of `path`."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        process = left.name.rsplit(".", 2)[1]
+        if process.isdigit() and not Path(f"/proc/{process}").exists() and Path("/proc/self").exists():
+            left.unlink(missing_ok=True)
 
 
 def write_atomic(path: Path, types: Mapping[str, str], rows: Iterable[Sequence[str]]) -> int:

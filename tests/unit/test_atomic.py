@@ -1,5 +1,8 @@
 """Atomic files: what is cleaned survives both readers, a file is whole or absent."""
 
+import os
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -135,3 +138,15 @@ def test_images_by_id_are_found_in_the_folder_or_its_images(tmp_path):
     (tmp_path / "images").mkdir()
     Image.new("RGB", (2, 2)).save(tmp_path / "images" / "7.jpg")
     assert find_image(tmp_path, "7") == tmp_path / "images" / "7.jpg" and find_image(tmp_path, "8") is None
+
+
+def test_what_a_killed_process_had_begun_to_write_is_swept_away(tmp_path):
+    path = tmp_path / "x.item"
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    (tmp_path / f".x.item.{ended.pid}.tmp").write_text("half")
+    (tmp_path / f".x.item.{os.getppid()}.tmp").write_text("of a process that is still at it")
+    (tmp_path / f".y.item.{ended.pid}.tmp").write_text("of another file")
+    write_atomic(path, {"item_id": "token"}, [("1",)])
+    left = sorted(file.name for file in tmp_path.iterdir())
+    assert left == sorted([f".x.item.{os.getppid()}.tmp", f".y.item.{ended.pid}.tmp", "x.item"])
