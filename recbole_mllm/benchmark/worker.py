@@ -22,7 +22,8 @@ from recbole_mllm.config import benchmark_defaults, config_paths
 from recbole_mllm.data.texts import read_items
 from recbole_mllm.errors import UserError
 
-_PATHS = ("data_path", "image_dir", "mllm", "item_summarizer", "user_summarizer", "prompt_style", "checkpoint_dir")
+_PATHS = ("data_path", "image_dir", "mllm", "item_summarizer", "user_summarizer", "prompt_style", "checkpoint_dir",
+          "retriever_checkpoint")  # fmt: skip
 _NO_CACHE = {"save_dataset": False, "save_dataloaders": False, "dataset_save_path": None, "dataloaders_save_path": None}
 
 
