@@ -114,6 +114,32 @@ def keys_for(name: str, model: str) -> set[str]:
     return set(_mapping(path)) | set(per_model([str(path)], model))
 
 
+def sections(files: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return the ``per_model`` sections of all `files`, a later file's keys winning; they are checked when used."""
+    out: dict[str, dict[str, Any]] = {}
+    for file in files:
+        for model, keys in (_mapping(Path(file)).get("per_model") or {}).items():
+            out[model] = out.get(model, {}) | keys
+    return out
+
+
+def recbole_config(model: str, dataset: str, files: list[str], keys: dict[str, Any]) -> Any:
+    """Return RecBole's Config; the caller sees to it that ``sys.argv`` holds nothing else.
+
+    A model with a cross-entropy loss gets the ``train_neg_sample_args: null`` that RecBole demands of it and does not
+    set itself (configurator.py:343-352).
+    """
+    from recbole.config import Config
+
+    parts: dict[str, Any] = {"model": model, "dataset": dataset, "config_file_list": files}
+    try:
+        return Config(config_dict=keys, **parts)
+    except ValueError as error:
+        if "should be None when the loss_type is CE" not in str(error):
+            raise
+        return Config(config_dict={**keys, "train_neg_sample_args": None}, **parts)
+
+
 def benchmark_defaults() -> dict[str, Any]:
     """Return what every model of a benchmark is evaluated with unless the user says otherwise."""
     return dict(_mapping(PROPERTIES / "overall.yaml")["benchmark_defaults"])

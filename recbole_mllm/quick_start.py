@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from recbole.config import Config
 from recbole.data import create_dataset, data_preparation
 from recbole.utils import get_model, get_trainer, init_logger, init_seed
 
-from recbole_mllm.config import check_keys, per_model
+from recbole_mllm.config import check_keys, per_model, recbole_config, sections
 from recbole_mllm.data.schema import isum_file, store_file, usum_file
 from recbole_mllm.errors import UserError
 from recbole_mllm.evaluation.exchange import write
@@ -27,7 +26,12 @@ NAMES = {"hit": "Hit", "mrr": "MRR", "ndcg": "NDCG", "recall": "Recall", "gauc":
 
 @dataclass(slots=True)
 class Outcome:
-    """What a run ended with. `pairs` holds internal ids, labels, scores and places of every scored test pair."""
+    """What a run ended with. `pairs` holds internal ids, labels, scores and places of every scored test pair.
+
+    `retrieval`, where all items were ranked, says by what: ``retriever``, ``top_k``, ``recall`` (the share of test
+    targets among its best, a ceiling) and ``fusion`` (the MLLM's share). `scores_reused` is how many scores earlier
+    evaluations had left.
+    """
 
     config: Any
     dataset: Any
@@ -41,6 +45,8 @@ class Outcome:
     summarize_s: float
     train_s: float
     score_s: float
+    retrieval: dict[str, Any] | None = None
+    scores_reused: int = 0
 
 
 def metric_name(key: str) -> str:
@@ -112,7 +118,14 @@ def run(config: Any) -> Outcome:
         done.summarize_s,
         done.train_s,
         score_s,
+        _retrieval(trainer),
+        getattr(done.model, "scores_reused", 0),
     )
+
+
+def _retrieval(trainer: Any) -> dict[str, Any] | None:
+    found: dict[str, Any] | None = getattr(trainer, "retrieval", None)
+    return found and {**found, "fusion": trainer.model.reranker.share}
 
 
 def _agree(metrics: dict[str, float], users: dict[str, Any], decimals: int) -> None:
@@ -126,18 +139,9 @@ def make_config(model: str, dataset: str, files: list[str], overrides: dict[str,
     """Return RecBole's Config; the caller sees to it that ``sys.argv`` holds nothing else.
 
     A file's ``per_model`` section for this model wins over the plain keys of all files, `overrides` win over both.
-
-    A model with a cross-entropy loss gets the ``train_neg_sample_args: null`` that RecBole demands of it and does not
-    set itself (configurator.py:343-352).
     """
-    overrides = per_model(files, model) | overrides
-    parts: dict[str, Any] = {"model": model, "dataset": dataset, "config_file_list": files}
-    try:
-        return Config(config_dict=overrides, **parts)
-    except ValueError as error:
-        if "should be None when the loss_type is CE" not in str(error):
-            raise
-        return Config(config_dict={**overrides, "train_neg_sample_args": None}, **parts)
+    keys = {"per_model": sections(files)} if files else {}
+    return recbole_config(model, dataset, files, keys | per_model(files, model) | overrides)
 
 
 def prepare_summaries(config: Any, stage: str, *, dry: bool = False) -> list[str]:

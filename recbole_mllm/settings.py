@@ -164,6 +164,57 @@ class TrainSettings(_FromConfig):
 
 
 @dataclass(frozen=True, slots=True)
+class RankingSettings(_FromConfig):
+    """How all items are ranked (``eval_args.mode: full``), and which scores are kept."""
+
+    retriever: str | None
+    retriever_checkpoint: str | None
+    top_k: int
+    fusion: str | float | None
+    full_sort: Literal["rerank", "brute"]
+    score_cache: bool
+    score_cache_mb: int
+
+    def __post_init__(self) -> None:
+        for key in ("top_k", "score_cache_mb"):
+            if getattr(self, key) < 1:
+                raise UserError(f"{key} is {getattr(self, key)}; it must be at least 1")
+        if self.fusion is not None and self.fusion != "auto" and not (_is_share(self.fusion)):
+            raise UserError(f"fusion is {self.fusion!r}; it must be null, auto, or a number between 0 and 1")
+        if self.retriever and self.retriever_checkpoint:
+            raise UserError("retriever and retriever_checkpoint are both set; the checkpoint names its model, drop one")
+        if self.retriever == "MLLMMSR":
+            raise UserError("retriever is MLLMMSR itself; name a model that ranks all items cheaply, e.g. SASRec")
+
+    @property
+    def retrieves(self) -> bool:
+        """Whether another model ranks the items first."""
+        return bool(self.retriever or self.retriever_checkpoint)
+
+    def check_modes(self, modes: Mapping[str, str]) -> None:
+        """Refuse a full ranking that lacks what it needs, before anything is loaded.
+
+        Args:
+            modes: ``eval_args.mode``, by phase.
+        """
+        if "full" not in modes.values():
+            return
+        if not self.retrieves and self.full_sort != "brute":
+            raise UserError(
+                "eval_args.mode full re-ranks the best top_k items of another model: set retriever: SASRec (or "
+                "retriever_checkpoint: PATH; full_sort: brute asks about every item), or eval_args.mode: uniN"
+            )
+        if self.fusion is not None and not self.retrieves:
+            raise UserError("fusion mixes in a retriever's scores; set retriever: SASRec, or fusion: null")
+        if self.fusion == "auto" and modes.get("valid") != "full":
+            raise UserError("fusion: auto is chosen on validation; set eval_args.mode full for valid too, or a number")
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, float) and 0 <= value <= 1
+
+
+@dataclass(frozen=True, slots=True)
 class EvaluationSettings(_FromConfig):
     """Which pairs every model is asked for."""
 
@@ -183,6 +234,7 @@ class Settings:
     recommend: RecommendSettings
     lora: LoraSettings
     train: TrainSettings
+    ranking: RankingSettings
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
@@ -194,6 +246,7 @@ class Settings:
             RecommendSettings.from_config(config),
             LoraSettings.from_config(config),
             TrainSettings.from_config(config),
+            RankingSettings.from_config(config),
         )
 
 
@@ -206,6 +259,7 @@ def known_keys() -> frozenset[str]:
         RecommendSettings,
         LoraSettings,
         TrainSettings,
+        RankingSettings,
         EvaluationSettings,
     )
     return frozenset(f.name for group in groups for f in fields(group)) | {"benchmark_defaults", "note", "per_model"}

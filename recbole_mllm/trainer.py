@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from recbole.data.dataloader import FullSortEvalDataLoader
 from recbole.data.interaction import Interaction
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
@@ -18,6 +20,7 @@ from recbole_mllm.errors import UserError
 from recbole_mllm.progress import Progress
 from recbole_mllm.training.checkpoint import Place
 from recbole_mllm.training.failure import write_rows
+from recbole_mllm.training.fullrank import best_share, rows_ahead, tell_price
 from recbole_mllm.training.resuming import ResumableTrainer
 from recbole_mllm.training.schedule import rate_at
 
@@ -28,6 +31,8 @@ class MLLMMSRTrainer(ResumableTrainer):
     def __init__(self, config: Any, model: Any) -> None:
         super().__init__(config, model)
         self.max_epochs: int = config["epochs"]
+        self.retrieval: dict[str, Any] | None = None  # of the last evaluation that ranked all items
+        self._validates = False
         if not model.is_trained:
             self.epochs = 0  # zero-shot: RecBole's fit then saves, and trains nothing
 
@@ -68,6 +73,8 @@ class MLLMMSRTrainer(ResumableTrainer):
         if self.model.is_trained or not valid_data:
             return best
         self.best_valid_score, self.best_valid_result = self._valid_epoch(valid_data)
+        if saved and self.model.reranker:
+            self._save_checkpoint(-1, verbose=False)  # with what validation has chosen
         return self.best_valid_score, self.best_valid_result
 
     def _train_epoch(
@@ -141,6 +148,13 @@ class MLLMMSRTrainer(ResumableTrainer):
             "bfloat16 or float32"
         )
 
+    def _valid_epoch(self, valid_data: Any, show_progress: bool = False) -> Any:
+        self._validates = True
+        try:
+            return super()._valid_epoch(valid_data, show_progress)
+        finally:
+            self._validates = False
+
     def evaluate(
         self, eval_data: Any, load_best_model: bool = True, model_file: Any = None, show_progress: bool = False
     ) -> Any:
@@ -151,20 +165,43 @@ class MLLMMSRTrainer(ResumableTrainer):
             self.load(Path(model_file or self.saved_model_file))
         self.model.eval()
         self.model.forget()
+        self.model.keep_scores(not (self._validates and self.model.is_trained))  # a finished state's, not an epoch's
         try:
             # only a fully tuned model is kept in more precision than it computes in
             with self.precision.autocast(enabled=self.model.settings.lora.finetune == "full"):
                 self._score_ahead(eval_data)
-                return super().evaluate(eval_data, load_best_model=False, show_progress=show_progress)
+                rank = partial(super().evaluate, eval_data, load_best_model=False, show_progress=show_progress)
+                if self._validates and self.retrieval and self.model.settings.ranking.fusion == "auto":
+                    return best_share(self.model.reranker, rank, self.valid_metric, self.valid_metric_bigger)
+                return rank()
         finally:
+            self.model.keep_scores(False)
             self.model.forget()
 
     @torch.no_grad()
     def _score_ahead(self, eval_data: Any) -> None:
         """Collect the split's pairs and score them; only with frozen candidates, as others change at every pass."""
+        if isinstance(eval_data, FullSortEvalDataLoader):
+            self._shortlist_ahead(eval_data)
+            return
         rows: list[tuple[int, int, int]] = []
         for interaction, *_ in eval_data:
             if TIE not in interaction:
                 return
             rows += self.model.rows_of(interaction)
+        self.model.score_ahead(rows)
+
+    def _shortlist_ahead(self, eval_data: Any) -> None:
+        """Score what the retriever puts first, and say how good that can get; brute force goes batch by batch."""
+        reranker = self.model.reranker
+        if reranker.is_brute:
+            self.retrieval = {"retriever": reranker.identity, "top_k": reranker.count, "recall": 1.0}
+            tell_price(self.model, eval_data)
+            return
+        rows, recall = rows_ahead(self.model, eval_data)
+        self.retrieval = {"retriever": reranker.identity, "top_k": reranker.count, "recall": recall}
+        self.logger.info(
+            f"the retriever {reranker.identity} puts {recall:.4f} of the targets among its best {reranker.count}: no "
+            "re-ranking can do better"
+        )
         self.model.score_ahead(rows)

@@ -28,7 +28,7 @@ from recbole_mllm.errors import UserError
 
 _PATHS = (
     *("data_path", "image_dir", "mllm", "item_summarizer", "user_summarizer", "prompt_style", "checkpoint_dir"),
-    "candidates_file",
+    *("candidates_file", "retriever_checkpoint"),
 )
 NOTHING_TO_TUNE = ("Pop", "Random")
 _NO_CACHE = {"save_dataset": False, "save_dataloaders": False, "dataset_save_path": None, "dataloaders_save_path": None}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,18 @@ def mix64(bits: Any) -> Any:
     bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return bits ^ (bits >> np.uint64(31))
+
+
+def tie_keys(users: Any, items: Any, seed: int) -> Callable[[Any, Any], Any]:
+    """Return a function of internal (users, items) ``[B]`` giving int64 keys ``[B]`` made of raw ids and seed."""
+    of_user, of_item = hashes64(users, "tie-user", seed), hashes64(items, "tie-item", seed)
+
+    def keys(u: Any, i: Any) -> Any:
+        # mixed, as pairs that share a user or an item must not share an order
+        mixed = mix64(of_user[u] ^ (of_item[i] * np.uint64(0x9E3779B97F4A7C15)))
+        return (mixed >> np.uint64(1)).astype(np.int64)
+
+    return keys
 
 
 def sample_users(users: Iterable[str], count: int | None, seed: int) -> set[str]:

@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from recbole_mllm.data.sampling import hashes64, limited_users
+from recbole_mllm.data.sampling import hashes64, limited_users, tie_keys
 from recbole_mllm.errors import UserError
 from recbole_mllm.evaluation.draw import Pool, candidates_digest, draw_negatives
 from recbole_mllm.evaluation.exchange import read
 from recbole_mllm.evaluation.loader import FrozenEvalDataLoader, UserRows
 from recbole_mllm.evaluation.protocol import training_counts
-from recbole_mllm.evaluation.ties import tie_keys
 from recbole_mllm.fastdata.listcolumn import entries
 from recbole_mllm.fastdata.pairs import Pairs
 from recbole_mllm.settings import EvaluationSettings
 
+_DENSE = 2**26  # scores a batch of a full ranking holds: a quarter of a gigabyte
 _MODE = re.compile(r"(uni|pop)(\d+)")
 
 
@@ -121,13 +121,22 @@ def _count(mode: str) -> int:
 
 
 def _limited(config: Any, loader: Any, chosen: Any, given: Any) -> Any:
-    """Return a loader of the `chosen` users' rows, which is `loader` where those are all of its rows."""
+    """Return a loader of the `chosen` users' rows, which is `loader` where those are all of its rows.
+
+    A sequential model's batch counts rows (general_dataloader.py:246-249), and each becomes as many scores as there are
+    items; it is lowered to what a memory holds.
+    """
     if given:
         raise UserError("candidates_file has candidates for a phase whose eval_args.mode is full; use uniN")
-    part = _of_users(loader._dataset, chosen)
-    if len(part) == len(loader._dataset):
+    part, size = _of_users(loader._dataset, chosen), config["eval_batch_size"]
+    fitting = max(1, _DENSE // part.item_num) if loader.is_sequential else size
+    if len(part) == len(loader._dataset) and size <= fitting:
         return loader
-    return type(loader)(config, part, loader._sampler, shuffle=False)
+    config["eval_batch_size"] = min(size, fitting)
+    try:
+        return type(loader)(config, part, loader._sampler, shuffle=False)
+    finally:
+        config["eval_batch_size"] = size
 
 
 def _of_users(part: Any, chosen: Any) -> Any:

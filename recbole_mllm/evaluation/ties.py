@@ -6,28 +6,14 @@ would otherwise be settled by where the answer happens to stand.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from recbole_mllm.data.sampling import hashes64, mix64
 from recbole_mllm.data.schema import ITEM, TIE, USER
 from recbole_mllm.errors import UserError
-
-
-def tie_keys(users: Any, items: Any, seed: int) -> Callable[[Any, Any], Any]:
-    """Return a function of internal (users, items) ``[B]`` giving int64 keys ``[B]`` made of raw ids and seed."""
-    of_user, of_item = hashes64(users, "tie-user", seed), hashes64(items, "tie-item", seed)
-
-    def keys(u: Any, i: Any) -> Any:
-        # mixed, as pairs that share a user or an item must not share an order
-        mixed = mix64(of_user[u] ^ (of_item[i] * np.uint64(0x9E3779B97F4A7C15)))
-        return (mixed >> np.uint64(1)).astype(np.int64)
-
-    return keys
 
 
 def ranks(owner: Any, scores: Any, keys: Any) -> Any:

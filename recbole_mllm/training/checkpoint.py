@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
 
 from recbole_mllm.errors import UserError
@@ -34,21 +32,6 @@ class Place:
     epoch: int = 0
     batch: int = 0
     loss: float = 0.0
-
-
-def random_state() -> dict[str, Any]:
-    """Return the state of every generator a training step may draw from."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state(), "cuda": cuda}
-
-
-def restore_random_state(state: Mapping[str, Any]) -> None:
-    """Go on drawing where `random_state` was taken."""
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"].cpu())  # loading may have moved it
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([one.cpu() for one in state["cuda"]])
 
 
 def write_checkpoint(state: Mapping[str, Any], path: Path) -> None:

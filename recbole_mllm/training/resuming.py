@@ -10,15 +10,14 @@ from recbole.trainer import Trainer
 
 from recbole_mllm.errors import UserError
 from recbole_mllm.mllm.loading import dtype_of
+from recbole_mllm.randomness import random_state, restore_random_state
 from recbole_mllm.training.checkpoint import (
     Place,
     best_of,
     difference,
     last_of,
     newest,
-    random_state,
     read_checkpoint,
-    restore_random_state,
     whole_folder,
     write_checkpoint,
 )

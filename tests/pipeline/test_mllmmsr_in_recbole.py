@@ -117,7 +117,9 @@ class Planted:
 
 
 def _result(settings, scorer):
-    config, _, (train, valid, test) = _parts(settings | {"summary_mode": "none", "finetune": "none"})
+    config, _, (train, valid, test) = _parts(
+        settings | {"summary_mode": "none", "finetune": "none", "score_cache": False}
+    )
     model = MLLMMSR(config, train._dataset)
     model.mllm.yes_scores = scorer
     return get_trainer(config["MODEL_TYPE"], "MLLMMSR")(config, model).evaluate(test, load_best_model=False)
@@ -160,9 +162,9 @@ def test_a_checkpoint_of_another_base_model_is_refused(settings, place):
         model.load_other_parameter({"base": "other#1"})
 
 
-def test_full_ranking_is_refused_before_anything_is_loaded(settings):
+def test_full_ranking_without_a_retriever_is_refused_before_anything_is_loaded(settings):
     protocol = {"eval_args": {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "full"}}
-    with pytest.raises(UserError, match="set eval_args.mode to uniN"):
+    with pytest.raises(UserError, match="set retriever: SASRec"):
         run_recbole("MLLMMSR", "steps", config_dict=settings | protocol)
 
 

@@ -23,6 +23,9 @@ from recbole_mllm.mllm.tuning import check_finetune, load_trained_state, save_tr
 from recbole_mllm.model.stages import make_stage
 from recbole_mllm.progress import Progress
 from recbole_mllm.prompts import Prompt, recommend_prompt
+from recbole_mllm.retrieval.reranker import Reranker
+from recbole_mllm.retrieval.shortlist import Shortlist
+from recbole_mllm.scorecache import KeptScores, state_digest
 from recbole_mllm.settings import Settings
 from recbole_mllm.summaries.prepare import make_preferences
 from recbole_mllm.summaries.users import Plan
@@ -40,12 +43,12 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
 
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
-        if "full" in config["eval_args"]["mode"].values():
-            raise UserError(
-                "MLLMMSR would have to score every item for every user; set eval_args.mode to uniN, e.g. uni20"
-            )
         self.settings = Settings.from_config(config)
+        modes = config["eval_args"]["mode"]
+        self.settings.ranking.check_modes(modes)
         check_finetune(self.settings.lora, self.device)
+        ranks_all = "full" in modes.values()
+        self.reranker = Reranker(config, self.settings.ranking, dataset) if ranks_all else None
         stage = make_stage(config, self.settings, self.device)
         self.preferences = make_preferences(stage, Plan(dataset.histories, dataset.positions))
         self.items, self.style = stage.items, stage.style
@@ -60,6 +63,7 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
         self.backbone = self.mllm.model
         self.label_field = config["LABEL_FIELD"]
         self._ahead: dict[tuple[int, int, int], float] = {}
+        self._kept = KeptScores(Path(config["data_path"]), self.settings.ranking)
 
     def prompts_of(self, rows: Iterable[tuple[int, int, int]]) -> list[Prompt]:
         """Return the question of each (user, position, item), internal ids; training and scoring both ask it."""
@@ -117,32 +121,71 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
     def predict(self, interaction: Interaction) -> Tensor:
         """Return ``[B]`` float32 log-odds of Yes: monotone in P(Yes) (paper, eq. 1), without its ties near 0 and 1."""
         rows = self.rows_of(interaction)
-        missing = sorted({row for row in rows if row not in self._ahead}, key=_item_major)
-        scores = self._ahead | self._scores(missing)
-        return torch.tensor([scores[row] for row in rows], device=self.device)
+        return torch.tensor(self._known(rows), device=self.device)
 
     def full_sort_predict(self, interaction: Interaction) -> Tensor:
-        """Return ``[B * items]`` log-odds of Yes for every item, as RecBole's ``full_sort_topk`` asks for a few users.
+        """Return ``[B * items]`` float32: the retriever's best items as the MLLM orders them, then its other items.
 
-        Each user costs as many questions as there are items, so an evaluation that ranks all is refused when the model
-        is made.
+        Without a retriever every item is asked about, as RecBole's ``full_sort_topk`` wants it for a few users.
         """
+        if self.reranker is None:
+            return self._all_asked(interaction)
+        short = self.reranker.shortlist(interaction)
+        logodds = np.zeros(short.asked.shape)
+        logodds[short.asked > 0] = self._known(self.rows_asked(interaction, short))
+        return short.ranked(logodds, self.reranker.share).to(self.device).view(-1)
+
+    def _all_asked(self, interaction: Interaction) -> Tensor:
         users = list(zip(interaction[self.USER_ID].tolist(), interaction[POSITION].tolist(), strict=True))
-        rows = sorted({(*user, item) for user in users for item in range(1, self.n_items)}, key=_item_major)
-        scores: dict[tuple[int, int, int], float] = {}
-        for start in range(0, len(rows), _AHEAD):
-            scores |= self._scores(rows[start : start + _AHEAD])
-        padding = float("-inf")
-        return torch.tensor(
-            [scores.get((*u, i), padding) for u in users for i in range(self.n_items)], device=self.device
-        )
+        asked = self._known([(*user, item) for user in users for item in range(1, self.n_items)])
+        scores = torch.full((len(users), self.n_items), float("-inf"))
+        scores[:, 1:] = torch.tensor(asked).view(len(users), -1)
+        return scores.to(self.device).view(-1)
+
+    def rows_asked(self, interaction: Interaction, short: Shortlist) -> list[tuple[int, int, int]]:
+        """Return (user, position, item) of each pair that `short`, made of `interaction`, asks about, row by row."""
+        users, places = interaction[self.USER_ID].tolist(), interaction[POSITION].tolist()
+        rows, columns = np.nonzero(short.asked)
+        items = short.asked[rows, columns].tolist()
+        return [(users[row], places[row], item) for row, item in zip(rows.tolist(), items, strict=True)]
+
+    def _known(self, rows: Sequence[tuple[int, int, int]]) -> list[float]:
+        """Return the log-odds of `rows`; what has not been scored ahead is scored item by item, and forgotten."""
+        missing = sorted({row for row in rows if row not in self._ahead}, key=_item_major)
+        new: dict[tuple[int, int, int], float] = {}
+        for start in range(0, len(missing), _AHEAD):
+            new |= self._scores(missing[start : start + _AHEAD])
+        return [self._ahead[row] if row in self._ahead else new[row] for row in rows]
 
     def _scores(self, rows: Sequence[tuple[int, int, int]]) -> dict[tuple[int, int, int], float]:
-        if not rows:
-            return {}
+        return dict(zip(rows, self._kept.scores(self.prompts_of(rows), self._ask_prompts, self._state), strict=True))
+
+    def ask(self, rows: Sequence[tuple[int, int, int]]) -> list[float]:
+        """Return the log-odds of `rows` from the MLLM itself."""
+        return self._ask_prompts(self.prompts_of(rows))
+
+    def _ask_prompts(self, prompts: Sequence[Prompt]) -> list[float]:
+        if not prompts:
+            return []
         share = self.settings.train.share_prefix == "auto"
-        values = self.mllm.yes_scores(self.prompts_of(rows), self.answers, share_prefix=share)
-        return dict(zip(rows, values.tolist(), strict=True))
+        values: list[float] = self.mllm.yes_scores(prompts, self.answers, share_prefix=share).tolist()
+        return values
+
+    def _state(self) -> str:
+        """Return a digest of everything but the prompt that changes a score."""
+        lora = self.settings.lora
+        parts = (self.mllm.identity, self.answers, self.settings.mllm.max_text_tokens, lora.finetune, lora.lora_r,
+                 lora.lora_alpha, lora.lora_target)  # fmt: skip
+        return state_digest(parts, self.state_dict())
+
+    def keep_scores(self, wanted: bool) -> None:
+        """Say whether scores are looked up among those kept, and kept: of a final state, not of a passing one."""
+        self._kept.use(wanted)
+
+    @property
+    def scores_reused(self) -> int:
+        """How many scores came from earlier evaluations."""
+        return self._kept.reused
 
     def score_ahead(self, rows: Iterable[tuple[int, int, int]]) -> int:
         """Score distinct `rows` item by item, so that users of one item share its computation; return how many."""
@@ -157,6 +200,7 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
     def forget(self) -> None:
         """Drop the scores made ahead; they hold for one state of the adapter."""
         self._ahead = {}
+        self._kept.forget_state()
 
     @property
     def tokens_read(self) -> int:
@@ -187,8 +231,8 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
         self.forget()
 
     def other_parameter(self) -> dict[str, Any]:
-        """Return what a checkpoint says of its base model."""
-        return {"base": self.mllm.identity}
+        """Return what a checkpoint says of its base model and of how items are ranked."""
+        return {"base": self.mllm.identity} | (self.reranker.state() if self.reranker else {})
 
     def load_other_parameter(self, para: dict[str, Any] | None) -> None:
         """Refuse a checkpoint of another base model."""
@@ -196,6 +240,8 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
             raise UserError(
                 f"the checkpoint belongs to {para['base']}, not to {self.mllm.identity}; set mllm accordingly"
             )
+        if para and self.reranker:
+            self.reranker.restore(para)
 
     def save_adapter(self, folder: Path) -> None:
         """Write what is trained into `folder`: PEFT's files, or a fully tuned model's parameters."""

@@ -1,0 +1,87 @@
+"""What ranking all items needs beside the MLLM: the retriever, how ties are broken, and the MLLM's share."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from recbole_mllm.data.sampling import tie_keys
+from recbole_mllm.errors import UserError
+from recbole_mllm.retrieval.obtain import obtain
+from recbole_mllm.retrieval.shortlist import Shortlist, shortlist
+from recbole_mllm.settings import EvaluationSettings, RankingSettings
+
+
+class Reranker:
+    """Says which items of a row the MLLM is asked about, and keeps the MLLM's share of their scores.
+
+    Args:
+        config: RecBole's, of this run.
+        settings: The retriever and how much of its order is asked about.
+        dataset: The run's training part.
+    """
+
+    def __init__(self, config: Any, settings: RankingSettings, dataset: Any) -> None:
+        self.settings = settings
+        self.retriever = obtain(config, settings, dataset) if settings.retrieves else None
+        self._user, self._items = dataset.uid_field, int(dataset.item_num)
+        users, items = (
+            np.asarray(dataset.field2id_token[f]).astype(str) for f in (dataset.uid_field, dataset.iid_field)
+        )
+        self._keys = tie_keys(users, items, EvaluationSettings.from_config(config).candidate_seed)
+        self._depth = max(config["topk"])
+        self.count = self._items - 1 if self.is_brute else settings.top_k
+        self._share = None if settings.fusion == "auto" else 1.0 if settings.fusion is None else float(settings.fusion)
+
+    @property
+    def is_brute(self) -> bool:
+        """Whether every item is asked about."""
+        return self.settings.full_sort == "brute"
+
+    @property
+    def identity(self) -> str | None:
+        """The retriever's name and digest."""
+        return self.retriever.identity if self.retriever else None
+
+    @property
+    def share(self) -> float:
+        """The MLLM's part of a re-ranked item's score, 0 to 1.
+
+        Raises:
+            UserError: It is to be chosen on validation, and has not been.
+        """
+        if self._share is None:
+            raise UserError("fusion: auto is not chosen yet, as no validation has run; train first, or set a number")
+        return self._share
+
+    @share.setter
+    def share(self, value: float) -> None:
+        self._share = value
+
+    def shortlist(self, rows: Any) -> Shortlist:
+        """Return which items of each evaluation row the MLLM is asked about; the same rows give the same items."""
+        if self.retriever is not None:
+            scores = self.retriever.scores(rows)
+        else:
+            scores = torch.zeros(len(rows), self._items)
+            scores[:, 0] = -torch.inf
+        return shortlist(scores, rows[self._user].cpu().numpy(), self.count, self._depth, self._keys)
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint must say for its evaluation to be repeated."""
+        return {"retriever": self.identity, "share": self._share}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take over a share that was chosen on validation, unless it was chosen for another retriever."""
+        if self.settings.fusion != "auto" or state.get("share") is None:
+            return
+        if state.get("retriever") != self.identity:
+            logging.getLogger().warning(
+                f"fusion was chosen for the retriever {state.get('retriever')}, not for {self.identity}; choose it anew"
+            )
+            return
+        self._share = float(state["share"])

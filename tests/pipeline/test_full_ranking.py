@@ -1,0 +1,314 @@
+"""All items are ranked: a retriever's best as the MLLM orders them, the others as they were, measured by RecBole."""
+
+import re
+import sys
+
+import numpy as np
+import pytest
+import small_world
+import tiny_models
+import torch
+from recbole.config import Config
+from recbole.data import create_dataset, data_preparation
+from recbole.quick_start import load_data_and_model, run_recbole
+from recbole.utils import get_model, get_trainer, init_seed
+
+from recbole_mllm.errors import UserError
+from recbole_mllm.model.sequential_recommender.mllmmsr import MLLMMSR
+from recbole_mllm.quick_start import run
+
+FULL = {"eval_args": {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "full"}}
+QUICK = {"SASRec": {"epochs": 3, "hidden_size": 8, "inner_size": 8, "n_layers": 1, "train_batch_size": 64}}
+QUICK |= {"BPR": {"epochs": 3}, "FM": {"epochs": 1}}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    small_world.write(folder / "data")
+    tiny_models.llava(folder / "llava")
+    return folder
+
+
+@pytest.fixture
+def settings(place, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["pytest", "--epochs=1"])
+    monkeypatch.chdir(place)
+    return FULL | {
+        "data_path": str(place / "data"),
+        "checkpoint_dir": str(place / "saved"),
+        "mllm": str(place / "llava"),
+        "prompt_style": "demo",
+        "summary_mode": "none",
+        "finetune": "none",
+        "score_cache": False,
+        "load_col": {"inter": ["user_id", "item_id", "timestamp"]},
+        "train_last_k": 1,
+        "show_progress": False,
+        "seed": 7,
+        "metrics": ["Hit", "MRR", "NDCG", "Recall"],
+        "per_model": QUICK,
+        "retriever": "SASRec",
+    }
+
+
+class Opinion:
+    """Stands for an MLLM with a fixed opinion of every (last title, candidate); `planted` knows the next item."""
+
+    def __init__(self, planted):
+        self.planted, self.asked = planted, 0
+
+    def __call__(self, prompts, answers, *, share_prefix):
+        self.asked += len(prompts)
+        return torch.tensor([self.of(*self.read(prompt)) for prompt in prompts])
+
+    @staticmethod
+    def read(prompt):
+        candidate, *history = map(int, re.findall(r"title of i(\d\d)", prompt.text))
+        return history[-1], candidate
+
+    def of(self, last, candidate):
+        if self.planted:
+            return -float((candidate - last - 1) % small_world.ITEMS)
+        return float((37 * candidate + 11 * last) % 61) - 30.0
+
+
+class Made:
+    """A model with an `Opinion`, its evaluation rows and RecBole's word on them."""
+
+    def __init__(self, settings, *, planted=False):
+        self.config = Config(model="MLLMMSR", dataset="steps", config_dict=settings)
+        init_seed(self.config["seed"], True)
+        self.dataset = create_dataset(self.config)
+        self.train, self.valid, self.test = data_preparation(self.config, self.dataset)
+        self.model = MLLMMSR(self.config, self.train._dataset)
+        self.model.mllm.yes_scores = self.opinion = Opinion(planted)
+        self.trainer = get_trainer(self.config["MODEL_TYPE"], "MLLMMSR")(self.config, self.model)
+
+    def evaluate(self):
+        return dict(self.trainer.evaluate(self.test, load_best_model=False))
+
+    def rows(self):
+        """Yield (user number, target, retriever's scores, our scores) of each test row, items by number."""
+        tokens = self.dataset.field2id_token["item_id"]
+        columns = [self.dataset.field2token_id["item_id"][small_world.item(n)] for n in range(small_world.ITEMS)]
+        for batch, history, owner, target in self.test:
+            assert history is None and len(owner) == len(batch)
+            ours = self.model.full_sort_predict(batch).view(len(batch), -1)
+            before = self.model.reranker.retriever.scores(batch) if self.model.reranker.retriever else ours
+            users = self.dataset.field2id_token["user_id"][batch["user_id"].numpy()]
+            for row, user in enumerate(users):
+                number = int(tokens[target[row]][1:])
+                yield int(user[1:]), number, before[row, columns].numpy(), ours[row, columns].numpy()
+
+
+def _hits_and_mrr(made, k):
+    """Return Hit@k and MRR@k from the scores alone; no two may be equal where it matters."""
+    places = []
+    for _, target, _, ours in made.rows():
+        places.append(1 + int((ours > ours[target]).sum()))
+        assert (ours == ours[target]).sum() == 1
+    places = np.array(places)
+    return np.mean(places <= k), np.mean(np.where(places <= k, 1 / places, 0))
+
+
+def test_the_planted_world_is_ranked_perfectly_by_brute_force_without_a_retriever(settings, caplog):
+    made = Made(settings | {"full_sort": "brute", "retriever": None}, planted=True)
+    with caplog.at_level("INFO"):
+        found = made.evaluate()
+    assert found["hit@3"] == found["mrr@10"] == 1.0
+    assert f"asks about {small_world.USERS * small_world.ITEMS:,} pairs" in caplog.text
+    assert "pairs a second, about" in caplog.text
+
+
+def test_a_shortlist_of_all_items_is_brute_force(settings):
+    every = [Made(settings | {"top_k": small_world.ITEMS}), Made(settings | {"full_sort": "brute", "retriever": None})]
+    assert every[0].evaluate() == every[1].evaluate()
+    for (_, target, _, one), (_, same, _, other) in zip(*(made.rows() for made in every), strict=True):
+        assert target == same
+        last = (target - 1) % small_world.ITEMS
+        opinion = np.array([Opinion(False).of(last, n) for n in range(small_world.ITEMS)])
+        assert (np.diff(opinion[np.argsort(-one)]) <= 0).all() and (np.diff(opinion[np.argsort(-other)]) <= 0).all()
+
+
+@pytest.mark.parametrize("retriever", ["SASRec", "BPR", "Pop", "ItemKNN"])
+def test_the_shortlist_takes_the_mllms_order_and_the_rest_keeps_the_retrievers(settings, retriever):
+    made = Made(settings | {"retriever": retriever, "top_k": 5})
+    found = made.evaluate()
+    assert made.opinion.asked == 5 * small_world.USERS
+    inside = 0
+    for user, target, before, ours in made.rows():
+        head, last = np.argsort(-ours)[:5], 2 * user + small_world.LENGTH - 2
+        tail = np.setdiff1d(np.arange(small_world.ITEMS), head)
+        assert before[head].min() >= before[tail].max()
+        opinion = np.array([Opinion(False).of(last % small_world.ITEMS, n) for n in head])
+        assert (np.diff(opinion) <= 0).all()
+        order = tail[np.argsort(-ours[tail], kind="stable")]
+        assert (np.diff(before[order][np.isfinite(before[order])]) <= 0).all()
+        seen = {n % small_world.ITEMS for n in range(2 * user, 2 * user + small_world.LENGTH - 1)}
+        assert retriever == "SASRec" or set(np.flatnonzero(np.isneginf(ours))) == seen
+        inside += target in head
+    assert made.trainer.retrieval["recall"] == pytest.approx(inside / small_world.USERS)
+    if retriever in ("SASRec", "BPR"):  # the others tie beyond the places that count
+        hit, mrr = _hits_and_mrr(made, 10)
+        assert found["hit@10"] == pytest.approx(hit, abs=1e-6) and found["mrr@10"] == pytest.approx(mrr, abs=1e-6)
+
+
+@pytest.mark.parametrize("retriever", ["SASRec", "BPR"])
+def test_a_share_of_nothing_gives_the_metrics_of_the_retriever_itself_in_recbole(settings, retriever, place):
+    made = Made(settings | {"retriever": retriever, "fusion": 0.0, "top_k": 7})
+    alone = made.model.reranker.retriever
+    checkpoint = torch.load(
+        next((place / "saved").glob(f"retriever-{alone.identity.replace('#', '-')}.pth")), weights_only=False
+    )
+    config = checkpoint["config"]
+    train, _, test = data_preparation(config, create_dataset(config))
+    model = get_model(retriever)(config, train._dataset)
+    model.load_state_dict(checkpoint["state_dict"])
+    theirs = get_trainer(config["MODEL_TYPE"], retriever)(config, model).evaluate(test, load_best_model=False)
+    assert made.evaluate() == pytest.approx(dict(theirs), abs=1e-6)
+    assert config["epochs"] == 3  # its own section's, not the one in our command line
+
+
+def test_a_whole_share_is_the_mllm_alone_and_a_half_is_between(settings):
+    alone, whole, half = (Made(settings | {"fusion": share, "top_k": 9}) for share in (None, 1, 0.5))
+    for one, two, three in zip(alone.rows(), whole.rows(), half.rows(), strict=True):
+        assert (one[3] == two[3]).all()
+        user, _, before, ours = three
+        head, last = np.argsort(-ours)[:9], (2 * user + small_world.LENGTH - 2) % small_world.ITEMS
+        low, high = before[head].min(), before[head].max()
+        yes = 1 / (1 + np.exp(-np.array([Opinion(False).of(last, n) for n in head])))
+        mixed = 0.5 * yes + 0.5 * (before[head] - low) / (high - low)
+        assert (np.diff(mixed) <= 1e-6).all()
+
+
+def test_the_best_share_is_chosen_on_validation_saved_and_restored(settings):
+    chosen = run(Config("MLLMMSR", "steps", config_dict=settings | {"fusion": "auto", "top_k": 10}))
+    share = chosen.retrieval["fusion"]
+    values = {}
+    for fixed in (0.0, 0.3, share, 1.0):
+        outcome = run(Config("MLLMMSR", "steps", config_dict=settings | {"fusion": fixed, "top_k": 10}))
+        values[fixed] = outcome.valid["NDCG@10"]
+        if fixed == share:
+            assert outcome.test == chosen.test and outcome.valid == chosen.valid
+    assert values[share] == max(values.values())
+    config, model, _, _, _, test = load_data_and_model(str(chosen.checkpoint))
+    assert model.reranker.share == share
+    again = get_trainer(config["MODEL_TYPE"], "MLLMMSR")(config, model).evaluate(test, load_best_model=False)
+    assert list(again.values()) == list(chosen.test.values())
+
+
+def test_training_validates_in_full_and_a_saved_run_gives_the_same_numbers(settings):
+    keys = settings | {"finetune": "lora", "top_k": 4, "epochs": 2, "metrics": ["NDCG", "GAUC"]}
+    outcome = run_recbole("MLLMMSR", "steps", config_dict=keys, saved=True)
+    place = max((p for p in _checkpoints(settings)), key=lambda path: path.stat().st_mtime)
+    config, model, _, _, _, test = load_data_and_model(str(place))
+    again = get_trainer(config["MODEL_TYPE"], "MLLMMSR")(config, model).evaluate(test, load_best_model=False)
+    assert dict(again) == dict(outcome["test_result"])
+    state = torch.load(place, weights_only=False)["state_dict"]
+    assert all("lora_" in name for name in state)  # nothing of the retriever is trained or saved with the adapter
+
+
+def _checkpoints(settings):
+    from pathlib import Path
+
+    return Path(settings["checkpoint_dir"]).glob("MLLMMSR-*.pth")
+
+
+def test_a_retriever_of_recboles_own_is_loaded_and_one_of_another_split_refused(settings, place):
+    keys = {key: settings[key] for key in ("data_path", "checkpoint_dir", "load_col", "seed")} | FULL
+    for number, split in enumerate(({"LS": "valid_and_test"}, {"RS": [0.8, 0.1, 0.1]})):
+        args = {"eval_args": {**FULL["eval_args"], "split": split}}
+        config = Config("BPR", "steps", config_dict=keys | args | {"epochs": 2})
+        train, valid, _ = data_preparation(config, create_dataset(config))
+        trainer = get_trainer(config["MODEL_TYPE"], "BPR")(config, get_model("BPR")(config, train._dataset))
+        trainer.saved_model_file = str(place / f"bpr{number}.pth")
+        trainer.fit(train, valid, saved=True)
+    asked = settings | {"retriever": None, "retriever_checkpoint": str(place / "bpr0.pth")}
+    made = Made(asked)
+    assert made.model.reranker.identity.startswith("BPR#") and made.evaluate()["hit@10"] >= 0
+    with pytest.raises(UserError, match=r"bpr1.pth was trained with eval_args.split"):
+        Made(asked | {"retriever_checkpoint": str(place / "bpr1.pth")})
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"retriever": "SASRecc"}, "retriever 'SASRecc' cannot be had"),
+        ({"retriever": "MLLMMSR"}, "retriever is MLLMMSR itself"),
+        ({"retriever": "FM"}, "retriever FM cannot rank all items at once"),
+        ({"retriever": None, "retriever_checkpoint": "no.pth"}, "no.pth does not exist"),
+        ({"retriever_checkpoint": "no.pth"}, "are both set"),
+        ({"fusion": 1.5}, "fusion is 1.5; it must be null, auto"),
+        ({"fusion": "automatic"}, "fusion is 'automatic'"),
+        ({"retriever": None, "full_sort": "brute", "fusion": 0.5}, "fusion mixes in a retriever's scores"),
+        (
+            {"eval_args": {**FULL["eval_args"], "mode": {"valid": "uni20", "test": "full"}}, "fusion": "auto"},
+            "valid too",
+        ),
+        ({"top_k": 0}, "top_k is 0; it must be at least 1"),
+        ({"full_sort": "all"}, "full_sort is 'all'; it must be one of rerank, brute"),
+        ({"per_model": {"SASRec": {"hiden_size": 3}}}, "unknown key 'hiden_size' in per_model, SASRec"),
+    ],
+)
+def test_what_cannot_be_ranked_is_one_line(settings, keys, message):
+    with pytest.raises(UserError, match=message) as caught:
+        Made(settings | keys)
+    assert "\n" not in str(caught.value)
+
+
+def _counted(settings, checkpoint=None, **keys):
+    """Return the test metrics and how many prompts the MLLM really read, in a run of its own."""
+    made = Made(settings | {"score_cache": True, "finetune": "lora", "epochs": 1} | keys)
+    real, asked = type(made.model.mllm).yes_scores, []
+
+    def counting(prompts, answers, *, share_prefix):
+        asked.append(len(prompts))
+        return real(made.model.mllm, prompts, answers, share_prefix=share_prefix)
+
+    made.model.mllm.yes_scores = counting
+    if checkpoint is None:
+        made.trainer.fit(made.train, made.valid, saved=True)
+        asked.clear()
+    found = made.trainer.evaluate(made.test, load_best_model=True, model_file=checkpoint)
+    return dict(found), sum(asked), made
+
+
+def test_a_second_evaluation_asks_about_new_pairs_alone_and_another_adapter_about_all(settings, place):
+    settings = settings | {"data_path": str(_own_copy(place))}
+    users = small_world.USERS
+    cold, asked, made = _counted(settings, top_k=4)
+    assert asked == 4 * users and made.model.scores_reused == 0
+    saved = made.trainer.saved_model_file
+    warm, asked, made = _counted(settings, saved, top_k=4)
+    assert asked == 0 and made.model.scores_reused == 4 * users and warm == cold
+    other, asked, _ = _counted(settings, saved, top_k=4, metrics=["NDCG", "Recall"], fusion=0.5)
+    assert asked == 0 and set(other) < set(cold)
+    assert _counted(settings, saved, top_k=6)[1] == 2 * users
+    fresh, asked, _ = _counted(settings, saved, top_k=6, score_cache=False)
+    assert asked == 6 * users and fresh == _counted(settings, saved, top_k=6)[0]
+    sampled = {"eval_args": {**FULL["eval_args"], "mode": "uni20"}, "retriever": None}
+    assert _counted(settings, saved, **sampled)[1] <= 21 * users
+    _, asked, made = _counted(settings, saved, **sampled, candidate_seed=5)
+    assert 0 < asked < 20 * users  # all targets, and the candidates that two draws share
+    assert _counted(settings, None, top_k=4, seed=8)[1] == 4 * users  # another adapter
+    made = Made(settings | {"score_cache": True, "finetune": "none", "top_k": 4})
+    made.evaluate()
+    assert made.opinion.asked == 4 * users  # and no adapter at all
+
+
+def _own_copy(place):
+    target = place / "copy"
+    small_world.write(target)
+    return target
+
+
+def test_epochs_leave_no_scores_behind(settings, place):
+    import sqlite3
+
+    small_world.write(place / "epochs")
+    keys = settings | {"data_path": str(place / "epochs"), "finetune": "lora", "score_cache": True, "top_k": 3}
+    run(Config("MLLMMSR", "steps", config_dict=keys | {"epochs": 3}))
+    with sqlite3.connect(place / "epochs" / "steps" / "steps.scores.sqlite") as db:
+        assert db.execute("SELECT COUNT(*) FROM models").fetchone() == (1,)
+        assert db.execute("SELECT COUNT(*) FROM scores").fetchone() == (3 * small_world.USERS,)
