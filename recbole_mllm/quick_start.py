@@ -26,8 +26,8 @@ class Outcome:
     """What a run ended with. `pairs` holds internal ids, labels, scores and places of every scored test pair.
 
     `retrieval`, where all items were ranked, says by what: ``retriever``, ``top_k``, ``recall`` (the share of test
-    targets among its best, a ceiling) and ``fusion`` (the MLLM's share). `scores_reused` is how many scores earlier
-    evaluations had left.
+    targets among its best, a ceiling) and ``fusion`` (the MLLM's share). `scores_reused` is how many of the test scores
+    earlier evaluations had left.
     """
 
     config: Any
@@ -70,6 +70,7 @@ def run(config: Any) -> Outcome:
     _, best = trainer.fit(train, valid, saved=True, show_progress=config["show_progress"])
     trained = time.perf_counter()
     trainer.score_log = []
+    reused = getattr(model, "scores_reused", 0)
     result = trainer.evaluate(test, load_best_model=True, show_progress=config["show_progress"])
     scored = time.perf_counter()
     pairs = joined(trainer.score_log) if trainer.score_log else None
@@ -92,7 +93,7 @@ def run(config: Any) -> Outcome:
         trained - made,
         scored - trained,
         _retrieval(trainer),
-        getattr(model, "scores_reused", 0),
+        getattr(model, "scores_reused", 0) - reused,
     )
 
 
