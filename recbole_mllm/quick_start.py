@@ -29,8 +29,8 @@ class Outcome:
     """What a run ended with. `pairs` holds internal ids, labels, scores and places of every scored test pair.
 
     `retrieval`, where all items were ranked, says by what: ``retriever``, ``top_k``, ``recall`` (the share of test
-    targets among its best, a ceiling) and ``fusion`` (the MLLM's share). `scores_reused` is how many scores earlier
-    evaluations had left.
+    targets among its best, a ceiling) and ``fusion`` (the MLLM's share). `scores_reused` is how many of the test scores
+    earlier evaluations had left.
     """
 
     config: Any
@@ -97,6 +97,7 @@ def run(config: Any) -> Outcome:
     done = _train(config, saved=True)
     trainer, started = done.trainer, time.perf_counter()
     trainer.score_log = []
+    reused = getattr(done.model, "scores_reused", 0)
     result = trainer.evaluate(done.test, load_best_model=True, show_progress=config["show_progress"])
     score_s = time.perf_counter() - started
     pairs = joined(trainer.score_log) if trainer.score_log else None
@@ -119,7 +120,7 @@ def run(config: Any) -> Outcome:
         done.train_s,
         score_s,
         _retrieval(trainer),
-        getattr(done.model, "scores_reused", 0),
+        getattr(done.model, "scores_reused", 0) - reused,
     )
 
 
