@@ -51,6 +51,10 @@ def _run(words: list[str]) -> int:
         )
     if known.command == "inspect":
         return commands.inspect(known.directory, known.output, options)
+    if known.command == "export":
+        if rest:
+            raise UserError(f"export takes no {rest[0]!r}; see --help")
+        return commands.export(known.run, known.out, known.merge)
     if known.command == "report":
         return commands.report(known.directory)
     if known.model:
@@ -71,7 +75,7 @@ def _parser() -> Parser:
     parser.add_argument("--model", help="a RecBole model or MLLMMSR")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     commands = parser.add_subparsers(
-        dest="command", metavar="{convert,inspect,summarize,store,benchmark,report}", parser_class=Parser
+        dest="command", metavar="{convert,inspect,summarize,store,benchmark,report,export}", parser_class=Parser
     )
     add: Any = commands.add_parser
     add("convert", help="raw dump to atomic files; see convert --help")
@@ -92,6 +96,12 @@ def _parser() -> Parser:
     inspect.add_argument("--output", help="the page's file; default: inspect.html in the dataset's folder")
     report = add("report", help="render leaderboard.* again from runs.jsonl")
     report.add_argument("directory")
+    export = add("export", help="a fine-tuned model as a folder that servers load (docs/servers.md)")
+    export.add_argument("run", metavar="RUN", help="a checkpoint (FILE.pth), a run's folder, or its id under results/")
+    export.add_argument(
+        "--out", required=True, metavar="DIR", help="the folder to write; an earlier export is replaced"
+    )
+    export.add_argument("--merge", action="store_true", help="merge the adapter, so that the folder stands alone")
     store_commands.add_parser(add, Parser)
     return parser
 

@@ -14,9 +14,11 @@ from recbole.utils import InputType
 from torch import Tensor
 
 from recbole_mllm.data.schema import POSITION
+from recbole_mllm.endpoints import is_server, parse_endpoint
 from recbole_mllm.errors import UserError
 from recbole_mllm.mllm.encode import Encoded
 from recbole_mllm.mllm.hf import HFModel
+from recbole_mllm.mllm.served import ServedScorer
 from recbole_mllm.mllm.sft import example_loss, micro_batches
 from recbole_mllm.mllm.sharing import can_share
 from recbole_mllm.mllm.tuning import check_finetune, load_trained_state, save_trained, trained_state, tune
@@ -51,19 +53,26 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
         self.items, self.style = stage.items, stage.style
         self.users = np.asarray(dataset.field2id_token[self.USER_ID]).astype(str)
         self.tokens = np.asarray(dataset.field2id_token[self.ITEM_ID]).astype(str)
-        lora = self.settings.lora
-        self.mllm = HFModel(self.settings.mllm.mllm, self.settings.mllm, self.device, four_bit=lora.finetune == "qlora")
+        self.mllm: Any = self._made_mllm(config["seed"])
         self.answers = self.mllm.answers(self.style)
-        self.mllm.replace_model(tune(self.mllm.model, lora, config["seed"]))
-        if self.is_trained and self.settings.train.gradient_checkpointing:
-            self.mllm.checkpoint_gradients()
-        self.backbone = self.mllm.model
+        self.backbone = getattr(self.mllm, "model", None)  # none where a server has it
         self.label_field = config["LABEL_FIELD"]
         self._ahead: dict[tuple[int, int, int], float] = {}
         if self.settings.recommend.use_image and not self.items.images:
             raise UserError(
                 "no item has an image; give --image_dir, or set use_image: false and item_summary: text to go without"
             )
+
+    def _made_mllm(self, seed: int) -> HFModel | ServedScorer:
+        """Return what scores: a model in this process, ready to be trained, or one behind servers."""
+        settings, lora = self.settings, self.settings.lora
+        if is_server(settings.mllm.mllm):
+            return ServedScorer(parse_endpoint(settings.mllm.mllm, "mllm"), settings.server)
+        mllm = HFModel(settings.mllm.mllm, settings.mllm, self.device, four_bit=lora.finetune == "qlora")
+        mllm.replace_model(tune(mllm.model, lora, seed))
+        if self.is_trained and settings.train.gradient_checkpointing:
+            mllm.checkpoint_gradients()
+        return mllm
 
     def prompts_of(self, rows: Iterable[tuple[int, int, int]]) -> list[Prompt]:
         """Return the question of each (user, position, item), internal ids; training and scoring both ask it."""
@@ -104,7 +113,7 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
     @property
     def shares_prefix(self) -> bool:
         """Whether rows of a micro-batch share the computation of a common prefix: asked for, and possible."""
-        return self.settings.train.share_prefix == "auto" and can_share(self.mllm.body)
+        return self.settings.train.share_prefix == "auto" and self.is_trained and can_share(self.mllm.body)
 
     @property
     def groups_by_item(self) -> bool:
