@@ -74,7 +74,7 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def labels(tokenizer: Any, answers: AnswerTokens, words: tuple[str, str]) -> list[str] | None:
-    """Return spellings of Yes and No that the tokeniser turns into the very tokens that are scored; None if it has none.
+    """Return spellings of Yes and No that the tokeniser turns into the very tokens that are scored, or None.
 
     Often that is a space and the word: the token behind a prompt that ends in no space.
     """

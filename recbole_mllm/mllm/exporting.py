@@ -25,7 +25,7 @@ from recbole_mllm.mllm.sources import gguf_of, source_of
 from recbole_mllm.prompts import Prompt, Style, recommend_prompt
 
 _OWN_FILES = (
-    "*token*", "*vocab*", "merges.txt", "*.model", "*.jinja", "*processor*", "chat_template*", "special_tokens_map.json",
+    "*token*", "*vocab*", "merges.txt", "*.model", "*.jinja", "*processor*", "chat_template*",
     "additional_chat_templates/*", "*.py", "LICENSE*", "NOTICE*",
 )  # fmt: skip
 _DECISION = ("decision.json", "decision_template.jinja")
@@ -152,7 +152,8 @@ def _bodies(prompt: Prompt) -> list[dict[str, object]]:
     """Return the request this project sends, and the one that leaves the wording to the template."""
     body = decision_request("m", prompt)
     state = {"title": _TITLE, "preference": _PREFERENCE}
-    return [body, body | {"state": state | {"image": name for name in body["assets"]}}]
+    image = {"image": next(iter(body["assets"]))} if body["assets"] else {}
+    return [body, body | {"state": state | image}]
 
 
 def _parting(tokenizer: object, found: Sequence[int], wanted: Sequence[int]) -> str:

@@ -108,5 +108,5 @@ def _look_at_template(host: Host, client: Any, body: dict[str, Any], answer: Any
     if not same_question(answer, client.post("/systemone", body={**body, "questions": told}, cast_to=object)):
         logging.getLogger().warning(
             f"server {host.url} adds words of its own to every question, as {host.model!r} has no "
-            "decision_template.jinja of recbole-mllm; serve what `recbole-mllm export` writes for the prompt of training"
+            "decision_template.jinja of recbole-mllm; for the prompt of training serve a folder that `export` wrote"
         )

@@ -7,25 +7,24 @@ import logging
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
 import torch
 
-import recbole_mllm
 from recbole_mllm.endpoints import is_server
 from recbole_mllm.errors import UserError
 from recbole_mllm.mllm.exporting import Question, write_decision, write_model
 from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.mllm.tuning import load_trained_state, tune
 from recbole_mllm.model.stages import load_style
-from recbole_mllm.settings import Settings
+from recbole_mllm.settings import MLLMSettings, Settings
 from recbole_mllm.training.checkpoint import LAST, read_checkpoint
 from recbole_mllm.training.exported import readme
 
-MARKER = "export.json"
+MARKER, _WRITER = "export.json", "recbole-mllm"
 _CPU = torch.device("cpu")
 
 
@@ -115,9 +114,7 @@ def _read(path: Path) -> _Run:
 
 def _load(run: _Run) -> HFModel:
     """Return the model as it was trained, on the CPU; a base in four bits is loaded in its own precision."""
-    from dataclasses import replace
-
-    settings = replace(run.settings.mllm, dtype=run.dtype)
+    settings = MLLMSettings.from_config({**asdict(run.settings.mllm), "dtype": run.dtype})
     mllm = HFModel(settings.mllm, settings, _CPU)
     if mllm.identity != f"{run.base}:{run.dtype}":
         raise UserError(f"{run.path} belongs to {run.base}, not to {mllm.identity}; put that model back in its place")
@@ -141,7 +138,7 @@ def _write(run: _Run, folder: Path, merge: bool) -> None:
             f"no decision_template.jinja: {why}; servers that give logprobs score it all the same"
         )
     about = {
-        "written_by": f"recbole-mllm {recbole_mllm.__version__}",
+        "written_by": _WRITER,
         "kind": kind,
         "checkpoint": run.path.name,
         "base": name,
@@ -164,6 +161,6 @@ def _check_target(out: Path) -> None:
         if not any(out.iterdir()):
             return
         about = json.loads((out / MARKER).read_text(encoding="utf-8"))
-        if str(about.get("written_by", "")).startswith("recbole-mllm "):
+        if str(about.get("written_by", "")).startswith(_WRITER):
             return
     raise UserError(f"{out} is there already and is no export; give another --out, or remove it")

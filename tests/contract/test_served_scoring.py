@@ -1,8 +1,6 @@
 """A fine-tuned model exported, served by a real `transformers serve`, and asked there: the scores of this process."""
 
-import json
 import os
-import re
 import socket
 import subprocess
 import sys

@@ -96,9 +96,9 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
 
     def examples_of(self, interaction: Interaction) -> list[Encoded]:
         """Return the question of each row with its right answer."""
-        return self.mllm.examples(
-            self.prompts_of(self.rows_of(interaction)), interaction[self.label_field], self.answers
-        )
+        prompts = self.prompts_of(self.rows_of(interaction))
+        made: list[Encoded] = self.mllm.examples(prompts, interaction[self.label_field], self.answers)
+        return made
 
     def loss_of(self, examples: Sequence[Encoded]) -> Tensor:
         """Return the mean loss of `examples`; what they have in common is computed once where that is exact."""
@@ -162,7 +162,7 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
     @property
     def tokens_read(self) -> int:
         """How many tokens of prompts have been scored, shared prefixes counted each time."""
-        return self.mllm.tokens_read
+        return int(self.mllm.tokens_read)
 
     @property
     def is_trained(self) -> bool:
