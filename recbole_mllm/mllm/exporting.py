@@ -29,7 +29,7 @@ _OWN_FILES = (
     "additional_chat_templates/*", "*.py", "LICENSE*", "NOTICE*",
 )  # fmt: skip
 _DECISION = ("decision.json", "decision_template.jinja")
-_CONFIGS = ("config.json", "generation_config.json")
+CONFIGS = ("config.json", "generation_config.json")
 _TITLE, _PREFERENCE = "A red mug, 2 pieces: \"café\" & 'tea'", "The user appears to like red.\nAnd long walks, too."
 
 
@@ -46,7 +46,7 @@ def write_model(mllm: HFModel, source: str, folder: Path, *, merge: bool) -> str
     """Write weights and the source's own processor files into `folder`; return ``adapter`` or ``model``."""
     adapted = hasattr(mllm.model, "peft_config")
     whole = merge or not adapted
-    copy_own_files(source, folder, mllm, () if whole else _CONFIGS)
+    copy_own_files(source, folder, mllm, () if whole else CONFIGS)
     if whole:
         (mllm.model.merge_and_unload() if adapted else mllm.model).save_pretrained(str(folder))
     else:

@@ -16,7 +16,7 @@ import torch
 
 from recbole_mllm.endpoints import is_server
 from recbole_mllm.errors import UserError
-from recbole_mllm.mllm.exporting import Question, write_decision, write_model
+from recbole_mllm.mllm.exporting import CONFIGS, Question, write_decision, write_model
 from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.mllm.tuning import load_trained_state, tune
 from recbole_mllm.model.stages import load_style
@@ -133,6 +133,9 @@ def _write(run: _Run, folder: Path, merge: bool) -> None:
     name = run.settings.mllm.mllm
     kind = write_model(mllm, name, folder, merge=merge)
     why = write_decision(mllm, question, folder)
+    if kind == "adapter":  # with a config.json, transformers would look for whole weights here
+        for config in CONFIGS:
+            (folder / config).unlink(missing_ok=True)
     if why:
         logging.getLogger().warning(
             f"no decision_template.jinja: {why}; servers that give logprobs score it all the same"

@@ -21,10 +21,10 @@ This is a PEFT adapter: its base model is `{base}` ({base_identity}), which a se
 
 ```bash
 vllm serve {base} --enable-lora --lora-modules my-recommender="$PWD" --port 8000
-transformers serve "$PWD" --decision-config "$PWD/decision.json" --port 8000
 ```
 
-`recbole-mllm export … --merge` writes a model that stands alone.
+`transformers serve` takes no adapter: for it, and for typed decisions, `recbole-mllm export … --merge` writes a model that
+stands alone.
 """,
 }
 _README = """\
