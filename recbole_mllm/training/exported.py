@@ -23,8 +23,8 @@ This is a PEFT adapter: its base model is `{base}` ({base_identity}), which a se
 vllm serve {base} --enable-lora --lora-modules my-recommender="$PWD" --port 8000
 ```
 
-`transformers serve` takes no adapter: for it, and for typed decisions, `recbole-mllm export … --merge` writes a model that
-stands alone.
+`transformers serve` takes no adapter: for it, and for typed decisions, `recbole-mllm export … --merge` writes a
+model that stands alone.
 """,
 }
 _README = """\
