@@ -54,6 +54,10 @@ def _run(words: list[str]) -> int:
         )
     if known.command == "inspect":
         return commands.inspect(known.directory, known.output, options)
+    if known.command == "export":
+        if rest:
+            raise UserError(f"export takes no {rest[0]!r}; see --help")
+        return commands.export(known.run, known.out, known.merge)
     if known.command == "report":
         return commands.report(known.directory, options.embed_images)
     if known.command == "candidates":
@@ -95,7 +99,7 @@ def _parser() -> Parser:
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     commands = parser.add_subparsers(
         dest="command",
-        metavar="{convert,inspect,summarize,store,candidates,benchmark,report,rerun}",
+        metavar="{convert,inspect,summarize,store,candidates,benchmark,report,rerun,export}",
         parser_class=Parser,
     )
     add: Any = commands.add_parser
@@ -121,12 +125,18 @@ def _parser() -> Parser:
     report.add_argument("directory")
     _add_embed_images(report)
     candidates = add("candidates", help="the frozen candidates as a file; import them with --candidates_file=FILE")
-    export = candidates.add_subparsers(dest="action", metavar="{export}", required=True, parser_class=Parser)
-    out = export.add_parser("export", help="write them as JSON lines", parents=[_quiet(common)], epilog=_EPILOG)
+    actions = candidates.add_subparsers(dest="action", metavar="{export}", required=True, parser_class=Parser)
+    out = actions.add_parser("export", help="write them as JSON lines", parents=[_quiet(common)], epilog=_EPILOG)
     out.add_argument("--out", required=True, metavar="FILE", help="FILE.jsonl or FILE.jsonl.gz")
     rerun = add("rerun", help="repeat a recorded run and compare: exit code 0 if the numbers agree, 1 if not")
     rerun.add_argument("run_id", help="as in runs.jsonl")
     rerun.add_argument("--output_dir", help="the benchmark's; default: the one below results/ that has the run")
+    export = add("export", help="a fine-tuned model as a folder that servers load (docs/servers.md)")
+    export.add_argument("run", metavar="RUN", help="a checkpoint (FILE.pth), a run's folder, or its id under results/")
+    export.add_argument(
+        "--out", required=True, metavar="DIR", help="the folder to write; an earlier export is replaced"
+    )
+    export.add_argument("--merge", action="store_true", help="merge the adapter, so that the folder stands alone")
     store_commands.add_parser(add, Parser)
     return parser
 

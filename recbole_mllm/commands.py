@@ -219,6 +219,15 @@ def _near(data_path: Path) -> str:
     return f" ({', '.join(near)})" if near else ""
 
 
+def export(run: str, out: str, merge: bool) -> int:
+    """Write a run's model as a folder that transformers and servers load."""
+    from recbole_mllm.training.export import export as write
+
+    folder = write(run, Path(out), merge=merge)
+    print(f"written: {folder}; its README.md says how to serve it")
+    return 0
+
+
 def report(directory: str, embed_images: bool = True) -> int:
     """Render the leaderboard again from its records."""
     from recbole_mllm.benchmark.report import format_leaderboard, render

@@ -62,12 +62,7 @@ class MLLMSettings(_FromConfig):
     max_text_tokens: int
 
     def __post_init__(self) -> None:
-        if is_server(self.mllm):
-            raise UserError(
-                "mllm is behind a server, which cannot be fine-tuned or scored yet; give a hub id or a local folder "
-                "(item_summarizer and user_summarizer may be servers)"
-            )
-        for key in ("item_summarizer", "user_summarizer"):
+        for key in ("mllm", "item_summarizer", "user_summarizer"):
             if is_server(name := getattr(self, key)):
                 parse_endpoint(name, key)
 
@@ -235,6 +230,13 @@ class Settings:
     lora: LoraSettings
     train: TrainSettings
     ranking: RankingSettings
+
+    def __post_init__(self) -> None:
+        if is_server(self.mllm.mllm) and self.lora.finetune != "none":
+            raise UserError(
+                f"finetune is {self.lora.finetune}, but mllm is behind a server, which is scored and not trained; set "
+                "finetune: none, or give a hub id or a local folder"
+            )
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:

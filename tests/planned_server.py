@@ -16,9 +16,11 @@ Reply = tuple[int, dict[str, str], Any]
 
 @dataclass
 class Planned:
-    """What was asked, and how the n-th request (from 0) is answered; by default with the prompt in capitals."""
+    """What was asked, and how the n-th chat request (from 0) is answered; by default with the prompt in capitals."""
 
     plan: Callable[[int, str], Reply | None] = lambda n, text: None
+    decide: Callable[[dict[str, Any]], Reply] | None = None
+    decisions: list[dict[str, Any]] = field(default_factory=list)
     models: list[str] | None = field(default_factory=lambda: ["m"])
     delay: float = 0.0
     bodies: list[dict[str, Any]] = field(default_factory=list)
@@ -38,6 +40,12 @@ class Planned:
         if self.models is None:
             return 500, {}, {"detail": "no listing here"}
         return 200, {}, {"object": "list", "data": [{"id": m, "object": "model"} for m in self.models]}
+
+    def decision(self, body: dict[str, Any]) -> Reply:
+        """Answer ``/v1/systemone``, where `decide` says how."""
+        with self.lock:
+            self.decisions.append(body)
+        return self.decide(body) if self.decide else error(404)
 
     def chat(self, body: dict[str, Any], headers: dict[str, str]) -> Reply:
         """Answer ``/v1/chat/completions``."""
@@ -89,7 +97,10 @@ def serving(planned: Planned, port: int = 0) -> Iterator[Planned]:
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
             headers = {k.lower(): v for k, v in self.headers.items()}
-            reply = planned.chat(body, headers) if self.path == "/v1/chat/completions" else error(404)
+            if self.path == "/v1/systemone":
+                reply = planned.decision(body)
+            else:
+                reply = planned.chat(body, headers) if self.path == "/v1/chat/completions" else error(404)
             self._send(reply)
 
         def _send(self, reply: Reply) -> None:

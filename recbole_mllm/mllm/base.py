@@ -25,6 +25,14 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
+class Scored(Answer):
+    """What a model would answer, by the log-odds of Yes against No; `missing` of the two words it did not tell of."""
+
+    log_odds: float = 0.0
+    missing: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Decoding:
     """How an answer is decoded: its length, and greedily unless `temperature` is above 0."""
 

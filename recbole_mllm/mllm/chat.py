@@ -32,9 +32,7 @@ def message(prompt: Prompt, shortened: int = 0) -> dict[str, Any]:
 
     `shortened` halves the longest filled-in text that many times (a server that finds the prompt too long).
     """
-    pieces = prompt.pieces()
-    for _ in range(shortened):
-        _shorten(pieces)
+    pieces = cut(prompt, shortened)
     parts: list[dict[str, Any]] = [{"type": "text", "text": ""}]
     images = iter(prompt.images)
     for place, piece in enumerate(pieces):
@@ -48,6 +46,18 @@ def message(prompt: Prompt, shortened: int = 0) -> dict[str, Any]:
     if not prompt.images:
         return {"role": "user", "content": parts[0]["text"]}
     return {"role": "user", "content": [p for p in parts if p["type"] != "text" or p["text"]]}
+
+
+def cut(prompt: Prompt, times: int) -> list[str]:
+    """Return the prompt's pieces, the longest filled-in text halved that many `times`.
+
+    Raises:
+        UserError: What is left is the style's own wording.
+    """
+    pieces = prompt.pieces()
+    for _ in range(times):
+        _shorten(pieces)
+    return pieces
 
 
 def _shorten(pieces: list[str]) -> None:

@@ -7,7 +7,7 @@ import random
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from enum import Enum, auto
@@ -35,6 +35,7 @@ class Kind(Enum):
     AGAIN_BUT_COUNT = auto()  # may be the prompt's own doing: again, a few times
     TOO_LONG = auto()
     REFUSED = auto()  # this prompt never
+    ABSENT = auto()  # it has no such path; only where that was asked about
     FATAL = auto()  # no prompt ever: the user must act
 
 
@@ -83,8 +84,12 @@ class Host:
 
     def ask(self, message: dict[str, Any], decoding: Decoding) -> Answer | Trouble:
         """Ask for one completion; what goes wrong is a value, and never holds the key."""
+        return self.call(lambda _: answer_of(self._complete(message, decoding)))
+
+    def call(self, request: Callable[[Any], Answer], absent: Collection[int] = ()) -> Answer | Trouble:
+        """Make any `request` of the server, given its client; statuses in `absent` say that it has no such path."""
         started = time.monotonic()
-        outcome = self._guarded(lambda: answer_of(self._complete(message, decoding)))
+        outcome = self._guarded(lambda: request(self._client), absent)
         self._note(outcome, started)
         return outcome
 
@@ -116,7 +121,7 @@ class Host:
             **sampled,
         )
 
-    def _guarded(self, call: Callable[[], Answer]) -> Answer | Trouble:
+    def _guarded(self, call: Callable[[], Answer], absent: Collection[int]) -> Answer | Trouble:
         import openai
 
         try:
@@ -125,6 +130,8 @@ class Host:
             caught = error
         # outside of the handler, so that no traceback chains what the client raised
         if isinstance(caught, openai.APIStatusError):
+            if caught.status_code in absent:
+                return Trouble(Kind.ABSENT, self._words(caught.body))
             return self._status(caught.status_code, self._words(caught.body), caught.response.headers)
         if isinstance(caught, openai.APITimeoutError):
             return Trouble(Kind.AGAIN_BUT_COUNT, f"no answer within {self.settings.server_timeout:g} s")

@@ -7,8 +7,9 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from recbole_mllm.endpoints import Endpoint
 from recbole_mllm.errors import UserError
@@ -20,6 +21,11 @@ from recbole_mllm.settings import ServerSettings
 _TRIES = 5  # times a prompt may draw an error that could be its own doing
 _HOPELESS = 3  # prompts refused before any was answered: it is not the prompts
 _TICK_S = 0.2
+Asking = Callable[[Host, Ask, int], Callable[[], Answer | Trouble]]
+"""Readies a server's request of one prompt, its longest text halved so many times; the result makes the request.
+
+Raises `UserError` where the prompt cannot be asked: nothing is left to halve, or an image cannot be read.
+"""
 
 
 class ServerModel:
@@ -30,12 +36,9 @@ class ServerModel:
     """
 
     def __init__(self, endpoint: Endpoint, settings: ServerSettings) -> None:
-        key = _key(settings)
         self.identity = endpoint.identity
         self.settings = settings
-        self.hosts = [Host(url, endpoint.model, settings, key) for url in endpoint.urls]
-        for host in self.hosts:
-            _look_at(host)
+        self.hosts = make_hosts(endpoint, settings)
 
     def write(self, work: Work) -> None:
         """Answer what `work` holds; answers are handed over as they arrive.
@@ -45,11 +48,33 @@ class ServerModel:
                 ``server_patience`` seconds; or, after all others are answered, some prompts were refused. What had
                 arrived has been handed over before.
         """
-        shift = _Shift(work, self.hosts, self.settings)
-        try:
-            shift.run()
-        finally:
-            shift.stop.set()
+        serve(work, self.hosts, self.settings, _written)
+
+
+def make_hosts(endpoint: Endpoint, settings: ServerSettings) -> list[Host]:
+    """Return the servers of `endpoint`, each looked at once.
+
+    Raises:
+        UserError: The client is not installed, or a server refuses the key.
+    """
+    key = _key(settings)
+    hosts = [Host(url, endpoint.model, settings, key) for url in endpoint.urls]
+    for host in hosts:
+        _look_at(host)
+    return hosts
+
+
+def serve(work: Work, hosts: Sequence[Host], settings: ServerSettings, asking: Asking) -> None:
+    """Have `hosts` answer what `work` holds, each prompt by `asking`; raises as `ServerModel.write` does."""
+    shift = _Shift(work, hosts, settings, asking)
+    try:
+        shift.run()
+    finally:
+        shift.stop.set()
+
+
+def _written(host: Host, ask: Ask, shortened: int) -> Callable[[], Answer | Trouble]:
+    return partial(host.ask, message(ask.prompt, shortened), ask.decoding)
 
 
 def _key(settings: ServerSettings) -> str | None:
@@ -84,8 +109,8 @@ class _Refused:
 class _Shift:
     """Prompts on their way: a queue of jobs, threads for each server that take them, a queue of results."""
 
-    def __init__(self, work: Work, hosts: Sequence[Host], settings: ServerSettings) -> None:
-        self.work, self.hosts, self.settings = work, hosts, settings
+    def __init__(self, work: Work, hosts: Sequence[Host], settings: ServerSettings, asking: Asking) -> None:
+        self.work, self.hosts, self.settings, self.asking = work, hosts, settings, asking
         self.stop = threading.Event()
         self.jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
         self.results: queue.SimpleQueue[tuple[_Job, Answer] | _Refused | Exception] = queue.SimpleQueue()
@@ -170,11 +195,11 @@ class _Shift:
 
     def _ask(self, job: _Job, host: Host) -> Answer | Trouble:
         try:
-            turn = message(job.ask.prompt, job.shortened)
+            request = self.asking(host, job.ask, job.shortened)
         except UserError as error:
             host.release()
             return Trouble(Kind.REFUSED, str(error))
-        outcome = host.ask(turn, job.ask.decoding)
+        outcome = request()
         return replace(outcome, text=f"server {host.url}: {outcome.text}") if isinstance(outcome, Trouble) else outcome
 
     def _settle(self, job: _Job, outcome: Answer | Trouble) -> None:

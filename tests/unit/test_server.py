@@ -353,7 +353,7 @@ def test_the_key_of_an_answer_knows_model_and_decoding_not_the_host():
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("mllm", "server:m@http://a/v1", "mllm is behind a server, which cannot be fine-tuned or scored yet"),
+        ("mllm", "server:m@http://a/v1", "finetune is lora, but mllm is behind a server"),
         ("item_summarizer", "server:m", "item_summarizer must read server:MODEL@"),
         ("server_concurrency", 0, "server_concurrency is 0; it must be above 0"),
         ("server_patience", -1.0, "must be above 0"),

@@ -14,9 +14,11 @@ from recbole.utils import InputType
 from torch import Tensor
 
 from recbole_mllm.data.schema import POSITION
+from recbole_mllm.endpoints import is_server, parse_endpoint
 from recbole_mllm.errors import UserError
 from recbole_mllm.mllm.encode import Encoded
 from recbole_mllm.mllm.hf import HFModel
+from recbole_mllm.mllm.served import ServedScorer
 from recbole_mllm.mllm.sft import example_loss, micro_batches
 from recbole_mllm.mllm.sharing import can_share
 from recbole_mllm.mllm.tuning import check_finetune, load_trained_state, save_trained, trained_state, tune
@@ -54,16 +56,23 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
         self.items, self.style = stage.items, stage.style
         self.users = np.asarray(dataset.field2id_token[self.USER_ID]).astype(str)
         self.tokens = np.asarray(dataset.field2id_token[self.ITEM_ID]).astype(str)
-        lora = self.settings.lora
-        self.mllm = HFModel(self.settings.mllm.mllm, self.settings.mllm, self.device, four_bit=lora.finetune == "qlora")
+        self.mllm: Any = self._made_mllm(config["seed"])
         self.answers = self.mllm.answers(self.style)
-        self.mllm.replace_model(tune(self.mllm.model, lora, config["seed"]))
-        if self.is_trained and self.settings.train.gradient_checkpointing:
-            self.mllm.checkpoint_gradients()
-        self.backbone = self.mllm.model
+        self.backbone = getattr(self.mllm, "model", None)  # none where a server has it
         self.label_field = config["LABEL_FIELD"]
         self._ahead: dict[tuple[int, int, int], float] = {}
         self._kept = KeptScores(Path(config["data_path"]), self.settings.ranking)
+
+    def _made_mllm(self, seed: int) -> HFModel | ServedScorer:
+        """Return what scores: a model in this process, ready to be trained, or one behind servers."""
+        settings, lora = self.settings, self.settings.lora
+        if is_server(settings.mllm.mllm):
+            return ServedScorer(parse_endpoint(settings.mllm.mllm, "mllm"), settings.server)
+        mllm = HFModel(settings.mllm.mllm, settings.mllm, self.device, four_bit=lora.finetune == "qlora")
+        mllm.replace_model(tune(mllm.model, lora, seed))
+        if self.is_trained and settings.train.gradient_checkpointing:
+            mllm.checkpoint_gradients()
+        return mllm
 
     def prompts_of(self, rows: Iterable[tuple[int, int, int]]) -> list[Prompt]:
         """Return the question of each (user, position, item), internal ids; training and scoring both ask it."""
@@ -87,9 +96,9 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
 
     def examples_of(self, interaction: Interaction) -> list[Encoded]:
         """Return the question of each row with its right answer."""
-        return self.mllm.examples(
-            self.prompts_of(self.rows_of(interaction)), interaction[self.label_field], self.answers
-        )
+        prompts = self.prompts_of(self.rows_of(interaction))
+        made: list[Encoded] = self.mllm.examples(prompts, interaction[self.label_field], self.answers)
+        return made
 
     def loss_of(self, examples: Sequence[Encoded]) -> Tensor:
         """Return the mean loss of `examples`; what they have in common is computed once where that is exact."""
@@ -104,7 +113,7 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
     @property
     def shares_prefix(self) -> bool:
         """Whether rows of a micro-batch share the computation of a common prefix: asked for, and possible."""
-        return self.settings.train.share_prefix == "auto" and can_share(self.mllm.body)
+        return self.settings.train.share_prefix == "auto" and self.is_trained and can_share(self.mllm.body)
 
     @property
     def groups_by_item(self) -> bool:
@@ -180,7 +189,8 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
 
     def keep_scores(self, wanted: bool) -> None:
         """Say whether scores are looked up among those kept, and kept: of a final state, not of a passing one."""
-        self._kept.use(wanted)
+        # a server's weights may change behind its model's name
+        self._kept.use(wanted and self.backbone is not None)
 
     @property
     def scores_reused(self) -> int:
@@ -205,7 +215,7 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
     @property
     def tokens_read(self) -> int:
         """How many tokens of prompts have been scored, shared prefixes counted each time."""
-        return self.mllm.tokens_read
+        return int(self.mllm.tokens_read)
 
     @property
     def is_trained(self) -> bool:

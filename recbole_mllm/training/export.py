@@ -1,0 +1,169 @@
+"""``recbole-mllm export``: from a run to a folder that transformers and servers load."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import torch
+
+from recbole_mllm.endpoints import is_server
+from recbole_mllm.errors import UserError
+from recbole_mllm.mllm.exporting import CONFIGS, Question, write_decision, write_model
+from recbole_mllm.mllm.hf import HFModel
+from recbole_mllm.mllm.tuning import load_trained_state, tune
+from recbole_mllm.model.stages import load_style
+from recbole_mllm.settings import MLLMSettings, Settings
+from recbole_mllm.training.checkpoint import LAST, read_checkpoint
+from recbole_mllm.training.exported import readme
+
+MARKER, _WRITER = "export.json", "recbole-mllm"
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """A checkpoint with what its run was asked for; `base` names the weights it adapts, `dtype` their precision."""
+
+    path: Path
+    checkpoint: Mapping[str, Any]
+    settings: Settings
+    base: str
+    dtype: str
+
+
+def export(run: str, out: Path, *, merge: bool) -> Path:
+    """Write what `run` trained into `out`, all of it or nothing.
+
+    Args:
+        run: A checkpoint (``.pth``), the folder beside it, a benchmark run's folder, or its id under ``results/``.
+        out: The folder; an earlier export there is replaced, anything else is left alone.
+        merge: Whether an adapter is merged into its base model, so that the folder stands alone.
+
+    Raises:
+        UserError: There is no such checkpoint, its base model is not the one found now, or `out` is something else.
+    """
+    _check_target(out)
+    found = _read(find_checkpoint(run))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        _write(found, scratch, merge)
+        scratch.chmod(0o755)
+        old = scratch.with_name(f"{scratch.name}.old")
+        if out.exists():
+            out.rename(old)
+        scratch.rename(out)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return out
+
+
+def find_checkpoint(run: str) -> Path:
+    """Return the checkpoint that `run` names.
+
+    Raises:
+        UserError: There is none.
+    """
+    given = Path(run)
+    if given.is_file():
+        return given
+    if given.is_dir():
+        beside = given.with_name(f"{given.resolve().name}.pth")
+        if beside.is_file():
+            return beside
+        return _kept(given)
+    folders = sorted(Path("results").glob(f"*/runs/{run}")) if given.name == run else []
+    if len(folders) == 1:
+        return _kept(folders[0])
+    what = "names several runs: " + ", ".join(map(str, folders)) if folders else "is neither a file nor a run's id here"
+    raise UserError(f"{run!r} {what}; give a checkpoint (FILE.pth) or a folder such as results/demo/runs/RUN_ID")
+
+
+def _kept(folder: Path) -> Path:
+    """Return the best checkpoint of a run's folder."""
+    for place in (folder / "saved", folder):
+        found = [path for path in place.glob("MLLMMSR*.pth") if not path.name.endswith(LAST)]
+        if found:
+            return max(found, key=lambda path: path.stat().st_mtime)
+    if (folder / "adapter_config.json").is_file() or (folder / "trained.safetensors").is_file():
+        raise UserError(f"beside {folder} there is no {folder.name}.pth, which says how the prompts are worded")
+    raise UserError(f"no checkpoint of MLLMMSR is kept in {folder}; run that model again, or give a FILE.pth")
+
+
+def _read(path: Path) -> _Run:
+    checkpoint = read_checkpoint(path, _CPU)
+    config = checkpoint["config"]
+    if config["model"] != "MLLMMSR":
+        raise UserError(f"{path} is a checkpoint of {config['model']}; only MLLMMSR is exported")
+    settings = Settings.from_config(config)
+    if is_server(settings.mllm.mllm):
+        raise UserError(f"{path}: its model is behind a server, so there is nothing here to export")
+    base = str((checkpoint.get("other_parameter") or {}).get("base", ""))
+    base, _, dtype = base.removesuffix(":nf4").rpartition(":")
+    return _Run(path, checkpoint, settings, base, dtype)
+
+
+def _load(run: _Run) -> HFModel:
+    """Return the model as it was trained, on the CPU; a base in four bits is loaded in its own precision."""
+    settings = MLLMSettings.from_config({**asdict(run.settings.mllm), "dtype": run.dtype})
+    mllm = HFModel(settings.mllm, settings, _CPU)
+    if mllm.identity != f"{run.base}:{run.dtype}":
+        raise UserError(f"{run.path} belongs to {run.base}, not to {mllm.identity}; put that model back in its place")
+    lora = run.settings.lora
+    if lora.finetune != "none":
+        mllm.replace_model(tune(mllm.model, lora, 0))
+        load_trained_state(mllm.model, dict(run.checkpoint["state_dict"]))
+    mllm.model.eval()
+    return mllm
+
+
+def _write(run: _Run, folder: Path, merge: bool) -> None:
+    mllm = _load(run)
+    recommend = run.settings.recommend
+    question = Question(load_style(run.settings), recommend.prompt_order == "item-first", recommend.use_image)
+    name = run.settings.mllm.mllm
+    kind = write_model(mllm, name, folder, merge=merge)
+    why = write_decision(mllm, question, folder)
+    if kind == "adapter":  # with a config.json, transformers would look for whole weights here
+        for config in CONFIGS:
+            (folder / config).unlink(missing_ok=True)
+    if why:
+        logging.getLogger().warning(
+            f"no decision_template.jinja: {why}; servers that give logprobs score it all the same"
+        )
+    about = {
+        "written_by": _WRITER,
+        "kind": kind,
+        "checkpoint": run.path.name,
+        "base": name,
+        "base_identity": run.base,
+        "dtype": run.dtype,
+        "finetune": run.settings.lora.finetune,
+        "prompt_style": question.style.name,
+        "prompt_order": recommend.prompt_order,
+        "use_image": recommend.use_image,
+        "decision_template": not why,
+    }
+    (folder / "README.md").write_text(readme(about, question.style), encoding="utf-8")
+    (folder / MARKER).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+def _check_target(out: Path) -> None:
+    if not out.exists():
+        return
+    with suppress(OSError, ValueError, AttributeError):
+        if not any(out.iterdir()):
+            return
+        about = json.loads((out / MARKER).read_text(encoding="utf-8"))
+        if str(about.get("written_by", "")).startswith(_WRITER):
+            return
+    raise UserError(f"{out} is there already and is no export; give another --out, or remove it")

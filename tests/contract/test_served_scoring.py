@@ -1,0 +1,244 @@
+"""A fine-tuned model exported, served by a real `transformers serve`, and asked there: the scores of this process."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import small_world
+import torch
+from recbole.quick_start import load_data_and_model, run_recbole
+from transformers import AutoModelForImageTextToText
+from transformers.decision import DecisionConfig
+from transformers.pipelines import DecisionPipeline
+
+from recbole_mllm.cli import main
+from recbole_mllm.endpoints import parse_endpoint
+from recbole_mllm.errors import UserError
+from recbole_mllm.mllm.decision import decision_request
+from recbole_mllm.mllm.loading import source_of
+from recbole_mllm.mllm.processors import load_processor
+from recbole_mllm.mllm.served import ServedScorer
+from recbole_mllm.prompts import recommend_prompt
+from recbole_mllm.settings import ServerSettings
+from recbole_mllm.training.export import export, find_checkpoint
+
+pytest.importorskip("openai")
+pytest.importorskip("uvicorn")
+
+SERVERS = ServerSettings(4, 60.0, 90.0, None)
+
+
+class Serve:
+    """`transformers serve` of one folder on a port of its own, in float32."""
+
+    def __init__(self, model, folder, *more):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.model, self.log = model, folder / "serve.log"
+        command = ["-m", "transformers.cli.transformers", "serve", str(model), "--device", "cpu", "--dtype", "float32"]
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, *command, *more, "--host", "127.0.0.1", "--port", str(self.port)],
+                stdout=log,
+                stderr=log,
+                env=os.environ | {"HF_HUB_CACHE": str(folder / "hub"), "OMP_NUM_THREADS": "1"},
+            )
+
+    def wait(self):
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=2).close()
+                return self
+            except OSError:
+                assert self.process.poll() is None, self.log.read_text()
+                time.sleep(0.1)
+        raise AssertionError("the server did not start")
+
+    def __enter__(self):
+        return self.wait()
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.wait()
+
+    @property
+    def endpoint(self):
+        return f"server:{self.model}@http://127.0.0.1:{self.port}/v1"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with data, and the checkpoint of a few large steps of LoRA on the bundled model."""
+    place = tmp_path_factory.mktemp("served")
+    small_world.write(place / "data")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["pytest"])
+        patch.chdir(place)
+        run_recbole("MLLMMSR", "steps", config_dict=_settings(place))
+    (path,) = (place / "saved").glob("MLLMMSR-*.pth")
+    return path
+
+
+def _settings(place, **more):
+    return {
+        "data_path": str(place / "data"),
+        "checkpoint_dir": str(place / "saved"),
+        "mllm": "tiny",
+        "item_summary_tokens": 8,
+        "user_summary_tokens": 8,
+        "learning_rate": 0.02,
+        "train_last_k": 1,
+        "limit_users": 12,
+        "train_batch_size": 8,
+        "show_progress": False,
+        "seed": 3,
+    } | more
+
+
+@pytest.fixture(scope="module")
+def local(trained):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["pytest"])
+        patch.chdir(trained.parent.parent)
+        _, model, *_ = load_data_and_model(str(trained))
+    model.load_state_dict(torch.load(trained, weights_only=False)["state_dict"])
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def prompts(local, trained):
+    """Questions with images and without, and a title that spells the model's special tokens."""
+    images = sorted((trained.parent.parent / "data" / "steps" / "images").iterdir())
+    likes = ["The user prefers red.", "The user is new."]
+    titles = ["a plain mug", "Ünïcode 'mug', \"set of 3\"", "a <image-1> mug"]
+    return [
+        recommend_prompt(local.style, preference, title, image)
+        for preference in likes
+        for title in titles
+        for image in (images[0], images[-1], None)
+    ]
+
+
+@pytest.fixture(scope="module")
+def merged(trained):
+    out = trained.parent.parent / "merged"
+    assert main(["export", str(trained), "--out", str(out), "--merge"]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def served(merged, tmp_path_factory):
+    with Serve(merged, tmp_path_factory.mktemp("hub")) as server:
+        yield server
+
+
+def test_a_served_export_says_yes_as_likely_as_this_process(served, local, prompts, caplog):
+    here = local.mllm.yes_scores(prompts, local.answers).sigmoid()
+    scorer = ServedScorer(parse_endpoint(served.endpoint, "mllm"), SERVERS)
+    there = scorer.yes_scores(prompts, scorer.answers(local.style)).sigmoid()
+    torch.testing.assert_close(there, here, atol=1e-4, rtol=0)
+    assert here.max() - here.min() > 0.01  # they do depend on the prompt
+    assert scorer.tokens_read == sum(len(e.ids) for e in local.mllm.encode(prompts))
+    assert "adds words of its own" not in caplog.text
+
+
+def test_the_adapter_is_in_what_is_served(local, prompts):
+    tuned = local.mllm.yes_scores(prompts, local.answers)
+    with local.mllm.model.disable_adapter():
+        bare = local.mllm.yes_scores(prompts, local.answers)
+    assert (tuned.sigmoid() - bare.sigmoid()).abs().max() > 0.01
+
+
+def test_recbole_ranks_by_a_served_model_as_by_the_trained_one(served, local, trained, monkeypatch):
+    place = trained.parent.parent
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+    monkeypatch.chdir(place)
+    here = _settings(place, resume=str(trained))
+    there = _settings(place, mllm=served.endpoint, finetune="none", prompt_style="demo", resume=None)
+    there |= {"item_summarizer": "tiny", "user_summarizer": "tiny", "checkpoint_dir": str(place / "other")}
+    first, second = (run_recbole("MLLMMSR", "steps", config_dict=one)["test_result"] for one in (here, there))
+    assert dict(first) == dict(second)
+    (path,) = (place / "other").glob("*.pth")
+    saved = torch.load(path, weights_only=False)
+    assert saved["other_parameter"] == {"base": f"server:{served.model}"} and not saved["state_dict"]
+    with pytest.raises(UserError, match="its model is behind a server, so there is nothing here to export"):
+        export(str(path), place / "nothing", merge=True)
+
+
+def test_the_merged_export_is_whole_and_its_processor_is_the_sources_own(merged, trained):
+    for name in ("tokenizer.json", "tokenizer_config.json", "processor_config.json", "chat_template.jinja"):
+        assert (merged / name).read_bytes() == (Path(source_of("tiny")) / name).read_bytes()
+    assert {"README.md", "decision.json", "decision_template.jinja", "model.safetensors"} <= set(os.listdir(merged))
+    about = (merged / "README.md").read_text()
+    assert "base model | `tiny`" in about and "`demo`, item-first, with the item's image" in about
+    assert not [path for path in trained.parent.parent.iterdir() if path.name.startswith(".")]
+
+
+def test_an_adapter_export_is_read_by_transformers_and_scores_alike(trained, local, prompts, tmp_path):
+    assert main(["export", str(trained.with_suffix("")), "--out", str(tmp_path / "adapter")]) == 0
+    files = set(os.listdir(tmp_path / "adapter"))
+    assert "adapter_model.safetensors" in files and "model.safetensors" not in files
+    pipe = DecisionPipeline(
+        model=AutoModelForImageTextToText.from_pretrained(tmp_path / "adapter", dtype=torch.float32).eval(),
+        tokenizer=local.mllm.encoder.tokenizer,
+        processor=load_processor(str(tmp_path / "adapter")),
+        decision_config=DecisionConfig.from_file(tmp_path / "adapter" / "decision.json"),
+    )
+    here = local.mllm.yes_scores(prompts, local.answers).sigmoid()
+    there = [pipe(decision_request("m", prompt))["answer"]["noul"] for prompt in prompts]
+    torch.testing.assert_close(torch.tensor(there), here, atol=1e-4, rtol=0)
+
+
+def test_an_export_replaces_an_export_and_nothing_else(merged, trained, tmp_path, capsys):
+    foreign = tmp_path / "mine"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("text")
+    assert main(["export", str(trained), "--out", str(foreign)]) == 2
+    assert "is there already and is no export" in capsys.readouterr().err
+    assert os.listdir(foreign) == ["thesis.tex"]
+    copy = tmp_path / "copy"
+    shutil.copytree(merged, copy)
+    (copy / "stale.txt").write_text("")
+    assert main(["export", str(trained), "--out", str(copy), "--merge"]) == 0
+    assert set(os.listdir(copy)) == set(os.listdir(merged))
+
+
+def test_what_names_no_checkpoint_is_one_line(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "results" / "steps" / "runs" / "mllmmsr-1"
+    run.mkdir(parents=True)
+    for given, words in {
+        "nothing": "is neither a file nor a run's id here",
+        "mllmmsr-1": "no checkpoint of MLLMMSR is kept in",
+    }.items():
+        assert main(["export", given, "--out", "out"]) == 2
+        error = capsys.readouterr().err
+        assert words in error and len(error.splitlines()) == 1
+    (run / "saved").mkdir()
+    shutil.copy(trained, run / "saved")
+    assert find_checkpoint("mllmmsr-1").name == trained.name and find_checkpoint(str(run)).name == trained.name
+
+
+@pytest.mark.parametrize("finetune", ["full", "none"])
+def test_full_and_zero_shot_runs_export_the_whole_model(trained, finetune, tmp_path, monkeypatch):
+    place = trained.parent.parent
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+    monkeypatch.chdir(place)
+    more = {"finetune": finetune, "checkpoint_dir": str(tmp_path / "saved"), "learning_rate": 0.001}
+    run_recbole("MLLMMSR", "steps", config_dict=_settings(place, **more))
+    (path,) = (tmp_path / "saved").glob("*.pth")
+    export(str(path), tmp_path / "out", merge=False)
+    bare = AutoModelForImageTextToText.from_pretrained(source_of("tiny"), dtype=torch.float32)
+    made = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    bare, made = (dict(model.named_parameters()) for model in (bare, made))  # tied weights once
+    kept = torch.load(path, weights_only=False)["state_dict"]
+    assert made.keys() == bare.keys() and bool(kept) == (finetune == "full")
+    assert all(torch.equal(made[name], kept.get(name, bare[name])) for name in made)
+    assert any(not torch.equal(made[name], bare[name]) for name in made) == (finetune == "full")
