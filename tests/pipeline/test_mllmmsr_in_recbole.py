@@ -10,6 +10,7 @@ import tiny_models
 import torch
 from recbole.config import Config
 from recbole.data import create_dataset, data_preparation
+from recbole.data.interaction import Interaction
 from recbole.quick_start import load_data_and_model, objective_function, run_recbole
 from recbole.utils import get_trainer, init_seed
 
@@ -196,3 +197,17 @@ def test_missing_images_are_told_before_any_summary_is_made(tmp_path, monkeypatc
         assert main([*words, "--dataset", "steps"]) == 2
         assert "no item has an image" in capsys.readouterr().err
     assert not list((tmp_path / "dataset" / "steps").glob("*sum")) + list((tmp_path / "dataset").rglob("*.sqlite"))
+
+
+def test_scores_of_all_items_are_those_of_each_pair(settings):
+    _, dataset, (train, _, test) = _parts({**settings, "finetune": "none"})
+    model = MLLMMSR(train._dataset.config, train._dataset).eval()
+    rows = test._dataset.inter_feat[:2]
+    with torch.no_grad():
+        every = model.full_sort_predict(rows).view(2, -1)
+        for item in (1, 7, dataset.item_num - 1):
+            pairs = rows[:2]
+            pairs.update(Interaction({"item_id": torch.full((2,), item)}))
+            assert torch.allclose(every[:, item], model.predict(pairs), atol=1e-4)
+    assert torch.isinf(every[:, 0]).all() and every.shape == (2, dataset.item_num)
+    assert every[:, 1:].std() > 0
