@@ -19,15 +19,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import tiny_models  # noqa: E402
-import torch  # noqa: E402
-import yaml  # noqa: E402
-from PIL import Image  # noqa: E402
+import tiny_models
+import torch
+import yaml
+from PIL import Image
 
-from recbole_mllm.mllm.hf import HFModel  # noqa: E402
-from recbole_mllm.prompts import Prompt, Style, recommend_prompt  # noqa: E402
-from recbole_mllm.resources import PROPERTIES  # noqa: E402
-from recbole_mllm.settings import Settings  # noqa: E402
+from recbole_mllm.mllm.hf import HFModel
+from recbole_mllm.prompts import Prompt, Style, recommend_prompt
+from recbole_mllm.resources import PROPERTIES
+from recbole_mllm.settings import Settings
 
 STYLE = Style.from_mapping("demo", yaml.safe_load((PROPERTIES / "prompt" / "demo.yaml").read_text()))
 SETTINGS = Settings.from_config(yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text()))

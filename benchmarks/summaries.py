@@ -21,22 +21,22 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import tiny_models  # noqa: E402
-import torch  # noqa: E402
-import yaml  # noqa: E402
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: E402
+import tiny_models
+import torch
+import yaml
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from recbole_mllm.data.atomic import clean  # noqa: E402
-from recbole_mllm.data.texts import Items  # noqa: E402
-from recbole_mllm.mllm.base import Answer, Decoding  # noqa: E402
-from recbole_mllm.mllm.hf import HFModel  # noqa: E402
-from recbole_mllm.prompts import Style, item_line, preference_prompt  # noqa: E402
-from recbole_mllm.resources import PROPERTIES  # noqa: E402
-from recbole_mllm.settings import Settings  # noqa: E402
-from recbole_mllm.summaries.quality import cut_at_sentence  # noqa: E402
-from recbole_mllm.summaries.store import Store  # noqa: E402
-from recbole_mllm.summaries.users import Plan, preferences  # noqa: E402
-from recbole_mllm.summaries.writing import Scribe  # noqa: E402
+from recbole_mllm.data.atomic import clean
+from recbole_mllm.data.texts import Items
+from recbole_mllm.mllm.base import Answer, Decoding
+from recbole_mllm.mllm.hf import HFModel
+from recbole_mllm.prompts import Style, item_line, preference_prompt
+from recbole_mllm.resources import PROPERTIES
+from recbole_mllm.settings import Settings
+from recbole_mllm.summaries.quality import cut_at_sentence
+from recbole_mllm.summaries.store import Store
+from recbole_mllm.summaries.users import Plan, preferences
+from recbole_mllm.summaries.writing import Scribe
 
 STYLE = Style.from_mapping("video", yaml.safe_load((PROPERTIES / "prompt" / "video.yaml").read_text()))
 SETTINGS = Settings.from_config(yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text()))

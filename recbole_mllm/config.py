@@ -100,12 +100,17 @@ def per_model(files: Sequence[str], model: str) -> dict[str, Any]:
     """
     out: dict[str, Any] = {}
     for file in files:
-        sections = _mapping(Path(file)).get("per_model") or {}
-        if not isinstance(sections, dict) or not all(isinstance(keys, dict) for keys in sections.values()):
-            raise UserError(f"per_model in {file} must hold a model's name, and below it `key: value` lines")
-        check_keys(sections.get(model, {}), f"{file}, per_model, {model}")
-        out |= sections.get(model, {})
+        own = _sections(file).get(model, {})
+        check_keys(own, f"{file}, per_model, {model}")
+        out |= own
     return out
+
+
+def _sections(file: str) -> dict[str, dict[str, Any]]:
+    found = _mapping(Path(file)).get("per_model") or {}
+    if not isinstance(found, dict) or not all(isinstance(keys, dict) for keys in found.values()):
+        raise UserError(f"per_model in {file} must hold a model's name, and below it `key: value` lines")
+    return found
 
 
 def keys_for(name: str, model: str) -> set[str]:
@@ -115,10 +120,14 @@ def keys_for(name: str, model: str) -> set[str]:
 
 
 def sections(files: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Return the ``per_model`` sections of all `files`, a later file's keys winning; they are checked when used."""
+    """Return the ``per_model`` sections of all `files`, a later file's keys winning; keys are checked when used.
+
+    Raises:
+        UserError: A section is no mapping.
+    """
     out: dict[str, dict[str, Any]] = {}
     for file in files:
-        for model, keys in (_mapping(Path(file)).get("per_model") or {}).items():
+        for model, keys in _sections(file).items():
             out[model] = out.get(model, {}) | keys
     return out
 

@@ -219,15 +219,14 @@ def answer_tokens(encoder: Encoder, yes: str, no: str) -> AnswerTokens:
     return AnswerTokens(tails[0], tails[1])
 
 
-def pad(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> tuple[Tensor, Tensor]:
-    """Return ``[B, T]`` ids (int64) and their ``[B, T]`` attention mask (int64), padded on the right or left."""
+def pad(rows: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor]:
+    """Return ``[B, T]`` ids (int64) and their ``[B, T]`` attention mask (int64), padded on the right."""
     length = max(len(row) for row in rows)
     ids = torch.full((len(rows), length), value, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for i, row in enumerate(rows):
-        span = slice(length - len(row), length) if left else slice(0, len(row))
-        ids[i, span] = torch.tensor(row, dtype=torch.long)
-        mask[i, span] = 1
+        ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
+        mask[i, : len(row)] = 1
     return ids, mask
 
 

@@ -73,3 +73,12 @@ def test_a_section_for_one_model_is_read_for_it_alone(tmp_path):
 def test_the_benchmark_compares_on_leave_one_out_with_twenty_candidates():
     assert benchmark_defaults()["eval_args"]["mode"] == {"valid": "uni20", "test": "uni20"}
     assert benchmark_defaults()["valid_metric"] == "NDCG@10"
+
+
+@pytest.mark.parametrize("text", ["per_model: 5", "per_model: {SASRec: 5}", "per_model: [SASRec]"])
+def test_a_malformed_per_model_section_is_one_line(tmp_path, text):
+    from recbole_mllm.quick_start import make_config
+
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(UserError, match="per_model in .*bad.yaml must hold a model's name"):
+        make_config("SASRec", "demo", [str(tmp_path / "bad.yaml")], {})
