@@ -71,6 +71,7 @@ setup(
             "openai>=1.98",
             "pytest",
             "pytest-timeout",
+            "pytest-xdist",
             "ruff",
             "sentencepiece",
             "transformers[serving]",
