@@ -64,6 +64,18 @@ There is no `decision_template.jinja`, as none renders the prompt of training fo
 """
 
 
+_FOUR_BITS = {
+    "model": """\
+Its linear layers hold what the four bits (NF4) of the base model in training stand for, with the adapter added: served
+in the precision above, it scores as that run did.
+""",
+    "adapter": """\
+The base model was loaded in four bits in training (bitsandbytes: NF4, double quantisation); behind a server that loads
+it whole, scores differ by the rounding of those bits. `recbole-mllm export … --merge` keeps the rounded weights.
+""",
+}
+
+
 def readme(about: Mapping[str, Any], style: Style) -> str:
     """Return the page for an export that `about` describes."""
     state = {"title": "Red mug", "preference": "The user likes red.", "image": "<image-1>"}
@@ -72,5 +84,8 @@ def readme(about: Mapping[str, Any], style: Style) -> str:
     asking = (_DECISION if about["decision_template"] else _LOGPROBS).format(
         yes=style.answer_yes, no=style.answer_no, body=json.dumps(body, ensure_ascii=False, indent=2)
     )
+    serve = _SERVE[about["kind"]].format(**about)
+    if about["finetune"] == "qlora":
+        serve += f"\n{_FOUR_BITS[about['kind']]}"
     images = ", with the item's image" if about["use_image"] else ", without images"
-    return _README.format(**about, images=images, serve=_SERVE[about["kind"]].format(**about), asking=asking)
+    return _README.format(**about, images=images, serve=serve, asking=asking)
