@@ -19,6 +19,7 @@ from recbole_mllm.mllm.encode import Encoder
 from recbole_mllm.mllm.forward import Body
 from recbole_mllm.mllm.generation import Generation, answer_of, beginning, stream
 from recbole_mllm.mllm.plain import plain_answer
+from recbole_mllm.mllm.scoring import way_of
 from recbole_mllm.prompts import Prompt
 
 _PROBE = Decoding(4)
@@ -86,10 +87,20 @@ def _in_flight(body: Body, encoder: Encoder, stop: frozenset[int], prompt: Promp
             Generation(body, encoder, stop, len(pair)).run(fast)
         except UNSUITED as error:
             reason = told(error)
-        body.in_flight[kind] = fast.answers == own.answers
+        body.in_flight[kind] = fast.answers == own.answers and _reads_right(body, encoder, pair)
         if not body.in_flight[kind]:
             logging.getLogger().warning(
                 f"{body.config.model_type}: answers written side by side are not those of its own generate ({reason}); "
                 "they are written one by one"
             )
     return body.in_flight[kind]
+
+
+@torch.inference_mode()
+def _reads_right(body: Body, encoder: Encoder, prompts: Sequence[Prompt]) -> bool:
+    """Whether prompts are read as the model's plain forward pass does, which a few equal words do not show."""
+    encoded = [encoder(prompt) for prompt in prompts]
+    way = way_of(body, encoded, sorted(set(encoded[0].ids)))
+    if not prompts[0].images:
+        body.way = None  # nothing is known of how images are read; scoring finds out
+    return way != "plain"

@@ -43,7 +43,12 @@ UNKNOWN = {
     "gemma2": (Gemma2ForCausalLM, Gemma2Config(**TEXT, **SMALL, **HEADS, sliding_window=16), "shared", True),
     # logits are more than the head's rows
     "granite": (GraniteForCausalLM, GraniteConfig(**TEXT, **SMALL, logits_scaling=8.0), "shared", True),
-    "cohere": (CohereForCausalLM, CohereConfig(**TEXT, **SMALL, logit_scale=0.25), "shared", True),
+    "cohere": (
+        CohereForCausalLM,
+        CohereConfig(**TEXT, **SMALL, logit_scale=0.25, tie_word_embeddings=False),
+        "shared",
+        True,
+    ),
     # no keys and values at all
     "mamba": (MambaForCausalLM, MambaConfig(hidden_size=64, num_hidden_layers=2, **SMALL), "flat", False),
     # some layers with keys and values, some without
@@ -87,6 +92,12 @@ def own_of(model, prompt):
     return own_inputs(model.encoder.tokenizer, None, prompt)
 
 
+def flat(gradients):
+    return torch.cat(
+        [g.flatten() for g in gradients if g is not None]
+    )  # Mamba reads one layer's weight, not its output
+
+
 def test_an_unknown_family_scores_as_its_plain_forward(unknown, monkeypatch, caplog):
     model, way, _ = unknown
     monkeypatch.setattr(scoring, "_LEAST_GAIN", 1)
@@ -102,7 +113,8 @@ def test_an_unknown_family_scores_as_its_plain_forward(unknown, monkeypatch, cap
 
 def test_an_unknown_family_writes_as_its_own_generate(unknown, caplog):
     model, _, in_flight = unknown
-    prompts = [Prompt("and so " * n + "what is it?") for n in (1, 9, 4, 30, 2)]
+    ends = ("what is it?", "a dog", "9 TREES;", "no-one:", "x")
+    prompts = [Prompt("and so " * n + end) for n, end in zip((1, 9, 4, 30, 2), ends, strict=True)]
     expected = []
     for prompt in prompts:
         inputs = own_of(model, prompt)
@@ -133,9 +145,10 @@ def test_an_unknown_family_is_trained_by_its_own_likelihood(unknown, whole):
         logits = model.model(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None]).logits[0]
         losses.append(torch.nn.functional.cross_entropy(logits[places - 1], ids[places]))
     adapted = [p for p in model.model.parameters() if p.requires_grad]
-    own = torch.cat([g.flatten() for g in torch.autograd.grad(torch.stack(losses).mean(), adapted, allow_unused=False)])
     loss = model.loss(PROMPTS, torch.ones(len(PROMPTS)), answers, whole=whole, share_prefix=True)
-    got = torch.cat([g.flatten() for g in torch.autograd.grad(loss, adapted)])
+    own, got = (
+        flat(torch.autograd.grad(one, adapted, allow_unused=True)) for one in (torch.stack(losses).mean(), loss)
+    )
     assert torch.allclose(loss, torch.stack(losses).mean(), atol=1e-5)
     assert own.norm() > 0 and (got - own).norm() < 2e-5 * own.norm()
     model.model.train()
