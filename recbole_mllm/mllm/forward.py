@@ -204,7 +204,7 @@ class Body:
             out = out * scale
         if scale := getattr(text, "logits_scaling", None):  # Granite
             out = out / scale
-        cap = getattr(text, "final_logit_softcapping", None)  # Gemma
+        cap = self.architecture.caps_logits and getattr(text, "final_logit_softcapping", None)  # Gemma
         return torch.as_tensor(torch.tanh(out / cap) * cap if cap else out)
 
 

@@ -163,7 +163,7 @@ def _write(run: _Run, folder: Path, merge: bool) -> None:
         "use_image": recommend.use_image,
         "decision_template": not why,
     }
-    (folder / "README.md").write_text(readme(about, question.style), encoding="utf-8")
+    (folder / "README.md").write_text(readme(about, question.style, why), encoding="utf-8")
     (folder / MARKER).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 

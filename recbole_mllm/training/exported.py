@@ -59,8 +59,8 @@ decision (`POST /v1/systemone`) is answered with P({yes} | {yes} or {no}) in `an
 `image` and `assets` are left out for an item without one.
 """
 _LOGPROBS = """\
-There is no `decision_template.jinja`, as none renders the prompt of training for this model. A chat completion with
-`max_tokens: 1`, `logprobs: true` and `top_logprobs: 20` tells how likely {yes} and {no} are.
+There is no `decision_template.jinja`, as none renders the prompt of training for this model: {why}.
+A chat completion with `max_tokens: 1`, `logprobs: true` and `top_logprobs: 20` tells how likely {yes} and {no} are.
 """
 
 
@@ -76,13 +76,13 @@ it whole, scores differ by the rounding of those bits. `recbole-mllm export … 
 }
 
 
-def readme(about: Mapping[str, Any], style: Style) -> str:
-    """Return the page for an export that `about` describes."""
+def readme(about: Mapping[str, Any], style: Style, why: str = "") -> str:
+    """Return the page for an export that `about` describes; `why` it has no template, if it has none."""
     state = {"title": "Red mug", "preference": "The user likes red.", "image": "<image-1>"}
     asset = {"<image-1>": {"type": "image", "format": "png", "data_base64": "…"}}
     body = {"model": "NAME", "state": state, "questions": {"take": {"type": "noul"}}, "assets": asset}
     asking = (_DECISION if about["decision_template"] else _LOGPROBS).format(
-        yes=style.answer_yes, no=style.answer_no, body=json.dumps(body, ensure_ascii=False, indent=2)
+        yes=style.answer_yes, no=style.answer_no, why=why, body=json.dumps(body, ensure_ascii=False, indent=2)
     )
     serve = _SERVE[about["kind"]].format(**about)
     if about["finetune"] == "qlora":
