@@ -64,6 +64,7 @@ setup(
     ],
     extras_require={
         "test": [
+            "bitsandbytes>=0.46",
             "gguf",
             "hypothesis",
             "import-linter",
@@ -79,6 +80,6 @@ setup(
         "gguf": ["gguf>=0.10"],
         "server": ["openai>=1.98"],
         "report": ["plotly>=4.0.0"],
-        "qlora": ["bitsandbytes"],
+        "qlora": ["bitsandbytes>=0.46"],
     },
 )

@@ -28,6 +28,8 @@ class Architecture:
     positions_in_three_axes: bool = False
     # Without a chat template: <bos> stands behind the last image and a newline ends the prompt
     bos_behind_image: bool = False
+    # Logits are capped where the text settings name a cap; not so in a family whose forward pass passes it over
+    caps_logits: bool = True
     # The name of the language model among the modules; None: asked of the model
     language: str | None = "language_model"
 
@@ -47,7 +49,7 @@ _FAMILIES = {
     "idefics3": _IDEFICS,
     "smolvlm": _IDEFICS,
     # Its mask code reads token types by absolute position: those of a cached prefix must stand in front
-    "gemma3": Architecture(token_types="image"),
+    "gemma3": Architecture(token_types="image", caps_logits=False),
     # Its own positions begin at 1
     "paligemma": Architecture(shares_prefix=False, token_types="answer", first_position=1, bos_behind_image=True),
 }

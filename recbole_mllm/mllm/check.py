@@ -5,36 +5,28 @@ Families with a row in ``architectures`` are tested; any other may read its prom
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from recbole_mllm.mllm.encode import Encoded
 from recbole_mllm.mllm.forward import Body
+from recbole_mllm.mllm.plain import plain_logits
 
 # shared: common prefixes once; flat: batches of whole prompts; plain: the model's own call, one prompt at a time
 Way = Literal["shared", "flat", "plain"]
-_TOLERANCE = {torch.float32: 1e-3}  # of the largest logit; half precision moves more by batching alone
+_TOLERANCE = {torch.float32: 1e-4}  # of the largest logit; half precision moves more by batching alone
 _HALF = 5e-2
 # What a model that knows nothing of our caches, features or positions may raise
-_UNSUITED = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
+UNSUITED = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
-def plain_logits(body: Body, prompt: Encoded, tokens: Sequence[int]) -> Tensor:
-    """Return ``[len(tokens)]`` float32 logits behind `prompt` by the model's own forward pass with pixels."""
-    ids = torch.tensor([prompt.ids])
-    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    inputs |= body.pixels(prompt.images) if prompt.images else {}
-    takes = inspect.signature(body.head_model.forward).parameters
-    for kinds in ("mm_token_type_ids", "token_type_ids"):
-        if kinds in takes and prompt.images:
-            inputs[kinds] = (ids == body.image_token_id).int()
-    logits = body.head_model(**{name: value.to(body.device) for name, value in inputs.items()}).logits
-    return torch.as_tensor(logits[0, -1, list(tokens)]).float().cpu()
+def told(error: Exception) -> str:
+    """Return an error's name and first line."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
 def way_to_score(
@@ -43,17 +35,17 @@ def way_to_score(
     """Return the fastest way whose scores of two short prompts are those of the plain forward pass."""
     if body.architecture.known:
         return "shared" if body.architecture.shares_prefix else "flat"
-    # the shortest that shows an image, if any does; its twin says its last words twice
+    # the shortest that shows an image, if any does; its twin says its last words again and again
     first = min(prompts, key=lambda p: (not p.images, len(p.ids)))
-    pair = [first, Encoded((*first.ids, *first.ids[-3:]), first.images)]
+    pair = [first, Encoded((*first.ids, *first.ids[-3:] * 8), first.images)]
     own = torch.stack([plain_logits(body, prompt, tokens) for prompt in pair])
     allowed = _TOLERANCE.get(body.head_model.dtype, _HALF) * max(1.0, own.abs().max().item())
     ways: tuple[Way, ...] = ("shared", "flat")
     for way in ways:
         try:
             off = (score(pair, way) - own).abs().max().item()
-        except _UNSUITED as error:
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        except UNSUITED as error:
+            reason = told(error)
         else:
             if off <= allowed:
                 return way

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import string
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from recbole_mllm.mllm.encode import AnswerTokens
@@ -27,13 +27,30 @@ mapping with `title`, `preference` and, where the item has one, `image`. -#}}
 {{%- else -%}}{{%- set content = state -%}}
 {{%- endif -%}}
 """
+# Where the pipeline's own guard fails on a processor: special tokens' spellings are cut; it drops `<|split|>` again
+_GUARD = """\
+{{%- set guarded = namespace(parts=[]) -%}}
+{{%- for part in content -%}}
+  {{%- if part.type == "text" -%}}
+    {{%- set cut = namespace(text=part.text) -%}}
+    {{%- for word in {words} -%}}
+      {{%- set cut.text = cut.text.replace(word, word[0] ~ "<|split|>" ~ word[1:]) -%}}
+    {{%- endfor -%}}
+    {{%- set part = {{"type": "text", "text": cut.text}} -%}}
+  {{%- endif -%}}
+  {{%- set guarded.parts = guarded.parts + [part] -%}}
+{{%- endfor -%}}
+{{%- set content = guarded.parts -%}}
+"""
 # The pipeline says false to it, which writes an empty thought; here nothing was said when the model was trained
 _NO_THINKING = "{%- set enable_thinking = none -%}\n"
 _PARTS = '{% set messages = [{"role": "user", "content": content}] %}\n'
 _TEXT = '{% set messages = [{"role": "user", "content": content[0].text}] %}\n'
 
 
-def decision_template(chat_template: str, style: Style, *, item_first: bool, sees: bool, start: str = "") -> str:
+def decision_template(
+    chat_template: str, style: Style, *, item_first: bool, sees: bool, start: str = "", guard: Sequence[str] = ()
+) -> str:
     """Return the template's text.
 
     Args:
@@ -41,6 +58,7 @@ def decision_template(chat_template: str, style: Style, *, item_first: bool, see
         style: The wording of a `state` that is a mapping.
         item_first: Which of the style's two orders.
         sees: Whether the chat template takes parts of text and images (a processor's), or a bare text (a tokeniser's).
+        guard: Spellings the template itself is to keep plain text, the longest first.
         start: What stands before all of it, where the tokeniser puts a token in front that the chat template lacks.
     """
     order = "item-first" if item_first else "user-first"
@@ -52,7 +70,8 @@ def decision_template(chat_template: str, style: Style, *, item_first: bool, see
         without_image=_content(getattr(style, f"{name}_without_image")),
     )
     quiet = _NO_THINKING if "enable_thinking" in chat_template else ""
-    return head + quiet + (_PARTS if sees else _TEXT) + start + chat_template
+    own = _GUARD.format(words=json.dumps(list(guard), ensure_ascii=False)) if guard else ""
+    return head + own + quiet + (_PARTS if sees else _TEXT) + start + chat_template
 
 
 def _content(wording: str) -> str:

@@ -69,6 +69,11 @@ class Encoder:
         """The text that stands for an image in a rendered prompt."""
         return str(getattr(self.processor, "image_token", IMAGE))
 
+    @property
+    def spellings(self) -> list[str]:
+        """What must not be read as it stands in a title or summary, the longest first."""
+        return self._plain.spellings
+
     def __call__(self, prompt: Prompt, answer: str = "") -> Encoded:
         """Return the ids of `prompt` with the generation prompt, or with `answer` in the assistant's turn behind it."""
         if prompt.images and self.processor is None:

@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -89,22 +90,19 @@ def write_decision(mllm: HFModel, question: Question, folder: Path) -> str:
     encoder, style = mllm.encoder, question.style
     owner = encoder.processor or encoder.tokenizer
     if not (own := getattr(owner, "chat_template", None)):
-        return "the model has no chat template"
+        return "the model has no chat template, behind which a question would stand"
     answers = mllm.answers(style)
     spelt = labels(encoder.tokenizer, answers, (style.answer_yes, style.answer_no))
     if spelt is None:
         return f"the tokeniser has no single tokens for {style.answer_yes!r} and {style.answer_no!r}"
     begin = "{{ bos_token }}" if encoder.tokenizer.bos_token else ""
-    why = ""
-    # a tokeniser that puts a token in front itself is told not to for a template, which then writes it
-    for start in dict.fromkeys(("", begin, f"{begin} ")):
-        sees = encoder.processor is not None
-        template = decision_template(own, style, item_first=question.item_first, sees=sees, start=start)
-        config = DecisionConfig(labels={"noul": spelt}, chat_template=template)
-        config.save_pretrained(folder)
-        # also in the JSON, for servers that are given one by --decision-config (an adapter's, say)
-        settings = json.loads((folder / _DECISION[0]).read_text(encoding="utf-8")) | {"chat_template": template}
-        (folder / _DECISION[0]).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    why, sees = "", encoder.processor is not None
+    # transformers' guard of user text fails on some processors: the template then guards it; a tokeniser that puts a
+    # token in front itself is told not to for a template, which then writes it
+    for guard, start in product(((), encoder.spellings), dict.fromkeys(("", begin, f"{begin} "))):
+        template = decision_template(own, style, item_first=question.item_first, sees=sees, start=start, guard=guard)
+        config = DecisionConfig(labels={"noul": spelt}, chat_template=template, sanitize_control_tokens=not guard)
+        _write_config(config, folder)
         found = difference(mllm, question, folder)
         if not found:
             return ""
@@ -112,6 +110,13 @@ def write_decision(mllm: HFModel, question: Question, folder: Path) -> str:
     for name in _DECISION:
         (folder / name).unlink()
     return why
+
+
+def _write_config(config: DecisionConfig, folder: Path) -> None:
+    config.save_pretrained(folder)
+    # also in the JSON, for servers that are given one by --decision-config (an adapter's, say)
+    settings = json.loads((folder / _DECISION[0]).read_text(encoding="utf-8")) | {"chat_template": config.chat_template}
+    (folder / _DECISION[0]).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def difference(mllm: HFModel, question: Question, folder: Path) -> str:
@@ -124,34 +129,37 @@ def difference(mllm: HFModel, question: Question, folder: Path) -> str:
     if label_token_ids(tokenizer, tuple(config.labels["noul"])) != [answers.yes[0], answers.no[0]]:
         return "the answers are other tokens"
     with TemporaryDirectory() as scratch:
-        for prompt in _probes(question, sees and question.use_image, Path(scratch)):
+        hostile = " ".join(mllm.encoder.spellings)
+        for title, prompt in _probes(question, sees and question.use_image, Path(scratch), hostile):
             wanted = list(mllm.encoder(prompt).ids)
-            for body in _bodies(prompt):
+            for body in _bodies(prompt, title):
                 try:
                     ((inputs, _),) = config.prepare_inputs(body, processor)
                 except (ValueError, NotImplementedError) as error:  # transformers cannot guard this processor's texts
                     return str(error)
                 found = inputs["input_ids"][0].tolist()
-                if found != wanted:
+                # where transformers guards special tokens' spellings, they are cut in other places than here
+                if found != wanted and not (title == hostile and config.sanitize_control_tokens):
                     return _parting(tokenizer, found, wanted)
     return ""
 
 
-def _probes(question: Question, with_image: bool, folder: Path) -> list[Prompt]:
-    """Return questions without an image, and with images of two shapes."""
+def _probes(question: Question, with_image: bool, folder: Path, hostile: str) -> list[tuple[str, Prompt]]:
+    """Return titles in questions without an image, and with images of two shapes; `hostile` is a title too."""
     images: list[Path | None] = [None]
     for size in ((48, 64), (90, 33)) if with_image else ():
         images.append(folder / f"{size[0]}.png")
         Image.new("RGB", size, "red").save(folder / f"{size[0]}.png")
     return [
-        recommend_prompt(question.style, _PREFERENCE, _TITLE, image, item_first=question.item_first) for image in images
+        (title, recommend_prompt(question.style, _PREFERENCE, title, image, item_first=question.item_first))
+        for title, image in product((_TITLE, hostile), images)
     ]
 
 
-def _bodies(prompt: Prompt) -> list[dict[str, object]]:
+def _bodies(prompt: Prompt, title: str) -> list[dict[str, object]]:
     """Return the request this project sends, and the one that leaves the wording to the template."""
     body = decision_request("m", prompt)
-    state = {"title": _TITLE, "preference": _PREFERENCE}
+    state = {"title": title, "preference": _PREFERENCE}
     image = {"image": next(iter(body["assets"]))} if body["assets"] else {}
     return [body, body | {"state": state | image}]
 

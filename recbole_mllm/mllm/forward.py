@@ -37,6 +37,7 @@ class Body:
         self.device = next(self.head_model.parameters()).device
         self.architecture = architecture_of(self.head_model)
         self.way: Any = None  # how prompts are scored, found at first use (see check)
+        self.in_flight: dict[bool, bool] = {}  # whether answers are written in flight, with images or without (same)
         self.budget = Budget(_BATCH_TOKENS, self.forget_features)
         self._features: OrderedDict[str, BaseModelOutputWithPooling] = OrderedDict()
         self._bytes = 0
@@ -198,7 +199,12 @@ class Body:
                 out = states.float() @ head.weight[list(tokens)].float().T
                 if getattr(head, "bias", None) is not None:
                     out = out + head.bias[list(tokens)].float()
-        cap = getattr(self.config.get_text_config(), "final_logit_softcapping", None)
+        text = self.config.get_text_config()
+        if scale := getattr(text, "logit_scale", None):  # Cohere
+            out = out * scale
+        if scale := getattr(text, "logits_scaling", None):  # Granite
+            out = out / scale
+        cap = self.architecture.caps_logits and getattr(text, "final_logit_softcapping", None)  # Gemma
         return torch.as_tensor(torch.tanh(out / cap) * cap if cap else out)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,9 +18,10 @@ from transformers import DynamicCache
 
 from recbole_mllm.data.sampling import hash64
 from recbole_mllm.mllm.base import Answer, Ask, Decoding, Work
-from recbole_mllm.mllm.batching import out_of_memory
+from recbole_mllm.mllm.batching import free_memory, out_of_memory
 from recbole_mllm.mllm.encode import Encoded, Encoder
 from recbole_mllm.mllm.forward import Body
+from recbole_mllm.mllm.plain import drawn
 
 _READ_TOKENS = 4096  # read in one pass; more would fill memory with activations, and short prompts with padding
 _REFILL = 4  # new rows are read once this share of the slots (1/4) is free: each refill copies the cache
@@ -43,15 +44,18 @@ class _Row:
 class Generation:
     """Answers the prompts of one `Work`, at most `slots` at a time.
 
-    On out-of-memory the rows in flight start anew with half the slots; a prompt too large on its own fails alone.
+    `first` has been taken from the work already. On out-of-memory the rows in flight start anew with half the slots; a
+    prompt too large on its own fails alone.
     """
 
-    def __init__(self, body: Body, encoder: Encoder, stop: frozenset[int], slots: int) -> None:
+    def __init__(
+        self, body: Body, encoder: Encoder, stop: frozenset[int], slots: int, first: Sequence[Ask] = ()
+    ) -> None:
         self.body, self.encoder, self.stop, self.slots = body, encoder, stop, slots
         self.rows: list[_Row] = []
         self.cache: DynamicCache | None = None
         self.mask = torch.zeros(0, 0, dtype=torch.long)
-        self.again: list[Ask] = []
+        self.again: list[Ask] = list(first)
 
     @torch.inference_mode()
     def run(self, work: Work) -> None:
@@ -65,12 +69,14 @@ class Generation:
                     self._admit(newcomers, work)
                 else:
                     self._step()
-            except (torch.OutOfMemoryError, RuntimeError) as error:
+            except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
-                self._retreat(newcomers, work)
+            else:
+                self._hand_over(work)
                 continue
-            self._hand_over(work)
+            # not in the handler, where the error's traceback still holds the tensors of the failed call
+            self._retreat(newcomers, work)
 
     def _newcomers(self, work: Work) -> list[Ask]:
         free = self.slots - len(self.rows)
@@ -106,7 +112,7 @@ class Generation:
             work.fail(ask.place, f"an image cannot be read any more: {error}")
             return None
         position = int(self.body.positions(encoded)[..., -1].max()) + 1
-        return _Row(ask, encoded, self.encoder.truncated > before, position, _stream(encoded, ask.decoding))
+        return _Row(ask, encoded, self.encoder.truncated > before, position, stream(encoded, ask.decoding))
 
     def _step(self) -> None:
         """Write one token of every row."""
@@ -124,7 +130,7 @@ class Generation:
         for i, row in enumerate(rows):
             if row.done:
                 continue
-            token = best[i] if row.rng is None else _drawn(logits[i], row.ask.decoding, row.rng)
+            token = best[i] if row.rng is None else drawn(logits[i], row.ask.decoding, row.rng)
             row.new.append(token)
             row.done = token in self.stop or len(row.new) >= row.ask.decoding.max_new_tokens
 
@@ -140,9 +146,7 @@ class Generation:
             self._compact()
 
     def _answer(self, row: _Row) -> Answer:
-        ended = row.new[-1] in self.stop
-        text = self.encoder.tokenizer.decode(row.new[:-1] if ended else row.new, skip_special_tokens=True)
-        return Answer(text.strip(), len(row.encoded.ids), len(row.new), not ended, row.shortened)
+        return replace(answer_of(self.encoder.tokenizer, self.stop, row.encoded, row.new), shortened=row.shortened)
 
     def _compact(self) -> None:
         kept = [i for i, row in enumerate(self.rows) if not row.done]
@@ -164,16 +168,27 @@ class Generation:
         under_way = {row.ask.place: row.ask for row in self.rows if not row.done}
         under_way |= {ask.place: ask for ask in newcomers}
         self.rows, self.cache, self.mask = [], None, torch.zeros(0, 0, dtype=torch.long)
-        if self.body.device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_memory()
         if len(under_way) == 1:
             ((place, ask),) = under_way.items()
-            begins = " ".join(ask.prompt.text.split())[:80]
+            begins = beginning(ask)
             work.fail(place, f"it does not fit into memory even alone (lower max_text_tokens); it begins {begins!r}")
             return
         self.slots = max(1, len(under_way) // 2)
         self.again = [*under_way.values(), *self.again]
         logging.getLogger().warning(f"out of memory; writing goes on with {self.slots} prompts at a time")
+
+
+def answer_of(tokenizer: Any, stop: frozenset[int], prompt: Encoded, new: Sequence[int]) -> Answer:
+    """Return the text of the `new` tokens behind `prompt`; one that ends them is no part of it."""
+    ended = new[-1] in stop
+    text = tokenizer.decode(list(new[:-1] if ended else new), skip_special_tokens=True)
+    return Answer(text.strip(), len(prompt.ids), len(new), not ended)
+
+
+def beginning(ask: Ask) -> str:
+    """Return the first words of a prompt, to name it by."""
+    return " ".join(ask.prompt.text.split())[:80]
 
 
 def _alike(rows: Sequence[_Row]) -> Iterator[list[_Row]]:
@@ -188,21 +203,12 @@ def _alike(rows: Sequence[_Row]) -> Iterator[list[_Row]]:
         yield batch
 
 
-def _stream(encoded: Encoded, decoding: Decoding) -> np.random.Generator | None:
+def stream(encoded: Encoded, decoding: Decoding) -> np.random.Generator | None:
     """Return the row's own random stream: the same prompt samples the same, in any batch and after any interruption."""
     if not decoding.temperature:
         return None
     content = [*encoded.ids, *(image.key for image in encoded.images)]
     return np.random.default_rng(hash64("write", decoding.seed, *content))
-
-
-def _drawn(logits: Tensor, decoding: Decoding, rng: np.random.Generator) -> int:
-    """Return a token drawn from the fewest most likely ones that together reach ``top_p`` (nucleus sampling)."""
-    share, token = torch.softmax(logits.double() / decoding.temperature, -1).sort(descending=True, stable=True)
-    before = share.cumsum(-1) - share
-    share = share[before < decoding.top_p]
-    place = torch.searchsorted((share / share.sum()).cumsum(-1), rng.random())
-    return int(token[min(int(place), len(share) - 1)])
 
 
 def _layers(cache: DynamicCache) -> list[Any]:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recbole_mllm.mllm.answering import answer
 from recbole_mllm.mllm.base import Work
 from recbole_mllm.mllm.encode import AnswerTokens, Encoded, Encoder, answer_tokens
 from recbole_mllm.mllm.forward import Body
-from recbole_mllm.mllm.generation import Generation
 from recbole_mllm.mllm.loading import dtype_of, load
 from recbole_mllm.mllm.scoring import yes_logits
 from recbole_mllm.mllm.sft import example_loss, make_examples
@@ -58,7 +58,7 @@ class HFModel:
         stop = {self.encoder.tokenizer.eos_token_id}
         said = getattr(self.model.generation_config, "eos_token_id", None)
         stop |= set(said if isinstance(said, list) else [said])
-        Generation(self.body, self.encoder, frozenset(stop - {None}), self.slots).run(work)
+        answer(self.body, self.encoder, frozenset(stop - {None}), self.slots, work)
 
     @torch.inference_mode()
     def yes_scores(self, prompts: Sequence[Prompt], answers: AnswerTokens, *, share_prefix: bool = True) -> Tensor:

@@ -12,7 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from recbole_mllm.errors import UserError
 from recbole_mllm.mllm.processors import load_processor
-from recbole_mllm.mllm.quantization import quantized
+from recbole_mllm.mllm.quantization import compute_as_asked, quantized
 from recbole_mllm.mllm.sources import TINY, gguf_of, identity_of, source_of
 
 __all__ = ["TINY", "Loaded", "dtype_of", "identity_of", "load", "source_of"]
@@ -67,5 +67,6 @@ def load(
         ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    compute_as_asked(model)
     model.requires_grad_(False)
     return Loaded(model, tokenizer, processor, identity_of(name, getattr(config, "_commit_hash", None)))

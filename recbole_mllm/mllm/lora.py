@@ -8,12 +8,24 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from recbole_mllm.errors import UserError
 from recbole_mllm.mllm.architectures import language_part
 from recbole_mllm.settings import LoraSettings
 
 _NEVER = ("lm_head", "projector", "connector", "merger", "embed")
+
+
+# their fused kernels read `out_proj`'s weight past any adapter; PEFT refuses it (`_check_lora_target_modules_mamba`)
+_WITHOUT_OUT_PROJ = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether `module` is a linear layer and gives nothing else back, as Llama 4's router does; GPT-2's count too."""
+    kind = type(module)
+    plain = kind.forward is nn.Linear.forward or kind.__module__.startswith("bitsandbytes.")
+    return isinstance(module, Conv1D) or (isinstance(module, nn.Linear) and plain)
 
 
 def target_modules(model: nn.Module, where: str) -> list[str]:
@@ -24,7 +36,9 @@ def target_modules(model: nn.Module, where: str) -> list[str]:
     Raises:
         UserError: No layer qualifies.
     """
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linear = [name for name, module in model.named_modules() if _is_linear(module)]
+    if getattr(getattr(model, "config", None), "model_type", None) in _WITHOUT_OUT_PROJ:
+        linear = [name for name in linear if name.rpartition(".")[2] != "out_proj"]
     linear = [name for name in linear if not any(word in name for word in _NEVER)]
     if where == "language":
         part, _ = language_part(model)

@@ -30,8 +30,9 @@ class PlainText:
         # Gemma's runs of newlines are tokens of their own, and as harmless in a title as any letter
         self._special = {word: i for word, i in added.items() if word.strip(_WHITE)}
         self._ids = frozenset(self._special.values())
-        words = sorted({word for word in {*self._special, IMAGE} if len(word) > 1}, key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, words)))
+        # longest first, as one may hold another
+        self.spellings = sorted({word for word in {*self._special, IMAGE} if len(word) > 1}, key=lambda w: (-len(w), w))
+        self._pattern = re.compile("|".join(map(re.escape, self.spellings)))
         self._anchor = self._encode(_ANCHOR)
         self.start = self._start()
 

@@ -15,9 +15,10 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from recbole_mllm.mllm.batching import in_batches
-from recbole_mllm.mllm.check import Way, plain_logits, way_to_score
+from recbole_mllm.mllm.check import Way, way_to_score
 from recbole_mllm.mllm.encode import Encoded
 from recbole_mllm.mllm.forward import Body
+from recbole_mllm.mllm.plain import plain_logits
 
 _LEAST_GAIN = 512  # tokens a shared prefix must save to be worth a forward pass, and smaller batches behind it
 
@@ -41,10 +42,16 @@ def yes_logits(
     """
     if not prompts:
         return torch.empty(0, len(tokens))
+    found = way_of(body, prompts, tokens)
+    return _by("flat" if found == "shared" and not share_prefix else found, body, prompts, tokens, name, _LEAST_GAIN)
+
+
+def way_of(body: Body, prompts: Sequence[Encoded], tokens: Sequence[int]) -> Way:
+    """Return the fastest way that is exact for this model, found once, by two of `prompts` and logits of `tokens`."""
     if body.way is None:
         body.way = way_to_score(body, prompts, tokens, lambda pair, way: _by(way, body, pair, tokens, str, 1))
-    way: Way = "flat" if body.way == "shared" and not share_prefix else body.way
-    return _by(way, body, prompts, tokens, name, _LEAST_GAIN)
+    way: Way = body.way
+    return way
 
 
 def _by(

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from recbole_mllm.mllm.check import Way
 from recbole_mllm.mllm.encode import Encoded
 from recbole_mllm.mllm.forward import Body
-from recbole_mllm.mllm.scoring import fork
+from recbole_mllm.mllm.plain import whole_logits
+from recbole_mllm.mllm.scoring import fork, way_of
 from recbole_mllm.mllm.sharing import Group, groups
 
 
@@ -34,6 +36,8 @@ def example_loss(body: Body, examples: Sequence[Encoded], *, whole: bool = False
     Returns:
         A scalar, float32.
     """
+    if way_to_train(body, examples) == "plain":
+        return torch.stack([_plain_loss(body, example, whole) for example in examples]).mean()
     planned = groups(body, examples) if share else [Group(tuple(range(len(examples))), 0)]
     losses = [_summed_loss(body, [examples[i] for i in group.rows], group.shared, whole) for group in planned]
     return torch.stack(losses).sum() / len(examples)
@@ -45,9 +49,7 @@ def _summed_loss(body: Body, examples: Sequence[Encoded], shared: int, whole: bo
     # what is predicted, at which state, with what weight; the shared part's own tokens are labelled by every row
     labels: dict[tuple[int, int], float] = defaultdict(float)
     for i, example in enumerate(examples):
-        ids = example.ids
-        first = 1 if whole and body.architecture.shares_prefix else len(ids) - example.answer
-        places = [t for t in range(first, len(ids)) if ids[t] != body.image_token_id]
+        ids, places = example.ids, _labelled(body, example, whole)
         for t in places:
             before = t - 1
             state = before if before < shared else before + i * width
@@ -55,6 +57,33 @@ def _summed_loss(body: Body, examples: Sequence[Encoded], shared: int, whole: bo
     index, targets = torch.tensor(list(labels), device=states.device).T
     losses = functional.cross_entropy(body.logits(states[index]), targets, reduction="none")
     return (losses * torch.tensor(list(labels.values()), device=states.device)).sum()
+
+
+def way_to_train(body: Body, examples: Sequence[Encoded]) -> Way:
+    """Return how the model is run; a family without a row in the table is checked first, as it is to be scored."""
+    if body.way is None:
+        model, answers = body.head_model, sorted({token for e in examples for token in e.ids[-e.answer :]})
+        training = model.training
+        model.eval()  # dropout would tell any two passes apart
+        with torch.no_grad():
+            way_of(body, [Encoded(e.ids[: -e.answer], e.images) for e in examples], answers)
+        model.train(training)
+    way: Way = body.way
+    return way
+
+
+def _labelled(body: Body, example: Encoded, whole: bool) -> list[int]:
+    """Return the places of the tokens that are to be predicted."""
+    ids = example.ids
+    first = 1 if whole and body.architecture.shares_prefix else len(ids) - example.answer
+    return [t for t in range(first, len(ids)) if ids[t] != body.image_token_id]
+
+
+def _plain_loss(body: Body, example: Encoded, whole: bool) -> Tensor:
+    """Return one row's mean loss by the model's own forward pass, for a family that no faster way is right for."""
+    places = torch.tensor(_labelled(body, example, whole), device=body.device)
+    targets = torch.tensor(example.ids, device=body.device)[places]
+    return functional.cross_entropy(whole_logits(body, example)[places - 1], targets)
 
 
 def _states(body: Body, rows: Sequence[Encoded], shared: int) -> tuple[Tensor, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from recbole_mllm.errors import UserError
 from recbole_mllm.mllm.architectures import language_part
 from recbole_mllm.mllm.lora import adapt, adapter_state, load_adapter_state, save_adapter
+from recbole_mllm.mllm.quantization import check_four_bits
 from recbole_mllm.settings import LoraSettings
 
 TRAINED, DESCRIPTION = "trained.safetensors", "trained.json"
@@ -23,18 +23,10 @@ def check_finetune(settings: LoraSettings, device: torch.device) -> None:
     """Refuse what this machine cannot train, before anything is loaded.
 
     Raises:
-        UserError: ``finetune: qlora`` without a CUDA device or without bitsandbytes.
+        UserError: ``finetune: qlora`` without bitsandbytes, or on a device it has nothing for.
     """
-    if settings.finetune != "qlora":
-        return
-    if device.type != "cuda":
-        raise UserError(f"finetune: qlora needs a CUDA device, and this run is on {device}; set finetune: lora")
-    try:
-        importlib.import_module("bitsandbytes")
-    except ImportError:
-        raise UserError(
-            'finetune: qlora needs bitsandbytes: pip install "recbole-mllm[qlora]", or set finetune: lora'
-        ) from None
+    if settings.finetune == "qlora":
+        check_four_bits(device)
 
 
 def tune(model: Any, settings: LoraSettings, seed: int) -> Any:

@@ -18,7 +18,8 @@ from recbole_mllm.endpoints import is_server
 from recbole_mllm.errors import UserError
 from recbole_mllm.mllm.exporting import CONFIGS, Question, write_decision, write_model
 from recbole_mllm.mllm.hf import HFModel
-from recbole_mllm.mllm.tuning import load_trained_state, tune
+from recbole_mllm.mllm.quantization import dequantized
+from recbole_mllm.mllm.tuning import check_finetune, load_trained_state, tune
 from recbole_mllm.model.stages import load_style
 from recbole_mllm.settings import MLLMSettings, Settings
 from recbole_mllm.training.checkpoint import LAST, read_checkpoint
@@ -112,13 +113,22 @@ def _read(path: Path) -> _Run:
     return _Run(path, checkpoint, settings, base, dtype)
 
 
-def _load(run: _Run) -> HFModel:
-    """Return the model as it was trained, on the CPU; a base in four bits is loaded in its own precision."""
+def _load(run: _Run, merge: bool) -> HFModel:
+    """Return the model as it was trained, on the CPU.
+
+    A base in four bits is loaded in its own precision, which is all an adapter's folder takes; to be merged, it is
+    what those four bits stand for, as that is what the adapter was trained on.
+    """
     settings = MLLMSettings.from_config({**asdict(run.settings.mllm), "dtype": run.dtype})
-    mllm = HFModel(settings.mllm, settings, _CPU)
-    if mllm.identity != f"{run.base}:{run.dtype}":
-        raise UserError(f"{run.path} belongs to {run.base}, not to {mllm.identity}; put that model back in its place")
     lora = run.settings.lora
+    four_bit = merge and lora.finetune == "qlora"
+    if four_bit:
+        check_finetune(lora, _CPU)
+    mllm = HFModel(settings.mllm, settings, _CPU, four_bit=four_bit)
+    if mllm.identity.removesuffix(":nf4") != f"{run.base}:{run.dtype}":
+        raise UserError(f"{run.path} belongs to {run.base}, not to {mllm.identity}; put that model back in its place")
+    if four_bit:
+        mllm.replace_model(dequantized(mllm.model))
     if lora.finetune != "none":
         mllm.replace_model(tune(mllm.model, lora, 0))
         load_trained_state(mllm.model, dict(run.checkpoint["state_dict"]))
@@ -127,7 +137,7 @@ def _load(run: _Run) -> HFModel:
 
 
 def _write(run: _Run, folder: Path, merge: bool) -> None:
-    mllm = _load(run)
+    mllm = _load(run, merge)
     recommend = run.settings.recommend
     question = Question(load_style(run.settings), recommend.prompt_order == "item-first", recommend.use_image)
     name = run.settings.mllm.mllm
@@ -153,7 +163,7 @@ def _write(run: _Run, folder: Path, merge: bool) -> None:
         "use_image": recommend.use_image,
         "decision_template": not why,
     }
-    (folder / "README.md").write_text(readme(about, question.style), encoding="utf-8")
+    (folder / "README.md").write_text(readme(about, question.style, why), encoding="utf-8")
     (folder / MARKER).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 

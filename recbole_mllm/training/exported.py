@@ -59,18 +59,33 @@ decision (`POST /v1/systemone`) is answered with P({yes} | {yes} or {no}) in `an
 `image` and `assets` are left out for an item without one.
 """
 _LOGPROBS = """\
-There is no `decision_template.jinja`, as none renders the prompt of training for this model. A chat completion with
-`max_tokens: 1`, `logprobs: true` and `top_logprobs: 20` tells how likely {yes} and {no} are.
+There is no `decision_template.jinja`, as none renders the prompt of training for this model: {why}.
+A chat completion with `max_tokens: 1`, `logprobs: true` and `top_logprobs: 20` tells how likely {yes} and {no} are.
 """
 
 
-def readme(about: Mapping[str, Any], style: Style) -> str:
-    """Return the page for an export that `about` describes."""
+_FOUR_BITS = {
+    "model": """\
+Its linear layers hold what the four bits (NF4) of the base model in training stand for, with the adapter added: served
+in the precision above, it scores as that run did.
+""",
+    "adapter": """\
+The base model was loaded in four bits in training (bitsandbytes: NF4, double quantisation); behind a server that loads
+it whole, scores differ by the rounding of those bits. `recbole-mllm export … --merge` keeps the rounded weights.
+""",
+}
+
+
+def readme(about: Mapping[str, Any], style: Style, why: str = "") -> str:
+    """Return the page for an export that `about` describes; `why` it has no template, if it has none."""
     state = {"title": "Red mug", "preference": "The user likes red.", "image": "<image-1>"}
     asset = {"<image-1>": {"type": "image", "format": "png", "data_base64": "…"}}
     body = {"model": "NAME", "state": state, "questions": {"take": {"type": "noul"}}, "assets": asset}
     asking = (_DECISION if about["decision_template"] else _LOGPROBS).format(
-        yes=style.answer_yes, no=style.answer_no, body=json.dumps(body, ensure_ascii=False, indent=2)
+        yes=style.answer_yes, no=style.answer_no, why=why, body=json.dumps(body, ensure_ascii=False, indent=2)
     )
+    serve = _SERVE[about["kind"]].format(**about)
+    if about["finetune"] == "qlora":
+        serve += f"\n{_FOUR_BITS[about['kind']]}"
     images = ", with the item's image" if about["use_image"] else ", without images"
-    return _README.format(**about, images=images, serve=_SERVE[about["kind"]].format(**about), asking=asking)
+    return _README.format(**about, images=images, serve=serve, asking=asking)

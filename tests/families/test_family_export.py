@@ -8,9 +8,9 @@ from transformers.decision import DecisionConfig
 from recbole_mllm.mllm.decision import decision_request
 from recbole_mllm.mllm.exporting import Question, copy_own_files, write_decision
 from recbole_mllm.mllm.processors import load_processor
+from recbole_mllm.prompts import recommend_prompt
 
-# no chat template; transformers' guard of user text fails on this processor
-NONE = {"paligemma": "no chat template", "idefics3": "char_to_token"}
+NONE = {"paligemma": "no chat template"}
 
 
 @pytest.mark.parametrize("item_first", [True, False])
@@ -30,6 +30,16 @@ def test_the_template_renders_the_prompts_of_training(mllm, folder, sees, prompt
         answers = mllm.answers(STYLE)
         read = [processor_ids(processor, label) for label in question.labels]
         assert read == [[answers.yes[0]], [answers.no[0]]] and question.options == ["true", "false"]
+    decode = mllm.encoder.tokenizer.decode
+    special = set(mllm.encoder.tokenizer.all_special_ids) | set(mllm.encoder.tokenizer.get_added_vocab().values())
+    tame, hostile = (
+        config.prepare_inputs(decision_request("m", recommend_prompt(STYLE, "x", title, None)), processor)[0][0]
+        for title in ("a mug", " ".join(mllm.encoder.spellings))
+    )
+    kept = [
+        [i for i in inputs["input_ids"][0].tolist() if i in special and decode(i).strip()] for inputs in (tame, hostile)
+    ]
+    assert kept[0] == kept[1]
 
 
 def processor_ids(processor, text):

@@ -1,6 +1,8 @@
 """A family this project has no row for is checked once; what disagrees with its plain forward pass is not used."""
 
+import copy
 import logging
+from dataclasses import replace
 
 import pytest
 import tiny_models
@@ -9,51 +11,150 @@ from PIL import Image
 from stock_forward import CPU, SETTINGS, STYLE, own_inputs, own_logits
 from tiny_models.parts import TEXT, write
 from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GraniteConfig,
     GraniteForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     MambaConfig,
     MambaForCausalLM,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
 )
 
 from recbole_mllm.mllm import architectures, scoring
+from recbole_mllm.mllm.base import Decoding, answers_of
 from recbole_mllm.mllm.hf import HFModel
-from recbole_mllm.prompts import recommend_prompt
+from recbole_mllm.mllm.tuning import tune
+from recbole_mllm.prompts import Prompt, recommend_prompt
 
 SMALL = {"vocab_size": 389, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+HEADS = {"head_dim": 16}
+# model, settings, how it is scored, whether its answers are written in flight
 UNKNOWN = {
-    "gpt2": (GPT2LMHeadModel, GPT2Config(n_embd=64, n_layer=2, n_head=4, **SMALL), "shared"),
+    # its linear layers are no `nn.Linear`
+    "gpt2": (GPT2LMHeadModel, GPT2Config(n_embd=64, n_layer=2, n_head=4, **SMALL), "shared", True),
     # two layers of a sliding window, and capped logits
-    "gemma2": (Gemma2ForCausalLM, Gemma2Config(**TEXT, **SMALL, head_dim=16, sliding_window=16), "shared"),
-    # divides its logits: the head's rows alone are not the whole story
-    "granite": (GraniteForCausalLM, GraniteConfig(**TEXT, **SMALL, logits_scaling=8.0), "plain"),
-    # has no keys and values at all
-    "mamba": (MambaForCausalLM, MambaConfig(hidden_size=64, num_hidden_layers=2, **SMALL), "flat"),
+    "gemma2": (Gemma2ForCausalLM, Gemma2Config(**TEXT, **SMALL, **HEADS, sliding_window=16), "shared", True),
+    # logits are more than the head's rows
+    "granite": (GraniteForCausalLM, GraniteConfig(**TEXT, **SMALL, logits_scaling=8.0), "shared", True),
+    "cohere": (
+        CohereForCausalLM,
+        CohereConfig(**TEXT, **SMALL, logit_scale=0.25, tie_word_embeddings=False),
+        "shared",
+        True,
+    ),
+    # no keys and values at all
+    "mamba": (MambaForCausalLM, MambaConfig(hidden_size=64, num_hidden_layers=2, **SMALL), "flat", False),
+    # some layers with keys and values, some without
+    "lfm2": (
+        Lfm2ForCausalLM,
+        Lfm2Config(**TEXT, **SMALL, layer_types=["conv", "full_attention", "conv"]),
+        "flat",
+        False,
+    ),
+    # a recurrence that padding disturbs
+    "recurrent_gemma": (
+        RecurrentGemmaForCausalLM,
+        RecurrentGemmaConfig(
+            **{k: v for k, v in TEXT.items() if k != "max_position_embeddings"},
+            **SMALL,
+            **HEADS,
+            lru_width=64,
+            attention_window_size=16,
+            block_types=["recurrent", "recurrent", "attention"],
+        ),
+        "plain",
+        False,
+    ),
 }
 PROMPTS = [recommend_prompt(STYLE, f"likes {what} cats", "a mug", None) for what in ("big", "very small", "no")]
 
 
-@pytest.mark.parametrize("family", UNKNOWN)
-def test_an_unknown_family_scores_as_its_plain_forward(family, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(scoring, "_LEAST_GAIN", 1)
-    words = tiny_models.llama(tmp_path / "words")
-    build, config, way = UNKNOWN[family]
-    write(tmp_path, build, config, seed=1)
+@pytest.fixture(scope="module", params=UNKNOWN)
+def unknown(request, tmp_path_factory):
+    """A model of a family without a row in the table, and what is expected of it."""
+    place = tmp_path_factory.mktemp(request.param)
+    words = tiny_models.llama(place / "words")
+    build, config, *expected = UNKNOWN[request.param]
+    write(place, build, config, seed=1)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        (tmp_path / name).write_bytes((words / name).read_bytes())
-    model = HFModel(str(tmp_path), SETTINGS.mllm, CPU)
+        (place / name).write_bytes((words / name).read_bytes())
+    return HFModel(str(place), SETTINGS.mllm, CPU, slots=3), *expected
+
+
+def own_of(model, prompt):
+    return own_inputs(model.encoder.tokenizer, None, prompt)
+
+
+def flat(gradients):
+    return torch.cat(
+        [g.flatten() for g in gradients if g is not None]
+    )  # Mamba reads one layer's weight, not its output
+
+
+def test_an_unknown_family_scores_as_its_plain_forward(unknown, monkeypatch, caplog):
+    model, way, _ = unknown
+    monkeypatch.setattr(scoring, "_LEAST_GAIN", 1)
     answers = model.answers(STYLE)
     with caplog.at_level(logging.WARNING):
         got = model.yes_scores(PROMPTS, answers)
-    inputs = [own_inputs(model.encoder.tokenizer, None, prompt) for prompt in PROMPTS]
-    own = torch.stack([own_logits(model.model, one)[-1] for one in inputs])
+    own = torch.stack([own_logits(model.model, own_of(model, prompt))[-1] for prompt in PROMPTS])
     margin = own[:, answers.yes[0]] - own[:, answers.no[0]]
     assert margin.std() > 1e-3 and torch.allclose(got, margin, atol=1e-5)
     assert model.body.way == way
     assert ("disagrees with a plain forward pass" in caplog.text) == (way != "shared")
+
+
+def test_an_unknown_family_writes_as_its_own_generate(unknown, caplog):
+    model, _, in_flight = unknown
+    ends = ("what is it?", "a dog", "9 TREES;", "no-one:", "x")
+    prompts = [Prompt("and so " * n + end) for n, end in zip((1, 9, 4, 30, 2), ends, strict=True)]
+    expected = []
+    for prompt in prompts:
+        inputs = own_of(model, prompt)
+        out = model.model.generate(**inputs, max_new_tokens=10, do_sample=False)
+        new = out[0, inputs["input_ids"].size(1) :]
+        expected.append(model.encoder.tokenizer.decode(new, skip_special_tokens=True).strip())
+    with caplog.at_level(logging.WARNING):
+        assert [answer.text for answer in answers_of(model, prompts, Decoding(10))] == expected
+    assert len(set(expected)) > 1 and model.body.in_flight == {False: in_flight}
+    assert ("written one by one" in caplog.text) == (not in_flight)
+    # sampling depends on the prompt and the seed alone, and a nucleus of next to nothing is the greedy choice
+    assert [answer.text for answer in answers_of(model, prompts, Decoding(10, 0.9, 1e-9))] == expected
+    sampled = Decoding(10, 0.9, 0.95, seed=3)
+    assert answers_of(model, prompts[::-1], sampled)[::-1] == answers_of(model, prompts, sampled)
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["answer", "whole"])
+def test_an_unknown_family_is_trained_by_its_own_likelihood(unknown, whole):
+    given, *_ = unknown
+    model = copy.deepcopy(given)
+    model.replace_model(tune(model.model, replace(SETTINGS.lora, lora_dropout=0.0), seed=1))
+    answers = model.answers(STYLE)
+    losses = []
+    for prompt in PROMPTS:
+        start = own_of(model, prompt)["input_ids"][0]
+        ids = torch.cat([start, torch.tensor(answers.yes)])
+        places = torch.arange(1 if whole else len(start), len(ids))
+        logits = model.model(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None]).logits[0]
+        losses.append(torch.nn.functional.cross_entropy(logits[places - 1], ids[places]))
+    adapted = [p for p in model.model.parameters() if p.requires_grad]
+    loss = model.loss(PROMPTS, torch.ones(len(PROMPTS)), answers, whole=whole, share_prefix=True)
+    own, got = (
+        flat(torch.autograd.grad(one, adapted, allow_unused=True)) for one in (torch.stack(losses).mean(), loss)
+    )
+    assert torch.allclose(loss, torch.stack(losses).mean(), atol=1e-5)
+    assert own.norm() > 0 and (got - own).norm() < 2e-5 * own.norm()
+    model.model.train()
+    model.body.way = None  # the check must not leave dropout off
+    model.loss(PROMPTS, torch.ones(len(PROMPTS)), answers)
+    assert all(module.training for module in model.model.modules())
 
 
 def test_a_prefix_lm_nobody_told_of_is_caught(tmp_path, monkeypatch, caplog):

@@ -205,14 +205,21 @@ def test_full_tuning_trains_the_language_model_alone_and_comes_back(place, tmp_p
         load_trained_state(_model(place, tiny_models.llava, finetune="full", lora_target="all").model, state)
 
 
-def test_qlora_that_cannot_run_is_one_line_before_anything_is_loaded(monkeypatch):
-    wanted = replace(SETTINGS.lora, finetune="qlora")
-    with pytest.raises(UserError, match="needs a CUDA device.*set finetune: lora"):
-        check_finetune(wanted, CPU)
+def test_qlora_without_bitsandbytes_is_one_line_before_anything_is_loaded(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(UserError, match=r"pip install \"recbole-mllm\[qlora\]\""):
-        check_finetune(wanted, torch.device("cuda"))
+    monkeypatch.delitem(sys.modules, "bitsandbytes.functional", raising=False)
+    with pytest.raises(UserError, match=r"pip install \"recbole-mllm\[qlora\]\", or set finetune: lora"):
+        check_finetune(replace(SETTINGS.lora, finetune="qlora"), CPU)
     check_finetune(SETTINGS.lora, CPU)
+
+
+def test_qlora_on_a_device_that_bitsandbytes_fails_on_is_one_line():
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra `qlora`)")
+    wanted = replace(SETTINGS.lora, finetune="qlora")
+    check_finetune(wanted, CPU)
+    absent = next(kind for kind in ("cuda", "xpu") if not getattr(torch, kind).is_available())
+    with pytest.raises(UserError, match=f"cannot run on {absent}, as bitsandbytes fails there .*set finetune: lora"):
+        check_finetune(wanted, torch.device(absent))
 
 
 @pytest.mark.parametrize("build", FAMILIES)
