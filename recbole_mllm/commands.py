@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from recbole_mllm import ranks
 from recbole_mllm.errors import UserError
 
 DEMO_MODELS = "Pop,ItemKNN,SASRec,GRU4Rec,MLLMMSR"
@@ -22,6 +23,7 @@ DEMO_NOTE = (
 )
 POSTERS_NOTE = "The bundled tiny MLLM has never seen a film poster: its row shows that every stage runs on real data."
 DEFAULT_SEED = 2024
+OURS = "MLLMMSR"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,8 @@ def _config(model: str, dataset: str, options: Options) -> Any:
     from recbole_mllm.quick_start import make_config
     from recbole_mllm.settings import EvaluationSettings, Settings
 
+    if "nproc" in options.overrides:
+        raise _nproc(options.overrides["nproc"])
     check_keys(options.overrides, "the command line")
     sys.argv = sys.argv[:1]
     files = config_paths(_with_preset(dataset, options.config_files))
@@ -56,10 +60,21 @@ def _config(model: str, dataset: str, options: Options) -> Any:
     except ValueError as error:  # RecBole's word for a model, mode or metric it does not know
         raise UserError(f"{error}".strip().replace("\n", " ") + _nearest_model(model)) from error
     EvaluationSettings.from_config(config)
-    if model == "MLLMMSR":
+    if model == OURS:
         Settings.from_config(config)
     _check_dataset(Path(config["data_path"]), config)
     return config
+
+
+def _nproc(count: object) -> UserError:
+    from recbole_mllm.compat.ranked import two_launchers
+
+    if ranks.is_launched():
+        return two_launchers(count)
+    return UserError(
+        f"nproc {count} is RecBole's own way to several GPUs, which MLLMMSR does not take; start "
+        f"`accelerate launch --num_processes {count} run_recbole_mllm.py …`, see docs/launching.md"
+    )
 
 
 def _nearest_model(name: str) -> str:
@@ -98,7 +113,11 @@ def run_model(model: str, dataset: str, options: Options) -> int:
     """Train and evaluate one model, as RecBole's ``run_recbole.py`` does."""
     from recbole_mllm.quick_start import run
 
+    if model != OURS and not ranks.is_main():
+        return 0  # RecBole's own models run in one process
     outcome = run(_config(model, dataset, options))
+    if not ranks.is_main():
+        return 0
     print(f"best valid: {_metrics(outcome.valid)}")
     print(f"test:       {_metrics(outcome.test)}")
     print(f"checkpoint: {outcome.checkpoint}")
@@ -113,8 +132,10 @@ def summarize(dataset: str, stage: str, dry: bool, options: Options) -> int:
     """Make the summaries that a training of MLLMMSR with the same settings would read, no more; or say their cost."""
     from recbole_mllm.quick_start import prepare_summaries
 
-    for line in prepare_summaries(_config("MLLMMSR", dataset, options), stage, dry=dry):
-        print(line)
+    config = _config(OURS, dataset, options)
+    for line in ranks.on_main(lambda: prepare_summaries(config, stage, dry=dry)):
+        if ranks.is_main():
+            print(line)
     return 0
 
 

@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -17,6 +18,8 @@ def exit_code(run: Callable[[list[str]], int], words: Sequence[str]) -> int:
     """Return what `run` returns, and what `arguments.exit_code` does for a mistake; anything else raised is 1."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _ended_by_launcher)
+    if not ranks.is_main():
+        warnings.simplefilter("ignore")  # the main process has shown them
     debug = "--debug" in words
     try:
         return run([word for word in words if word != "--debug"])

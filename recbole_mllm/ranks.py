@@ -10,6 +10,7 @@ process that only waits holds no GPU.
 
 from __future__ import annotations
 
+import importlib
 import os
 import pickle
 import time
@@ -70,9 +71,7 @@ def start() -> None:
     """Join the process group, once: gloo for what is on the CPU, NCCL for what is on GPUs; take this process's GPU."""
     if not is_launched():
         return
-    import torch
-
-    dist = _dist()
+    torch, dist = _torch(), _dist()
     if dist.is_initialized():
         return
     backend = "gloo"
@@ -87,9 +86,7 @@ def start() -> None:
             world_size=world_size(),
             timeout=_COLLECTIVE,
         )
-    from accelerate import PartialState  # so that Accelerate's own helpers know of the group
-
-    PartialState()
+    importlib.import_module("accelerate").PartialState()  # so that Accelerate's own helpers know of the group
 
 
 def gather_objects(value: T) -> list[T]:
@@ -155,9 +152,8 @@ def sum_gradients(parameters: Iterable[Any], *numbers: float) -> list[float]:
     """
     if not is_launched():
         return list(numbers)
-    import torch
-
     start()
+    torch = _torch()
     every = list(parameters)
     device = every[0].device
     with _together():
@@ -167,7 +163,7 @@ def sum_gradients(parameters: Iterable[Any], *numbers: float) -> list[float]:
         used = [p for p, count in zip(every, summed[len(numbers) :].tolist(), strict=True) if count]
         for part in _buckets(used):
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in part]
-            flat: Any = torch.cat([grad.flatten() for grad in grads])
+            flat = torch.cat([grad.flatten() for grad in grads])
             _dist().all_reduce(flat)
             for p, grad in zip(part, flat.split([grad.numel() for grad in grads]), strict=True):
                 p.grad = grad.view_as(p).clone() if p.grad is None else p.grad.copy_(grad.view_as(p))
@@ -225,10 +221,12 @@ def failure_code() -> int:
     return LOST
 
 
-def _dist() -> Any:
-    import torch.distributed
+def _torch() -> Any:
+    return importlib.import_module("torch")
 
-    return torch.distributed
+
+def _dist() -> Any:
+    return importlib.import_module("torch.distributed")
 
 
 def _store() -> Any:

@@ -172,7 +172,7 @@ def _record(
         device=str(outcome.config["device"]),
         versions=_versions(),
         commit=_commit(),
-        world_size=1,
+        world_size=outcome.world_size,
         tuning=tuning,
     )
 
