@@ -50,8 +50,6 @@ def _config(model: str, dataset: str, options: Options) -> Any:
     from recbole_mllm.quick_start import make_config
     from recbole_mllm.settings import EvaluationSettings, Settings
 
-    if "nproc" in options.overrides:
-        raise _nproc(options.overrides["nproc"])
     check_keys(options.overrides, "the command line")
     sys.argv = sys.argv[:1]
     files = config_paths(_with_preset(dataset, options.config_files))
@@ -64,17 +62,6 @@ def _config(model: str, dataset: str, options: Options) -> Any:
         Settings.from_config(config)
     _check_dataset(Path(config["data_path"]), config)
     return config
-
-
-def _nproc(count: object) -> UserError:
-    from recbole_mllm.compat.ranked import two_launchers
-
-    if ranks.is_launched():
-        return two_launchers(count)
-    return UserError(
-        f"nproc {count} is RecBole's own way to several GPUs, which MLLMMSR does not take; start "
-        f"`accelerate launch --num_processes {count} run_recbole_mllm.py …`, see docs/launching.md"
-    )
 
 
 def _nearest_model(name: str) -> str:
@@ -150,6 +137,7 @@ def benchmark(
     tune: int = 0,
 ) -> int:
     """Run every model on the same candidates and write the leaderboard."""
+    from recbole_mllm.benchmark.launched import follow
     from recbole_mllm.benchmark.report import format_leaderboard
     from recbole_mllm.benchmark.run import BenchmarkPlan
     from recbole_mllm.benchmark.run import benchmark as run_benchmark
@@ -173,6 +161,8 @@ def benchmark(
         tune=tune,
         embed_images=options.embed_images,
     )
+    if not ranks.is_main():
+        return follow()
     html = run_benchmark(plan)
     print(format_leaderboard(folder))
     print(f"report: {html}")
@@ -293,8 +283,9 @@ def demo(options: Options) -> int:
 
     world = "demo" if options.seed in (None, DEMO_SEED) else f"demo-{options.seed}"
     folder = Path("results/demo")
-    _set_aside(folder, world)
-    print(f"dataset {world}: {DEMO_NOTE}")
+    if ranks.is_main():
+        _set_aside(folder, world)
+        print(f"dataset {world}: {DEMO_NOTE}")
     return benchmark(world, DEMO_MODELS, None, str(folder), 1, False, options)
 
 

@@ -22,7 +22,9 @@ def exit_code(run: Callable[[list[str]], int], words: Sequence[str]) -> int:
         warnings.simplefilter("ignore")  # the main process has shown them
     debug = "--debug" in words
     try:
-        return run([word for word in words if word != "--debug"])
+        code = run([word for word in words if word != "--debug"])
+        ranks.stop()
+        return code
     except KeyboardInterrupt:
         return end(1, "recbole-mllm: stopped; what was finished is kept")
     except UserError as error:

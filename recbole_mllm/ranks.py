@@ -116,10 +116,9 @@ def on_main(work: Callable[[], T]) -> T:
     key = _turn("main")
     if is_main():
         value = work()
-        _told(lambda store: store.set(key, pickle.dumps(value)))
+        post(key, pickle.dumps(value))
         return value
-    _await(key)
-    return pickle.loads(_told(lambda store: store.get(key)))  # type: ignore[no-any-return]
+    return pickle.loads(read(key))  # type: ignore[no-any-return]
 
 
 def main_first(work: Callable[[], T]) -> T:
@@ -132,6 +131,35 @@ def main_first(work: Callable[[], T]) -> T:
         return done
     on_main(lambda: None)
     return work()
+
+
+def post(key: str, value: bytes) -> None:
+    """Put `value` where every process can `read` it."""
+    _told(lambda store: store.set(key, value))
+
+
+def is_posted(key: str) -> bool:
+    """Return whether a process has put something at `key`."""
+    return bool(_told(lambda store: store.check([key])))
+
+
+def read(key: str) -> bytes:
+    """Return what a process puts at `key`, waiting for it however long; if one fails meanwhile, this one does too."""
+    _await(key)
+    return bytes(_told(lambda store: store.get(key)))
+
+
+def stop() -> None:
+    """Leave, when all is done: the main process last, as it may be the host of what the others still ask."""
+    if not is_launched() or os.getpid() not in _store_of:
+        return
+    if _dist().is_initialized():
+        _dist().destroy_process_group()
+    came = _told(lambda store: store.add("left", 1))
+    patience = time.monotonic() + 60
+    while is_main() and came < world_size() and time.monotonic() < patience:
+        time.sleep(_FIRST_POLL_S)
+        came = _told(lambda store: store.add("left", 0))
 
 
 def meet() -> None:

@@ -91,7 +91,6 @@ class KeptScores:
         known |= new
         return [known[digest] for digest in digests]
 
-
     def _opened(self) -> ScoreCache:
         self._cache = self._cache or ScoreCache(score_file(self._folder), self._settings.score_cache_mb)
         return self._cache

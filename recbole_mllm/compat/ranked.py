@@ -64,7 +64,7 @@ def _refuse(values: dict[str, Any]) -> None:
         UserError: Names the one to drop.
     """
     if int(values.get("nproc") or 1) > 1 or "local_rank" in values:
-        raise two_launchers(values.get("nproc"))
+        raise two_launchers("the configuration")
     for name, what in _SHARDED.items():
         if os.environ.get(name, "").lower() in ("1", "true"):
             raise UserError(
@@ -73,11 +73,16 @@ def _refuse(values: dict[str, Any]) -> None:
             )
 
 
-def two_launchers(nproc: object) -> UserError:
-    """Return the complaint about RecBole's `nproc` in a process that a launcher has started."""
+def two_launchers(where: str) -> UserError:
+    """Return the complaint about RecBole's `nproc`, its own way to several GPUs, given in `where`."""
+    if ranks.is_launched():
+        return UserError(
+            f"nproc in {where} asks RecBole to start processes, and a launcher has started {ranks.world_size()} "
+            "already; leave nproc out"
+        )
     return UserError(
-        f"a launcher has started {ranks.world_size()} processes, and nproc {nproc} asks RecBole to start its own; "
-        "leave nproc out"
+        f"nproc in {where} is RecBole's own way to several GPUs, which MLLMMSR does not go; leave it out and start "
+        "`accelerate launch --num_processes N run_recbole_mllm.py …` (docs/launching.md)"
     )
 
 

@@ -89,7 +89,7 @@ def ask_for_nccl(quick_start: ModuleType) -> None:
             nproc = kwargs.get("nproc", args[5] if len(args) > 5 else 1)
             world_size = kwargs.get("world_size", args[6] if len(args) > 6 else -1)
             if nproc != 1 and ranks.is_launched():
-                raise two_launchers(nproc)
+                raise two_launchers("run()")
             if nproc != 1 or world_size > 0:  # quick_start.py:53
                 require_nccl(nproc)
             return stock(*args, **kwargs)
