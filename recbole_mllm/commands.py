@@ -109,11 +109,11 @@ def _metrics(values: Mapping[str, float]) -> str:
     return "  ".join(f"{name} {value:.4f}" for name, value in values.items()) or "-"
 
 
-def summarize(dataset: str, stage: str, dry: bool, options: Options) -> int:
+def summarize(dataset: str, stage: str, dry: bool, since: str | None, options: Options) -> int:
     """Make the summaries that a training of MLLMMSR with the same settings would read, no more; or say their cost."""
     from recbole_mllm.quick_start import prepare_summaries
 
-    for line in prepare_summaries(_config("MLLMMSR", dataset, options), stage, dry=dry):
+    for line in prepare_summaries(_config("MLLMMSR", dataset, options), stage, dry=dry, since=since):
         print(line)
     return 0
 

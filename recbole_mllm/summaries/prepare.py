@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping, Set
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 from recbole_mllm.data import schema
-from recbole_mllm.data.texts import Items, write_item_summaries, write_user_summaries
+from recbole_mllm.data.texts import Items, write_item_summaries
 from recbole_mllm.errors import UserError
 from recbole_mllm.mllm.base import Decoding, Writer
 from recbole_mllm.prompts import Style, titles_as_preference
 from recbole_mllm.settings import SummarySettings
 from recbole_mllm.summaries.chains import State, before, state_at
 from recbole_mllm.summaries.items import item_summaries
+from recbole_mllm.summaries.lastexport import LastExport
+from recbole_mllm.summaries.marks import Marker
 from recbole_mllm.summaries.store import Store
 from recbole_mllm.summaries.users import Plan, as_rows, preferences
 from recbole_mllm.summaries.writing import Scribe
@@ -117,13 +119,48 @@ def make_preferences(stage: Stage, plan: Plan) -> Preferences:
     texts: dict[tuple[str, State], str] = {}
     if s.summary_mode != "none":
         with closing(Store(schema.store_file(stage.folder))) as store:
-            summaries = make_item_summaries(stage, store, plan.items(s))
-            scribe = user_scribe(stage, store)
-            texts = preferences(scribe, stage.style, stage.items, summaries, plan, s)
-            scribe.report()
-        path = schema.usum_file(stage.folder, stage.tag)
-        _log_export(path, write_user_summaries(path, as_rows(texts, plan)))
+            texts = _refreshed(stage, store, plan, None, plan.positions).texts
     return Preferences(texts, plan, stage.items, stage.style, s)
+
+
+def refresh(stage: Stage, plan: Plan, users: Set[str] | None = None) -> list[str]:
+    """Write the summaries that `plan`'s rows read and the last export lacks, of `users` alone if given.
+
+    Texts of other users are left on disk: a refresh costs what has changed.
+
+    Returns:
+        The users among the others whose rows still lack a summary.
+    """
+    if stage.settings.summary_mode == "none":
+        return []
+    with closing(Store(schema.store_file(stage.folder))) as store:
+        return _refreshed(stage, store, plan, users, ()).left
+
+
+@dataclass(frozen=True, slots=True)
+class _Refreshed:
+    texts: dict[tuple[str, State], str]
+    left: list[str]
+
+
+def _refreshed(stage: Stage, store: Store, plan: Plan, users: Set[str] | None, read: Container[str]) -> _Refreshed:
+    """Bring the export up to date for `users` (None: all), and return the texts of those it took and of `read`."""
+    s = stage.settings
+    summaries = make_item_summaries(stage, store, plan.items(s))
+    scribe = user_scribe(stage, store)
+    last = LastExport(schema.usum_file(stage.folder, stage.tag), stage.tag, store)
+    marker = Marker(stage.style, stage.items, summaries, s, f"{scribe.identity}:{scribe.decoding}")
+    survey = last.survey(plan, marker)
+    due = {user for user in survey.due if users is None or user in users}
+    wanted = plan.of({user for user in plan.positions if user in due or user in read})
+    texts = preferences(
+        scribe, stage.style, stage.items, summaries, wanted, s, last.rows(survey.holds, wanted.positions)
+    )
+    scribe.report()
+    new = {key: text for key, text in texts.items() if key[0] in due}
+    rows = last.replace(survey, due, as_rows(new, plan))
+    logging.getLogger().info(f"{last.path}: {len(due)} users' {rows} summaries, {len(survey.kept(due))} others' kept")
+    return _Refreshed(texts, [user for user in survey.due if user not in due])
 
 
 def _decoding(settings: SummarySettings, length: int) -> Decoding:

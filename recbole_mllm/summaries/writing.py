@@ -143,6 +143,11 @@ class Scribe:
                 "all others are kept, and the same command goes on from there"
             )
 
+    def read(self, count: int) -> None:
+        """Count answers that were read from the last export."""
+        self.tally.asked += count
+        self.tally.known += count
+
     def take(self, count: int) -> list[Ask]:
         """Return up to `count` prompts that the store cannot answer."""
         self._look_up(count)
