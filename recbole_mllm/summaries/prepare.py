@@ -17,6 +17,7 @@ from recbole_mllm.settings import SummarySettings
 from recbole_mllm.summaries.chains import State, before, state_at
 from recbole_mllm.summaries.items import item_summaries
 from recbole_mllm.summaries.lastexport import LastExport
+from recbole_mllm.summaries.leases import Leases
 from recbole_mllm.summaries.marks import Marker
 from recbole_mllm.summaries.store import Store
 from recbole_mllm.summaries.users import Plan, as_rows, preferences
@@ -104,6 +105,7 @@ def user_scribe(stage: Stage, store: Store) -> Scribe:
 def make_item_summaries(stage: Stage, store: Store, wanted: list[str]) -> dict[str, str]:
     """Return the summaries of `wanted` items, made where missing, and export them."""
     scribe = item_scribe(stage, store)
+    scribe.leases = Leases(store)
     with scribe.progress(len(wanted)):
         found = item_summaries(scribe, stage.style, stage.items, wanted, stage.settings.item_summary)
     scribe.report()
@@ -148,6 +150,7 @@ def _refreshed(stage: Stage, store: Store, plan: Plan, users: Set[str] | None, r
     s = stage.settings
     summaries = make_item_summaries(stage, store, plan.items(s))
     scribe = user_scribe(stage, store)
+    scribe.leases = Leases(store)
     last = LastExport(schema.usum_file(stage.folder, stage.tag), stage.tag, store)
     marker = Marker(stage.style, stage.items, summaries, s, f"{scribe.identity}:{scribe.decoding}")
     survey = last.survey(plan, marker)

@@ -12,8 +12,9 @@ from typing import cast
 from recbole_mllm.data.texts import Items, UserSummary
 from recbole_mllm.prompts import Prompt, Style, item_line, preference_prompt
 from recbole_mllm.settings import SummarySettings
+from recbole_mllm.summaries.asking import Question
 from recbole_mllm.summaries.chains import State, before, history_digest, state_at, steps
-from recbole_mllm.summaries.writing import Question, Scribe
+from recbole_mllm.summaries.writing import Scribe
 
 
 @dataclass(frozen=True, slots=True)
