@@ -57,7 +57,7 @@ class Host:
         self._changed = threading.Condition()
         self._failures, self._resume_at, self._last_failed, self._trying = 0, 0.0, 0.0, False
         self._not_before = 0.0  # the server's own word, by Retry-After
-        self._asked = 0  # requests under way, those of earlier shifts included
+        self._inside = 0  # threads admitted, those of earlier shifts included
         self.failing_since: float | None = None
         self.last_trouble = ""
         self.answered = False
@@ -73,10 +73,10 @@ class Host:
         with self._changed:
             while not stop.is_set():
                 wait = self._resume_at - time.monotonic()
-                full = self._asked >= self.settings.server_concurrency or (self._failures and self._trying)
+                full = self._inside >= self.settings.server_concurrency or (self._failures and self._trying)
                 if wait <= 0 and not full:
                     self._trying = True
-                    self._asked += 1
+                    self._inside += 1
                     return True
                 self._changed.wait(min(wait, 0.2) if wait > 0 else 0.2)
         return False
@@ -85,7 +85,11 @@ class Host:
         """Say that an admitted thread had nothing to ask."""
         with self._changed:
             self._trying = False
-            self._asked -= 1
+
+    def leave(self) -> None:
+        """Say that an admitted thread is through; each says so once, whatever it did."""
+        with self._changed:
+            self._inside -= 1
             self._changed.notify()
 
     def ask(self, message: dict[str, Any], decoding: Decoding) -> Answer | Trouble:
@@ -185,7 +189,6 @@ class Host:
         """Set the server aside after its own trouble, for longer each time; an answer ends that."""
         with self._changed:
             self._trying = False
-            self._asked -= 1
             self.answered = self.answered or isinstance(outcome, Answer)
             if isinstance(outcome, Trouble) and outcome.kind in (Kind.AGAIN, Kind.AGAIN_BUT_COUNT):
                 self._failed(outcome, started)

@@ -15,7 +15,7 @@ from recbole_mllm.mllm.base import Ask
 from recbole_mllm.mllm.host import Host
 
 _LATE, _LATE_S = 3.0, 0.5  # a prompt is late after so many times the usual, and so many seconds, where a server is idle
-_LOST, _LOST_S = 10.0, 5.0  # and even while others wait
+_LOST, _LOST_S = 10.0, 2.0  # and even while others wait
 _USUAL_OF = 101  # the latest answers of whose times the median is what is usual
 
 

@@ -190,13 +190,19 @@ class _Shift:
     def _work(self, host: Host) -> None:
         try:
             while host.admit(self.stop):
-                job = self.jobs.next(host, _TICK_S)
-                if job is None:
-                    host.release()
-                else:
-                    self._settle(job, host, self._ask(job, host))
+                try:
+                    self._one(host)
+                finally:
+                    host.leave()
         except Exception as error:  # a bug must stop the run, not hang it
             self.results.put(error)
+
+    def _one(self, host: Host) -> None:
+        job = self.jobs.next(host, _TICK_S)
+        if job is None:
+            host.release()
+        else:
+            self._settle(job, host, self._ask(job, host))
 
     def _ask(self, job: Job, host: Host) -> Answer | Trouble:
         try:

@@ -7,6 +7,7 @@ import socket
 import sqlite3
 import time
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from recbole_mllm.errors import UserError
@@ -35,7 +36,7 @@ class Leases:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._owner = f"{socket.gethostname()}:{os.getpid()}"
+        self._owner = f"{socket.gethostname()}:{os.getpid()}:{_born(os.getpid())}"
         self._renewed = time.time()
 
     def claim(self, keys: Sequence[str]) -> Claimed:
@@ -80,16 +81,25 @@ class Leases:
 
 def _is_alive(owner: str) -> bool:
     """Return whether a process still runs; of another machine's, only the lease's end tells."""
-    host, _, process = owner.rpartition(":")
-    if host != socket.gethostname():
-        return True
+    host, process, born = owner.rsplit(":", 2)
+    return host != socket.gethostname() or _born(int(process)) == born
+
+
+def _born(process: int) -> str | None:
+    """Return when a process of this machine started, which tells it from a later one of its number; None: it ended."""
     try:
-        os.kill(int(process), 0)
+        # the process's name, in brackets, may hold anything; behind it: the state, and as the 20th value the start
+        state, *values = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        return None if state in "ZX" else values[18]
+    except OSError:
+        pass
+    try:
+        os.kill(process, 0)  # a machine without /proc, or no such process
     except ProcessLookupError:
-        return False
+        return None
     except OSError:  # another user's
-        return True
-    return True
+        pass
+    return ""
 
 
 def _found(db: sqlite3.Connection, what: str, keys: Sequence[str]) -> dict[str, str]:
