@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from recbole_mllm import store_commands
+from recbole_mllm import launched, ranks, store_commands
 from recbole_mllm.arguments import Parser, exit_code
 from recbole_mllm.errors import UserError
 
@@ -22,7 +22,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code: 0, 2 for a user's mistake (one line, no traceback), 1 otherwise."""
     # Threads that spin while they wait slow each other down several times over on a busy machine; read when torch loads
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    return exit_code(_run, sys.argv[1:] if argv is None else argv)
+    words = sys.argv[1:] if argv is None else argv
+    return launched.exit_code(_run_launched, words) if ranks.is_launched() else exit_code(_run, words)
+
+
+def _run_launched(words: list[str]) -> int:
+    """Run a command as one of several processes; one that has nothing to share is the main process's alone."""
+    shared = {"benchmark", "summarize"} & set(words) or "--model" in words or not words
+    return _run(words) if shared or ranks.is_main() else 0
 
 
 def _run(words: list[str]) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from recbole_mllm import ranks
 from recbole_mllm.errors import UserError
 
 DEMO_MODELS = "Pop,ItemKNN,SASRec,GRU4Rec,MLLMMSR"
@@ -22,6 +23,7 @@ DEMO_NOTE = (
 )
 POSTERS_NOTE = "The bundled tiny MLLM has never seen a film poster: its row shows that every stage runs on real data."
 DEFAULT_SEED = 2024
+OURS = "MLLMMSR"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,7 @@ def _config(model: str, dataset: str, options: Options) -> Any:
     except ValueError as error:  # RecBole's word for a model, mode or metric it does not know
         raise UserError(f"{error}".strip().replace("\n", " ") + _nearest_model(model)) from error
     EvaluationSettings.from_config(config)
-    if model == "MLLMMSR":
+    if model == OURS:
         Settings.from_config(config)
     _check_dataset(Path(config["data_path"]), config)
     return config
@@ -98,7 +100,11 @@ def run_model(model: str, dataset: str, options: Options) -> int:
     """Train and evaluate one model, as RecBole's ``run_recbole.py`` does."""
     from recbole_mllm.quick_start import run
 
+    if model != OURS and not ranks.is_main():
+        return 0  # RecBole's own models run in one process
     outcome = run(_config(model, dataset, options))
+    if not ranks.is_main():
+        return 0
     print(f"best valid: {_metrics(outcome.valid)}")
     print(f"test:       {_metrics(outcome.test)}")
     print(f"checkpoint: {outcome.checkpoint}")
@@ -113,7 +119,8 @@ def summarize(dataset: str, stage: str, dry: bool, since: str | None, options: O
     """Make the summaries that a training of MLLMMSR with the same settings would read, no more; or say their cost."""
     from recbole_mllm.quick_start import prepare_summaries
 
-    for line in prepare_summaries(_config("MLLMMSR", dataset, options), stage, dry=dry, since=since):
+    lines = prepare_summaries(_config(OURS, dataset, options), stage, dry=dry, since=since)
+    for line in lines if ranks.is_main() else []:
         print(line)
     return 0
 
@@ -129,6 +136,7 @@ def benchmark(
     tune: int = 0,
 ) -> int:
     """Run every model on the same candidates and write the leaderboard."""
+    from recbole_mllm.benchmark.launched import follow
     from recbole_mllm.benchmark.report import format_leaderboard
     from recbole_mllm.benchmark.run import BenchmarkPlan
     from recbole_mllm.benchmark.run import benchmark as run_benchmark
@@ -152,6 +160,8 @@ def benchmark(
         tune=tune,
         embed_images=options.embed_images,
     )
+    if not ranks.is_main():
+        return follow()
     html = run_benchmark(plan)
     print(format_leaderboard(folder))
     print(f"report: {html}")
@@ -272,8 +282,9 @@ def demo(options: Options) -> int:
 
     world = "demo" if options.seed in (None, DEMO_SEED) else f"demo-{options.seed}"
     folder = Path("results/demo")
-    _set_aside(folder, world)
-    print(f"dataset {world}: {DEMO_NOTE}")
+    if ranks.is_main():
+        _set_aside(folder, world)
+        print(f"dataset {world}: {DEMO_NOTE}")
     return benchmark(world, DEMO_MODELS, None, str(folder), 1, False, options)
 
 

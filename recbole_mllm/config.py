@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from recbole_mllm.compat.ranked import two_launchers
 from recbole_mllm.errors import UserError
 from recbole_mllm.resources import PROPERTIES, named, resource
 from recbole_mllm.settings import known_keys
@@ -50,6 +51,8 @@ def check_keys(keys: Iterable[str], where: str) -> None:
         UserError: Names the key, where it stands, and the nearest key there is.
     """
     for key in keys:
+        if key == "nproc":
+            raise two_launchers(where)
         if key not in every_key():
             near = difflib.get_close_matches(key, every_key(), n=1)
             hint = f"did you mean {near[0]!r}?" if near else "see properties/ for the keys there are"

@@ -10,6 +10,8 @@ from typing import Self
 
 from tqdm import tqdm
 
+from recbole_mllm import ranks
+
 EVERY_S = 30.0
 
 
@@ -20,7 +22,7 @@ class Progress:
         self.total, self.what, self.unit = total, what, unit
         self.done: float = 0
         self._started = self._told = time.monotonic()
-        live = sys.stderr.isatty()
+        live = sys.stderr.isatty() and ranks.is_main()
         self._bar: tqdm[None] | None = tqdm(total=total, desc=what, unit=unit, ncols=100) if live and total else None
 
     def __enter__(self) -> Self:

@@ -30,7 +30,7 @@ class Outcome:
 
     `retrieval`, where all items were ranked, says by what: ``retriever``, ``top_k``, ``recall`` (the share of test
     targets among its best, a ceiling) and ``fusion`` (the MLLM's share). `scores_reused` is how many of the test scores
-    earlier evaluations had left.
+    earlier evaluations had left, `world_size` how many processes worked on it.
     """
 
     config: Any
@@ -47,6 +47,7 @@ class Outcome:
     score_s: float
     retrieval: dict[str, Any] | None = None
     scores_reused: int = 0
+    world_size: int = 1
 
 
 def metric_name(key: str) -> str:
@@ -121,6 +122,7 @@ def run(config: Any) -> Outcome:
         score_s,
         _retrieval(trainer),
         getattr(done.model, "scores_reused", 0) - reused,
+        getattr(done.model, "processes", 1),
     )
 
 

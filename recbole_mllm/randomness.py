@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from recbole_mllm import ranks
+
 
 def random_state() -> dict[str, Any]:
     """Return the state of every generator a training step may draw from."""
@@ -34,3 +36,10 @@ def undisturbed() -> Iterator[None]:
         yield
     finally:
         restore_random_state(state)
+
+
+def seed_this_process(seed: int, epoch: int, batch: int) -> None:
+    """Give each of several processes dropout of its own, known by (seed, epoch, batch, rank); alone, change nothing."""
+    if ranks.is_launched():
+        mixed = np.random.SeedSequence([seed, epoch, batch, ranks.rank()])
+        torch.manual_seed(int(mixed.generate_state(1, np.uint64)[0]))

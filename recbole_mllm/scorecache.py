@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from recbole_mllm import ranks
 from recbole_mllm.data.images import image_digest
 from recbole_mllm.data.schema import score_file
 from recbole_mllm.prompts import Prompt
@@ -66,6 +67,8 @@ class KeptScores:
         self._on = wanted and self._settings.score_cache
         if not self._on and self._cache is not None:
             self._cache.close()
+        if self._on:
+            ranks.main_first(self._opened)  # several processes that make one file at a time get in each other's way
 
     def forget_state(self) -> None:
         """Take the model's state anew before the next score: it may have changed."""
@@ -77,16 +80,20 @@ class KeptScores:
         """Return a score for each of `prompts`; `ask` gives those that are not known for `state`."""
         if not self._on:
             return ask(prompts)
-        self._cache = self._cache or ScoreCache(score_file(self._folder), self._settings.score_cache_mb)
+        cache = self._opened()
         self._digest = self._digest or state()
         digests = [prompt_digest(prompt) for prompt in prompts]
-        known = self._cache.get(self._digest, digests)
+        known = cache.get(self._digest, digests)
         missing = [n for n, digest in enumerate(digests) if digest not in known]
         new = dict(zip((digests[n] for n in missing), ask([prompts[n] for n in missing]), strict=True))
-        self._cache.add(self._digest, new)
+        cache.add(self._digest, new)
         self.reused += len(prompts) - len(missing)
         known |= new
         return [known[digest] for digest in digests]
+
+    def _opened(self) -> ScoreCache:
+        self._cache = self._cache or ScoreCache(score_file(self._folder), self._settings.score_cache_mb)
+        return self._cache
 
 
 class ScoreCache:

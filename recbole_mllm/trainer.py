@@ -14,10 +14,12 @@ from recbole.data.interaction import Interaction
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
+from recbole_mllm import ranks
 from recbole_mllm.data.schema import TIE
 from recbole_mllm.data.training import SeededTrainDataLoader
 from recbole_mllm.errors import UserError
 from recbole_mllm.progress import Progress
+from recbole_mllm.randomness import seed_this_process
 from recbole_mllm.training.checkpoint import Place
 from recbole_mllm.training.failure import write_rows
 from recbole_mllm.training.fullrank import best_share, rows_ahead, tell_price
@@ -33,13 +35,16 @@ class MLLMMSRTrainer(ResumableTrainer):
         self.max_epochs: int = config["epochs"]
         self.retrieval: dict[str, Any] | None = None  # of the last evaluation that ranked all items
         self._validates = False
+        self._unsummed = 0.0  # this process's part of the losses since the last step
         if not model.is_trained:
             self.epochs = 0  # zero-shot: RecBole's fit then saves, and trains nothing
 
     def _build_optimizer(self, **kwargs: Any) -> Any:
         """Optimise what is trained alone (RecBole passes every parameter, trainer.py:161)."""
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        return super()._build_optimizer(params=trained or [nn.Parameter(torch.zeros(1))], **kwargs)
+        return super()._build_optimizer(params=self._trained() or [nn.Parameter(torch.zeros(1))], **kwargs)
+
+    def _trained(self) -> list[Any]:
+        return [p for p in self.model.parameters() if p.requires_grad]
 
     def fit(
         self,
@@ -101,27 +106,36 @@ class MLLMMSRTrainer(ResumableTrainer):
         first = number // group * group
         if number == first:
             self.optimizer.zero_grad()
+            self._unsummed = 0.0
+            seed_this_process(self.config["seed"], self.place.epoch, number)
         rows = sum(train_data.rows_in(n) for n in range(first, min(first + group, batches)))
-        loss = self._backward(interaction, rows)
-        self.place = Place(self.place.epoch, number + 1, self.place.loss + loss)
+        self._unsummed += self._backward(interaction, rows)
         if number + 1 in (first + group, batches):
+            (loss,) = ranks.sum_gradients(self._trained(), self._unsummed)
+            self.place = Place(self.place.epoch, number + 1, self.place.loss + loss)
             per_epoch = math.ceil(batches / group)
             step = self.place.epoch * per_epoch + number // group
             self._step(step, per_epoch * self.max_epochs, interaction)
             self.note_step(step + 1)
 
     def _backward(self, interaction: Interaction, rows: int) -> float:
-        """Add the batch's gradients, a micro-batch at a time, as its part of `rows` rows; return its mean loss."""
-        examples = self.model.examples_of(interaction)
+        """Add the gradients of this process's share of the batch, a micro-batch at a time, as its part of `rows` rows.
+
+        Returns:
+            The share's part of the batch's mean loss.
+        """
+        mine = self.model.team.training_share(self.model.rows_of(interaction))
+        examples = self.model.examples_of(interaction if len(mine) == len(interaction) else interaction[mine])
+        self.precision.scaler.scale(torch.zeros((), device=self.device))  # it must know its scale at every step
         total = 0.0
-        for part in self.model.micro_batches(examples):
+        for part in self.model.micro_batches(examples) if mine else ():
             with self.precision.autocast():
                 loss = self.model.loss_of([examples[i] for i in part])
             value = float(loss.detach())
             if not math.isfinite(value):
-                self._stop(f"the training loss is {value}", interaction, part)
+                self._stop(f"the training loss is {value}", interaction, [mine[i] for i in part])
             self.precision.scaler.scale(loss * (len(part) / rows)).backward()
-            total += value * len(part) / len(examples)
+            total += value * len(part) / len(interaction)
         return total
 
     def _step(self, step: int, steps: int, interaction: Interaction) -> None:
@@ -133,7 +147,7 @@ class MLLMMSRTrainer(ResumableTrainer):
         scaler = self.precision.scaler
         if self.clip_grad_norm:
             scaler.unscale_(self.optimizer)
-            norm = clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], **self.clip_grad_norm)
+            norm = clip_grad_norm_(self._trained(), **self.clip_grad_norm)
             if not scaler.is_enabled() and not math.isfinite(norm):  # a scaler passes over such a step itself
                 self._stop(f"the gradient's norm is {float(norm)}", interaction, range(len(interaction)))
         scaler.step(self.optimizer)
@@ -165,6 +179,7 @@ class MLLMMSRTrainer(ResumableTrainer):
             self.load(Path(model_file or self.saved_model_file))
         self.model.eval()
         self.model.forget()
+        self.model.team.together = True
         self.model.keep_scores(not (self._validates and self.model.is_trained))  # a finished state's, not an epoch's
         try:
             # only a fully tuned model is kept in more precision than it computes in
@@ -175,6 +190,7 @@ class MLLMMSRTrainer(ResumableTrainer):
                     return best_share(self.model.reranker, rank, self.valid_metric, self.valid_metric_bigger)
                 return rank()
         finally:
+            self.model.team.together = False
             self.model.keep_scores(False)
             self.model.forget()
 

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 LOG = "log.txt"
@@ -51,31 +51,41 @@ def claim(folder: Path, stop: threading.Event, waiting: Callable[[str], None]) -
         os.close(descriptor)
 
 
-def run_child(command: Sequence[str], folder: Path, lock: int, stop: threading.Event, tick: Tick) -> int:
-    """Run `command` to its end with its output in ``log.txt``; return its exit code, negative for a signal."""
-    log = folder / LOG
+def run_child(
+    command: Sequence[str],
+    folder: Path,
+    lock: int | None,
+    stop: threading.Event,
+    tick: Tick,
+    *,
+    environment: Mapping[str, str] | None = None,
+    log: str = LOG,
+) -> int:
+    """Run `command` to its end with its output in the file `log`; return its exit code, negative for a signal."""
+    output_path = folder / log
     root = str(Path(__file__).resolve().parents[2])  # the package must be found from any working directory
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+    given = os.environ if environment is None else environment
     started = time.monotonic()
-    with log.open("wb") as output:
+    with output_path.open("wb") as output:
         child = subprocess.Popen(
             list(command),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=environment,
-            pass_fds=(lock,),
+            env={**given, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"},
+            pass_fds=() if lock is None else (lock,),
             start_new_session=True,  # Ctrl-C reaches us alone, and we end the child with all it has started
         )
-    os.pwrite(lock, f"{child.pid:<31}\n".encode(), 0)
+    if lock is not None:
+        os.pwrite(lock, f"{child.pid:<31}\n".encode(), 0)
     try:
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 return child.wait(timeout=POLL_S)
             if stop.is_set():
                 raise Stopped
-            tick(time.monotonic() - started, last_line(log))
+            tick(time.monotonic() - started, last_line(output_path))
     finally:
         _end(child)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
 import signal
 import sys
@@ -21,8 +22,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from recbole_mllm import ranks
 from recbole_mllm.benchmark.child import LOG, Stopped, claim, failure, run_child
 from recbole_mllm.benchmark.field import Entry, resolve
+from recbole_mllm.benchmark.launched import Orders, environment_alone
 from recbole_mllm.benchmark.leaderboard import VALID_METRIC
 from recbole_mllm.benchmark.progress import Progress
 from recbole_mllm.benchmark.records import RECORDS, RunRecord, append, latest, plain_json, read_records
@@ -65,6 +68,10 @@ class BenchmarkPlan:
             raise UserError("a benchmark needs at least one model and one seed: --models Pop,SASRec --seeds 2024")
         if self.jobs < 1:
             raise UserError(f"--jobs {self.jobs}: at least one run must be at work at a time")
+        if self.jobs > 1 and ranks.is_launched():
+            raise UserError(
+                f"--jobs {self.jobs}: under a launcher its processes share one run at a time; leave --jobs out"
+            )
         if self.tune < 0:
             raise UserError(f"--tune {self.tune}: give how many configurations each model may try, or 0")
         if self.limit_users is not None and self.limit_users < 1:
@@ -175,6 +182,7 @@ class _Bench:
         self.records = plan.output_dir / RECORDS
         self.stop = threading.Event()
         self.rendering = threading.Lock()
+        self.orders = Orders()
 
     def run_all(self, jobs: Sequence[Job]) -> None:
         """Run the jobs, `plan.jobs` at a time; whatever ends this ends all of them."""
@@ -188,6 +196,8 @@ class _Bench:
         finally:
             self.stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
+            if ranks.is_launched():
+                self.orders.end()
 
     def finished(self, job: Job) -> RunRecord | None:
         """Return the job's record if its last run succeeded."""
@@ -214,14 +224,25 @@ class _Bench:
         started, clock = datetime.now().astimezone(), time.monotonic()
         known = self._records_of(job)
         self.progress.start(job.number, job.name)
-        code = run_child(
-            [*self.worker, str(order)], job.folder, lock, self.stop,
-            lambda seconds, line: self.progress.tick(job.number, job.name, seconds, line),
-        )  # fmt: skip
+        reason = self._child(job, order, lock)
         if len(self._records_of(job)) == len(known):
-            append(self.records, _failed(job, failure(job.folder / LOG, code), started))
+            append(self.records, _failed(job, reason or failure(job.folder / LOG, 0), started))
         record = self._records_of(job)[-1]
         self.progress.end(job.number, job.name, f"{time.monotonic() - clock:.0f} s {_headline(record)}")
+
+    def _child(self, job: Job, order: Path, lock: int) -> str:
+        """Run the job in a child, under a launcher in one of each process for MLLMMSR; return why it failed, or ""."""
+
+        def tick(seconds: float, line: str) -> None:
+            self.progress.tick(job.number, job.name, seconds, line)
+
+        if ranks.is_launched() and job.entry.kind == "mllm":
+            _, reason = self.orders.run(self.worker, plain_json(job.order()), job.folder, lock, self.stop, tick)
+            return reason
+        environment = environment_alone(os.environ) if ranks.is_launched() else None
+        command = [*self.worker, str(order)]
+        code = run_child(command, job.folder, lock, self.stop, tick, environment=environment)
+        return failure(job.folder / LOG, code) if code else ""
 
     def _records_of(self, job: Job) -> list[RunRecord]:
         return [record for record in read_records(self.records) if record.run_id == job.run_id]

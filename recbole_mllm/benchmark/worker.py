@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 import recbole_mllm
+from recbole_mllm import ranks
 from recbole_mllm.benchmark.cases import write_cases
 from recbole_mllm.benchmark.records import RECORDS, RunRecord, append, plain_json, write_arrays
 from recbole_mllm.benchmark.tuning import search, space_of, trials
@@ -40,8 +41,12 @@ def main() -> int:
     sys.argv = sys.argv[:1]  # RecBole's Config reads it, and lets it win over everything
     try:
         run_job(job)
+        ranks.stop()
+    except ranks.LostProcess:
+        return ranks.LOST
     except UserError as error:
         print(f"UserError: {error}", file=sys.stderr)
+        ranks.report_failure(2)
         return 2
     except KeyError as error:
         if error.args != ("label",):
@@ -60,7 +65,7 @@ def run_job(job: dict[str, Any]) -> None:
     started = datetime.now().astimezone()
     output = Path(job["output_dir"]).resolve()
     folder = output / "runs" / job["run_id"]
-    defaults = folder / "defaults.yaml"
+    defaults = folder / ("defaults.yaml" if ranks.is_main() else f"defaults.{ranks.rank()}.yaml")
     defaults.write_text(yaml.safe_dump(benchmark_defaults() | job["defaults"]))
     files, home = [str(defaults), *config_paths(job["config_files"])], Path.cwd()
 
@@ -74,6 +79,8 @@ def run_job(job: dict[str, Any]) -> None:
 
     tuning = _tune(job, configured)
     outcome = run(configured(tuning["chosen"] if tuning else {}))
+    if not ranks.is_main():
+        return
     evidence = _write_evidence(outcome, output, folder)
     append(output / RECORDS, _record(job, outcome, started.isoformat(timespec="seconds"), evidence, tuning))
 
@@ -172,7 +179,7 @@ def _record(
         device=str(outcome.config["device"]),
         versions=_versions(),
         commit=_commit(),
-        world_size=1,
+        world_size=outcome.world_size,
         tuning=tuning,
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from recbole_mllm._importhook import Callback, after_import, before_import
-from recbole_mllm.compat import absent, arrays, frames, patching, running
+from recbole_mllm.compat import absent, arrays, frames, patching, ranked, running
 
 BEFORE: Mapping[str, tuple[Callback, ...]] = {
     "recbole.quick_start.quick_start": (absent.do_without_ray,),
@@ -18,9 +18,19 @@ BEFORE: Mapping[str, tuple[Callback, ...]] = {
 }
 
 AFTER: Mapping[str, tuple[Callback, ...]] = {
-    "recbole.config.configurator": (arrays.name_numpy_scalars, running.remember_model_classes),
+    "recbole.config.configurator": (
+        arrays.name_numpy_scalars,
+        running.remember_model_classes,
+        ranked.give_each_process_its_gpu,
+    ),
     "recbole.data.dataset.dataset": (frames.mend_pandas_3, frames.read_past_marks, arrays.keep_dok_update),
-    "recbole.utils.utils": (arrays.load_checkpoints_whole, running.find_models, running.count_no_llm_flops),
+    "recbole.utils.logger": (ranked.log_in_main_alone,),
+    "recbole.utils.utils": (
+        arrays.load_checkpoints_whole,
+        running.find_models,
+        running.count_no_llm_flops,
+        ranked.draw_curves_in_main_alone,
+    ),
     "recbole.quick_start.quick_start": (patching.end_lending, running.ask_for_nccl),
     "recbole.model.sequential_recommender.sine": (running.train_without_detector,),
     "thop.profile": (patching.end_lending,),

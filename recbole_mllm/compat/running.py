@@ -6,7 +6,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from recbole_mllm import ranks
 from recbole_mllm.compat.patching import wrap
+from recbole_mllm.compat.ranked import two_launchers
 from recbole_mllm.errors import UserError
 
 # Classes that a Config was given instead of a name
@@ -86,6 +88,8 @@ def ask_for_nccl(quick_start: ModuleType) -> None:
         def run(*args: Any, **kwargs: Any) -> Any:
             nproc = kwargs.get("nproc", args[5] if len(args) > 5 else 1)
             world_size = kwargs.get("world_size", args[6] if len(args) > 6 else -1)
+            if nproc != 1 and ranks.is_launched():
+                raise two_launchers("run()")
             if nproc != 1 or world_size > 0:  # quick_start.py:53
                 require_nccl(nproc)
             return stock(*args, **kwargs)

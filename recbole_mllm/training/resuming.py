@@ -8,6 +8,7 @@ from typing import Any
 
 from recbole.trainer import Trainer
 
+from recbole_mllm import ranks
 from recbole_mllm.errors import UserError
 from recbole_mllm.mllm.loading import dtype_of
 from recbole_mllm.randomness import random_state, restore_random_state
@@ -32,7 +33,9 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
     """
 
     def __init__(self, config: Any, model: Any) -> None:
+        Path(config["checkpoint_dir"]).mkdir(parents=True, exist_ok=True)  # RecBole's own way fails in a race
         super().__init__(config, model)
+        self.saved_model_file: str = ranks.broadcast_object(self.saved_model_file)
         self.train_settings = model.settings.train
         dtype = dtype_of(model.settings.mllm.dtype, self.device)
         self.precision = Precision(dtype, self.device, amp=self.enable_amp)
@@ -50,6 +53,8 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         if self._random is not None:
             restore_random_state(self._random)
             self._random = None
+        if self.model.is_trained:
+            ranks.copy_from_main(p for p in self.model.parameters() if p.requires_grad)
 
     def note_step(self, steps: int) -> None:
         """Save the newest state where `steps` of the optimizer make it due."""
@@ -57,11 +62,13 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
             self.save_last()
 
     def _valid_epoch(self, valid_data: Any, show_progress: bool = False) -> Any:
-        score, self._valid_result = super()._valid_epoch(valid_data, show_progress)
+        found = super()._valid_epoch(valid_data, show_progress)
+        score, self._valid_result = ranks.broadcast_object(found)  # all must stop at the same epoch
         return score, self._valid_result
 
     def load(self, file: Path) -> dict[str, Any]:
         """Load the model's part of a checkpoint; one of another base model is refused."""
+        ranks.meet()  # the main process may still be writing it
         checkpoint = read_checkpoint(file, self.device)
         self.model.load_other_parameter(checkpoint.get("other_parameter"))
         self.model.load_state_dict(checkpoint["state_dict"])
@@ -70,6 +77,8 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
 
     def _save_checkpoint(self, epoch: int, verbose: bool = True, **kwargs: Any) -> None:
         """Write RecBole's checkpoint with where training stands, and what is trained as a PEFT folder beside it."""
+        if not ranks.is_main():
+            return
         path = Path(str(kwargs.get("saved_model_file", self.saved_model_file)))
         self._write(path, epoch, Place(epoch + 1), self._valid_result)
         with whole_folder(path.with_suffix("")) as folder:
@@ -78,6 +87,9 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
             self.logger.info(f"Saving current: {path}")
 
     def save_last(self) -> None:
+        """Write the newest state."""
+        if not ranks.is_main():
+            return
         path = last_of(Path(self.saved_model_file))
         self._write(path, self.place.epoch - 1, self.place, self.best_valid_result)
 
@@ -110,7 +122,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
             self.resume_checkpoint(wanted)
             return
         base = self.model.other_parameter()["base"]
-        found = newest(Path(self.checkpoint_dir), base, self.config, self.device)
+        found = ranks.on_main(lambda: newest(Path(self.checkpoint_dir), base, self.config, self.device))
         if found:
             self.resume_checkpoint(found)
         else:

@@ -13,6 +13,7 @@ from recbole.model.abstract_recommender import SequentialRecommender
 from recbole.utils import InputType
 from torch import Tensor
 
+from recbole_mllm import ranks
 from recbole_mllm.data.schema import POSITION
 from recbole_mllm.endpoints import is_server, parse_endpoint
 from recbole_mllm.errors import UserError
@@ -23,6 +24,7 @@ from recbole_mllm.mllm.sft import example_loss, micro_batches
 from recbole_mllm.mllm.sharing import can_share
 from recbole_mllm.mllm.tuning import check_finetune, load_trained_state, save_trained, trained_state, tune
 from recbole_mllm.model.stages import make_stage
+from recbole_mllm.model.team import Team
 from recbole_mllm.progress import Progress
 from recbole_mllm.prompts import Prompt, recommend_prompt
 from recbole_mllm.retrieval.reranker import Reranker
@@ -32,7 +34,7 @@ from recbole_mllm.settings import Settings
 from recbole_mllm.summaries.prepare import make_preferences
 from recbole_mllm.summaries.users import Plan
 
-_AHEAD = 1024  # prompts encoded at a time when a whole split is scored
+Row = tuple[int, int, int]
 
 
 class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
@@ -50,9 +52,12 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
         self.settings.ranking.check_modes(modes)
         check_finetune(self.settings.lora, self.device)
         ranks_all = "full" in modes.values()
-        self.reranker = Reranker(config, self.settings.ranking, dataset) if ranks_all else None
+        # trained, and written, by the main process alone; the others then find what it has left
+        self.reranker = (
+            ranks.main_first(lambda: Reranker(config, self.settings.ranking, dataset)) if ranks_all else None
+        )
         stage = make_stage(config, self.settings, self.device)
-        self.preferences = make_preferences(stage, Plan(dataset.histories, dataset.positions))
+        self.preferences = ranks.main_first(lambda: make_preferences(stage, Plan(dataset.histories, dataset.positions)))
         self.items, self.style = stage.items, stage.style
         self.users = np.asarray(dataset.field2id_token[self.USER_ID]).astype(str)
         self.tokens = np.asarray(dataset.field2id_token[self.ITEM_ID]).astype(str)
@@ -60,7 +65,8 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
         self.answers = self.mllm.answers(self.style)
         self.backbone = getattr(self.mllm, "model", None)  # none where a server has it
         self.label_field = config["LABEL_FIELD"]
-        self._ahead: dict[tuple[int, int, int], float] = {}
+        self.team = Team(self)
+        self._ahead: dict[Row, float] = {}
         self._kept = KeptScores(Path(config["data_path"]), self.settings.ranking)
 
     def _made_mllm(self, seed: int) -> HFModel | ServedScorer:
@@ -74,7 +80,7 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
             mllm.checkpoint_gradients()
         return mllm
 
-    def prompts_of(self, rows: Iterable[tuple[int, int, int]]) -> list[Prompt]:
+    def prompts_of(self, rows: Iterable[Row]) -> list[Prompt]:
         """Return the question of each (user, position, item), internal ids; training and scoring both ask it."""
         wants, first = self.settings.recommend.use_image, self.settings.recommend.prompt_order == "item-first"
         out = []
@@ -85,7 +91,7 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
             out.append(recommend_prompt(self.style, preference, self.items.title(token), image, item_first=first))
         return out
 
-    def rows_of(self, interaction: Interaction) -> list[tuple[int, int, int]]:
+    def rows_of(self, interaction: Interaction) -> list[Row]:
         """Return (user, position, item) of each row, internal ids."""
         columns = (interaction[self.USER_ID], interaction[POSITION], interaction[self.ITEM_ID])
         return list(zip(*(column.tolist() for column in columns), strict=True))
@@ -151,25 +157,24 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
         scores[:, 1:] = torch.tensor(asked).view(len(users), -1)
         return scores.to(self.device).view(-1)
 
-    def rows_asked(self, interaction: Interaction, short: Shortlist) -> list[tuple[int, int, int]]:
+    def rows_asked(self, interaction: Interaction, short: Shortlist) -> list[Row]:
         """Return (user, position, item) of each pair that `short`, made of `interaction`, asks about, row by row."""
         users, places = interaction[self.USER_ID].tolist(), interaction[POSITION].tolist()
         rows, columns = np.nonzero(short.asked)
         items = short.asked[rows, columns].tolist()
         return [(users[row], places[row], item) for row, item in zip(rows.tolist(), items, strict=True)]
 
-    def _known(self, rows: Sequence[tuple[int, int, int]]) -> list[float]:
+    def _known(self, rows: Sequence[Row]) -> list[float]:
         """Return the log-odds of `rows`; what has not been scored ahead is scored item by item, and forgotten."""
         missing = sorted({row for row in rows if row not in self._ahead}, key=_item_major)
-        new: dict[tuple[int, int, int], float] = {}
-        for start in range(0, len(missing), _AHEAD):
-            new |= self._scores(missing[start : start + _AHEAD])
+        new = self.team.scores(missing) if missing else {}
         return [self._ahead[row] if row in self._ahead else new[row] for row in rows]
 
-    def _scores(self, rows: Sequence[tuple[int, int, int]]) -> dict[tuple[int, int, int], float]:
+    def scores_of(self, rows: Sequence[Row]) -> dict[Row, float]:
+        """Return the log-odds of `rows`, those kept from earlier evaluations where that is allowed."""
         return dict(zip(rows, self._kept.scores(self.prompts_of(rows), self._ask_prompts, self._state), strict=True))
 
-    def ask(self, rows: Sequence[tuple[int, int, int]]) -> list[float]:
+    def ask(self, rows: Sequence[Row]) -> list[float]:
         """Return the log-odds of `rows` from the MLLM itself."""
         return self._ask_prompts(self.prompts_of(rows))
 
@@ -195,16 +200,13 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
     @property
     def scores_reused(self) -> int:
         """How many scores came from earlier evaluations."""
-        return self._kept.reused
+        return self._kept.reused + self.team.reused_elsewhere
 
-    def score_ahead(self, rows: Iterable[tuple[int, int, int]]) -> int:
+    def score_ahead(self, rows: Iterable[Row]) -> int:
         """Score distinct `rows` item by item, so that users of one item share its computation; return how many."""
         ordered = sorted(set(rows), key=_item_major)
         with Progress(len(ordered), "scoring", "pair") as progress:
-            for start in range(0, len(ordered), _AHEAD):
-                part = ordered[start : start + _AHEAD]
-                self._ahead |= self._scores(part)
-                progress.update(len(part))
+            self._ahead |= self.team.scores(ordered, progress)
         return len(ordered)
 
     def forget(self) -> None:
@@ -213,9 +215,14 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
         self._kept.forget_state()
 
     @property
+    def processes(self) -> int:
+        """How many processes share the work."""
+        return ranks.world_size()
+
+    @property
     def tokens_read(self) -> int:
         """How many tokens of prompts have been scored, shared prefixes counted each time."""
-        return int(self.mllm.tokens_read)
+        return int(self.mllm.tokens_read) + self.team.tokens_elsewhere
 
     @property
     def is_trained(self) -> bool:
@@ -259,5 +266,5 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
             save_trained(self.backbone, folder, self.mllm.identity)
 
 
-def _item_major(row: tuple[int, int, int]) -> tuple[int, int, int]:
+def _item_major(row: Row) -> Row:
     return row[2], row[0], row[1]

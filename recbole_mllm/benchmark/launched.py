@@ -1,0 +1,139 @@
+"""A benchmark in several processes: MLLMMSR's runs are shared, each process starting a child of its own for each.
+
+The children of one run form a group of their own at a port of their own, so a crash or a lack of memory costs that run
+and not the benchmark. The main process decides what runs; the others follow. Baselines are the main process's alone,
+and their children see nothing of the launcher.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import socket
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from recbole_mllm import ranks
+from recbole_mllm.benchmark.child import Tick, failure, run_child
+
+_OURS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+_PREFIXES = ("MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_", "PET_")
+_CHECK_S = 1.0
+
+
+class _OtherFailed(Exception):
+    """The child of another process has failed; ours cannot finish."""
+
+
+def environment_alone(given: Mapping[str, str]) -> dict[str, str]:
+    """Return `given` without what a launcher has put there."""
+    return {name: value for name, value in given.items() if name not in _OURS and not name.startswith(_PREFIXES)}
+
+
+def environment_of_child(given: Mapping[str, str], port: int) -> dict[str, str]:
+    """Return `given` for a child that forms a group at `port` with its like; the main process's child is the host."""
+    kept = {name: given[name] for name in (*_OURS, "MASTER_ADDR") if name in given}
+    return environment_alone(given) | kept | {"MASTER_PORT": str(port)}
+
+
+class Orders:
+    """What the main process tells the others to run, one order after the other; `follow` is their side."""
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def run(
+        self, worker: Sequence[str], job: Mapping[str, Any], folder: Path, lock: int, stop: threading.Event, tick: Tick
+    ) -> tuple[int, str]:
+        """Let every process run `worker` on `job`; return the exit code, and in words why it is not 0.
+
+        The first child that failed of itself, and not because another one had, says why.
+        """
+        self._count += 1
+        number, port = self._count, _free_port()
+        order = {"worker": list(worker), "job": dict(job), "folder": str(folder), "port": port}
+        ranks.post(f"order/{number}", pickle.dumps(order))
+        checked = time.monotonic()
+
+        def watch(seconds: float, line: str) -> None:
+            nonlocal checked
+            if time.monotonic() - checked > _CHECK_S:
+                checked = time.monotonic()
+                if any(code for code, _ in _reports(number)):
+                    raise _OtherFailed
+            tick(seconds, line)
+
+        try:
+            own = _run(order, folder / "job.json", "log.txt", lock, stop, watch)
+        except BaseException:
+            ranks.post(f"stop/{number}", b"1")
+            raise
+        if own[0]:
+            ranks.post(f"stop/{number}", b"1")
+        others = [pickle.loads(ranks.read(f"report/{number}/{rank}")) for rank in range(1, ranks.world_size())]
+        return _cause([own, *others])
+
+    def end(self) -> None:
+        """Let the others go."""
+        ranks.post(f"order/{self._count + 1}", pickle.dumps(None))
+
+
+def follow() -> int:
+    """Do what the main process orders until it says that there is no more; return the exit code."""
+    number = 0
+    while True:
+        number += 1
+        order = pickle.loads(ranks.read(f"order/{number}"))
+        if order is None:
+            return 0
+        folder, rank = Path(order["folder"]), ranks.rank()
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"job.{rank}.json"
+        path.write_text(json.dumps(order["job"], indent=2))
+        checked = time.monotonic()
+
+        def watch(seconds: float, line: str, number: int = number) -> None:
+            nonlocal checked
+            if time.monotonic() - checked > _CHECK_S:
+                checked = time.monotonic()
+                if ranks.is_posted(f"stop/{number}"):
+                    raise _OtherFailed
+
+        report = _run(order, path, f"log.{rank}.txt", None, threading.Event(), watch)
+        ranks.post(f"report/{number}/{rank}", pickle.dumps(report))
+
+
+def _run(
+    order: Mapping[str, Any], path: Path, log: str, lock: int | None, stop: threading.Event, watch: Tick
+) -> tuple[int, str]:
+    """Run this process's child; return its exit code and why it failed, if it did and not for another one's sake."""
+    folder = Path(order["folder"])
+    environment = environment_of_child(os.environ, order["port"])
+    try:
+        code = run_child([*order["worker"], str(path)], folder, lock, stop, watch, environment=environment, log=log)
+    except _OtherFailed:
+        return ranks.LOST, ""
+    return code, failure(folder / log, code) if code else ""
+
+
+def _reports(number: int) -> list[tuple[int, str]]:
+    keys = [f"report/{number}/{rank}" for rank in range(1, ranks.world_size())]
+    return [pickle.loads(ranks.read(key)) for key in keys if ranks.is_posted(key)]
+
+
+def _cause(reports: Sequence[tuple[int, str]]) -> tuple[int, str]:
+    failed = [(code, words, rank) for rank, (code, words) in enumerate(reports) if code]
+    if not failed:
+        return 0, ""
+    code, words, rank = next((found for found in failed if found[0] != ranks.LOST), failed[0])
+    return code, (f"process {rank}: {words}" if rank else words) or "a process of it ended without a word"
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])

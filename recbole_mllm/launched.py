@@ -1,0 +1,46 @@
+"""The end of a process that is one of several: the first to fail speaks, the others end with its exit code."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from recbole_mllm import ranks
+from recbole_mllm.errors import UserError
+
+
+def exit_code(run: Callable[[list[str]], int], words: Sequence[str]) -> int:
+    """Return what `run` returns, and what `arguments.exit_code` does for a mistake; anything else raised is 1."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _ended_by_launcher)
+    if not ranks.is_main():
+        warnings.simplefilter("ignore")  # the main process has shown them
+    debug = "--debug" in words
+    try:
+        code = run([word for word in words if word != "--debug"])
+        ranks.stop()
+        return code
+    except KeyboardInterrupt:
+        return end(1, "recbole-mllm: stopped; what was finished is kept")
+    except UserError as error:
+        lost = isinstance(error, ranks.LostProcess)
+        return end(1 if lost else 2, traceback.format_exc() if debug else f"recbole-mllm: {error}")
+    except Exception:
+        return end(1, traceback.format_exc())
+
+
+def end(code: int, words: str) -> int:
+    """Print `words` if this process is the first to fail; return the exit code to leave with."""
+    if not ranks.report_failure(code):
+        return ranks.failure_code()
+    print(words.rstrip(), file=sys.stderr, flush=True)
+    return code
+
+
+def _ended_by_launcher(number: int, frame: object) -> NoReturn:
+    raise ranks.LostProcess("the launcher has ended this process, as another one has ended; what was finished is kept")

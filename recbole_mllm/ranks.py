@@ -1,0 +1,301 @@
+"""The processes a launcher has started: which one this is, how they wait for each other, and how they end together.
+
+``torchrun`` and ``accelerate launch`` say in RANK and WORLD_SIZE who a process is. Without them there is one process:
+then everything here is the identity, and imports nothing. Process 0 is the main one: it alone writes.
+
+Two ways lead from one process to the others. The launcher's key-value store is asked again and again, so waiting there
+takes as long as it takes. The process group (gloo, and NCCL where there are GPUs) is made on first use, so that a
+process that only waits holds no GPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pickle
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from recbole_mllm.errors import UserError
+
+LOST = 76  # the exit code of a process that ends because another one has, without its having said why
+_ENDED = "failed"
+_CONNECT = timedelta(minutes=10)
+_COLLECTIVE = timedelta(hours=6)  # one that hangs this long hangs for good; one whose peer dies ends at once
+_BUCKET = 2**24  # gradients summed at a time, so that full tuning takes little more memory
+_FIRST_POLL_S, _LONGEST_POLL_S = 0.005, 0.5
+
+T = TypeVar("T")
+_store_of: dict[int, Any] = {}  # by process id, as a forked child must not share its parent's connection
+_turns: dict[str, int] = {}
+
+
+class LostProcess(UserError):
+    """Another process of this run has ended; unless that one has said why, one of those left behind says this."""
+
+
+def rank() -> int:
+    """Return which process this is, from 0."""
+    return int(os.environ["RANK"]) if is_launched() else 0
+
+
+def world_size() -> int:
+    """Return how many processes work on this run."""
+    return int(os.environ["WORLD_SIZE"]) if is_launched() else 1
+
+
+def local_rank() -> int:
+    """Return which of this machine's processes this is: the number of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if is_launched() else 0
+
+
+def is_main() -> bool:
+    """Return whether this process is the one that writes files and speaks."""
+    return rank() == 0
+
+
+def is_launched() -> bool:
+    """Return whether a launcher has started this process as one of several."""
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def wants_cpu() -> bool:
+    """Return whether Accelerate is told to leave GPUs alone."""
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+
+
+def start() -> None:
+    """Join the process group, once: gloo for what is on the CPU, NCCL for what is on GPUs; take this process's GPU."""
+    if not is_launched():
+        return
+    torch, dist = _torch(), _dist()
+    if dist.is_initialized():
+        return
+    backend = "gloo"
+    if torch.cuda.is_available() and not wants_cpu():
+        torch.cuda.set_device(local_rank())
+        backend = "cpu:gloo,cuda:nccl"
+    with _together():
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore("group", _store()),
+            rank=rank(),
+            world_size=world_size(),
+            timeout=_COLLECTIVE,
+        )
+    importlib.import_module("accelerate").PartialState()  # so that Accelerate's own helpers know of the group
+
+
+def gather_objects(value: T) -> list[T]:
+    """Return the `value` of every process, by rank; who comes first waits for the last, however long."""
+    if not is_launched():
+        return [value]
+    start()
+    meet()
+    out: list[Any] = [None] * world_size()
+    with _together():
+        _dist().all_gather_object(out, value)
+    return out
+
+
+def broadcast_object(value: T) -> T:
+    """Return the main process's `value`; the others wait for it however long."""
+    return on_main(lambda: value)
+
+
+def on_main(work: Callable[[], T]) -> T:
+    """Let the main process alone do `work`, which may take hours, and return its result in all of them.
+
+    The result is pickled; 8 MiB is the most the store takes. If it raises, the others end too.
+    """
+    if not is_launched():
+        return work()
+    key = _turn("main")
+    if is_main():
+        value = work()
+        post(key, pickle.dumps(value))
+        return value
+    return pickle.loads(read(key))  # type: ignore[no-any-return]
+
+
+def main_first(work: Callable[[], T]) -> T:
+    """Let the main process do `work` first, however long; then the others do it, finding what it has left."""
+    if not is_launched():
+        return work()
+    if is_main():
+        done = work()
+        on_main(lambda: None)
+        return done
+    on_main(lambda: None)
+    return work()
+
+
+def post(key: str, value: bytes) -> None:
+    """Put `value` where every process can `read` it."""
+    _told(lambda store: store.set(key, value))
+
+
+def is_posted(key: str) -> bool:
+    """Return whether a process has put something at `key`."""
+    return bool(_told(lambda store: store.check([key])))
+
+
+def read(key: str) -> bytes:
+    """Return what a process puts at `key`, waiting for it however long; if one fails meanwhile, this one does too."""
+    _await(key)
+    return bytes(_told(lambda store: store.get(key)))
+
+
+def stop() -> None:
+    """Leave, when all is done: the main process last, as it may be the host of what the others still ask."""
+    if not is_launched() or os.getpid() not in _store_of:
+        return
+    if _dist().is_initialized():
+        _dist().destroy_process_group()
+    came = _told(lambda store: store.add("left", 1))
+    patience = time.monotonic() + 60
+    while is_main() and came < world_size() and time.monotonic() < patience:
+        time.sleep(_FIRST_POLL_S)
+        came = _told(lambda store: store.add("left", 0))
+
+
+def meet() -> None:
+    """Wait until every process has come here, however long that takes."""
+    if not is_launched():
+        return
+    key = _turn("meet")
+    if _told(lambda store: store.add(f"{key}/come", 1)) == world_size():
+        _told(lambda store: store.set(key, b"1"))
+    _await(key)
+
+
+def sum_gradients(parameters: Iterable[Any], *numbers: float) -> list[float]:
+    """Sum the gradients of `parameters` over all processes, in place, and return the sums of `numbers` (float64).
+
+    A parameter without a gradient here gets one if another process has one; without one anywhere it keeps none, as an
+    optimizer passes over it then.
+    """
+    if not is_launched():
+        return list(numbers)
+    start()
+    torch = _torch()
+    every = list(parameters)
+    device = every[0].device
+    with _together():
+        has = [*numbers, *(float(p.grad is not None) for p in every)]
+        summed = torch.tensor(has, dtype=torch.float64, device=device)
+        _dist().all_reduce(summed)
+        used = [p for p, count in zip(every, summed[len(numbers) :].tolist(), strict=True) if count]
+        for part in _buckets(used):
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in part]
+            flat = torch.cat([grad.flatten() for grad in grads])
+            _dist().all_reduce(flat)
+            for p, grad in zip(part, flat.split([grad.numel() for grad in grads]), strict=True):
+                p.grad = grad.view_as(p).clone() if p.grad is None else p.grad.copy_(grad.view_as(p))
+    return [float(value) for value in summed[: len(numbers)].tolist()]
+
+
+def copy_from_main(tensors: Iterable[Any]) -> None:
+    """Overwrite `tensors` with the main process's."""
+    if not is_launched():
+        return
+    start()
+    with _together():
+        for tensor in tensors:
+            _dist().broadcast(tensor.data, 0)
+
+
+def _buckets(parameters: Sequence[Any]) -> Iterator[list[Any]]:
+    """Yield `parameters` in parts of one dtype and at most `_BUCKET` numbers, a larger one alone."""
+    part: list[Any] = []
+    for p in parameters:
+        if part and (p.dtype != part[0].dtype or sum(q.numel() for q in part) + p.numel() > _BUCKET):
+            yield part
+            part = []
+        part.append(p)
+    if part:
+        yield part
+
+
+def report_failure(code: int) -> bool:
+    """Tell the other processes that this one ends with `code`; return whether it is the first: it alone speaks."""
+    if not is_launched():
+        return True
+    if os.getpid() not in _store_of and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and not is_main():
+        return False  # nobody may be there to connect to; what fails this early fails in all of them
+    try:
+        store = _store()
+        first: bool = store.add(f"{_ENDED}/count", 1) == 1
+        if first:
+            store.set(_ENDED, str(code))
+        return first
+    except RuntimeError:  # its host has ended, and has spoken
+        return False
+
+
+def failure_code() -> int:
+    """Return the exit code of the process that failed first, as far as it can be told."""
+    try:
+        store = _store()
+        for _ in range(20):
+            if store.check([_ENDED]):
+                return int(store.get(_ENDED))
+            time.sleep(0.05)
+    except RuntimeError:
+        pass
+    return LOST
+
+
+def _torch() -> Any:
+    return importlib.import_module("torch")
+
+
+def _dist() -> Any:
+    return importlib.import_module("torch.distributed")
+
+
+def _store() -> Any:
+    """Return the store the launcher's environment names, connected once a process."""
+    if os.getpid() not in _store_of:
+        found, _, _ = next(_dist().rendezvous("env://", timeout=_CONNECT))
+        _store_of[os.getpid()] = _dist().PrefixStore("recbole_mllm", found)
+    return _store_of[os.getpid()]
+
+
+def _turn(name: str) -> str:
+    """Return the key of the next meeting of this kind; every process comes to them in the same order."""
+    _turns[name] = _turns.get(name, 0) + 1
+    return f"{name}/{_turns[name]}"
+
+
+def _await(key: str) -> None:
+    """Wait for `key`; another process's failure ends the wait."""
+    pause = _FIRST_POLL_S
+    while not _told(lambda store: store.check([key])):
+        if _told(lambda store: store.check([_ENDED])):
+            raise LostProcess(_LOST_WORDS)
+        time.sleep(pause)
+        pause = min(_LONGEST_POLL_S, pause * 1.3)
+
+
+def _told(ask: Callable[[Any], T]) -> T:
+    with _together():
+        return ask(_store())
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """Say what it means when another process does not answer: gloo and the store raise a RuntimeError each."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise LostProcess(_LOST_WORDS) from error
+
+
+_LOST_WORDS = (
+    "another process of this run has ended without a word (killed, or out of memory); what was finished is kept: start "
+    "the same command again, a training with --checkpoint_every_steps and --resume=auto"
+)
