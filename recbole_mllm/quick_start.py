@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,9 @@ import numpy as np
 from recbole.data import create_dataset, data_preparation
 from recbole.utils import get_model, get_trainer, init_logger, init_seed
 
+from recbole_mllm import ranks
 from recbole_mllm.config import check_keys, per_model, recbole_config, sections
-from recbole_mllm.data.schema import isum_file, store_file, usum_file
+from recbole_mllm.data.schema import isum_file, usum_file
 from recbole_mllm.errors import UserError
 from recbole_mllm.evaluation.exchange import write
 from recbole_mllm.evaluation.metrics import joined, per_user, pooled_auc
@@ -158,7 +158,6 @@ def prepare_summaries(config: Any, stage: str, *, dry: bool = False, since: str 
     from recbole_mllm.summaries.estimate import estimate
     from recbole_mllm.summaries.prepare import make_item_summaries, refresh
     from recbole_mllm.summaries.since import users_since
-    from recbole_mllm.summaries.store import Store
     from recbole_mllm.summaries.users import Plan
 
     init_seed(config["seed"], config["reproducibility"])
@@ -171,13 +170,12 @@ def prepare_summaries(config: Any, stage: str, *, dry: bool = False, since: str 
     plan = Plan(train._dataset.histories, train._dataset.positions)
     users = users_since(dataset, since) if since is not None else None
     if dry:
-        return estimate(made, plan if users is None else plan.of(users), stage)
+        return ranks.on_main(lambda: estimate(made, plan if users is None else plan.of(users), stage))
     lines = []
     if stage != "items":
         lines = _left(refresh(made, plan, users), since)
     else:
-        with closing(Store(store_file(made.folder))) as store:
-            make_item_summaries(made, store, plan.items(made.settings))
+        make_item_summaries(made, plan)
     files = (isum_file(made.folder, made.tag), usum_file(made.folder, made.tag))
     return [str(path) for path in files if path.is_file()] + lines
 

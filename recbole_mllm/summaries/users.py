@@ -72,6 +72,16 @@ def preferences(
     return chains.texts
 
 
+def openings(
+    style: Style, items: Items, summaries: Mapping[str, str], plan: Plan, settings: SummarySettings, earlier: Earlier
+) -> Iterator[Prompt]:
+    """Yield the prompts of `preferences` that wait for no other: users who began alike ask the same."""
+    for user, places in plan.positions.items():
+        chains = _Chains(style, items, summaries, Plan(plan.histories, {user: places}), settings, earlier)
+        for question in chains.ready(chains.total):
+            yield question.prompt
+
+
 class _Chains:
     """All users' chains: a state's prompt can be asked once the state before it has its text."""
 
