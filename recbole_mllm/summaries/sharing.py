@@ -1,7 +1,7 @@
 """Summaries written by several processes: each takes its share, and then all is in the dataset's store.
 
 A prompt that many ask (an item's, or the first block of users who began alike) goes to one process by the hash of its
-content, a user's chain to one by the hash of the items it starts with; so no more prompts are written than in one process.
+content, a user's chain to one by the hash of the items it starts with: no prompt is written that one process would not.
 """
 
 from __future__ import annotations

@@ -125,4 +125,4 @@ def test_a_shard_reads_the_store_and_writes_its_own_file(tmp_path):
 def test_shares_are_the_same_in_every_run_and_about_alike():
     parts = Counter(share_of(f"user {n}", 5) for n in range(5000))
     assert sorted(parts) == list(range(5)) and max(parts.values()) < 1.2 * min(parts.values())
-    assert [share_of(text, 4) for text in ("a", "b", "ü")] == [2, 3, share_of("ü", 4)]
+    assert [share_of(text, 4) for text in ("a", "b", "ü")] == [2, 2, 0]  # on every machine
