@@ -17,22 +17,20 @@ from recbole_mllm.errors import UserError
 _DESCRIPTION = "MLLM-MSR for RecBole. Without arguments: the demo."
 _EPILOG = "Any configuration key may follow as --key=value. Exit code 2 means a mistake in what was given."
 
+_SHARED = {None, "summarize", "benchmark"}  # commands that several processes have something to share in
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code: 0, 2 for a user's mistake (one line, no traceback), 1 otherwise."""
     # Threads that spin while they wait slow each other down several times over on a busy machine; read when torch loads
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     words = sys.argv[1:] if argv is None else argv
-    return launched.exit_code(_run_launched, words) if ranks.is_launched() else exit_code(_run, words)
-
-
-def _run_launched(words: list[str]) -> int:
-    """Run a command as one of several processes; one that has nothing to share is the main process's alone."""
-    shared = {"benchmark", "summarize"} & set(words) or "--model" in words or not words
-    return _run(words) if shared or ranks.is_main() else 0
+    return (launched.exit_code if ranks.is_launched() else exit_code)(_run, words)
 
 
 def _run(words: list[str]) -> int:
+    if not ranks.is_main() and ({"-h", "--help"} & set(words) or words[:1] == ["convert"]):
+        return 0
     if words[:1] == ["convert"]:
         from dataset_converters.cli import main as convert  # without torch, pandas or RecBole
 
@@ -42,6 +40,8 @@ def _run(words: list[str]) -> int:
     parser = _parser()
     known, rest = parser.parse_known_args([word for word in words if not _is_setting(word, parser)])
     rest += [word for word in words if _is_setting(word, parser)]
+    if known.command not in _SHARED and not ranks.is_main():
+        return 0
     if known.command == "store":
         if rest:
             raise UserError(f"store takes no {rest[0]!r}; see --help")

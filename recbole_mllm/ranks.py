@@ -74,6 +74,7 @@ def start() -> None:
     torch, dist = _torch(), _dist()
     if dist.is_initialized():
         return
+    meet()
     backend = "gloo"
     if torch.cuda.is_available() and not wants_cpu():
         torch.cuda.set_device(local_rank())
@@ -232,8 +233,8 @@ def report_failure(code: int) -> bool:
         if first:
             store.set(_ENDED, str(code))
         return first
-    except RuntimeError:  # its host has ended, and has spoken
-        return False
+    except (RuntimeError, ValueError):  # its host has ended, and has spoken; or no launcher says where it is
+        return is_main()
 
 
 def failure_code() -> int:

@@ -18,6 +18,8 @@ GRACE_S = 5.0
 POLL_S = 0.2
 STATUS_LENGTH = 300
 
+PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # which of a launcher's processes this is
+_LAUNCHERS = ("MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_")
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _ERROR = re.compile(r"^(?:[A-Za-z_]\w*\.)*(\w*(?:Error|Exception|Interrupt|Exit)(?:: .*)?)$")
 
@@ -61,11 +63,14 @@ def run_child(
     environment: Mapping[str, str] | None = None,
     log: str = LOG,
 ) -> int:
-    """Run `command` to its end with its output in the file `log`; return its exit code, negative for a signal."""
+    """Run `command` to its end with its output in the file `log`; return its exit code, negative for a signal.
+
+    Its environment is ours without what a launcher has put there, unless another one is given.
+    """
     output_path = folder / log
     root = str(Path(__file__).resolve().parents[2])  # the package must be found from any working directory
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    given = os.environ if environment is None else environment
+    given = environment_alone(os.environ) if environment is None else environment
     started = time.monotonic()
     with output_path.open("wb") as output:
         child = subprocess.Popen(
@@ -88,6 +93,11 @@ def run_child(
             tick(time.monotonic() - started, last_line(output_path))
     finally:
         _end(child)
+
+
+def environment_alone(given: Mapping[str, str]) -> dict[str, str]:
+    """Return `given` without what a launcher has put there."""
+    return {name: value for name, value in given.items() if name not in PLACE and not name.startswith(_LAUNCHERS)}
 
 
 def last_line(log: Path) -> str:

@@ -18,10 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from recbole_mllm import ranks
-from recbole_mllm.benchmark.child import Tick, failure, run_child
+from recbole_mllm.benchmark.child import PLACE, Tick, environment_alone, failure, run_child
 
-_OURS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-_PREFIXES = ("MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_", "PET_")
 _CHECK_S = 1.0
 
 
@@ -29,14 +27,9 @@ class _OtherFailed(Exception):
     """The child of another process has failed; ours cannot finish."""
 
 
-def environment_alone(given: Mapping[str, str]) -> dict[str, str]:
-    """Return `given` without what a launcher has put there."""
-    return {name: value for name, value in given.items() if name not in _OURS and not name.startswith(_PREFIXES)}
-
-
 def environment_of_child(given: Mapping[str, str], port: int) -> dict[str, str]:
     """Return `given` for a child that forms a group at `port` with its like; the main process's child is the host."""
-    kept = {name: given[name] for name in (*_OURS, "MASTER_ADDR") if name in given}
+    kept = {name: given[name] for name in (*PLACE, "MASTER_ADDR") if name in given}
     return environment_alone(given) | kept | {"MASTER_PORT": str(port)}
 
 

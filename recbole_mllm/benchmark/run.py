@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import re
 import signal
 import sys
@@ -25,7 +24,7 @@ from typing import Any
 from recbole_mllm import ranks
 from recbole_mllm.benchmark.child import LOG, Stopped, claim, failure, run_child
 from recbole_mllm.benchmark.field import Entry, resolve
-from recbole_mllm.benchmark.launched import Orders, environment_alone
+from recbole_mllm.benchmark.launched import Orders
 from recbole_mllm.benchmark.leaderboard import VALID_METRIC
 from recbole_mllm.benchmark.progress import Progress
 from recbole_mllm.benchmark.records import RECORDS, RunRecord, append, latest, plain_json, read_records
@@ -239,9 +238,7 @@ class _Bench:
         if ranks.is_launched() and job.entry.kind == "mllm":
             _, reason = self.orders.run(self.worker, plain_json(job.order()), job.folder, lock, self.stop, tick)
             return reason
-        environment = environment_alone(os.environ) if ranks.is_launched() else None
-        command = [*self.worker, str(order)]
-        code = run_child(command, job.folder, lock, self.stop, tick, environment=environment)
+        code = run_child([*self.worker, str(order)], job.folder, lock, self.stop, tick)
         return failure(job.folder / LOG, code) if code else ""
 
     def _records_of(self, job: Job) -> list[RunRecord]:

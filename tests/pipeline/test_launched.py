@@ -1,0 +1,149 @@
+"""Several real processes (torchrun, gloo) against one: the same losses, adapters, scores and metrics."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import launched_runs
+import numpy as np
+import pytest
+import small_world
+import tiny_models
+import torch
+
+from recbole_mllm.cli import main
+from recbole_mllm.training.checkpoint import read_checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+
+
+def launched(count, words, folder, **more):
+    """Run `words` in `count` processes; return what they said, and the launcher's exit code."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | more
+    words = [*TORCHRUN, f"--nproc_per_node={count}", *map(str, words)]
+    return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=150)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    small_world.write(folder / "data")
+    tiny_models.llama(folder / "llama")
+    tiny_models.llava(folder / "llava")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(world, tmp_path_factory):
+    folder, home, words = tmp_path_factory.mktemp("alone"), Path.cwd(), sys.argv
+    os.chdir(folder)
+    sys.argv = ["pytest"]
+    try:
+        return launched_runs.collect(world, folder)
+    finally:
+        os.chdir(home)
+        sys.argv = words
+
+
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+def together(request, world, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(f"together{request.param}")
+    done = launched(request.param, [ROOT / "tests" / "launched_runs.py", world, folder], folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return request.param, torch.load(folder / "found.pt", weights_only=False), done, folder
+
+
+@pytest.mark.parametrize("case", launched_runs.CASES)
+def test_losses_adapter_scores_and_metrics_are_those_of_one_process(alone, together, case):
+    count, found, *_ = together
+    one, many = alone[case], found[case]
+    assert (one["world_size"], many["world_size"]) == (1, count)
+    assert len(one["losses"]) == len(many["losses"]) >= 3
+    np.testing.assert_allclose(many["losses"], one["losses"], rtol=1e-5)
+    assert one["learnt"].keys() == many["learnt"].keys()
+    moved = max(float(tensor.abs().max()) for name, tensor in one["learnt"].items() if "lora_B" in name)
+    for name, tensor in one["learnt"].items():
+        assert float((tensor - many["learnt"][name]).abs().max()) < 1e-3 * moved, name
+    for name in ("user_id", "item_id", "place"):
+        assert one["pairs"][name] == many["pairs"][name]
+    np.testing.assert_allclose(many["pairs"]["score"], one["pairs"]["score"], atol=1e-4)
+    assert np.std(one["pairs"]["score"]) > 0.01
+    assert (one["test"], one["valid"], one["tokens"]) == (many["test"], many["valid"], many["tokens"])
+
+
+def test_batches_with_fewer_rows_than_processes_or_uneven_ones_count_each_row_once(alone, together):
+    for count, (loss, gradients) in alone["small"].items():
+        other, summed = together[1]["small"][count]
+        assert other == pytest.approx(loss, rel=1e-5)
+        for one, many in zip(gradients, summed, strict=True):
+            assert (one is None) == (many is None)
+            assert one is None or float((one - many).norm()) <= 1e-4 * float(one.norm()) + 1e-7
+        assert sum(float(one.norm()) for one in gradients if one is not None) > 0
+
+
+def test_the_main_process_alone_writes_and_speaks(together):
+    count, _, done, folder = together
+    assert done.stderr.count("epoch 0 training") == len(launched_runs.CASES)
+    assert len(list((folder / "log" / "MLLMMSR").glob("*.log"))) <= len(launched_runs.CASES)
+    assert len(list((folder / "text" / "saved").glob("*.pth"))) == 1
+
+
+KILLED = """
+import os, signal, sys
+from recbole_mllm.trainer import MLLMMSRTrainer
+stock = MLLMMSRTrainer._backward
+def backward(self, *args):
+    if (self.place.epoch, self.place.batch) == (1, 6) and os.environ["RANK"] == {rank!r}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return stock(self, *args)
+MLLMMSRTrainer._backward = backward
+from recbole_mllm.cli import main
+sys.exit(main())
+"""
+
+
+def words_of(world, folder, **more):
+    keys = launched_runs.settings(world, folder, {"mllm": "llama", **more})
+    return ["--model=MLLMMSR", "--dataset=steps", *(f"--{k}={json.dumps(v).replace(' ', '')}" for k, v in keys.items())]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rank", "then"), [("1", 1), ("0", 3)])
+def test_a_killed_process_ends_the_others_with_a_word_and_another_number_goes_on(alone, world, tmp_path, rank, then):
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED.format(rank=rank))
+    done = launched(2, [script, *words_of(world, tmp_path, checkpoint_every_steps=3)], tmp_path)
+    said = done.stdout + done.stderr
+    assert done.returncode != 0 and said.count("another process of this run has ended without a word") == 1
+    (last,) = (tmp_path / "saved").glob("*.last.pth")
+    assert read_checkpoint(last, torch.device("cpu"))["training"]["place"][:2] == (1, 4)
+
+    words = words_of(world, tmp_path, checkpoint_every_steps=3, resume="auto")
+    again = launched(then, [ROOT / "run_recbole_mllm.py", *words], tmp_path)
+    assert again.returncode == 0, again.stderr[-3000:]
+    found = read_checkpoint(last, torch.device("cpu"))
+    epoch, _, loss = found["training"]["place"]
+    assert epoch == 2 and "Resume training from epoch 1, batch 4" in again.stderr
+    straight = alone["text"]["losses"]
+    (told,) = {line.split("train loss: ")[1][:7] for line in again.stderr.splitlines() if "epoch 1 training" in line}
+    assert float(told) == pytest.approx(straight[-1], abs=2e-4)
+    for name, tensor in alone["text"]["learnt"].items():
+        assert float((found["state_dict"][name] - tensor).abs().max()) < 1e-4, name
+
+
+def test_two_launchers_are_one_clear_line(world, tmp_path, monkeypatch, capsys):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    file = tmp_path / "both.yaml"
+    file.write_text("nproc: 2\n")
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert main([*words_of(world, tmp_path), f"--config_files={file}"]) == 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "asks RecBole to start processes, and a launcher has started 2 already; leave nproc out" in line
