@@ -54,7 +54,7 @@ def _run(words: list[str]) -> int:
         embed_images=getattr(known, "embed_images", "on") == "on",
     )
     if known.command == "summarize":
-        return commands.summarize(_dataset(known), known.stage, known.dry_run, options)
+        return commands.summarize(_dataset(known), known.stage, known.dry_run, known.since, options)
     if known.command == "benchmark":
         return commands.benchmark(
             _dataset(known), known.models, known.seeds, known.output_dir, known.jobs, known.force, options, known.tune
@@ -114,6 +114,9 @@ def _parser() -> Parser:
     summarize = add("summarize", help="make the summaries alone; resumable", parents=[_quiet(common)], epilog=_EPILOG)
     summarize.add_argument("--stage", choices=("items", "users", "all"), default="all")
     summarize.add_argument("--dry-run", action="store_true", help="only say how many prompts, tokens and how long")
+    summarize.add_argument(
+        "--since", metavar="WHEN", help="users with an interaction at or after this date or timestamp alone"
+    )
     benchmark = add(
         "benchmark", help="many models, same candidates, one leaderboard", parents=[_quiet(common)], epilog=_EPILOG
     )

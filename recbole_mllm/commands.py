@@ -115,14 +115,13 @@ def _metrics(values: Mapping[str, float]) -> str:
     return "  ".join(f"{name} {value:.4f}" for name, value in values.items()) or "-"
 
 
-def summarize(dataset: str, stage: str, dry: bool, options: Options) -> int:
+def summarize(dataset: str, stage: str, dry: bool, since: str | None, options: Options) -> int:
     """Make the summaries that a training of MLLMMSR with the same settings would read, no more; or say their cost."""
     from recbole_mllm.quick_start import prepare_summaries
 
-    config = _config(OURS, dataset, options)
-    for line in ranks.on_main(lambda: prepare_summaries(config, stage, dry=dry)):
-        if ranks.is_main():
-            print(line)
+    lines = prepare_summaries(_config(OURS, dataset, options), stage, dry=dry, since=since)
+    for line in lines if ranks.is_main() else []:
+        print(line)
     return 0
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,9 @@ import numpy as np
 from recbole.data import create_dataset, data_preparation
 from recbole.utils import get_model, get_trainer, init_logger, init_seed
 
+from recbole_mllm import ranks
 from recbole_mllm.config import check_keys, per_model, recbole_config, sections
-from recbole_mllm.data.schema import isum_file, store_file, usum_file
+from recbole_mllm.data.schema import isum_file, usum_file
 from recbole_mllm.errors import UserError
 from recbole_mllm.evaluation.exchange import write
 from recbole_mllm.evaluation.metrics import joined, per_user, pooled_auc
@@ -147,16 +147,17 @@ def make_config(model: str, dataset: str, files: list[str], overrides: dict[str,
     return recbole_config(model, dataset, files, keys | per_model(files, model) | overrides)
 
 
-def prepare_summaries(config: Any, stage: str, *, dry: bool = False) -> list[str]:
+def prepare_summaries(config: Any, stage: str, *, dry: bool = False, since: str | None = None) -> list[str]:
     """Make the summaries a run of `config` would read (``items``, ``users``, ``all``); return the files they are in.
 
-    With `dry` nothing is written, and what it would take is returned instead.
+    With `dry` nothing is written, and what it would take is returned instead. With `since` only users with an
+    interaction at or after it get theirs (`users_since`); a line says who else lacks one.
     """
     # here, as every run of a baseline would wait seconds for transformers
     from recbole_mllm.model.stages import make_stage
     from recbole_mllm.summaries.estimate import estimate
-    from recbole_mllm.summaries.prepare import make_item_summaries, make_preferences
-    from recbole_mllm.summaries.store import Store
+    from recbole_mllm.summaries.prepare import make_item_summaries, refresh
+    from recbole_mllm.summaries.since import users_since
     from recbole_mllm.summaries.users import Plan
 
     init_seed(config["seed"], config["reproducibility"])
@@ -167,15 +168,27 @@ def prepare_summaries(config: Any, stage: str, *, dry: bool = False) -> list[str
     settings = Settings.from_config(config)
     made = make_stage(config, settings, config["device"])
     plan = Plan(train._dataset.histories, train._dataset.positions)
+    users = users_since(dataset, since) if since is not None else None
     if dry:
-        return estimate(made, plan, stage)
+        return ranks.on_main(lambda: estimate(made, plan if users is None else plan.of(users), stage))
+    lines = []
     if stage != "items":
-        make_preferences(made, plan)
+        lines = _left(refresh(made, plan, users), since)
     else:
-        with closing(Store(store_file(made.folder))) as store:
-            make_item_summaries(made, store, plan.items(made.settings))
+        make_item_summaries(made, plan)
     files = (isum_file(made.folder, made.tag), usum_file(made.folder, made.tag))
-    return [str(path) for path in files if path.is_file()]
+    return [str(path) for path in files if path.is_file()] + lines
+
+
+def _left(users: list[str], since: str | None) -> list[str]:
+    """Return the line about those whom `since` left without a summary that their rows read."""
+    if not users:
+        return []
+    named = ", ".join(users[:5]) + ", …" * (len(users) > 5)
+    return [
+        f"{len(users)} users have summaries to write from before --since {since} ({named}); the same command without "
+        "--since writes those too, and with summarize: off no model runs until then"
+    ]
 
 
 def frozen_candidates(config: Any, out: Path) -> str:

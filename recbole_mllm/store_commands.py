@@ -55,9 +55,9 @@ def _folder(where: str) -> Path:
 
 @contextmanager
 def _store(folder: Path) -> Iterator[Any]:
-    from recbole_mllm.summaries.store import Store
+    from recbole_mllm.summaries.shards import opened_store
 
-    with closing(Store(store_file(folder))) as store:
+    with closing(opened_store(folder)) as store:
         yield store
 
 

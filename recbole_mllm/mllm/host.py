@@ -57,8 +57,10 @@ class Host:
         self._changed = threading.Condition()
         self._failures, self._resume_at, self._last_failed, self._trying = 0, 0.0, 0.0, False
         self._not_before = 0.0  # the server's own word, by Retry-After
+        self._inside = 0  # threads admitted, those of earlier shifts included
         self.failing_since: float | None = None
         self.last_trouble = ""
+        self.answered = False
 
     def begin(self) -> None:
         """Start on new prompts: a server that was failing is tried at once, unless it asked to be left alone."""
@@ -71,8 +73,10 @@ class Host:
         with self._changed:
             while not stop.is_set():
                 wait = self._resume_at - time.monotonic()
-                if wait <= 0 and not (self._failures and self._trying):
+                full = self._inside >= self.settings.server_concurrency or (self._failures and self._trying)
+                if wait <= 0 and not full:
                     self._trying = True
+                    self._inside += 1
                     return True
                 self._changed.wait(min(wait, 0.2) if wait > 0 else 0.2)
         return False
@@ -81,6 +85,12 @@ class Host:
         """Say that an admitted thread had nothing to ask."""
         with self._changed:
             self._trying = False
+
+    def leave(self) -> None:
+        """Say that an admitted thread is through; each says so once, whatever it did."""
+        with self._changed:
+            self._inside -= 1
+            self._changed.notify()
 
     def ask(self, message: dict[str, Any], decoding: Decoding) -> Answer | Trouble:
         """Ask for one completion; what goes wrong is a value, and never holds the key."""
@@ -179,6 +189,7 @@ class Host:
         """Set the server aside after its own trouble, for longer each time; an answer ends that."""
         with self._changed:
             self._trying = False
+            self.answered = self.answered or isinstance(outcome, Answer)
             if isinstance(outcome, Trouble) and outcome.kind in (Kind.AGAIN, Kind.AGAIN_BUT_COUNT):
                 self._failed(outcome, started)
             elif self.failing_since is not None:

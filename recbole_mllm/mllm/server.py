@@ -16,11 +16,13 @@ from recbole_mllm.errors import UserError
 from recbole_mllm.mllm.base import Answer, Ask, Work
 from recbole_mllm.mllm.chat import message
 from recbole_mllm.mllm.host import Host, Kind, Trouble
+from recbole_mllm.mllm.jobs import Job, Jobs
 from recbole_mllm.settings import ServerSettings
 
 _TRIES = 5  # times a prompt may draw an error that could be its own doing
 _HOPELESS = 3  # prompts refused before any was answered: it is not the prompts
 _TICK_S = 0.2
+_LOOK_S = 3.0  # for which the work waits for what servers list; a slow one is asked all the same
 Asking = Callable[[Host, Ask, int], Callable[[], Answer | Trouble]]
 """Readies a server's request of one prompt, its longest text halved so many times; the result makes the request.
 
@@ -59,8 +61,15 @@ def make_hosts(endpoint: Endpoint, settings: ServerSettings) -> list[Host]:
     """
     key = _key(settings)
     hosts = [Host(url, endpoint.model, settings, key) for url in endpoint.urls]
-    for host in hosts:
-        _look_at(host)
+    refused: queue.SimpleQueue[UserError] = queue.SimpleQueue()
+    looks = [threading.Thread(target=_look_at, args=(host, refused), daemon=True) for host in hosts]
+    for look in looks:
+        look.start()
+    end = time.monotonic() + _LOOK_S
+    for look in looks:
+        look.join(max(0.0, end - time.monotonic()))
+    if not refused.empty():
+        raise refused.get()
     return hosts
 
 
@@ -86,19 +95,16 @@ def _key(settings: ServerSettings) -> str | None:
     return key or None
 
 
-def _look_at(host: Host) -> None:
+def _look_at(host: Host, refused: queue.SimpleQueue[UserError]) -> None:
     """Say so where the server lists models and not this one; a server that is down now may be up later."""
-    there = host.models()
+    try:
+        there = host.models()
+    except UserError as error:
+        refused.put(error)
+        return
     if there and host.model not in there:
         listed = ", ".join(there[:20])
         logging.getLogger().warning(f"server {host.url} does not list model {host.model!r}; it lists: {listed}")
-
-
-@dataclass(slots=True)
-class _Job:
-    ask: Ask
-    tries: int = 0
-    shortened: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +118,8 @@ class _Shift:
     def __init__(self, work: Work, hosts: Sequence[Host], settings: ServerSettings, asking: Asking) -> None:
         self.work, self.hosts, self.settings, self.asking = work, hosts, settings, asking
         self.stop = threading.Event()
-        self.jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
-        self.results: queue.SimpleQueue[tuple[_Job, Answer] | _Refused | Exception] = queue.SimpleQueue()
+        self.jobs = Jobs()
+        self.results: queue.SimpleQueue[tuple[Job, Answer] | _Refused | Exception] = queue.SimpleQueue()
         self.under_way = 0
         self.started = time.monotonic()
 
@@ -146,7 +152,7 @@ class _Shift:
         """Keep as many jobs waiting as the servers could take at once, so that none of them runs dry."""
         room = 2 * len(self.hosts) * self.settings.server_concurrency - self.under_way
         for ask in self.work.take(room) if room > 0 else []:
-            self.jobs.put(_Job(ask))
+            self.jobs.put(Job(ask))
             self.under_way += 1
 
     def _start(self) -> None:
@@ -156,9 +162,9 @@ class _Shift:
                 # daemons, as one may hang in a request when the run is stopped
                 threading.Thread(target=self._work, args=(host,), daemon=True).start()
 
-    def _arrived(self) -> list[tuple[_Job, Answer] | _Refused | Exception]:
+    def _arrived(self) -> list[tuple[Job, Answer] | _Refused | Exception]:
         """Return all results that are there, waiting a moment for the first."""
-        out: list[tuple[_Job, Answer] | _Refused | Exception] = []
+        out: list[tuple[Job, Answer] | _Refused | Exception] = []
         try:
             out.append(self.results.get(timeout=_TICK_S))
             while True:
@@ -185,15 +191,20 @@ class _Shift:
         try:
             while host.admit(self.stop):
                 try:
-                    job = self.jobs.get(timeout=_TICK_S)
-                except queue.Empty:
-                    host.release()
-                    continue
-                self._settle(job, self._ask(job, host))
+                    self._one(host)
+                finally:
+                    host.leave()
         except Exception as error:  # a bug must stop the run, not hang it
             self.results.put(error)
 
-    def _ask(self, job: _Job, host: Host) -> Answer | Trouble:
+    def _one(self, host: Host) -> None:
+        job = self.jobs.next(host, _TICK_S)
+        if job is None:
+            host.release()
+        else:
+            self._settle(job, host, self._ask(job, host))
+
+    def _ask(self, job: Job, host: Host) -> Answer | Trouble:
         try:
             request = self.asking(host, job.ask, job.shortened)
         except UserError as error:
@@ -202,14 +213,19 @@ class _Shift:
         outcome = request()
         return replace(outcome, text=f"server {host.url}: {outcome.text}") if isinstance(outcome, Trouble) else outcome
 
-    def _settle(self, job: _Job, outcome: Answer | Trouble) -> None:
+    def _settle(self, job: Job, host: Host, outcome: Answer | Trouble) -> None:
+        """Pass an answer on, once; a prompt in trouble goes back to the others, unless a server still has it."""
+        if isinstance(outcome, Trouble) and outcome.kind is Kind.FATAL:
+            self.results.put(UserError(outcome.text))
+            return
+        if not self.jobs.back(job, host, answered=isinstance(outcome, Answer)):
+            return
         if isinstance(outcome, Answer):
             self.results.put((job, outcome))
             return
-        if outcome.kind is Kind.FATAL:
-            self.results.put(UserError(outcome.text))
-            return
-        job.tries += outcome.kind is Kind.AGAIN_BUT_COUNT
+        # a server that has answered nothing says nothing about a prompt while others answer
+        counts = host.answered or not any(other.answered for other in self.hosts)
+        job.tries += outcome.kind is Kind.AGAIN_BUT_COUNT and counts
         job.shortened += outcome.kind is Kind.TOO_LONG
         if outcome.kind is Kind.REFUSED or job.tries >= _TRIES:
             self.results.put(_Refused(outcome.text))

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 from recbole_mllm.data.texts import Items
-from recbole_mllm.prompts import Style, fused_summary_prompt, image_summary_prompt, text_summary_prompt
-from recbole_mllm.summaries.writing import Scribe
+from recbole_mllm.prompts import Prompt, Style, fused_summary_prompt, image_summary_prompt, text_summary_prompt
 
 
-def item_summaries(scribe: Scribe, style: Style, items: Items, wanted: Sequence[str], what: str) -> dict[str, str]:
+class Answering(Protocol):
+    """Answers prompts that are all known from the start."""
+
+    def answer(self, prompts: Sequence[Prompt]) -> list[str]:
+        """Return the answers, by the order of `prompts`."""
+        ...
+
+
+def item_summaries(scribe: Answering, style: Style, items: Items, wanted: Sequence[str], what: str) -> dict[str, str]:
     """Return the summary of each `wanted` raw id; "" where the item has nothing to summarise.
 
     Args:

@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Container, Mapping, Set
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 
+from recbole_mllm import ranks
 from recbole_mllm.data import schema
-from recbole_mllm.data.texts import Items, write_item_summaries, write_user_summaries
+from recbole_mllm.data.texts import Items, write_item_summaries
 from recbole_mllm.errors import UserError
-from recbole_mllm.mllm.base import Decoding, Writer
 from recbole_mllm.prompts import Style, titles_as_preference
 from recbole_mllm.settings import SummarySettings
 from recbole_mllm.summaries.chains import State, before, state_at
 from recbole_mllm.summaries.items import item_summaries
+from recbole_mllm.summaries.lastexport import LastExport
+from recbole_mllm.summaries.shards import opened_store
+from recbole_mllm.summaries.sharing import write_in_shares
+from recbole_mllm.summaries.stage import Stage, Summarizers, claiming, item_scribe, marker_of, user_scribe
 from recbole_mllm.summaries.store import Store
 from recbole_mllm.summaries.users import Plan, as_rows, preferences
-from recbole_mllm.summaries.writing import Scribe
+
+__all__ = [
+    "Preferences",
+    "Stage",
+    "Summarizers",
+    "item_scribe",
+    "make_item_summaries",
+    "make_preferences",
+    "refresh",
+    "user_scribe",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,52 +76,15 @@ class Preferences:
         return found[::-1]
 
 
-@dataclass(frozen=True, slots=True)
-class Summarizers:
-    """The two models that write; `load_*` are called only when something must be written."""
+def make_item_summaries(stage: Stage, plan: Plan) -> None:
+    """Make the summaries of all items that some row of `plan` reads, and export them."""
+    write_in_shares(stage, plan, None, only_items=True)
 
-    item_identity: str
-    user_identity: str
-    load_item: Callable[[], Writer]
-    load_user: Callable[[], Writer]
+    def export() -> None:
+        with closing(opened_store(stage.folder)) as store:
+            _item_summaries(stage, store, plan.items(stage.settings))
 
-
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """Everything the summaries of one dataset are made from."""
-
-    folder: Path
-    tag: str
-    style: Style
-    items: Items
-    settings: SummarySettings
-    who: Summarizers
-
-
-def item_scribe(stage: Stage, store: Store) -> Scribe:
-    """Return who answers for item summaries."""
-    s, who = stage.settings, stage.who
-    decoding = _decoding(s, s.item_summary_tokens)
-    return Scribe("item", who.load_item, who.item_identity, store, decoding, s.summarize == "auto")
-
-
-def user_scribe(stage: Stage, store: Store) -> Scribe:
-    """Return who answers for user summaries."""
-    s, who = stage.settings, stage.who
-    decoding = _decoding(s, s.user_summary_tokens)
-    return Scribe("user", who.load_user, who.user_identity, store, decoding, s.summarize == "auto")
-
-
-def make_item_summaries(stage: Stage, store: Store, wanted: list[str]) -> dict[str, str]:
-    """Return the summaries of `wanted` items, made where missing, and export them."""
-    scribe = item_scribe(stage, store)
-    with scribe.progress(len(wanted)):
-        found = item_summaries(scribe, stage.style, stage.items, wanted, stage.settings.item_summary)
-    scribe.report()
-    if stage.settings.item_summary != "none":
-        path = schema.isum_file(stage.folder, stage.tag)
-        _log_export(path, write_item_summaries(path, found))
-    return found
+    ranks.on_main(export)
 
 
 def make_preferences(stage: Stage, plan: Plan) -> Preferences:
@@ -116,19 +92,59 @@ def make_preferences(stage: Stage, plan: Plan) -> Preferences:
     s = stage.settings
     texts: dict[tuple[str, State], str] = {}
     if s.summary_mode != "none":
-        with closing(Store(schema.store_file(stage.folder))) as store:
-            summaries = make_item_summaries(stage, store, plan.items(s))
-            scribe = user_scribe(stage, store)
-            texts = preferences(scribe, stage.style, stage.items, summaries, plan, s)
-            scribe.report()
-        path = schema.usum_file(stage.folder, stage.tag)
-        _log_export(path, write_user_summaries(path, as_rows(texts, plan)))
+        write_in_shares(stage, plan, None, only_items=False)
+        texts = ranks.main_first(lambda: _refreshed(stage, plan, None, plan.positions).texts)
     return Preferences(texts, plan, stage.items, stage.style, s)
 
 
-def _decoding(settings: SummarySettings, length: int) -> Decoding:
-    return Decoding(length, settings.summary_temperature, settings.summary_top_p, settings.summary_seed)
+def refresh(stage: Stage, plan: Plan, users: Set[str] | None = None) -> list[str]:
+    """Write the summaries that `plan`'s rows read and the last export lacks, of `users` alone if given.
+
+    Texts of other users are left on disk: a refresh costs what has changed.
+
+    Returns:
+        The users among the others whose rows still lack a summary; in the main process alone.
+    """
+    left: list[str] = []
+    if stage.settings.summary_mode != "none":
+        write_in_shares(stage, plan, users, only_items=False)
+        ranks.on_main(lambda: left.extend(_refreshed(stage, plan, users, ()).left))
+    return left
 
 
-def _log_export(path: Path, rows: int) -> None:
-    logging.getLogger().info(f"{path}: {rows} summaries")
+@dataclass(frozen=True, slots=True)
+class _Refreshed:
+    texts: dict[tuple[str, State], str]
+    left: list[str]
+
+
+def _refreshed(stage: Stage, plan: Plan, users: Set[str] | None, read: Container[str]) -> _Refreshed:
+    """Bring the export up to date for `users` (None: all), and return the texts of those it took and of `read`."""
+    s, log = stage.settings, logging.getLogger()
+    with closing(opened_store(stage.folder)) as store:
+        summaries = _item_summaries(stage, store, plan.items(s))
+        scribe = claiming(user_scribe(stage, store))
+        last = LastExport(schema.usum_file(stage.folder, stage.tag), stage.tag, store)
+        survey = last.survey(plan, marker_of(stage, summaries, scribe))
+        due = {user for user in survey.due if users is None or user in users}
+        wanted = plan.of({user for user in plan.positions if user in due or user in read})
+        earlier = last.rows(survey.holds, wanted.positions)
+        texts = preferences(scribe, stage.style, stage.items, summaries, wanted, s, earlier)
+        scribe.report()
+        new = {key: text for key, text in texts.items() if key[0] in due}
+        rows = last.replace(survey, due, as_rows(new, plan))
+        log.info(f"{last.path}: {len(due)} users' {rows} summaries, {len(survey.kept(due))} others' kept")
+    return _Refreshed(texts, [user for user in survey.due if user not in due])
+
+
+def _item_summaries(stage: Stage, store: Store, wanted: list[str]) -> dict[str, str]:
+    """Return the summaries of `wanted` items, made where missing, and export them."""
+    scribe = claiming(item_scribe(stage, store))
+    with scribe.progress(len(wanted)):
+        found = item_summaries(scribe, stage.style, stage.items, wanted, stage.settings.item_summary)
+    scribe.report()
+    if stage.settings.item_summary != "none" and ranks.is_main():
+        path = schema.isum_file(stage.folder, stage.tag)
+        rows = write_item_summaries(path, found)
+        logging.getLogger().info(f"{path}: {rows} summaries")
+    return found

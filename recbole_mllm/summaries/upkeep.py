@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 
 from recbole_mllm.errors import UserError
+from recbole_mllm.summaries.marks import forget_marks
 from recbole_mllm.summaries.store import Store
 from recbole_mllm.summaries.table import wal_of
 
@@ -76,6 +77,7 @@ def prune(store: Store, model: str | None, older_than: float | None, *, dry_run:
         gone = {str(name): int(answers) for name, answers in db.execute(query, given)}
         if gone and not dry_run:
             db.execute(f"DELETE FROM answers WHERE {where}", given)
+            forget_marks(db)
         left = int(db.execute("SELECT COUNT(*) FROM answers").fetchone()[0])
     if gone and not dry_run:
         store.compact()

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Mapping, Sequence, Set
+from collections.abc import Container, Hashable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from typing import cast
 
 from recbole_mllm.data.texts import Items, UserSummary
 from recbole_mllm.prompts import Prompt, Style, item_line, preference_prompt
 from recbole_mllm.settings import SummarySettings
+from recbole_mllm.summaries.asking import Question
 from recbole_mllm.summaries.chains import State, before, history_digest, state_at, steps
-from recbole_mllm.summaries.writing import Question, Scribe
+from recbole_mllm.summaries.writing import Scribe
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,33 +32,67 @@ class Plan:
         }
 
     def items(self, settings: SummarySettings) -> list[str]:
-        """Return the raw ids of all items some state has read, in first-seen order."""
+        """Return the raw ids of all items some state has read, users in order, each one's items oldest first."""
         seen: dict[str, None] = {}
-        for user, states in self.states(settings).items():
-            for state in states:
-                seen.update(dict.fromkeys(self.histories[user][state.start : state.seen]))
+        for user, places in self.positions.items():
+            history = self.histories[user]
+            # the states of one chain read what its last does; where max_history moves the start, each is looked at
+            for place in sorted(places) if settings.max_history is not None else [max(places)] if places else []:
+                if (state := state_at(place, settings)) is not None:
+                    seen.update(dict.fromkeys(history[state.start : state.seen]))
         return list(seen)
+
+    def of(self, users: Container[str]) -> Plan:
+        """Return the part of the plan that is about `users`."""
+        return Plan(self.histories, {user: places for user, places in self.positions.items() if user in users})
+
+
+# The rows an export holds of each user: texts by how many interactions they have read, and the digest of those
+Earlier = Mapping[str, Mapping[tuple[int, str], str]]
 
 
 def preferences(
-    scribe: Scribe, style: Style, items: Items, summaries: Mapping[str, str], plan: Plan, settings: SummarySettings
+    scribe: Scribe,
+    style: Style,
+    items: Items,
+    summaries: Mapping[str, str],
+    plan: Plan,
+    settings: SummarySettings,
+    earlier: Earlier | None = None,
 ) -> dict[tuple[str, State], str]:
     """Return the text of every state that some row of `plan` reads, and of those they build on.
 
     No state's prompt holds an interaction at or after its `seen`. Each chain advances as soon as its last step is
-    written, whatever the others' do.
+    written, whatever the others' do. What `earlier` holds is not asked for, and chains go on from there.
     """
-    chains = _Chains(style, items, summaries, plan, settings)
+    chains = _Chains(style, items, summaries, plan, settings, earlier or {})
+    scribe.read(len(chains.texts))
     with scribe.progress(chains.total):
         scribe.serve(chains)
     return chains.texts
+
+
+def openings(
+    style: Style, items: Items, summaries: Mapping[str, str], plan: Plan, settings: SummarySettings, earlier: Earlier
+) -> Iterator[Prompt]:
+    """Yield the prompts of `preferences` that wait for no other: users who began alike ask the same."""
+    for user, places in plan.positions.items():
+        chains = _Chains(style, items, summaries, Plan(plan.histories, {user: places}), settings, earlier)
+        for question in chains.ready(chains.total):
+            yield question.prompt
 
 
 class _Chains:
     """All users' chains: a state's prompt can be asked once the state before it has its text."""
 
     def __init__(
-        self, style: Style, items: Items, summaries: Mapping[str, str], plan: Plan, settings: SummarySettings
+        self,
+        style: Style,
+        items: Items,
+        summaries: Mapping[str, str],
+        plan: Plan,
+        settings: SummarySettings,
+        earlier: Earlier,
     ) -> None:
         self.style, self.items, self.summaries, self.plan, self.settings = style, items, summaries, plan, settings
         self.texts: dict[tuple[str, State], str] = {}
@@ -63,13 +100,22 @@ class _Chains:
         self.after: dict[tuple[str, State], list[State]] = {}
         self.total = 0
         for user, states in plan.states(settings).items():
+            rows = earlier.get(user, {})
+            history = plan.histories[user] if rows else []
             for state in (state for level in steps(states, settings) for state in level):
-                self.total += 1
-                earlier = self._before(state)
-                if earlier is None:
-                    self.waiting.append((user, state))
+                if rows and (text := rows.get(read_by(state, history))) is not None:
+                    self.texts[user, state] = text
                 else:
-                    self.after.setdefault((user, earlier), []).append(state)
+                    self._add(user, state)
+
+    def _add(self, user: str, state: State) -> None:
+        """Note that a state must be asked for: now, or once the one before it is there."""
+        self.total += 1
+        earlier = self._before(state)
+        if earlier is None or (user, earlier) in self.texts:
+            self.waiting.append((user, state))
+        else:
+            self.after.setdefault((user, earlier), []).append(state)
 
     def _before(self, state: State) -> State | None:
         return before(state, self.settings) if self.settings.summary_mode == "recurrent" else None
@@ -98,9 +144,14 @@ def _prompt(
     return preference_prompt(style, lines, previous)
 
 
-def as_rows(texts: Mapping[tuple[str, State], str], plan: Plan) -> list[UserSummary]:
-    """Return `texts` as rows of ``X.<tag>.usum``, by user and moment."""
-    return [
-        UserSummary(user, state.seen, history_digest(plan.histories[user][state.start : state.seen]), text)
-        for (user, state), text in sorted(texts.items(), key=lambda pair: pair[0])
-    ]
+def read_by(state: State, history: Sequence[str]) -> tuple[int, str]:
+    """Return what names a state in ``X.<tag>.usum``: how much it has read, and the digest of that."""
+    return state.seen, history_digest(history[state.start : state.seen])
+
+
+def as_rows(texts: Mapping[tuple[str, State], str], plan: Plan) -> Iterator[UserSummary]:
+    """Yield `texts` as rows of ``X.<tag>.usum``, by user and moment."""
+    for user, states in groupby(sorted(texts), key=itemgetter(0)):
+        history = plan.histories[user]
+        for _, state in states:
+            yield UserSummary(user, *read_by(state, history), texts[user, state])

@@ -8,59 +8,24 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, Protocol
 
 from recbole_mllm.data.atomic import clean
 from recbole_mllm.errors import UserError
 from recbole_mllm.mllm.base import Answer, Ask, Decoding, Writer
 from recbole_mllm.progress import Progress
 from recbole_mllm.prompts import Prompt
+from recbole_mllm.summaries.asking import Asker, Listed, Question
+from recbole_mllm.summaries.leases import Leases
 from recbole_mllm.summaries.quality import Findings, cut_at_sentence, repeats_prompt, table
 from recbole_mllm.summaries.store import Store, answer_key
 
 _AT_A_TIME = 4096  # prompts made and looked up at once
 _KEEP_COUNT, _KEEP_S = 32, 1.0  # answers, or seconds, after which what arrived is committed
+_CLAIMED = 32  # prompts claimed at once, so that other processes at the same store leave them alone
+_HELD_S = 0.5  # seconds between two looks at what other processes have claimed
 _AGAIN = Decoding(0, 0.6, 0.9)  # how an answer that repeats its prompt is tried once more
-
-
-class Question(NamedTuple):
-    """A prompt with the name its asker knows it by, and the preference it continues, if any."""
-
-    name: Hashable
-    prompt: Prompt
-    previous: str = ""
-
-
-class Asker(Protocol):
-    """Asks questions, some of them only when others have been answered."""
-
-    def ready(self, count: int) -> list[Question]:
-        """Return up to `count` questions that can be asked now, each once."""
-        ...
-
-    def told(self, name: Hashable, text: str) -> None:
-        """Take an answer."""
-        ...
-
-
-class Listed:
-    """Questions that are all known from the start."""
-
-    def __init__(self, prompts: Iterable[tuple[Hashable, Prompt]]) -> None:
-        self.waiting = [Question(name, prompt) for name, prompt in prompts]
-        self.texts: dict[Hashable, str] = {}
-
-    def ready(self, count: int) -> list[Question]:
-        """Return the next ones."""
-        out = self.waiting[:count]
-        del self.waiting[:count]
-        return out
-
-    def told(self, name: Hashable, text: str) -> None:
-        """Keep the text."""
-        self.texts[name] = text
 
 
 @dataclass(slots=True)
@@ -88,7 +53,10 @@ class _Open:
 
 @dataclass(slots=True)
 class Scribe:
-    """Answers questions with one model through the store. The model is loaded only when something must be written."""
+    """Answers questions with one model through the store. The model is loaded only when something must be written.
+
+    With `leases`, what another process is writing is waited for, behind everything else.
+    """
 
     kind: str
     load: Callable[[], Writer]
@@ -96,11 +64,15 @@ class Scribe:
     store: Store
     decoding: Decoding
     may_write: bool = True
+    leases: Leases | None = None
     tally: Tally = field(default_factory=Tally)
     findings: Findings = field(default_factory=Findings)
     _asker: Asker | None = None
     _open: dict[str, _Open] = field(default_factory=dict)
     _waiting: list[_Open] = field(default_factory=list)
+    _claimed: list[_Open] = field(default_factory=list)
+    _held: list[_Open] = field(default_factory=list)
+    _held_at: float = 0.0
     _under_way: dict[int, _Open] = field(default_factory=dict)
     _unkept: list[tuple[str, Answer]] = field(default_factory=list)
     _failed: list[str] = field(default_factory=list)
@@ -134,8 +106,15 @@ class Scribe:
             self._kept_at = self._started = time.perf_counter()
             try:
                 writer.write(self)
+                while self._held:
+                    time.sleep(_HELD_S)
+                    self._claim(1)
+                    if self._claimed:
+                        writer.write(self)
             finally:
                 self._keep()
+                if self.leases is not None:
+                    self.leases.release_all()
                 self.tally.seconds += time.perf_counter() - self._started
         if self._failed:
             raise UserError(
@@ -143,17 +122,49 @@ class Scribe:
                 "all others are kept, and the same command goes on from there"
             )
 
+    def read(self, count: int) -> None:
+        """Count answers that were read from the last export."""
+        self.tally.asked += count
+        self.tally.known += count
+
     def take(self, count: int) -> list[Ask]:
         """Return up to `count` prompts that the store cannot answer."""
-        self._look_up(count)
+        self._claim(count)
         out = []
-        for job in self._waiting[:count]:
+        for job in self._claimed[:count]:
             self._place += 1
             self._under_way[self._place] = job
             again = replace(_AGAIN, max_new_tokens=self.decoding.max_new_tokens, seed=self.decoding.seed + 1)
             out.append(Ask(self._place, job.question.prompt, again if job.again else self.decoding))
-        del self._waiting[:count]
+        del self._claimed[:count]
         return out
+
+    def _claim(self, count: int) -> None:
+        """Have up to `count` prompts ready that are ours to write; look now and then at those that others write."""
+        while len(self._claimed) < count:
+            self._look_up(count)
+            if batch := self._waiting[: max(count, _CLAIMED)]:
+                del self._waiting[: len(batch)]
+                self._sort_out(batch)
+            elif self._held and time.perf_counter() - self._held_at >= _HELD_S:
+                batch, self._held = self._held, []
+                self._held_at = time.perf_counter()
+                self._sort_out(batch)
+            else:
+                return
+
+    def _sort_out(self, jobs: Sequence[_Open]) -> None:
+        if self.leases is None:
+            self._claimed += jobs
+            return
+        mine, known = self.leases.claim([job.key for job in jobs])
+        for job in jobs:
+            if job.key in known:
+                del self._open[job.key]
+                self.tally.known += len(job.names)
+                self._tell(job.names, known[job.key], job.question.prompt)
+            else:
+                (self._claimed if job.key in mine else self._held).append(job)
 
     def _look_up(self, count: int) -> None:
         """Ask for questions until `count` wait for the model; what the store knows is told at once."""
@@ -197,7 +208,7 @@ class Scribe:
             if repeats_prompt(answer.text, job.question.prompt, job.question.previous):
                 if not job.again:
                     job.again = True
-                    self._waiting.insert(0, job)
+                    self._claimed.insert(0, job)
                     continue
                 self.findings.note("repeats its prompt", answer.text)
             self.tally.written += 1
@@ -234,6 +245,8 @@ class Scribe:
         if self._unkept:
             keys, answers = [key for key, _ in self._unkept], [answer for _, answer in self._unkept]
             self.store.add(self.kind, self.identity, keys, answers, now - self._kept_at)
+            if self.leases is not None:
+                self.leases.release(keys)
             self._unkept = []
         self._kept_at = now
 

@@ -5,9 +5,10 @@ from planted_writers import Planted
 
 from recbole_mllm.mllm.base import Answer, Decoding, Work
 from recbole_mllm.prompts import Prompt
+from recbole_mllm.summaries.asking import Listed, Question
 from recbole_mllm.summaries.quality import asked_start, cut_at_sentence, repeats_prompt
 from recbole_mllm.summaries.store import Store
-from recbole_mllm.summaries.writing import Listed, Question, Scribe
+from recbole_mllm.summaries.writing import Scribe
 
 WORDING = (
     "A user watched these, oldest first:\n- one\n\nBased on the content and visual style of the items above, summarize "

@@ -57,7 +57,7 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
             ranks.main_first(lambda: Reranker(config, self.settings.ranking, dataset)) if ranks_all else None
         )
         stage = make_stage(config, self.settings, self.device)
-        self.preferences = ranks.main_first(lambda: make_preferences(stage, Plan(dataset.histories, dataset.positions)))
+        self.preferences = make_preferences(stage, Plan(dataset.histories, dataset.positions))
         self.items, self.style = stage.items, stage.style
         self.users = np.asarray(dataset.field2id_token[self.USER_ID]).astype(str)
         self.tokens = np.asarray(dataset.field2id_token[self.ITEM_ID]).astype(str)

@@ -1,0 +1,89 @@
+"""Prompts on their way to servers: who has which, and which have been away so long that another server is asked too.
+
+A prompt is sent once more, to a server that has room, when it has been away several times as long as answers usually
+take: so neither a server that hangs nor a slow one holds up what waits for its last answers. The first answer counts.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+from recbole_mllm.mllm.base import Ask
+from recbole_mllm.mllm.host import Host
+
+_LATE, _LATE_S = 3.0, 0.5  # a prompt is late after so many times the usual, and so many seconds, where a server is idle
+_LOST, _LOST_S = 10.0, 2.0  # and even while others wait
+_USUAL_OF = 101  # the latest answers of whose times the median is what is usual
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """A prompt, and the servers that have it now, with the times at which they got it."""
+
+    ask: Ask
+    tries: int = 0
+    shortened: int = 0
+    away: dict[Host, float] = field(default_factory=dict)
+    done: bool = False
+
+
+class Jobs:
+    """A queue that remembers what it has handed out. Threads share it."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._waiting: deque[Job] = deque()
+        self._away: dict[Job, None] = {}  # in the order in which they went
+        self._times: deque[float] = deque(maxlen=_USUAL_OF)
+        self._usual: float | None = None
+
+    def put(self, job: Job) -> None:
+        """Let a job wait for a server."""
+        with self._changed:
+            self._waiting.append(job)
+            self._changed.notify()
+
+    def next(self, host: Host, timeout: float) -> Job | None:
+        """Return a job for `host`, waiting for one for at most `timeout` seconds."""
+        with self._changed:
+            job = self._overdue(host, _LOST, _LOST_S)
+            if job is None and not self._waiting:
+                self._changed.wait(timeout)
+                job = None if self._waiting else self._overdue(host, _LATE, _LATE_S)
+            if job is None and self._waiting:
+                job = self._waiting.popleft()
+            if job is not None:
+                job.away[host] = time.monotonic()
+                self._away[job] = None
+            return job
+
+    def _overdue(self, host: Host, times: float, least: float) -> Job | None:
+        """Return a job that another server alone has had for long; none for a server that is failing itself."""
+        if self._usual is None or host.failing_since is not None:
+            return None
+        now, late = time.monotonic(), max(least, times * self._usual)
+        for job in self._away:
+            if len(job.away) == 1 and host not in job.away and now - min(job.away.values()) > late:
+                return job
+        return None
+
+    def back(self, job: Job, host: Host, *, answered: bool) -> bool:
+        """Take a job back; return whether it is the caller's to go on with: not where another server still has it.
+
+        Once answered, it is done for all.
+        """
+        with self._changed:
+            sent = job.away.pop(host)
+            if job.done:
+                return False
+            if answered:
+                self._times.append(time.monotonic() - sent)
+                self._usual = sorted(self._times)[len(self._times) // 2]
+                job.done = True
+            if answered or not job.away:
+                del self._away[job]
+                return True
+            return False

@@ -1,0 +1,142 @@
+"""Summaries written by several processes: each takes its share, and then all is in the dataset's store.
+
+A prompt that many ask (an item's, or the first block of users who began alike) goes to one process by the hash of its
+content, a user's chain to one by the hash of the items it starts with: no prompt is written that one process would not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+
+from recbole_mllm import ranks
+from recbole_mllm.data.schema import store_file, usum_file
+from recbole_mllm.mllm.base import Writer
+from recbole_mllm.prompts import Prompt
+from recbole_mllm.summaries.asking import Listed
+from recbole_mllm.summaries.items import item_summaries
+from recbole_mllm.summaries.lastexport import LastExport, Survey
+from recbole_mllm.summaries.shards import ShardStore, opened_store
+from recbole_mllm.summaries.stage import Stage, item_scribe, marker_of, user_scribe
+from recbole_mllm.summaries.store import Store, answer_key
+from recbole_mllm.summaries.users import Earlier, Plan, openings, preferences
+from recbole_mllm.summaries.writing import Scribe
+
+MakeScribe = Callable[[Store], Scribe]
+
+
+def share_of(content: str, size: int) -> int:
+    """Return which of `size` processes `content` belongs to: the same on every machine and in every run."""
+    return int.from_bytes(hashlib.sha256(content.encode()).digest()[:8], "big") % size
+
+
+class Shares:
+    """This process's part in writing the answers of one dataset; every process takes the same steps in the same order.
+
+    Args:
+        folder: The dataset's folder, the same files for all processes.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._rank, self._size = folder, ranks.rank(), ranks.world_size()
+        self._merge()
+
+    def is_mine(self, content: str) -> bool:
+        """Return whether this process writes what belongs to `content`."""
+        return share_of(content, self._size) == self._rank
+
+    def write(self, make: MakeScribe, work: Callable[[Scribe], None]) -> None:
+        """Let every process do its `work` with a scribe that keeps answers in its own store; then merge all stores."""
+        with closing(ShardStore(self._folder, self._rank)) as store:
+            scribe = make(store)
+            work(scribe)
+            scribe.report()
+        self._merge()
+
+    def answer(self, make: MakeScribe, prompts: Iterable[Prompt]) -> None:
+        """Have each of `prompts` answered by the process its content belongs to."""
+        self.write(make, lambda scribe: scribe.serve(Listed(enumerate(self._own(scribe, prompts)))))
+
+    def _own(self, scribe: Scribe, prompts: Iterable[Prompt]) -> Iterator[Prompt]:
+        seen: set[str] = set()
+        for prompt in prompts:
+            try:
+                key = answer_key(scribe.identity, prompt, scribe.decoding)
+            except OSError:  # an image that is gone: said when its answer is missed
+                continue
+            if key not in seen and self.is_mine(key):
+                seen.add(key)
+                yield prompt
+
+    def _merge(self) -> None:
+        ranks.meet()
+        ranks.on_main(lambda: opened_store(self._folder).close())
+
+
+class SharedAnswers:
+    """Answers item prompts as a `Scribe` does, each written by one process, and every process gets them all."""
+
+    def __init__(self, shares: Shares, make: MakeScribe, folder: Path) -> None:
+        self._shares, self._make, self._folder = shares, make, folder
+
+    def answer(self, prompts: Sequence[Prompt]) -> list[str]:
+        """Return the answers, by the order of `prompts`."""
+        self._shares.answer(self._make, prompts)
+        with closing(Store(store_file(self._folder))) as store:
+            return self._make(store).answer(prompts)
+
+
+def write_in_shares(stage: Stage, plan: Plan, users: Set[str] | None, *, only_items: bool) -> None:
+    """Write what `plan`'s rows lack, of `users` (None: all), each process its share; afterwards the store has it all.
+
+    Nothing is done in a run of one process, or where nothing may be written.
+    """
+    s = stage.settings
+    if not ranks.is_launched() or s.summarize == "off":
+        return
+    shares = Shares(stage.folder)
+    answers = SharedAnswers(shares, _loading_once(partial(item_scribe, stage)), stage.folder)
+    summaries = item_summaries(answers, stage.style, stage.items, plan.items(s), s.item_summary)
+    if only_items:
+        return
+    make = _loading_once(partial(user_scribe, stage))
+    with closing(Store(store_file(stage.folder))) as store:
+        last = LastExport(usum_file(stage.folder, stage.tag), stage.tag, store)
+        survey = last.survey(plan, marker_of(stage, summaries, make(store)))
+    due = plan.of({user for user in survey.due if users is None or user in users})
+    earlier = last.rows(survey.holds, due.positions)
+    shares.answer(make, openings(stage.style, stage.items, summaries, due, s, earlier))
+    mine = due.of({user for user in due.positions if shares.is_mine(_beginning(due, user, survey, s.block_size))})
+    shares.write(make, lambda scribe: _write_chains(scribe, stage, summaries, mine, earlier))
+
+
+def _write_chains(scribe: Scribe, stage: Stage, summaries: Mapping[str, str], plan: Plan, earlier: Earlier) -> None:
+    preferences(scribe, stage.style, stage.items, summaries, plan, stage.settings, earlier)
+
+
+def _beginning(plan: Plan, user: str, survey: Survey, block: int) -> str:
+    """Return what decides who writes a user's chain: the items it starts with, as other chains may start so too."""
+    first = survey.due[user].first
+    return "\n".join(plan.histories[user][first : first + block])
+
+
+def _loading_once(make: MakeScribe) -> MakeScribe:
+    """Return `make` such that all its scribes share one model, loaded when it is first needed."""
+    loaded: list[Writer] = []
+
+    def made(store: Store) -> Scribe:
+        scribe = make(store)
+        load = scribe.load
+
+        def once() -> Writer:
+            if not loaded:
+                loaded.append(load())
+            return loaded[0]
+
+        scribe.load = once
+        return scribe
+
+    return made

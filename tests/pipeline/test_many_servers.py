@@ -1,0 +1,175 @@
+"""Chains of prompts over several server processes: slow, hanging, broken, killed and started again; and two clients."""
+
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from server_processes import reply, served
+
+from recbole_mllm.endpoints import Endpoint
+from recbole_mllm.errors import UserError
+from recbole_mllm.mllm.base import Decoding
+from recbole_mllm.mllm.server import ServerModel
+from recbole_mllm.prompts import Prompt
+from recbole_mllm.settings import ServerSettings
+from recbole_mllm.summaries.asking import Question
+from recbole_mllm.summaries.store import Store
+from recbole_mllm.summaries.writing import Scribe
+
+SETTINGS = ServerSettings(4, 120.0, 60.0, None)
+
+
+class Chains:
+    """`count` chains of `steps` prompts, each of which holds the answer before it."""
+
+    def __init__(self, count, steps):
+        self.steps, self.waiting, self.texts = steps, [(n, 0, "") for n in range(count)], {}
+        self.most_open = 0
+
+    def ready(self, count):
+        out, self.waiting = self.waiting[:count], self.waiting[count:]
+        return [Question(key, self.prompt(*key), key[2]) for key in out]
+
+    @staticmethod
+    def prompt(chain, step, previous):
+        return Prompt(f"chain {chain} step {step} after {previous}")
+
+    def told(self, name, text):
+        chain, step, _ = name
+        self.texts[chain, step] = text
+        if step + 1 < self.steps:
+            self.waiting.append((chain, step + 1, text))
+
+    def truth(self):
+        """Return what each step must say, worked out here."""
+        out = {}
+        for chain in {chain for chain, _ in self.texts}:
+            text = ""
+            for step in range(self.steps):
+                text = out[chain, step] = reply(self.prompt(chain, step, text).text)
+        return out
+
+
+def run(folder, servers, chains, settings=SETTINGS):
+    """Write all `chains`; return the seconds it took."""
+    model = ServerModel(Endpoint("m", tuple(server.url for server in servers)), settings)
+    store = Store(folder / "store.sqlite")
+    started = time.monotonic()
+    Scribe("user", lambda: model, "server:m", store, Decoding(9)).serve(chains)
+    took = time.monotonic() - started
+    assert chains.texts == chains.truth() and len(store) == len(chains.texts)
+    store.close()
+    return took
+
+
+def test_a_hanging_a_broken_a_dead_and_a_slow_server_hold_up_nobody(tmp_path, record_property):
+    kinds = {
+        "one": (0.1, "well"),
+        "two": (0.1, "well"),
+        "slow": (1.0, "well"),
+        "hangs": (0, "hang"),
+        "broken": (0, "500"),
+    }
+    with served(tmp_path, dead=(0, "well"), **kinds) as servers:
+        servers["dead"].kill()
+        chains = Chains(100, 4)
+        took = run(tmp_path, list(servers.values()), chains)
+        asked = {name: len(server.asked()) for name, server in servers.items()}
+    ideal = 400 / (2 * 4 / 0.1 + 4 / 1.0)  # what the healthy can do: 84 prompts a second
+    record_property("seconds", f"{took:.1f} of at least {ideal:.1f}; {asked}")
+    print(f"{took:.1f} s, ideal {ideal:.1f} s, {asked}")
+    assert took < 2 * ideal + 4  # a lost prompt is sent elsewhere after 2 s
+    assert asked["hangs"] <= 4 and asked["broken"] <= 4 + 8 and asked["dead"] == 0
+    assert 0 < asked["slow"] < asked["one"] / 3
+    assert sum(asked.values()) < 400 * 1.1 + 16  # little is asked twice
+
+
+def test_a_server_that_is_killed_and_comes_back_is_used_again_and_nothing_is_lost(tmp_path):
+    with served(tmp_path, stays=(0.1, "well"), goes=(0.05, "well")) as servers:
+        goes = servers["goes"]
+        before = []
+
+        def disturb():
+            time.sleep(1.0)
+            goes.kill()
+            before.append(len(goes.asked()))
+            time.sleep(1.0)
+            goes.start()
+
+        thread = threading.Thread(target=disturb)
+        thread.start()
+        run(tmp_path, list(servers.values()), Chains(100, 5))
+        thread.join()
+        texts = Counter(text for server in servers.values() for text in server.asked())
+        assert 0 < before[0] < len(goes.asked())
+    assert (
+        len(texts) == 500 and sum(texts.values()) <= 500 + 4 + 8
+    )  # what it had when it died, and late ones at the end
+
+
+def test_servers_that_say_wait_are_left_alone_that_long(tmp_path):
+    with served(tmp_path, busy=(0.02, "429"), other=(0.02, "well")) as servers:
+        run(tmp_path, list(servers.values()), Chains(60, 2))
+        assert 1 <= len(servers["busy"].asked()) < len(servers["other"].asked())
+
+
+def test_when_all_hang_or_are_dead_patience_ends_it_in_one_line(tmp_path):
+    with served(tmp_path, hangs=(0, "hang"), dead=(0, "well")) as servers:
+        servers["dead"].kill()
+        with pytest.raises(UserError, match="no server has answered for 2 s") as caught:
+            run(tmp_path, list(servers.values()), Chains(9, 2), replace(SETTINGS, server_timeout=1, server_patience=2))
+    assert "\n" not in str(caught.value) and all(server.url in str(caught.value) for server in servers.values())
+
+
+CLIENT = """
+import sys
+sys.path[:0] = [{tests!r}, {tests!r} + "/pipeline", {root!r}]
+from pathlib import Path
+from test_many_servers import Chains, SETTINGS
+from recbole_mllm.endpoints import Endpoint
+from recbole_mllm.mllm.base import Decoding
+from recbole_mllm.mllm.server import ServerModel
+from recbole_mllm.summaries.leases import Leases
+from recbole_mllm.summaries.store import Store
+from recbole_mllm.summaries.writing import Scribe
+store = Store(Path(sys.argv[1]))
+model = ServerModel(Endpoint("m", (sys.argv[2],)), SETTINGS)
+scribe = Scribe("user", lambda: model, "server:m", store, Decoding(9), leases=Leases(store))
+chains = Chains(60, 4)
+scribe.serve(chains)
+assert chains.texts == chains.truth()
+print(scribe.tally.written)
+"""
+TESTS = Path(__file__).resolve().parent.parent
+
+
+def client(store, url):
+    code = CLIENT.format(tests=str(TESTS), root=str(TESTS.parent))
+    return subprocess.Popen([sys.executable, "-c", code, str(store), url], stdout=subprocess.PIPE, text=True)
+
+
+def test_two_clients_at_one_store_share_the_work_and_write_nothing_twice(tmp_path):
+    with served(tmp_path, one=(0.05, "well")) as servers:
+        both = [client(tmp_path / "store.sqlite", servers["one"].url) for _ in range(2)]
+        written = [int(process.communicate(timeout=120)[0]) for process in both]
+        asked = servers["one"].asked()
+    assert all(process.returncode == 0 for process in both)
+    assert sum(written) == 240 and min(written) > 40
+    assert len(set(asked)) == 240 and len(asked) <= 240 + 8
+
+
+def test_what_a_killed_client_had_claimed_is_written_by_the_other_at_once(tmp_path):
+    with served(tmp_path, one=(0.1, "well")) as servers:
+        both = [client(tmp_path / "store.sqlite", servers["one"].url) for _ in range(2)]
+        while len(servers["one"].asked()) < 40:
+            time.sleep(0.05)
+        both[0].kill()
+        assert int(both[1].communicate(timeout=40)[0]) > 120 and both[1].returncode == 0
+        both[0].communicate()
+        asked = servers["one"].asked()
+    assert len(set(asked)) == 240 and len(asked) <= 240 + 32 + 8  # what the killed one had not kept

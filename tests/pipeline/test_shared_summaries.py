@@ -1,0 +1,128 @@
+"""Summaries by several real processes: the same files and as many prompts as in one; a killed one loses little."""
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from recbole_mllm.data.schema import store_file
+from recbole_mllm.mllm.base import Answer
+from recbole_mllm.summaries.shards import ShardStore, opened_store, shards_of
+from recbole_mllm.summaries.sharing import share_of
+from recbole_mllm.summaries.store import Store
+
+SCRIPT = Path(__file__).resolve().parents[1] / "shared_summaries.py"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+
+
+def run(folder, processes, pause=0.0, killed=-1, after=0):
+    """Return the exit code and what was said."""
+    words = [str(SCRIPT), str(folder), str(pause), str(killed), str(after)]
+    how = [sys.executable] if processes == 1 else [*TORCHRUN, str(processes)]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*how, *words], capture_output=True, text=True, env=environment, timeout=200)
+    return done.returncode, done.stderr
+
+
+def asked(folder):
+    """Return how often each prompt was asked, and how many each process asked."""
+    files = sorted(folder.with_name(f"{folder.name}.asked").iterdir())
+    lines = [file.read_text().split() for file in files]
+    return Counter(line for part in lines for line in part), [len(part) for part in lines]
+
+
+def summaries(folder):
+    return {path.name.split(".", 1)[1]: path.read_bytes() for path in folder.glob("*sum")}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone") / "w"
+    assert run(folder, 1)[0] == 0
+    return summaries(folder), asked(folder)[0]
+
+
+def test_two_processes_write_what_one_does_and_no_prompt_twice(tmp_path, alone):
+    folder = tmp_path / "w"
+    code, told = run(folder, 2)
+    assert code == 0, told[-2000:]
+    prompts, parts = asked(folder)
+    assert summaries(folder) == alone[0] and len(alone[0]) == 2
+    assert prompts == alone[1] and set(prompts.values()) == {1}
+    assert len(parts) == 2 and min(parts) > sum(parts) / 4
+    assert shards_of(folder) == []
+    assert run(folder, 1)[0] == 0 and asked(folder)[0] == prompts  # nothing is left to ask
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("after", "then"), [(25, 3), (25, 1), (150, 3)])
+def test_what_a_killed_process_had_finished_is_kept_for_a_run_of_another_number(tmp_path, alone, after, then):
+    folder = tmp_path / "w"
+    code, told = run(folder, 2, 0.02, killed=1, after=after)
+    assert code != 0
+    before = asked(folder)[0]
+    assert before and not summaries(folder).get("t.usum")
+    assert shards_of(folder)  # what it, and the one that was stopped, had written
+    code, told = run(folder, then)
+    assert code == 0, told[-2000:]
+    prompts, _ = asked(folder)
+    assert summaries(folder) == alone[0] and set(prompts) == set(alone[1])
+    assert sum(prompts.values()) <= sum(alone[1].values()) + 32 + 2  # what the killed one had not yet committed
+    assert shards_of(folder) == []
+
+
+def filled(folder, rank, numbers):
+    store = ShardStore(folder, rank)
+    store.add("user", "m", [f"{n:064x}" for n in numbers], [Answer(f"text {n}", 1, 1) for n in numbers], 1.0)
+    return store
+
+
+def test_shards_are_merged_whole_and_those_in_use_are_left(tmp_path):
+    folder = tmp_path / "w"
+    folder.mkdir()
+    filled(folder, 0, range(0, 50)).close()
+    filled(folder, 1, range(40, 90)).close()
+    code = (
+        "import sys, time; sys.path[:0] = [sys.argv[1], sys.argv[2]]\n"
+        "from pathlib import Path\nfrom test_shared_summaries import filled\n"
+        "filled(Path(sys.argv[3]), 2, range(90, 95)); print('there', flush=True); time.sleep(60)"
+    )
+    words = [sys.executable, "-c", code, str(SCRIPT.parents[1]), str(SCRIPT.parent / "pipeline"), str(folder)]
+    other = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "there\n"
+        store = opened_store(folder)
+        assert len(store) == 90 and store.get([f"{45:064x}"]) == {f"{45:064x}": "text 45"}
+        assert [path.name for path in shards_of(folder)] == ["w.mllm.rank2.sqlite"]
+        second = ShardStore(folder, 2)  # another run's process 2 takes another file
+        assert second.path.name == "w.mllm.rank2-2.sqlite"
+        second.close()
+    finally:
+        other.kill()
+    store.close()
+    store = opened_store(folder)
+    assert len(store) == 95 and shards_of(folder) == []
+    assert {path.name for path in folder.iterdir() if path.name.startswith("w.mllm.rank")} == set()
+    store.close()
+
+
+def test_a_shard_reads_the_store_and_writes_its_own_file(tmp_path):
+    folder = tmp_path / "w"
+    folder.mkdir()
+    main = Store(store_file(folder))
+    main.add("user", "m", ["a"], [Answer("in the store", 1, 1)], 1.0)
+    shard = ShardStore(folder, 0)
+    shard.add("user", "m", ["b"], [Answer("in the shard", 1, 1)], 1.0)
+    assert shard.get(["a", "b", "c"]) == {"a": "in the store", "b": "in the shard"}
+    assert main.get(["a", "b"]) == {"a": "in the store"}
+    shard.close()
+    main.close()
+
+
+def test_shares_are_the_same_in_every_run_and_about_alike():
+    parts = Counter(share_of(f"user {n}", 5) for n in range(5000))
+    assert sorted(parts) == list(range(5)) and max(parts.values()) < 1.2 * min(parts.values())
+    assert [share_of(text, 4) for text in ("a", "b", "ü")] == [2, 2, 0]  # on every machine

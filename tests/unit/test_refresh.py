@@ -1,0 +1,205 @@
+"""A grown dataset: a refresh writes what is new alone, and the export is that of a run from scratch, byte for byte."""
+
+import random
+import re
+from dataclasses import replace
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import settings as settings_
+from hypothesis import strategies as st
+from planted_writers import Planted
+
+from recbole_mllm.data.schema import store_file, usum_file
+from recbole_mllm.data.texts import Items, read_user_summaries
+from recbole_mllm.errors import UserError
+from recbole_mllm.prompts import Style
+from recbole_mllm.resources import PROPERTIES
+from recbole_mllm.settings import SummarySettings
+from recbole_mllm.summaries.prepare import Stage, Summarizers, make_preferences, refresh
+from recbole_mllm.summaries.store import Store
+from recbole_mllm.summaries.upkeep import prune
+from recbole_mllm.summaries.users import Plan
+
+STYLE = Style.from_mapping("demo", yaml.safe_load((PROPERTIES / "prompt" / "demo.yaml").read_text()))
+BASE = replace(
+    SummarySettings.from_config(yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text())),
+    item_summary="text",
+)
+
+
+class World:
+    """Histories that grow, in a folder; writers whose answers depend on the whole prompt, and count."""
+
+    def __init__(self, folder, histories, settings=BASE, last_k=None, titles=None):
+        self.folder, self.settings, self.last_k = folder / "grown", settings, last_k
+        self.folder.mkdir(parents=True)
+        self.histories = {user: list(items) for user, items in histories.items()}
+        self.titles = titles or {}
+
+    def plan(self):
+        """Rows as leave-one-out has them: test, validation, and the latest `last_k` training positions."""
+        places = {u: set(range(1, len(h))) for u, h in self.histories.items()}
+        if self.last_k is not None:
+            places = {
+                u: {p for p in found if p >= len(self.histories[u]) - 2 - self.last_k} for u, found in places.items()
+            }
+        return Plan(self.histories, {u: found for u, found in places.items() if found})
+
+    def stage(self, settings=None):
+        items = {item for history in self.histories.values() for item in history}
+        self.item = Planted(lambda prompt: f"it is {_digest(prompt.text)}")
+        self.user = Planted(lambda prompt: f"likes {_digest(prompt.text)}")
+        titles = {item: self.titles.get(item, f"title of {item}") for item in items}
+        who = Summarizers("m", "m", lambda: self.item, lambda: self.user)
+        return Stage(self.folder, "t", STYLE, Items(titles, {}), settings or self.settings, who)
+
+    def refresh(self, users=None):
+        """Return how many item and user prompts were written, and who is left."""
+        left = refresh(self.stage(), self.plan(), users)
+        return self.item.asked, self.user.asked, left
+
+    def file(self):
+        path = usum_file(self.folder, "t")
+        return path.read_bytes() if path.is_file() else None
+
+    def scratch(self, folder):
+        other = World(folder, self.histories, self.settings, self.last_k, self.titles)
+        make_preferences(other.stage(), other.plan())
+        return other
+
+
+def _digest(text):
+    import hashlib
+
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def random_histories(rng, users, least, most, items=300):
+    return {f"u{n}": [f"i{rng.randrange(items)}" for _ in range(rng.randint(least, most))] for n in range(users)}
+
+
+SETTINGS = st.builds(
+    lambda size, partial, most, mode: replace(
+        BASE, block_size=size, partial_block=partial, max_history=most, summary_mode=mode
+    ),
+    st.integers(1, 4), st.booleans(), st.none() | st.integers(1, 6), st.sampled_from(["recurrent", "direct"]),
+)  # fmt: skip
+STEPS = st.lists(
+    st.tuples(st.sampled_from(["append", "insert", "title", "user", "gone"]), st.integers(0, 10**6)), max_size=6
+)
+
+
+def change(world, what, number):
+    """Change the world in one way."""
+    users = sorted(world.histories)
+    user = users[number % len(users)]
+    history = world.histories[user]
+    if what == "append":
+        history.append(f"i{number % 40}")
+    elif what == "insert":
+        history.insert(number % (len(history) + 1), f"i{number % 40}")
+    elif what == "title":
+        world.titles[history[number % len(history)]] = f"another title {number}"
+    elif what == "user":
+        world.histories[f"w{number}"] = [f"i{number % 40}", f"i{number % 37}", f"n{number}"]
+    elif len(users) > 2:
+        del world.histories[user]
+
+
+@settings_(deadline=None, max_examples=60)
+@given(seed=st.integers(0, 99), settings=SETTINGS, steps=STEPS, again=STEPS, last_k=st.none() | st.integers(1, 3))
+def test_after_any_change_the_export_is_that_of_a_run_from_scratch(
+    tmp_path_factory, seed, settings, steps, again, last_k
+):
+    folder = tmp_path_factory.mktemp("w")
+    world = World(folder / "a", random_histories(random.Random(seed), 6, 2, 9, 30), settings, last_k)
+    world.refresh()
+    for number, changes in enumerate((steps, again)):
+        for what, where in changes:
+            change(world, what, where)
+        some = {user for n, user in enumerate(sorted(world.histories)) if n % 2}
+        *_, left = world.refresh(some)
+        assert not set(left) & some
+        *_, left = world.refresh()
+        other = world.scratch(folder / f"scratch{number}")
+        assert left == [] and world.file() == other.file()
+        assert world.refresh() == (0, 0, [])
+
+
+@pytest.mark.parametrize("last_k", [None, 1])
+def test_one_percent_new_interactions_cost_at_most_three_percent(tmp_path, last_k):
+    rng = random.Random(7)
+    world = World(tmp_path / "a", random_histories(rng, 400, 10, 50), last_k=last_k)
+    items, users, _ = world.refresh()
+    size = sum(map(len, world.histories.values()))
+    grown = size // 100
+    for n in range(grown):  # a fifth of them on items that are new
+        world.histories[f"u{rng.randrange(400)}"].append(f"new{n}" if n % 5 == 0 else f"i{rng.randrange(300)}")
+    more_items, more_users, _ = world.refresh()
+    # the last item of a history is a target and read by nobody
+    assert more_items <= -(-grown // 5)
+    assert 0 < more_users <= 0.03 * users and more_items + more_users <= 0.03 * (items + users) + -(-grown // 5)
+    assert world.file() == world.scratch(tmp_path / "b").file()
+
+
+def test_a_chain_goes_on_from_its_last_state_and_not_from_its_start(tmp_path):
+    world = World(tmp_path / "a", {"u": [f"i{n}" for n in range(31)], "v": ["i1", "i2", "i3"]})
+    world.refresh()
+    with Store(store_file(world.folder)).transaction(write=True) as db:  # nothing else could tell it of earlier steps
+        db.execute("DELETE FROM answers WHERE kind = 'user'")
+    world.histories["u"].append("i5")
+    assert world.refresh() == (0 + 1, 1, [])  # the former last item is read for the first time
+    [asked] = [text for batch in world.user.batches for text in batch]
+    last = {row.seen: row.text for row in read_user_summaries(usum_file(world.folder, "t")) if row.user == "u"}[30]
+    assert last in asked and "i30" in asked and "i29" not in asked
+    assert world.file() == world.scratch(tmp_path / "b").file()
+
+
+def test_users_left_out_are_named_and_what_they_have_stays_right(tmp_path):
+    world = World(tmp_path / "a", random_histories(random.Random(3), 30, 4, 9))
+    world.refresh()
+    before = {(r.user, r.seen): r for r in read_user_summaries(usum_file(world.folder, "t"))}
+    for user in ("u1", "u2", "u3"):
+        world.histories[user] += ["i7", "i8"]
+    *_, left = world.refresh({"u2", "u9"})
+    assert left == ["u1", "u3"]
+    after = {(r.user, r.seen): r for r in read_user_summaries(usum_file(world.folder, "t"))}
+    assert set(after) - set(before) == {("u2", len(world.histories["u2"]) - k) for k in (1, 2)}
+    assert all(after[key] == row for key, row in before.items())
+    off = replace(world.settings, summarize="off")
+    with pytest.raises(UserError, match="4 user summaries are missing or stale and summarize is off"):
+        make_preferences(world.stage(off), world.plan())
+    assert world.refresh()[1:] == (4, [])
+    known = make_preferences(world.stage(off), world.plan())
+    assert all(known.of(u, p) for u, places in world.plan().positions.items() for p in places)
+    assert world.file() == world.scratch(tmp_path / "b").file()
+
+
+def test_an_export_that_somebody_touched_is_not_believed(tmp_path):
+    world = World(tmp_path / "a", random_histories(random.Random(4), 10, 3, 8))
+    world.refresh()
+    path, whole = usum_file(world.folder, "t"), world.file()
+    path.write_bytes(re.sub(rb"likes", rb"hates", whole))
+    assert world.refresh() == (0, 0, []) and world.file() == whole  # the store knows
+    path.unlink()
+    assert world.refresh() == (0, 0, []) and world.file() == whole
+
+
+def test_pruned_answers_are_written_again(tmp_path):
+    world = World(tmp_path / "a", random_histories(random.Random(5), 10, 3, 8))
+    items, users, _ = world.refresh()
+    prune(Store(store_file(world.folder)), "m", None, dry_run=False)
+    assert world.refresh() == (items, users, [])
+
+
+def test_another_choice_of_rows_is_noticed(tmp_path):
+    world = World(tmp_path / "a", random_histories(random.Random(6), 10, 5, 8), last_k=1)
+    world.refresh()
+    world.last_k = None
+    world.refresh()
+    assert world.file() == world.scratch(tmp_path / "b").file()
+    world.last_k = 2
+    assert world.refresh() == (0, 0, [])
+    assert world.file() == world.scratch(tmp_path / "c").file()
