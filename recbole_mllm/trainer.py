@@ -21,6 +21,7 @@ from recbole_mllm.progress import Progress
 from recbole_mllm.training.checkpoint import Place
 from recbole_mllm.training.failure import write_rows
 from recbole_mllm.training.fullrank import best_share, rows_ahead, tell_price
+from recbole_mllm.training.gradients import Halving, add_gradients
 from recbole_mllm.training.resuming import ResumableTrainer
 from recbole_mllm.training.schedule import rate_at
 
@@ -33,6 +34,7 @@ class MLLMMSRTrainer(ResumableTrainer):
         self.max_epochs: int = config["epochs"]
         self.retrieval: dict[str, Any] | None = None  # of the last evaluation that ranked all items
         self._validates = False
+        self.halving = Halving(model.release_memory)
         if not model.is_trained:
             self.epochs = 0  # zero-shot: RecBole's fit then saves, and trains nothing
 
@@ -114,15 +116,22 @@ class MLLMMSRTrainer(ResumableTrainer):
         """Add the batch's gradients, a micro-batch at a time, as its part of `rows` rows; return its mean loss."""
         examples = self.model.examples_of(interaction)
         total = 0.0
-        for part in self.model.micro_batches(examples):
-            with self.precision.autocast():
-                loss = self.model.loss_of([examples[i] for i in part])
-            value = float(loss.detach())
+        for part, value in self.halving(
+            self.model.micro_batches(examples), lambda part: self._add(examples, part, rows)
+        ):
             if not math.isfinite(value):
                 self._stop(f"the training loss is {value}", interaction, part)
-            self.precision.scaler.scale(loss * (len(part) / rows)).backward()
             total += value * len(part) / len(examples)
         return total
+
+    def _add(self, examples: Sequence[Any], part: Sequence[int], rows: int) -> float:
+        """Add the gradients of one micro-batch as its part of `rows` rows; return its mean loss."""
+        with self.precision.autocast():
+            loss = self.model.loss_of([examples[i] for i in part])
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        if math.isfinite(value := float(loss.detach())):
+            add_gradients(self.precision.scaler.scale(loss * (len(part) / rows)), trained)
+        return value
 
     def _step(self, step: int, steps: int, interaction: Interaction) -> None:
         """Clip the gradients and take `step` of the run's `steps`."""
