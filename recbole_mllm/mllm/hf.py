@@ -13,7 +13,7 @@ from recbole_mllm.mllm.answering import answer
 from recbole_mllm.mllm.base import Work
 from recbole_mllm.mllm.encode import IMAGE_BYTES, AnswerTokens, Encoded, Encoder, answer_tokens, image_bytes
 from recbole_mllm.mllm.forward import Body
-from recbole_mllm.mllm.loading import dtype_of, load
+from recbole_mllm.mllm.loading import Loaded, dtype_of, load
 from recbole_mllm.mllm.scoring import yes_logits
 from recbole_mllm.mllm.sft import example_loss, make_examples
 from recbole_mllm.prompts import Prompt, Style
@@ -24,10 +24,19 @@ class HFModel:
     """A causal (multimodal) language model with its encoder; `identity` names the weights and their precision."""
 
     def __init__(
-        self, name: str, settings: MLLMSettings, device: torch.device, slots: int = 64, *, four_bit: bool = False
+        self,
+        name: str,
+        settings: MLLMSettings,
+        device: torch.device,
+        slots: int = 64,
+        *,
+        four_bit: bool = False,
+        loaded: Loaded | None = None,
     ) -> None:
+        """Load `name`, unless it is there already as `loaded` (a benchmark's random weights, which have no files)."""
         dtype = dtype_of(settings.dtype, device)
-        loaded = load(name, dtype, device, trust_remote_code=settings.trust_remote_code, four_bit=four_bit)
+        if loaded is None:
+            loaded = load(name, dtype, device, trust_remote_code=settings.trust_remote_code, four_bit=four_bit)
         self.identity = f"{loaded.identity}:{str(dtype).removeprefix('torch.')}{':nf4' if four_bit else ''}"
         self.model: Any = loaded.model
         self.device = device
