@@ -23,6 +23,7 @@ from recbole_mllm.randomness import seed_this_process
 from recbole_mllm.training.checkpoint import Place
 from recbole_mllm.training.failure import write_rows
 from recbole_mllm.training.fullrank import best_share, rows_ahead, tell_price
+from recbole_mllm.training.gradients import Halving, add_gradients
 from recbole_mllm.training.resuming import ResumableTrainer
 from recbole_mllm.training.schedule import rate_at
 
@@ -36,6 +37,7 @@ class MLLMMSRTrainer(ResumableTrainer):
         self.retrieval: dict[str, Any] | None = None  # of the last evaluation that ranked all items
         self._validates = False
         self._unsummed = 0.0  # this process's part of the losses since the last step
+        self.halving = Halving(model.release_memory)
         if not model.is_trained:
             self.epochs = 0  # zero-shot: RecBole's fit then saves, and trains nothing
 
@@ -128,15 +130,20 @@ class MLLMMSRTrainer(ResumableTrainer):
         examples = self.model.examples_of(interaction if len(mine) == len(interaction) else interaction[mine])
         self.precision.scaler.scale(torch.zeros((), device=self.device))  # it must know its scale at every step
         total = 0.0
-        for part in self.model.micro_batches(examples) if mine else ():
-            with self.precision.autocast():
-                loss = self.model.loss_of([examples[i] for i in part])
-            value = float(loss.detach())
+        parts = self.model.micro_batches(examples) if mine else []
+        for part, value in self.halving(parts, lambda part: self._add(examples, part, rows)):
             if not math.isfinite(value):
                 self._stop(f"the training loss is {value}", interaction, [mine[i] for i in part])
-            self.precision.scaler.scale(loss * (len(part) / rows)).backward()
             total += value * len(part) / len(interaction)
         return total
+
+    def _add(self, examples: Sequence[Any], part: Sequence[int], rows: int) -> float:
+        """Add the gradients of one micro-batch as its part of `rows` rows; return its mean loss."""
+        with self.precision.autocast():
+            loss = self.model.loss_of([examples[i] for i in part])
+        if math.isfinite(value := float(loss.detach())):
+            add_gradients(self.precision.scaler.scale(loss * (len(part) / rows)), self._trained())
+        return value
 
     def _step(self, step: int, steps: int, interaction: Interaction) -> None:
         """Clip the gradients and take `step` of the run's `steps`."""

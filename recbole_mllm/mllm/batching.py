@@ -43,7 +43,7 @@ def in_batches(
     Raises:
         UserError: One row alone does not fit.
     """
-    waiting = deque(rows)
+    waiting, released = deque(rows), False
     while waiting:
         batch = _next(waiting, cost, budget.size)
         try:
@@ -52,10 +52,12 @@ def in_batches(
             if not out_of_memory(error):
                 raise
         else:
+            released = False
             yield batch, out
             continue
         # here and not in the handler, where the error's traceback still holds the tensors of the failed call
-        freed = budget.release()
+        freed = budget.release() and not released  # a second try has made it anew, and failed with it
+        released = True
         free_memory()
         if len(batch) == 1 and not freed:
             raise UserError(

@@ -19,7 +19,7 @@ from recbole_mllm.mllm.plaintext import CUT, PlainText
 from recbole_mllm.prompts import IMAGE, Prompt
 
 _MARK = f"{CUT}{IMAGE}{CUT}"  # an image of the style's own, in a text whose filled-in parts are guarded
-_IMAGE_BYTES = 2**30  # of preprocessed images; LLaVA-NeXT's take 7 MB each
+IMAGE_BYTES = 2**30  # of preprocessed images; LLaVA-NeXT's take 7 MB each
 _NOT_IMAGE_INPUTS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels"}
 _FEWEST = 8  # characters a filled-in text keeps when a prompt is shortened
 
@@ -175,9 +175,9 @@ class Encoder:
                 found = [token for token in found if token == mark]
             ids, before, behind = self._plain.stripped(found)
             self._images[key] = ImageInput(key, ids, tensors, before, behind)
-            self._bytes += _size(self._images[key])
-            while self._bytes > _IMAGE_BYTES and len(self._images) > 1:
-                self._bytes -= _size(self._images.popitem(last=False)[1])
+            self._bytes += image_bytes(self._images[key])
+            while self._bytes > IMAGE_BYTES and len(self._images) > 1:
+                self._bytes -= image_bytes(self._images.popitem(last=False)[1])
         return self._images[key]
 
     def _expanded(self, ids: Sequence[int], images: Sequence[ImageInput]) -> tuple[int, ...]:
@@ -235,5 +235,6 @@ def pad(rows: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def _size(image: ImageInput) -> int:
+def image_bytes(image: ImageInput) -> int:
+    """Return how much memory an image takes as the vision tower reads it."""
     return sum(tensor.nbytes for tensor in image.tensors.values())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,9 +11,9 @@ from torch import Tensor
 
 from recbole_mllm.mllm.answering import answer
 from recbole_mllm.mllm.base import Work
-from recbole_mllm.mllm.encode import AnswerTokens, Encoded, Encoder, answer_tokens
+from recbole_mllm.mllm.encode import IMAGE_BYTES, AnswerTokens, Encoded, Encoder, answer_tokens, image_bytes
 from recbole_mllm.mllm.forward import Body
-from recbole_mllm.mllm.loading import dtype_of, load
+from recbole_mllm.mllm.loading import Loaded, dtype_of, load
 from recbole_mllm.mllm.scoring import yes_logits
 from recbole_mllm.mllm.sft import example_loss, make_examples
 from recbole_mllm.prompts import Prompt, Style
@@ -23,10 +24,19 @@ class HFModel:
     """A causal (multimodal) language model with its encoder; `identity` names the weights and their precision."""
 
     def __init__(
-        self, name: str, settings: MLLMSettings, device: torch.device, slots: int = 64, *, four_bit: bool = False
+        self,
+        name: str,
+        settings: MLLMSettings,
+        device: torch.device,
+        slots: int = 64,
+        *,
+        four_bit: bool = False,
+        loaded: Loaded | None = None,
     ) -> None:
+        """Load `name`, unless it is there already as `loaded` (a benchmark's random weights, which have no files)."""
         dtype = dtype_of(settings.dtype, device)
-        loaded = load(name, dtype, device, trust_remote_code=settings.trust_remote_code, four_bit=four_bit)
+        if loaded is None:
+            loaded = load(name, dtype, device, trust_remote_code=settings.trust_remote_code, four_bit=four_bit)
         self.identity = f"{loaded.identity}:{str(dtype).removeprefix('torch.')}{':nf4' if four_bit else ''}"
         self.model: Any = loaded.model
         self.device = device
@@ -63,13 +73,29 @@ class HFModel:
     @torch.inference_mode()
     def yes_scores(self, prompts: Sequence[Prompt], answers: AnswerTokens, *, share_prefix: bool = True) -> Tensor:
         """Return ``[B]`` float32 log-odds of Yes against No for each prompt; its sigmoid is P(Yes) (paper, eq. 1)."""
-        encoded = self.encode(prompts)
-        self.tokens_read += sum(len(e.ids) for e in encoded)
-        asked = (answers.yes[0], answers.no[0])
-        logits = yes_logits(
-            self.body, encoded, asked, share_prefix=share_prefix, name=lambda i: repr(prompts[i].text[:200])
-        )
-        return logits[:, 0] - logits[:, 1]
+        out, asked = torch.empty(len(prompts)), (answers.yes[0], answers.no[0])
+        for places, encoded in self._parts(prompts):
+            self.tokens_read += sum(len(e.ids) for e in encoded)
+            texts = [prompts[place].text for place in places]
+            name = partial(_beginning, texts)
+            logits = yes_logits(self.body, encoded, asked, share_prefix=share_prefix, name=name)
+            out[places] = logits[:, 0] - logits[:, 1]
+        return out
+
+    def _parts(self, prompts: Sequence[Prompt]) -> Iterator[tuple[list[int], list[Encoded]]]:
+        """Yield the places of prompts and these encoded, all at once unless their images would fill the memory."""
+        places, encoded, held = list[int](), list[Encoded](), dict[str, int]()
+        for place in sorted(range(len(prompts)), key=lambda i: prompts[i].images):
+            one = self.encoder(prompts[place])
+            shown = {image.key: image_bytes(image) for image in one.images}
+            if places and sum((held | shown).values()) > max(IMAGE_BYTES, sum(held.values())):
+                yield places, encoded
+                places, encoded, held = [], [], {}
+            held |= shown
+            places.append(place)
+            encoded.append(one)
+        if places:
+            yield places, encoded
 
     def examples(self, prompts: Sequence[Prompt], labels: Tensor, answers: AnswerTokens) -> list[Encoded]:
         """Return each prompt with its right answer, encoded: Yes where the label is 1, else No."""
@@ -90,6 +116,10 @@ class HFModel:
     def encode(self, prompts: Sequence[Prompt]) -> list[Encoded]:
         """Return the token ids and images of each prompt."""
         return [self.encoder(prompt) for prompt in prompts]
+
+
+def _beginning(texts: Sequence[str], i: int) -> str:
+    return repr(texts[i][:200])
 
 
 def _context(config: Any) -> int:

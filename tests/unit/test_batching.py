@@ -88,6 +88,14 @@ def test_what_can_be_released_is_released_before_one_row_is_given_up():
     assert [out for _, out in in_batches([5], run, len, budget, str)] == [5]
 
 
+def test_what_is_made_anew_at_each_try_is_no_way_out():
+    def run(_):
+        raise torch.OutOfMemoryError("out")
+
+    with pytest.raises(UserError, match="one prompt alone"):
+        list(in_batches([5], run, len, Budget(8, lambda: True), str))
+
+
 def test_rows_come_once_each_and_in_order():
     def run(batch):
         if len(batch) > 3:

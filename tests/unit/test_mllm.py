@@ -251,7 +251,7 @@ def test_identity_follows_the_weights_not_the_place(folder, tmp_path):
 
 
 def test_preprocessed_images_take_bounded_memory(mllm, folder, monkeypatch):
-    monkeypatch.setattr(encode, "_IMAGE_BYTES", 1)
+    monkeypatch.setattr(encode, "IMAGE_BYTES", 1)
     images = [mllm.encoder.image(folder / f"{colour}.png") for colour in COLOURS]
     assert len(mllm.encoder._images) == 1
     again = mllm.encoder.image(folder / f"{COLOURS[0]}.png")

@@ -116,6 +116,10 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
         size = self.settings.train.micro_batch_size
         return micro_batches(self.mllm.body, examples, size, share=self.shares_prefix)
 
+    def release_memory(self) -> bool:
+        """Give back what can be made anew (image features); return whether there was any."""
+        return bool(self.mllm.body.forget_features())
+
     @property
     def shares_prefix(self) -> bool:
         """Whether rows of a micro-batch share the computation of a common prefix: asked for, and possible."""
