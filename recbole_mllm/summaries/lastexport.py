@@ -55,11 +55,9 @@ class LastExport:
 
     def rows(self, holds: Container[str], users: Container[str]) -> Earlier:
         """Return what the export holds of `users`, as far as it is right."""
-        out: dict[str, dict[tuple[int, str], str]] = {}
-        for user, seen, history, text in self._lines() if self._marks and users else ():
-            if user in users and user in holds:
-                out.setdefault(user, {})[int(float(seen)), history] = text
-        return out
+        if not self._marks or not users:
+            return {}
+        return by_user(line for line in self._lines() if line[0] in users and line[0] in holds)
 
     def replace(self, survey: Survey, written: Container[str], rows: Iterable[UserSummary]) -> int:
         """Write the export anew: `rows` (by user) of those `written`, and what it holds of the others that is right.
@@ -75,7 +73,7 @@ class LastExport:
         if self._stamp is not None and not changed and not gone:
             return 0
         kept = (line for line in self._lines() if line[0] in keep)
-        new = Counted([r.user, str(r.seen), r.history, r.text] for r in rows)
+        new = Counted(map(line_of, rows))
         write_atomic(self.path, schema.USUM_TYPES, heapq.merge(kept, new, key=itemgetter(0)))
         write_marks(self._store, self._tag, self.path, self._stamp, changed, gone)
         return new.count
@@ -83,6 +81,19 @@ class LastExport:
     def _lines(self) -> Iterator[list[str]]:
         if self._stamp is not None:
             yield from (values for _, values in read_values(self.path))
+
+
+def line_of(row: UserSummary) -> list[str]:
+    """Return `row` as it stands in a ``.usum``."""
+    return [row.user, str(row.seen), row.history, row.text]
+
+
+def by_user(lines: Iterable[list[str]]) -> dict[str, dict[tuple[int, str], str]]:
+    """Return lines of a ``.usum`` as `preferences` takes them."""
+    out: dict[str, dict[tuple[int, str], str]] = {}
+    for user, seen, history, text in lines:
+        out.setdefault(user, {})[int(float(seen)), history] = text
+    return out
 
 
 class Counted:

@@ -17,7 +17,7 @@ from recbole_mllm.summaries.chains import State, before, state_at
 from recbole_mllm.summaries.items import item_summaries
 from recbole_mllm.summaries.lastexport import LastExport
 from recbole_mllm.summaries.shards import opened_store
-from recbole_mllm.summaries.sharing import write_in_shares
+from recbole_mllm.summaries.sharing import take_parts, write_in_shares
 from recbole_mllm.summaries.stage import Stage, Summarizers, claiming, item_scribe, marker_of, user_scribe
 from recbole_mllm.summaries.store import Store
 from recbole_mllm.summaries.users import Plan, as_rows, preferences
@@ -128,7 +128,7 @@ def _refreshed(stage: Stage, plan: Plan, users: Set[str] | None, read: Container
         survey = last.survey(plan, marker_of(stage, summaries, scribe))
         due = {user for user in survey.due if users is None or user in users}
         wanted = plan.of({user for user in plan.positions if user in due or user in read})
-        earlier = last.rows(survey.holds, wanted.positions)
+        earlier = {**last.rows(survey.holds, wanted.positions), **take_parts(stage)}
         texts = preferences(scribe, stage.style, stage.items, summaries, wanted, s, earlier)
         scribe.report()
         new = {key: text for key, text in texts.items() if key[0] in due}

@@ -13,16 +13,17 @@ from functools import partial
 from pathlib import Path
 
 from recbole_mllm import ranks
-from recbole_mllm.data.schema import store_file, usum_file
+from recbole_mllm.data.atomic import read_values, write_atomic
+from recbole_mllm.data.schema import USUM_TYPES, store_file, usum_file
 from recbole_mllm.mllm.base import Writer
 from recbole_mllm.prompts import Prompt
 from recbole_mllm.summaries.asking import Listed
 from recbole_mllm.summaries.items import item_summaries
-from recbole_mllm.summaries.lastexport import LastExport, Survey
+from recbole_mllm.summaries.lastexport import LastExport, Survey, by_user, line_of
 from recbole_mllm.summaries.shards import ShardStore, opened_store
 from recbole_mllm.summaries.stage import Stage, item_scribe, marker_of, user_scribe
 from recbole_mllm.summaries.store import Store, answer_key
-from recbole_mllm.summaries.users import Earlier, Plan, openings, preferences
+from recbole_mllm.summaries.users import Earlier, Plan, as_rows, openings, preferences
 from recbole_mllm.summaries.writing import Scribe
 
 MakeScribe = Callable[[Store], Scribe]
@@ -92,11 +93,13 @@ class SharedAnswers:
 def write_in_shares(stage: Stage, plan: Plan, users: Set[str] | None, *, only_items: bool) -> None:
     """Write what `plan`'s rows lack, of `users` (None: all), each process its share; afterwards the store has it all.
 
-    Nothing is done in a run of one process, or where nothing may be written.
+    Nothing is done in a run of one process, or where nothing may be written. Each process's rows are left beside the
+    export until `take_parts`.
     """
     s = stage.settings
     if not ranks.is_launched() or s.summarize == "off":
         return
+    ranks.on_main(lambda: _drop(_parts(stage)))  # of a run that was killed
     shares = Shares(stage.folder)
     answers = SharedAnswers(shares, _loading_once(partial(item_scribe, stage)), stage.folder)
     summaries = item_summaries(answers, stage.style, stage.items, plan.items(s), s.item_summary)
@@ -114,7 +117,30 @@ def write_in_shares(stage: Stage, plan: Plan, users: Set[str] | None, *, only_it
 
 
 def _write_chains(scribe: Scribe, stage: Stage, summaries: Mapping[str, str], plan: Plan, earlier: Earlier) -> None:
-    preferences(scribe, stage.style, stage.items, summaries, plan, stage.settings, earlier)
+    texts = preferences(scribe, stage.style, stage.items, summaries, plan, stage.settings, earlier)
+    path = usum_file(stage.folder, stage.tag)
+    part = path.with_name(f"{path.name}.rank{ranks.rank()}")
+    write_atomic(part, USUM_TYPES, map(line_of, as_rows(texts, plan)))
+
+
+def take_parts(stage: Stage) -> Earlier:
+    """Return the rows that the processes of this run have left, in the main process, and remove them."""
+    if not ranks.is_launched() or not ranks.is_main() or stage.settings.summarize == "off":
+        return {}
+    parts = _parts(stage)
+    found = by_user(values for part in parts for _, values in read_values(part))
+    _drop(parts)
+    return found
+
+
+def _parts(stage: Stage) -> list[Path]:
+    path = usum_file(stage.folder, stage.tag)
+    return sorted(path.parent.glob(f"{path.name}.rank*"))
+
+
+def _drop(paths: Iterable[Path]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
 
 
 def _beginning(plan: Plan, user: str, survey: Survey, block: int) -> str:

@@ -95,6 +95,7 @@ class _Chains:
         earlier: Earlier,
     ) -> None:
         self.style, self.items, self.summaries, self.plan, self.settings = style, items, summaries, plan, settings
+        self.lines: dict[str, str] = {}
         self.texts: dict[tuple[str, State], str] = {}
         self.waiting: deque[tuple[str, State]] = deque()
         self.after: dict[tuple[str, State], list[State]] = {}
@@ -127,21 +128,20 @@ class _Chains:
     def _question(self, user: str, state: State) -> Question:
         earlier = self._before(state)
         previous = self.texts[user, earlier] if earlier is not None else None
-        prompt = _prompt(self.style, self.items, self.summaries, self.plan.histories[user], state, previous)
+        block = self.plan.histories[user][state.since : state.seen]
+        prompt = preference_prompt(self.style, [self._line(item) for item in block], previous)
         return Question((user, state), prompt, previous or "")
+
+    def _line(self, item: str) -> str:
+        if item not in self.lines:
+            self.lines[item] = item_line(self.style, self.items.title(item), self.summaries.get(item, ""))
+        return self.lines[item]
 
     def told(self, name: Hashable, text: str) -> None:
         """Keep a state's text, and let those that continue it be asked."""
         user, state = cast("tuple[str, State]", name)
         self.texts[user, state] = text
         self.waiting.extend((user, later) for later in self.after.pop((user, state), []))
-
-
-def _prompt(
-    style: Style, items: Items, summaries: Mapping[str, str], history: Sequence[str], state: State, previous: str | None
-) -> Prompt:
-    lines = [item_line(style, items.title(i), summaries.get(i, "")) for i in history[state.since : state.seen]]
-    return preference_prompt(style, lines, previous)
 
 
 def read_by(state: State, history: Sequence[str]) -> tuple[int, str]:

@@ -7,6 +7,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import small_world
+from server_processes import served
 
 from recbole_mllm.data.schema import store_file
 from recbole_mllm.mllm.base import Answer
@@ -126,3 +128,34 @@ def test_shares_are_the_same_in_every_run_and_about_alike():
     parts = Counter(share_of(f"user {n}", 5) for n in range(5000))
     assert sorted(parts) == list(range(5)) and max(parts.values()) < 1.2 * min(parts.values())
     assert [share_of(text, 4) for text in ("a", "b", "ü")] == [2, 2, 0]  # on every machine
+
+
+def summarize(folder, url, processes, *words):
+    who = f"server:m@{url}"
+    keys = [f"--item_summarizer={who}", f"--user_summarizer={who}", "--item_summary=text", "--use_image=false"]
+    how = [sys.executable] if processes == 1 else [*TORCHRUN, str(processes)]
+    command = [*how, str(SCRIPT.parents[1] / "run_recbole_mllm.py"), "summarize", "--dataset", "steps", *keys, *words]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200, cwd=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_command_under_a_launcher_writes_and_refreshes_as_one_process_does(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    with served(tmp_path, server=(0.0, "well")) as servers:
+        url, counts = servers["server"].url, []
+        for folder, processes in ((one, 1), (two, 2)):
+            data = small_world.write(folder / "dataset", images=False)
+            before = len(servers["server"].asked())
+            told = summarize(folder, url, processes)
+            assert len([line for line in told.splitlines() if line.endswith("sum")]) == 2  # said once
+            first = len(servers["server"].asked())
+            with (data / "steps.inter").open("a") as file:
+                file.write("u03\ti50\t90\nu07\ti51\t91\nu08\ti52\t95\n")
+            told = summarize(folder, url, processes, "--since", "91")
+            assert "1 users have summaries to write from before --since 91 (u03)" in told
+            counts.append((first - before, len(servers["server"].asked()) - first))
+    assert counts[0] == counts[1] and counts[0][1] == 2
+    assert summaries(one / "dataset" / "steps") == summaries(two / "dataset" / "steps")

@@ -3,6 +3,9 @@
 import base64
 import json
 import math
+import threading
+import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -171,3 +174,29 @@ def test_an_answer_without_a_probability_is_refused(answer):
 
 def test_spellings_that_are_other_words_count_for_nothing():
     assert spelt([("yes", -1.0), ("NO", -1.0), ("", -1.0), (" ", -1.0)], WORDS) == (None, None)
+
+
+def test_pairs_are_spread_over_servers_and_one_that_hangs_holds_up_nobody():
+    freed = threading.Event()
+
+    def plan(n, text):
+        number = int(text.partition("mug ")[2].partition('"')[0].split()[0].strip("?.,"))
+        return logprobs(Yes=-1.0, No=-1.0 - number / 10)
+
+    def hang(n, text):
+        freed.wait(30)
+        return error(503)
+
+    with (
+        serving(Planned(plan, delay=0.05)) as one,
+        serving(Planned(plan, delay=0.05)) as two,
+        serving(Planned(hang)) as bad,
+    ):
+        scorer = ServedScorer(Endpoint("m", (one.url, bad.url, two.url)), replace(SETTINGS, server_timeout=60.0))
+        started = time.monotonic()
+        scores = scorer.yes_scores(questions(60), scorer.answers(STYLE)).tolist()
+        took = time.monotonic() - started
+        freed.set()
+    assert scores == pytest.approx([n / 10 for n in range(60)], abs=1e-6)
+    assert min(len(one.bodies), len(two.bodies)) > 15 and len(bad.bodies) <= SETTINGS.server_concurrency
+    assert took < 15
