@@ -31,6 +31,7 @@ _FIRST_POLL_S, _LONGEST_POLL_S = 0.005, 0.5
 T = TypeVar("T")
 _store_of: dict[int, Any] = {}  # by process id, as a forked child must not share its parent's connection
 _turns: dict[str, int] = {}
+_before_meeting: list[Callable[[], None]] = []  # one at most
 
 
 class LostProcess(UserError):
@@ -117,8 +118,10 @@ def on_main(work: Callable[[], T]) -> T:
     key = _turn("main")
     if is_main():
         value = work()
+        _arrive()
         post(key, pickle.dumps(value))
         return value
+    _arrive()
     return pickle.loads(read(key))  # type: ignore[no-any-return]
 
 
@@ -167,6 +170,7 @@ def meet() -> None:
     """Wait until every process has come here, however long that takes."""
     if not is_launched():
         return
+    _arrive()
     key = _turn("meet")
     if _told(lambda store: store.add(f"{key}/come", 1)) == world_size():
         _told(lambda store: store.set(key, b"1"))
@@ -182,6 +186,7 @@ def sum_gradients(parameters: Iterable[Any], *numbers: float) -> list[float]:
     if not is_launched():
         return list(numbers)
     start()
+    _arrive()
     torch = _torch()
     every = list(parameters)
     device = every[0].device
@@ -207,6 +212,21 @@ def copy_from_main(tensors: Iterable[Any]) -> None:
     with _together():
         for tensor in tensors:
             _dist().broadcast(tensor.data, 0)
+
+
+def before_meeting(take_part: Callable[[], None]) -> None:
+    """Have `take_part` called wherever all processes meet, before this one waits; it returns when all have come.
+
+    A model split among processes needs them all for every forward pass, also those that have nothing to ask. A later
+    one takes its place: the model at work is the last one made.
+    """
+    _before_meeting[:] = [take_part]
+
+
+def _arrive() -> None:
+    with _together():
+        for take_part in _before_meeting:
+            take_part()
 
 
 def _buckets(parameters: Sequence[Any]) -> Iterator[list[Any]]:

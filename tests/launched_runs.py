@@ -14,6 +14,7 @@ PLAIN = {
     "frozen_candidates": True, "prompt_style": "demo", "item_summary": "none", "summary_mode": "none",
     "use_image": False, "train_last_k": 2, "limit_users": 15, "eval_args": EVALUATED, "train_batch_size": 8,
     "gradient_accumulation_steps": 2, "lora_dropout": 0.0, "epochs": 2, "show_progress": False, "seed": 7,
+    "score_cache": False,
 }  # fmt: skip
 CASES: dict[str, dict[str, Any]] = {
     "text": {"mllm": "llama"},
@@ -54,7 +55,13 @@ def _run(keys: dict[str, Any]) -> dict[str, Any]:
         MLLMMSRTrainer._step = stock
     pairs = {name: outcome.pairs[name].tolist() for name in ("user_id", "item_id", "score", "place")}
     return {"losses": losses, "learnt": outcome.model.state_dict(), "pairs": pairs, "test": outcome.test,
-            "valid": outcome.valid, "world_size": outcome.world_size, "tokens": outcome.model.tokens_read}  # fmt: skip
+            "valid": outcome.valid, "world_size": outcome.world_size, "tokens": outcome.model.tokens_read,
+            "held": sum(_here(p).numel() for p in outcome.model.parameters())}  # fmt: skip
+
+
+def _here(parameter: Any) -> Any:
+    """Return the part of a parameter that this process holds."""
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
 
 
 def _small(keys: dict[str, Any]) -> dict[int, Any]:

@@ -11,8 +11,6 @@ from recbole_mllm import ranks
 from recbole_mllm.compat.patching import wrap
 from recbole_mllm.errors import UserError
 
-_SHARDED = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
-
 
 def give_each_process_its_gpu(configurator: ModuleType) -> None:
     """Let Config leave CUDA_VISIBLE_DEVICES alone and take the launcher's GPU (config/configurator.py:477-515).
@@ -65,12 +63,11 @@ def _refuse(values: dict[str, Any]) -> None:
     """
     if int(values.get("nproc") or 1) > 1 or "local_rank" in values:
         raise two_launchers("the configuration")
-    for name, what in _SHARDED.items():
-        if os.environ.get(name, "").lower() in ("1", "true"):
-            raise UserError(
-                f"{what} is not supported: every process holds the whole model; take an Accelerate config without it "
-                "(distributed_type: MULTI_GPU), and finetune: qlora or a smaller dtype if the model does not fit"
-            )
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true"):
+        raise UserError(
+            "DeepSpeed is not supported; for a model larger than a card take FSDP (properties/accelerate/fsdp.yaml), "
+            "which splits it as ZeRO-3 does, or finetune: qlora"
+        )
 
 
 def two_launchers(where: str) -> UserError:

@@ -13,6 +13,7 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
 from recbole_mllm.errors import UserError
+from recbole_mllm.mllm import splitting
 
 Row = TypeVar("Row")
 Out = TypeVar("Out")
@@ -76,8 +77,18 @@ def _next(waiting: deque[Row], cost: Callable[[Sequence[Row]], int], size: int) 
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether `error` says that an accelerator, or the machine, has no memory left."""
-    return isinstance(error, torch.OutOfMemoryError) or bool(should_reduce_batch_size(error))
+    """Whether `error` says that an accelerator, or the machine, has no memory left.
+
+    Raises:
+        UserError: It does, and the model is split: the other processes are in the middle of the pass that failed here.
+    """
+    found = isinstance(error, torch.OutOfMemoryError) or bool(should_reduce_batch_size(error))
+    if found and splitting.wanted():
+        raise UserError(
+            "out of memory; with FSDP a batch cannot be made smaller by itself: lower micro_batch_size or "
+            "max_text_tokens, or take more processes"
+        ) from None
+    return found
 
 
 def free_memory() -> None:

@@ -28,8 +28,9 @@ class Body:
     Features are kept only while the vision tower is frozen (`frozen_vision`); with a trained tower they are made anew.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, split: bool = False) -> None:
         self.model = model
+        self.split = split  # among processes, which then must make forward passes of one kind together (see splitting)
         # PEFT's wrapper adds nothing to the forward pass of a LoRA model: its layers sit inside the base model
         self.head_model = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.inner = self.head_model.base_model  # what stands under the head

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recbole_mllm.mllm import splitting
 from recbole_mllm.mllm.answering import answer
 from recbole_mllm.mllm.base import Work
 from recbole_mllm.mllm.encode import IMAGE_BYTES, AnswerTokens, Encoded, Encoder, answer_tokens, image_bytes
@@ -31,12 +32,17 @@ class HFModel:
         slots: int = 64,
         *,
         four_bit: bool = False,
+        to_split: bool = False,
         loaded: Loaded | None = None,
     ) -> None:
-        """Load `name`, unless it is there already as `loaded` (a benchmark's random weights, which have no files)."""
+        """Load `name`, unless it is there already as `loaded` (a benchmark's random weights, which have no files).
+
+        What is `to_split` may be too large for `device`, and waits in the machine's own memory for `split`.
+        """
         dtype = dtype_of(settings.dtype, device)
         if loaded is None:
-            loaded = load(name, dtype, device, trust_remote_code=settings.trust_remote_code, four_bit=four_bit)
+            at = torch.device("cpu") if to_split else device
+            loaded = load(name, dtype, at, trust_remote_code=settings.trust_remote_code, four_bit=four_bit)
         self.identity = f"{loaded.identity}:{str(dtype).removeprefix('torch.')}{':nf4' if four_bit else ''}"
         self.model: Any = loaded.model
         self.device = device
@@ -51,6 +57,11 @@ class HFModel:
         """Go on with `model`, the same one with an adapter around it."""
         self.model = model
         self.body = Body(model)
+
+    def split(self) -> None:
+        """Split the model's layers among the processes that share its work (FSDP); all of them must do so."""
+        splitting.split(self.model, self.device)
+        self.body = Body(self.model, split=True)
 
     def checkpoint_gradients(self) -> None:
         """Compute layers again on the way back rather than keep what they computed; the gradients are the same.
@@ -70,9 +81,13 @@ class HFModel:
         stop |= set(said if isinstance(said, list) else [said])
         answer(self.body, self.encoder, frozenset(stop - {None}), self.slots, work)
 
-    @torch.inference_mode()
     def yes_scores(self, prompts: Sequence[Prompt], answers: AnswerTokens, *, share_prefix: bool = True) -> Tensor:
         """Return ``[B]`` float32 log-odds of Yes against No for each prompt; its sigmoid is P(Yes) (paper, eq. 1)."""
+        # what is put together of split layers in inference mode could not take part in training after a validation
+        with torch.no_grad() if self.body.split else torch.inference_mode():
+            return self._yes_scores(prompts, answers, share_prefix)
+
+    def _yes_scores(self, prompts: Sequence[Prompt], answers: AnswerTokens, share_prefix: bool) -> Tensor:
         out, asked = torch.empty(len(prompts)), (answers.yes[0], answers.no[0])
         for places, encoded in self._parts(prompts):
             self.tokens_read += sum(len(e.ids) for e in encoded)

@@ -24,8 +24,8 @@ class Group:
 def can_share(body: Body) -> bool:
     """Return whether the model's forward pass can go on behind keys and values it has made, with gradients.
 
-    Gradient checkpointing computes layers again, without a cache; a prefix-LM reads its prompt in both directions; and
-    of a family without a row in the table nothing is known.
+    Gradient checkpointing computes layers again, without a cache; a prefix-LM reads its prompt in both directions; of a
+    family without a row in the table nothing is known.
     """
     own = body.architecture
     return own.known and own.shares_prefix and not getattr(body.head_model, "is_activation_checkpointing", False)

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from recbole_mllm.errors import UserError
+from recbole_mllm.mllm import splitting
 from recbole_mllm.mllm.architectures import language_part
 from recbole_mllm.mllm.lora import adapt, adapter_state, load_adapter_state, save_adapter
 from recbole_mllm.mllm.quantization import check_four_bits
@@ -23,8 +24,11 @@ def check_finetune(settings: LoraSettings, device: torch.device) -> None:
     """Refuse what this machine cannot train, before anything is loaded.
 
     Raises:
-        UserError: ``finetune: qlora`` without bitsandbytes, or on a device it has nothing for.
+        UserError: ``finetune: qlora`` without bitsandbytes, or on a device it has nothing for; or something FSDP cannot
+            split here.
     """
+    if splitting.wanted() and settings.finetune in ("full", "qlora"):
+        raise UserError(f"finetune: {settings.finetune} cannot be split by FSDP here; set finetune: lora")
     if settings.finetune == "qlora":
         check_four_bits(device)
 

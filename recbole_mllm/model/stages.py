@@ -16,6 +16,7 @@ import yaml
 from recbole_mllm.data.texts import read_items
 from recbole_mllm.endpoints import is_server, parse_endpoint
 from recbole_mllm.errors import UserError
+from recbole_mllm.mllm import splitting
 from recbole_mllm.mllm.base import Writer
 from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.mllm.loading import TINY, dtype_of, identity_of, source_of
@@ -80,6 +81,11 @@ def _identity(name: str, settings: Settings, device: torch.device) -> str:
 def _writer(name: str, key: str, settings: Settings, device: torch.device) -> Writer:
     if is_server(name):
         return ServerModel(parse_endpoint(name, key), settings.server)
+    if splitting.wanted():
+        raise UserError(
+            "there are summaries to write, which a model split by FSDP does not do; write them first, with `summarize` "
+            f"and without FSDP, or give {key} a server"
+        )
     slots = settings.summary.summarize_batch_size or _SLOTS["cpu" if device.type == "cpu" else "gpu"]
     return HFModel(name, settings.mllm, device, slots)
 

@@ -49,12 +49,21 @@ def alone(world, tmp_path_factory):
         sys.argv = words
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # what `accelerate launch` makes of an fsdp_config
+SLOW = pytest.mark.slow
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(2, {}), pytest.param((4, {}), marks=SLOW), (2, FSDP), pytest.param((3, FSDP), marks=SLOW)],
+    ids=["2", "4", "2, split", "3, split"],
+)
 def together(request, world, tmp_path_factory):
-    folder = tmp_path_factory.mktemp(f"together{request.param}")
-    done = launched(request.param, [ROOT / "tests" / "launched_runs.py", world, folder], folder)
+    count, more = request.param
+    folder = tmp_path_factory.mktemp(f"together{count}")
+    done = launched(count, [ROOT / "tests" / "launched_runs.py", world, folder], folder, **more)
     assert done.returncode == 0, done.stderr[-3000:]
-    return request.param, torch.load(folder / "found.pt", weights_only=False), done, folder
+    return count, torch.load(folder / "found.pt", weights_only=False), done, folder
 
 
 @pytest.mark.parametrize("case", launched_runs.CASES)
@@ -73,6 +82,15 @@ def test_losses_adapter_scores_and_metrics_are_those_of_one_process(alone, toget
     np.testing.assert_allclose(many["pairs"]["score"], one["pairs"]["score"], atol=1e-4)
     assert np.std(one["pairs"]["score"]) > 0.01
     assert (one["test"], one["valid"], one["tokens"]) == (many["test"], many["valid"], many["tokens"])
+
+
+def test_each_process_holds_its_part_of_a_split_model_and_else_all_of_it(request, alone, together):
+    count, found, *_ = together
+    split = "split" in request.node.callspec.id
+    for case in launched_runs.CASES:
+        assert (found[case]["held"] == alone[case]["held"]) is not split
+        # what is split is most of these models, and is divided by the processes (the main one holds the longest part)
+        assert not split or found[case]["held"] < alone[case]["held"] * (0.6 + 0.4 / count)
 
 
 def test_batches_with_fewer_rows_than_processes_or_uneven_ones_count_each_row_once(alone, together):

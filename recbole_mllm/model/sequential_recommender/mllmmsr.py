@@ -17,6 +17,7 @@ from recbole_mllm import ranks
 from recbole_mllm.data.schema import POSITION
 from recbole_mllm.endpoints import is_server, parse_endpoint
 from recbole_mllm.errors import UserError
+from recbole_mllm.mllm import splitting
 from recbole_mllm.mllm.encode import Encoded
 from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.mllm.served import ServedScorer
@@ -74,8 +75,11 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
         settings, lora = self.settings, self.settings.lora
         if is_server(settings.mllm.mllm):
             return ServedScorer(parse_endpoint(settings.mllm.mllm, "mllm"), settings.server)
-        mllm = HFModel(settings.mllm.mllm, settings.mllm, self.device, four_bit=lora.finetune == "qlora")
+        split, four_bit = splitting.wanted(), lora.finetune == "qlora"
+        mllm = HFModel(settings.mllm.mllm, settings.mllm, self.device, four_bit=four_bit, to_split=split)
         mllm.replace_model(tune(mllm.model, lora, seed))
+        if split:
+            mllm.split()
         if self.is_trained and settings.train.gradient_checkpointing:
             mllm.checkpoint_gradients()
         return mllm
@@ -109,12 +113,17 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
     def loss_of(self, examples: Sequence[Encoded]) -> Tensor:
         """Return the mean loss of `examples`; what they have in common is computed once where that is exact."""
         whole = self.settings.train.loss_on == "all"
-        return example_loss(self.mllm.body, examples, whole=whole, share=self.shares_prefix)
+        return example_loss(self.mllm.body, examples, whole=whole, share=self._computes_shared)
 
     def micro_batches(self, examples: Sequence[Encoded]) -> list[list[int]]:
         """Return which of a batch's `examples` one backward pass holds together."""
         size = self.settings.train.micro_batch_size
-        return micro_batches(self.mllm.body, examples, size, share=self.shares_prefix)
+        return micro_batches(self.mllm.body, examples, size, share=self._computes_shared)
+
+    @property
+    def _computes_shared(self) -> bool:
+        """Whether it is done: the processes that hold a split model's layers make one pass forward for each back."""
+        return self.shares_prefix and not self.mllm.body.split
 
     def release_memory(self) -> bool:
         """Give back what can be made anew (image features); return whether there was any."""
@@ -122,7 +131,7 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
 
     @property
     def shares_prefix(self) -> bool:
-        """Whether rows of a micro-batch share the computation of a common prefix: asked for, and possible."""
+        """Whether rows of a micro-batch can share the computation of a common prefix: asked for, and possible."""
         return self.settings.train.share_prefix == "auto" and self.is_trained and can_share(self.mllm.body)
 
     @property
