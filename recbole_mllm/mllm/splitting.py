@@ -67,8 +67,8 @@ def _fsdp(device: torch.device) -> tuple[Any, dict[str, Any]]:
 
 
 def _layers(language: nn.Module) -> Sequence[nn.Module]:
-    lists = [module for module in language.modules() if isinstance(module, nn.ModuleList)]
-    return list(max(lists, key=len, default=nn.ModuleList()))
+    lists = [list(module) for module in language.modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=len, default=[])
 
 
 class LockStep:
