@@ -212,3 +212,24 @@ def test_a_retriever_and_summaries_are_made_once_and_full_ranking_is_that_of_one
         stores[count] = {path.name: path.read_bytes() for path in (folder / "data" / "steps").glob("*.?sum")}
     assert said[1] == said[2] and len(said[1]) == 2
     assert stores[1] == stores[2] and len(stores[1]) == 2
+
+
+WAITS = """
+import sys, time
+from datetime import timedelta
+from recbole_mllm import ranks
+ranks._COLLECTIVE = timedelta(seconds=2)
+ranks.start()
+ranks.main_first(lambda: ranks.is_main() and time.sleep(5))
+found = ranks.gather_objects((ranks.rank(), ranks.on_main(lambda: "x" * int(sys.argv[1]))[-1:]))
+if ranks.is_main():
+    print("found", found)
+ranks.stop()
+"""
+
+
+@pytest.mark.slow
+def test_waiting_for_the_main_process_knows_no_collectives_timeout(tmp_path):
+    (tmp_path / "waits.py").write_text(WAITS)
+    done = launched(2, [tmp_path / "waits.py", 10**7], tmp_path)
+    assert done.stdout == "found [(0, 'x'), (1, 'x')]\n", done.stderr[-2000:]
