@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import signal
 import sys
 import threading
@@ -36,9 +38,41 @@ def exit_code(run: Callable[[list[str]], int], words: Sequence[str]) -> int:
 
 def end(code: int, words: str) -> int:
     """Print `words` if this process is the first to fail; return the exit code to leave with."""
-    if not ranks.report_failure(code):
-        return ranks.failure_code()
-    print(words.rstrip(), file=sys.stderr, flush=True)
+    if ranks.report_failure(code):
+        print(words.rstrip(), file=sys.stderr, flush=True)
+    else:
+        code = ranks.failure_code()
+    return abandon(code)
+
+
+def child_code(run: Callable[[], int]) -> int:
+    """Return what `run` returns, for a child that a benchmark has started in each of its processes.
+
+    `ranks.LOST` is for one that could not finish for want of another; why that one failed stands in its own log.
+    """
+    if not ranks.is_launched():
+        return run()
+    try:
+        code = run()
+        if code == 0:
+            ranks.stop()
+            return 0
+    except ranks.LostProcess:
+        code = ranks.LOST
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    ranks.report_failure(code)
+    return abandon(code)
+
+
+def abandon(code: int) -> int:
+    """Leave at once where a process group is open: torn down without its members, it aborts the process at random."""
+    if ranks.is_joined():
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     return code
 
 

@@ -3,9 +3,8 @@
 ``torchrun`` and ``accelerate launch`` say in RANK and WORLD_SIZE who a process is. Without them there is one process:
 then everything here is the identity, and imports nothing. Process 0 is the main one: it alone writes.
 
-Two ways lead from one process to the others. The launcher's key-value store is asked again and again, so waiting there
-takes as long as it takes. The process group (gloo, and NCCL where there are GPUs) is made on first use, so that a
-process that only waits holds no GPU.
+Two ways lead to the others. The launcher's key-value store is asked again and again, so a wait there takes as long as
+it takes. The process group (gloo, NCCL on GPUs) is made on first use: a process that only waits holds no GPU.
 """
 
 from __future__ import annotations
@@ -13,8 +12,9 @@ from __future__ import annotations
 import importlib
 import os
 import pickle
+import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -25,7 +25,7 @@ LOST = 76  # the exit code of a process that ends because another one has, witho
 _ENDED = "failed"
 _CONNECT = timedelta(minutes=10)
 _COLLECTIVE = timedelta(hours=6)  # one that hangs this long hangs for good; one whose peer dies ends at once
-_BUCKET = 2**24  # gradients summed at a time, so that full tuning takes little more memory
+_PIECE = 2**22  # bytes
 _FIRST_POLL_S, _LONGEST_POLL_S = 0.005, 0.5
 
 T = TypeVar("T")
@@ -35,7 +35,7 @@ _before_meeting: list[Callable[[], None]] = []  # one at most
 
 
 class LostProcess(UserError):
-    """Another process of this run has ended; unless that one has said why, one of those left behind says this."""
+    """Another process of this run has ended; unless it has said why, one of those left behind says this."""
 
 
 def rank() -> int:
@@ -72,23 +72,28 @@ def start() -> None:
     """Join the process group, once: gloo for what is on the CPU, NCCL for what is on GPUs; take this process's GPU."""
     if not is_launched():
         return
-    torch, dist = _torch(), _dist()
-    if dist.is_initialized():
+    torch, group = _torch(), _dist()
+    if group.is_initialized():
         return
     meet()
     backend = "gloo"
     if torch.cuda.is_available() and not wants_cpu():
         torch.cuda.set_device(local_rank())
         backend = "cpu:gloo,cuda:nccl"
-    with _together():
-        dist.init_process_group(
+    with together():
+        group.init_process_group(
             backend,
-            store=dist.PrefixStore("group", _store()),
+            store=group.PrefixStore("group", _store()),
             rank=rank(),
             world_size=world_size(),
             timeout=_COLLECTIVE,
         )
     importlib.import_module("accelerate").PartialState()  # so that Accelerate's own helpers know of the group
+
+
+def is_joined() -> bool:
+    """Return whether this process has joined a process group and not left it."""
+    return is_launched() and "torch.distributed" in sys.modules and bool(_dist().is_initialized())
 
 
 def gather_objects(value: T) -> list[T]:
@@ -98,7 +103,7 @@ def gather_objects(value: T) -> list[T]:
     start()
     meet()
     out: list[Any] = [None] * world_size()
-    with _together():
+    with together():
         _dist().all_gather_object(out, value)
     return out
 
@@ -109,37 +114,33 @@ def broadcast_object(value: T) -> T:
 
 
 def on_main(work: Callable[[], T]) -> T:
-    """Let the main process alone do `work`, which may take hours, and return its result in all of them.
-
-    The result is pickled; 8 MiB is the most the store takes. If it raises, the others end too.
-    """
+    """Let the main process alone do `work`, which may take hours, and return its result, pickled, in all of them."""
     if not is_launched():
         return work()
     key = _turn("main")
     if is_main():
         value = work()
-        _arrive()
+        arrive()
         post(key, pickle.dumps(value))
         return value
-    _arrive()
+    arrive()
     return pickle.loads(read(key))  # type: ignore[no-any-return]
 
 
 def main_first(work: Callable[[], T]) -> T:
     """Let the main process do `work` first, however long; then the others do it, finding what it has left."""
-    if not is_launched():
-        return work()
-    if is_main():
-        done = work()
-        on_main(lambda: None)
-        return done
+    first = [work()] if is_main() else []
     on_main(lambda: None)
-    return work()
+    return first[0] if first else work()
 
 
 def post(key: str, value: bytes) -> None:
-    """Put `value` where every process can `read` it."""
-    _told(lambda store: store.set(key, value))
+    """Put `value` where every process can `read` it, in pieces, as the store takes 8 MiB at most."""
+    pieces = [value[start : start + _PIECE] for start in range(0, len(value), _PIECE)]
+    for number, piece in enumerate(pieces):
+        with together():
+            _store().set(f"{key}/{number}", piece)
+    _told(lambda store: store.set(key, str(len(pieces))))
 
 
 def is_posted(key: str) -> bool:
@@ -150,7 +151,12 @@ def is_posted(key: str) -> bool:
 def read(key: str) -> bytes:
     """Return what a process puts at `key`, waiting for it however long; if one fails meanwhile, this one does too."""
     _await(key)
-    return bytes(_told(lambda store: store.get(key)))
+    return _told(lambda store: b"".join(store.get(f"{key}/{number}") for number in range(int(store.get(key)))))
+
+
+def count(key: str) -> int:
+    """Return how many times processes have called this for `key`, this time included: who comes first gets 1."""
+    return int(_told(lambda store: store.add(key, 1)))
 
 
 def stop() -> None:
@@ -159,7 +165,7 @@ def stop() -> None:
         return
     if _dist().is_initialized():
         _dist().destroy_process_group()
-    came = _told(lambda store: store.add("left", 1))
+    came = count("left")
     patience = time.monotonic() + 60
     while is_main() and came < world_size() and time.monotonic() < patience:
         time.sleep(_FIRST_POLL_S)
@@ -170,48 +176,11 @@ def meet() -> None:
     """Wait until every process has come here, however long that takes."""
     if not is_launched():
         return
-    _arrive()
+    arrive()
     key = _turn("meet")
-    if _told(lambda store: store.add(f"{key}/come", 1)) == world_size():
+    if count(f"{key}/come") == world_size():
         _told(lambda store: store.set(key, b"1"))
     _await(key)
-
-
-def sum_gradients(parameters: Iterable[Any], *numbers: float) -> list[float]:
-    """Sum the gradients of `parameters` over all processes, in place, and return the sums of `numbers` (float64).
-
-    A parameter without a gradient here gets one if another process has one; without one anywhere it keeps none, as an
-    optimizer passes over it then.
-    """
-    if not is_launched():
-        return list(numbers)
-    start()
-    _arrive()
-    torch = _torch()
-    every = list(parameters)
-    device = every[0].device
-    with _together():
-        has = [*numbers, *(float(p.grad is not None) for p in every)]
-        summed = torch.tensor(has, dtype=torch.float64, device=device)
-        _dist().all_reduce(summed)
-        used = [p for p, count in zip(every, summed[len(numbers) :].tolist(), strict=True) if count]
-        for part in _buckets(used):
-            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in part]
-            flat = torch.cat([grad.flatten() for grad in grads])
-            _dist().all_reduce(flat)
-            for p, grad in zip(part, flat.split([grad.numel() for grad in grads]), strict=True):
-                p.grad = grad.view_as(p).clone() if p.grad is None else p.grad.copy_(grad.view_as(p))
-    return [float(value) for value in summed[: len(numbers)].tolist()]
-
-
-def copy_from_main(tensors: Iterable[Any]) -> None:
-    """Overwrite `tensors` with the main process's."""
-    if not is_launched():
-        return
-    start()
-    with _together():
-        for tensor in tensors:
-            _dist().broadcast(tensor.data, 0)
 
 
 def before_meeting(take_part: Callable[[], None]) -> None:
@@ -223,22 +192,11 @@ def before_meeting(take_part: Callable[[], None]) -> None:
     _before_meeting[:] = [take_part]
 
 
-def _arrive() -> None:
-    with _together():
+def arrive() -> None:
+    """Say that this process has come where all meet; every meeting here, and every collective elsewhere, begins so."""
+    with together():
         for take_part in _before_meeting:
             take_part()
-
-
-def _buckets(parameters: Sequence[Any]) -> Iterator[list[Any]]:
-    """Yield `parameters` in parts of one dtype and at most `_BUCKET` numbers, a larger one alone."""
-    part: list[Any] = []
-    for p in parameters:
-        if part and (p.dtype != part[0].dtype or sum(q.numel() for q in part) + p.numel() > _BUCKET):
-            yield part
-            part = []
-        part.append(p)
-    if part:
-        yield part
 
 
 def report_failure(code: int) -> bool:
@@ -303,12 +261,12 @@ def _await(key: str) -> None:
 
 
 def _told(ask: Callable[[Any], T]) -> T:
-    with _together():
+    with together():
         return ask(_store())
 
 
 @contextmanager
-def _together() -> Iterator[None]:
+def together() -> Iterator[None]:
     """Say what it means when another process does not answer: gloo and the store raise a RuntimeError each."""
     try:
         yield

@@ -14,7 +14,6 @@ from recbole.data.interaction import Interaction
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from recbole_mllm import ranks
 from recbole_mllm.data.schema import TIE
 from recbole_mllm.data.training import SeededTrainDataLoader
 from recbole_mllm.errors import UserError
@@ -23,7 +22,8 @@ from recbole_mllm.randomness import seed_this_process
 from recbole_mllm.training.checkpoint import Place
 from recbole_mllm.training.failure import write_rows
 from recbole_mllm.training.fullrank import best_share, rows_ahead, tell_price
-from recbole_mllm.training.gradients import Halving, add_gradients
+from recbole_mllm.training.gradients import sum_gradients
+from recbole_mllm.training.halving import Halving, add_gradients
 from recbole_mllm.training.resuming import ResumableTrainer
 from recbole_mllm.training.schedule import rate_at
 
@@ -113,7 +113,7 @@ class MLLMMSRTrainer(ResumableTrainer):
         rows = sum(train_data.rows_in(n) for n in range(first, min(first + group, batches)))
         self._unsummed += self._backward(interaction, rows)
         if number + 1 in (first + group, batches):
-            (loss,) = ranks.sum_gradients(self._trained(), self._unsummed)
+            (loss,) = sum_gradients(self._trained(), self._unsummed)
             self.place = Place(self.place.epoch, number + 1, self.place.loss + loss)
             per_epoch = math.ceil(batches / group)
             step = self.place.epoch * per_epoch + number // group

@@ -69,8 +69,8 @@ def _small(keys: dict[str, Any]) -> dict[int, Any]:
     from recbole.data import create_dataset, data_preparation
     from recbole.utils import get_model, get_trainer, init_seed
 
-    from recbole_mllm import ranks
     from recbole_mllm.quick_start import make_config
+    from recbole_mllm.training.gradients import sum_gradients
 
     config = make_config("MLLMMSR", "steps", [], keys)
     init_seed(7, True)
@@ -79,7 +79,7 @@ def _small(keys: dict[str, Any]) -> dict[int, Any]:
     batch, out = next(iter(train)), {}
     for count in (1, 2, 3, 5):
         trainer.optimizer.zero_grad()
-        (loss,) = ranks.sum_gradients(trainer._trained(), trainer._backward(batch[list(range(count))], count))
+        (loss,) = sum_gradients(trainer._trained(), trainer._backward(batch[list(range(count))], count))
         out[count] = loss, [None if p.grad is None else p.grad.clone() for p in trainer._trained()]
     return out
 

@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import signal
 import socket
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,16 @@ def environment_of_child(given: Mapping[str, str], port: int) -> dict[str, str]:
     return environment_alone(given) | kept | {"MASTER_PORT": str(port)}
 
 
+@dataclass(frozen=True, slots=True)
+class Report:
+    """How a process's child ended: its exit code and, if it failed of itself, the how many-th to fail and why."""
+
+    rank: int
+    code: int
+    turn: int = 0
+    words: str = ""
+
+
 class Orders:
     """What the main process tells the others to run, one order after the other; `follow` is their side."""
 
@@ -48,7 +60,7 @@ class Orders:
         """
         self._count += 1
         number, port = self._count, _free_port()
-        order = {"worker": list(worker), "job": dict(job), "folder": str(folder), "port": port}
+        order = {"number": number, "worker": list(worker), "job": dict(job), "folder": str(folder), "port": port}
         ranks.post(f"order/{number}", pickle.dumps(order))
         checked = time.monotonic()
 
@@ -56,7 +68,7 @@ class Orders:
             nonlocal checked
             if time.monotonic() - checked > _CHECK_S:
                 checked = time.monotonic()
-                if any(code for code, _ in _reports(number)):
+                if any(report.code for report in _reports(number)):
                     raise _OtherFailed
             tick(seconds, line)
 
@@ -65,7 +77,7 @@ class Orders:
         except BaseException:
             ranks.post(f"stop/{number}", b"1")
             raise
-        if own[0]:
+        if own.code:
             ranks.post(f"stop/{number}", b"1")
         others = [pickle.loads(ranks.read(f"report/{number}/{rank}")) for rank in range(1, ranks.world_size())]
         return _cause([own, *others])
@@ -102,28 +114,32 @@ def follow() -> int:
 
 def _run(
     order: Mapping[str, Any], path: Path, log: str, lock: int | None, stop: threading.Event, watch: Tick
-) -> tuple[int, str]:
-    """Run this process's child; return its exit code and why it failed, if it did and not for another one's sake."""
+) -> Report:
+    """Run this process's child; say why it failed, if it did and not for another one's sake."""
     folder = Path(order["folder"])
     environment = environment_of_child(os.environ, order["port"])
     try:
         code = run_child([*order["worker"], str(path)], folder, lock, stop, watch, environment=environment, log=log)
     except _OtherFailed:
-        return ranks.LOST, ""
-    return code, failure(folder / log, code) if code else ""
+        return Report(ranks.rank(), ranks.LOST)
+    if not code:
+        return Report(ranks.rank(), 0)
+    return Report(ranks.rank(), code, ranks.count(f"failed/{order['number']}"), failure(folder / log, code))
 
 
-def _reports(number: int) -> list[tuple[int, str]]:
+def _reports(number: int) -> list[Report]:
     keys = [f"report/{number}/{rank}" for rank in range(1, ranks.world_size())]
     return [pickle.loads(ranks.read(key)) for key in keys if ranks.is_posted(key)]
 
 
-def _cause(reports: Sequence[tuple[int, str]]) -> tuple[int, str]:
-    failed = [(code, words, rank) for rank, (code, words) in enumerate(reports) if code]
+def _cause(reports: Sequence[Report]) -> tuple[int, str]:
+    """Return the exit code and words of what failed first; a killed child had no word to say before the others."""
+    failed = [report for report in reports if report.code]
     if not failed:
         return 0, ""
-    code, words, rank = next((found for found in failed if found[0] != ranks.LOST), failed[0])
-    return code, (f"process {rank}: {words}; its log: log.{rank}.txt" if rank else words) or "a process said nothing"
+    first = min(failed, key=lambda report: (report.code == ranks.LOST, report.code != -signal.SIGKILL, report.turn))
+    words = f"process {first.rank}: {first.words}; its log: log.{first.rank}.txt" if first.rank else first.words
+    return first.code, words or "a process said nothing"
 
 
 def _free_port() -> int:

@@ -26,6 +26,7 @@ from recbole_mllm.benchmark.tuning import search, space_of, trials
 from recbole_mllm.config import benchmark_defaults, config_paths, keys_for
 from recbole_mllm.data.texts import read_items
 from recbole_mllm.errors import UserError
+from recbole_mllm.launched import child_code
 
 _PATHS = (
     *("data_path", "image_dir", "mllm", "item_summarizer", "user_summarizer", "prompt_style", "checkpoint_dir"),
@@ -41,12 +42,10 @@ def main() -> int:
     sys.argv = sys.argv[:1]  # RecBole's Config reads it, and lets it win over everything
     try:
         run_job(job)
-        ranks.stop()
     except ranks.LostProcess:
-        return ranks.LOST
+        raise
     except UserError as error:
         print(f"UserError: {error}", file=sys.stderr)
-        ranks.report_failure(2)
         return 2
     except KeyError as error:
         if error.args != ("label",):
@@ -236,4 +235,4 @@ def _commit() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(child_code(main))

@@ -1,83 +1,61 @@
-"""Add up a batch's gradients part by part; a part that does not fit into memory is halved, and counted once."""
+"""Gradients and parameters that several processes have in common."""
 
 from __future__ import annotations
 
-import logging
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
 
-from recbole_mllm.errors import UserError
-from recbole_mllm.mllm.batching import free_memory, out_of_memory
+from recbole_mllm import ranks
+
+_BUCKET = 2**24  # gradients summed at a time, so that full tuning takes little more memory
 
 
-class Halving:
-    """Runs parts of batches; what it learns of how many rows fit is kept for the batches to come.
+def sum_gradients(parameters: Iterable[Any], *numbers: float) -> list[float]:
+    """Sum the gradients of `parameters` over all processes, in place, and return the sums of `numbers` (float64).
 
-    `release` gives back what can be done without (cached image features) and says whether there was any.
+    A parameter without a gradient here gets one if another process has one; without one anywhere it keeps none, as an
+    optimizer passes over it then.
     """
-
-    def __init__(self, release: Callable[[], bool]) -> None:
-        self.release = release
-        self.most: int | None = None
-        self._released = False  # for the part that is to be tried again; it makes anew what was given back
-
-    def __call__(
-        self, parts: Sequence[Sequence[int]], run: Callable[[Sequence[int]], float]
-    ) -> Iterator[tuple[Sequence[int], float]]:
-        """Yield each of `parts`, or its halves, with what `run` made of it.
-
-        Raises:
-            UserError: One row alone does not fit.
-        """
-        waiting = deque(piece for part in parts for piece in self._cut(part))
-        while waiting:
-            part = waiting.popleft()
-            try:
-                value = run(part)
-            except RuntimeError as error:
-                if not out_of_memory(error):
-                    raise
-            else:
-                self._released = False
-                yield part, value
-                continue
-            # not in the handler, where the error's traceback still holds the tensors of the failed call
-            waiting.extendleft(reversed(self._again(part)))
-
-    def _again(self, part: Sequence[int]) -> list[Sequence[int]]:
-        """Return what to run in place of `part`."""
-        freed = self.release() and not self._released
-        self._released = True
-        free_memory()
-        if len(part) > 1:
-            self.most = len(part) // 2
-            logging.getLogger().warning(
-                f"out of memory training on {len(part)} rows at once; going on with {self.most}"
-            )
-        elif not freed:
-            raise UserError(
-                "out of memory training on one row alone; set gradient_checkpointing: true, or lower max_text_tokens"
-            )
-        return self._cut(part)
-
-    def _cut(self, part: Sequence[int]) -> list[Sequence[int]]:
-        size = self.most or len(part)
-        return [part[start : start + size] for start in range(0, len(part), size)]
+    if not ranks.is_launched():
+        return list(numbers)
+    ranks.start()
+    ranks.arrive()
+    every = list(parameters)
+    device = every[0].device
+    with ranks.together():
+        has = [*numbers, *(float(p.grad is not None) for p in every)]
+        summed = torch.tensor(has, dtype=torch.float64, device=device)
+        dist.all_reduce(summed)
+        used = [p for p, count in zip(every, summed[len(numbers) :].tolist(), strict=True) if count]
+        for part in _buckets(used):
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in part]
+            flat: Any = torch.cat([grad.flatten() for grad in grads])
+            dist.all_reduce(flat)
+            for p, grad in zip(part, flat.split([grad.numel() for grad in grads]), strict=True):
+                p.grad = grad.view_as(p).clone() if p.grad is None else p.grad.copy_(grad.view_as(p))
+    return [float(value) for value in summed[: len(numbers)].tolist()]
 
 
-def add_gradients(loss: Tensor, parameters: Sequence[Any]) -> None:
-    """Add the gradients of `loss` to the parameters' own: of all of them or, out of memory, of none.
+def copy_from_main(tensors: Iterable[Any]) -> None:
+    """Overwrite `tensors` with the main process's."""
+    if not ranks.is_launched():
+        return
+    ranks.start()
+    with ranks.together():
+        for tensor in tensors:
+            dist.broadcast(tensor.data, 0)
 
-    ``loss.backward()`` adds them one by one, so that a part that fails on the way would be counted twice when repeated.
-    """
-    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
-        if gradient is None:
-            continue
-        if parameter.grad is None:
-            parameter.grad = gradient.detach().clone()
-        else:
-            parameter.grad.add_(gradient)
+
+def _buckets(parameters: Sequence[Any]) -> Iterator[list[Any]]:
+    """Yield `parameters` in parts of one dtype and at most `_BUCKET` numbers, a larger one alone."""
+    part: list[Any] = []
+    for p in parameters:
+        if part and (p.dtype != part[0].dtype or sum(q.numel() for q in part) + p.numel() > _BUCKET):
+            yield part
+            part = []
+        part.append(p)
+    if part:
+        yield part

@@ -22,6 +22,7 @@ from recbole_mllm.training.checkpoint import (
     whole_folder,
     write_checkpoint,
 )
+from recbole_mllm.training.gradients import copy_from_main
 from recbole_mllm.training.precision import Precision
 
 
@@ -54,7 +55,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
             restore_random_state(self._random)
             self._random = None
         if self.model.is_trained:
-            ranks.copy_from_main(p for p in self.model.parameters() if p.requires_grad)
+            copy_from_main(p for p in self.model.parameters() if p.requires_grad)
 
     def note_step(self, steps: int) -> None:
         """Save the newest state where `steps` of the optimizer make it due."""

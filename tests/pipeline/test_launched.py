@@ -153,18 +153,28 @@ def test_a_killed_process_ends_the_others_with_a_word_and_another_number_goes_on
         assert float((found["state_dict"][name] - tensor).abs().max()) < 1e-4, name
 
 
-def test_two_launchers_are_one_clear_line(world, tmp_path, monkeypatch, capsys):
-    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+REFUSED = {
+    "nproc: 2": ("", "asks RecBole to start processes, and a launcher has started 2 already; leave nproc out"),
+    "epochs: 1": ("ACCELERATE_USE_FSDP", "FSDP is not supported: every process holds the whole model"),
+    "epochs: 2": ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed is not supported: every process holds the whole model"),
+}
+
+
+@pytest.mark.parametrize("text", REFUSED)
+def test_what_cannot_be_had_together_is_one_clear_line(world, tmp_path, monkeypatch, capsys, text):
+    variable, wanted = REFUSED[text]
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", variable or "UNUSED": "true"}.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["pytest"])
     file = tmp_path / "both.yaml"
-    file.write_text("nproc: 2\n")
+    file.write_text(f"{text}\n")
     before = signal.getsignal(signal.SIGTERM)
     try:
         assert main([*words_of(world, tmp_path), f"--config_files={file}"]) == 2
     finally:
         signal.signal(signal.SIGTERM, before)
     (line,) = capsys.readouterr().err.splitlines()
-    assert "asks RecBole to start processes, and a launcher has started 2 already; leave nproc out" in line
+    assert wanted in line
 
 
 def test_a_mistake_is_told_once(world, tmp_path):
@@ -220,3 +230,24 @@ def test_a_retriever_and_summaries_are_made_once_and_full_ranking_is_that_of_one
         stores[count] = {path.name: path.read_bytes() for path in (folder / "data" / "steps").glob("*.?sum")}
     assert said[1] == said[2] and len(said[1]) == 2
     assert stores[1] == stores[2] and len(stores[1]) == 2
+
+
+WAITS = """
+import sys, time
+from datetime import timedelta
+from recbole_mllm import ranks
+ranks._COLLECTIVE = timedelta(seconds=2)
+ranks.start()
+ranks.main_first(lambda: ranks.is_main() and time.sleep(5))
+found = ranks.gather_objects((ranks.rank(), ranks.on_main(lambda: "x" * int(sys.argv[1]))[-1:]))
+if ranks.is_main():
+    print("found", found)
+ranks.stop()
+"""
+
+
+@pytest.mark.slow
+def test_waiting_for_the_main_process_knows_no_collectives_timeout(tmp_path):
+    (tmp_path / "waits.py").write_text(WAITS)
+    done = launched(2, [tmp_path / "waits.py", 10**7], tmp_path)
+    assert done.stdout == "found [(0, 'x'), (1, 'x')]\n", done.stderr[-2000:]

@@ -16,29 +16,32 @@ from recbole_mllm.benchmark.records import PAIR_COLUMNS, read_arrays, read_recor
 from recbole_mllm.cli import main
 
 WORKER = f"""
-import json, os, signal, sys, time
+import json, os, signal, sys
 from pathlib import Path
 sys.path[:0] = [{str(ROOT)!r}]
 from recbole_mllm import ranks
 from recbole_mllm.benchmark.records import append
+from recbole_mllm.launched import child_code
 from tests.planted_runs import plant_run
 job = json.loads(Path(sys.argv[1]).read_text())
 out, rank = Path(job["output_dir"]), os.environ.get("RANK")
 fate = job["overrides"]["fate"].get(job["label"])
-if job["kind"] == "baseline":
-    assert not [name for name in os.environ if name.startswith(("MASTER_", "GROUP_", "TORCHELASTIC_"))], os.environ
-    assert not {{"RANK", "WORLD_SIZE", "LOCAL_RANK"}} & set(os.environ)
-else:
-    assert sorted(ranks.gather_objects(rank)) == ["0", "1"]
-if fate == "crash" and rank == "1":
-    raise ValueError("the loss is no number")
-if fate == "killed" and rank == "1":
-    os.kill(os.getpid(), signal.SIGKILL)
-if rank in (None, "0"):
+def run():
+    if job["kind"] == "baseline":
+        assert not [name for name in os.environ if name.startswith(("MASTER_", "GROUP_", "TORCHELASTIC_"))], os.environ
+        assert not {{"RANK", "WORLD_SIZE", "LOCAL_RANK"}} & set(os.environ)
+    else:
+        assert sorted(ranks.gather_objects(rank)) == ["0", "1"]
+    if fate == "crash" and rank == "1":
+        raise ValueError("the loss is no number")
+    if fate == "killed" and rank == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
     if fate:
         ranks.meet()  # as long as the other lives
-    append(out / "runs.jsonl", plant_run(out, job["label"], 1.0, job["kind"], job["seed"], run_id=job["run_id"]))
-ranks.stop()
+    if rank in (None, "0"):
+        append(out / "runs.jsonl", plant_run(out, job["label"], 1.0, job["kind"], job["seed"], run_id=job["run_id"]))
+    return 0
+sys.exit(child_code(run))
 """
 BENCH = """
 import sys
