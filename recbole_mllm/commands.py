@@ -105,8 +105,7 @@ def run_model(model: str, dataset: str, options: Options) -> int:
     outcome = run(_config(model, dataset, options))
     if not ranks.is_main():
         return 0
-    print(f"best valid: {_metrics(outcome.valid)}")
-    print(f"test:       {_metrics(outcome.test)}")
+    print(f"best valid: {_metrics(outcome.valid)}\ntest:       {_metrics(outcome.test)}")
     print(f"checkpoint: {outcome.checkpoint}")
     return 0
 
@@ -163,8 +162,7 @@ def benchmark(
     if not ranks.is_main():
         return follow()
     html = run_benchmark(plan)
-    print(format_leaderboard(folder))
-    print(f"report: {html}")
+    print(format_leaderboard(folder), f"report: {html}", sep="\n")
     return 0
 
 

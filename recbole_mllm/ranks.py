@@ -124,14 +124,9 @@ def on_main(work: Callable[[], T]) -> T:
 
 def main_first(work: Callable[[], T]) -> T:
     """Let the main process do `work` first, however long; then the others do it, finding what it has left."""
-    if not is_launched():
-        return work()
-    if is_main():
-        done = work()
-        on_main(lambda: None)
-        return done
+    first = [work()] if is_main() else []
     on_main(lambda: None)
-    return work()
+    return first[0] if first else work()
 
 
 def post(key: str, value: bytes) -> None:

@@ -20,7 +20,7 @@ STATUS_LENGTH = 300
 
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # which of a launcher's processes this is
 _LAUNCHERS = ("MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_")
-_ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+_ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|^\[rank\d+\]: ", re.MULTILINE)  # the second is torch's
 _ERROR = re.compile(r"^(?:[A-Za-z_]\w*\.)*(\w*(?:Error|Exception|Interrupt|Exit)(?:: .*)?)$")
 
 Tick = Callable[[float, str], None]

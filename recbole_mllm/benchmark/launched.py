@@ -123,7 +123,7 @@ def _cause(reports: Sequence[tuple[int, str]]) -> tuple[int, str]:
     if not failed:
         return 0, ""
     code, words, rank = next((found for found in failed if found[0] != ranks.LOST), failed[0])
-    return code, (f"process {rank}: {words}" if rank else words) or "a process of it ended without a word"
+    return code, (f"process {rank}: {words}; its log: log.{rank}.txt" if rank else words) or "a process said nothing"
 
 
 def _free_port() -> int:

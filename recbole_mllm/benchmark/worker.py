@@ -79,10 +79,11 @@ def run_job(job: dict[str, Any]) -> None:
 
     tuning = _tune(job, configured)
     outcome = run(configured(tuning["chosen"] if tuning else {}))
+    peak = max(ranks.gather_objects(_peak_memory(outcome.config["device"])))
     if not ranks.is_main():
         return
     evidence = _write_evidence(outcome, output, folder)
-    append(output / RECORDS, _record(job, outcome, started.isoformat(timespec="seconds"), evidence, tuning))
+    append(output / RECORDS, _record(job, outcome, started.isoformat(timespec="seconds"), evidence, tuning, peak))
 
 
 def _overrides(job: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -149,7 +150,12 @@ def _images(config: Any) -> Any:
 
 
 def _record(
-    job: dict[str, Any], outcome: Any, started: str, evidence: dict[str, str], tuning: dict[str, Any] | None
+    job: dict[str, Any],
+    outcome: Any,
+    started: str,
+    evidence: dict[str, str],
+    tuning: dict[str, Any] | None,
+    peak: float,
 ) -> RunRecord:
     from recbole_mllm.evaluation.protocol import protocol_line
 
@@ -175,7 +181,7 @@ def _record(
         pairs_per_s=pairs / outcome.score_s,
         tokens=getattr(outcome.model, "tokens_read", None),
         parameters_trained=_parameters_trained(outcome.model),
-        peak_memory_mb=_peak_memory(outcome.config["device"]),
+        peak_memory_mb=peak,
         device=str(outcome.config["device"]),
         versions=_versions(),
         commit=_commit(),
@@ -192,7 +198,7 @@ def _parameters_trained(model: Any) -> int:
 
 
 def _peak_memory(device: Any) -> float:
-    """Return the most memory this run held, in MB: the GPU's where there is one, else this process's resident set."""
+    """Return the most memory this process held, in MB: the GPU's where there is one, else its resident set."""
     if device.type == "cuda":
         import torch
 

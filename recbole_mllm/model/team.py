@@ -63,7 +63,8 @@ class Team:
             return self._asked(ordered, progress, len(ordered))
         parts = ranks.on_main(lambda: self.cut(ordered, ranks.world_size()))
         tokens, reused = self._model.tokens_read, self._model.scores_reused
-        mine = self._asked([ordered[n] for n in parts[ranks.rank()]], progress, len(ordered))
+        part = [ordered[n] for n in parts[ranks.rank()] if n < len(ordered)]
+        mine = self._asked(part, progress, len(ordered))
         said = (mine, self._model.tokens_read - tokens, self._model.scores_reused - reused)
         others = dict[Row, float]()
         for number, (found, read, kept) in enumerate(ranks.gather_objects(said)):
@@ -71,7 +72,9 @@ class Team:
                 others |= found
                 self.tokens_elsewhere += read
                 self.reused_elsewhere += kept
-        return mine | others
+        # all ask for the same rows, unless a sampler of RecBole's drew others here than in the main process
+        left = [row for row in ordered if row not in mine and row not in others]
+        return mine | others | self._asked(left, None, 0)
 
     def _asked(self, rows: Sequence[Row], progress: Progress | None, told: int) -> dict[Row, float]:
         """Return the log-odds of `rows`; by its end `progress` has heard of `told`."""

@@ -135,15 +135,80 @@ def test_a_killed_process_ends_the_others_with_a_word_and_another_number_goes_on
         assert float((found["state_dict"][name] - tensor).abs().max()) < 1e-4, name
 
 
-def test_two_launchers_are_one_clear_line(world, tmp_path, monkeypatch, capsys):
-    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+REFUSED = {
+    "nproc: 2": ("", "asks RecBole to start processes, and a launcher has started 2 already; leave nproc out"),
+    "epochs: 1": ("ACCELERATE_USE_FSDP", "FSDP is not supported: every process holds the whole model"),
+    "epochs: 2": ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed is not supported: every process holds the whole model"),
+}
+
+
+@pytest.mark.parametrize("text", REFUSED)
+def test_what_cannot_be_had_together_is_one_clear_line(world, tmp_path, monkeypatch, capsys, text):
+    variable, wanted = REFUSED[text]
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", variable or "UNUSED": "true"}.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["pytest"])
     file = tmp_path / "both.yaml"
-    file.write_text("nproc: 2\n")
+    file.write_text(f"{text}\n")
     before = signal.getsignal(signal.SIGTERM)
     try:
         assert main([*words_of(world, tmp_path), f"--config_files={file}"]) == 2
     finally:
         signal.signal(signal.SIGTERM, before)
     (line,) = capsys.readouterr().err.splitlines()
-    assert "asks RecBole to start processes, and a launcher has started 2 already; leave nproc out" in line
+    assert wanted in line
+
+
+def test_a_mistake_is_told_once(world, tmp_path):
+    words = [*words_of(world, tmp_path), "--lora_rr=4"]
+    done = launched(2, [ROOT / "run_recbole_mllm.py", *words], tmp_path)
+    assert done.returncode != 0 and (done.stdout + done.stderr).count("recbole-mllm: unknown key 'lora_rr'") == 1
+
+
+NAN = """
+import os, sys
+from recbole_mllm.model.sequential_recommender.mllmmsr import MLLMMSR
+stock = MLLMMSR.loss_of
+seen = []
+def loss_of(self, examples):
+    seen.append(len(examples))
+    return stock(self, examples) * (float("nan") if os.environ["RANK"] == "1" and len(seen) == 3 else 1.0)
+MLLMMSR.loss_of = loss_of
+from recbole_mllm.cli import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_no_number_in_one_process_stops_all_with_its_rows(world, tmp_path):
+    script = tmp_path / "nan.py"
+    script.write_text(NAN)
+    done = launched(2, [script, *words_of(world, tmp_path)], tmp_path)
+    said = done.stdout + done.stderr
+    assert done.returncode != 0 and said.count("recbole-mllm: ") == 1, said[-3000:]
+    assert said.count("recbole-mllm: the training loss is nan in epoch 0") == 1
+    (file,) = (tmp_path / "saved").glob("*.nonfinite.tsv")
+    _, *rows = [line.split("\t") for line in file.read_text().splitlines()]
+    assert len(rows) == 8 and 0 < sum(row[-1] == "1" for row in rows) < 8
+
+
+@pytest.mark.slow
+def test_a_retriever_and_summaries_are_made_once_and_full_ranking_is_that_of_one_process(world, tmp_path):
+    more = {
+        "mllm": "llava", "use_image": True, "summary_mode": "recurrent", "item_summary": "image", "epochs": 1,
+        "item_summary_tokens": 8, "user_summary_tokens": 8, "retriever": "Pop", "top_k": 5, "metrics": ["Hit", "NDCG"],
+        "eval_args": {**launched_runs.EVALUATED, "mode": "full"}, "valid_metric": "NDCG@10", "limit_users": 8,
+    }  # fmt: skip
+    said, stores = {}, {}
+    for count in (1, 2):
+        folder = tmp_path / f"n{count}"
+        folder.mkdir()
+        small_world.write(folder / "data")
+        words = [w for w in words_of(world, folder, **more) if not w.startswith("--data_path")]
+        done = launched(count, [ROOT / "run_recbole_mllm.py", *words, f"--data_path={folder / 'data'}"], folder)
+        assert done.returncode == 0, done.stderr[-3000:]
+        said[count] = [line for line in done.stdout.splitlines() if line.startswith(("best valid", "test"))]
+        assert done.stderr.count("training the retriever Pop") == 1
+        stores[count] = {path.name: path.read_bytes() for path in (folder / "data" / "steps").glob("*.?sum")}
+    assert said[1] == said[2] and len(said[1]) == 2
+    assert stores[1] == stores[2] and len(stores[1]) == 2
