@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from recbole_mllm.data.texts import Items
+from recbole_mllm.errors import UserError
 from recbole_mllm.prompts import Style, item_line
 from recbole_mllm.settings import SummarySettings
 from recbole_mllm.summaries.chains import state_at
@@ -95,11 +96,14 @@ def stamp_of(path: Path) -> Stamp | None:
 def read_marks(store: Store, tag: str, path: Path) -> tuple[dict[str, Mark], Stamp | None]:
     """Return the marks of the export at `path`, by user, and its state; nothing where it is not as it was written."""
     stamp = stamp_of(path)
-    with store.transaction() as db:
-        if stamp is None or _stamped(db, tag) != stamp:
-            return {}, None
-        rows = db.execute("SELECT user, first, seen, content, moments FROM marks WHERE tag = ?", (tag,))
-        return {user: Mark(*mark) for user, *mark in rows}, stamp
+    try:
+        with store.transaction() as db:
+            if stamp is None or _stamped(db, tag) != stamp:
+                return {}, None
+            rows = db.execute("SELECT user, first, seen, content, moments FROM marks WHERE tag = ?", (tag,))
+            return {user: Mark(*mark) for user, *mark in rows}, stamp
+    except UserError:  # it was damaged, and is mended now: without marks
+        return {}, None
 
 
 def write_marks(

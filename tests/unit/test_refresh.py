@@ -108,7 +108,7 @@ def change(world, what, number):
         del world.histories[user]
 
 
-@settings_(deadline=None, max_examples=60)
+@settings_(deadline=None, max_examples=30)
 @given(seed=st.integers(0, 99), settings=SETTINGS, steps=STEPS, again=STEPS, last_k=st.none() | st.integers(1, 3))
 def test_after_any_change_the_export_is_that_of_a_run_from_scratch(
     tmp_path_factory, seed, settings, steps, again, last_k
