@@ -32,7 +32,8 @@ def gemma3(folder: Path, seed: int = 0) -> Path:
     layers = ["sliding_attention", "full_attention", "sliding_attention"]
     config = Gemma3Config(
         vision_config=SiglipVisionConfig(**VISION, vision_use_head=False),
-        text_config=Gemma3TextConfig(**text, layer_types=layers),
+        # a cap that Gemma3's own forward pass with images passes over, unlike the text-only one's
+        text_config=Gemma3TextConfig(**text, layer_types=layers, final_logit_softcapping=0.5),
         mm_tokens_per_image=4,
         **ids(
             words,
