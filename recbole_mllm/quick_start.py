@@ -28,6 +28,9 @@ NAMES = {"hit": "Hit", "mrr": "MRR", "ndcg": "NDCG", "recall": "Recall", "gauc":
 class Outcome:
     """What a run ended with. `pairs` holds internal ids, labels, scores and places of every scored test pair.
 
+    Under full ranking it holds each user's best items and target, with ``among``, how many were ranked, and ``answer``,
+    the log-odds of an MLLM that was asked about the pair; `pairs_scored` counts all.
+
     `retrieval`, where all items were ranked, says by what: ``retriever``, ``top_k``, ``recall`` (the share of test
     targets among its best, a ceiling) and ``fusion`` (the MLLM's share). `scores_reused` is how many of the test scores
     earlier evaluations had left.
@@ -47,6 +50,16 @@ class Outcome:
     score_s: float
     retrieval: dict[str, Any] | None = None
     scores_reused: int = 0
+
+    @property
+    def pairs_scored(self) -> int:
+        """How many test pairs the run's own model has scored."""
+        if self.pairs is None:
+            return 0
+        if "among" not in self.pairs:
+            return len(self.pairs["score"])
+        ranked = self.pairs["among"][np.unique(self.pairs["user_id"], return_index=True)[1]]
+        return int(np.minimum(ranked, self.retrieval["top_k"] if self.retrieval else ranked).sum())
 
 
 def metric_name(key: str) -> str:
@@ -105,7 +118,8 @@ def run(config: Any) -> Outcome:
     metrics = {metric_name(key): float(value) for key, value in result.items()}
     if pairs:
         _agree(metrics, users, config["metric_decimal_place"])
-        metrics["AUC"] = pooled_auc(pairs["label"], pairs["score"])
+        if "among" not in pairs:  # all of a user's pairs are there
+            metrics["AUC"] = pooled_auc(pairs["label"], pairs["score"])
     return Outcome(
         config,
         done.dataset,

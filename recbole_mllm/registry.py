@@ -215,5 +215,6 @@ def score_by_pair(module: ModuleType) -> None:
 
 
 def break_ties(trainer: ModuleType) -> None:
-    """Rank frozen candidates without ties, before RecBole's collector sees the scores (trainer/trainer.py:505-524)."""
-    importlib.import_module("recbole_mllm.evaluation.ties").install(trainer.Trainer)
+    """Rank frozen candidates without ties, before RecBole's collector sees the scores (trainer/trainer.py:463-524)."""
+    for name in ("ties", "allitems"):
+        importlib.import_module(f"recbole_mllm.evaluation.{name}").install(trainer.Trainer)

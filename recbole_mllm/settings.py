@@ -217,6 +217,7 @@ class EvaluationSettings(_FromConfig):
     candidate_seed: int
     candidates_file: str | None
     limit_users: int | None
+    exclude_seen: bool | None
 
 
 @dataclass(frozen=True, slots=True)

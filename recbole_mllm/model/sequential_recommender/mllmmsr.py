@@ -60,6 +60,7 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
         self.answers = self.mllm.answers(self.style)
         self.backbone = getattr(self.mllm, "model", None)  # none where a server has it
         self.label_field = config["LABEL_FIELD"]
+        self.answered: tuple[Any, Any] | None = None  # the last full ranking's items asked about, and the log-odds
         self._ahead: dict[tuple[int, int, int], float] = {}
         self._kept = KeptScores(Path(config["data_path"]), self.settings.ranking)
 
@@ -142,6 +143,7 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
         short = self.reranker.shortlist(interaction)
         logodds = np.zeros(short.asked.shape)
         logodds[short.asked > 0] = self._known(self.rows_asked(interaction, short))
+        self.answered = short.asked, logodds
         return short.ranked(logodds, self.reranker.share).to(self.device).view(-1)
 
     def _all_asked(self, interaction: Interaction) -> Tensor:
