@@ -96,7 +96,8 @@ def _train(config: Any, saved: bool) -> _Trained:
     made = time.perf_counter()
     trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
     score, best = trainer.fit(train, valid, saved=saved, show_progress=config["show_progress"])
-    seconds = made - started, time.perf_counter() - made
+    retrieving = getattr(getattr(model, "reranker", None), "seconds", 0.0)  # a retriever's training is training
+    seconds = made - started - retrieving, time.perf_counter() - made + retrieving
     return _Trained(dataset, train, test, model, trainer, score, best, *seconds)
 
 

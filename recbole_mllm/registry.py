@@ -42,6 +42,7 @@ def register() -> None:
     after_import("recbole.data.utils", prepare_our_way)
     after_import("recbole.model.general_recommender.pop", count_popularity)
     after_import("recbole.model.general_recommender.random", score_by_pair)
+    after_import("recbole.model.layers", read_vectors)
     after_import("recbole.trainer", offer_trainer)
     after_import("recbole.trainer.trainer", break_ties)
 
@@ -183,6 +184,8 @@ def prepare_our_way(utils: ModuleType) -> None:
     def make_create(stock: Callable[..., Any]) -> Callable[..., Any]:
         def create_dataset(config: Any) -> Any:
             _build(Path(config["data_path"]))
+            if config["item_features"]:
+                importlib.import_module("recbole_mllm.features.prepare").offer_features(config)
             return stock(config)
 
         return create_dataset
@@ -202,6 +205,11 @@ def prepare_our_way(utils: ModuleType) -> None:
 
     wrap(utils, "create_dataset", make_create)
     wrap(utils, "data_preparation", make_prepare)
+
+
+def read_vectors(layers: ModuleType) -> None:
+    """Let RecBole's feature models read vectors of items (model/layers.py:1246-1270)."""
+    importlib.import_module("recbole_mllm.features.layer").read_vectors(layers)
 
 
 def count_popularity(pop: ModuleType) -> None:

@@ -63,6 +63,8 @@ def _caption(board: Leaderboard) -> str:
     if f"{board.n_users} users" not in board.protocol:
         told += f"{board.n_users} users; "
     told += rf"candidates \texttt{{{escape(board.candidates)}}}. Best value of a column in bold."
+    for reason in board.absent.values():
+        told += f" {escape(reason)}"
     if board.best_baseline is not None:
         told += (
             r" $\blacktriangle$ better and $\blacktriangledown$ worse than the best baseline ($\dagger$) at "

@@ -19,7 +19,8 @@ from typing import Any
 import yaml
 
 import recbole_mllm
-from recbole_mllm.benchmark.cases import write_cases
+from recbole_mllm.benchmark.cases import write_cases, write_titles
+from recbole_mllm.benchmark.field import baseline_defaults
 from recbole_mllm.benchmark.records import RECORDS, RunRecord, append, plain_json, write_arrays
 from recbole_mllm.benchmark.tuning import search, space_of, trials
 from recbole_mllm.config import benchmark_defaults, config_paths, keys_for
@@ -69,6 +70,7 @@ def run_job(job: dict[str, Any]) -> None:
         os.chdir(home)
         config = make_config(job["model"], job["dataset"], files, {**tuned, **_overrides(job, folder)})
         _make_absolute(config)
+        _train_as_baseline(config)
         os.chdir(folder)
         return config
 
@@ -81,6 +83,13 @@ def run_job(job: dict[str, Any]) -> None:
 def _overrides(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     own = {"seed": job["seed"], "limit_users": job["limit_users"], "checkpoint_dir": str(folder / "saved")}
     return {**job["overrides"], **own, **_NO_CACHE, "frozen_candidates": True, "show_progress": False}
+
+
+def _train_as_baseline(config: Any) -> None:
+    """Train a retriever as the row of its name is trained, unless its own ``per_model`` section says otherwise."""
+    if name := config["retriever"]:
+        own = config["per_model"] or {}
+        config["per_model"] = {**own, name: {**baseline_defaults(name), **own.get(name, {})}}
 
 
 def _make_absolute(config: Any) -> None:
@@ -110,7 +119,7 @@ def _write_evidence(outcome: Any, output: Path, folder: Path) -> dict[str, str]:
     from recbole_mllm.evaluation.protocol import user_columns
 
     if outcome.pairs is None:
-        raise UserError("this protocol leaves no candidates to compare models on; use eval_args.mode uniN or popN")
+        raise UserError("this protocol leaves no ranking to compare models by; use eval_args.mode uniN, popN or full")
     config, data, pairs = outcome.config, outcome.dataset, outcome.pairs
     tokens = {
         name: data.field2id_token[field].astype(str)
@@ -121,6 +130,7 @@ def _write_evidence(outcome: Any, output: Path, folder: Path) -> dict[str, str]:
     write_arrays(folder / "per_user.npz", columns | values)
     scores = {name: tokens[name][pairs[f"{name}_id"]] for name in tokens}
     known = {"label": pairs["label"].astype("int8"), "score": pairs["score"], "place": pairs["place"].astype("int32")}
+    known |= {name: pairs[name] for name in ("among", "answer") if name in pairs}
     write_arrays(folder / "scores.npz", scores | known)
     _keep_cases(outcome, folder)
     return {name: str((folder / f"{name}.npz").relative_to(output)) for name in ("per_user", "scores")}
@@ -128,17 +138,22 @@ def _write_evidence(outcome: Any, output: Path, folder: Path) -> dict[str, str]:
 
 def _keep_cases(outcome: Any, folder: Path) -> None:
     try:
-        write_cases(outcome, folder)
+        if write_cases(outcome, folder) is None and "among" in outcome.pairs:
+            write_titles(outcome, folder, _texts(outcome.config).titles)
     except Exception:  # what illustrates a result must not cost the hours that made it
         logging.getLogger(__name__).exception("the case studies of this run could not be kept; the report goes without")
 
 
 def _images(config: Any) -> Any:
     try:
-        image_dir = config["image_dir"]
-        return read_items(Path(config["data_path"]), Path(image_dir) if image_dir else None).images
+        return _texts(config).images
     except UserError:
         return None
+
+
+def _texts(config: Any) -> Any:
+    image_dir = config["image_dir"]
+    return read_items(Path(config["data_path"]), Path(image_dir) if image_dir else None)
 
 
 def _record(
@@ -148,7 +163,7 @@ def _record(
 
     config = plain_json(outcome.config.final_config_dict)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
-    users, pairs = len(outcome.users["user"]), len(outcome.pairs["score"])
+    users = len(outcome.users["user"])
     is_mllm = job["kind"] == "mllm"
     return RunRecord(
         **{key: job[key] for key in ("run_id", "model", "label", "kind", "seed", "dataset")},
@@ -165,7 +180,7 @@ def _record(
         summarize_s=outcome.summarize_s if is_mllm else None,
         train_s=outcome.train_s,
         score_s=outcome.score_s,
-        pairs_per_s=pairs / outcome.score_s,
+        pairs_per_s=outcome.pairs_scored / outcome.score_s,
         tokens=getattr(outcome.model, "tokens_read", None),
         parameters_trained=_parameters_trained(outcome.model),
         peak_memory_mb=_peak_memory(outcome.config["device"]),
@@ -174,6 +189,8 @@ def _record(
         commit=_commit(),
         world_size=1,
         tuning=tuning,
+        retrieval=outcome.retrieval,
+        scores_reused=outcome.scores_reused,
     )
 
 

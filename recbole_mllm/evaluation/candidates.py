@@ -69,8 +69,8 @@ def freeze(config: Any, dataset: Any, train: Any, valid: Any, test: Any) -> tupl
             every = AllItems(_occurring(met), met if settings.exclude_seen else None, keys, len(rows))
             whole.collate_fn = RankedBatches(whole.collate_fn, every)
             loaders.append(whole)
-            columns = (rows[field].numpy() for field in (dataset.uid_field, dataset.iid_field))
-            drawn[f"{phase} {every.name(hashes, loader.is_sequential)}"] = every.digested(users, *columns, hashes)
+            owner, target = (rows[field].numpy() for field in (dataset.uid_field, dataset.iid_field))
+            drawn[f"{phase} {every.name(hashes, loader.is_sequential)}"] = every.digested(users, owner, target, hashes)
             continue
         part = _of_users(loader._dataset, chosen)
         part.sort(by=part.uid_field, ascending=True)

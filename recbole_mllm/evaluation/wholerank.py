@@ -109,10 +109,9 @@ def _above(table: Tensor, users: Any, owner: Any, targets: Any, ranking: Rules) 
     rows = table[owner]
     bound = rows[torch.arange(len(owner)), targets][:, None]
     above = rows > bound
-    tied, item = (rows == bound).nonzero(as_tuple=True)
-    place, item = tied.numpy(), item.numpy()
+    tied, equal = (rows == bound).nonzero(as_tuple=True)
+    place, item = tied.numpy(), equal.numpy()
     user = users[owner[place]]
-    above[tied, torch.from_numpy(item)] = torch.from_numpy(
-        ranking.keys(user, item) < ranking.keys(user, targets[place])
-    )
+    sooner = ranking.keys(user, item) < ranking.keys(user, targets[place])
+    above[tied, equal] = torch.from_numpy(sooner)
     return above

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,7 +28,9 @@ class Reranker:
 
     def __init__(self, config: Any, settings: RankingSettings, dataset: Any) -> None:
         self.settings = settings
+        started = time.perf_counter()
         self.retriever = obtain(config, settings, dataset) if settings.retrieves else None
+        self.seconds = time.perf_counter() - started  # to train or to load the retriever
         self._user, self._items = dataset.uid_field, int(dataset.item_num)
         users, items = (
             np.asarray(dataset.field2id_token[f]).astype(str) for f in (dataset.uid_field, dataset.iid_field)
