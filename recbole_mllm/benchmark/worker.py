@@ -10,6 +10,7 @@ import platform
 import resource
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -21,8 +22,9 @@ import yaml
 import recbole_mllm
 from recbole_mllm.benchmark.cases import write_cases, write_titles
 from recbole_mllm.benchmark.field import baseline_defaults
+from recbole_mllm.benchmark.reasons import reason_of
 from recbole_mllm.benchmark.records import RECORDS, RunRecord, append, plain_json, write_arrays
-from recbole_mllm.benchmark.tuning import search, space_of, trials
+from recbole_mllm.benchmark.tuning import TRIALS, search, space_of, trials
 from recbole_mllm.config import benchmark_defaults, config_paths, keys_for
 from recbole_mllm.data.texts import read_items
 from recbole_mllm.errors import UserError
@@ -44,13 +46,13 @@ def main() -> int:
     except UserError as error:
         print(f"UserError: {error}", file=sys.stderr)
         return 2
-    except KeyError as error:
-        if error.args != ("label",):
+    except Exception as error:
+        reason = reason_of(error, job["label"], job["dataset"])
+        if reason is None:
             raise
-        # RecBole's context-aware models draw no negatives of their own (quick_start_config/context-aware.yaml)
-        print(f"UserError: {job['model']} learns from labels, which these interactions do not have; "
-              "give it train_neg_sample_args, or a threshold on a rating", file=sys.stderr)  # fmt: skip
-        return 2
+        traceback.print_exc()  # the log has it all, the row the sentence
+        print(f"UserError: {reason}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -62,7 +64,7 @@ def run_job(job: dict[str, Any]) -> None:
     output = Path(job["output_dir"]).resolve()
     folder = output / "runs" / job["run_id"]
     defaults = folder / "defaults.yaml"
-    defaults.write_text(yaml.safe_dump(benchmark_defaults() | job["defaults"]))
+    defaults.write_text(yaml.safe_dump(benchmark_defaults() | _negatives(job["model"]) | job["defaults"]))
     files, home = [str(defaults), *config_paths(job["config_files"])], Path.cwd()
 
     def configured(tuned: dict[str, Any]) -> Any:
@@ -74,10 +76,22 @@ def run_job(job: dict[str, Any]) -> None:
         os.chdir(folder)
         return config
 
-    tuning = _tune(job, configured)
+    tuning = _tune(job, configured, folder)
     outcome = run(configured(tuning["chosen"] if tuning else {}))
     evidence = _write_evidence(outcome, output, folder)
     append(output / RECORDS, _record(job, outcome, started.isoformat(timespec="seconds"), evidence, tuning))
+
+
+def _negatives(model: str) -> dict[str, Any]:
+    """Let a context-aware model learn from drawn negatives, as RecBole would have it read labels (configurator.py:309).
+
+    Where the interactions have some, by a threshold on a rating, `train_neg_sample_args: null` goes back to them.
+    """
+    from recbole.utils import ModelType, get_model
+
+    kind = getattr(get_model(model), "type", None)
+    drawn = {"distribution": "uniform", "sample_num": 1, "alpha": 1.0, "dynamic": False, "candidate_num": 0}
+    return {"train_neg_sample_args": drawn} if kind in (ModelType.CONTEXT, ModelType.DECISIONTREE) else {}
 
 
 def _overrides(job: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -99,7 +113,7 @@ def _make_absolute(config: Any) -> None:
             config[key] = str(Path(value).resolve())
 
 
-def _tune(job: dict[str, Any], configured: Callable[[dict[str, Any]], Any]) -> dict[str, Any] | None:
+def _tune(job: dict[str, Any], configured: Callable[[dict[str, Any]], Any], folder: Path) -> dict[str, Any] | None:
     """Search for the job's settings on validation, if it has a budget for that; what the user has set stays."""
     from recbole_mllm.quick_start import validate
 
@@ -110,7 +124,9 @@ def _tune(job: dict[str, Any], configured: Callable[[dict[str, Any]], Any]) -> d
     default = configured({})
     space = {} if job["model"] in NOTHING_TO_TUNE else space_of(job["model"], given | set(job["overrides"]))
     tried = trials(space, budget, job["seed"], {key: default[key] for key in space})
-    found = search(tried, lambda tuned: validate(configured(tuned)), default["valid_metric_bigger"])
+    found = search(
+        tried, lambda tuned: validate(configured(tuned)), default["valid_metric_bigger"], journal=folder / TRIALS
+    )
     return {"budget": budget, "seed": job["seed"], "metric": default["valid_metric"], "space": space, **found}
 
 
