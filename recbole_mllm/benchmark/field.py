@@ -52,7 +52,7 @@ FEATURES: Mapping[str, Mapping[str, Any]] = {
 }
 """What each variant of RecBole's feature models reads of an item; without a variant, both."""
 
-FEATURE_MODELS = ("SASRecF", "GRU4RecF")
+FEATURE_MODELS = ("SASRecF", "GRU4RecF", "FDSA")
 
 UNTRAINED = frozenset({"Pop", "ItemKNN", "Random", "EASE", "SLIMElastic", "ADMMSLIM", "NCEPLRec"})
 """Baselines solved in one pass, which need no training budget."""
