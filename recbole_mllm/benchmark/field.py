@@ -120,5 +120,5 @@ def baseline_defaults(model: str) -> dict[str, Any]:
 def known_variants() -> str:
     """Return every named variant, for help and complaints."""
     ours = [f"{MLLM}:{name}" for name in (*PRESETS, "block-N")]
-    features = [f"{model}:{name}" for model in FEATURE_MODELS for name in FEATURES]
+    features = [f"{model}:{'|'.join(FEATURES)}" for model in FEATURE_MODELS]
     return ", ".join([*ours, *features, *ALONE])

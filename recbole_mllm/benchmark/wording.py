@@ -145,7 +145,7 @@ def _ceilings(board: Leaderboard) -> list[str]:
             recall = sum(one["recall"] for one in found) / len(found)
             model = str(found[0]["retriever"]).partition("#")[0]
             out.append(f"{row.model} re-ranks the best {found[0]['top_k']} items of {model}, "
-                       f"which hold {recall:.3f} of the targets: no such Hit can be higher.")  # fmt: skip
+                       f"which hold {recall:.3f} of the targets, the ceiling of its Hit.")  # fmt: skip
     return out
 
 
