@@ -17,7 +17,7 @@ from recbole_mllm.config import check_keys, per_model, recbole_config, sections
 from recbole_mllm.data.schema import isum_file, store_file, usum_file
 from recbole_mllm.errors import UserError
 from recbole_mllm.evaluation.exchange import write
-from recbole_mllm.evaluation.metrics import joined, per_user, pooled_auc
+from recbole_mllm.evaluation.metrics import has_several_rows, joined, per_user, pooled_auc
 from recbole_mllm.evaluation.protocol import protocol_line
 from recbole_mllm.settings import Settings
 
@@ -115,10 +115,12 @@ def run(config: Any) -> Outcome:
     result = trainer.evaluate(done.test, load_best_model=True, show_progress=config["show_progress"])
     score_s = time.perf_counter() - started
     pairs = joined(trainer.score_log) if trainer.score_log else None
+    pairs = None if pairs and has_several_rows(pairs) else pairs
     users = per_user(pairs, config) if pairs else {}
     metrics = {metric_name(key): float(value) for key, value in result.items()}
     if pairs:
-        _agree(metrics, users, config["metric_decimal_place"])
+        targets = np.unique(pairs["user_id"][pairs["label"] > 0], return_counts=True)[1]
+        _agree(metrics, users, targets, config["metric_decimal_place"])
         if "among" not in pairs:  # all of a user's pairs are there
             metrics["AUC"] = pooled_auc(pairs["label"], pairs["score"])
     return Outcome(
@@ -144,11 +146,15 @@ def _retrieval(trainer: Any) -> dict[str, Any] | None:
     return found and {**found, "fusion": trainer.model.reranker.share}
 
 
-def _agree(metrics: dict[str, float], users: dict[str, Any], decimals: int) -> None:
-    """Hold the per-user values against what RecBole's evaluator reports; they are two ways to one number."""
+def _agree(metrics: dict[str, float], users: dict[str, Any], targets: Any, decimals: int) -> None:
+    """Hold the per-user values against what RecBole's evaluator reports; they are two ways to one number.
+
+    Its GAUC weighs a user by how many targets they have (metrics.py:272-318), its other metrics do not.
+    """
     for name, value in metrics.items():
-        if name in users and abs(float(np.mean(users[name])) - value) > 10**-decimals + 1e-6:
-            raise AssertionError(f"{name}: RecBole reports {value}, the users' mean is {np.mean(users[name])}")
+        mean = np.average(users[name], weights=targets if name == "GAUC" else None) if name in users else value
+        if abs(float(mean) - value) > 10**-decimals + 1e-6:
+            raise AssertionError(f"{name}: RecBole reports {value}, the users' mean is {mean}")
 
 
 def make_config(model: str, dataset: str, files: list[str], overrides: dict[str, Any]) -> Any:

@@ -33,6 +33,7 @@ class MLLMMSRTrainer(ResumableTrainer):
         self.max_epochs: int = config["epochs"]
         self.retrieval: dict[str, Any] | None = None  # of the last evaluation that ranked all items
         self._validates = False
+        self._group_loss = 0.0  # of the batches since the last step
         if not model.is_trained:
             self.epochs = 0  # zero-shot: RecBole's fit then saves, and trains nothing
 
@@ -105,12 +106,13 @@ class MLLMMSRTrainer(ResumableTrainer):
             self.optimizer.zero_grad()
         rows = sum(train_data.rows_in(n) for n in range(first, min(first + group, batches)))
         loss = self._backward(interaction, rows)
+        self._group_loss = loss + (self._group_loss if number > first else 0.0)
         self.place = Place(self.place.epoch, number + 1, self.place.loss + loss)
         if number + 1 in (first + group, batches):
             per_epoch = math.ceil(batches / group)
             step = self.place.epoch * per_epoch + number // group
             self._step(step, per_epoch * self.max_epochs, interaction)
-            self._tell_step(step, loss)
+            self._tell_step(step, self._group_loss / (number + 1 - first))
             self.note_step(step + 1)
 
     def _backward(self, interaction: Interaction, rows: int) -> float:

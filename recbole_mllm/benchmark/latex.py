@@ -23,7 +23,7 @@ def format_latex(board: Leaderboard) -> str:
     body = [
         "% needs \\usepackage{booktabs,amssymb}",
         r"\begin{table}",
-        r"\centering",
+        r"\centering\small\setlength{\tabcolsep}{4pt}",  # eight columns on the page of an article
         rf"\caption{{{_caption(board)}}}",
         rf"\label{{tab:{_label(board.dataset)}}}",
         rf"\begin{{tabular}}{{l{'r' * len(names)}}}",

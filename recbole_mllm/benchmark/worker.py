@@ -135,7 +135,10 @@ def _write_evidence(outcome: Any, output: Path, folder: Path) -> dict[str, str]:
     from recbole_mllm.evaluation.protocol import user_columns
 
     if outcome.pairs is None:
-        raise UserError("this protocol leaves no ranking to compare models by; use eval_args.mode uniN, popN or full")
+        raise UserError(
+            "this protocol leaves no ranking to compare models by: use eval_args.mode uniN, popN or full, with one "
+            "target a user (split LS)"
+        )
     config, data, pairs = outcome.config, outcome.dataset, outcome.pairs
     tokens = {
         name: data.field2id_token[field].astype(str)

@@ -20,6 +20,17 @@ def joined(batches: Sequence[Log]) -> dict[str, Any]:
     return {name: column[order] for name, column in columns.items()}
 
 
+def has_several_rows(log: Log) -> bool:
+    """Return whether a `joined` log of a full ranking holds several rankings of one user (a split by rows has them).
+
+    A sequential model ranks all items for each of them; they are no one ranking that a user's values could come from.
+    """
+    if "among" not in log:
+        return False
+    user, place = log["user_id"], log["place"]
+    return bool(((user[1:] == user[:-1]) & (place[1:] == place[:-1])).any())
+
+
 def per_user(log: Log, config: Any) -> dict[str, Any]:
     """Return ``{"user": ids, "Hit@5": values, …, "GAUC": values}``, one value a user, from a `joined` log.
 

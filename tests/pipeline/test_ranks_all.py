@@ -122,3 +122,14 @@ def test_two_targets_of_one_user_are_both_ranked() -> None:
     assert found.place.tolist() == [3, 1] and found.among.tolist() == [4]  # 1, 4, 3, 2: of equals the lower key
     assert found.head.tolist() == [[1, 4]]
     assert math.isinf(found.collected[0, 5]) and torch.argsort(-found.collected[0])[:4].tolist() == [1, 4, 3, 2]
+
+
+def test_several_rankings_of_one_user_are_no_values_of_a_user(worlds: Path, monkeypatch: Any) -> None:
+    import test_chance
+
+    rows = {"split": {"RS": [0.4, 0.2, 0.4]}, "order": "TO", "group_by": "user"}
+    monkeypatch.setattr(test_chance, "LOO", rows)
+    found = outcome(worlds, "SASRec", "loo", monkeypatch, **FULL)
+    assert found.pairs is None and found.test["Hit@10"] > 0
+    general = outcome(worlds, "Pop", "loo", monkeypatch, **FULL)  # one ranking a user, with several targets
+    assert general.pairs is not None and (np.bincount(general.pairs["user_id"], general.pairs["label"]) > 1).any()
