@@ -31,7 +31,7 @@ from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.mllm.loading import dtype_of, identity_of, source_of
 from recbole_mllm.model.stages import make_stage
 from recbole_mllm.resources import PROPERTIES
-from recbole_mllm.settings import FeatureSettings, Settings
+from recbole_mllm.settings import FeatureSettings, Settings, known_keys
 from recbole_mllm.summaries.prepare import make_item_summaries
 from recbole_mllm.summaries.store import Store
 
@@ -136,10 +136,13 @@ def _loaded(settings: Settings, config: Any) -> HFModel:
 
 
 def _settings(config: Any) -> Settings:
-    """Return MLLMMSR's settings as this run would have them: its own file's, and what the user has set."""
+    """Return MLLMMSR's settings as a run of it would have them here: its own file's, then the dataset's and the user's.
+
+    So both read the same summaries.
+    """
     ours = yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text(encoding="utf-8"))
-    known = {**ours, **{key: config[key] for key in ours if key in config.external_config_dict}}
-    return Settings.from_config({**known, "finetune": "none"})
+    said = config.final_config_dict
+    return Settings.from_config({**ours, **{key: said[key] for key in known_keys() if key in said}, "finetune": "none"})
 
 
 def _texts(config: Any, settings: Settings, folder: Path, items: Items, wanted: list[str]) -> list[str]:

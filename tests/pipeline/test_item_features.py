@@ -166,6 +166,18 @@ def test_features_are_made_once_and_again_where_what_they_are_made_of_changes(
         assert not set(offered(**change)[0]["additional_feat_suffix"]) & set(config["additional_feat_suffix"])
 
 
+def test_what_the_dataset_and_the_user_say_of_the_mllm_holds_for_features_too(keys: dict[str, Any]) -> None:
+    told = Path(keys["data_path"]) / "steps" / "dataset.yaml"
+    told.write_text("item_kind: movie\n")
+    try:
+        config = Config("SASRecF", "steps", config_dict=keys | {"block_size": 2, "train_neg_sample_args": None})
+    finally:
+        told.unlink()
+    found = prepare._settings(config)
+    assert (found.recommend.item_kind, found.summary.block_size, found.summary.item_summary) == ("movie", 2, "none")
+    assert found.mllm.mllm == keys["mllm"] and found.summary.user_summary_tokens == 256
+
+
 def test_the_model_reads_the_projected_vectors_of_the_items_in_the_list(place: Path, keys: dict[str, Any]) -> None:
     config = Config("SASRecF", "steps", config_dict=keys | {"item_features": "image", "train_neg_sample_args": None})
     dataset = create_dataset(config)
