@@ -116,6 +116,11 @@ def _sections(file: str) -> dict[str, dict[str, Any]]:
     return found
 
 
+def file_keys(name: str) -> dict[str, Any]:
+    """Return the keys and values of a config file or preset, but for its ``per_model`` sections."""
+    return {key: value for key, value in _mapping(config_path(name)).items() if key != "per_model"}
+
+
 def keys_for(name: str, model: str) -> set[str]:
     """Return the keys that the config file or preset `name` sets for `model`."""
     path = config_path(name)

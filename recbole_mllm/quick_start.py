@@ -17,7 +17,7 @@ from recbole_mllm.config import check_keys, per_model, recbole_config, sections
 from recbole_mllm.data.schema import isum_file, usum_file
 from recbole_mllm.errors import UserError
 from recbole_mllm.evaluation.exchange import write
-from recbole_mllm.evaluation.metrics import joined, per_user, pooled_auc
+from recbole_mllm.evaluation.metrics import has_several_rows, joined, per_user, pooled_auc
 from recbole_mllm.evaluation.protocol import protocol_line
 from recbole_mllm.settings import Settings
 
@@ -27,6 +27,9 @@ NAMES = {"hit": "Hit", "mrr": "MRR", "ndcg": "NDCG", "recall": "Recall", "gauc":
 @dataclass(slots=True)
 class Outcome:
     """What a run ended with. `pairs` holds internal ids, labels, scores and places of every scored test pair.
+
+    Under full ranking it holds each user's best items and target, with ``among``, how many were ranked, and ``answer``,
+    the log-odds of an MLLM that was asked about the pair; `pairs_scored` counts all.
 
     `retrieval`, where all items were ranked, says by what: ``retriever``, ``top_k``, ``recall`` (the share of test
     targets among its best, a ceiling) and ``fusion`` (the MLLM's share). `scores_reused` is how many of the test scores
@@ -48,6 +51,16 @@ class Outcome:
     retrieval: dict[str, Any] | None = None
     scores_reused: int = 0
     world_size: int = 1
+
+    @property
+    def pairs_scored(self) -> int:
+        """How many test pairs the run's own model has scored."""
+        if self.pairs is None:
+            return 0
+        if "among" not in self.pairs:
+            return len(self.pairs["score"])
+        ranked = self.pairs["among"][np.unique(self.pairs["user_id"], return_index=True)[1]]
+        return int(np.minimum(ranked, self.retrieval["top_k"] if self.retrieval else ranked).sum())
 
 
 def metric_name(key: str) -> str:
@@ -84,7 +97,8 @@ def _train(config: Any, saved: bool) -> _Trained:
     made = time.perf_counter()
     trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
     score, best = trainer.fit(train, valid, saved=saved, show_progress=config["show_progress"])
-    seconds = made - started, time.perf_counter() - made
+    retrieving = getattr(getattr(model, "reranker", None), "seconds", 0.0)  # a retriever's training is training
+    seconds = made - started - retrieving, time.perf_counter() - made + retrieving
     return _Trained(dataset, train, test, model, trainer, score, best, *seconds)
 
 
@@ -102,11 +116,14 @@ def run(config: Any) -> Outcome:
     result = trainer.evaluate(done.test, load_best_model=True, show_progress=config["show_progress"])
     score_s = time.perf_counter() - started
     pairs = joined(trainer.score_log) if trainer.score_log else None
+    pairs = None if pairs and has_several_rows(pairs) else pairs
     users = per_user(pairs, config) if pairs else {}
     metrics = {metric_name(key): float(value) for key, value in result.items()}
     if pairs:
-        _agree(metrics, users, config["metric_decimal_place"])
-        metrics["AUC"] = pooled_auc(pairs["label"], pairs["score"])
+        targets = np.unique(pairs["user_id"][pairs["label"] > 0], return_counts=True)[1]
+        _agree(metrics, users, targets, config["metric_decimal_place"])
+        if "among" not in pairs:  # all of a user's pairs are there
+            metrics["AUC"] = pooled_auc(pairs["label"], pairs["score"])
     return Outcome(
         config,
         done.dataset,
@@ -131,11 +148,15 @@ def _retrieval(trainer: Any) -> dict[str, Any] | None:
     return found and {**found, "fusion": trainer.model.reranker.share}
 
 
-def _agree(metrics: dict[str, float], users: dict[str, Any], decimals: int) -> None:
-    """Hold the per-user values against what RecBole's evaluator reports; they are two ways to one number."""
+def _agree(metrics: dict[str, float], users: dict[str, Any], targets: Any, decimals: int) -> None:
+    """Hold the per-user values against what RecBole's evaluator reports; they are two ways to one number.
+
+    Its GAUC weighs a user by how many targets they have (metrics.py:272-318), its other metrics do not.
+    """
     for name, value in metrics.items():
-        if name in users and abs(float(np.mean(users[name])) - value) > 10**-decimals + 1e-6:
-            raise AssertionError(f"{name}: RecBole reports {value}, the users' mean is {np.mean(users[name])}")
+        mean = np.average(users[name], weights=targets if name == "GAUC" else None) if name in users else value
+        if abs(float(mean) - value) > 10**-decimals + 1e-6:
+            raise AssertionError(f"{name}: RecBole reports {value}, the users' mean is {mean}")
 
 
 def make_config(model: str, dataset: str, files: list[str], overrides: dict[str, Any]) -> Any:

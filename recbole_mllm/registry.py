@@ -42,6 +42,7 @@ def register() -> None:
     after_import("recbole.data.utils", prepare_our_way)
     after_import("recbole.model.general_recommender.pop", count_popularity)
     after_import("recbole.model.general_recommender.random", score_by_pair)
+    after_import("recbole.model.layers", read_vectors)
     after_import("recbole.trainer", offer_trainer)
     after_import("recbole.trainer.trainer", break_ties)
 
@@ -183,6 +184,8 @@ def prepare_our_way(utils: ModuleType) -> None:
     def make_create(stock: Callable[..., Any]) -> Callable[..., Any]:
         def create_dataset(config: Any) -> Any:
             _build(Path(config["data_path"]))
+            if config["item_features"]:
+                importlib.import_module("recbole_mllm.features.prepare").offer_features(config)
             return stock(config)
 
         return create_dataset
@@ -204,6 +207,11 @@ def prepare_our_way(utils: ModuleType) -> None:
     wrap(utils, "data_preparation", make_prepare)
 
 
+def read_vectors(layers: ModuleType) -> None:
+    """Let RecBole's feature models read vectors of items (model/layers.py:1246-1270)."""
+    importlib.import_module("recbole_mllm.features.layer").read_vectors(layers)
+
+
 def count_popularity(pop: ModuleType) -> None:
     """Let Pop count every interaction of a batch (model/general_recommender/pop.py:47)."""
     importlib.import_module("recbole_mllm.evaluation.counting").count_all(pop)
@@ -215,5 +223,6 @@ def score_by_pair(module: ModuleType) -> None:
 
 
 def break_ties(trainer: ModuleType) -> None:
-    """Rank frozen candidates without ties, before RecBole's collector sees the scores (trainer/trainer.py:505-524)."""
-    importlib.import_module("recbole_mllm.evaluation.ties").install(trainer.Trainer)
+    """Rank frozen candidates without ties, before RecBole's collector sees the scores (trainer/trainer.py:463-524)."""
+    for name in ("ties", "allitems"):
+        importlib.import_module(f"recbole_mllm.evaluation.{name}").install(trainer.Trainer)

@@ -44,7 +44,7 @@ def _checked(key: str, value: Any, hint: Any) -> Any:
             return int(value)
         if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
             return float(value)
-        if kind is str and isinstance(value, str):
+        if (kind is str or get_origin(kind) is list) and isinstance(value, get_origin(kind) or kind):
             return value
     wanted = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
     raise UserError(f"{key} is {value!r}; it must be {wanted}")
@@ -217,6 +217,29 @@ class EvaluationSettings(_FromConfig):
     candidate_seed: int
     candidates_file: str | None
     limit_users: int | None
+    exclude_seen: bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureSettings(_FromConfig):
+    """What RecBole's feature models read of an item; what the vectors are made of are MLLMMSR's keys."""
+
+    item_features: list[str] | str | None
+    feature_encoder: str | None
+    feature_size: int | None
+
+    def __post_init__(self) -> None:
+        for kind in self.kinds:
+            if kind not in ("text", "image"):
+                raise UserError(f"item_features names {kind!r}; it must be of text and image, e.g. [text, image]")
+        if self.feature_size is not None and self.feature_size < 1:
+            raise UserError(f"feature_size is {self.feature_size}; it must be at least 1")
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The features wanted, each once."""
+        named = [self.item_features] if isinstance(self.item_features, str) else self.item_features or []
+        return tuple(dict.fromkeys(str(kind) for kind in named))
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,5 +286,6 @@ def known_keys() -> frozenset[str]:
         TrainSettings,
         RankingSettings,
         EvaluationSettings,
+        FeatureSettings,
     )
     return frozenset(f.name for group in groups for f in fields(group)) | {"benchmark_defaults", "note", "per_model"}

@@ -80,6 +80,8 @@ class MLLMMSRTrainer(ResumableTrainer):
         if self.model.is_trained or not valid_data:
             return best
         self.best_valid_score, self.best_valid_result = self._valid_epoch(valid_data)
+        self.tensorboard.add_scalar("Vaild_score", self.best_valid_score, 0)  # RecBole's spelling (trainer.py:496)
+        self.wandblogger.log_metrics({**self.best_valid_result, "valid_step": 0}, head="valid")
         if saved and self.model.reranker:
             self._save_checkpoint(-1, verbose=False)  # with what validation has chosen
         return self.best_valid_score, self.best_valid_result
@@ -118,6 +120,7 @@ class MLLMMSRTrainer(ResumableTrainer):
             per_epoch = math.ceil(batches / group)
             step = self.place.epoch * per_epoch + number // group
             self._step(step, per_epoch * self.max_epochs, interaction)
+            self._tell_step(step, loss / (number + 1 - first))
             self.note_step(step + 1)
 
     def _backward(self, interaction: Interaction, rows: int) -> float:
@@ -159,6 +162,13 @@ class MLLMMSRTrainer(ResumableTrainer):
                 self._stop(f"the gradient's norm is {float(norm)}", interaction, range(len(interaction)))
         scaler.step(self.optimizer)
         scaler.update()
+
+    def _tell_step(self, step: int, loss: float) -> None:
+        """Show an optimizer step where RecBole shows epochs: an epoch of an MLLM may take a day."""
+        told = {"loss": loss, "learning_rate": float(self.optimizer.param_groups[0]["lr"])}
+        for name, value in told.items():
+            self.tensorboard.add_scalar(f"Step/{name}", value, step)
+        self.wandblogger.log_metrics({**told, "optimizer_step": step}, head="step")
 
     def _stop(self, what: str, interaction: Interaction, suspects: Sequence[int]) -> NoReturn:
         """Save which rows the batch holds and end the run before the step spoils what has been learnt."""

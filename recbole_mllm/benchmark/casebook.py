@@ -7,14 +7,15 @@ where the two models disagree most, one each way.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from recbole_mllm.benchmark.cases import CASES
+from recbole_mllm.benchmark.cases import CASES, TITLES
 from recbole_mllm.benchmark.field import MLLM
 from recbole_mllm.benchmark.leaderboard import Leaderboard
 from recbole_mllm.benchmark.records import PAIR_COLUMNS, RunRecord, read_arrays
@@ -23,6 +24,9 @@ from recbole_mllm.benchmark.wordiff import Piece, word_changes
 from recbole_mllm.errors import UserError
 
 SHOWN = 6
+DEEPEST = 21
+"""How many of a user's best items are shown where all are ranked, as many as candidates where 20 are drawn."""
+
 BESIDE = "SASRec"
 """The baseline that is shown beside, where it has run; else the best one."""
 
@@ -60,12 +64,13 @@ class Ranked:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One user."""
+    """One user; `of` is how many items were ranked for them."""
 
     user: str
     why: str
     earlier: int
     blocks: tuple[Block, ...]
+    of: int
     mine: tuple[Ranked, ...]
     theirs: tuple[Ranked, ...]
 
@@ -93,8 +98,19 @@ class Casebook:
     problem: str = ""
 
 
-Order = dict[str, list[tuple[str, float, bool]]]
-"""For each user the candidates, best first, as (item, score, whether it is the target)."""
+class Place(NamedTuple):
+    """A candidate in a user's ranking; `p` is P(Yes) where an MLLM was asked, None where it was not."""
+
+    item: str
+    score: float
+    hit: bool
+    rank: int
+    of: int
+    p: float | None
+
+
+Order = dict[str, list[Place]]
+"""For each user the candidates, best first: all of them or, where all items are ranked, the best and the target."""
 
 
 def read_casebook(board: Leaderboard, results: Path, *, embed_images: bool = True) -> Casebook | None:
@@ -132,14 +148,22 @@ def _fill(
     used = [kept["items"][item]["image"] for user in chosen for item in _items(told[user], mine[user])]
     folders = [Path(str(value)) for key in ("data_path", "image_dir") if (value := runs[0].config.get(key))]
     pictures = thumbnails(used, folders) if embed else {}
-    shown = {i: Shown(i, e["title"] or i, pictures.get(e["image"], "")) for i, e in kept["items"].items()}
+    titles = _titles(runs[1], results)
+    shown = {i: Shown(i, title) for i, title in titles.items()}
+    shown |= {i: Shown(i, e["title"] or i, pictures.get(e["image"], "")) for i, e in kept["items"].items()}
     cases = [_case(told[user], why, shown, (mine[user], theirs.get(user, []))) for user, why in chosen.items()]
     state = "off" if not embed else "some" if pictures else "none"
     return replace(book, cases=tuple(cases), drawn_from=len(names), images=state)
 
 
-def _items(case: Mapping[str, Any], order: Sequence[tuple[str, float, bool]]) -> list[str]:
-    return [*case["history"], *(item for item, *_ in order)]
+def _titles(run: RunRecord | None, results: Path) -> dict[str, str]:
+    """Return the titles that a run without texts of its own kept of the items it ranked best."""
+    path = (results / str(run.per_user)).with_name(TITLES) if run is not None else None
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path is not None and path.is_file() else {}
+
+
+def _items(case: Mapping[str, Any], order: Sequence[Place]) -> list[str]:
+    return [*case["history"], *(place.item for place in order)]
 
 
 def read_order(run: RunRecord | None, results: Path, users: Sequence[str]) -> Order:
@@ -150,8 +174,20 @@ def read_order(run: RunRecord | None, results: Path, users: Sequence[str]) -> Or
     mask = np.isin(arrays["user"], users)
     owner, item, label, score = (arrays[name][mask] for name in PAIR_COLUMNS)
     order: Order = {}
-    for row in np.lexsort((item, -arrays.get("place", arrays["score"])[mask], owner)):
-        order.setdefault(str(owner[row]), []).append((str(item[row]), float(score[row]), bool(label[row] > 0)))
+    among = arrays["among"][mask] if "among" in arrays else None
+    # places without a file's ``answer`` are those of a model whose score is its answer
+    answer = (
+        arrays["answer"][mask] if "answer" in arrays else score if run.kind == "mllm" else np.full(len(score), np.nan)
+    )
+    place = arrays.get("place", arrays["score"])[mask]
+    sizes = Counter(owner.astype(str).tolist())
+    for row in np.lexsort((item, -place, owner)):
+        own = order.setdefault(str(owner[row]), [])
+        of = int(among[row]) if among is not None else sizes[str(owner[row])]
+        rank = len(own) + 1 if among is None else int(of - place[row])
+        p = None if np.isnan(answer[row]) else float(1 / (1 + np.exp(-float(answer[row]))))
+        if among is None or rank <= DEEPEST or label[row] > 0:
+            own.append(Place(str(item[row]), float(score[row]), bool(label[row] > 0), rank, of, p))
     return order
 
 
@@ -168,18 +204,16 @@ def choose(names: Sequence[str], mine: Order, theirs: Order, book: Casebook) -> 
     return chosen
 
 
-def _target_rank(order: Sequence[tuple[str, float, bool]]) -> int:
-    return next(rank for rank, (_, _, hit) in enumerate(order, start=1) if hit)
+def _target_rank(order: Sequence[Place]) -> int:
+    return next(place.rank for place in order if place.hit)
 
 
 def _case(case: Mapping[str, Any], why: str, shown: Mapping[str, Shown], orders: Any) -> Case:
-    mine, theirs = orders
-    first = (
-        Ranked(rank, shown[item], score, hit, float(1 / (1 + np.exp(-score))))
-        for rank, (item, score, hit) in enumerate(mine, start=1)
+    first, second = (
+        tuple(Ranked(p.rank, shown.get(p.item, Shown(p.item, p.item)), p.score, p.hit, p.p) for p in order)
+        for order in orders
     )
-    second = (Ranked(rank, shown[item], score, hit) for rank, (item, score, hit) in enumerate(theirs, start=1))
-    return Case(case["user"], why, case["start"], _blocks(case, shown), tuple(first), tuple(second))
+    return Case(case["user"], why, case["start"], _blocks(case, shown), orders[0][0].of, first, second)
 
 
 def _blocks(case: Mapping[str, Any], shown: Mapping[str, Shown]) -> tuple[Block, ...]:

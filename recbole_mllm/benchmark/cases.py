@@ -16,6 +16,7 @@ import numpy as np
 from recbole_mllm.data.atomic import whole_file
 
 CASES = "cases.json"
+TITLES = "titles.json"
 KEPT = 200
 """How many users are kept: enough for a rule to choose from, a megabyte or two on the disk."""
 
@@ -43,6 +44,20 @@ def write_cases(outcome: Any, folder: Path, kept: int = KEPT) -> Path | None:
     with whole_file(folder / CASES) as file:
         json.dump({"version": 1, "seed": CASE_SEED, "users": told, "items": known}, file, ensure_ascii=False)
     return folder / CASES
+
+
+def write_titles(outcome: Any, folder: Path, titles: Mapping[str, str], kept: int = KEPT) -> Path:
+    """Write ``titles.json``: the titles of the items a model without texts ranked best for the users that are kept.
+
+    Where all items are ranked, they need not be among those that MLLMMSR's cases name.
+    """
+    data, pairs = outcome.dataset, outcome.pairs
+    users, tokens = (np.asarray(data.field2id_token[f]).astype(str) for f in (data.uid_field, data.iid_field))
+    chosen = drawn(dict.fromkeys(users[np.unique(pairs["user_id"])].tolist()), kept)
+    items = tokens[np.unique(pairs["item_id"][np.isin(users[pairs["user_id"]], chosen)])].tolist()
+    with whole_file(folder / TITLES) as file:
+        json.dump({item: titles.get(item, item) for item in items}, file, ensure_ascii=False)
+    return folder / TITLES
 
 
 def drawn(users: Mapping[str, Any], kept: int) -> list[str]:

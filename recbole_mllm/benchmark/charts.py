@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from recbole_mllm.benchmark.curves import CURVES
 from recbole_mllm.benchmark.groups import FEW
 from recbole_mllm.benchmark.leaderboard import Dimension, GroupPart, Leaderboard, Row
-from recbole_mllm.benchmark.plot import CHARACTER, LABEL_GAP, round_steps
+from recbole_mllm.benchmark.plot import CHARACTER, LABEL_GAP, round_steps, tick_texts
 
 COLOURS = 8
 Tick = tuple[float, str]
@@ -85,7 +85,7 @@ def _curve_chart(metric: str, rows: list[Row], colours: dict[str, int]) -> Curve
     over = max(0.0, last + 6 - empty.height)  # many equal curves: their names move up together rather than out of sight
     lines = [Line(*(s.name, s.colour, s.points, s.end), round(s.label_y - over, 1), s.told) for s in lines]
     x_ticks = tuple((x(k), str(k)) for k in (1, 5, 10, 15, 20) if k <= depth)
-    y_ticks = tuple((y(step), f"{step:.1f}") for step in steps)
+    y_ticks = tuple(zip(map(y, steps), tick_texts(steps), strict=True))
     summary = f"{metric} at k from 1 to {depth}. " + ". ".join(line.told for line in lines)
     return CurveChart(metric, tuple(lines), x_ticks, y_ticks, summary, right=empty.right)
 
@@ -167,7 +167,7 @@ def _group_chart(
         users = f"{count:,} {'user' if count == 1 else 'users'}"
         bands.append(Band(label, users, count < FEW, start, start + tall / 2, tuple(marks)))
     table = tuple((row.model, tuple(_say(part) for part in row.groups[dimension.key])) for row in rows)
-    ticks = tuple((x(step), f"{step:.2f}".removesuffix("0")) for step in steps)
+    ticks = tuple(zip(map(x, steps), tick_texts(steps), strict=True))
     summary = f"{metric} by {dimension.title.lower()}; the same numbers are in the table below."
     return GroupChart(dimension, tuple(bands), ticks, top + len(bands) * tall, summary, table)
 

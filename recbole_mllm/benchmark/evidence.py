@@ -26,8 +26,9 @@ class Evidence:
         users: ``[users]`` raw ids, sorted; every array below follows this order.
         values: ``[users]`` floats for each per-user metric, averaged over the row's seeds.
         masks: ``[users]`` booleans for each slice.
-        pairs: Scored pairs of each seed, for pooled AUC; empty where a run kept none.
+        pairs: Scored pairs of each seed, for pooled AUC; empty where a run kept none, or the best of all items alone.
         ranks: The targets' ranks in each seed; empty where a run does not tell them.
+        best_alone: Whether the runs ranked all items and kept each user's best alone.
         columns: ``[users]`` arrays that users are grouped by, `USER_COLUMNS`.
     """
 
@@ -37,6 +38,7 @@ class Evidence:
     pairs: tuple[Pairs, ...] = ()
     ranks: tuple[Ranks, ...] = ()
     columns: Arrays = field(default_factory=dict)
+    best_alone: bool = False
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -67,7 +69,8 @@ def load_evidence(record: RunRecord, results: Path) -> Evidence:
     if odd or not values:
         raise UserError(f"run {record.run_id}: {', '.join(odd) or 'no metric'} is not finite for every user")
     known = {name: arrays[name] for name in USER_COLUMNS}
-    return Evidence(users, values, slice_masks(arrays), *_load_scores(record, results, users), known)
+    pairs, ranks, best_alone = _load_scores(record, results, users)
+    return Evidence(users, values, slice_masks(arrays), pairs, ranks, known, best_alone)
 
 
 def slice_masks(arrays: Arrays) -> dict[str, NDArray[np.bool_]]:
@@ -87,14 +90,14 @@ def average(seeds: Sequence[Evidence]) -> Evidence:
     complete = all(seed.pairs for seed in seeds)
     pairs = tuple(pairs for seed in seeds for pairs in seed.pairs) if complete else ()
     ranks = tuple(ranks for seed in seeds for ranks in seed.ranks) if all(seed.ranks for seed in seeds) else ()
-    return Evidence(first.users, values, first.masks, pairs, ranks, first.columns)
+    return Evidence(first.users, values, first.masks, pairs, ranks, first.columns, first.best_alone)
 
 
 def _load_scores(
     record: RunRecord, results: Path, users: NDArray[np.str_]
-) -> tuple[tuple[Pairs, ...], tuple[Ranks, ...]]:
+) -> tuple[tuple[Pairs, ...], tuple[Ranks, ...], bool]:
     if record.scores is None:
-        return (), ()
+        return (), (), False
     arrays: Mapping[str, NDArray[Any]] = read_arrays(results / record.scores, PAIR_COLUMNS)
     names = arrays["user"].astype(str)
     index = np.minimum(np.searchsorted(users, names), users.size - 1)
@@ -105,4 +108,6 @@ def _load_scores(
         raise UserError(f"run {record.run_id}: some scores are not finite")
     label = arrays["label"].astype(np.float64)
     ranks = target_ranks(index, label, arrays.get("place", score), users.size)
-    return (sort_pairs(index, label, score),), (ranks,) if ranks is not None else ()
+    best_alone = "among" in arrays
+    pairs = () if best_alone else (sort_pairs(index, label, score),)
+    return pairs, (ranks,) if ranks is not None else (), best_alone

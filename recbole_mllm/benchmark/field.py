@@ -45,6 +45,15 @@ TALLRec (Bao et al., RecSys 2023) tunes an LLM to answer Yes or No from the titl
 LLM is `mllm`, as for MLLMMSR.
 """
 
+FEATURES: Mapping[str, Mapping[str, Any]] = {
+    "text": {"item_features": ["text"]},
+    "image": {"item_features": ["image"]},
+    "both": {"item_features": ["text", "image"]},
+}
+"""What each variant of RecBole's feature models reads of an item; without a variant, both."""
+
+FEATURE_MODELS = ("SASRecF", "GRU4RecF", "FDSA")
+
 UNTRAINED = frozenset({"Pop", "ItemKNN", "Random", "EASE", "SLIMElastic", "ADMMSLIM", "NCEPLRec"})
 """Baselines solved in one pass, which need no training budget."""
 
@@ -71,15 +80,24 @@ class Entry:
 def resolve(label: str) -> Entry:
     """Return what `label` stands for; any name without a colon is taken for a RecBole model."""
     model, colon, preset = label.strip().partition(":")
+    if model in FEATURE_MODELS:
+        return _feature_model(label.strip(), model, preset)
     if colon and model != MLLM:
-        raise UserError(f"{label!r}: only {MLLM} has named variants ({known_variants()})")
+        raise UserError(f"{label!r}: only these have named variants: {known_variants()}")
     if model in ALONE:
         return Entry(model, MLLM, "baseline", overrides=ALONE[model])
     if model == MLLM:
         return Entry(label.strip(), MLLM, "mllm", overrides=_preset(label, preset) if colon else {})
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", model):
         raise UserError(f"{label!r} is no model's name; give RecBole's, such as SASRec, or one of {known_variants()}")
-    return Entry(model, model, "baseline", defaults=_baseline_defaults(model))
+    return Entry(model, model, "baseline", defaults=baseline_defaults(model))
+
+
+def _feature_model(label: str, model: str, preset: str) -> Entry:
+    if preset and preset not in FEATURES:
+        raise UserError(f"unknown variant {label!r}; known: {', '.join(f'{model}:{name}' for name in FEATURES)}")
+    overrides = FEATURES[preset] if preset else {}
+    return Entry(label, model, "baseline", {**baseline_defaults(model), **FEATURES["both"]}, overrides)
 
 
 def _preset(label: str, preset: str) -> Mapping[str, Any]:
@@ -93,7 +111,7 @@ def _preset(label: str, preset: str) -> Mapping[str, Any]:
     return PRESETS[preset]
 
 
-def _baseline_defaults(model: str) -> dict[str, Any]:
+def baseline_defaults(model: str) -> dict[str, Any]:
     """Return what properties/baselines.yaml says of the model."""
     found = yaml.safe_load((PROPERTIES / "baselines.yaml").read_text(encoding="utf-8"))
     return {} if model in UNTRAINED else {**found["every"], **found.get(model, {})}
@@ -101,4 +119,6 @@ def _baseline_defaults(model: str) -> dict[str, Any]:
 
 def known_variants() -> str:
     """Return every named variant, for help and complaints."""
-    return ", ".join(f"{MLLM}:{name}" for name in (*PRESETS, "block-N")) + f", {', '.join(ALONE)}"
+    ours = [f"{MLLM}:{name}" for name in (*PRESETS, "block-N")]
+    features = [f"{model}:{'|'.join(FEATURES)}" for model in FEATURE_MODELS]
+    return ", ".join([*ours, *features, *ALONE])

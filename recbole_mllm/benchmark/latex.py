@@ -23,7 +23,7 @@ def format_latex(board: Leaderboard) -> str:
     body = [
         "% needs \\usepackage{booktabs,amssymb}",
         r"\begin{table}",
-        r"\centering",
+        r"\centering\small\setlength{\tabcolsep}{4pt}",  # eight columns on the page of an article
         rf"\caption{{{_caption(board)}}}",
         rf"\label{{tab:{_label(board.dataset)}}}",
         rf"\begin{{tabular}}{{l{'r' * len(names)}}}",
@@ -63,6 +63,8 @@ def _caption(board: Leaderboard) -> str:
     if f"{board.n_users} users" not in board.protocol:
         told += f"{board.n_users} users; "
     told += rf"candidates \texttt{{{escape(board.candidates)}}}. Best value of a column in bold."
+    for reason in board.absent.values():
+        told += f" {escape(reason)}"
     if board.best_baseline is not None:
         told += (
             r" $\blacktriangle$ better and $\blacktriangledown$ worse than the best baseline ($\dagger$) at "

@@ -113,6 +113,8 @@ class Leaderboard:
     best_baseline: str | None
     note: str = ""
     dimensions: tuple[Dimension, ...] = ()
+    absent: Mapping[str, str] = field(default_factory=dict)
+    """For each metric that people look for and that has no value under this protocol, a sentence that says why."""
 
     @property
     def valid_metric(self) -> str:

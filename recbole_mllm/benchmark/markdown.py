@@ -8,8 +8,7 @@ from typing import Any
 import yaml
 
 from recbole_mllm.benchmark.leaderboard import ALL_COSTS, SLICES, Leaderboard, Row
-from recbole_mllm.benchmark.records import plain_json
-from recbole_mllm.benchmark.text import command
+from recbole_mllm.benchmark.text import command, shown_config
 from recbole_mllm.benchmark.wording import (
     COST_NOTE,
     COST_TITLES,
@@ -82,7 +81,7 @@ def _tests(board: Leaderboard) -> list[str]:
 def _configurations(board: Leaderboard) -> list[str]:
     """Return the settings all runs share, once, and each run's own."""
     runs = [run for row in board.rows for run in row.runs]
-    configs = [plain_json(run.config) for run in runs]
+    configs = [shown_config(run) for run in runs]
     shared = {
         key: value
         for key, value in configs[0].items()

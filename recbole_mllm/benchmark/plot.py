@@ -69,7 +69,7 @@ def quality_versus_cost(board: Leaderboard) -> Plot | None:
 
     marks = [(row, x(row.seconds), y(row.mean(metric)), y(b[0]), y(b[1])) for row, b in zip(rows, bounds, strict=True)]
     ticks = tuple((x(time), say_seconds(time)) for time in TIMES if low_s <= time <= high_s)
-    return Plot(metric, _points(board, marks), ticks, tuple((y(step), f"{step:.2f}") for step in steps))
+    return Plot(metric, _points(board, marks), ticks, tuple(zip(map(y, steps), tick_texts(steps), strict=True)))
 
 
 def _points(board: Leaderboard, marks: Sequence[tuple[Row, float, float, float, float]]) -> tuple[Point, ...]:
@@ -106,3 +106,12 @@ def round_steps(low: float, high: float) -> list[float]:
     size = next(step for step in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 10.0) if span / step <= 6)
     first, last = math.floor(low / size), math.ceil(high / size)
     return [round(index * size, 4) for index in range(first, max(last, first + 1) + 1)]
+
+
+def tick_texts(steps: Sequence[float]) -> list[str]:
+    """Return tick values with as many decimals as tell them apart, the same for all."""
+    for places in range(1, 6):
+        texts = [f"{step:.{places}f}" for step in steps]
+        if all(abs(float(text) - step) < 1e-9 for text, step in zip(texts, steps, strict=True)):
+            break
+    return texts

@@ -24,6 +24,11 @@ from recbole_mllm.errors import UserError
 from recbole_mllm.evaluation import significance as sig
 from recbole_mllm.evaluation.significance import DRAW_SEED
 
+NO_POOLED = (
+    "AUC has no value here: it pools the scores of all users' pairs, and of a ranking of all items each user's best "
+    "are kept alone (RecBole has none there either). GAUC is the mean of the users' own."
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Contender:
@@ -43,9 +48,13 @@ def build(records: Iterable[RunRecord], results: Path, note: str = "") -> Leader
     _refuse_mixed_candidates(runs)
     loaded, failed = _load(runs, results)
     contenders = _contenders(loaded)
-    metrics = ordered_metrics({name for run, _ in loaded for name in run.metrics} | _shown(contenders))
+    measured = {name for run, _ in loaded for name in run.metrics} | _shown(contenders)
+    absent = {POOLED: NO_POOLED} if any(evidence.best_alone for _, evidence in loaded) else {}
+    metrics = ordered_metrics(measured | set(absent))
     told = loaded[0][0] if loaded else runs[0]
-    board = Leaderboard(told.dataset, told.protocol, told.candidates, told.n_users, metrics, (), None, note)
+    board = Leaderboard(
+        told.dataset, told.protocol, told.candidates, told.n_users, metrics, (), None, note, absent=absent
+    )
     parted = partitions(loaded[0][1].columns) if loaded else ()
     rows = [_row(contender, metrics, parted, board.valid_metric) for contender in contenders]
     rows = sorted(rows, key=lambda row: (-row.mean(board.valid_metric), row.model))

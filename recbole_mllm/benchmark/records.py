@@ -33,7 +33,9 @@ USER_COLUMNS = ("user", "item", "train_count", "tail", "history_length", "has_im
 PAIR_COLUMNS = ("user", "item", "label", "score")
 """What a scores file holds: one entry for each scored (user, item) pair.
 
-Beside them ``place`` where the run kept it: the pair's place among its user's, 0 for the worst, without ties.
+Beside them ``place`` where the run kept it: the pair's place among its user's, 0 for the worst, without ties. Under
+full ranking a file holds each user's best items and target alone, with ``among``, how many items were ranked, and
+``answer``, the log-odds of an MLLM that was asked about the pair, else NaN.
 """
 
 
@@ -50,6 +52,9 @@ class RunRecord:
         scores: Path of the pair scores (`PAIR_COLUMNS`), relative to the results folder.
         status: ``ok``, or what went wrong, in one line.
         started: Local time in ISO format.
+        retrieval: Under full ranking, whose best `top_k` items an MLLM re-ranked, which share of the targets is among
+            them (``recall``, a ceiling), and ``fusion``, the MLLM's share of the score.
+        scores_reused: How many of the test scores earlier evaluations had left; their seconds are not in `score_s`.
         tuning: What ``--tune`` tried, with its validation scores, and what it chose; `config` has the choice in it.
     """
 
@@ -81,6 +86,8 @@ class RunRecord:
     commit: str = ""
     world_size: int = 1
     tuning: Mapping[str, Any] | None = None
+    retrieval: Mapping[str, Any] | None = None
+    scores_reused: int = 0
 
     def __post_init__(self) -> None:
         """Refuse a success without finite metrics, and a status that would break the one-line-a-run rule."""

@@ -115,6 +115,9 @@ def order_of(record: RunRecord, output: Path, data_path: str | None = None) -> d
         UserError: The dataset is no longer where it was.
     """
     kept = {key: value for key, value in record.config.items() if key in every_key() - _DERIVED}
+    # its own section is in its keys already, a retriever's is not
+    others = {name: keys for name, keys in (record.config.get("per_model") or {}).items() if name != record.model}
+    kept |= {"per_model": others} if others else {}
     negatives = kept.get("train_neg_sample_args")
     if isinstance(negatives, Mapping) and negatives.get("distribution") == "none":
         kept["train_neg_sample_args"] = None  # what RecBole wants to be told, and writes differently (Config:538-560)

@@ -29,8 +29,11 @@ from recbole_mllm.benchmark.leaderboard import VALID_METRIC
 from recbole_mllm.benchmark.progress import Progress
 from recbole_mllm.benchmark.records import RECORDS, RunRecord, append, latest, plain_json, read_records
 from recbole_mllm.benchmark.report import HTML, render, write_note
+from recbole_mllm.benchmark.tuning import TRIALS
+from recbole_mllm.config import file_keys
 from recbole_mllm.errors import UserError
 
+DECISIVE_FILES = ("candidates_file", "retriever_checkpoint", "prompt_style")
 WORKER = (sys.executable, "-m", "recbole_mllm.benchmark.worker")
 
 
@@ -130,16 +133,23 @@ def run_id(entry: Entry, seed: int, plan: BenchmarkPlan) -> str:
     """Name a run readably; the digest covers everything that decides its outcome except the seed, which stands beside.
 
     So the seeds of one configuration share the digest and are averaged, and another configuration is another row.
-    Config files count by what they hold, not by where they lie.
+    Config files, and files that decide what is ranked and how, count by what they hold and not by where they lie.
     """
-    given = plan.overrides.get("candidates_file")
-    files = [Path(name) for name in (*plan.config_files, *([str(given)] if given else []))]
-    contents = [hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else str(file) for file in files]
-    decisive = [entry.model, plan.dataset, entry.defaults, {**plan.overrides, **entry.overrides}, contents]
+    files = [*plan.config_files, *_files_named(plan)]
+    contents = [hashlib.sha256(Path(f).read_bytes()).hexdigest() if Path(f).is_file() else f for f in files]
+    keys = {key: value for key, value in plan.overrides.items() if str(value) not in files or key not in DECISIVE_FILES}
+    decisive = [entry.model, plan.dataset, entry.defaults, {**keys, **entry.overrides}, contents]
     budget = [plan.tune] if plan.tune else []
     text = json.dumps(plain_json([*decisive, plan.limit_users, *budget]), sort_keys=True)
     readable = re.sub(r"[^A-Za-z0-9]+", "-", entry.label)
     return f"{readable}-{seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def _files_named(plan: BenchmarkPlan) -> list[str]:
+    """Return the files that the command line and the config files name, such as ``candidates_file``, where they are."""
+    said = [file_keys(name) for name in plan.config_files if Path(name).is_file()]
+    named = [keys[key] for keys in (*said, plan.overrides) for key in DECISIVE_FILES if keys.get(key)]
+    return [str(name) for name in named if Path(str(name)).is_file()]
 
 
 def benchmark(plan: BenchmarkPlan, worker: Sequence[str] = WORKER, tell: Callable[[str], None] | None = None) -> Path:
@@ -219,6 +229,8 @@ class _Bench:
         if self.stop.is_set():
             raise Stopped
         order = job.folder / "job.json"
+        if self.plan.force:
+            (job.folder / TRIALS).unlink(missing_ok=True)
         order.write_text(json.dumps(plain_json(job.order()), indent=2))
         started, clock = datetime.now().astimezone(), time.monotonic()
         known = self._records_of(job)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import shlex
 import textwrap
 from collections.abc import Sequence
+from pathlib import PurePath
+from typing import Any
 
 import yaml
 
@@ -55,8 +57,25 @@ def command(run: RunRecord) -> str:
 
 
 def configuration(run: RunRecord) -> str:
-    """Return a run's full configuration as YAML."""
-    return str(yaml.safe_dump(plain_json(run.config), sort_keys=True, allow_unicode=True, width=100))
+    """Return a run's full configuration as YAML, but for where its files lay."""
+    return str(yaml.safe_dump(shown_config(run), sort_keys=True, allow_unicode=True, width=100))
+
+
+def shown_config(run: RunRecord) -> dict[str, Any]:
+    """Return a run's configuration as a page shows it: nothing of the machine's folders, which are nobody's business.
+
+    Where the dataset and the run's own files lay is left out; of any other path the last part is shown.
+    """
+    known = {key: value for key, value in plain_json(run.config).items() if key not in ("data_path", "checkpoint_dir")}
+    return {key: _without_folders(value) for key, value in known.items()}
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_folders(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(entry) for entry in value]
+    return f"…/{PurePath(value).name}" if isinstance(value, str) and PurePath(value).is_absolute() else value
 
 
 def _score_cell(board: Leaderboard, row: Row, name: str) -> str:

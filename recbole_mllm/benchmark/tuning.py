@@ -8,18 +8,25 @@ RecBole's own ``HyperTuning`` needs hyperopt, which is an extra of RecBole's and
 from __future__ import annotations
 
 import itertools
+import json
+import os
 import random
 import time
 from collections.abc import Callable, Container, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from recbole_mllm import ranks
 from recbole_mllm.errors import UserError
 from recbole_mllm.resources import resource
 
 Settings = dict[str, Any]
+
+TRIALS = "trials.jsonl"
+"""What a search has finished, in the run's folder."""
 
 
 def space_of(model: str, fixed: Container[str] = ()) -> dict[str, list[Any]]:
@@ -43,29 +50,70 @@ def trials(space: Mapping[str, list[Any]], budget: int, seed: int, default: Mapp
 
 
 def search(
-    settings: list[Settings], score: Callable[[Settings], float], bigger: bool, tell: Callable[[str], None] = print
+    settings: list[Settings],
+    score: Callable[[Settings], float],
+    bigger: bool,
+    tell: Callable[[str], None] = print,
+    journal: Path | None = None,
 ) -> dict[str, Any]:
     """Try each of `settings`; return what was tried, with which validation score, and what won (the first of equals).
 
-    A trial that fails has spent its part of the budget, and the reason stands in its place.
+    A trial that fails has spent its part of the budget, and the reason stands in its place. What `journal` says was
+    tried is not tried again, so a search that was killed goes on where it was.
 
     Raises:
         UserError: A setting cannot be run at all.
         RuntimeError: Every trial failed.
     """
-    started, tried = time.perf_counter(), []
+    known = {_key(entry["settings"]): entry for entry in read_journal(journal)}
+    tried = []
     for number, chosen in enumerate(settings, start=1):
-        entry: dict[str, Any] = {"settings": chosen, "valid": None}
-        try:
-            entry["valid"] = float(score(chosen))
-        except UserError:
-            raise
-        except Exception as error:  # whatever RecBole or torch raises for settings that do not go together
-            entry["error"] = f"{type(error).__name__}: {error}".partition("\n")[0]
+        entry = known.get(_key(chosen))
+        kept = " (kept from before)" if entry else ""
+        if entry is None:
+            entry = _tried(chosen, score)
+            if journal is not None and ranks.is_main():
+                _note(journal, entry)
         tried.append(entry)
-        tell(f"trial {number}/{len(settings)} {chosen or 'defaults'}: {entry['valid'] or entry.get('error')}")
+        said = entry.get("error") if entry["valid"] is None else entry["valid"]
+        tell(f"trial {number}/{len(settings)} {chosen or 'defaults'}: {said}{kept}")
     done = [entry for entry in tried if entry["valid"] is not None]
     if not done:
         raise RuntimeError(f"all {len(tried)} trials failed, the first with {tried[0]['error']}")
     best = (max if bigger else min)(done, key=lambda entry: entry["valid"])
-    return {"trials": tried, "chosen": best["settings"], "seconds": time.perf_counter() - started}
+    return {"trials": tried, "chosen": best["settings"], "seconds": sum(entry["seconds"] for entry in tried)}
+
+
+def _tried(chosen: Settings, score: Callable[[Settings], float]) -> dict[str, Any]:
+    entry: dict[str, Any] = {"settings": chosen, "valid": None}
+    started = time.perf_counter()
+    try:
+        entry["valid"] = float(score(chosen))
+    except UserError:
+        raise
+    except Exception as error:  # whatever RecBole or torch raises for settings that do not go together
+        if ranks.is_launched():
+            raise  # the other processes are in the middle of the trial that failed here
+        entry["error"] = f"{type(error).__name__}: {error}".partition("\n")[0]
+    return entry | {"seconds": time.perf_counter() - started}
+
+
+def read_journal(path: Path | None) -> list[dict[str, Any]]:
+    """Return the trials a search has finished; a line that was torn when it was killed counts as none."""
+    entries = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path is not None and path.is_file() else []:
+        with suppress(ValueError):
+            entries.append(json.loads(line))
+    return [entry for entry in entries if isinstance(entry, dict) and {"settings", "valid", "seconds"} <= entry.keys()]
+
+
+def _note(journal: Path, entry: Mapping[str, Any]) -> None:
+    """Add a finished trial for good; the newline in front ends what a killed search may have begun."""
+    with journal.open("a", encoding="utf-8") as file:
+        file.write(f"\n{json.dumps(entry)}\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _key(settings: Settings) -> str:
+    return json.dumps(settings, sort_keys=True)

@@ -132,7 +132,24 @@ def _against(board: Leaderboard, row: Row) -> str:
 
 
 def legend(board: Leaderboard) -> str:
-    """Explain the marks of this table."""
+    """Explain the marks of this table, and what its numbers cannot say."""
+    return " ".join([_marks(board), *_ceilings(board), *board.absent.values()])
+
+
+def _ceilings(board: Leaderboard) -> list[str]:
+    """Say of each row that re-ranks another model's best how good that can get."""
+    out = []
+    for row in board.rows:
+        found = [run.retrieval for run in row.runs if run.ok and run.retrieval and run.retrieval.get("retriever")]
+        if found:
+            recall = sum(one["recall"] for one in found) / len(found)
+            model = str(found[0]["retriever"]).partition("#")[0]
+            out.append(f"{row.model} re-ranks the best {found[0]['top_k']} items of {model}, "
+                       f"which hold {recall:.3f} of the targets, the ceiling of its Hit.")  # fmt: skip
+    return out
+
+
+def _marks(board: Leaderboard) -> str:
     if board.best_baseline is None:
         return "No baseline has finished, so nothing is tested."
     return (

@@ -10,6 +10,7 @@ import platform
 import resource
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -20,9 +21,11 @@ import yaml
 
 import recbole_mllm
 from recbole_mllm import ranks
-from recbole_mllm.benchmark.cases import write_cases
+from recbole_mllm.benchmark.cases import write_cases, write_titles
+from recbole_mllm.benchmark.field import baseline_defaults
+from recbole_mllm.benchmark.reasons import reason_of
 from recbole_mllm.benchmark.records import RECORDS, RunRecord, append, plain_json, write_arrays
-from recbole_mllm.benchmark.tuning import search, space_of, trials
+from recbole_mllm.benchmark.tuning import TRIALS, search, space_of, trials
 from recbole_mllm.config import benchmark_defaults, config_paths, keys_for
 from recbole_mllm.data.texts import read_items
 from recbole_mllm.errors import UserError
@@ -47,13 +50,13 @@ def main() -> int:
     except UserError as error:
         print(f"UserError: {error}", file=sys.stderr)
         return 2
-    except KeyError as error:
-        if error.args != ("label",):
+    except Exception as error:
+        reason = reason_of(error, job["label"], job["dataset"])
+        if reason is None:
             raise
-        # RecBole's context-aware models draw no negatives of their own (quick_start_config/context-aware.yaml)
-        print(f"UserError: {job['model']} learns from labels, which these interactions do not have; "
-              "give it train_neg_sample_args, or a threshold on a rating", file=sys.stderr)  # fmt: skip
-        return 2
+        traceback.print_exc()  # the log has it all, the row the sentence
+        print(f"UserError: {reason}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -65,7 +68,7 @@ def run_job(job: dict[str, Any]) -> None:
     output = Path(job["output_dir"]).resolve()
     folder = output / "runs" / job["run_id"]
     defaults = folder / ("defaults.yaml" if ranks.is_main() else f"defaults.{ranks.rank()}.yaml")
-    defaults.write_text(yaml.safe_dump(benchmark_defaults() | job["defaults"]))
+    defaults.write_text(yaml.safe_dump(benchmark_defaults() | _negatives(job["model"]) | job["defaults"]))
     files, home = [str(defaults), *config_paths(job["config_files"])], Path.cwd()
 
     def configured(tuned: dict[str, Any]) -> Any:
@@ -73,10 +76,11 @@ def run_job(job: dict[str, Any]) -> None:
         os.chdir(home)
         config = make_config(job["model"], job["dataset"], files, {**tuned, **_overrides(job, folder)})
         _make_absolute(config)
+        _train_as_baseline(config)
         os.chdir(folder)
         return config
 
-    tuning = _tune(job, configured)
+    tuning = _tune(job, configured, folder)
     outcome = run(configured(tuning["chosen"] if tuning else {}))
     peak = max(ranks.gather_objects(_peak_memory(outcome.config["device"])))
     if not ranks.is_main():
@@ -85,9 +89,28 @@ def run_job(job: dict[str, Any]) -> None:
     append(output / RECORDS, _record(job, outcome, started.isoformat(timespec="seconds"), evidence, tuning, peak))
 
 
+def _negatives(model: str) -> dict[str, Any]:
+    """Let a context-aware model learn from drawn negatives, as RecBole would have it read labels (configurator.py:309).
+
+    Where the interactions have some, by a threshold on a rating, `train_neg_sample_args: null` goes back to them.
+    """
+    from recbole.utils import ModelType, get_model
+
+    kind = getattr(get_model(model), "type", None)
+    drawn = {"distribution": "uniform", "sample_num": 1, "alpha": 1.0, "dynamic": False, "candidate_num": 0}
+    return {"train_neg_sample_args": drawn} if kind in (ModelType.CONTEXT, ModelType.DECISIONTREE) else {}
+
+
 def _overrides(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     own = {"seed": job["seed"], "limit_users": job["limit_users"], "checkpoint_dir": str(folder / "saved")}
     return {**job["overrides"], **own, **_NO_CACHE, "frozen_candidates": True, "show_progress": False}
+
+
+def _train_as_baseline(config: Any) -> None:
+    """Train a retriever as the row of its name is trained, unless its own ``per_model`` section says otherwise."""
+    if name := config["retriever"]:
+        own = config["per_model"] or {}
+        config["per_model"] = {**own, name: {**baseline_defaults(name), **own.get(name, {})}}
 
 
 def _make_absolute(config: Any) -> None:
@@ -97,7 +120,7 @@ def _make_absolute(config: Any) -> None:
             config[key] = str(Path(value).resolve())
 
 
-def _tune(job: dict[str, Any], configured: Callable[[dict[str, Any]], Any]) -> dict[str, Any] | None:
+def _tune(job: dict[str, Any], configured: Callable[[dict[str, Any]], Any], folder: Path) -> dict[str, Any] | None:
     """Search for the job's settings on validation, if it has a budget for that; what the user has set stays."""
     from recbole_mllm.quick_start import validate
 
@@ -108,7 +131,9 @@ def _tune(job: dict[str, Any], configured: Callable[[dict[str, Any]], Any]) -> d
     default = configured({})
     space = {} if job["model"] in NOTHING_TO_TUNE else space_of(job["model"], given | set(job["overrides"]))
     tried = trials(space, budget, job["seed"], {key: default[key] for key in space})
-    found = search(tried, lambda tuned: validate(configured(tuned)), default["valid_metric_bigger"])
+    found = search(
+        tried, lambda tuned: validate(configured(tuned)), default["valid_metric_bigger"], journal=folder / TRIALS
+    )
     return {"budget": budget, "seed": job["seed"], "metric": default["valid_metric"], "space": space, **found}
 
 
@@ -117,7 +142,10 @@ def _write_evidence(outcome: Any, output: Path, folder: Path) -> dict[str, str]:
     from recbole_mllm.evaluation.protocol import user_columns
 
     if outcome.pairs is None:
-        raise UserError("this protocol leaves no candidates to compare models on; use eval_args.mode uniN or popN")
+        raise UserError(
+            "this protocol leaves no ranking to compare models by: use eval_args.mode uniN, popN or full, with one "
+            "target a user (split LS)"
+        )
     config, data, pairs = outcome.config, outcome.dataset, outcome.pairs
     tokens = {
         name: data.field2id_token[field].astype(str)
@@ -128,6 +156,7 @@ def _write_evidence(outcome: Any, output: Path, folder: Path) -> dict[str, str]:
     write_arrays(folder / "per_user.npz", columns | values)
     scores = {name: tokens[name][pairs[f"{name}_id"]] for name in tokens}
     known = {"label": pairs["label"].astype("int8"), "score": pairs["score"], "place": pairs["place"].astype("int32")}
+    known |= {name: pairs[name] for name in ("among", "answer") if name in pairs}
     write_arrays(folder / "scores.npz", scores | known)
     _keep_cases(outcome, folder)
     return {name: str((folder / f"{name}.npz").relative_to(output)) for name in ("per_user", "scores")}
@@ -135,17 +164,22 @@ def _write_evidence(outcome: Any, output: Path, folder: Path) -> dict[str, str]:
 
 def _keep_cases(outcome: Any, folder: Path) -> None:
     try:
-        write_cases(outcome, folder)
+        if write_cases(outcome, folder) is None and "among" in outcome.pairs:
+            write_titles(outcome, folder, _texts(outcome.config).titles)
     except Exception:  # what illustrates a result must not cost the hours that made it
         logging.getLogger(__name__).exception("the case studies of this run could not be kept; the report goes without")
 
 
 def _images(config: Any) -> Any:
     try:
-        image_dir = config["image_dir"]
-        return read_items(Path(config["data_path"]), Path(image_dir) if image_dir else None).images
+        return _texts(config).images
     except UserError:
         return None
+
+
+def _texts(config: Any) -> Any:
+    image_dir = config["image_dir"]
+    return read_items(Path(config["data_path"]), Path(image_dir) if image_dir else None)
 
 
 def _record(
@@ -160,7 +194,7 @@ def _record(
 
     config = plain_json(outcome.config.final_config_dict)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
-    users, pairs = len(outcome.users["user"]), len(outcome.pairs["score"])
+    users = len(outcome.users["user"])
     is_mllm = job["kind"] == "mllm"
     return RunRecord(
         **{key: job[key] for key in ("run_id", "model", "label", "kind", "seed", "dataset")},
@@ -177,7 +211,7 @@ def _record(
         summarize_s=outcome.summarize_s if is_mllm else None,
         train_s=outcome.train_s,
         score_s=outcome.score_s,
-        pairs_per_s=pairs / outcome.score_s,
+        pairs_per_s=outcome.pairs_scored / outcome.score_s,
         tokens=getattr(outcome.model, "tokens_read", None),
         parameters_trained=_parameters_trained(outcome.model),
         peak_memory_mb=peak,
@@ -186,6 +220,8 @@ def _record(
         commit=_commit(),
         world_size=outcome.world_size,
         tuning=tuning,
+        retrieval=outcome.retrieval,
+        scores_reused=outcome.scores_reused,
     )
 
 

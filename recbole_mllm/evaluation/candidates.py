@@ -15,6 +15,7 @@ import torch
 
 from recbole_mllm.data.sampling import hashes64, limited_users, tie_keys
 from recbole_mllm.errors import UserError
+from recbole_mllm.evaluation.allitems import AllItems, RankedBatches
 from recbole_mllm.evaluation.draw import Pool, candidates_digest, draw_negatives
 from recbole_mllm.evaluation.exchange import read
 from recbole_mllm.evaluation.loader import FrozenEvalDataLoader, UserRows
@@ -35,7 +36,8 @@ def is_frozen(config: Any) -> bool:
 def freeze(config: Any, dataset: Any, train: Any, valid: Any, test: Any) -> tuple[Any, Any, Any]:
     """Return RecBole's three loaders, the evaluation ones with frozen candidates, and note their digest on `dataset`.
 
-    Full ranking has no candidates to freeze and passes as it is, but for `limit_users`.
+    Full ranking has no candidates to draw: its loader stays RecBole's, and says what is ranked (`allitems`); its digest
+    stands for the rows, the items, and what each user's ranking leaves out.
 
     Raises:
         UserError: The mode is ``labeled``, a user leaves too few items, or ``candidates_file`` does not fit the split.
@@ -62,7 +64,13 @@ def freeze(config: Any, dataset: Any, train: Any, valid: Any, test: Any) -> tupl
     for phase, loader, chosen, known in zip(("valid", "test"), (valid, test), kept, owners, strict=True):
         mode = str(config["eval_args"]["mode"][phase])
         if mode == "full":
-            loaders.append(_limited(config, loader, chosen, given and given.phases[phase]))
+            whole = _limited(config, loader, chosen, given and given.phases[phase])
+            rows = whole._dataset.inter_feat
+            every = AllItems(_occurring(met), met if settings.exclude_seen else None, keys, len(rows))
+            whole.collate_fn = RankedBatches(whole.collate_fn, every)
+            loaders.append(whole)
+            owner, target = (rows[field].numpy() for field in (dataset.uid_field, dataset.iid_field))
+            drawn[f"{phase} {every.name(hashes, loader.is_sequential)}"] = every.digested(users, owner, target, hashes)
             continue
         part = _of_users(loader._dataset, chosen)
         part.sort(by=part.uid_field, ascending=True)
@@ -75,6 +83,11 @@ def freeze(config: Any, dataset: Any, train: Any, valid: Any, test: Any) -> tupl
         given.confirm(dataset.candidates_digest)
     dataset.evaluated_users = int(kept[1].sum())
     return loaders[0], loaders[1], loaders[2]
+
+
+def _occurring(met: Pairs) -> Any:
+    """Return ``[items]`` whether an item occurs in any interaction."""
+    return np.bincount(met.keys % met.width, minlength=met.width) > 0
 
 
 def _lengths(config: Any, dataset: Any) -> Any:

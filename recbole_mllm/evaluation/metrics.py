@@ -20,10 +20,22 @@ def joined(batches: Sequence[Log]) -> dict[str, Any]:
     return {name: column[order] for name, column in columns.items()}
 
 
+def has_several_rows(log: Log) -> bool:
+    """Return whether a `joined` log of a full ranking holds several rankings of one user (a split by rows has them).
+
+    A sequential model ranks all items for each of them; they are no one ranking that a user's values could come from.
+    """
+    if "among" not in log:
+        return False
+    user, place = log["user_id"], log["place"]
+    return bool(((user[1:] == user[:-1]) & (place[1:] == place[:-1])).any())
+
+
 def per_user(log: Log, config: Any) -> dict[str, Any]:
     """Return ``{"user": ids, "Hit@5": values, …, "GAUC": values}``, one value a user, from a `joined` log.
 
-    Top-k values come from RecBole's metric classes (metrics.py:39-205) over the ranking without ties.
+    Top-k values come from RecBole's metric classes (metrics.py:39-205) over the ranking without ties. A log of a full
+    ranking holds each user's best items alone, and says in ``among`` how many were ranked.
     """
     users, starts, counts = np.unique(log["user_id"], return_index=True, return_counts=True)
     depth = max(config["topk"])
@@ -36,6 +48,7 @@ def per_user(log: Log, config: Any) -> dict[str, Any]:
         extra = (positives,) if name in ("NDCG", "Recall") else ()
         values = metric(config).metric_info(hits, *extra)
         out |= {f"{name}@{k}": np.asarray(values[:, k - 1], dtype=float) for k in config["topk"]}
+    counts = log["among"][starts] if "among" in log else counts
     below = np.add.reduceat(np.where(log["label"] > 0, log["place"], 0), starts) - positives * (positives - 1) / 2
     out["GAUC"] = below / (positives * (counts - positives))
     return out

@@ -20,10 +20,14 @@ def protocol_line(config: Any, users: int) -> str:
     split = "benchmark files" if config["benchmark_filename"] else _split(arguments["split"])
     limit = f", a seeded sample of {users} users" if settings.limit_users else f", {users} users"
     mode = arguments["mode"]
-    same = mode if isinstance(mode, str) else " / ".join(dict.fromkeys(mode.values()))
+    modes = [mode] if isinstance(mode, str) else list(dict.fromkeys(mode.values()))
+    drawn = " / ".join(each for each in modes if each != "full")
     given = f"given as {Path(settings.candidates_file).name}" if settings.candidates_file else None
-    source = given or f"seed {settings.candidate_seed}"
-    return f"{split}, order {arguments['order']}, candidates {same} ({source}){limit}"
+    told = [f"candidates {drawn} ({given or f'seed {settings.candidate_seed}'})"] if drawn else []
+    if "full" in modes:
+        left_out = " but those the user has met" if settings.exclude_seen else ""
+        told.append(f"all items{left_out} ranked (ties by seed {settings.candidate_seed})")
+    return f"{split}, order {arguments['order']}, {' / '.join(told)}{limit}"
 
 
 def _split(split: dict[str, Any]) -> str:

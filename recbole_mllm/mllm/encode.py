@@ -88,6 +88,14 @@ class Encoder:
                 ids = self._ids(pieces, images, answer)
         return Encoded(self._expanded(ids, images), images)
 
+    def text_ids(self, text: str) -> list[int]:
+        """Return the ids of a text by itself, not of a question; no special token but the tokeniser's own in front."""
+        guarded = self._plain.guard(text)
+        ids = self._plain.ids(guarded)
+        if self._plain.broken(ids, guarded):
+            ids = self._plain.ids(self._plain.guard(text, every=True))
+        return [*self._plain.start, *ids][: self.max_text_tokens]
+
     def _ids(self, pieces: Sequence[str], images: Sequence[ImageInput], answer: str) -> list[int]:
         """Return ids with one image token an image; what is filled in holds no special token."""
         guarded = [self._plain.guard(p) if i % 2 else p.replace(IMAGE, _MARK) for i, p in enumerate(pieces)]

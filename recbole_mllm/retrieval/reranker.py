@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,7 +28,9 @@ class Reranker:
 
     def __init__(self, config: Any, settings: RankingSettings, dataset: Any) -> None:
         self.settings = settings
+        started = time.perf_counter()
         self.retriever = obtain(config, settings, dataset) if settings.retrieves else None
+        self.seconds = time.perf_counter() - started  # to train or to load the retriever
         self._user, self._items = dataset.uid_field, int(dataset.item_num)
         users, items = (
             np.asarray(dataset.field2id_token[f]).astype(str) for f in (dataset.uid_field, dataset.iid_field)
@@ -35,6 +38,8 @@ class Reranker:
         self._keys = tie_keys(users, items, EvaluationSettings.from_config(config).candidate_seed)
         self._depth = max(config["topk"])
         self.count = self._items - 1 if self.is_brute else settings.top_k
+        self._histories = dataset.histories if EvaluationSettings.from_config(config).exclude_seen else None
+        self._users, self._item, self._numbers = users, dataset.iid_field, dataset.field2token_id[dataset.iid_field]
         self._share = None if settings.fusion == "auto" else 1.0 if settings.fusion is None else float(settings.fusion)
 
     @property
@@ -69,7 +74,16 @@ class Reranker:
         else:
             scores = torch.zeros(len(rows), self._items)
             scores[:, 0] = -torch.inf
+        self._leave_out_met(scores, rows)
         return shortlist(scores, rows[self._user].cpu().numpy(), self.count, self._depth, self._keys)
+
+    def _leave_out_met(self, scores: Any, rows: Any) -> None:
+        """Set to -inf, in place, what a row's user has met in any split but for the target, where that is asked for."""
+        if self._histories is None:
+            return
+        for row, (user, target) in enumerate(zip(rows[self._user].tolist(), rows[self._item].tolist(), strict=True)):
+            met = {self._numbers[item] for item in self._histories[str(self._users[user])]} - {target}
+            scores[row, list(met)] = -torch.inf
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint must say for its evaluation to be repeated."""

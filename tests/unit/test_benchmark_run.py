@@ -259,7 +259,7 @@ def test_tallrec_is_a_baseline_that_reads_titles_alone():
         ("MLLMMSR:block-0", "block-N"),
         ("MLLMMSR:no-images", "did you mean MLLMMSR:no-image"),
         ("MLLMMSR:block3", "did you mean MLLMMSR:block-3"),
-        ("Pop:direct", "only MLLMMSR"),
+        ("Pop:direct", "only these have named variants: MLLMMSR:zero-shot"),
         ("", "no model"),
     ],
 )
@@ -272,3 +272,22 @@ def test_an_unknown_label_is_refused_before_anything_runs(tmp_path, label, words
 def test_a_plan_that_cannot_run_is_refused(tmp_path, changes):
     with pytest.raises(UserError):
         plan(tmp_path, "Pop", **changes)
+
+
+def test_a_file_that_decides_what_is_ranked_counts_by_what_it_holds(tmp_path):
+    first, moved, config = tmp_path / "first.jsonl", tmp_path / "moved.jsonl", tmp_path / "given.yaml"
+    first.write_text("one")
+    moved.write_text("one")
+
+    def named(**changes: Any) -> str:
+        return jobs_of(plan(tmp_path, "Pop", **changes))[0].run_id
+
+    told = [named(overrides={"candidates_file": str(file)}) for file in (first, moved)]
+    config.write_text(f"candidates_file: {first}\n")
+    told.append(named(config_files=(str(config),)))
+    moved.write_text("another")
+    first.write_text("another")
+    after = [named(overrides={"candidates_file": str(file)}) for file in (first, moved)]
+    after.append(named(config_files=(str(config),)))
+    assert told[0] == told[1] != after[0] == after[1]
+    assert told[2] != after[2], "named in a config file it counts by what it holds too"

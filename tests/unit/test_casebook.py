@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from recbole_mllm.benchmark.casebook import SHOWN, Casebook, choose, read_casebook
+from recbole_mllm.benchmark.casebook import SHOWN, Casebook, Place, choose, read_casebook
 from recbole_mllm.benchmark.cases import case_of, drawn, target_position
 from recbole_mllm.benchmark.ranking import build
 from recbole_mllm.benchmark.records import append, read_arrays
@@ -85,7 +85,7 @@ def test_places_decide_where_scores_are_tied(runs, tmp_path):
 
 def test_the_two_chosen_are_the_furthest_apart_one_each_way():
     def order(rank):
-        return [(f"i{place}", 0.0, place == rank) for place in range(1, 22)]
+        return [Place(f"i{place}", 0.0, place == rank, place, 21, None) for place in range(1, 22)]
 
     names = [f"u{n}" for n in range(SHOWN + 4)]
     mine = {name: order(rank) for name, rank in zip(names, [21] * SHOWN + [1, 2, 9, 5], strict=True)}

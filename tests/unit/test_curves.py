@@ -16,6 +16,7 @@ import recbole_mllm  # noqa: F401 - RecBole's Config on today's numpy
 from recbole_mllm.benchmark.charts import curve_charts, group_charts
 from recbole_mllm.benchmark.curves import metric_curves, target_ranks
 from recbole_mllm.benchmark.groups import bands, measure, partitions
+from recbole_mllm.benchmark.plot import tick_texts
 from recbole_mllm.benchmark.ranking import build
 from recbole_mllm.benchmark.records import read_arrays
 from recbole_mllm.benchmark.sheets import format_curves, format_groups
@@ -148,3 +149,8 @@ def test_large_groups_get_the_normal_interval_which_is_the_bootstraps():
     (part,) = measure(values, partitions(columns)[0])
     (drawn,) = estimate_means(values[None], 1)
     assert (part.low, part.high) == pytest.approx((drawn.low, drawn.high), abs=2e-3)
+
+
+def test_ticks_have_the_decimals_that_tell_them_apart():
+    assert tick_texts([0.0, 0.05, 0.1]) == ["0.00", "0.05", "0.10"]
+    assert tick_texts([0.0, 0.2, 0.4]) == ["0.0", "0.2", "0.4"]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 
 import pytest
 
 from recbole_mllm.benchmark.field import resolve
-from recbole_mllm.benchmark.tuning import search, space_of, trials
+from recbole_mllm.benchmark.tuning import TRIALS, read_journal, search, space_of, trials
 from recbole_mllm.errors import UserError
 from recbole_mllm.quick_start import make_config
 from recbole_mllm.resources import named
@@ -39,7 +41,41 @@ def test_the_best_on_validation_is_chosen_and_a_failure_costs_its_trial(bigger, 
     lines: list[str] = []
     found = search([{}, {"rate": 3}, {"rate": 1}, {"rate": 2}], score, bigger, lines.append)
     assert found["chosen"] == best and len(lines) == len(found["trials"]) == 4
-    assert found["trials"][1] == {"settings": {"rate": 3}, "valid": None, "error": "ValueError: does not fit"}
+    failed = {"settings": {"rate": 3}, "valid": None, "error": "ValueError: does not fit"}
+    assert found["trials"][1].items() >= failed.items()
+
+
+def test_a_killed_search_goes_on_where_it_was_and_ends_alike(tmp_path):
+    """Another process is killed within its third trial; what it had tried is not tried again."""
+    drawn, journal, asked = trials(SPACE, 6, 3, DEFAULT), tmp_path / TRIALS, []
+
+    def score(settings):
+        asked.append(settings)
+        if settings == drawn[1]:
+            raise ValueError("does not fit")
+        return -abs(settings.get("rate", 0.01) - 0.001) + settings.get("size", 8) / 1e6
+
+    def until_killed(settings):
+        if len(asked) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return score(settings)
+
+    if (child := os.fork()) == 0:
+        search(drawn, until_killed, True, str, journal)
+        os._exit(0)
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1]) and len(read_journal(journal)) == 2
+    journal.write_text(journal.read_text() + '{"settings": {"rate": 0.1, "si')  # a line it was writing
+    lines: list[str] = []
+    resumed = search(drawn, score, True, lines.append, journal)
+    assert asked == drawn[2:] and sum("kept from before" in line for line in lines) == 2
+    straight = search(drawn, score, True, str)
+    told = [
+        [{k: v for k, v in one.items() if k != "seconds"} for one in found["trials"]] for found in (resumed, straight)
+    ]
+    assert told[0] == told[1] and resumed["chosen"] == straight["chosen"] == {"rate": 0.001, "size": 16}
+    assert len(read_journal(journal)) == 6
+    asked.clear()
+    assert search(drawn, score, True, str, journal) == resumed and not asked
 
 
 def test_a_search_in_which_nothing_runs_fails_and_a_mistake_stops_it():

@@ -67,6 +67,7 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
         self.backbone = getattr(self.mllm, "model", None)  # none where a server has it
         self.label_field = config["LABEL_FIELD"]
         self.team = Team(self)
+        self.answered: tuple[Any, Any] | None = None  # the last full ranking's items asked about, and the log-odds
         self._ahead: dict[Row, float] = {}
         self._kept = KeptScores(Path(config["data_path"]), self.settings.ranking)
 
@@ -161,6 +162,7 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
         short = self.reranker.shortlist(interaction)
         logodds = np.zeros(short.asked.shape)
         logodds[short.asked > 0] = self._known(self.rows_asked(interaction, short))
+        self.answered = short.asked, logodds
         return short.ranked(logodds, self.reranker.share).to(self.device).view(-1)
 
     def _all_asked(self, interaction: Interaction) -> Tensor:

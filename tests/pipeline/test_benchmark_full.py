@@ -1,0 +1,134 @@
+"""A benchmark under full ranking, from real runs to the pages: every row ranks all items, and says what it can."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import small_world
+import tiny_models
+
+from recbole_mllm.benchmark.casebook import DEEPEST, read_casebook
+from recbole_mllm.benchmark.ranking import build
+from recbole_mllm.benchmark.records import RECORDS, read_arrays, read_records
+from recbole_mllm.benchmark.report import render
+from recbole_mllm.benchmark.run import BenchmarkPlan, jobs_of
+from recbole_mllm.benchmark.worker import run_job
+from recbole_mllm.errors import UserError
+
+TOP_K = 6
+
+
+def plan(place: Path, *labels: str, **more: Any) -> BenchmarkPlan:
+    full = {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "full"}
+    keys = {
+        "data_path": str(place / "data"), "mllm": str(place / "llava"), "prompt_style": "demo",
+        "item_summary_tokens": 3, "user_summary_tokens": 3, "finetune": "none", "eval_args": full,
+        "retriever": "SASRec", "top_k": TOP_K,
+        "gpu_id": "1", "metric_decimal_place": 7,
+    }  # fmt: skip
+    quick = place / "quick.yaml"
+    quick.write_text("per_model: {SASRec: {epochs: 2}}\n")
+    return BenchmarkPlan("steps", labels, (3,), place / "results", (str(quick),), keys | more)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Run Pop, SASRec and MLLMMSR."""
+    folder: Path = tmp_path_factory.mktemp("full")
+    small_world.write(folder / "data")
+    tiny_models.llava(folder / "llava")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["pytest"])
+        patch.chdir(folder)
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        for job in jobs_of(plan(folder, "Pop", "SASRec", "MLLMMSR")):
+            job.folder.mkdir(parents=True)
+            run_job(json.loads(json.dumps(job.order())))
+            assert os.environ["CUDA_VISIBLE_DEVICES"] == "1"
+            os.chdir(folder)
+    return folder
+
+
+def test_all_rows_rank_the_same_items_and_say_how(place: Path) -> None:
+    runs = {run.label: run for run in read_records(place / "results" / RECORDS)}
+    assert len({(run.candidates, run.protocol, run.n_users) for run in runs.values()}) == 1
+    assert "all items but those the user has met ranked" in runs["Pop"].protocol
+    told = runs["MLLMMSR"].retrieval
+    assert told is not None and str(told["retriever"]).startswith("SASRec#")
+    assert told["top_k"] == TOP_K and told["fusion"] == 1.0 and runs["Pop"].retrieval is None
+    # the retriever is trained as its row is, so what it puts first is what the row ranks first
+    scores = read_arrays(place / "results" / str(runs["SASRec"].scores), ["label", "place", "among"])
+    inside = (scores["label"] > 0) & (scores["among"] - scores["place"] <= TOP_K)
+    assert told["recall"] == pytest.approx(inside.sum() / runs["SASRec"].n_users)
+    assert all("AUC" not in run.metrics and "GAUC" in run.metrics for run in runs.values())
+    left = small_world.ITEMS - (small_world.LENGTH - 1)
+    assert set(scores["among"].tolist()) == {left}
+    assert runs["Pop"].pairs_per_s == pytest.approx(left * small_world.USERS / runs["Pop"].score_s)
+    assert runs["MLLMMSR"].pairs_per_s == pytest.approx(TOP_K * small_world.USERS / runs["MLLMMSR"].score_s)
+
+
+def test_the_mllm_reorders_what_sasrec_puts_first_and_nothing_else(place: Path) -> None:
+    runs = {run.label: run for run in read_records(place / "results" / RECORDS)}
+    kept = {
+        label: read_arrays(place / "results" / str(runs[label].scores), ["user", "item", "place", "among", "answer"])
+        for label in ("SASRec", "MLLMMSR")
+    }
+
+    def order(label: str, user: str) -> list[str]:
+        own = kept[label]["user"] == user
+        return [str(item) for item in kept[label]["item"][own][np.argsort(-kept[label]["place"][own])]]
+
+    for user in np.unique(kept["SASRec"]["user"]).tolist():
+        theirs, mine = order("SASRec", user), order("MLLMMSR", user)
+        assert set(theirs[:TOP_K]) == set(mine[:TOP_K]) and theirs[TOP_K:] == mine[TOP_K:]
+        answers = kept["MLLMMSR"]["answer"][kept["MLLMMSR"]["user"] == user]
+        assert np.isfinite(answers).sum() == TOP_K
+    assert np.isnan(kept["SASRec"]["answer"]).all()
+
+
+def test_the_pages_hold_and_what_cannot_be_had_is_a_dash_with_its_reason(place: Path) -> None:
+    results = place / "results"
+    board = render(results)
+    assert board.metrics[-1] == "AUC" and all(row.ok and row.curves and row.slices for row in board.rows)
+    published = json.loads((results / "leaderboard.json").read_text())
+    assert all(row["metrics"]["AUC"]["mean"] is None for row in published["rows"])
+    assert all(row["metrics"]["NDCG@10"]["ci95"] for row in published["rows"])
+    for name in ("leaderboard.html", "leaderboard.md", "leaderboard.tex"):
+        page = (results / name).read_text()
+        assert "AUC has no value here" in page, name
+    assert f"MLLMMSR re-ranks the best {TOP_K} items of SASRec" in (results / "leaderboard.html").read_text()
+    hits = {row.model: row.curves["Hit"] for row in board.rows}
+    assert all((np.diff(curve) >= 0).all() and len(curve) == 20 for curve in hits.values())
+    assert hits["MLLMMSR"][TOP_K - 1 :] == pytest.approx(hits["SASRec"][TOP_K - 1 :])
+
+
+def test_cases_show_the_top_of_the_ranking_and_the_target_where_it_is(place: Path) -> None:
+    results = place / "results"
+    book = read_casebook(build(read_records(results / RECORDS), results), results)
+    assert book is not None and book.problem == "" and book.beside == "SASRec"
+    for case in book.cases:
+        assert case.of == small_world.ITEMS - (small_world.LENGTH - 1)
+        for shown in (case.mine, case.theirs):
+            ranks = [one.rank for one in shown]
+            assert ranks[:DEEPEST] == list(range(1, DEEPEST + 1)) and len(shown) in (DEEPEST, DEEPEST + 1)
+            assert sum(one.hit for one in shown) == 1
+            assert all(one.shown.title == f"title of {one.shown.item}" for one in shown)
+        assert [one.p is not None for one in case.mine] == [one.rank <= TOP_K for one in case.mine]
+        assert all(one.p is None for one in case.theirs)
+
+
+def test_another_split_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+    monkeypatch.chdir(place)
+    (job,) = jobs_of(plan(place, "Pop", exclude_seen=None))
+    job.folder.mkdir(parents=True, exist_ok=True)
+    run_job(json.loads(json.dumps(job.order())))
+    records = read_records(place / "results" / RECORDS)
+    with pytest.raises(UserError, match="ranked different candidates"):
+        build(records, place / "results")

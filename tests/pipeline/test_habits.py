@@ -1,0 +1,128 @@
+"""What RecBole's users are used to works with MLLMMSR: case studies, TensorBoard, wandb, `gpu_id`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import small_world
+import tiny_models
+import torch
+from recbole.config import Config
+from recbole.data import create_dataset, data_preparation
+from recbole.data.interaction import Interaction
+from recbole.utils import get_trainer, init_seed
+from recbole.utils.case_study import full_sort_topk
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from recbole_mllm.data.schema import POSITION
+from recbole_mllm.model.sequential_recommender.mllmmsr import MLLMMSR
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("habits")
+    small_world.write(folder / "data")
+    tiny_models.llava(folder / "llava")
+    return folder
+
+
+@pytest.fixture
+def settings(place: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+    monkeypatch.chdir(place)
+    return {
+        "data_path": str(place / "data"), "checkpoint_dir": str(place / "saved"), "mllm": str(place / "llava"),
+        "prompt_style": "demo", "summary_mode": "none", "load_col": {"inter": ["user_id", "item_id", "timestamp"]},
+        "train_last_k": 1, "show_progress": False, "seed": 7, "limit_users": 8, "train_batch_size": 4,
+    }  # fmt: skip
+
+
+def made(settings: dict[str, Any]) -> Any:
+    config = Config("MLLMMSR", "steps", config_dict=settings)
+    init_seed(config["seed"], True)
+    dataset = create_dataset(config)
+    train, valid, test = data_preparation(config, dataset)
+    model = MLLMMSR(config, train._dataset)
+    return model, (train, valid, test), get_trainer(config["MODEL_TYPE"], "MLLMMSR")(config, model)
+
+
+def test_full_sort_topk_gives_the_order_of_predict_on_all_items(settings: dict[str, Any]) -> None:
+    model, (*_, test), _ = made(settings | {"finetune": "none"})
+    users = test._dataset.inter_feat["user_id"].numpy()[:2]
+    scores, items = full_sort_topk(users, model, test, k=small_world.ITEMS)
+    for user, own_scores, own in zip(users, scores, items, strict=True):
+        row = test._dataset.inter_feat[int((test._dataset.inter_feat["user_id"] == user).nonzero()[0])]
+        every = torch.arange(1, small_world.ITEMS + 1)
+        pairs = Interaction({
+            "user_id": torch.full_like(every, int(user)), "item_id": every,
+            POSITION: torch.full_like(every, int(row[POSITION])),
+        })  # fmt: skip
+        predicted = model.predict(pairs)
+        assert set(own.tolist()) == set(every.tolist())
+        assert torch.allclose(predicted[own - 1], own_scores, atol=1e-5)
+        assert bool((own_scores.diff() <= 0).all())
+
+
+def test_tensorboard_shows_losses_and_validation_by_step_and_epoch(settings: dict[str, Any]) -> None:
+    _, (train, valid, _), trainer = made(settings | {"epochs": 2})
+    trainer.fit(train, valid)
+    trainer.tensorboard.flush()
+    events = EventAccumulator(trainer.tensorboard.log_dir).Reload()
+    steps = events.Scalars("Step/loss")
+    assert [event.step for event in steps] == list(range(2 * len(train)))
+    by_epoch = np.array([event.value for event in steps]).reshape(2, -1).sum(1)
+    assert [event.value for event in events.Scalars("Loss/Train")] == pytest.approx(by_epoch.tolist(), rel=1e-5)
+    assert [event.step for event in events.Scalars("Vaild_score")] == [0, 1]
+    assert max(event.value for event in events.Scalars("Vaild_score")) == pytest.approx(trainer.best_valid_score)
+    rates = [event.value for event in events.Scalars("Step/learning_rate")]
+    assert max(rates) <= trainer.learning_rate * 1.0001 and rates[-1] < max(rates)
+
+
+class Recorded(ModuleType):
+    """Stands for wandb: keeps what RecBole's WandbLogger calls it with (utils/wandblogger.py)."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.lines: list[dict[str, Any]] = []
+        self.run: Any = None
+
+    def init(self, project: str, config: Any) -> None:
+        self.project, self.run = project, type("Run", (), {"summary": {}})()
+
+    def define_metric(self, name: str, step_metric: str) -> None:
+        pass
+
+    def log(self, metrics: dict[str, Any], commit: bool) -> None:
+        self.lines.append(metrics)
+
+
+@pytest.mark.parametrize("finetune", ["lora", "none"])
+def test_wandb_sees_losses_and_metrics(settings: dict[str, Any], finetune: str, monkeypatch: Any) -> None:
+    fake = Recorded()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    keys = {"log_wandb": True, "wandb_project": "mine", "epochs": 1, "finetune": finetune}
+    _, (train, valid, test), trainer = made(settings | keys)
+    trainer.fit(train, valid)
+    found = trainer.evaluate(test)
+    assert fake.project == "mine"
+    shown = [line for line in fake.lines if "valid_step" in line]
+    assert len(shown) == 1 and shown[0]["valid/ndcg@10"] == trainer.best_valid_result["ndcg@10"]
+    assert fake.run.summary["eval/ndcg@10"] == found["ndcg@10"]
+    losses = [line["step/loss"] for line in fake.lines if "step/loss" in line]
+    assert len(losses) == (len(train) if finetune == "lora" else 0)
+    epochs = [line["train/train_loss"] for line in fake.lines if "train/train_loss" in line]
+    assert epochs == ([pytest.approx(sum(losses))] if losses else [])
+
+
+def test_gpu_id_is_recboles_and_falls_back_to_the_cpu(settings: dict[str, Any], monkeypatch: Any) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    config = Config("MLLMMSR", "steps", config_dict=settings | {"gpu_id": "3"})
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == config["gpu_id"] == "3"
+    assert config["device"].type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert Config("MLLMMSR", "steps", config_dict=settings | {"gpu_id": ""})["device"].type == "cpu"

@@ -1,0 +1,75 @@
+"""A model that cannot run says why in a sentence: real runs of RecBole's own models on data they are not made for."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small_world
+from recbole.data import create_dataset, data_preparation
+from recbole.utils import get_model
+
+from recbole_mllm.benchmark.reasons import reason_of
+from recbole_mllm.benchmark.worker import _negatives
+from recbole_mllm.quick_start import make_config, run
+
+FIXED = {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "uni20"}
+
+
+@pytest.fixture
+def keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+    monkeypatch.chdir(tmp_path)
+    small_world.write(tmp_path / "data", images=False)
+    return {
+        "data_path": str(tmp_path / "data"), "checkpoint_dir": str(tmp_path / "saved"), "epochs": 1, "state": "ERROR",
+        "show_progress": False, "eval_args": FIXED, "frozen_candidates": True,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("KGAT", "KGAT needs a knowledge graph, in RecBole's files steps.kg and steps.link"),
+        ("GRU4RecKG", "GRU4RecKG needs a knowledge graph, in RecBole's files steps.kg and steps.link"),
+        ("FDSA", "FDSA reads the field 'class', which the dataset does not have"),
+        ("S3Rec", "S3Rec reads the field 'class', which the dataset does not have"),
+        ("GRU4RecCPR", "GRU4RecCPR takes the best k of all items while it trains, and this dataset has fewer"),
+        ("DGCF", "DGCF samples more users or items at a time than this dataset has"),
+        ("FM", "FM learns from labels, which these interactions do not have"),
+    ],
+)
+def test_a_model_made_for_other_data_says_what_it_needs(keys: dict[str, Any], model: str, words: str) -> None:
+    with pytest.raises(Exception) as caught:  # whatever RecBole raises
+        run(make_config(model, "steps", [], keys))
+    reason = reason_of(caught.value, model, "steps")
+    assert reason is not None and reason.startswith(words) and "\n" not in reason
+
+
+def test_a_missing_package_and_a_place_in_recbole_are_told() -> None:
+    namespace: dict[str, Any] = {}
+    file = str(Path(str(sys.modules["recbole"].__file__)).parent / "model" / "planted.py")
+    exec(compile("def absent():\n    import no_such_package.part\n", file, "exec"), namespace)
+    exec(compile("def wrong():\n    raise RuntimeError('shapes differ\\nat length')\n", file, "exec"), namespace)
+    told = {}
+    for name in ("absent", "wrong"):
+        try:
+            namespace[name]()
+        except Exception as error:
+            told[name] = reason_of(error, "Mine", "steps")
+    assert told["absent"] == "Mine needs the Python package 'no_such_package', which is not installed"
+    assert told["wrong"] == "Mine stopped in RecBole's model/planted.py: RuntimeError: shapes differ"
+    assert reason_of(RuntimeError("our own"), "Mine", "steps") is None
+
+
+def test_a_context_aware_model_gets_negatives_and_others_are_left_alone(keys: dict[str, Any]) -> None:
+    assert _negatives("BPR") == {} == _negatives("SASRec")
+    keys |= _negatives("FM") | {"metrics": ["NDCG"], "topk": [10], "valid_metric": "NDCG@10"}
+    config = make_config("FM", "steps", [], keys)
+    train, *_ = data_preparation(config, create_dataset(config))
+    batch = next(iter(train))
+    assert set(batch["label"].tolist()) == {0.0, 1.0}
+    assert get_model("FM")(config, train._dataset).calculate_loss(batch).item() > 0
+    assert 0 <= run(make_config("FM", "steps", [], keys)).test["NDCG@10"] <= 1
