@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
@@ -115,6 +116,22 @@ def summarize(dataset: str, stage: str, dry: bool, options: Options) -> int:
 
     for line in prepare_summaries(_config("MLLMMSR", dataset, options), stage, dry=dry):
         print(line)
+    return 0
+
+
+def plan(dataset: str, json_path: str | None, request: Mapping[str, Any], options: Options) -> int:
+    """Say what a run of MLLMMSR would cost, before anything runs."""
+    from recbole_mllm.planning.plan import Request, make_plan
+    from recbole_mllm.planning.text import format_plan
+
+    asked = Request(**request)
+    found = make_plan(_config("MLLMMSR", dataset, options), asked)
+    if json_path:
+        path = Path(json_path)
+        if not path.parent.is_dir():
+            raise UserError(f"--json {json_path}: there is no folder {path.parent}; make it first")
+        path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    print(format_plan(found))
     return 0
 
 

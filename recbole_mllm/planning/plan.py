@@ -1,0 +1,186 @@
+"""A plan: what a run would cost, put together from the counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from recbole_mllm.errors import UserError
+from recbole_mllm.planning.assumptions import assumptions
+from recbole_mllm.planning.bill import bill
+from recbole_mllm.planning.devices import device as device_called
+from recbole_mllm.planning.disk import checkpoint_bytes, score_cache_bytes, store_bytes
+from recbole_mllm.planning.hours import ByDevice, ByProbe, ByServer, Clock
+from recbole_mllm.planning.memory import activations, generation_cache, training_state, weights
+from recbole_mllm.planning.models import STAGES, Models
+from recbole_mllm.planning.prepared import Prepared, prepare
+from recbole_mllm.planning.probe import Probed, probe
+from recbole_mllm.planning.stages import LIMIT, Counted, count
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a plan is asked for beside the configuration.
+
+    Args:
+        device: A name in properties/devices.yaml.
+        probe: Whether this machine is measured.
+        nodes: Over how many nodes of `devices_per_node` each the work is split.
+        price_per_hour: Of one device.
+        requests_per_s: What all servers together answer.
+        limit: Prompts of a stage above which a sample is counted.
+    """
+
+    device: str | None = None
+    probe: bool = False
+    nodes: int = 1
+    devices_per_node: int | None = None
+    price_per_hour: float | None = None
+    requests_per_s: float | None = None
+    limit: int = LIMIT
+
+    def __post_init__(self) -> None:
+        if self.device and self.probe:
+            raise UserError(
+                "--device prices a device by its data sheet, --probe measures this machine; give one of them"
+            )
+        for name in ("nodes", "devices_per_node", "price_per_hour", "requests_per_s"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UserError(f"--{name} is {value}; it must be above 0")
+
+    @property
+    def workers(self) -> int:
+        """Devices that work side by side: 8 a node where several nodes are asked for, else one."""
+        return self.nodes * (self.devices_per_node or (8 if self.nodes > 1 else 1))
+
+
+def make_plan(config: Any, request: Request) -> dict[str, Any]:
+    """Return what a run of `config` would cost; docs/plan.md says what each entry is. Nothing is written.
+
+    Raises:
+        UserError: The configuration, the device or a model is not what it should be.
+    """
+    named = device_called(request.device) if request.device else None
+    p = prepare(config, torch.device(named.kind) if named else config["device"])
+    models = Models(p)
+    if (found := models.blueprint("sft")) is not None and p.is_trained and p.settings.train.gradient_checkpointing:
+        found.body.head_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    probed = probe(p, models) if request.probe else None
+    counted = count(p, models, probed.samples if probed else {}, request.limit)
+    if probed:
+        probed.measure(counted)
+    clock = _clock(request, models, probed)
+    return {
+        "schema": SCHEMA,
+        "dataset": str(p.config["dataset"]),
+        "models": _models(models),
+        "stages": {name: _stage(name, counted, clock, request, models) for name in STAGES},
+        "sharing": {name: _sharing(counted, name) for name in ("sft", "valid", "test")},
+        "disk_bytes": _disk(p, models, counted),
+        "memory_bytes": _memory(p, models, counted),
+        "device": request.device and named and named.name,
+        "bill": bill(p, models, counted, clock, named, request),
+        "assumptions": assumptions(p, models, counted, request, named),
+    }
+
+
+def _clock(request: Request, models: Models, probed: Probed | None) -> Clock | None:
+    if probed:
+        return ByProbe(probed.measured)
+    if request.device:
+        return ByDevice(device_called(request.device), models.anatomies(), models.item_bytes, models.slots)
+    return None
+
+
+def _stage(name: str, counted: Counted, clock: Clock | None, request: Request, models: Models) -> dict[str, Any]:
+    one = counted.counts[name]
+    server = models.blueprint(name) is None
+    by: Clock | None = ByServer(request.requests_per_s) if server and request.requests_per_s else clock
+    if server and not request.requests_per_s:
+        by = None
+    names = ("prompts", "known", "text_tokens", "image_tokens", "new_tokens", "computed", "images")
+    return {
+        "model": models.name(name),
+        **{key: round(getattr(one, key)) for key in names},
+        "longest_prompt": one.longest,
+        "flops": {
+            "vision": one.vision_flops,
+            "prompt": one.prompt_flops,
+            "decode": one.decode_flops,
+            "head": one.head_flops,
+            "backward": one.backward_flops,
+            "total": one.flops,
+        },
+        "seconds": by.seconds(name, one) if by else None,
+        "sampled": name in counted.sampled,
+    }
+
+
+def _models(models: Models) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for stage, anatomy in models.anatomies().items():
+        out[models.name(stage)] = {
+            "family": anatomy.family,
+            "parameters": anatomy.parameters,
+            "vision": anatomy.vision.parameters,
+            "projector": anatomy.projector.parameters,
+            "language": anatomy.language.parameters,
+            "embedding": anatomy.embedding,
+            "head": anatomy.head if anatomy.head_is_own else 0,
+            "trained": models.trained if models.name(stage) == models.name("sft") else 0,
+        }
+    return out
+
+
+def _sharing(counted: Counted, name: str) -> dict[str, float]:
+    """Return the tokens that pass through the language model without and with shared prefixes."""
+    one = counted.counts[name]
+    return {"alone": round(one.tokens), "shared": round(one.computed), "saving": one.tokens / max(1.0, one.computed)}
+
+
+def _disk(p: Prepared, models: Models, counted: Counted) -> dict[str, float]:
+    items, users, test = counted.items, counted.users, counted.counts["test"]
+    who, ranking = p.stage.who, p.settings.ranking
+    kept = test.prompts + (counted.counts["valid"].prompts if not p.is_trained else 0)
+    kept = kept if ranking.score_cache and models.blueprint("test") is not None else 0
+    kinds = [
+        ("item", who.item_identity, items.answers, items.count.prompts),
+        ("user", who.user_identity, users.answers, users.count.prompts),
+    ]
+    return {
+        "store": store_bytes(kinds),
+        "isum": items.rows * items.row_bytes,
+        "usum": users.rows * users.row_bytes,
+        "checkpoints": checkpoint_bytes(models.trained, newest=bool(p.settings.train.checkpoint_every_steps)),
+        "score_cache": score_cache_bytes(kept, ranking.score_cache_mb),
+    }
+
+
+def _memory(p: Prepared, models: Models, counted: Counted) -> dict[str, dict[str, float]]:
+    """Return the bytes on one device by stage and part."""
+    out: dict[str, dict[str, float]] = {}
+    settings = p.settings
+    for name, anatomy in models.anatomies().items():
+        one, precision = counted.counts[name], models.precision(name)
+        parts = {"weights": weights(anatomy, precision)}
+        if name in ("items", "users"):
+            new = one.new_tokens / max(1.0, one.prompts)
+            rows = min(models.slots, one.prompts)
+            parts["generation_cache"] = generation_cache(anatomy, precision, rows, one.longest + new)
+        elif name == "sft":
+            parts["training_state"] = training_state(anatomy, precision, settings.lora, models.trained)
+            rows = settings.train.micro_batch_size or int(p.config["train_batch_size"])
+            parts["activations"] = activations(
+                anatomy, precision, settings.lora, settings.train, one.widest, min(rows, one.widest)
+            )
+        else:
+            parts["prefix_cache"] = generation_cache(anatomy, precision, 1, one.prefix)
+            parts["batch_cache"] = generation_cache(anatomy, precision, 1, one.widest)
+        if one.prompts:
+            out[name] = parts | {"total": sum(parts.values())}
+    return out
