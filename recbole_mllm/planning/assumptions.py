@@ -22,7 +22,7 @@ def assumptions(p: Prepared, models: Models, counted: Counted, request: Request,
 def _texts(p: Prepared, counted: Counted) -> list[str]:
     out = []
     for kind, stage in (("item", "items"), ("user", "users")):
-        if kind in counted.assumed and counted.counts[stage].prompts:
+        if kind in counted.summaries.assumed and counted.counts[stage].prompts:
             most = getattr(p.settings.summary, f"{kind}_summary_tokens")
             out.append(
                 f"{kind} summaries are {most} tokens long, their limit: none is written yet; --probe measures their length"

@@ -49,7 +49,7 @@ def _split(
     one = counted.counts[name]
     if name == "users" and named and workers > 1:
         anatomy = models.anatomies()["users"]
-        return workers, chain_seconds(named, anatomy, models.item_bytes, one, counted.users.longest_chain)
+        return workers, chain_seconds(named, anatomy, models.item_bytes, one, counted.summaries.users.longest_chain)
     if name != "sft" or workers == 1:
         return workers, 0.0
     batch, group = int(p.config["train_batch_size"]), p.settings.train.gradient_accumulation_steps

@@ -65,16 +65,20 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class ByProbe:
-    """By this machine's measured rates: seconds grow with the operations."""
+    """By this machine's measured rates: seconds grow with the operations, and with the images to preprocess."""
 
     measured: Mapping[str, Measured]
+    image_s: float = 0.0
 
     def seconds(self, stage: str, count: Count) -> float | None:
         """Return the seconds of `count`."""
         if not count.flops:
             return 0.0 if not count.prompts else None
         found = self.measured.get(stage) or (self.measured.get("test") if stage == "valid" else None)
-        return found and found.seconds * count.flops / found.flops
+        if found is None:
+            return None
+        images = self.image_s * count.images if stage in ("sft", "valid", "test") else 0.0
+        return found.seconds * count.flops / found.flops + images
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,13 +47,24 @@ class KnownTexts:
         """Return some texts of `kind` (``item`` or ``user``) that `model` wrote in any precision, with their tokens."""
         query = "SELECT text, new_tokens FROM answers WHERE kind = ? AND model GLOB ? AND new_tokens > 0 LIMIT ?"
         like = f"{glob.escape(model.rpartition(':')[0])}:*"
-        return [(str(text), int(str(new))) for text, new in self._rows(query, [kind, like, _SAMPLES])]
+        return [(str(text), int(new)) for text, new in self._rows(query, [kind, like, _SAMPLES])]
 
-    def _rows(self, query: str, values: list[object] | list[str]) -> list[tuple[object, object]]:
+    def _rows(self, query: str, values: list[object] | list[str]) -> list[tuple[str, str]]:
         if self._db is None:
             return []
         with _readable(self._path):
             return self._db.execute(query, values).fetchall()
+
+
+class NothingKnown:
+    """A store without answers that keeps none."""
+
+    def get(self, keys: Iterable[str]) -> dict[str, str]:
+        """Return nothing."""
+        return {}
+
+    def add(self, *_: object) -> None:
+        """Keep nothing."""
 
 
 @contextmanager

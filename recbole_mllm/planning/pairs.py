@@ -19,7 +19,10 @@ _DENSE = 2**25  # scores drawn at a time for a retriever that is not trained yet
 class Pairs(Protocol):
     """(user, position, item) of a split, item by item."""
 
-    total: int
+    @property
+    def total(self) -> int:
+        """How many pairs there are."""
+        ...
 
     def span(self, start: int, stop: int) -> list[Row]:
         """Return the pairs at places ``[start, stop)``."""
@@ -35,7 +38,12 @@ class Listed:
 
     def __init__(self, users: Any, positions: Any, items: Any) -> None:
         rows = np.unique(np.c_[items, users, positions], axis=0)
-        self.rows, self.total = rows, len(rows)
+        self.rows = rows
+
+    @property
+    def total(self) -> int:
+        """How many pairs there are."""
+        return len(self.rows)
 
     def span(self, start: int, stop: int) -> list[Row]:
         """Return the pairs at places ``[start, stop)``."""

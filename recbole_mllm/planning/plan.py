@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -15,9 +15,11 @@ from recbole_mllm.planning.disk import checkpoint_bytes, score_cache_bytes, stor
 from recbole_mllm.planning.hours import ByDevice, ByProbe, ByServer, Clock
 from recbole_mllm.planning.memory import activations, generation_cache, training_state, weights
 from recbole_mllm.planning.models import STAGES, Models
+from recbole_mllm.planning.pairs import pairs_of
 from recbole_mllm.planning.prepared import Prepared, prepare
-from recbole_mllm.planning.probe import Probed, probe
-from recbole_mllm.planning.stages import LIMIT, Counted, count
+from recbole_mllm.planning.probe import Probed, probe_summaries
+from recbole_mllm.planning.probe_asking import probe_asking
+from recbole_mllm.planning.stages import LIMIT, Counted, Summaries, asking_of, count, count_summaries
 
 SCHEMA = 1
 
@@ -70,10 +72,12 @@ def make_plan(config: Any, request: Request) -> dict[str, Any]:
     models = Models(p)
     if (found := models.blueprint("sft")) is not None and p.is_trained and p.settings.train.gradient_checkpointing:
         found.body.head_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    probed = probe(p, models) if request.probe else None
-    counted = count(p, models, probed.samples if probed else {}, request.limit)
-    if probed:
-        probed.measure(counted)
+    probed = Probed() if request.probe else None
+    summaries = _summaries(p, models, probed, request.limit)
+    asking = asking_of(p, models, summaries, request.limit)
+    if probed and found is not None:
+        probe_asking(p, asking, models.name("test"), pairs_of(p, "test"), probed)
+    counted = count(p, summaries, asking)
     clock = _clock(request, models, probed)
     return {
         "schema": SCHEMA,
@@ -85,13 +89,24 @@ def make_plan(config: Any, request: Request) -> dict[str, Any]:
         "memory_bytes": _memory(p, models, counted),
         "device": request.device and named and named.name,
         "bill": bill(p, models, counted, clock, named, request),
+        "probe": probed and _probed(probed),
         "assumptions": assumptions(p, models, counted, request, named),
     }
 
 
+def _summaries(p: Prepared, models: Models, probed: Probed | None, limit: int) -> Summaries:
+    """Count the summaries; with a probe, once more where some are missing, on what it has written."""
+    found = count_summaries(p, models, {}, limit)
+    missing = [name for name, one in (("items", found.items), ("users", found.users)) if one.count.prompts]
+    if not probed or not missing:
+        return found
+    probe_summaries(p, models, probed, stages=missing)
+    return count_summaries(p, models, probed.samples, limit)
+
+
 def _clock(request: Request, models: Models, probed: Probed | None) -> Clock | None:
     if probed:
-        return ByProbe(probed.measured)
+        return ByProbe(probed.measured, probed.image_s)
     if request.device:
         return ByDevice(device_called(request.device), models.anatomies(), models.item_bytes, models.slots)
     return None
@@ -121,6 +136,11 @@ def _stage(name: str, counted: Counted, clock: Clock | None, request: Request, m
     }
 
 
+def _probed(probed: Probed) -> dict[str, Any]:
+    times = {name: asdict(one) for name, one in probed.measured.items()}
+    return {"load_s": probed.load_s, "image_s": probed.image_s, "stages": times}
+
+
 def _models(models: Models) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for stage, anatomy in models.anatomies().items():
@@ -144,7 +164,7 @@ def _sharing(counted: Counted, name: str) -> dict[str, float]:
 
 
 def _disk(p: Prepared, models: Models, counted: Counted) -> dict[str, float]:
-    items, users, test = counted.items, counted.users, counted.counts["test"]
+    items, users, test = counted.summaries.items, counted.summaries.users, counted.counts["test"]
     who, ranking = p.stage.who, p.settings.ranking
     kept = test.prompts + (counted.counts["valid"].prompts if not p.is_trained else 0)
     kept = kept if ranking.score_cache and models.blueprint("test") is not None else 0

@@ -23,29 +23,33 @@ _WORDS = 2000
 
 
 @dataclass(slots=True)
+class Summaries:
+    """The counted item and user summaries, and the kinds whose length is only known from its limit."""
+
+    items: Written
+    users: Written
+    assumed: set[str]
+
+
+@dataclass(slots=True)
 class Counted:
     """The counts by stage, and what they rest on.
 
     Args:
         counts: Of ``items``, ``users``, ``sft`` (all epochs), ``valid`` (all validations) and ``test``.
-        items: The item summaries; `users` the user summaries.
+        summaries: What the first two come from.
         validations: How many there are.
-        asking: What counted the recommender's stages.
         sampled: Stages that a sample stands for.
-        assumed: Kinds of summary whose length is only known from its limit.
     """
 
     counts: dict[str, Count]
-    items: Written
-    users: Written
+    summaries: Summaries
     validations: int
-    asking: Asking
     sampled: set[str] = field(default_factory=set)
-    assumed: set[str] = field(default_factory=set)
 
 
-def count(p: Prepared, models: Models, samples: Mapping[str, Sequence[Sample]], limit: int = LIMIT) -> Counted:
-    """Count every stage.
+def count_summaries(p: Prepared, models: Models, samples: Mapping[str, Sequence[Sample]], limit: int) -> Summaries:
+    """Count the summaries.
 
     Args:
         p: The run.
@@ -59,22 +63,31 @@ def count(p: Prepared, models: Models, samples: Mapping[str, Sequence[Sample]], 
             "item": known.samples("item", who.item_identity) or samples.get("item", []),
             "user": known.samples("user", who.user_identity) or samples.get("user", []),
         }
-        made = {
-            "item": _stand_ins(p, models.reader("items"), texts["item"], s.item_summary_tokens),
-            "user": _stand_ins(p, models.reader("users"), texts["user"], s.user_summary_tokens),
-        }
-        items = count_items(p, known, models.reader("items"), made["item"], limit)
-        users = count_users(p, known, models.reader("users"), made["user"], items.texts, limit)
-    preferences = Preferences(users.texts, p.plan, p.stage.items, p.stage.style, s)
-    asking = Asking(p, models.reader("sft"), preferences, models.trained, limit, _images(p, models))
-    counts = {"items": items.count, "users": users.count}
+        items, users = models.reader("items"), models.reader("users")
+        for_items = _stand_ins(p, items, texts["item"], s.item_summary_tokens)
+        written = count_items(p, known, items, for_items, limit)
+        for_users = _stand_ins(p, users, texts["user"], s.user_summary_tokens)
+        preferred = count_users(p, known, users, for_users, written.texts, limit)
+    return Summaries(written, preferred, {kind for kind, found in texts.items() if not found})
+
+
+def asking_of(p: Prepared, models: Models, summaries: Summaries, limit: int) -> Asking:
+    """Return what makes and counts the recommender's prompts."""
+    stage = p.stage
+    preferences = Preferences(summaries.users.texts, p.plan, stage.items, stage.style, p.settings.summary)
+    return Asking(p, models.reader("sft"), preferences, models.trained, limit, _images(p, models))
+
+
+def count(p: Prepared, summaries: Summaries, asking: Asking) -> Counted:
+    """Count the recommender's stages beside the `summaries`."""
+    counts = {"items": summaries.items.count, "users": summaries.users.count}
     epochs, validations = rounds(p)
     counts["sft"] = asking.train(epochs) if p.is_trained and epochs else Count()
     for phase, times in (("valid", validations), ("test", 1)):
         counts[phase] = asking.score(phase, pairs_of(p, phase), times) if times else Count()
-    sampled = {name for name, written in (("items", items), ("users", users)) if written.sampled} | asking.sampled
-    assumed = {kind for kind, found in texts.items() if not found}
-    return Counted(counts, items, users, validations, asking, sampled, assumed)
+    written = (("items", summaries.items), ("users", summaries.users))
+    sampled = {name for name, one in written if one.sampled} | asking.sampled
+    return Counted(counts, summaries, validations, sampled)
 
 
 def rounds(p: Prepared) -> tuple[int, int]:

@@ -71,7 +71,7 @@ def count_items(p: Prepared, known: KnownTexts, reader: Reader, made: StandIns, 
     """Count the item summaries that some user summary reads; above `limit` items, over a sample of them."""
     s = p.settings.summary
     wanted = p.plan.items(s) if s.summary_mode != "none" else []
-    chosen = _sample(wanted, limit)
+    chosen = sample(wanted, limit)
     scribe, counter = _counting(item_scribe(p.stage, cast(Store, known)), reader, made)
     texts = item_summaries(scribe, p.stage.style, p.stage.items, chosen, s.item_summary)
     share = len(wanted) / max(1, len(chosen))
@@ -98,7 +98,7 @@ def count_users(
     chains = {user: steps(states, s) for user, states in p.plan.states(s).items()}
     sizes = {user: sum(map(len, levels)) for user, levels in chains.items()}
     total, chosen, sampled = sum(sizes.values()), list[str](), 0
-    for user in _sample(list(sizes), len(sizes)) if total > limit else sizes:
+    for user in shuffled(list(sizes)) if total > limit else sizes:
         if sampled > limit:
             break
         chosen.append(user)
@@ -129,10 +129,16 @@ def _with_known(counter: Counter, scribe: Scribe) -> Count:
     return counter.count
 
 
-def _sample(names: list[str], limit: int) -> list[str]:
-    if len(names) < limit:
+def sample(names: list[str], limit: int) -> list[str]:
+    """Return `limit` of `names`, the same ones each time; all in their order where there are no more."""
+    if len(names) <= limit:
         return names
-    return sorted(names, key=lambda name: hash64("plan", name))[:limit]
+    return shuffled(names)[:limit]
+
+
+def shuffled(names: list[str]) -> list[str]:
+    """Return `names` in an order that depends on them alone."""
+    return sorted(names, key=lambda name: hash64("plan", name))
 
 
 def _row(user: str, state: State, text: str) -> bytes:
