@@ -121,7 +121,8 @@ def summarize(dataset: str, stage: str, dry: bool, options: Options) -> int:
 
 def plan(dataset: str, json_path: str | None, request: Mapping[str, Any], options: Options) -> int:
     """Say what a run of MLLMMSR would cost, before anything runs."""
-    from recbole_mllm.planning.plan import Request, make_plan
+    from recbole_mllm.planning.plan import make_plan
+    from recbole_mllm.planning.request import Request
     from recbole_mllm.planning.text import format_plan
 
     asked = Request(**request)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from recbole_mllm.planning.devices import Device
 from recbole_mllm.planning.models import STAGES, Models
 from recbole_mllm.planning.prepared import Prepared
 from recbole_mllm.planning.readers import CHARACTERS
+from recbole_mllm.planning.request import Request
 from recbole_mllm.planning.stages import Counted
-
-if TYPE_CHECKING:
-    from recbole_mllm.planning.plan import Request
 
 
 def assumptions(p: Prepared, models: Models, counted: Counted, request: Request, named: Device | None) -> list[str]:
@@ -25,7 +21,7 @@ def _texts(p: Prepared, counted: Counted) -> list[str]:
         if kind in counted.summaries.assumed and counted.counts[stage].prompts:
             most = getattr(p.settings.summary, f"{kind}_summary_tokens")
             out.append(
-                f"{kind} summaries are {most} tokens long, their limit: none is written yet; --probe measures their length"
+                f"{kind} summaries are {most} tokens long, their limit, as none is written yet; --probe measures them"
             )
         elif counted.counts[stage].prompts:
             out.append(f"{kind} summaries not yet written are as long as those in the store, or as the probe's")
@@ -42,9 +38,7 @@ def _rows(p: Prepared, counted: Counted) -> list[str]:
         out.append("every epoch costs what the first does, and none is saved by early stopping")
     modes = p.config["eval_args"]["mode"].values()
     if "full" in modes and p.settings.ranking.full_sort != "brute":
-        out.append(
-            "which items the retriever will put first is not known: popular ones stand for them; its own cost is left out"
-        )
+        out.append("popular items stand for those the retriever will put first; what it costs itself is left out")
     if counted.counts["test"].images:
         out.append("images of one size become as many tokens; a vision tower's attention reaches over a whole tile")
     return out
@@ -60,7 +54,7 @@ def _servers(models: Models, request: Request) -> list[str]:
         else "hours depend on the servers; --requests_per_s N prices them"
     )
     return [
-        f"{', '.join(served)}: behind a server; text has a token for {CHARACTERS} characters, images' tokens are unknown",
+        f"{', '.join(served)} ask servers: {CHARACTERS} characters are a token, and images' tokens are not known",
         hours,
     ]
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from recbole_mllm.planning.devices import Device
 from recbole_mllm.planning.hours import Clock, all_reduce_seconds, chain_seconds, optimizer_steps
 from recbole_mllm.planning.models import STAGES, Models
 from recbole_mllm.planning.prepared import Prepared
+from recbole_mllm.planning.request import Request
 from recbole_mllm.planning.stages import Counted, rounds
-
-if TYPE_CHECKING:
-    from recbole_mllm.planning.plan import Request
 
 
 def bill(

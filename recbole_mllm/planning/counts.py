@@ -12,7 +12,8 @@ class Count:
 
     Args:
         prompts: What is asked of a model; `known` what is answered without one, by the store.
-        text_tokens: Of all those prompts; `image_tokens` what their images become, `new_tokens` what is written.
+        text_tokens: Of all those prompts, in training with their answers; `image_tokens` what their images become,
+            `new_tokens` what is written.
         computed: Prompt tokens that pass through the language model: what is shared counts once.
         images: How often the vision tower reads an image.
         vision_flops: Of tower and projector; `prompt_flops` of reading, `decode_flops` of writing token by token,

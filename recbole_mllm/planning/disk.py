@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -37,6 +37,12 @@ def _fill(store: Store, kind: str, model: str, answers: Sequence[Answer]) -> Non
         part = answers[start : start + _BATCH]
         keys = [hashlib.sha256(f"{kind} {start + n}".encode()).hexdigest() for n in range(len(part))]
         store.add(kind, model, keys, part, 0.123456)
+
+
+def table_bytes(columns: Mapping[str, str], rows: float, each: float) -> float:
+    """Return the size of an atomic file of `rows` rows of `each` bytes; without a row there is none."""
+    header = "\t".join(f"{name}:{kind}" for name, kind in columns.items())
+    return len(header) + 1 + rows * each if rows else 0.0
 
 
 def score_cache_bytes(pairs: float, megabytes: int) -> float:

@@ -1,4 +1,4 @@
-"""Floating-point operations of forward and backward passes, from a model's anatomy: two a weight and token, and attention."""
+"""Floating-point operations of passes, from a model's anatomy: two a weight and token, and those of attention."""
 
 from __future__ import annotations
 

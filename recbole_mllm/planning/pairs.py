@@ -1,4 +1,4 @@
-"""The pairs that an evaluation asks about, in the order in which they are scored, without a list where they are many."""
+"""The pairs an evaluation asks about, in the order in which they are scored; no list where they are too many."""
 
 from __future__ import annotations
 

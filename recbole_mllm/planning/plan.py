@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
-from recbole_mllm.errors import UserError
+from recbole_mllm.data.schema import ISUM_TYPES, USUM_TYPES
 from recbole_mllm.planning.assumptions import assumptions
 from recbole_mllm.planning.bill import bill
 from recbole_mllm.planning.devices import device as device_called
-from recbole_mllm.planning.disk import checkpoint_bytes, score_cache_bytes, store_bytes
+from recbole_mllm.planning.disk import checkpoint_bytes, score_cache_bytes, store_bytes, table_bytes
 from recbole_mllm.planning.hours import ByDevice, ByProbe, ByServer, Clock
 from recbole_mllm.planning.memory import activations, generation_cache, training_state, weights
 from recbole_mllm.planning.models import STAGES, Models
@@ -19,46 +19,10 @@ from recbole_mllm.planning.pairs import pairs_of
 from recbole_mllm.planning.prepared import Prepared, prepare
 from recbole_mllm.planning.probe import Probed, probe_summaries
 from recbole_mllm.planning.probe_asking import probe_asking
-from recbole_mllm.planning.stages import LIMIT, Counted, Summaries, asking_of, count, count_summaries
+from recbole_mllm.planning.request import Request
+from recbole_mllm.planning.stages import Counted, Summaries, asking_of, count, count_summaries
 
 SCHEMA = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What a plan is asked for beside the configuration.
-
-    Args:
-        device: A name in properties/devices.yaml.
-        probe: Whether this machine is measured.
-        nodes: Over how many nodes of `devices_per_node` each the work is split.
-        price_per_hour: Of one device.
-        requests_per_s: What all servers together answer.
-        limit: Prompts of a stage above which a sample is counted.
-    """
-
-    device: str | None = None
-    probe: bool = False
-    nodes: int = 1
-    devices_per_node: int | None = None
-    price_per_hour: float | None = None
-    requests_per_s: float | None = None
-    limit: int = LIMIT
-
-    def __post_init__(self) -> None:
-        if self.device and self.probe:
-            raise UserError(
-                "--device prices a device by its data sheet, --probe measures this machine; give one of them"
-            )
-        for name in ("nodes", "devices_per_node", "price_per_hour", "requests_per_s"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise UserError(f"--{name} is {value}; it must be above 0")
-
-    @property
-    def workers(self) -> int:
-        """Devices that work side by side: 8 a node where several nodes are asked for, else one."""
-        return self.nodes * (self.devices_per_node or (8 if self.nodes > 1 else 1))
 
 
 def make_plan(config: Any, request: Request) -> dict[str, Any]:
@@ -174,8 +138,8 @@ def _disk(p: Prepared, models: Models, counted: Counted) -> dict[str, float]:
     ]
     return {
         "store": store_bytes(kinds),
-        "isum": items.rows * items.row_bytes,
-        "usum": users.rows * users.row_bytes,
+        "isum": table_bytes(ISUM_TYPES, items.rows, items.row_bytes),
+        "usum": table_bytes(USUM_TYPES, users.rows, users.row_bytes),
         "checkpoints": checkpoint_bytes(models.trained, newest=bool(p.settings.train.checkpoint_every_steps)),
         "score_cache": score_cache_bytes(kept, ranking.score_cache_mb),
     }

@@ -80,8 +80,10 @@ class Trial:
             with self.precision.autocast():
                 loss = example_loss(self.mllm.body, [examples[i] for i in part], whole=whole, share=share)
             float(loss.detach())
-            loss.backward()
-        optimizer.step()
+            scaled: Any = self.precision.scaler.scale(loss)
+            scaled.backward()
+        self.precision.scaler.step(optimizer)
+        self.precision.scaler.update()
         optimizer.zero_grad()
         self._wait()
 

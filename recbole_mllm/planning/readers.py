@@ -1,4 +1,4 @@
-"""How many tokens a prompt has, and what reading it and writing an answer costs, for a model here or behind a server."""
+"""How many tokens a prompt has, and what reading and answering it costs a model, here or behind a server."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class LocalReader:
         vision = sum(self.vision(image) for image in encoded.images)
         return Count(
             prompts=1,
-            text_tokens=len(encoded.ids) - shown - encoded.answer,
+            text_tokens=len(encoded.ids) - shown,
             image_tokens=shown,
             images=len(encoded.images),
             vision_flops=vision,

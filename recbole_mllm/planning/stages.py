@@ -18,7 +18,6 @@ from recbole_mllm.planning.standins import Sample, StandIns
 from recbole_mllm.planning.writers import Written, count_items, count_users
 from recbole_mllm.summaries.prepare import Preferences
 
-LIMIT = 20_000  # prompts of a stage that are all counted; beyond, a sample stands for them
 _WORDS = 2000
 
 

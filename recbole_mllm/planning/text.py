@@ -45,9 +45,9 @@ def _models(plan: dict[str, Any]) -> str:
     for name, one in plan["models"].items():
         trained = f", {number(one['trained'])} trained" if one["trained"] else ""
         lines.append(
-            f"{name}: {one['family']}, {number(one['parameters'])} parameters (vision {number(one['vision'])}, projector "
-            f"{number(one['projector'])}, language {number(one['language'])}, embeddings and head "
-            f"{number(one['embedding'] + one['head'])}){trained}"
+            f"{name}: {one['family']}, {number(one['parameters'])} parameters (vision {number(one['vision'])}, "
+            f"projector {number(one['projector'])}, language {number(one['language'])}, "
+            f"embeddings and head {number(one['embedding'] + one['head'])}){trained}"
         )
     return "\n".join(lines)
 
