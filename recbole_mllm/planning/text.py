@@ -74,7 +74,7 @@ def _sharing(plan: dict[str, Any]) -> str:
         for name, one in plan["sharing"].items()
         if one["alone"]
     ]
-    return "sharing prefixes on these very candidates saves: " + "; ".join(told) if told else ""
+    return "sharing prefixes on these very rows and candidates:\n  " + "\n  ".join(told) if told else ""
 
 
 def _memory(plan: dict[str, Any]) -> str:
@@ -94,12 +94,10 @@ def _bill(plan: dict[str, Any]) -> str:
     bill = plan["bill"]
     if bill is None:
         return "time: --device NAME (properties/devices.yaml) prices a device, --probe measures this machine"
-    parts = ", ".join(f"{_TITLES[name]} {duration(hours * 3600)}" for name, hours in bill["hours"].items())
+    parts = "\n".join(f"  {_TITLES[name]:<15} {duration(hours * 3600)}" for name, hours in bill["hours"].items())
     where = f" on {bill['workers']} x {plan['device'] or 'this machine'}"
     price = f", price {bill['price']:,.2f}" if bill["price"] is not None else ""
-    return (
-        f"time{where}: {duration(bill['wall_hours'] * 3600)} ({parts}); {bill['device_hours']:,.2f} device hours{price}"
-    )
+    return f"time{where}: {duration(bill['wall_hours'] * 3600)}, {number(bill['device_hours'])} device hours{price}\n{parts}"
 
 
 def table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
