@@ -97,7 +97,8 @@ def _bill(plan: dict[str, Any]) -> str:
     parts = "\n".join(f"  {_TITLES[name]:<15} {duration(hours * 3600)}" for name, hours in bill["hours"].items())
     where = f" on {bill['workers']} x {plan['device'] or 'this machine'}"
     price = f", price {bill['price']:,.2f}" if bill["price"] is not None else ""
-    return f"time{where}: {duration(bill['wall_hours'] * 3600)}, {number(bill['device_hours'])} device hours{price}\n{parts}"
+    hours = f"{duration(bill['wall_hours'] * 3600)}, {number(bill['device_hours'])} device hours"
+    return f"time{where}: {hours}{price}\n{parts}"
 
 
 def table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

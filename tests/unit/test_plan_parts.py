@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import tiny_models
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from stock_forward import CPU, SETTINGS, STYLE
 
@@ -46,6 +46,7 @@ def _independent(rows):
 def test_shared_tokens_are_the_distinct_prefixes(plan, monkeypatch):
     monkeypatch.setattr(passes, "_LEAST_GAIN", 1)
 
+    @settings(deadline=None)
     @given(st.lists(st.lists(st.integers(10, 12), min_size=1, max_size=12), min_size=1, max_size=25))
     def check(drawn):
         # the last token is a prompt's own, as each must keep one
