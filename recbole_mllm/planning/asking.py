@@ -24,6 +24,7 @@ from recbole_mllm.planning.readers import LocalReader, Reader
 from recbole_mllm.prompts import Prompt
 from recbole_mllm.summaries.prepare import Preferences
 
+_TOKENS = 4e6  # of a stage's prompts that are looked at one by one: prompts with images are long
 _SCORED = 2  # logits a scored pair needs, of Yes and of No; the rest of the vocabulary is not computed
 
 
@@ -96,7 +97,7 @@ class Asking:
     def score(self, name: str, pairs: Pairs, times: int = 1) -> Count:
         """Return the cost of scoring `pairs` that many times."""
         count = Count()
-        for start in self._starts(name, pairs.total):
+        for start in self._starts(name, pairs):
             count.add(self.scored(self.prompts(pairs.span(start, start + AHEAD))))
         count = count.times(times * pairs.total / max(1.0, count.prompts))
         return self.images.counted(count, self.p, pairs.items(), times)
@@ -121,13 +122,13 @@ class Asking:
         assert isinstance(self.reader, LocalReader)
         loader.grouped = deals_by_item(self.p.settings, self.reader.blueprint.body)
         total = int(loader.sample_size * loader.times)
-        if total > self.limit:
-            self.sampled.add("sft")
         count = Count()
         for rows, labels in self.batches(loader):
             count.add(self.batch(self.prompts(rows), labels))
-            if count.prompts >= self.limit:
+            if count.prompts >= self.limit or count.tokens >= _TOKENS:
                 break
+        if count.prompts < total:
+            self.sampled.add("sft")
         count = count.times(epochs * total / max(1.0, count.prompts))
         return self.images.counted(count, self.p, self._trained_items(), epochs, by_item=False)
 
@@ -177,10 +178,11 @@ class Asking:
         own = self.p.loaders["train"]._dataset
         return np.unique(getattr(own, "whole_split", own.inter_feat)[own.iid_field].numpy())
 
-    def _starts(self, name: str, total: int) -> list[int]:
+    def _starts(self, name: str, pairs: Pairs) -> list[int]:
         """Return where the calls begin that are counted: all of them, or some evenly spread."""
-        starts = list(range(0, total, AHEAD))
-        most = max(1, self.limit // AHEAD)
+        starts = list(range(0, pairs.total, AHEAD))
+        each = self.reader.written(self.prompts(pairs.span(0, 1))[0], 1).tokens if starts else 0.0
+        most = max(1, int(min(self.limit, _TOKENS / max(1.0, each))) // AHEAD)
         if len(starts) <= most:
             return starts
         self.sampled.add(name)
