@@ -1,9 +1,9 @@
 """How the cost of every stage grows with the users: counted by `plan` at three sizes, timed by runs at three more.
 
 Worlds of interactions and titles alone: 3 to 20 interactions a user, items half as many as users, popularity uneven.
-The bundled tiny model reads titles and no images. Counts of 1,000, 10,000 and 100,000 users come from `plan`, tokens by
-a sample of its prompts; CPU seconds of 125, 250 and 500 users from runs in one thread (`--full`: 1,000 too). Each
-quantity is fitted as a * users ** b; residuals are each size's deviation from that, as a share. Ends with one JSON line.
+The bundled tiny model reads titles and no images. Counts of 1,000, 10,000 and 100,000 users come from `plan`, tokens
+by a sample of its prompts; CPU seconds of 125, 250 and 500 users from runs in one thread (`--full`: 1,000 too). Each
+quantity is fitted as a * users ** b; residuals are each size's deviation from that, as a share. Ends in one JSON line.
 """
 
 from __future__ import annotations

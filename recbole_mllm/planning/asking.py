@@ -171,7 +171,7 @@ class Asking:
         count.computed = sum(one.tokens for one in passes)
         count.prompt_flops = read_flops(self.reader.blueprint.anatomy, passes)
         count.widest = max((one.rows * (one.before + one.width) for one in passes), default=0)
-        count.prefix = max((one.width for one in passes if one.rows == 1 and not one.before), default=0)
+        count.prefix = max((one.before for one in passes), default=0)
 
     def _trained_items(self) -> Any:
         """Return the items that occur in training, as targets or negatives."""
