@@ -2,7 +2,7 @@
 
 Worlds of interactions and titles alone: 3 to 20 interactions a user, items half as many as users, popularity uneven.
 The bundled tiny model reads titles and no images. Counts of 1,000, 10,000 and 100,000 users come from `plan`, tokens
-by a sample of its prompts; CPU seconds of 125, 250 and 500 users from runs in one thread (`--full`: 1,000 too). Each
+by a sample of its prompts; CPU seconds of 100, 200 and 400 users from runs in one thread (`--full`: 1,000 too). Each
 quantity is fitted as a * users ** b; residuals are each size's deviation from that, as a share. Ends in one JSON line.
 """
 
@@ -31,7 +31,7 @@ from recbole_mllm.planning.plan import make_plan
 from recbole_mllm.planning.request import Request
 from recbole_mllm.quick_start import make_config, run
 
-COUNTED, RUN, RUN_FULL = (1_000, 10_000, 100_000), (125, 250, 500), (125, 250, 500, 1_000)
+COUNTED, RUN, RUN_FULL = (1_000, 10_000, 100_000), (100, 200, 400), (100, 200, 400, 1_000)
 KEYS = {
     "mllm": "tiny",
     "prompt_style": "demo",
