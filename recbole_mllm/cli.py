@@ -55,6 +55,8 @@ def _run(words: list[str]) -> int:
     )
     if known.command == "summarize":
         return commands.summarize(_dataset(known), known.stage, known.dry_run, known.since, options)
+    if known.command == "plan":
+        return commands.plan(_dataset(known), known.json, _plan_request(known), options)
     if known.command == "benchmark":
         return commands.benchmark(
             _dataset(known), known.models, known.seeds, known.output_dir, known.jobs, known.force, options, known.tune
@@ -106,7 +108,7 @@ def _parser() -> Parser:
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     commands = parser.add_subparsers(
         dest="command",
-        metavar="{convert,inspect,summarize,store,candidates,benchmark,report,rerun,export}",
+        metavar="{convert,inspect,plan,summarize,store,candidates,benchmark,report,rerun,export}",
         parser_class=Parser,
     )
     add: Any = commands.add_parser
@@ -117,6 +119,7 @@ def _parser() -> Parser:
     summarize.add_argument(
         "--since", metavar="WHEN", help="users with an interaction at or after this date or timestamp alone"
     )
+    _add_plan(add("plan", help="what a run would cost, before it runs", parents=[_quiet(common)], epilog=_EPILOG))
     benchmark = add(
         "benchmark", help="many models, same candidates, one leaderboard", parents=[_quiet(common)], epilog=_EPILOG
     )
@@ -149,6 +152,21 @@ def _parser() -> Parser:
     export.add_argument("--merge", action="store_true", help="merge the adapter, so that the folder stands alone")
     store_commands.add_parser(add, Parser)
     return parser
+
+
+def _add_plan(plan: Parser) -> None:
+    plan.add_argument("--device", metavar="NAME", help="hours on a device of properties/devices.yaml, e.g. H100")
+    plan.add_argument("--probe", action="store_true", help="hours on this machine: load the model and time a little")
+    plan.add_argument("--nodes", type=int, default=1, metavar="N", help="split the work over N nodes")
+    plan.add_argument("--devices_per_node", type=int, metavar="N", help="default: 8, on one node 1")
+    plan.add_argument("--price_per_hour", type=float, metavar="X", help="of one device")
+    plan.add_argument("--requests_per_s", type=float, metavar="X", help="of all servers, where models are behind some")
+    plan.add_argument("--json", metavar="PATH", help="also write the plan as JSON (docs/plan.md)")
+
+
+def _plan_request(known: argparse.Namespace) -> dict[str, Any]:
+    names = ("device", "probe", "nodes", "devices_per_node", "price_per_hour", "requests_per_s")
+    return {name: getattr(known, name) for name in names}
 
 
 def _add_embed_images(command: Parser) -> None:

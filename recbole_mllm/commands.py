@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
@@ -121,6 +122,23 @@ def summarize(dataset: str, stage: str, dry: bool, since: str | None, options: O
     lines = prepare_summaries(_config(OURS, dataset, options), stage, dry=dry, since=since)
     for line in lines if ranks.is_main() else []:
         print(line)
+    return 0
+
+
+def plan(dataset: str, json_path: str | None, request: Mapping[str, Any], options: Options) -> int:
+    """Say what a run of MLLMMSR would cost, before anything runs."""
+    from recbole_mllm.planning.plan import make_plan
+    from recbole_mllm.planning.request import Request
+    from recbole_mllm.planning.text import format_plan
+
+    asked = Request(**request)
+    found = make_plan(_config("MLLMMSR", dataset, options), asked)
+    if json_path:
+        path = Path(json_path)
+        if not path.parent.is_dir():
+            raise UserError(f"--json {json_path}: there is no folder {path.parent}; make it first")
+        path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    print(format_plan(found))
     return 0
 
 

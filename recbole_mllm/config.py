@@ -39,7 +39,7 @@ def every_key() -> frozenset[str]:
     keys = {key for table in tables for key in table} | known_keys() | _UNLISTED
     folders = (Path(recbole.__file__).parent / "properties", PROPERTIES)
     for path in (path for folder in folders for path in sorted(folder.rglob("*.yaml"))):
-        if path.parent.name not in ("prompt", "accelerate") and path.name != "baselines.yaml":
+        if path.parent.name not in ("prompt", "accelerate") and path.name not in ("baselines.yaml", "devices.yaml"):
             keys |= set(_mapping(path))
     return frozenset(keys)
 

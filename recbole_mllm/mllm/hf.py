@@ -46,7 +46,7 @@ class HFModel:
         self.identity = f"{loaded.identity}:{str(dtype).removeprefix('torch.')}{':nf4' if four_bit else ''}"
         self.model: Any = loaded.model
         self.device = device
-        limit = _context(loaded.model.config)
+        limit = context_of(loaded.model.config)
         self.body = Body(loaded.model)
         self.slots = slots
         longest = min(settings.max_text_tokens, limit)
@@ -137,7 +137,7 @@ def _beginning(texts: Sequence[str], i: int) -> str:
     return repr(texts[i][:200])
 
 
-def _context(config: Any) -> int:
+def context_of(config: Any) -> int:
     """Return how many positions the language model has, less a little room for an answer."""
     text = config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None) or 10**9

@@ -64,9 +64,8 @@ def _by(
 ) -> Tensor:
     if way == "plain":
         return torch.stack([plain_logits(body, prompt, tokens) for prompt in prompts])
-    trie = _Trie(body, prompts, tokens, name, least_gain)
-    order = sorted(range(len(prompts)), key=trie.keys.__getitem__)
-    (trie.node if way == "shared" else trie.leaf)(order, 0, None)
+    trie = Trie(body, prompts, tokens, name, least_gain)
+    trie.run(way)
     return trie.out
 
 
@@ -106,7 +105,7 @@ def common_prefix(a: Sequence[int], b: Sequence[int], start: int = 0) -> int:
     return start
 
 
-class _Trie:
+class Trie:
     """One pass over sorted prompts; `node` shares a prefix, `leaf` scores what shares no more."""
 
     def __init__(
@@ -120,6 +119,11 @@ class _Trie:
         self.body, self.prompts, self.tokens, self.name, self.least_gain = body, prompts, tokens, name, least_gain
         self.keys = [input_key(body, prompt) for prompt in prompts]
         self.out = torch.empty(len(prompts), len(tokens))
+
+    def run(self, way: Way) -> None:
+        """Score all prompts, sharing prefixes or not."""
+        order = sorted(range(len(self.prompts)), key=self.keys.__getitem__)
+        (self.node if way == "shared" else self.leaf)(order, 0, None)
 
     def node(self, rows: Sequence[int], depth: int, cache: DynamicCache | None) -> None:
         """Score `rows` (sorted by key), whose first `depth` tokens `cache` holds."""
@@ -140,27 +144,35 @@ class _Trie:
         """Return a cache of the first `stop` tokens of `row`, `depth` of which `parent` holds."""
 
         def run(_: Sequence[int]) -> DynamicCache:
-            cache = fork(parent, 1) if parent is not None else self.body.new_cache()
-            self.body.hidden([self.prompts[row]], depth, [stop], cache)
-            return cache
+            return self.read(row, depth, stop, parent)
 
         ((_, cache),) = in_batches([row], run, self._cost, self.body.budget, self._named)
+        return cache
+
+    def read(self, row: int, depth: int, stop: int, parent: DynamicCache | None) -> DynamicCache:
+        """Compute what `_prefix` returns."""
+        cache = fork(parent, 1) if parent is not None else self.body.new_cache()
+        self.body.hidden([self.prompts[row]], depth, [stop], cache)
         return cache
 
     def leaf(self, rows: Sequence[int], depth: int, cache: DynamicCache | None) -> None:
         """Score `rows` in length-sorted batches behind the shared `depth` tokens."""
 
         def run(batch: Sequence[int]) -> Tensor:
-            prompts = [self.prompts[i] for i in batch]
-            behind = fork(cache, len(batch)) if cache is not None else None
-            states = self.body.hidden(prompts, depth, [len(p.ids) for p in prompts], behind)
-            last = torch.tensor([len(p.ids) - depth - 1 for p in prompts], device=states.device)
-            ends = states[torch.arange(len(batch), device=states.device), last]
-            return self.body.logits(ends, self.tokens).cpu()
+            return self.scored(batch, depth, cache)
 
         by_length = sorted(rows, key=lambda i: (len(self.keys[i]), self.keys[i]))
         for batch, logits in in_batches(by_length, run, self._cost, self.body.budget, self._named):
             self.out[list(batch)] = logits
+
+    def scored(self, batch: Sequence[int], depth: int, cache: DynamicCache | None) -> Tensor:
+        """Return ``[B, tokens]`` logits of a batch behind the first `depth` tokens of its rows."""
+        prompts = [self.prompts[i] for i in batch]
+        behind = fork(cache, len(batch)) if cache is not None else None
+        states = self.body.hidden(prompts, depth, [len(p.ids) for p in prompts], behind)
+        last = torch.tensor([len(p.ids) - depth - 1 for p in prompts], device=states.device)
+        ends = states[torch.arange(len(batch), device=states.device), last]
+        return self.body.logits(ends, self.tokens).cpu()
 
     def _cost(self, batch: Sequence[int]) -> int:
         """Tokens of keys and values of a batch sorted by length, padding included."""

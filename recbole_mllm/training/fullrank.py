@@ -48,7 +48,10 @@ def tell_price(model: Any, eval_data: Any) -> None:
     started = time.perf_counter()
     model.ask(pairs[2:])
     rate = max(1, len(pairs) - 2) / (time.perf_counter() - started)
-    log.info(f"at {rate:.1f} pairs a second, about {_duration(total / rate)}; full_sort: rerank asks about top_k a row")
+    log.info(
+        f"at {rate:.1f} pairs a second, about {_duration(total / rate)}; full_sort: rerank asks about top_k a row; "
+        "`recbole-mllm plan` prices both before anything runs"
+    )
 
 
 def _duration(seconds: float) -> str:

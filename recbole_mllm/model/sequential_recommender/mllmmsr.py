@@ -22,12 +22,12 @@ from recbole_mllm.mllm.encode import Encoded
 from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.mllm.served import ServedScorer
 from recbole_mllm.mllm.sft import example_loss, micro_batches
-from recbole_mllm.mllm.sharing import can_share
 from recbole_mllm.mllm.tuning import check_finetune, load_trained_state, save_trained, trained_state, tune
+from recbole_mllm.model.questions import deals_by_item, question, shares_in_training
 from recbole_mllm.model.stages import make_stage
 from recbole_mllm.model.team import Team
 from recbole_mllm.progress import Progress
-from recbole_mllm.prompts import Prompt, recommend_prompt
+from recbole_mllm.prompts import Prompt
 from recbole_mllm.retrieval.reranker import Reranker
 from recbole_mllm.retrieval.shortlist import Shortlist
 from recbole_mllm.scorecache import KeptScores, state_digest
@@ -87,13 +87,10 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
 
     def prompts_of(self, rows: Iterable[Row]) -> list[Prompt]:
         """Return the question of each (user, position, item), internal ids; training and scoring both ask it."""
-        wants, first = self.settings.recommend.use_image, self.settings.recommend.prompt_order == "item-first"
         out = []
         for user, position, item in rows:
-            token = str(self.tokens[item])
             preference = self.preferences.of(str(self.users[user]), position)
-            image = self.items.image(token) if wants else None
-            out.append(recommend_prompt(self.style, preference, self.items.title(token), image, item_first=first))
+            out.append(question(self.style, self.settings.recommend, self.items, preference, str(self.tokens[item])))
         return out
 
     def rows_of(self, interaction: Interaction) -> list[Row]:
@@ -133,13 +130,12 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
     @property
     def shares_prefix(self) -> bool:
         """Whether rows of a micro-batch can share the computation of a common prefix: asked for, and possible."""
-        return self.settings.train.share_prefix == "auto" and self.is_trained and can_share(self.mllm.body)
+        return shares_in_training(self.settings, self.mllm.body)
 
     @property
     def groups_by_item(self) -> bool:
         """Whether rows of one item should meet in a batch: they share a prefix, and a pass may hold several rows."""
-        train, first = self.settings.train, self.settings.recommend.prompt_order == "item-first"
-        return train.group_by_item == "auto" and first and self.shares_prefix and train.micro_batch_size != 1
+        return deals_by_item(self.settings, self.mllm.body)
 
     def raw_rows(self, interaction: Interaction) -> list[tuple[str, str, int, int]]:
         """Return the raw user, raw item, position and label of each row, for people to read."""

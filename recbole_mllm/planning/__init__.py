@@ -1,0 +1,1 @@
+"""What a run would cost, counted before anything runs: prompts, tokens, FLOPs, bytes, memory, hours."""

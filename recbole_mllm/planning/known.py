@@ -1,0 +1,75 @@
+"""The summary store, looked into without a trace: no file is made, none is touched."""
+
+from __future__ import annotations
+
+import glob
+import sqlite3
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from recbole_mllm.errors import UserError
+from recbole_mllm.summaries.table import wal_of
+
+_CHUNK, _SAMPLES = 500, 512
+
+
+class KnownTexts:
+    """What `Scribe` asks of a store, read-only; without a file nothing is known."""
+
+    def __init__(self, path: Path) -> None:
+        self._db: sqlite3.Connection | None = None
+        if path.is_file():
+            # `ro` alone leaves a -shm file behind; a file that another process writes must be read with its journal
+            how = "mode=ro" if wal_of(path).is_file() else "immutable=1"
+            with _readable(path):
+                self._db = sqlite3.connect(f"{path.resolve().as_uri()}?{how}", uri=True)
+        self._path = path
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._db is not None:
+            self._db.close()
+
+    def get(self, keys: Iterable[str]) -> dict[str, str]:
+        """Return the texts of those `keys` that are known."""
+        out: dict[str, str] = {}
+        wanted = list(dict.fromkeys(keys)) if self._db is not None else []
+        for start in range(0, len(wanted), _CHUNK):
+            chunk = wanted[start : start + _CHUNK]
+            out.update(self._rows(f"SELECT key, text FROM answers WHERE key IN ({','.join('?' * len(chunk))})", chunk))
+        return out
+
+    def add(self, *_: object) -> None:
+        """Keep nothing."""
+
+    def samples(self, kind: str, model: str) -> list[tuple[str, int]]:
+        """Return some texts of `kind` (``item`` or ``user``) that `model` wrote in any precision, with their tokens."""
+        query = "SELECT text, new_tokens FROM answers WHERE kind = ? AND model GLOB ? AND new_tokens > 0 LIMIT ?"
+        like = f"{glob.escape(model.rpartition(':')[0])}:*"
+        return [(str(text), int(new)) for text, new in self._rows(query, [kind, like, _SAMPLES])]
+
+    def _rows(self, query: str, values: list[object] | list[str]) -> list[tuple[str, str]]:
+        if self._db is None:
+            return []
+        with _readable(self._path):
+            return self._db.execute(query, values).fetchall()
+
+
+class NothingKnown:
+    """A store without answers that keeps none."""
+
+    def get(self, keys: Iterable[str]) -> dict[str, str]:
+        """Return nothing."""
+        return {}
+
+    def add(self, *_: object) -> None:
+        """Keep nothing."""
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise UserError(f"the summary store {path} cannot be read ({error}); `summarize` mends it") from error

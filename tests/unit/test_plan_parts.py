@@ -1,0 +1,175 @@
+"""The parts of a plan alone: counts that add up, stand-ins, activations, devices, fits."""
+
+from dataclasses import replace
+
+import pytest
+import tiny_models
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stock_forward import CPU, SETTINGS, STYLE
+
+from recbole_mllm.errors import UserError
+from recbole_mllm.mllm import passes
+from recbole_mllm.mllm.blueprint import blueprint
+from recbole_mllm.mllm.encode import Encoded
+from recbole_mllm.mllm.hf import HFModel
+from recbole_mllm.mllm.sft import example_loss, make_examples
+from recbole_mllm.mllm.tuning import tune
+from recbole_mllm.planning.counts import Count
+from recbole_mllm.planning.devices import device
+from recbole_mllm.planning.hours import ByDevice, ByProbe, Measured, all_reduce_seconds, chain_seconds
+from recbole_mllm.planning.memory import Precision, activations, training_state
+from recbole_mllm.planning.pairs import Crossed
+from recbole_mllm.planning.request import Request
+from recbole_mllm.planning.standins import StandIns, Texts
+from recbole_mllm.planning.text import duration, number
+from recbole_mllm.prompts import recommend_prompt
+from recbole_mllm.settings import LoraSettings
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_models.llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def plan(folder):
+    return blueprint(str(folder), SETTINGS.mllm)
+
+
+def _independent(rows):
+    """Tokens to compute when every shared prefix is computed once: distinct prefixes, by a set and no trie."""
+    return len({row[: n + 1] for row in rows for n in range(len(row))})
+
+
+def test_shared_tokens_are_the_distinct_prefixes(plan, monkeypatch):
+    monkeypatch.setattr(passes, "_LEAST_GAIN", 1)
+
+    @settings(deadline=None)
+    @given(st.lists(st.lists(st.integers(10, 12), min_size=1, max_size=12), min_size=1, max_size=25))
+    def check(drawn):
+        # the last token is a prompt's own, as each must keep one
+        rows = [(*ids, 100 + n) for n, ids in enumerate(drawn)]
+        found = passes.scoring_passes(plan.body, [Encoded(row) for row in rows], share=True)
+        assert sum(one.tokens for one in found) == _independent(rows)
+        flat = passes.scoring_passes(plan.body, [Encoded(row) for row in rows], share=False)
+        assert sum(one.tokens for one in flat) == sum(map(len, rows))
+
+    check()
+
+
+@pytest.mark.parametrize("how", ["lora", "full"])
+@pytest.mark.parametrize(("dtype", "dropout"), [("float32", 0.0), ("float32", 0.1), ("bfloat16", 0.1)])
+def test_activations_are_about_what_autograd_keeps(folder, plan, how, dtype, dropout):
+    if how == "full" and (dtype, dropout) != ("float32", 0.0):
+        pytest.skip("trained in float32, without an adapter to drop from")
+    lora = LoraSettings(how, 8, 16, dropout, "language")
+    mllm = HFModel(str(folder), replace(SETTINGS.mllm, dtype=dtype), CPU)
+    mllm.replace_model(tune(mllm.model, lora, 1))
+    mllm.model.train()
+    prompts = [recommend_prompt(STYLE, f"likes {'red cats and dogs ' * 6}{n}", "a mug", None) for n in range(8)]
+    examples = make_examples(mllm.encode(prompts), [mllm.answers(STYLE).yes] * 8)
+    weights, kept = {p.untyped_storage().data_ptr() for p in mllm.model.parameters()}, {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype != "float32"),
+    ):
+        loss = example_loss(mllm.body, examples)
+    tokens = 8 * max(len(example.ids) for example in examples)
+    precision = Precision(4 if dtype == "float32" else 2)
+    planned = activations(plan.anatomy, precision, lora, SETTINGS.train, tokens, 8)
+    assert loss.requires_grad and planned == pytest.approx(sum(kept.values()), rel=0.15)
+
+
+def test_an_optimizers_state_is_what_adamw_holds(folder, plan):
+    lora = LoraSettings("lora", 8, 16, 0.0, "language")
+    model = tune(HFModel(str(folder), SETTINGS.mllm, CPU).model, lora, 1)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained)
+    for parameter in trained:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    held = sum(p.nbytes + p.grad.nbytes for p in trained)
+    held += sum(t.nbytes for state in optimizer.state.values() for t in state.values() if t.dim())
+    assert training_state(plan.anatomy, Precision(4), lora, sum(p.numel() for p in trained)) == held
+
+
+def test_counts_add_and_scale():
+    one = Count(prompts=2, text_tokens=10, prompt_flops=5, longest=7)
+    one.add(Count(prompts=1, text_tokens=4, backward_flops=3, longest=9))
+    assert (one.prompts, one.tokens, one.flops, one.longest) == (3, 14, 8, 9)
+    double = one.times(2)
+    assert (double.prompts, double.tokens, double.flops, double.longest) == (6, 28, 16, 9)
+
+
+def test_hours_are_operations_by_rate(plan):
+    card = device("rtx 3090")
+    clock = ByDevice(card, {"test": plan.anatomy}, 2, 64)
+    assert clock.seconds("test", Count(prompts=1, prompt_flops=71e12)) == pytest.approx(1 / 0.4)
+    assert clock.seconds("users", Count(prompts=1, prompt_flops=1)) is None
+    assert ByDevice(card, {"test": plan.anatomy}, 4, 64).seconds("test", Count(prompt_flops=35.6e12)) == pytest.approx(
+        2.5
+    )
+    measured = ByProbe({"test": Measured(3.0, 100.0, 1, 1)}, image_s=0.5)
+    assert measured.seconds("valid", Count(prompts=1, prompt_flops=200, images=2)) == 7.0
+
+
+def test_writing_is_bounded_by_memory(plan):
+    """One answer of 101 tokens reads all weights a hundred times, however fast the arithmetic."""
+    card = device("A10")
+    count = Count(prompts=1, new_tokens=101, decode_flops=1.0)
+    seconds = ByDevice(card, {"users": plan.anatomy}, 2, 64).seconds("users", count)
+    assert seconds == pytest.approx(100 * plan.anatomy.weight_bytes(2) / (600e9 * 0.5))
+    chain = chain_seconds(card, plan.anatomy, 2, count, 5)
+    assert chain == pytest.approx(5 * seconds)
+
+
+def test_gradients_travel_once_a_step():
+    card = device("H100")
+    assert all_reduce_seconds(card, 1_000_000, 10, 1) == 0
+    assert all_reduce_seconds(card, 1_000_000, 10, 8) == pytest.approx(10 * 2 * 7 / 8 * 4e6 / 25e9)
+
+
+@pytest.mark.parametrize("asked", [{"nodes": 0}, {"price_per_hour": -1.0}, {"device": "H100", "probe": True}])
+def test_a_request_that_cannot_be_is_refused(asked):
+    with pytest.raises(UserError, match="--"):
+        Request(**asked)
+
+
+def test_stand_ins_begin_alike_and_differ():
+    made = StandIns([("likes red cups and hats", 6), ("likes blue lamps or rugs", 5)], [], 0, 0)
+    texts = {made.of("user", n) for n in range(200)}
+    assert all(text.startswith("likes ") for text, _ in texts) and len(texts) > 20
+    assert {tuple(sorted(text.split())) for text, _ in texts} == {
+        tuple(sorted(text.split())) for text, _ in made.samples
+    }
+    assert made.of("user", 3) == made.of("user", 3)
+    known = Texts({"a": "written"}, made)
+    assert known.get("a") == known["a"] == "written" and known["b"] == made.of("b")[0]
+
+
+def test_every_row_meets_every_item_in_batches_scored_item_by_item():
+    pairs = Crossed([5, 6, 7], [1, 2, 3], 4, 2)
+    found = pairs.span(0, 100)
+    assert len(found) == len(set(found)) == pairs.total == 12
+    assert found == [(5, 1, 1), (6, 2, 1), (5, 1, 2), (6, 2, 2), (5, 1, 3), (6, 2, 3), (5, 1, 4), (6, 2, 4),
+                     (7, 3, 1), (7, 3, 2), (7, 3, 3), (7, 3, 4)]  # fmt: skip
+
+
+def test_numbers_for_people():
+    assert (number(0), number(999), number(1234), number(5.6e12)) == ("0", "999", "1.23k", "5.6T")
+    assert (duration(None), duration(5), duration(240), duration(9000), duration(864000)) == (
+        "–",
+        "5 s",
+        "4.0 min",
+        "2.5 h",
+        "10.0 days",
+    )
