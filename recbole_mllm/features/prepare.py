@@ -22,7 +22,6 @@ import yaml
 
 from recbole_mllm.data.atomic import read_columns, read_values, write_atomic
 from recbole_mllm.data.images import image_digest
-from recbole_mllm.data.schema import store_file
 from recbole_mllm.data.texts import Items, read_items
 from recbole_mllm.errors import UserError
 from recbole_mllm.features.vectors import prepared
@@ -32,8 +31,8 @@ from recbole_mllm.mllm.loading import dtype_of, identity_of, source_of
 from recbole_mllm.model.stages import make_stage
 from recbole_mllm.resources import PROPERTIES
 from recbole_mllm.settings import FeatureSettings, Settings, known_keys
-from recbole_mllm.summaries.prepare import make_item_summaries
-from recbole_mllm.summaries.store import Store
+from recbole_mllm.summaries.prepare import items_summaries
+from recbole_mllm.summaries.shards import opened_store
 
 _EDITION = 1  # of how vectors are made
 
@@ -150,8 +149,8 @@ def _texts(config: Any, settings: Settings, folder: Path, items: Items, wanted: 
     summaries: dict[str, str] = {}
     if settings.summary.item_summary != "none" and (items.images or settings.summary.item_summary == "text"):
         stage = make_stage({**config.final_config_dict, "data_path": str(folder)}, settings, config["device"])
-        with closing(Store(store_file(folder))) as store:
-            summaries = make_item_summaries(stage, store, wanted)
+        with closing(opened_store(folder)) as store:
+            summaries = items_summaries(stage, store, wanted)
     parts = [(items.title(item), summaries.get(item, "")) for item in wanted]
     return [". ".join(filter(None, pair)) for pair in parts]
 

@@ -15,7 +15,7 @@ from recbole_mllm.mllm.forward import _FEATURE_BYTES as FEATURE_BYTES
 from recbole_mllm.mllm.passes import Pass, scoring_passes, training_passes
 from recbole_mllm.mllm.sft import make_examples
 from recbole_mllm.model.questions import deals_by_item, question, shares_in_training
-from recbole_mllm.model.sequential_recommender.mllmmsr import _AHEAD as AHEAD
+from recbole_mllm.model.team import _AHEAD as AHEAD
 from recbole_mllm.planning.counts import Count
 from recbole_mllm.planning.flops import backward_flops, head_flops, read_flops
 from recbole_mllm.planning.pairs import Pairs, Row

@@ -82,7 +82,7 @@ def make_item_summaries(stage: Stage, plan: Plan) -> None:
 
     def export() -> None:
         with closing(opened_store(stage.folder)) as store:
-            _item_summaries(stage, store, plan.items(stage.settings))
+            items_summaries(stage, store, plan.items(stage.settings))
 
     ranks.on_main(export)
 
@@ -122,7 +122,7 @@ def _refreshed(stage: Stage, plan: Plan, users: Set[str] | None, read: Container
     """Bring the export up to date for `users` (None: all), and return the texts of those it took and of `read`."""
     s, log = stage.settings, logging.getLogger()
     with closing(opened_store(stage.folder)) as store:
-        summaries = _item_summaries(stage, store, plan.items(s))
+        summaries = items_summaries(stage, store, plan.items(s))
         scribe = claiming(user_scribe(stage, store))
         last = LastExport(schema.usum_file(stage.folder, stage.tag), stage.tag, store)
         survey = last.survey(plan, marker_of(stage, summaries, scribe))
@@ -137,7 +137,7 @@ def _refreshed(stage: Stage, plan: Plan, users: Set[str] | None, read: Container
     return _Refreshed(texts, [user for user in survey.due if user not in due])
 
 
-def _item_summaries(stage: Stage, store: Store, wanted: list[str]) -> dict[str, str]:
+def items_summaries(stage: Stage, store: Store, wanted: list[str]) -> dict[str, str]:
     """Return the summaries of `wanted` items, made where missing, and export them."""
     scribe = claiming(item_scribe(stage, store))
     with scribe.progress(len(wanted)):
