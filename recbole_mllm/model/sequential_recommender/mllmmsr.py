@@ -135,7 +135,7 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
     @property
     def groups_by_item(self) -> bool:
         """Whether rows of one item should meet in a batch: they share a prefix, and a pass may hold several rows."""
-        return deals_by_item(self.settings, self.mllm.body)
+        return self.is_trained and deals_by_item(self.settings, self.mllm.body)  # a server's model has no body here
 
     def raw_rows(self, interaction: Interaction) -> list[tuple[str, str, int, int]]:
         """Return the raw user, raw item, position and label of each row, for people to read."""
