@@ -155,8 +155,9 @@ def test_a_killed_process_ends_the_others_with_a_word_and_another_number_goes_on
 
 REFUSED = {
     "nproc: 2": ("", "asks RecBole to start processes, and a launcher has started 2 already; leave nproc out"),
-    "epochs: 1": ("ACCELERATE_USE_FSDP", "FSDP is not supported: every process holds the whole model"),
-    "epochs: 2": ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed is not supported: every process holds the whole model"),
+    "finetune: full": ("ACCELERATE_USE_FSDP", "finetune: full cannot be split by FSDP here; set finetune: lora"),
+    "finetune: qlora": ("ACCELERATE_USE_FSDP", "finetune: qlora cannot be split by FSDP here; set finetune: lora"),
+    "epochs: 2": ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed is not supported; for a model larger than a card take FSDP"),
 }
 
 

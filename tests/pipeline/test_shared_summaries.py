@@ -88,11 +88,12 @@ def test_shards_are_merged_whole_and_those_in_use_are_left(tmp_path):
     filled(folder, 0, range(0, 50)).close()
     filled(folder, 1, range(40, 90)).close()
     code = (
-        "import sys, time; sys.path[:0] = [sys.argv[1], sys.argv[2]]\n"
+        "import sys, time; sys.path[:0] = sys.argv[1:4]\n"
         "from pathlib import Path\nfrom test_shared_summaries import filled\n"
-        "filled(Path(sys.argv[3]), 2, range(90, 95)); print('there', flush=True); time.sleep(60)"
+        "filled(Path(sys.argv[4]), 2, range(90, 95)); print('there', flush=True); time.sleep(60)"
     )
-    words = [sys.executable, "-c", code, str(SCRIPT.parents[1]), str(SCRIPT.parent / "pipeline"), str(folder)]
+    tests = SCRIPT.parent
+    words = [sys.executable, "-c", code, *map(str, (tests.parent, tests, tests / "pipeline", folder))]
     other = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout.readline() == "there\n"
