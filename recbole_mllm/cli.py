@@ -35,7 +35,8 @@ def _run(words: list[str]) -> int:
         from dataset_converters.cli import main as convert  # without torch, pandas or RecBole
 
         return convert(words[1:])
-    from recbole_mllm import commands
+    from recbole_mllm import benchmark_commands, commands
+    from recbole_mllm.options import Options
 
     parser = _parser()
     known, rest = parser.parse_known_args([word for word in words if not _is_setting(word, parser)])
@@ -46,7 +47,7 @@ def _run(words: list[str]) -> int:
         if rest:
             raise UserError(f"store takes no {rest[0]!r}; see --help")
         return store_commands.run(known)
-    options = commands.Options(
+    options = Options(
         overrides=_overrides(rest)
         | {k: v for k in ("limit_users", "image_dir") if (v := getattr(known, k)) is not None},
         config_files=tuple(str(known.config_files or "").split()),
@@ -58,7 +59,7 @@ def _run(words: list[str]) -> int:
     if known.command == "plan":
         return commands.plan(_dataset(known), known.json, _plan_request(known), options)
     if known.command == "benchmark":
-        return commands.benchmark(
+        return benchmark_commands.benchmark(
             _dataset(known), known.models, known.seeds, known.output_dir, known.jobs, known.force, options, known.tune
         )
     if known.command == "inspect":
@@ -68,16 +69,16 @@ def _run(words: list[str]) -> int:
             raise UserError(f"export takes no {rest[0]!r}; see --help")
         return commands.export(known.run, known.out, known.merge)
     if known.command == "report":
-        return commands.report(known.directory, options.embed_images)
+        return benchmark_commands.report(known.directory, options.embed_images)
     if known.command == "candidates":
         return commands.export_candidates(_dataset(known), known.out, options)
     if known.command == "rerun":
-        return commands.rerun(known.run_id, known.output_dir, options)
+        return benchmark_commands.rerun(known.run_id, known.output_dir, options)
     if known.model:
         return commands.run_model(known.model, _dataset(known), options)
     if known.dataset:
         raise UserError("--dataset without --model: add --model MLLMMSR, or use the commands benchmark or summarize")
-    return commands.demo(options)
+    return benchmark_commands.demo(options)
 
 
 def _is_setting(word: str, parser: Parser) -> bool:

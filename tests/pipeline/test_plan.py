@@ -9,7 +9,7 @@ import small_world
 import tiny_models
 
 from recbole_mllm.cli import main
-from recbole_mllm.commands import Options, _config
+from recbole_mllm.options import Options, config_of
 from recbole_mllm.quick_start import run
 
 PROTOCOL = {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user"}
@@ -57,7 +57,7 @@ def test_what_is_planned_is_what_the_run_records(keys, tmp_path, capsys):
     before = _files(folder)
     guessed = _plan(keys)
     assert _files(folder) == before and sorted(p.name for p in tmp_path.iterdir()) == ["dataset", "plan.json"]
-    outcome = run(_config("MLLMMSR", "steps", Options(overrides=keys)))
+    outcome = run(config_of("MLLMMSR", "steps", Options(overrides=keys)))
     with sqlite3.connect(folder / "steps.mllm.sqlite") as db:
         query = "SELECT kind, COUNT(*), SUM(prompt_tokens), SUM(new_tokens) FROM answers GROUP BY kind"
         stored = {kind: numbers for kind, *numbers in db.execute(query)}

@@ -4,8 +4,10 @@ import sys
 
 import pytest
 
-from recbole_mllm import commands
+from recbole_mllm import benchmark_commands, commands
 from recbole_mllm.cli import main
+from recbole_mllm.errors import UserError
+from recbole_mllm.options import Options
 
 
 @pytest.fixture(autouse=True)
@@ -40,20 +42,20 @@ def test_a_mistake_is_one_line_and_exit_code_2(words, message, capsys):
 
 
 def test_debug_shows_where_it_came_from():
-    with pytest.raises(commands.UserError):
+    with pytest.raises(UserError):
         main(["--dataset", "demo", "--debug"])
 
 
 def test_options_may_stand_before_or_behind_the_command(monkeypatch):
     calls = []
-    monkeypatch.setattr(commands, "benchmark", lambda *given: calls.append(given) or 0)
+    monkeypatch.setattr(benchmark_commands, "benchmark", lambda *given: calls.append(given) or 0)
     for words in (
         "--seed 3 --limit_users 5 benchmark --dataset d --models A,B --lora_r=4 --topk=[1,5]",
         "benchmark --dataset d --models A,B --lora_r=4 --seed 3 --topk=[1,5] --limit_users 5",
         "benchmark --dataset=d --models=A,B --lora_r=4 --seed=3 --topk=[1,5] --limit_users=5",
     ):
         assert main(words.split()) == 0
-    options = commands.Options({"lora_r": 4, "topk": [1, 5], "limit_users": 5}, (), 3)
+    options = Options({"lora_r": 4, "topk": [1, 5], "limit_users": 5}, (), 3)
     assert calls == [("d", "A,B", None, None, 1, False, options, 0)] * 3
 
 
@@ -66,7 +68,7 @@ def test_config_files_are_separated_by_spaces(monkeypatch):
 
 def test_no_argument_is_the_demo_and_a_seed_is_another_world(monkeypatch):
     worlds = []
-    monkeypatch.setattr(commands, "benchmark", lambda dataset, *rest: worlds.append((dataset, rest[2])) or 0)
+    monkeypatch.setattr(benchmark_commands, "benchmark", lambda dataset, *rest: worlds.append((dataset, rest[2])) or 0)
     assert main([]) == main(["--seed", "7"]) == 0
     assert worlds == [("demo", "results/demo"), ("demo-7", "results/demo")]
 
@@ -74,8 +76,8 @@ def test_no_argument_is_the_demo_and_a_seed_is_another_world(monkeypatch):
 @pytest.mark.parametrize(("words", "embed"), [([], True), (["--embed_images", "off"], False)])
 def test_images_are_embedded_unless_told_otherwise(monkeypatch, words, embed):
     told = []
-    monkeypatch.setattr(commands, "report", lambda folder, images: told.append(images) or 0)
-    monkeypatch.setattr(commands, "benchmark", lambda *given: told.append(given[6].embed_images) or 0)
+    monkeypatch.setattr(benchmark_commands, "report", lambda folder, images: told.append(images) or 0)
+    monkeypatch.setattr(benchmark_commands, "benchmark", lambda *given: told.append(given[6].embed_images) or 0)
     main(["report", "results/demo", *words])
     main(["benchmark", "--dataset", "demo", "--models", "Pop", *words])
     assert told == [embed, embed]
@@ -85,7 +87,7 @@ def test_images_are_embedded_unless_told_otherwise(monkeypatch, words, embed):
 def test_results_of_another_world_are_set_aside_not_lost(tmp_path, monkeypatch):
     from recbole_mllm.benchmark.records import RunRecord, append
 
-    monkeypatch.setattr(commands, "benchmark", lambda *given: 0)
+    monkeypatch.setattr(benchmark_commands, "benchmark", lambda *given: 0)
     record = RunRecord(
         run_id="Pop-1", model="Pop", label="Pop", kind="baseline", seed=1, dataset="demo", status="x", started=""
     )
