@@ -164,6 +164,7 @@ class RankingSettings(_FromConfig):
 
     retriever: str | None
     retriever_checkpoint: str | None
+    retriever_dir: str | None
     top_k: int
     fusion: str | float | None
     full_sort: Literal["rerank", "brute"]

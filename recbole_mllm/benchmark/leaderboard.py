@@ -16,9 +16,12 @@ VALID_METRIC = "NDCG@10"
 
 LEVEL = 0.05
 COSTS = ("summarize_s", "train_s", "score_s", "pairs_per_s", "peak_memory_mb")
-MORE_COSTS = ("tokens", "parameters_trained")
-ALL_COSTS = (*COSTS, *MORE_COSTS)
+COUNTS = ("tokens", "parameters_trained")
+ALL_COSTS = ("summarize_s", "features_s", *COSTS[1:], *COUNTS)
 """Costs that the reports show; ``leaderboard.json`` keeps to its published `COSTS`."""
+
+SECONDS = ("summarize_s", "features_s", "train_s", "score_s")
+"""What a row's whole time is the sum of."""
 
 SLICES = ("cold", "warm", "tail")
 FAMILIES = ("NDCG", "Hit", "Recall", "MRR", "GAUC", "AUC")
@@ -96,8 +99,8 @@ class Row:
 
     @property
     def seconds(self) -> float:
-        """What the row cost in all: summarising, training and scoring."""
-        return sum(self.cost.get(name) or 0.0 for name in ("summarize_s", "train_s", "score_s"))
+        """What the row cost in all: summarising, making features, training and scoring."""
+        return sum(self.cost.get(name) or 0.0 for name in SECONDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +123,12 @@ class Leaderboard:
     def valid_metric(self) -> str:
         """The metric that ranks: NDCG@10, or the first there is."""
         return VALID_METRIC if VALID_METRIC in self.metrics or not self.metrics else self.metrics[0]
+
+    @property
+    def costs(self) -> tuple[str, ...]:
+        """The costs that the pages show: making features only where a row reads some."""
+        reads = any(row.cost.get("features_s") is not None for row in self.rows)
+        return tuple(name for name in ALL_COSTS if name != "features_s" or reads)
 
     def to_json(self) -> dict[str, Any]:
         """Return the published schema of ``leaderboard.json``; a failed row has the same keys with null values."""

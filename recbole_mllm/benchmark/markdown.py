@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from recbole_mllm.benchmark.leaderboard import ALL_COSTS, SLICES, Leaderboard, Row
+from recbole_mllm.benchmark.leaderboard import SLICES, Leaderboard, Row
 from recbole_mllm.benchmark.text import command, shown_config
 from recbole_mllm.benchmark.wording import (
     COST_NOTE,
@@ -39,7 +39,7 @@ def format_markdown(board: Leaderboard) -> str:
         _table(["model", *SLICES], [_slices(board, row) for row in board.rows if row.ok]),
         "cold: the target has no interaction in training; warm: it has; tail: it is in the long tail. (Users.)",
         "## Cost",
-        _table(["model", *(COST_TITLES[name] for name in ALL_COSTS)], [_costs(row) for row in board.rows]),
+        _table(["model", *(COST_TITLES[name] for name in board.costs)], [_costs(board, row) for row in board.rows]),
         COST_NOTE,
         "## Configurations",
         "A run's own settings and the shared ones, in one file `<run_id>.yaml`, are its whole configuration.",
@@ -64,8 +64,8 @@ def _slices(board: Leaderboard, row: Row) -> list[str]:
     return [_md(row.model), *said]
 
 
-def _costs(row: Row) -> list[str]:
-    return [_md(row.model), *(say_cost(name, row.cost.get(name)) for name in ALL_COSTS)]
+def _costs(board: Leaderboard, row: Row) -> list[str]:
+    return [_md(row.model), *(say_cost(name, row.cost.get(name)) for name in board.costs)]
 
 
 def _tests(board: Leaderboard) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 from recbole_mllm.benchmark.casebook import Casebook
 from recbole_mllm.benchmark.charts import curve_charts, group_charts, series
 from recbole_mllm.benchmark.groups import FEW
-from recbole_mllm.benchmark.leaderboard import ALL_COSTS, SLICES, Leaderboard, Part, Row
+from recbole_mllm.benchmark.leaderboard import SLICES, Leaderboard, Part, Row
 from recbole_mllm.benchmark.plot import quality_versus_cost
 from recbole_mllm.benchmark.text import command, configuration
 from recbole_mllm.benchmark.thumbnails import SIDE
@@ -50,7 +50,7 @@ def page(board: Leaderboard, book: Casebook | None = None) -> str:
         legend=legend(board),
         method=METHOD,
         metrics=[(name, name.partition("@")[2]) for name in board.metrics],
-        costs=[(name, COST_TITLES[name]) for name in ALL_COSTS],
+        costs=[(name, COST_TITLES[name]) for name in board.costs],
         cost_note=COST_NOTE,
         rows=[_row(board, row) for row in board.rows if row.ok],
         failures=[{"model": row.model, "seeds": seeds(row), "status": row.status} for row in board.rows if not row.ok],
@@ -77,7 +77,7 @@ def _row(board: Leaderboard, row: Row) -> Mapping[str, Any]:
         "seeds": seeds(row),
         "reference": row.model == board.best_baseline,
         "scores": [_cell(board, row, metric) for metric in board.metrics],
-        "costs": [{"value": row.cost.get(name), "text": say_cost(name, row.cost.get(name))} for name in ALL_COSTS],
+        "costs": [{"value": row.cost.get(name), "text": say_cost(name, row.cost.get(name))} for name in board.costs],
     }
 
 

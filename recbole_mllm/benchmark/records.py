@@ -54,6 +54,7 @@ class RunRecord:
         started: Local time in ISO format.
         retrieval: Under full ranking, whose best `top_k` items an MLLM re-ranked, which share of the targets is among
             them (``recall``, a ceiling), and ``fusion``, the MLLM's share of the score.
+        features_s: What making the item features took, whichever run made them; None of a model that reads none.
         scores_reused: How many of the test scores earlier evaluations had left; their seconds are not in `score_s`.
         tuning: What ``--tune`` tried, with its validation scores, and what it chose; `config` has the choice in it.
     """
@@ -75,6 +76,7 @@ class RunRecord:
     per_user: str | None = None
     scores: str | None = None
     summarize_s: float | None = None
+    features_s: float | None = None
     train_s: float | None = None
     score_s: float | None = None
     pairs_per_s: float | None = None

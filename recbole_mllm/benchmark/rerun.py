@@ -31,7 +31,7 @@ TOLERANCE = 0.01
 _DERIVED = {
     *("MODEL_TYPE", "MODEL_INPUT_TYPE", "eval_type", "device", "single_spec", "local_rank", "valid_metric_bigger"),
     *("valid_neg_sample_args", "test_neg_sample_args", "benchmark_defaults", "per_model", "model", "dataset"),
-    *("data_path", "checkpoint_dir", "note"),
+    *("data_path", "checkpoint_dir", "retriever_dir", "note"),
 }
 """Keys of a finished Config that RecBole works out itself, or that say where the first run's files lay."""
 

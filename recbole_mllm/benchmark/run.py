@@ -26,6 +26,7 @@ from recbole_mllm.benchmark.child import LOG, Stopped, claim, failure, run_child
 from recbole_mllm.benchmark.field import Entry, resolve
 from recbole_mllm.benchmark.launched import Orders
 from recbole_mllm.benchmark.leaderboard import VALID_METRIC
+from recbole_mllm.benchmark.portable import said_anywhere
 from recbole_mllm.benchmark.progress import Progress
 from recbole_mllm.benchmark.records import RECORDS, RunRecord, append, latest, plain_json, read_records
 from recbole_mllm.benchmark.report import HTML, render, write_note
@@ -138,9 +139,8 @@ def run_id(entry: Entry, seed: int, plan: BenchmarkPlan) -> str:
     files = [*plan.config_files, *_files_named(plan)]
     contents = [hashlib.sha256(Path(f).read_bytes()).hexdigest() if Path(f).is_file() else f for f in files]
     keys = {key: value for key, value in plan.overrides.items() if str(value) not in files or key not in DECISIVE_FILES}
-    decisive = [entry.model, plan.dataset, entry.defaults, {**keys, **entry.overrides}, contents]
-    budget = [plan.tune] if plan.tune else []
-    text = json.dumps(plain_json([*decisive, plan.limit_users, *budget]), sort_keys=True)
+    decisive = [entry.model, plan.dataset, entry.defaults, {**keys, **entry.overrides}, contents, plan.limit_users]
+    text = json.dumps(plain_json([*decisive, *([plan.tune] if plan.tune else [])]), sort_keys=True)
     readable = re.sub(r"[^A-Za-z0-9]+", "-", entry.label)
     return f"{readable}-{seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
@@ -262,7 +262,6 @@ class _Bench:
 
 
 def _failed(job: Job, reason: str, started: datetime) -> RunRecord:
-    log = (job.folder / LOG).relative_to(job.plan.output_dir)
     return RunRecord(
         run_id=job.run_id,
         model=job.entry.model,
@@ -270,7 +269,7 @@ def _failed(job: Job, reason: str, started: datetime) -> RunRecord:
         kind=job.entry.kind,
         seed=job.seed,
         dataset=job.plan.dataset,
-        status=f"{reason} (log: {log})",
+        status=f"{said_anywhere(reason)} (log: {(job.folder / LOG).relative_to(job.plan.output_dir)})",
         started=started.isoformat(timespec="seconds"),
         config=job.order(),
     )

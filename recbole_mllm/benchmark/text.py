@@ -5,12 +5,12 @@ from __future__ import annotations
 import shlex
 import textwrap
 from collections.abc import Sequence
-from pathlib import PurePath
 from typing import Any
 
 import yaml
 
 from recbole_mllm.benchmark.leaderboard import COSTS, Leaderboard, Row
+from recbole_mllm.benchmark.portable import without_folders
 from recbole_mllm.benchmark.records import RunRecord, plain_json
 from recbole_mllm.benchmark.wording import MARKS, finding, legend, say_score, say_seconds, seeds
 
@@ -66,16 +66,9 @@ def shown_config(run: RunRecord) -> dict[str, Any]:
 
     Where the dataset and the run's own files lay is left out; of any other path the last part is shown.
     """
-    known = {key: value for key, value in plain_json(run.config).items() if key not in ("data_path", "checkpoint_dir")}
-    return {key: _without_folders(value) for key, value in known.items()}
-
-
-def _without_folders(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_folders(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_without_folders(entry) for entry in value]
-    return f"…/{PurePath(value).name}" if isinstance(value, str) and PurePath(value).is_absolute() else value
+    ours = ("data_path", "checkpoint_dir", "retriever_dir")
+    known = {key: value for key, value in plain_json(run.config).items() if key not in ours}
+    return {key: without_folders(value) for key, value in known.items()}
 
 
 def _score_cell(board: Leaderboard, row: Row, name: str) -> str:

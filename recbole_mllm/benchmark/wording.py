@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from recbole_mllm.benchmark.leaderboard import LEVEL, MORE_COSTS, Leaderboard, Row, Score
+from recbole_mllm.benchmark.leaderboard import COUNTS, LEVEL, Leaderboard, Row, Score
 
 Verdict = Literal["better", "worse", "n.s.", "reference", ""]
 
@@ -22,7 +22,8 @@ METHOD = (
 )
 COST_NOTE = (
     "Tokens are those of the prompts scored; parameters are those trained, not those of a frozen backbone. "
-    "Memory is the GPU's where there is one, else the process's."
+    "Memory is the GPU's where there is one, else the process's. Item features and a retriever are made once for all "
+    "runs that share them, and count in full in each."
 )
 
 
@@ -91,13 +92,14 @@ def say_number(value: float | None) -> str:
 
 def say_cost(name: str, value: float | None) -> str:
     """Put one cost into words."""
-    if name in MORE_COSTS and value is not None:
+    if name in COUNTS and value is not None:
         return f"{value / 1e6:,.1f} M" if value >= 1e6 else f"{value:,.0f}"
     return say_seconds(value) if name.endswith("_s") and name != "pairs_per_s" else say_number(value)
 
 
 COST_TITLES = {
     "summarize_s": "Summarise",
+    "features_s": "Features",
     "train_s": "Train",
     "score_s": "Score",
     "pairs_per_s": "Pairs/s",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -23,6 +22,7 @@ import recbole_mllm
 from recbole_mllm import ranks
 from recbole_mllm.benchmark.cases import write_cases, write_titles
 from recbole_mllm.benchmark.field import baseline_defaults
+from recbole_mllm.benchmark.portable import config_digest
 from recbole_mllm.benchmark.reasons import reason_of
 from recbole_mllm.benchmark.records import RECORDS, RunRecord, append, plain_json, write_arrays
 from recbole_mllm.benchmark.tuning import TRIALS, search, space_of, trials
@@ -33,8 +33,10 @@ from recbole_mllm.launched import child_code
 
 _PATHS = (
     *("data_path", "image_dir", "mllm", "item_summarizer", "user_summarizer", "prompt_style", "checkpoint_dir"),
-    *("candidates_file", "retriever_checkpoint"),
+    *("candidates_file", "retriever_checkpoint", "retriever_dir"),
 )
+_FOLDERS_MADE = ("checkpoint_dir", "retriever_dir")  # where they are not there yet
+RETRIEVERS = "retrievers"
 NOTHING_TO_TUNE = ("Pop", "Random")
 _NO_CACHE = {"save_dataset": False, "save_dataloaders": False, "dataset_save_path": None, "dataloaders_save_path": None}
 
@@ -68,7 +70,8 @@ def run_job(job: dict[str, Any]) -> None:
     output = Path(job["output_dir"]).resolve()
     folder = output / "runs" / job["run_id"]
     defaults = folder / ("defaults.yaml" if ranks.is_main() else f"defaults.{ranks.rank()}.yaml")
-    defaults.write_text(yaml.safe_dump(benchmark_defaults() | _negatives(job["model"]) | job["defaults"]))
+    kept = {"retriever_dir": str(output / RETRIEVERS)}  # trained once for all runs that rank by it
+    defaults.write_text(yaml.safe_dump(benchmark_defaults() | kept | _negatives(job["model"]) | job["defaults"]))
     files, home = [str(defaults), *config_paths(job["config_files"])], Path.cwd()
 
     def configured(tuned: dict[str, Any]) -> Any:
@@ -116,7 +119,7 @@ def _train_as_baseline(config: Any) -> None:
 def _make_absolute(config: Any) -> None:
     for key in _PATHS:
         value = config[key]
-        if isinstance(value, str) and Path(value).exists():
+        if isinstance(value, str) and (key in _FOLDERS_MADE or Path(value).exists()):
             config[key] = str(Path(value).resolve())
 
 
@@ -192,8 +195,7 @@ def _record(
 ) -> RunRecord:
     from recbole_mllm.evaluation.protocol import protocol_line
 
-    config = plain_json(outcome.config.final_config_dict)
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+    config = outcome.config.final_config_dict
     users = len(outcome.users["user"])
     is_mllm = job["kind"] == "mllm"
     return RunRecord(
@@ -203,12 +205,13 @@ def _record(
         protocol=protocol_line(outcome.config, users),
         candidates=outcome.dataset.candidates_digest,
         n_users=users,
-        config_digest=digest,
-        config=config,
+        config_digest=config_digest(config),
+        config=plain_json(config),
         metrics=outcome.test,
         per_user=evidence["per_user"],
         scores=evidence["scores"],
         summarize_s=outcome.summarize_s if is_mllm else None,
+        features_s=_features_s(outcome.config),
         train_s=outcome.train_s,
         score_s=outcome.score_s,
         pairs_per_s=outcome.pairs_scored / outcome.score_s,
@@ -223,6 +226,14 @@ def _record(
         retrieval=outcome.retrieval,
         scores_reused=outcome.scores_reused,
     )
+
+
+def _features_s(config: Any) -> float | None:
+    if not config["item_features"]:
+        return None
+    from recbole_mllm.features.prepare import seconds_of  # loads transformers, which the run has then done already
+
+    return seconds_of(config)
 
 
 def _parameters_trained(model: Any) -> int:

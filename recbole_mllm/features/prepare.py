@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import logging
 import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -66,10 +67,28 @@ def offer_features(config: Any) -> None:
         )
     folder = Path(config["data_path"])
     wanted = _items_of(folder, config)
-    made = [_feature(kind, config, chosen, folder, wanted) for kind in chosen.kinds]
-    for feature in made:
-        _ensure(feature, folder, wanted, chosen.feature_size)
+    made = []
+    for kind in chosen.kinds:
+        started = time.perf_counter()
+        made.append(_feature(kind, config, chosen, folder, wanted))
+        _ensure(made[-1], folder, wanted, chosen.feature_size, time.perf_counter() - started)
     _name_in(config, made)
+
+
+def seconds_of(config: Any) -> float | None:
+    """Return what making the features that `config` names took, texts included, whichever run made them.
+
+    None where it names none, or where the files of some do not say.
+    """
+    folder, kinds = Path(config["data_path"]), FeatureSettings.from_config(config).kinds
+    told = [_seconds_file(folder / f"{folder.name}.{tag}") for tag in config["additional_feat_suffix"] or []]
+    if not kinds or not all(path.is_file() for path in told):
+        return None
+    return sum(float(path.read_text(encoding="utf-8")) for path in told)
+
+
+def _seconds_file(features: Path) -> Path:
+    return features.with_name(f".{features.name}.seconds")
 
 
 def _name_in(config: Any, made: Sequence[Feature]) -> None:
@@ -171,15 +190,21 @@ def _cpu() -> Any:
     return torch.device("cpu")
 
 
-def _ensure(feature: Feature, folder: Path, wanted: list[str], size: int | None) -> None:
-    """Make the file unless it is there; whoever comes while it is being made waits."""
+def _ensure(feature: Feature, folder: Path, wanted: list[str], size: int | None, spent: float) -> None:
+    """Make the file unless it is there; whoever comes while it is being made waits.
+
+    Beside it stands what it took: `spent` seconds on what it is made of, and those of the vectors.
+    """
     log, path = logging.getLogger(), folder / f"{folder.name}.{feature.tag}"
     with _locked(folder):
         if path.is_file():
             return
         log.info(f"making {feature.kind} features of {len(wanted)} items")
+        begun = time.perf_counter()
         vectors, known = feature.make()
-        write_features(path, feature.columns, wanted, prepared(vectors, known, size))
+        vectors = prepared(vectors, known, size)
+        _seconds_file(path).write_text(f"{spent + time.perf_counter() - begun:.3f}\n", encoding="utf-8")
+        write_features(path, feature.columns, wanted, vectors)
     missing = int((~known).sum())
     log.info(f"{path}: {len(wanted)} vectors" + (f"; {missing} items have no {feature.kind}, zeros stand for it"
                                                   if missing else ""))  # fmt: skip

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from recbole.utils.argument_list import dataset_arguments
 from recbole_mllm.config import check_keys, recbole_config
 from recbole_mllm.errors import UserError
 from recbole_mllm.randomness import undisturbed
+from recbole_mllm.retrieval.kept import made_once
 from recbole_mllm.retrieval.retriever import Retriever
 from recbole_mllm.settings import RankingSettings
 
@@ -80,33 +82,39 @@ def _config(name: str, config: Any) -> Any:
 
 
 def _trained(name: str, config: Any, ours: Any) -> Retriever:
-    """Train `name`, or take it from `checkpoint_dir` where the same was trained before."""
+    """Train `name`, or take it from where a run that would train the same has left it."""
     log = logging.getLogger()
     theirs = _config(name, config)
     dataset = create_dataset(theirs)
     train, valid, _ = data_preparation(theirs, dataset)
     identity = f"{name}#{_digest(theirs, train._dataset)}"
-    path = Path(theirs["checkpoint_dir"]) / f"retriever-{identity.replace('#', '-')}.pth"
+    folder = Path(config["retriever_dir"] or theirs["checkpoint_dir"])
+    path = folder / f"retriever-{identity.replace('#', '-')}.pth"
     init_seed(theirs["seed"], theirs["reproducibility"])
     model = get_model(name)(theirs, train._dataset).to(theirs["device"])
     retriever = Retriever(model, train._dataset, identity, ours)  # refused before it is trained
-    if path.is_file():
-        log.info(f"retriever {identity} was trained before: {path}")
-    else:
+
+    def fit(scratch: Path) -> None:
         log.info(f"training the retriever {identity}")
+        started = time.perf_counter()
         trainer = get_trainer(theirs["MODEL_TYPE"], name)(theirs, model)
-        scratch = path.with_suffix(f".part-{os.getpid()}.pth")
         trainer.saved_model_file = str(scratch)
         trainer.fit(train, valid, saved=True, show_progress=theirs["show_progress"])
-        scratch.replace(path)
-    _fill(model, _read(path, theirs["device"]))
+        torch.save({**_read(scratch, theirs["device"]), "train_s": time.perf_counter() - started}, scratch)
+
+    if not made_once(path, fit):
+        log.info(f"retriever {identity} was trained before: {path}")
+    checkpoint = _read(path, theirs["device"])
+    retriever.train_s = float(checkpoint.get("train_s", 0.0))
+    _fill(model, checkpoint)
     model.eval()
     return retriever
 
 
 def _digest(config: Any, train: Any) -> str:
-    """Return 12 hex digits of the settings and the training rows."""
+    """Return 12 hex digits of the settings, the training rows and the versions of what trains."""
     kept = {key: value for key, value in config.final_config_dict.items() if key not in _NO_TRACE}
+    kept |= {name: version(name) for name in ("recbole", "torch")}
     digest = hashlib.sha256(repr(sorted(kept.items(), key=lambda item: str(item[0]))).encode())
     for field in (train.uid_field, train.iid_field):
         digest.update("\0".join(map(str, train.field2id_token[field])).encode())

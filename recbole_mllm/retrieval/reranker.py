@@ -30,7 +30,7 @@ class Reranker:
         self.settings = settings
         started = time.perf_counter()
         self.retriever = obtain(config, settings, dataset) if settings.retrieves else None
-        self.seconds = time.perf_counter() - started  # to train or to load the retriever
+        self.seconds = time.perf_counter() - started  # to get the retriever: to train, to load or to wait for it
         self._user, self._items = dataset.uid_field, int(dataset.item_num)
         users, items = (
             np.asarray(dataset.field2id_token[f]).astype(str) for f in (dataset.uid_field, dataset.iid_field)
@@ -51,6 +51,11 @@ class Reranker:
     def identity(self) -> str | None:
         """The retriever's name and digest."""
         return self.retriever.identity if self.retriever else None
+
+    @property
+    def train_s(self) -> float:
+        """What training the retriever took, in this run or in the one that left it; 0 for a given checkpoint."""
+        return self.retriever.train_s if self.retriever else 0.0
 
     @property
     def share(self) -> float:

@@ -35,6 +35,7 @@ class Retriever:
         if type(model).full_sort_predict is AbstractRecommender.full_sort_predict:
             raise UserError(f"retriever {name} cannot rank all items at once; take a general or sequential model")
         self.model, self.identity, self.ours = model.eval(), identity, ours
+        self.train_s = 0.0  # what its training took, whoever trained it
         self.is_sequential = dataset.config["MODEL_TYPE"] == ModelType.SEQUENTIAL
         self.fields = dataset.uid_field, dataset.iid_field
         self._users = _places(ours, dataset, ours.uid_field, dataset.uid_field, f"retriever {name} knows no user")

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import small_world
 import tiny_models
+import torch
 
 from recbole_mllm.benchmark.casebook import DEEPEST, read_casebook
 from recbole_mllm.benchmark.ranking import build
@@ -71,6 +72,27 @@ def test_all_rows_rank_the_same_items_and_say_how(place: Path) -> None:
     assert set(scores["among"].tolist()) == {left}
     assert runs["Pop"].pairs_per_s == pytest.approx(left * small_world.USERS / runs["Pop"].score_s)
     assert runs["MLLMMSR"].pairs_per_s == pytest.approx(TOP_K * small_world.USERS / runs["MLLMMSR"].score_s)
+
+
+def test_another_variant_ranks_by_the_same_retriever_and_pays_for_it_too(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+    monkeypatch.chdir(place)
+    (kept,) = (place / "results" / "retrievers").glob("*.pth")
+    before = kept.stat().st_mtime_ns
+    first = {run.label: run for run in read_records(place / "results" / RECORDS)}["MLLMMSR"]
+    (job,) = jobs_of(plan(place, "MLLMMSR:no-user-summary"))
+    job.folder.mkdir(parents=True, exist_ok=True)
+    run_job(json.loads(json.dumps(job.order())))
+    records = place / "results" / RECORDS
+    second = read_records(records)[-1]
+    records.write_text("".join(f"{line}\n" for line in records.read_text().splitlines()[:-1]))  # for the other tests
+    assert list(kept.parent.glob("*.pth")) == [kept] and kept.stat().st_mtime_ns == before
+    assert first.retrieval is not None and second.retrieval is not None
+    assert second.retrieval["retriever"] == first.retrieval["retriever"]
+    trained = float(torch.load(kept, weights_only=False)["train_s"])
+    assert trained > 0 and first.train_s >= trained and second.train_s >= trained
 
 
 def test_the_mllm_reorders_what_sasrec_puts_first_and_nothing_else(place: Path) -> None:

@@ -1,0 +1,53 @@
+"""What a record says that must mean the same on every machine: settings by what files hold, words without folders."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path, PurePath
+from typing import Any
+
+from recbole_mllm.benchmark.records import plain_json
+from recbole_mllm.mllm.sources import identity_of
+
+_PLACES = ("data_path", "checkpoint_dir", "retriever_dir", "image_dir", "note")
+"""Keys that say where files lie, or what is said beside them."""
+
+_FILES = ("candidates_file", "retriever_checkpoint", "prompt_style")
+_MODELS = ("mllm", "item_summarizer", "user_summarizer", "feature_encoder")
+
+# Not what follows a letter, a digit or another slash: addresses and fractions are no paths
+_PATH = re.compile(r"(?<![\w:/.~…-])/(?:[^\s/:'\"`,;()\[\]]+/)+([^\s/:'\"`,;()\[\]]*)")
+
+
+def config_digest(config: Mapping[str, Any]) -> str:
+    """Return 16 hex digits of a run's whole configuration, files and local models counting by what they hold."""
+    kept = {key: value for key, value in config.items() if key not in _PLACES}
+    kept |= {key: _content(key, kept[key]) for key in (*_FILES, *_MODELS) if key in kept}
+    return hashlib.sha256(json.dumps(plain_json(kept), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _content(key: str, value: Any) -> Any:
+    """Return a digest for a path that is there, and `value` itself for anything else (a hub id, a style's name)."""
+    if not isinstance(value, str | Path) or not Path(value).exists():
+        return value
+    if key in _MODELS:
+        return identity_of(str(value), None)
+    return hashlib.sha256(Path(value).read_bytes()).hexdigest() if Path(value).is_file() else value
+
+
+def without_folders(value: Any) -> Any:
+    """Return `value`, a text or what holds texts, with the last part alone of each text that is an absolute path."""
+    if isinstance(value, dict):
+        return {key: without_folders(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [without_folders(entry) for entry in value]
+    return f"…/{PurePath(value).name}" if isinstance(value, str) and PurePath(value).is_absolute() else value
+
+
+def said_anywhere(words: str) -> str:
+    """Return a sentence with its absolute paths cut: to what follows the working directory, elsewhere to the name."""
+    here = f"{Path.cwd()}/"
+    return _PATH.sub(lambda found: f"…/{found[1]}", words.replace(here, "") if here != "//" else words)

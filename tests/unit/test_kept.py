@@ -1,0 +1,69 @@
+"""A retriever that runs share is made once, waited for, and made anew after a kill."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from recbole_mllm.retrieval.kept import made_once
+
+ROOT = Path(__file__).resolve().parents[2]
+MAKER = f"""
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {str(ROOT)!r})
+from recbole_mllm.retrieval.kept import made_once
+path, pause = Path(sys.argv[1]), float(sys.argv[2])
+def make(scratch):
+    with (path.parent / "made.txt").open("a") as file:
+        file.write("x")
+    scratch.write_text("half")
+    time.sleep(pause)
+    scratch.write_text("whole")
+made_once(path, make)
+print(path.read_text())
+"""
+
+
+def start(path: Path, pause: float) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-c", MAKER, str(path), str(pause)], stdout=subprocess.PIPE, text=True)
+
+
+def test_many_at_once_make_it_once_and_all_read_the_whole(tmp_path):
+    makers = [start(tmp_path / "retriever-x.pth", 0.5) for _ in range(4)]
+    assert [maker.communicate(timeout=60)[0].strip() for maker in makers] == ["whole"] * 4
+    assert (tmp_path / "made.txt").read_text() == "x"
+
+
+def test_after_kill_9_the_next_one_makes_it_and_clears_up(tmp_path):
+    path = tmp_path / "retriever-x.pth"
+    maker = start(path, 60)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("*.part-*")):
+        assert time.monotonic() < deadline and maker.poll() is None
+        time.sleep(0.02)
+    os.kill(maker.pid, signal.SIGKILL)
+    maker.wait()
+    assert not path.exists()
+    assert made_once(path, lambda scratch: scratch.write_text("whole") and None)
+    assert path.read_text() == "whole" and not list(tmp_path.glob("*.part-*"))
+    assert not made_once(path, lambda scratch: scratch.unlink())
+
+
+def test_one_that_fails_leaves_nothing_that_counts(tmp_path):
+    path = tmp_path / "deep" / "retriever-x.pth"
+
+    def fail(scratch: Path) -> None:
+        scratch.write_text("half")
+        raise ValueError("the loss is no number")
+
+    for _ in range(2):
+        try:
+            made_once(path, fail)
+        except ValueError:
+            assert not path.exists()
+    assert made_once(path, lambda scratch: scratch.write_text("whole") and None)
