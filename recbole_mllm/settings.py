@@ -28,11 +28,12 @@ class _FromConfig:
 
 def _checked(key: str, value: Any, hint: Any) -> Any:
     """Return `value` as `hint` asks; integers pass as floats, and a whole float as an integer."""
-    if get_origin(hint) is Literal:
+    words = next((get_args(part) for part in (hint, *get_args(hint)) if get_origin(part) is Literal), ())
+    if words and not (value is None and type(None) in get_args(hint)):
         # YAML 1.1 reads a bare `off` as False
         value = "off" if value is False else value
-        if value not in get_args(hint):
-            raise UserError(f"{key} is {value!r}; it must be one of {', '.join(get_args(hint))}")
+        if value not in words:
+            raise UserError(f"{key} is {value!r}; it must be one of {', '.join(words)}")
         return value
     kinds = get_args(hint) or (hint,)
     if value is None and type(None) in kinds:
@@ -44,7 +45,7 @@ def _checked(key: str, value: Any, hint: Any) -> Any:
             return int(value)
         if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
             return float(value)
-        if (kind is str or get_origin(kind) is list) and isinstance(value, get_origin(kind) or kind):
+        if (kind is str or get_origin(kind) in (list, dict)) and isinstance(value, get_origin(kind) or kind):
             return value
     wanted = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
     raise UserError(f"{key} is {value!r}; it must be {wanted}")
@@ -60,11 +61,36 @@ class MLLMSettings(_FromConfig):
     trust_remote_code: bool
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
     max_text_tokens: int
+    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = None
+    max_memory: dict[int | str, int | str] | None = None
+    offload_folder: str | None = None
 
     def __post_init__(self) -> None:
         for key in ("mllm", "item_summarizer", "user_summarizer"):
             if is_server(name := getattr(self, key)):
                 parse_endpoint(name, key)
+        _check_placement(self)
+
+
+def _check_placement(settings: MLLMSettings) -> None:
+    """Refuse a placement that would place nothing, and a memory nobody could read."""
+    used = (settings.mllm, settings.item_summarizer or settings.mllm, settings.user_summarizer or settings.mllm)
+    if settings.device_map and all(map(is_server, used)):
+        raise UserError(
+            f"device_map is {settings.device_map}, but all models are behind servers, which place their own; set "
+            "device_map: null"
+        )
+    for key in ("max_memory", "offload_folder"):
+        if getattr(settings, key) is not None and not settings.device_map:
+            raise UserError(f"{key} is only read under device_map; set device_map: auto, or leave {key} out")
+    for place, size in (settings.max_memory or {}).items():
+        whole = isinstance(size, int) and not isinstance(size, bool) and size >= 0
+        if not (whole or re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]i?B", str(size))) or not (
+            place == "cpu" or (isinstance(place, int) and place >= 0)
+        ):
+            raise UserError(
+                f"max_memory says {place!r}: {size!r}; give each GPU's number or cpu its room, e.g. {{0: 20GiB, cpu: 60GiB}}"
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from recbole_mllm.mllm.architectures import architecture_of, language_part
 from recbole_mllm.mllm.batching import Budget
+from recbole_mllm.mllm.dispatching import computes_on, input_device, present
 from recbole_mllm.mllm.encode import Encoded, ImageInput, pad
 
 _BATCH_TOKENS = 8192  # tokens of keys and values a batch holds, padding included
@@ -35,7 +36,7 @@ class Body:
         self.head_model = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.inner = self.head_model.base_model  # what stands under the head
         self.config = self.head_model.config
-        self.device = next(self.head_model.parameters()).device
+        self.device = input_device(self.head_model)
         self.architecture = architecture_of(self.head_model)
         self.way: Any = None  # how prompts are scored, found at first use (see check)
         self.in_flight: dict[bool, bool] = {}  # whether answers are written in flight, with images or without (same)
@@ -87,7 +88,8 @@ class Body:
         }
 
     def _encode(self, image: ImageInput) -> BaseModelOutputWithPooling:
-        out = self.inner.get_image_features(**self.pixels([image]), return_dict=True)
+        with present(self.inner):  # a parameter of its own, which a new line of tiles is told by (LLaVA-NeXT)
+            out = self.inner.get_image_features(**self.pixels([image]), return_dict=True)
         kept = BaseModelOutputWithPooling(pooler_output=out.pooler_output)
         if (deep := getattr(out, "deepstack_features", None)) is not None:
             kept["deepstack_features"] = deep
@@ -191,15 +193,17 @@ class Body:
         return {"token_type_ids": kinds.to(self.device)}
 
     def logits(self, states: Tensor, tokens: Sequence[int] | None = None) -> Tensor:
-        """Return float32 logits of `states` ``[N, D]``, for `tokens` only or for the vocabulary."""
+        """Return float32 logits of `states` ``[N, D]``, for `tokens` only or for the vocabulary, where the head is."""
         head = self.head_model.get_output_embeddings()
+        states = states.to(computes_on(head))
         with torch.autocast(self.device.type, enabled=torch.is_autocast_enabled(self.device.type) and tokens is None):
             if tokens is None:
                 out = head(states).float()
             else:
-                out = states.float() @ head.weight[list(tokens)].float().T
-                if getattr(head, "bias", None) is not None:
-                    out = out + head.bias[list(tokens)].float()
+                with present(head):
+                    out = states.float() @ head.weight[list(tokens)].float().T
+                    if getattr(head, "bias", None) is not None:
+                        out = out + head.bias[list(tokens)].float()
         text = self.config.get_text_config()
         if scale := getattr(text, "logit_scale", None):  # Cohere
             out = out * scale

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recbole_mllm.mllm import splitting
+from recbole_mllm.mllm import dispatching, splitting
 from recbole_mllm.mllm.answering import answer
 from recbole_mllm.mllm.base import Work
 from recbole_mllm.mllm.encode import IMAGE_BYTES, AnswerTokens, Encoded, Encoder, answer_tokens, image_bytes
@@ -42,7 +42,9 @@ class HFModel:
         dtype = dtype_of(settings.dtype, device)
         if loaded is None:
             at = torch.device("cpu") if to_split else device
-            loaded = load(name, dtype, at, trust_remote_code=settings.trust_remote_code, four_bit=four_bit)
+            placed = dispatching.placement(settings, device)
+            trusted = settings.trust_remote_code
+            loaded = load(name, dtype, at, trust_remote_code=trusted, four_bit=four_bit, placed=placed)
         self.identity = f"{loaded.identity}:{str(dtype).removeprefix('torch.')}{':nf4' if four_bit else ''}"
         self.model: Any = loaded.model
         self.device = device

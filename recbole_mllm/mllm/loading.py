@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.utils import logging as transformers_logging
 
 from recbole_mllm.errors import UserError
+from recbole_mllm.mllm.dispatching import check_room
 from recbole_mllm.mllm.processors import load_processor
 from recbole_mllm.mllm.quantization import compute_as_asked, quantized
 from recbole_mllm.mllm.sources import TINY, gguf_of, identity_of, source_of
@@ -38,9 +40,17 @@ def dtype_of(name: str, device: torch.device) -> torch.dtype:
 
 
 def load(
-    name: str, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool = False, four_bit: bool = False
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    trust_remote_code: bool = False,
+    four_bit: bool = False,
+    placed: Mapping[str, Any] | None = None,
 ) -> Loaded:
     """Load `name` for inference, its linear layers in four bits where asked for.
+
+    `placed` says where its layers go (see `dispatching.placement`); else all go to `device`.
 
     Raises:
         UserError: The name is neither a folder nor a model id that can be had, or no auto class knows it.
@@ -55,9 +65,10 @@ def load(
         config = AutoConfig.from_pretrained(source, **options)
         sees = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and file is None
         auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
-        extra = quantized(dtype, device) if four_bit else {}
+        extra = (quantized(dtype, device) if four_bit else {}) | dict(placed or {})
         model = auto.from_pretrained(source, dtype=dtype, **options, **extra).eval()
-        model = model if four_bit else model.to(device)
+        model = model if four_bit or placed else model.to(device)
+        check_room(model, device)
         processor = load_processor(source, **options) if sees else None
         tokenizer = processor.tokenizer if processor is not None else AutoTokenizer.from_pretrained(source, **options)
     except (ImportError, OSError, ValueError) as error:

@@ -54,9 +54,10 @@ def _summed_loss(body: Body, examples: Sequence[Encoded], shared: int, whole: bo
             before = t - 1
             state = before if before < shared else before + i * width
             labels[state, ids[t]] += 1 / len(places)
-    index, targets = torch.tensor(list(labels), device=states.device).T
-    losses = functional.cross_entropy(body.logits(states[index]), targets, reduction="none")
-    return (losses * torch.tensor(list(labels.values()), device=states.device)).sum()
+    index, targets = torch.tensor(list(labels)).T
+    logits = body.logits(states[index.to(states.device)])
+    losses = functional.cross_entropy(logits, targets.to(logits.device), reduction="none")
+    return (losses * torch.tensor(list(labels.values()), device=losses.device)).sum().to(body.device)
 
 
 def way_to_train(body: Body, examples: Sequence[Encoded]) -> Way:

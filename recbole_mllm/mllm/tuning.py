@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from recbole_mllm.errors import UserError
 from recbole_mllm.mllm import splitting
 from recbole_mllm.mllm.architectures import language_part
+from recbole_mllm.mllm.dispatching import check_trainable
 from recbole_mllm.mllm.lora import adapt, adapter_state, load_adapter_state, save_adapter
 from recbole_mllm.mllm.quantization import check_four_bits
 from recbole_mllm.settings import LoraSettings
@@ -34,9 +35,14 @@ def check_finetune(settings: LoraSettings, device: torch.device) -> None:
 
 
 def tune(model: Any, settings: LoraSettings, seed: int) -> Any:
-    """Return `model` with what ``finetune`` trains ready to be trained, in float32."""
+    """Return `model` with what ``finetune`` trains ready to be trained, in float32.
+
+    Raises:
+        UserError: Some of its weights are offloaded.
+    """
     if settings.finetune == "none":
         return model
+    check_trainable(model)
     if settings.finetune != "full":
         return adapt(model, settings, seed)
     for parameter in model.parameters() if settings.lora_target == "all" else _language(model):

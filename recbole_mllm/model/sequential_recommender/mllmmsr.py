@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from recbole_mllm import ranks
 from recbole_mllm.data.schema import POSITION
 from recbole_mllm.endpoints import is_server, parse_endpoint
 from recbole_mllm.errors import UserError
-from recbole_mllm.mllm import splitting
+from recbole_mllm.mllm import dispatching, splitting
 from recbole_mllm.mllm.encode import Encoded
 from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.mllm.served import ServedScorer
@@ -52,6 +52,7 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
         modes = config["eval_args"]["mode"]
         self.settings.ranking.check_modes(modes)
         check_finetune(self.settings.lora, self.device)
+        dispatching.check_dispatch(self.settings.mllm)
         ranks_all = "full" in modes.values()
         # trained, and written, by the main process alone; the others then find what it has left
         self.reranker = (
@@ -245,6 +246,10 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
         every = sum(p.numel() for p in self.parameters())
         return f"MLLMMSR({self.mllm.identity})\nTrainable parameters: {trained} of {every}"
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """Leave a model that lies in several places where it is, whatever RecBole's ``.to(device)`` wants."""
+        return self if dispatching.is_dispatched(self.backbone) else super()._apply(fn, recurse)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Return what is trained alone: checkpoints do not carry the base model."""
