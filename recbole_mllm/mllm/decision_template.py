@@ -42,14 +42,21 @@ _GUARD = """\
 {{%- endfor -%}}
 {{%- set content = guarded.parts -%}}
 """
-# The pipeline says false to it, which writes an empty thought; here nothing was said when the model was trained
-_NO_THINKING = "{%- set enable_thinking = none -%}\n"
+# As prompts are rendered here; the pipeline does not say so to every processor
+_NO_THINKING = "{%- set enable_thinking = false -%}\n"
 _PARTS = '{% set messages = [{"role": "user", "content": content}] %}\n'
 _TEXT = '{% set messages = [{"role": "user", "content": content[0].text}] %}\n'
 
 
 def decision_template(
-    chat_template: str, style: Style, *, item_first: bool, sees: bool, start: str = "", guard: Sequence[str] = ()
+    chat_template: str,
+    style: Style,
+    *,
+    item_first: bool,
+    sees: bool,
+    start: str = "",
+    guard: Sequence[str] = (),
+    lead: str = "",
 ) -> str:
     """Return the template's text.
 
@@ -60,6 +67,7 @@ def decision_template(
         sees: Whether the chat template takes parts of text and images (a processor's), or a bare text (a tokeniser's).
         guard: Spellings the template itself is to keep plain text, the longest first.
         start: What stands before all of it, where the tokeniser puts a token in front that the chat template lacks.
+        lead: What stands behind its generation prompt, before every answer.
     """
     order = "item-first" if item_first else "user-first"
     name = f"recommend_{order.replace('-', '_')}"
@@ -71,7 +79,10 @@ def decision_template(
     )
     quiet = _NO_THINKING if "enable_thinking" in chat_template else ""
     own = _GUARD.format(words=json.dumps(list(guard), ensure_ascii=False)) if guard else ""
-    return head + own + quiet + (_PARTS if sees else _TEXT) + start + chat_template
+    # the newline that ends a template is none of its text, but would be one of text in front of something else
+    ending = f"{{{{ {json.dumps(lead, ensure_ascii=False)} }}}}" if lead else ""
+    template = chat_template.removesuffix("\n") if lead else chat_template
+    return head + own + quiet + (_PARTS if sees else _TEXT) + start + template + ending
 
 
 def _content(wording: str) -> str:

@@ -60,6 +60,7 @@ class Encoder:
     _images: OrderedDict[str, ImageInput] = field(default_factory=OrderedDict)
     _bytes: int = 0
     _plain: PlainText = field(init=False)
+    _before_answer: str | None = None
 
     def __post_init__(self) -> None:
         self._plain = PlainText(self.tokenizer)
@@ -136,13 +137,34 @@ class Encoder:
             for part in parts[1:]:
                 content += [{"type": "image"}, *([{"type": "text", "text": part}] if part else [])]
         turn = [{"role": "user", "content": content}]
-        rendered = str(owner.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
-        return rendered + self._reply(owner, turn, rendered, answer) if answer else rendered
+        rendered = self._chat(turn, add_generation_prompt=True) + self.lead()
+        return rendered + self._reply(turn, rendered, answer) if answer else rendered
 
-    def _reply(self, owner: Any, turn: list[dict[str, Any]], rendered: str, answer: str) -> str:
+    def _chat(self, turns: list[dict[str, Any]], **options: Any) -> str:
+        """Return `turns` as the chat template writes them; a model that can think first is told not to."""
+        owner = self.processor if self.processor is not None else self.tokenizer
+        quiet = {"enable_thinking": False} if "enable_thinking" in str(owner.chat_template) else {}
+        return str(owner.apply_chat_template(turns, tokenize=False, **quiet, **options))
+
+    def _said(self, role: str, text: str) -> dict[str, Any]:
+        return {"role": role, "content": text if self.processor is None else [{"type": "text", "text": text}]}
+
+    def lead(self) -> str:
+        """Return the words a template puts before every answer and leaves out of its generation prompt.
+
+        An empty thought (Qwen3), a channel's name (gpt-oss), or the assistant's own header: none is part of the answer.
+        """
+        if self._before_answer is None:
+            turn, word = [self._said("user", "?")], "Yes"
+            asked = self._chat(turn, add_generation_prompt=True)
+            told = self._chat([*turn, self._said("assistant", word)])
+            found = told[len(asked) :].partition(word)[0] if told.startswith(asked) else ""
+            self._before_answer = found.rstrip(" ") if found.strip() else ""  # a space belongs to the word behind it
+        return self._before_answer
+
+    def _reply(self, turn: list[dict[str, Any]], rendered: str, answer: str) -> str:
         """Return what the template writes for the assistant's `answer`, with its end tag."""
-        content: Any = answer if self.processor is None else [{"type": "text", "text": answer}]
-        whole = str(owner.apply_chat_template([*turn, {"role": "assistant", "content": content}], tokenize=False))
+        whole = self._chat([*turn, self._said("assistant", answer)])
         return whole[len(rendered) :] if whole.startswith(rendered) else answer + str(self.tokenizer.eos_token or "")
 
     def _untagged(self, parts: Sequence[str], answer: str) -> str:

@@ -100,7 +100,9 @@ def write_decision(mllm: HFModel, question: Question, folder: Path) -> str:
     # transformers' guard of user text fails on some processors: the template then guards it; a tokeniser that puts a
     # token in front itself is told not to for a template, which then writes it
     for guard, start in product(((), encoder.spellings), dict.fromkeys(("", begin, f"{begin} "))):
-        template = decision_template(own, style, item_first=question.item_first, sees=sees, start=start, guard=guard)
+        template = decision_template(
+            own, style, item_first=question.item_first, sees=sees, start=start, guard=guard, lead=encoder.lead()
+        )
         config = DecisionConfig(labels={"noul": spelt}, chat_template=template, sanitize_control_tokens=not guard)
         _write_config(config, folder)
         found = difference(mllm, question, folder)
