@@ -89,7 +89,7 @@ def _check_placement(settings: MLLMSettings) -> None:
             place == "cpu" or (isinstance(place, int) and place >= 0)
         ):
             raise UserError(
-                f"max_memory says {place!r}: {size!r}; give each GPU's number or cpu its room, e.g. {{0: 20GiB, cpu: 60GiB}}"
+                f"max_memory says {place!r}: {size!r}; give GPUs and cpu their room, e.g. {{0: 20GiB, cpu: 60GiB}}"
             )
 
 
