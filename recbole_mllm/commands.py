@@ -17,7 +17,7 @@ import yaml
 from recbole_mllm import ranks
 from recbole_mllm.errors import UserError
 
-DEMO_MODELS = "Pop,ItemKNN,SASRec,GRU4Rec,MLLMMSR"
+DEMO_MODELS = "quick"
 DEMO_NOTE = (
     "This world is made so that the images carry the taste and some items are new: it shows that the machine works, "
     "not that MLLMs beat SASRec."
@@ -69,8 +69,10 @@ def _nearest_model(name: str) -> str:
     """Return a hint where RecBole has no model `name`; its models are the files of its properties/model."""
     import recbole
 
+    from recbole_mllm.benchmark.field import SETS
+
     files = (Path(recbole.__file__).parent / "properties" / "model").glob("*.yaml")
-    names = sorted({path.stem for path in files} | {"Random", "MLLMMSR", "TALLRec"})
+    names = sorted({path.stem for path in files} | {"Random", "MLLMMSR", "TALLRec", *SETS})
     near = get_close_matches(name, names, n=1, cutoff=0.5)
     return f" Did you mean {near[0]}?" if near and name not in names else ""
 
@@ -153,13 +155,14 @@ def benchmark(
     tune: int = 0,
 ) -> int:
     """Run every model on the same candidates and write the leaderboard."""
+    from recbole_mllm.benchmark.field import expand
     from recbole_mllm.benchmark.launched import follow
     from recbole_mllm.benchmark.report import format_leaderboard
     from recbole_mllm.benchmark.run import BenchmarkPlan
     from recbole_mllm.benchmark.run import benchmark as run_benchmark
     from recbole_mllm.config import config_paths
 
-    labels = tuple(word.strip() for word in models.split(",") if word.strip())
+    labels = expand(models)
     _check_models(labels, dataset, options)
     keys = dict(options.overrides)
     folder = Path(output or f"results/{dataset}")
