@@ -10,7 +10,7 @@ from recbole_mllm import ranks
 from recbole_mllm.errors import UserError
 from recbole_mllm.options import Options, config_of, with_preset
 
-DEMO_MODELS = "Pop,ItemKNN,SASRec,GRU4Rec,MLLMMSR"
+DEMO_MODELS = "quick"
 DEMO_NOTE = (
     "This world is made so that the images carry the taste and some items are new: it shows that the machine works, "
     "not that MLLMs beat SASRec."
@@ -30,13 +30,14 @@ def benchmark(
     tune: int = 0,
 ) -> int:
     """Run every model on the same candidates and write the leaderboard."""
+    from recbole_mllm.benchmark.field import expand
     from recbole_mllm.benchmark.launched import follow
     from recbole_mllm.benchmark.report import format_leaderboard
     from recbole_mllm.benchmark.run import BenchmarkPlan
     from recbole_mllm.benchmark.run import benchmark as run_benchmark
     from recbole_mllm.config import config_paths
 
-    labels = tuple(word.strip() for word in models.split(",") if word.strip())
+    labels = expand(models)
     _check_models(labels, dataset, options)
     keys = dict(options.overrides)
     folder = Path(output or f"results/{dataset}")

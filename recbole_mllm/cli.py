@@ -96,7 +96,7 @@ def _options(parser: argparse.ArgumentParser) -> Iterator[Container[str]]:
 
 
 def _parser() -> Parser:
-    from recbole_mllm.benchmark.field import known_variants  # here, as `convert` does without numpy
+    from recbole_mllm.benchmark.field import SETS, known_variants  # here, as `convert` does without numpy
 
     common = Parser(add_help=False)
     common.add_argument("--dataset", help="a folder name under data_path (default ./dataset)")
@@ -124,7 +124,8 @@ def _parser() -> Parser:
     benchmark = add(
         "benchmark", help="many models, same candidates, one leaderboard", parents=[_quiet(common)], epilog=_EPILOG
     )
-    benchmark.add_argument("--models", required=True, help=f"RecBole's by name, MLLMMSR, {known_variants()}")
+    known = f"RecBole's by name, MLLMMSR, {known_variants()}; or sets of them: {', '.join(SETS)}"
+    benchmark.add_argument("--models", required=True, help=known)
     benchmark.add_argument("--seeds", help="e.g. 2024,2025; default: --seed, else 2024")
     benchmark.add_argument("--output_dir", help="default: results/<dataset>")
     benchmark.add_argument("--force", action="store_true", help="run again what is finished")

@@ -58,8 +58,10 @@ def _nearest_model(name: str) -> str:
     """Return a hint where RecBole has no model `name`; its models are the files of its properties/model."""
     import recbole
 
+    from recbole_mllm.benchmark.field import SETS
+
     files = (Path(recbole.__file__).parent / "properties" / "model").glob("*.yaml")
-    names = sorted({path.stem for path in files} | {"Random", "MLLMMSR", "TALLRec"})
+    names = sorted({path.stem for path in files} | {"Random", "MLLMMSR", "TALLRec", *SETS})
     near = get_close_matches(name, names, n=1, cutoff=0.5)
     return f" Did you mean {near[0]}?" if near and name not in names else ""
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from recbole.data import create_dataset, data_preparation
+from recbole.trainer import TraditionalTrainer
 from recbole.utils import get_model, get_trainer, init_logger, init_seed
 
 from recbole_mllm import ranks
@@ -96,6 +97,8 @@ def _train(config: Any, saved: bool) -> _Trained:
     log.info(model)
     made = time.perf_counter()
     trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
+    if isinstance(trainer, TraditionalTrainer):  # one epoch whatever `epochs` says, so an eval_step of 2 saves nothing
+        trainer.eval_step = min(trainer.eval_step, trainer.epochs)
     score, best = trainer.fit(train, valid, saved=saved, show_progress=config["show_progress"])
     reranker = getattr(model, "reranker", None)
     waited, learnt = (getattr(reranker, name, 0.0) for name in ("seconds", "train_s"))

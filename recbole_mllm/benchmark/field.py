@@ -54,6 +54,20 @@ FEATURES: Mapping[str, Mapping[str, Any]] = {
 
 FEATURE_MODELS = ("SASRecF", "GRU4RecF", "FDSA")
 
+SETS: Mapping[str, tuple[str, ...]] = {
+    "quick": ("Pop", "ItemKNN", "SASRec", "GRU4Rec", MLLM),
+    "baselines": (
+        *("Random", "Pop", "ItemKNN", "BPR", "LightGCN", "FPMC"),
+        *("GRU4Rec", "NARM", "SASRec", "BERT4Rec", "LightSANs"),
+    ),
+    "features": tuple(f"{model}:{kind}" for model in ("SASRecF", "GRU4RecF") for kind in FEATURES),
+    "ablations": (
+        *(f"{MLLM}:{name}" for name in ("zero-shot", "direct", "no-image-summary", "no-user-summary", "no-image")),
+        *(f"{MLLM}:block-{size}" for size in range(1, 6)),
+    ),
+}
+"""Names for many labels, for ``--models quick,features``."""
+
 UNTRAINED = frozenset({"Pop", "ItemKNN", "Random", "EASE", "SLIMElastic", "ADMMSLIM", "NCEPLRec"})
 """Baselines solved in one pass, which need no training budget."""
 
@@ -75,6 +89,12 @@ class Entry:
     kind: Kind
     defaults: Mapping[str, Any] = field(default_factory=dict)
     overrides: Mapping[str, Any] = field(default_factory=dict)
+
+
+def expand(models: str) -> tuple[str, ...]:
+    """Return the labels that a list such as ``quick,TALLRec`` stands for, each once, in its order."""
+    words = [word.strip() for word in models.split(",") if word.strip()]
+    return tuple(dict.fromkeys(label for word in words for label in SETS.get(word, (word,))))
 
 
 def resolve(label: str) -> Entry:
@@ -114,7 +134,7 @@ def _preset(label: str, preset: str) -> Mapping[str, Any]:
 def baseline_defaults(model: str) -> dict[str, Any]:
     """Return what properties/baselines.yaml says of the model."""
     found = yaml.safe_load((PROPERTIES / "baselines.yaml").read_text(encoding="utf-8"))
-    return {} if model in UNTRAINED else {**found["every"], **found.get(model, {})}
+    return {**({} if model in UNTRAINED else found["every"]), **found.get(model, {})}
 
 
 def known_variants() -> str:

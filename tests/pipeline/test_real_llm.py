@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recbole_mllm.quick_start import make_config, run
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 FILMS = Path(importlib.util.find_spec("recbole").origin).parent / "dataset_example/ml-100k"
-USERS, LENGTH = 24, 9
+USERS, LENGTH = 16, 7
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +48,8 @@ def settings(tmp_path, monkeypatch, gguf):
     monkeypatch.chdir(tmp_path)
     return {"data_path": str(tmp_path / "data"), "mllm": str(gguf), "item_kind": "movie", "summary_mode": "none",
             "item_summary": "none", "use_image": False, "train_last_k": 1, "learning_rate": 5e-4, "epochs": 5,
-            "train_batch_size": 8, "lora_dropout": 0.0, "show_progress": False, "seed": 7, "score_cache": False,
-            "eval_args": {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "uni5"}}  # fmt: skip
+            "eval_step": 5, "train_batch_size": 8, "lora_dropout": 0.0, "show_progress": False, "seed": 7, "score_cache": False,
+            "eval_args": {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "uni2"}}  # fmt: skip
 
 
 def _auc(labels, scores):

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from recbole_mllm import preset
-from recbole_mllm.benchmark.field import PRESETS, resolve
+from recbole_mllm.benchmark.field import PRESETS, SETS, expand, resolve
 from recbole_mllm.benchmark.records import read_records
 from recbole_mllm.benchmark.run import BenchmarkPlan, benchmark, jobs_of
 from recbole_mllm.errors import UserError
@@ -291,3 +291,17 @@ def test_a_file_that_decides_what_is_ranked_counts_by_what_it_holds(tmp_path):
     after.append(named(config_files=(str(config),)))
     assert told[0] == told[1] != after[0] == after[1]
     assert told[2] != after[2], "named in a config file it counts by what it holds too"
+
+
+def test_what_baselines_yaml_says_of_a_model_that_needs_no_training_holds_for_it_alone():
+    assert resolve("ItemKNN").defaults == {"k": 200} and not resolve("Pop").defaults
+    narm = resolve("NARM").defaults
+    assert (narm["learning_rate"], narm["train_batch_size"]) == (0.005, 256)
+
+
+def test_sets_of_models_are_what_the_field_is_made_of():
+    assert expand("quick, TALLRec,Pop") == ("Pop", "ItemKNN", "SASRec", "GRU4Rec", "MLLMMSR", "TALLRec")
+    assert {f"MLLMMSR:block-{size}" for size in range(1, 6)} <= set(expand("ablations"))
+    for label in expand(",".join(SETS)):
+        resolve(label)
+    assert {"SASRecF:text", "GRU4RecF:image"} <= set(expand("features")) and len(expand("baselines")) == 11
