@@ -18,6 +18,7 @@ from recbole_mllm.mllm.anatomy import Anatomy, anatomy_of
 from recbole_mllm.mllm.encode import AnswerTokens, Encoder, ImageInput, answer_tokens
 from recbole_mllm.mllm.forward import Body
 from recbole_mllm.mllm.hf import context_of
+from recbole_mllm.mllm.loading import UNREADABLE
 from recbole_mllm.mllm.processors import load_processor
 from recbole_mllm.mllm.sources import gguf_of, source_of
 from recbole_mllm.prompts import Style
@@ -74,7 +75,9 @@ def blueprint(name: str, settings: MLLMSettings) -> Blueprint:
         processor = load_processor(source, **options) if sees else None
         tokenizer = processor.tokenizer if processor is not None else AutoTokenizer.from_pretrained(source, **options)
         model = _shapes(config, sees, settings.trust_remote_code)
-    except (ImportError, OSError, ValueError) as error:
+    except UserError:
+        raise
+    except UNREADABLE as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(
             f"model {name!r} cannot be planned for: {reason}; a plan reads its config, tokenizer and processor files "

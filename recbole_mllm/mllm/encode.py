@@ -16,6 +16,7 @@ from recbole_mllm.data.images import image_digest, open_image
 from recbole_mllm.errors import UserError
 from recbole_mllm.mllm.architectures import Architecture
 from recbole_mllm.mllm.plaintext import CUT, PlainText
+from recbole_mllm.mllm.turns import Turns
 from recbole_mllm.prompts import IMAGE, Prompt
 
 _MARK = f"{CUT}{IMAGE}{CUT}"  # an image of the style's own, in a text whose filled-in parts are guarded
@@ -60,10 +61,12 @@ class Encoder:
     _images: OrderedDict[str, ImageInput] = field(default_factory=OrderedDict)
     _bytes: int = 0
     _plain: PlainText = field(init=False)
-    _before_answer: str | None = None
+    turns: Turns = field(init=False)
 
     def __post_init__(self) -> None:
         self._plain = PlainText(self.tokenizer)
+        behind = self.architecture.bos_behind_image
+        self.turns = Turns(self.tokenizer, self.processor, self.image_token, bos_behind_image=behind)
 
     @property
     def image_token(self) -> str:
@@ -110,8 +113,7 @@ class Encoder:
     def _start(self, rendered: str) -> list[int]:
         """Return the ids the tokeniser puts in front by itself (<s>), where a processor's or a bare text lacks them."""
         begin = self.tokenizer.bos_token
-        templated = bool(getattr(self.processor or self.tokenizer, "chat_template", None))
-        if (templated and self.processor is None) or (begin and rendered.startswith(begin)):
+        if (self.turns.templated and self.processor is None) or (begin and rendered.startswith(begin)):
             return []
         return self._plain.start
 
@@ -125,55 +127,7 @@ class Encoder:
 
     def render(self, guarded: Sequence[str], answer: str) -> str:
         """Return the conversation as the chat template writes it; without a template, the bare text."""
-        text = "".join(guarded)
-        parts = text.split(_MARK)
-        owner = self.processor if self.processor is not None else self.tokenizer
-        if not getattr(owner, "chat_template", None):
-            return self._untagged(parts, answer)
-        if self.processor is None:
-            content: Any = text
-        else:
-            content = [{"type": "text", "text": parts[0]}] if parts[0] else []
-            for part in parts[1:]:
-                content += [{"type": "image"}, *([{"type": "text", "text": part}] if part else [])]
-        turn = [{"role": "user", "content": content}]
-        rendered = self._chat(turn, add_generation_prompt=True) + self.lead()
-        return rendered + self._reply(turn, rendered, answer) if answer else rendered
-
-    def _chat(self, turns: list[dict[str, Any]], **options: Any) -> str:
-        """Return `turns` as the chat template writes them; a model that can think first is told not to."""
-        owner = self.processor if self.processor is not None else self.tokenizer
-        quiet = {"enable_thinking": False} if "enable_thinking" in str(owner.chat_template) else {}
-        return str(owner.apply_chat_template(turns, tokenize=False, **quiet, **options))
-
-    def _said(self, role: str, text: str) -> dict[str, Any]:
-        return {"role": role, "content": text if self.processor is None else [{"type": "text", "text": text}]}
-
-    def lead(self) -> str:
-        """Return the words a template puts before every answer and leaves out of its generation prompt.
-
-        An empty thought (Qwen3), a channel's name (gpt-oss), or the assistant's own header: none is part of the answer.
-        """
-        if self._before_answer is None:
-            turn, word = [self._said("user", "?")], "Yes"
-            asked = self._chat(turn, add_generation_prompt=True)
-            told = self._chat([*turn, self._said("assistant", word)])
-            found = told[len(asked) :].partition(word)[0] if told.startswith(asked) else ""
-            self._before_answer = found.rstrip(" ") if found.strip() else ""  # a space belongs to the word behind it
-        return self._before_answer
-
-    def _reply(self, turn: list[dict[str, Any]], rendered: str, answer: str) -> str:
-        """Return what the template writes for the assistant's `answer`, with its end tag."""
-        whole = self._chat([*turn, self._said("assistant", answer)])
-        return whole[len(rendered) :] if whole.startswith(rendered) else answer + str(self.tokenizer.eos_token or "")
-
-    def _untagged(self, parts: Sequence[str], answer: str) -> str:
-        end = self.tokenizer.eos_token or ""
-        text = self.image_token.join(parts)
-        if self.architecture.bos_behind_image:  # PaliGemmaProcessor.prepare_inputs_layout; the answer: its `suffix`
-            head, mark, tail = text.rpartition(self.image_token)
-            return f"{head}{mark}{self.tokenizer.bos_token}{tail}\n" + (f"{answer}{end}" if answer else "")
-        return text + (f" {answer}{end}" if answer else "")
+        return self.turns.render("".join(guarded).split(_MARK), answer)
 
     def _shorten(self, pieces: list[str], excess: int) -> None:
         """Take about `excess` tokens from the end of the longest filled-in text."""
@@ -215,6 +169,10 @@ class Encoder:
         if not images:
             return tuple(ids)
         mark = self.tokenizer.convert_tokens_to_ids(self.image_token)
+        if (shown := ids.count(mark)) != len(images):
+            raise UserError(
+                f"the model's chat template shows {shown} images of {len(images)}; mend it, or set use_image: false"
+            )
         rest, out = iter(images), list[int]()
         for token in ids:
             out += next(rest).ids if token == mark else (token,)

@@ -101,7 +101,7 @@ def write_decision(mllm: HFModel, question: Question, folder: Path) -> str:
     # token in front itself is told not to for a template, which then writes it
     for guard, start in product(((), encoder.spellings), dict.fromkeys(("", begin, f"{begin} "))):
         template = decision_template(
-            own, style, item_first=question.item_first, sees=sees, start=start, guard=guard, lead=encoder.lead()
+            own, style, item_first=question.item_first, sees=sees, start=start, guard=guard, lead=encoder.turns.lead
         )
         config = DecisionConfig(labels={"noul": spelt}, chat_template=template, sanitize_control_tokens=not guard)
         _write_config(config, folder)

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import logging
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
 from recbole_mllm.errors import UserError
+from recbole_mllm.mllm.architectures import language_part
 from recbole_mllm.mllm.dispatching import check_room
 from recbole_mllm.mllm.processors import load_processor
 from recbole_mllm.mllm.quantization import compute_as_asked, quantized
 from recbole_mllm.mllm.sources import TINY, gguf_of, identity_of, source_of
 
 __all__ = ["TINY", "Loaded", "dtype_of", "identity_of", "load", "source_of"]
+
+# What reading a folder that is damaged, or no model's, may raise
+UNREADABLE = (ImportError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +62,8 @@ def load(
     `placed` says where its layers go (see `dispatching.placement`); else all go to `device`.
 
     Raises:
-        UserError: The name is neither a folder nor a model id that can be had, or no auto class knows it.
+        UserError: The name is neither a folder nor a model id that can be had, no auto class knows it, or it has not
+            all of its weights.
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -66,18 +76,54 @@ def load(
         sees = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and file is None
         auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
         extra = (quantized(dtype, device) if four_bit else {}) | dict(placed or {})
-        model = auto.from_pretrained(source, dtype=dtype, **options, **extra).eval()
+        model, found = auto.from_pretrained(source, dtype=dtype, output_loading_info=True, **options, **extra)
+        _check_weights(name, model.eval(), found["missing_keys"])
         model = model if four_bit or placed else model.to(device)
         check_room(model, device)
         processor = load_processor(source, **options) if sees else None
         tokenizer = processor.tokenizer if processor is not None else AutoTokenizer.from_pretrained(source, **options)
-    except (ImportError, OSError, ValueError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UserError(
-            f"model {name!r} cannot be loaded: {reason}; give a hub id, a local folder, a .gguf file, or `tiny`"
-        ) from error
+    except UserError:
+        raise
+    except UNREADABLE as error:
+        raise UserError(f"model {name!r} cannot be loaded: {_reason(error, Path(source))}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     compute_as_asked(model)
     model.requires_grad_(False)
     return Loaded(model, tokenizer, processor, identity_of(name, getattr(config, "_commit_hash", None)))
+
+
+def _check_weights(name: str, model: Any, missing: Collection[str]) -> None:
+    """Refuse a language model with weights left at random, which would answer anything; tell of others.
+
+    A vision tower may have parts that are made and never run (SigLIP's head), and that no file holds.
+
+    Raises:
+        UserError: There are such weights.
+    """
+    if not missing:
+        return
+    listed = f"{len(missing)} of its weights are in no file ({', '.join(sorted(missing)[:3])}, ...)"
+    part, _ = language_part(model)
+    if any(key.startswith(f"{part}." if part else "") or "lm_head" in key for key in missing):
+        raise UserError(f"model {name!r} is not whole: {listed}, or have other names than its config.json asks for")
+    logging.getLogger().warning(f"model {name!r}: {listed} and are left at random; is the download complete?")
+
+
+def _reason(error: Exception, folder: Path) -> str:
+    """Return why a model cannot be loaded, and what to give in its place."""
+    if (folder / "adapter_config.json").is_file():
+        with suppress(OSError, ValueError, AttributeError):
+            about = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+            base = about.get("base_model_name_or_path")
+            return (
+                f"it is an adapter of {base!r}, no whole model; `recbole-mllm export RUN --out DIR --merge` writes one"
+            )
+    reason = next((line for line in str(error).splitlines() if line.strip()), "")
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"{reason}; take a smaller model, or dtype: bfloat16"
+    if isinstance(error, OSError | ImportError | ValueError) and reason:
+        return f"{reason}; give a hub id, a local folder, a .gguf file, or `tiny`"
+    if "ignore_mismatched_sizes" in reason:
+        reason = "its weights have other shapes than its config.json says"
+    return f"its files are damaged or do not belong together ({type(error).__name__}: {reason})"

@@ -48,8 +48,8 @@ def settings(tmp_path, monkeypatch, gguf):
     monkeypatch.chdir(tmp_path)
     return {"data_path": str(tmp_path / "data"), "mllm": str(gguf), "item_kind": "movie", "summary_mode": "none",
             "item_summary": "none", "use_image": False, "train_last_k": 1, "learning_rate": 5e-4, "epochs": 5,
-            "eval_step": 5, "train_batch_size": 8, "lora_dropout": 0.0, "show_progress": False, "seed": 7, "score_cache": False,
-            "eval_args": {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "uni2"}}  # fmt: skip
+            "eval_step": 5, "train_batch_size": 8, "lora_dropout": 0.0, "show_progress": False, "seed": 7,
+            "score_cache": False, "eval_args": {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "uni2"}}  # fmt: skip
 
 
 def _auc(labels, scores):

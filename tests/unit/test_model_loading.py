@@ -1,6 +1,7 @@
 """Loading models: one-file weights, what is missing said in one line, and a load that leaves transformers as it was."""
 
 import importlib.util
+import json
 import os
 import shutil
 from importlib import import_module
@@ -66,6 +67,54 @@ def test_what_is_wrong_with_a_gguf_is_one_line(file, tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "find_spec", lambda name: None if name == "gguf" else find(name))
     with pytest.raises(UserError, match=r"pip install 'recbole-mllm\[gguf\]'"):
         HFModel(str(file), SETTINGS.mllm, CPU)
+
+
+def _changed(config):
+    """Return what spoils a folder: its config says otherwise."""
+
+    def spoil(folder):
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | config))
+
+    return spoil
+
+
+def _cut(folder):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+
+
+def _adapter_alone(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "some/model"}')
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (_changed({"num_hidden_layers": 4}), r"not whole: 9 of its weights are in no file \(model.layers.3."),
+        (_changed({"intermediate_size": 96}), "its weights have other shapes than its config.json says"),
+        (_cut, "damaged or do not belong together .SafetensorError"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{}"), "damaged or do not belong together"),
+        (_adapter_alone, "an adapter of 'some/model', no whole model; `recbole-mllm export RUN --out DIR --merge`"),
+    ],
+    ids=["layers", "shapes", "cut", "tokenizer", "adapter"],
+)
+def test_a_folder_that_is_no_whole_model_is_refused_in_one_line(llama, tmp_path, spoil, message):
+    """Layers in no file would be random numbers, and answer all the same."""
+    spoil(shutil.copytree(llama, tmp_path / "model"))
+    with pytest.raises(UserError, match=message) as raised:
+        HFModel(str(tmp_path / "model"), SETTINGS.mllm, CPU)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_tower_that_is_not_whole_is_told_of(tmp_path, caplog):
+    folder = tiny_models.llava(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"]["num_hidden_layers"] += 1
+    (folder / "config.json").write_text(json.dumps(config))
+    HFModel(str(folder), SETTINGS.mllm, CPU)
+    assert "16 of its weights are in no file" in caplog.text and "is the download complete?" in caplog.text
 
 
 @pytest.mark.slow

@@ -2,10 +2,12 @@
 
 import pytest
 import tiny_models
+from PIL import Image
 from stock_forward import CPU, SETTINGS, STYLE
 from transformers import AutoTokenizer
 from transformers.decision import DecisionConfig
 
+from recbole_mllm.errors import UserError
 from recbole_mllm.mllm.decision import decision_request
 from recbole_mllm.mllm.exporting import Question, copy_own_files, write_decision
 from recbole_mllm.mllm.hf import HFModel
@@ -63,3 +65,46 @@ def test_an_exported_template_ends_there_too(case, tmp_path):
     config, words = DecisionConfig.from_pretrained(str(tmp_path)), AutoTokenizer.from_pretrained(tmp_path)
     ((inputs, _),) = config.prepare_inputs(decision_request("m", PROMPT), words)
     assert inputs["input_ids"][0].tolist() == list(mllm.encoder(PROMPT).ids)
+
+
+def _with(template, build, folder):
+    build(folder)
+    (folder / "chat_template.jinja").write_text(template)
+    return HFModel(str(folder), SETTINGS.mllm, CPU)
+
+
+def test_a_template_is_given_text_or_parts_whichever_it_takes(tmp_path):
+    """A text model with a template of parts, and an image model with one of text, which it would write as Python."""
+    parts = "{% for m in messages %}{{ m.role }}: {% for c in m.content %}{{ c.text }}{% endfor %}\n{% endfor %}"
+    text = _with(parts, tiny_models.llama, tmp_path / "text")
+    assert PROMPT.text in text.encoder.tokenizer.decode(text.encoder(PROMPT).ids)
+    assert text.answers(STYLE)
+    sees = _with(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", tiny_models.llava, tmp_path / "b"
+    )
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
+    shown = sees.encoder(recommend_prompt(STYLE, "likes cats", "a mug", tmp_path / "red.png"))
+    assert shown.ids.count(sees.body.image_token_id) == 16
+    assert "user: Candidate: <image>" in sees.encoder.tokenizer.decode(shown.ids).replace("<image>" * 16, "<image>")
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for m in messages %}{{ m.content", "the model's chat template fails: unexpected end"),
+        ("{{ raise_exception('a system message first') }}", "the model's chat template fails: a system message first"),
+        ("Hello, what can I do?", "does not write the text of a question"),
+    ],
+)
+def test_a_template_that_cannot_be_used_is_one_line(template, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        _with(template, tiny_models.llama, tmp_path).encoder(PROMPT)
+
+
+def test_a_template_that_drops_the_image_is_refused(tmp_path):
+    template = "{% for m in messages %}{% for c in m.content %}{{ c.text }}{% endfor %}\n{% endfor %}"
+    mllm = _with(template, tiny_models.llava, tmp_path / "llava")
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
+    assert mllm.encoder(PROMPT).images == ()
+    with pytest.raises(UserError, match="shows 0 images of 1"):
+        mllm.encoder(recommend_prompt(STYLE, "likes cats", "a mug", tmp_path / "red.png"))
