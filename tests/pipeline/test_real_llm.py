@@ -46,10 +46,11 @@ def settings(tmp_path, monkeypatch, gguf):
     (folder / "films.item").write_text("\n".join(["item_id:token\ttitle:token_seq", *titles]) + "\n")
     monkeypatch.setattr(sys, "argv", ["pytest"])
     monkeypatch.chdir(tmp_path)
+    split = {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "uni2"}
     return {"data_path": str(tmp_path / "data"), "mllm": str(gguf), "item_kind": "movie", "summary_mode": "none",
             "item_summary": "none", "use_image": False, "train_last_k": 1, "learning_rate": 5e-4, "epochs": 5,
             "eval_step": 5, "train_batch_size": 8, "lora_dropout": 0.0, "show_progress": False, "seed": 7,
-            "score_cache": False, "eval_args": {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "uni2"}}  # fmt: skip
+            "score_cache": False, "eval_args": split}  # fmt: skip
 
 
 def _auc(labels, scores):
