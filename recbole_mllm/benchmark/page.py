@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from markupsafe import Markup
 
 from recbole_mllm.benchmark.casebook import Casebook
 from recbole_mllm.benchmark.charts import curve_charts, group_charts, series
@@ -43,6 +46,7 @@ def page(board: Leaderboard, book: Casebook | None = None) -> str:
     """Return the report; every text in it is escaped."""
     templates = environment(Path(__file__).parent / "templates")
     templates.filters["capitalize_first"] = lambda text: text[:1].upper() + text[1:]
+    templates.filters["breakable"] = _breakable
     template = templates.get_template("leaderboard.html")
     return template.render(
         board=board,
@@ -68,6 +72,11 @@ def page(board: Leaderboard, book: Casebook | None = None) -> str:
         side=SIDE,
         last_blocks=LAST_BLOCKS,
     )
+
+
+def _breakable(name: str) -> Markup:
+    """Return a name that a narrow column breaks behind its colon, not in the middle of a word."""
+    return Markup("<wbr>").join(Markup.escape(part) for part in re.split(r"(?<=:)", name))
 
 
 def _row(board: Leaderboard, row: Row) -> Mapping[str, Any]:

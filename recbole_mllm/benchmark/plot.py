@@ -12,6 +12,7 @@ from recbole_mllm.benchmark.wording import say_score, say_seconds
 WIDTH, HEIGHT = 520, 340
 LEFT, RIGHT, TOP, BOTTOM = 52, 16, 18, 46
 LABEL_GAP = 14
+NAMED = 8  # marks that can carry their names; of more each carries its number, and the names stand below
 CHARACTER = 6.6  # width of a label's character at the size the page draws it
 BOLD = 1.2  # how much wider an MLLM's label is
 TIMES = (0.1, 1, 10, 60, 600, 3600, 36_000, 360_000, 3_600_000)
@@ -19,9 +20,13 @@ TIMES = (0.1, 1, 10, 60, 600, 3600, 36_000, 360_000, 3_600_000)
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One row in the plot, in SVG coordinates; `anchor` says on which side of the mark its label stands."""
+    """One row in the plot, in SVG coordinates; `anchor` says on which side of the mark its label stands.
+
+    `label` is the row's name or, where there are too many for that, its number in the table.
+    """
 
     name: str
+    label: str
     kind: str
     x: float
     y: float
@@ -35,12 +40,13 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """The plot's points and ticks, each tick as (place, text)."""
+    """The plot's points and ticks, each tick as (place, text); `key` names the marks that are numbered."""
 
     metric: str
     points: tuple[Point, ...]
     x_ticks: tuple[tuple[float, str], ...]
     y_ticks: tuple[tuple[float, str], ...]
+    key: tuple[Point, ...]
     width: int = WIDTH
     height: int = HEIGHT
     left: int = LEFT
@@ -69,15 +75,19 @@ def quality_versus_cost(board: Leaderboard) -> Plot | None:
 
     marks = [(row, x(row.seconds), y(row.mean(metric)), y(b[0]), y(b[1])) for row, b in zip(rows, bounds, strict=True)]
     ticks = tuple((x(time), say_seconds(time)) for time in TIMES if low_s <= time <= high_s)
-    return Plot(metric, _points(board, marks), ticks, tuple(zip(map(y, steps), tick_texts(steps), strict=True)))
+    points = _points(board, marks)
+    key = tuple(sorted(points, key=lambda point: int(point.label))) if len(points) > NAMED else ()
+    return Plot(metric, points, ticks, tuple(zip(map(y, steps), tick_texts(steps), strict=True)), key)
 
 
 def _points(board: Leaderboard, marks: Sequence[tuple[Row, float, float, float, float]]) -> tuple[Point, ...]:
     """Set each label beside its mark, moved down past those already set where they would overlap."""
+    numbers = {row.model: str(number) for number, row in enumerate(board.rows, start=1)}
     placed: list[tuple[float, float, float]] = []
     points = []
     for row, x, y, low, high in sorted(marks, key=lambda mark: mark[2]):
-        length = len(row.model) * CHARACTER * (BOLD if row.kind == "mllm" else 1)
+        label = row.model if len(marks) <= NAMED else numbers[row.model]
+        length = len(label) * CHARACTER * (BOLD if row.kind == "mllm" else 1)
         right = x + 10 + length <= WIDTH
         start = x + 10 if right else x - 10 - length
         label_y = y
@@ -89,7 +99,7 @@ def _points(board: Leaderboard, marks: Sequence[tuple[Row, float, float, float, 
         said = say_score(board, row, board.valid_metric)
         told = f"{row.model}: {board.valid_metric} {said.mean} {said.interval}, {say_seconds(row.seconds)}"
         side = (x + 10, "start") if right else (x - 10, "end")
-        points.append(Point(row.model, row.kind, x, y, low, high, side[0], round(label_y + 4, 1), side[1], told))
+        points.append(Point(row.model, label, row.kind, x, y, low, high, side[0], round(label_y + 4, 1), side[1], told))
     return tuple(points)
 
 

@@ -22,6 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from recbole_mllm.data.schema import POSITION
 from recbole_mllm.model.sequential_recommender.mllmmsr import MLLMMSR
+from recbole_mllm.quick_start import make_config, run
 
 
 @pytest.fixture(scope="module")
@@ -126,3 +127,9 @@ def test_gpu_id_is_recboles_and_falls_back_to_the_cpu(settings: dict[str, Any], 
     assert os.environ["CUDA_VISIBLE_DEVICES"] == config["gpu_id"] == "3"
     assert config["device"].type == ("cuda" if torch.cuda.is_available() else "cpu")
     assert Config("MLLMMSR", "steps", config_dict=settings | {"gpu_id": ""})["device"].type == "cpu"
+
+
+def test_a_model_of_one_pass_runs_with_any_eval_step(settings: dict[str, Any]) -> None:
+    keys = {"eval_step": 2, "epochs": 8, "frozen_candidates": True, "eval_args": {"mode": "uni20"}}
+    found = run(make_config("Pop", "steps", [], settings | keys | {"mllm": "tiny", "load_col": {"inter": "*"}}))
+    assert found.valid and found.test, "RecBole trains it for one epoch, and would neither validate nor save it"

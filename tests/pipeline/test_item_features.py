@@ -153,10 +153,13 @@ def test_features_are_made_once_and_again_where_what_they_are_made_of_changes(
     for item in ("i00", "i33"):
         told = np.array(rows[item].split(), float)
         assert np.allclose(vectors[dataset.token2id("item_id", item)], told)
-    times = [path.stat().st_mtime_ns for path in files]
+    times, spent = [path.stat().st_mtime_ns for path in files], prepare.seconds_of(config)
+    assert spent is not None and spent > 0
     monkeypatch.setattr(prepare, "HFModel", None)
     assert offered()[0]["additional_feat_suffix"] == config["additional_feat_suffix"]
+    assert prepare.seconds_of(offered()[0]) == spent, "whoever finds them is told what they took"
     again = offered(seed=5, item_features=["image"])[0]
+    assert 0 < (prepare.seconds_of(again) or 0) < spent
     assert again["additional_feat_suffix"] == config["additional_feat_suffix"][1:]
     assert [path.stat().st_mtime_ns for path in files] == times
     for change in ({"feature_size": 4}, {"feature_encoder": str(place / "llama"), "item_features": ["text"]}):

@@ -267,6 +267,31 @@ def test_labels_of_rows_that_are_alike_do_not_overlap(field, tmp_path):
     assert min(np.diff(heights)) > 12
 
 
+def test_marks_of_a_large_field_carry_their_number_in_the_table_and_a_key_names_them(field, tmp_path):
+    records = [replace(field[1], run_id=f"run-{number}", label=f"Twin{number:02d}") for number in range(15)]
+    for record in records:
+        append(tmp_path / "runs.jsonl", record)
+    built = render(tmp_path)
+    plot = quality_versus_cost(built)
+    assert plot is not None
+    assert [(point.label, point.name) for point in plot.key] == [
+        (str(number), row.model) for number, row in enumerate(built.rows, start=1)
+    ]
+    page = (tmp_path / "leaderboard.html").read_text()
+    assert re.search(r'<li class="baseline" value="7"><span class="model">Twin06</span>', page)
+    assert quality_versus_cost(build(records[:8], tmp_path)).key == ()  # type: ignore[union-attr]
+
+
+def test_a_column_for_making_features_stands_where_a_row_reads_some(field, tmp_path):
+    reads = replace(field[1], run_id="reads-2024-0a1b2c3d", label="SASRecF:text", features_s=12.5)
+    without, with_it = build(field, tmp_path), build([*field, reads], tmp_path)
+    assert "features_s" not in without.costs and "features_s" in with_it.costs
+    assert "Features" not in format_markdown(without) and "| Features |" in format_markdown(with_it)
+    row, same = (next(r for r in with_it.rows if r.model == name) for name in ("SASRecF:text", field[1].label))
+    assert row.seconds == pytest.approx(same.seconds + 12.5)
+    assert set(with_it.to_json()["rows"][0]["cost"]) == set(without.to_json()["rows"][0]["cost"]) == set(COSTS)
+
+
 def test_the_terminal_table_is_aligned_and_fits(board, field, tmp_path):
     long = plant_run(tmp_path, "MLLMMSR:" + "long" * 20, 0.3, "mllm", summarize_s=123456.0, train_s=98765.0)
     for text in (format_table(board), format_table(build([*field, long], tmp_path))):
