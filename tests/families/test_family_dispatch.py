@@ -14,7 +14,6 @@ from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.mllm.tuning import tune
 
 
-
 def spread(folder, mllm, room):
     """Load a model that may take `room` of its bytes in memory."""
     size = sum(p.numel() * p.element_size() for p in mllm.model.parameters())
