@@ -9,6 +9,7 @@ from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from recbole_mllm.endpoints import is_server, parse_endpoint
 from recbole_mllm.errors import UserError
+from recbole_mllm.placement import check_placement
 
 
 class _FromConfig:
@@ -69,28 +70,9 @@ class MLLMSettings(_FromConfig):
         for key in ("mllm", "item_summarizer", "user_summarizer"):
             if is_server(name := getattr(self, key)):
                 parse_endpoint(name, key)
-        _check_placement(self)
-
-
-def _check_placement(settings: MLLMSettings) -> None:
-    """Refuse a placement that would place nothing, and a memory nobody could read."""
-    used = (settings.mllm, settings.item_summarizer or settings.mllm, settings.user_summarizer or settings.mllm)
-    if settings.device_map and all(map(is_server, used)):
-        raise UserError(
-            f"device_map is {settings.device_map}, but all models are behind servers, which place their own; set "
-            "device_map: null"
-        )
-    for key in ("max_memory", "offload_folder"):
-        if getattr(settings, key) is not None and not settings.device_map:
-            raise UserError(f"{key} is only read under device_map; set device_map: auto, or leave {key} out")
-    for place, size in (settings.max_memory or {}).items():
-        whole = isinstance(size, int) and not isinstance(size, bool) and size >= 0
-        if not (whole or re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]i?B", str(size))) or not (
-            place == "cpu" or (isinstance(place, int) and place >= 0)
-        ):
-            raise UserError(
-                f"max_memory says {place!r}: {size!r}; give GPUs and cpu their room, e.g. {{0: 20GiB, cpu: 60GiB}}"
-            )
+        used = (self.mllm, self.item_summarizer or self.mllm, self.user_summarizer or self.mllm)
+        served = all(map(is_server, used))
+        check_placement(self.device_map, self.max_memory, self.offload_folder, all_served=served)
 
 
 @dataclass(frozen=True, slots=True)

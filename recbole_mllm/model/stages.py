@@ -18,6 +18,7 @@ from recbole_mllm.endpoints import is_server, parse_endpoint
 from recbole_mllm.errors import UserError
 from recbole_mllm.mllm import splitting
 from recbole_mllm.mllm.base import Writer
+from recbole_mllm.mllm.dispatching import check_dispatch
 from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.mllm.loading import TINY, dtype_of, identity_of, source_of
 from recbole_mllm.mllm.server import ServerModel
@@ -48,6 +49,7 @@ def load_style(settings: Settings) -> Style:
 
 def make_stage(config: Mapping[str, Any], settings: Settings, device: torch.device) -> Stage:
     """Read titles and images, and say who writes the summaries and under which tag they are exported."""
+    check_dispatch(settings.mllm)
     folder = Path(config["data_path"])
     image_dir = settings.recommend.image_dir
     items = read_items(folder, Path(image_dir) if image_dir else None)

@@ -113,13 +113,16 @@ def _read(path: Path) -> _Run:
     return _Run(path, checkpoint, settings, base, dtype)
 
 
+_IN_ONE_PLACE = {"device_map": None, "max_memory": None, "offload_folder": None}
+
+
 def _load(run: _Run, merge: bool) -> HFModel:
     """Return the model as it was trained, on the CPU.
 
     A base in four bits is loaded in its own precision, which is all an adapter's folder takes; to be merged, it is
     what those four bits stand for, as that is what the adapter was trained on.
     """
-    settings = MLLMSettings.from_config({**asdict(run.settings.mllm), "dtype": run.dtype})
+    settings = MLLMSettings.from_config({**asdict(run.settings.mllm), "dtype": run.dtype, **_IN_ONE_PLACE})
     lora = run.settings.lora
     four_bit = merge and lora.finetune == "qlora"
     if four_bit:
