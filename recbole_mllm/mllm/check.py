@@ -16,7 +16,7 @@ from recbole_mllm.mllm.encode import Encoded
 from recbole_mllm.mllm.forward import Body
 from recbole_mllm.mllm.plain import plain_logits
 
-# shared: common prefixes once; flat: batches of whole prompts; plain: the model's own call, one prompt at a time
+# fastest first. shared: common prefixes once; flat: batches of whole prompts; plain: its own call, one at a time
 Way = Literal["shared", "flat", "plain"]
 _TOLERANCE = {torch.float32: 1e-4}  # of the largest logit; half precision moves more by batching alone
 _HALF = 5e-2

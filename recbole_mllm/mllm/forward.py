@@ -39,6 +39,7 @@ class Body:
         self.device = input_device(self.head_model)
         self.architecture = architecture_of(self.head_model)
         self.way: Any = None  # how prompts are scored, found at first use (see check)
+        self.way_sees = False  # whether it was found by prompts with images
         self.in_flight: dict[bool, bool] = {}  # whether answers are written in flight, with images or without (same)
         self.budget = Budget(_BATCH_TOKENS, self.forget_features)
         self._features: OrderedDict[str, BaseModelOutputWithPooling] = OrderedDict()

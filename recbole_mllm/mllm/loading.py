@@ -122,7 +122,9 @@ def _reason(error: Exception, folder: Path) -> str:
     reason = next((line for line in str(error).splitlines() if line.strip()), "")
     if isinstance(error, torch.OutOfMemoryError):
         return f"{reason}; take a smaller model, or dtype: bfloat16"
-    if isinstance(error, OSError | ImportError | ValueError) and reason:
+    if isinstance(error, ImportError) and reason:
+        return f"{reason.partition('. ')[0]}; install what it asks for"
+    if isinstance(error, OSError | ValueError) and reason:
         return f"{reason}; give a hub id, a local folder, a .gguf file, or `tiny`"
     if "ignore_mismatched_sizes" in reason:
         reason = "its weights have other shapes than its config.json says"

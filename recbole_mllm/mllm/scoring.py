@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -47,9 +48,14 @@ def yes_logits(
 
 
 def way_of(body: Body, prompts: Sequence[Encoded], tokens: Sequence[int]) -> Way:
-    """Return the fastest way that is exact for this model, found once, by two of `prompts` and logits of `tokens`."""
-    if body.way is None:
-        body.way = way_to_score(body, prompts, tokens, lambda pair, way: _by(way, body, pair, tokens, str, 1))
+    """Return the fastest way that is exact for this model, found once, by two of `prompts` and logits of `tokens`.
+
+    What was found by prompts without an image tells nothing of those with one: the first of these are checked too.
+    """
+    images = any(prompt.images for prompt in prompts)
+    if body.way is None or (images and not body.way_sees):
+        found = way_to_score(body, prompts, tokens, lambda pair, way: _by(way, body, pair, tokens, str, 1))
+        body.way, body.way_sees = max(body.way or found, found, key=get_args(Way).index), images
     way: Way = body.way
     return way
 

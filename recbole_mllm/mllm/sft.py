@@ -62,7 +62,7 @@ def _summed_loss(body: Body, examples: Sequence[Encoded], shared: int, whole: bo
 
 def way_to_train(body: Body, examples: Sequence[Encoded]) -> Way:
     """Return how the model is run; a family without a row in the table is checked first, as it is to be scored."""
-    if body.way is None:
+    if body.way is None or (not body.way_sees and any(example.images for example in examples)):
         model, answers = body.head_model, sorted({token for e in examples for token in e.ids[-e.answer :]})
         training = model.training
         model.eval()  # dropout would tell any two passes apart

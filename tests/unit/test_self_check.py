@@ -171,6 +171,27 @@ def test_a_prefix_lm_nobody_told_of_is_caught(tmp_path, monkeypatch, caplog):
     assert torch.allclose(together, alone, atol=1e-5)
 
 
+def test_what_holds_without_an_image_is_checked_again_with_one(tmp_path, monkeypatch):
+    """Gemma3 without its row in the table: text is read in one direction, an image in both."""
+    monkeypatch.setattr(scoring, "_LEAST_GAIN", 1)
+    monkeypatch.delitem(architectures._FAMILIES, "gemma3")
+    Image.effect_noise((40, 30), 60).convert("RGB").save(tmp_path / "red.png")
+    config = tiny_models.gemma3(tmp_path / "model") / "config.json"
+    config.write_text(config.read_text().replace('"final_logit_softcapping": 0.5', '"final_logit_softcapping": null'))
+    model = HFModel(str(tmp_path / "model"), SETTINGS.mllm, CPU)
+    answers = model.answers(STYLE)
+    model.yes_scores(PROMPTS, answers)
+    assert model.body.way == "shared"
+    model.yes_scores([recommend_prompt(STYLE, "likes cats", "a mug", tmp_path / "red.png")], answers)
+    assert model.body.way != "shared"
+    model.body.way, model.body.way_sees = None, False
+    model.loss(PROMPTS, torch.ones(len(PROMPTS)), answers)
+    assert model.body.way == "shared"
+    shown = [recommend_prompt(STYLE, "likes cats", "a mug", tmp_path / "red.png")]
+    model.loss(shown, torch.ones(1), answers)
+    assert model.body.way != "shared"
+
+
 def test_the_check_is_made_once_and_a_known_family_needs_none(tmp_path, monkeypatch):
     made = []
     stock = scoring.way_to_score
