@@ -1,8 +1,8 @@
 """Peak memory of scoring some items, and of scoring four times as many new ones afterwards, in one process.
 
-What is kept of images is bounded, so a long evaluation holds no more than a short one once that is full. The bounds here are
-a few megabytes, which the first items fill. An image is 0.8 MB as the vision tower reads it, so that keeping each would
-show. Ends with one JSON line: megabytes resident at most, and the second over the first.
+What is kept of images is bounded, so a long evaluation holds no more than a short one once that is full. The bounds
+here are a few megabytes, which the first items fill. An image is 0.8 MB as the vision tower reads it, so that keeping
+each would show. Ends with one JSON line: megabytes resident at most, and the second over the first.
 """
 
 from __future__ import annotations
