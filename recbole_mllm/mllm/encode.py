@@ -20,7 +20,9 @@ from recbole_mllm.mllm.turns import Turns
 from recbole_mllm.prompts import IMAGE, Prompt
 
 _MARK = f"{CUT}{IMAGE}{CUT}"  # an image of the style's own, in a text whose filled-in parts are guarded
-IMAGE_BYTES = 2**30  # of preprocessed images; LLaVA-NeXT's take 7 MB each
+IMAGE_BYTES = (
+    2**28
+)  # of preprocessed images; LLaVA-NeXT's take 7 MB each, and are of no use once their features are made
 _NOT_IMAGE_INPUTS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels"}
 _FEWEST = 8  # characters a filled-in text keeps when a prompt is shortened
 
@@ -149,9 +151,7 @@ class Encoder:
             self._images.move_to_end(key)
         else:
             assert self.processor is not None
-            batch = self.processor(
-                images=[open_image(path)], text=[self.image_token], return_tensors="pt", add_special_tokens=False
-            )
+            batch = self._processed(path)
             tensors = {name: value for name, value in batch.items() if name not in _NOT_IMAGE_INPUTS}
             found = batch["input_ids"][0].tolist()
             if self.architecture.bos_behind_image:  # that is the prompt's, not the image's
@@ -163,6 +163,20 @@ class Encoder:
             while self._bytes > IMAGE_BYTES and len(self._images) > 1:
                 self._bytes -= image_bytes(self._images.popitem(last=False)[1])
         return self._images[key]
+
+    def _processed(self, path: Path) -> Any:
+        """Return what the processor makes of an image alone.
+
+        Raises:
+            UserError: It refuses the image (Qwen-VL's: one that is 200 times as long as it is wide).
+        """
+        picture, options = open_image(path), {"return_tensors": "pt", "add_special_tokens": False}
+        try:
+            return self.processor(images=[picture], text=[self.image_token], **options)  # type: ignore[misc]
+        except ValueError as error:
+            raise UserError(
+                f"{path}: the model's image processor refuses it ({error}); mend or remove the image"
+            ) from error
 
     def _expanded(self, ids: Sequence[int], images: Sequence[ImageInput]) -> tuple[int, ...]:
         """Return `ids` with the n-th image token replaced by what the n-th image expands to."""

@@ -38,19 +38,24 @@ def llama(folder: Path, seed: int = 0) -> Path:
     return write(folder, LlamaForCausalLM, config, words, seed=seed)
 
 
-def llava(folder: Path, seed: int = 0) -> Path:
-    """Write a Llava of a SigLIP tower and a Llama with a SentencePiece tokeniser, which puts <s> in front itself."""
+def llava(folder: Path, seed: int = 0, side: int = 32) -> Path:
+    """Write a Llava of a SigLIP tower and a Llama with a SentencePiece tokeniser, which puts <s> in front itself.
+
+    `side` is that of an image in pixels, always cut into 16 patches.
+    """
     words = llama_sentencepiece(templates.LLAVA)
     words.add_special_tokens({"pad_token": "<pad>", "additional_special_tokens": ["<image>"]})
     config = LlavaConfig(
-        vision_config=SiglipVisionConfig(**VISION, vision_use_head=False),
+        vision_config=SiglipVisionConfig(
+            **VISION | {"image_size": side, "patch_size": side // 4}, vision_use_head=False
+        ),
         text_config=LlamaConfig(vocab_size=len(words), **TEXT, bos_token_id=1, eos_token_id=2),
         image_token_index=words.convert_tokens_to_ids("<image>"),
         image_seq_length=16,
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
     )
-    pixels = SiglipImageProcessorPil(size={"height": 32, "width": 32}, **HALF)
+    pixels = SiglipImageProcessorPil(size={"height": side, "width": side}, **HALF)
     return write(
         folder,
         LlavaForConditionalGeneration,
@@ -59,7 +64,7 @@ def llava(folder: Path, seed: int = 0) -> Path:
         pixels,
         seed=seed,
         processor_class="LlavaProcessor",
-        patch_size=8,
+        patch_size=side // 4,
         vision_feature_select_strategy="full",
         num_additional_image_tokens=0,
     )

@@ -238,6 +238,13 @@ def test_a_model_that_is_not_there_is_one_clear_line(tmp_path):
         HFModel(str(tmp_path / "absent"), SETTINGS.mllm, torch.device("cpu"))
 
 
+def test_an_image_that_a_processor_refuses_is_named(tmp_path):
+    Image.new("RGB", (900, 2)).save(tmp_path / "line.png")
+    model = HFModel(str(tiny_models.qwen2_vl(tmp_path / "model")), SETTINGS.mllm, torch.device("cpu"))
+    with pytest.raises(UserError, match=r"line.png: the model's image processor refuses it \(absolute aspect ratio"):
+        model.encoder(recommend_prompt(STYLE, "likes cats", "a mug", tmp_path / "line.png"))
+
+
 def test_identity_follows_the_weights_not_the_place(folder, tmp_path):
     from recbole_mllm.mllm.loading import identity_of
 
