@@ -11,7 +11,7 @@ import argparse
 import json
 import sys
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ def positions(length: int, last_k: int | None) -> set[int]:
     return set(range(first, length))
 
 
-@lru_cache(maxsize=None)
+@cache
 def states(length: int, last_k: int | None, settings: SummarySettings) -> frozenset[State]:
     """Return the states that the rows of such a user read, and those they build on: a prompt each."""
     read = (state_at(place, settings) for place in positions(length, last_k))
