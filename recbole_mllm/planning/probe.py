@@ -15,7 +15,6 @@ from recbole_mllm.mllm.batching import free_memory
 from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.planning.counts import Count
 from recbole_mllm.planning.hours import Measured
-from recbole_mllm.planning.known import NothingKnown
 from recbole_mllm.planning.models import Models
 from recbole_mllm.planning.prepared import Prepared
 from recbole_mllm.planning.readers import Reader
@@ -23,6 +22,7 @@ from recbole_mllm.planning.standins import Sample, StandIns, Texts
 from recbole_mllm.planning.writers import sample
 from recbole_mllm.prompts import Prompt
 from recbole_mllm.summaries.items import item_summaries
+from recbole_mllm.summaries.known import NothingKnown
 from recbole_mllm.summaries.prepare import item_scribe, user_scribe
 from recbole_mllm.summaries.store import Store
 from recbole_mllm.summaries.users import Plan, preferences

@@ -6,16 +6,15 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 
-from recbole_mllm.data.schema import store_file
 from recbole_mllm.planning.asking import Asking, Images
 from recbole_mllm.planning.counts import Count
-from recbole_mllm.planning.known import KnownTexts
 from recbole_mllm.planning.models import Models
 from recbole_mllm.planning.pairs import pairs_of
 from recbole_mllm.planning.prepared import Prepared
 from recbole_mllm.planning.readers import Reader
 from recbole_mllm.planning.standins import Sample, StandIns
 from recbole_mllm.planning.writers import Written, count_items, count_users
+from recbole_mllm.summaries.known import KnownTexts
 from recbole_mllm.summaries.prepare import Preferences
 
 _WORDS = 2000
@@ -56,7 +55,7 @@ def count_summaries(p: Prepared, models: Models, samples: Mapping[str, Sequence[
         samples: Texts of kinds ``item`` and ``user`` that a probe has written; what the store has comes before them.
         limit: Prompts of a stage above which a sample stands for them.
     """
-    with closing(KnownTexts(store_file(p.stage.folder))) as known:
+    with closing(KnownTexts(p.stage.folder)) as known:
         who, s = p.stage.who, p.settings.summary
         texts = {
             "item": known.samples("item", who.item_identity) or samples.get("item", []),

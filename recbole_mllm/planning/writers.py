@@ -9,12 +9,12 @@ from typing import cast
 from recbole_mllm.data.sampling import hash64
 from recbole_mllm.mllm.base import Answer, Decoding, Work, Writer
 from recbole_mllm.planning.counts import Count
-from recbole_mllm.planning.known import KnownTexts
 from recbole_mllm.planning.prepared import Prepared
 from recbole_mllm.planning.readers import Reader
 from recbole_mllm.planning.standins import StandIns, Texts
 from recbole_mllm.summaries.chains import State, steps
 from recbole_mllm.summaries.items import item_summaries
+from recbole_mllm.summaries.known import KnownTexts
 from recbole_mllm.summaries.prepare import item_scribe, user_scribe
 from recbole_mllm.summaries.store import Store
 from recbole_mllm.summaries.users import Plan, preferences

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 
-from recbole_mllm.data.schema import store_file
 from recbole_mllm.mllm.base import Answer, Ask, Batch, Work, Writer
 from recbole_mllm.summaries.items import item_summaries
+from recbole_mllm.summaries.known import KnownTexts
 from recbole_mllm.summaries.prepare import Stage, item_scribe, user_scribe
-from recbole_mllm.summaries.store import Store
 from recbole_mllm.summaries.users import Plan, preferences
 from recbole_mllm.summaries.writing import Scribe
 
@@ -72,29 +71,14 @@ class Probe:
         )
 
 
-class _ReadOnly:
-    """A store that is only looked into; nothing is created where there is none."""
-
-    def __init__(self, store: Store | None) -> None:
-        self.store = store
-
-    def get(self, keys: Iterable[str]) -> dict[str, str]:
-        """Return what is known."""
-        return self.store.get(keys) if self.store is not None else {}
-
-    def add(self, *_: object) -> None:
-        """Keep nothing."""
-
-
 def estimate(stage: Stage, plan: Plan, which: str) -> list[str]:
     """Return, a line a stage, how many prompts ``items``, ``users`` or ``all`` would take, and how long; write nothing.
 
-    Users' later prompts hold answers that are not there yet; answers of the probe stand in for them.
+    What a killed run of several processes has left unmerged counts as written, and stays where it is. Users' later
+    prompts hold answers that are not there yet; answers of the probe stand in for them.
     """
     s, lines = stage.settings, []
-    with ExitStack() as stack:
-        path = store_file(stage.folder)
-        store = _ReadOnly(stack.enter_context(closing(Store(path))) if path.is_file() else None)
+    with closing(KnownTexts(stage.folder)) as store:
         scribe = item_scribe(stage, store)  # type: ignore[arg-type]
         probe = Probe(scribe.load, scribe.identity)
         scribe.load = lambda: probe

@@ -1,6 +1,10 @@
 """``summarize --dry-run`` says what summarising would take, writes nothing, and is right about the prompts."""
 
+import hashlib
 import re
+import shutil
+import sqlite3
+from contextlib import closing
 
 import small_world
 
@@ -36,3 +40,41 @@ def test_a_dry_run_counts_what_the_run_then_does(tmp_path, monkeypatch, capsys, 
     capsys.readouterr()
     assert main([*words, "--dry-run"]) == 0
     assert capsys.readouterr().out.count("nothing to write") == 2
+
+
+def _answers(path, query="SELECT COUNT(*) FROM answers"):
+    with closing(sqlite3.connect(path)) as db:
+        return db.execute(query).fetchone()[0]
+
+
+def _kept(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir() if path.is_file()}
+
+
+def test_what_a_killed_run_of_several_processes_left_counts_as_written_and_stays(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["x"])
+    folder = small_world.write(tmp_path / "dataset")
+    words = ["summarize", "--dataset", "steps", "--limit_users=6", "--item_summary_tokens=4", "--user_summary_tokens=4"]
+    assert main(words) == 0
+    main_store = folder / "steps.mllm.sqlite"
+    # as if two processes had written all of it and been killed before their stores were merged; a third had just begun
+    for rank in (0, 1):
+        shard = folder / f"steps.mllm.rank{rank}.sqlite"
+        shutil.copy(main_store, shard)
+        with closing(sqlite3.connect(shard)) as db:
+            db.execute(f"DELETE FROM answers WHERE unicode(substr(key, 64)) % 2 = {rank}")
+            db.commit()
+        assert 0 < _answers(shard) < _answers(main_store)
+    main_store.unlink()
+    (folder / "steps.mllm.rank2.sqlite").touch()
+    before = _kept(folder)
+    capsys.readouterr()
+    assert main([*words, "--dry-run"]) == 0
+    assert capsys.readouterr().out.count("nothing to write") == 2
+    (folder / "steps.mllm.rank1.sqlite").unlink()
+    assert main([*words, "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert told.count(" to write: about") == 2 and " 0 known" not in told
+    del before["steps.mllm.rank1.sqlite"]
+    assert _kept(folder) == before

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import launched_runs
@@ -13,8 +14,14 @@ import pytest
 import small_world
 import tiny_models
 import torch
+import yaml
 
 from recbole_mllm.cli import main
+from recbole_mllm.errors import UserError
+from recbole_mllm.mllm.server import ServerModel
+from recbole_mllm.model.stages import make_stage
+from recbole_mllm.resources import PROPERTIES
+from recbole_mllm.settings import Settings
 from recbole_mllm.training.checkpoint import read_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -176,6 +183,44 @@ def test_what_cannot_be_had_together_is_one_clear_line(world, tmp_path, monkeypa
         signal.signal(signal.SIGTERM, before)
     (line,) = capsys.readouterr().err.splitlines()
     assert wanted in line
+
+
+@pytest.mark.parametrize("kind", ["item", "user"])
+def test_with_fsdp_summaries_are_written_before_or_by_a_server(world, tmp_path, monkeypatch, kind):
+    settings = Settings.from_config(yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text()))
+    server = replace(settings.mllm, **{f"{kind}_summarizer": "server:m@http://localhost:9/v1"})
+    config = {"data_path": str(world / "data" / "steps")}
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", **FSDP}.items():
+        monkeypatch.setenv(name, value)
+
+    def load(chosen):
+        who = make_stage(config, chosen, torch.device("cpu")).who
+        return (who.load_item if kind == "item" else who.load_user)()
+
+    with pytest.raises(UserError, match=f"write them first.* and without FSDP, or give {kind}_summarizer a server"):
+        load(settings)
+    assert isinstance(load(replace(settings, mllm=server)), ServerModel)
+
+
+@pytest.mark.slow
+def test_with_fsdp_a_run_stops_before_summaries_it_lacks_and_goes_on_once_they_are_there(world, tmp_path):
+    small_world.write(tmp_path / "data")
+    more = {
+        "summary_mode": "recurrent", "item_summary": "text", "item_summary_tokens": 4, "user_summary_tokens": 4,
+        "limit_users": 6, "train_last_k": 1, "epochs": 1,
+    }  # fmt: skip
+    words = [w for w in words_of(world, tmp_path, **more) if not w.startswith(("--data_path", "--model"))]
+    words.append(f"--data_path={tmp_path / 'data'}")
+    for command in (["--model=MLLMMSR"], ["summarize"]):
+        done = launched(2, [ROOT / "run_recbole_mllm.py", *command, *words], tmp_path, **FSDP)
+        told = done.stdout + done.stderr
+        assert done.returncode != 0 and told.count("which a model split by FSDP does not do; write them first") == 1
+        assert "Traceback (most recent call last)" not in told.partition("recbole-mllm:")[0]
+    assert not list((tmp_path / "data" / "steps").glob("*.?sum"))
+    done = launched(2, [ROOT / "run_recbole_mllm.py", "summarize", *words], tmp_path)
+    assert done.returncode == 0 and len(list((tmp_path / "data" / "steps").glob("*.?sum"))) == 2, done.stderr[-2000:]
+    done = launched(2, [ROOT / "run_recbole_mllm.py", "--model=MLLMMSR", *words], tmp_path, **FSDP)
+    assert done.returncode == 0 and "test" in done.stdout, done.stderr[-2000:]
 
 
 def test_a_mistake_is_told_once(world, tmp_path):

@@ -11,6 +11,7 @@ from hypothesis import settings as settings_
 from hypothesis import strategies as st
 from planted_writers import Planted
 
+from benchmarks import refresh as refresh_benchmark
 from recbole_mllm.data.schema import store_file, usum_file
 from recbole_mllm.data.texts import Items, read_user_summaries
 from recbole_mllm.errors import UserError
@@ -142,6 +143,32 @@ def test_one_percent_new_interactions_cost_at_most_three_percent(tmp_path, last_
     assert more_items <= -(-grown // 5)
     assert 0 < more_users <= 0.03 * users and more_items + more_users <= 0.03 * (items + users) + -(-grown // 5)
     assert world.file() == world.scratch(tmp_path / "b").file()
+
+
+@pytest.mark.parametrize("last_k", [None, 1, 3])
+@pytest.mark.parametrize("name", refresh_benchmark.SETTINGS)
+@pytest.mark.parametrize("each", [1, 10])
+def test_what_a_refresh_asks_is_what_the_benchmark_counts(tmp_path, name, last_k, each):
+    settings = replace(refresh_benchmark.SETTINGS[name], item_summary="text")
+    world = World(tmp_path, random_histories(random.Random(3), 30, 5, 35, 3000), settings, last_k)
+    before = {user: len(history) for user, history in world.histories.items()}
+    _, first, _ = world.refresh()
+    active = list(world.histories)[::4]
+    for user in active:
+        world.histories[user] += [f"n{user}{n}" for n in range(each)]
+    more = [each if user in active else 0 for user in before]
+    assert (first, world.refresh()[1]) == refresh_benchmark.prompts(list(before.values()), more, last_k, settings)
+
+
+def test_which_settings_keep_a_refresh_below_three_percent():
+    found = {each: refresh_benchmark.shares(3000, each) for each in (1, 10)}
+    many = [share for table in found.values() for row in table.values() for share in (row["None"], row["10"])]
+    assert max(many) <= 3
+    assert max(found[1]["block_size: 3"].values()) <= 3 and max(max(row.values()) for row in found[10].values()) <= 3
+    assert max(found[1]["block_size: 10, partial_block: false"].values()) <= 3
+    # as docs/refresh.md says: few rows a user, each of which must read what is new
+    for name in ("block_size: 10", "max_history: 10", "summary_mode: direct"):
+        assert 3 < found[1][name]["1"] < 8
 
 
 def test_a_chain_goes_on_from_its_last_state_and_not_from_its_start(tmp_path):

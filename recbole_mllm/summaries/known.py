@@ -8,33 +8,34 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from recbole_mllm.data.schema import store_file
 from recbole_mllm.errors import UserError
+from recbole_mllm.summaries.shards import shards_of
 from recbole_mllm.summaries.table import wal_of
 
 _CHUNK, _SAMPLES = 500, 512
 
 
 class KnownTexts:
-    """What `Scribe` asks of a store, read-only; without a file nothing is known."""
+    """What `Scribe` asks of a dataset's store, read-only; what runs of several processes left unmerged is part of it.
 
-    def __init__(self, path: Path) -> None:
-        self._db: sqlite3.Connection | None = None
-        if path.is_file():
-            # `ro` alone leaves a -shm file behind; a file that another process writes must be read with its journal
-            how = "mode=ro" if wal_of(path).is_file() else "immutable=1"
-            with _readable(path):
-                self._db = sqlite3.connect(f"{path.resolve().as_uri()}?{how}", uri=True)
-        self._path = path
+    Raises:
+        UserError: A file cannot be read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        files = {path: _opened(path) for path in (store_file(folder), *shards_of(folder)) if path.is_file()}
+        self._files = {path: db for path, db in files.items() if db is not None}
 
     def close(self) -> None:
-        """Close the file."""
-        if self._db is not None:
-            self._db.close()
+        """Close the files."""
+        for db in self._files.values():
+            db.close()
 
     def get(self, keys: Iterable[str]) -> dict[str, str]:
         """Return the texts of those `keys` that are known."""
         out: dict[str, str] = {}
-        wanted = list(dict.fromkeys(keys)) if self._db is not None else []
+        wanted = list(dict.fromkeys(keys))
         for start in range(0, len(wanted), _CHUNK):
             chunk = wanted[start : start + _CHUNK]
             out.update(self._rows(f"SELECT key, text FROM answers WHERE key IN ({','.join('?' * len(chunk))})", chunk))
@@ -50,10 +51,11 @@ class KnownTexts:
         return [(str(text), int(new)) for text, new in self._rows(query, [kind, like, _SAMPLES])]
 
     def _rows(self, query: str, values: list[object] | list[str]) -> list[tuple[str, str]]:
-        if self._db is None:
-            return []
-        with _readable(self._path):
-            return self._db.execute(query, values).fetchall()
+        out: list[tuple[str, str]] = []
+        for path, db in self._files.items():
+            with _readable(path):
+                out += db.execute(query, values).fetchall()
+        return out
 
 
 class NothingKnown:
@@ -65,6 +67,18 @@ class NothingKnown:
 
     def add(self, *_: object) -> None:
         """Keep nothing."""
+
+
+def _opened(path: Path) -> sqlite3.Connection | None:
+    """Open a file; None where a process that has just begun it, or was killed then, has made no table yet."""
+    # `ro` alone leaves a -shm file behind; a file that another process writes must be read with its journal
+    how = "mode=ro" if wal_of(path).is_file() else "immutable=1"
+    with _readable(path):
+        db = sqlite3.connect(f"{path.resolve().as_uri()}?{how}", uri=True)
+        if db.execute("SELECT 1 FROM sqlite_master WHERE name = 'answers'").fetchone():
+            return db
+        db.close()
+        return None
 
 
 @contextmanager
