@@ -88,8 +88,7 @@ def write_decision(mllm: HFModel, question: Question, folder: Path) -> str:
     or no spelling that reads its answers' tokens; "" where all is well.
     """
     encoder, style = mllm.encoder, question.style
-    owner = encoder.processor or encoder.tokenizer
-    if not (own := getattr(owner, "chat_template", None)):
+    if not (own := encoder.turns.template):
         return "the model has no chat template, behind which a question would stand"
     answers = mllm.answers(style)
     spelt = labels(encoder.tokenizer, answers, (style.answer_yes, style.answer_no))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from functools import cached_property
 from typing import Any
 
@@ -11,6 +14,8 @@ from jinja2 import TemplateError
 from recbole_mllm.errors import UserError
 
 _PROBE, _WORD = "A question?", "Yes"
+_DAY = datetime(2024, 7, 26)  # the day that Llama 3's template names where it cannot know today's
+_NOW = re.compile(r"""\bstrftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 
 class Turns:
@@ -31,7 +36,16 @@ class Turns:
     @property
     def templated(self) -> bool:
         """Whether there is a chat template."""
-        return bool(getattr(self.owner, "chat_template", None))
+        return bool(self.template)
+
+    @cached_property
+    def template(self) -> Any:
+        """The chat template, if any; one that names today's date (Llama 3.2) names one day for ever.
+
+        A prompt is then the same tomorrow, and so is what is scored.
+        """
+        own = getattr(self.owner, "chat_template", None)
+        return _NOW.sub(lambda found: json.dumps(_DAY.strftime(found[2])), own) if isinstance(own, str) else own
 
     def render(self, texts: Sequence[str], answer: str = "") -> str:
         """Return a question made of `texts` with an image between each two, ready for its answer, or with it."""
@@ -97,9 +111,11 @@ class Turns:
         Raises:
             UserError: The template is broken, or refuses them.
         """
-        quiet = {"enable_thinking": False} if "enable_thinking" in str(self.owner.chat_template) else {}
+        told: dict[str, Any] = {"enable_thinking": False} if "enable_thinking" in str(self.template) else {}
+        if self.template != self.owner.chat_template:
+            told["chat_template"] = self.template
         try:
-            return str(self.owner.apply_chat_template(turns, tokenize=False, **quiet, **options))
+            return str(self.owner.apply_chat_template(turns, tokenize=False, **told, **options))
         except (TemplateError, TypeError) as error:
             raise UserError(f"the model's chat template fails: {error}; mend or remove it") from error
 

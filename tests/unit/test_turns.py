@@ -108,3 +108,16 @@ def test_a_template_that_drops_the_image_is_refused(tmp_path):
     assert mllm.encoder(PROMPT).images == ()
     with pytest.raises(UserError, match="shows 0 images of 1"):
         mllm.encoder(recommend_prompt(STYLE, "likes cats", "a mug", tmp_path / "red.png"))
+
+
+@pytest.mark.parametrize("kind", ["llama", "llava"])
+def test_a_template_that_names_today_writes_the_same_prompt_on_any_day(kind, tmp_path):
+    folder = getattr(tiny_models, kind)(tmp_path / kind)
+    own = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").write_text("Today: {{ strftime_now('%d %b %Y %H:%M:%S.%f') }}\n" + own)
+    mllm = HFModel(str(folder), SETTINGS.mllm, CPU)
+    asked = mllm.encoder.tokenizer.decode(mllm.encoder(PROMPT).ids)
+    assert "Today: 26 Jul 2024 00:00:00.000000" in asked
+    copy_own_files(str(folder), tmp_path, mllm, ["config.json"])
+    assert write_decision(mllm, Question(STYLE, item_first=True, use_image=False), tmp_path) == ""
+    assert "26 Jul 2024" in (tmp_path / "decision_template.jinja").read_text()
