@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from recbole_mllm.errors import UserError
 
-_SIZE = re.compile(r"\d+(\.\d+)?\s*[KMGT]i?B")
+_SIZE = re.compile(r"\d+(\.\d+)?\s*[KMG]i?B")
 
 
 def check_placement(
@@ -34,7 +34,8 @@ def check_placement(
 
 
 def _is_place(place: object) -> bool:
-    return place == "cpu" or (isinstance(place, int) and not isinstance(place, bool) and place >= 0)
+    # a number may come as text: JSON, which run records are kept in, knows no other keys
+    return not isinstance(place, bool) and (place == "cpu" or str(place).isdecimal())
 
 
 def _is_size(size: object) -> bool:

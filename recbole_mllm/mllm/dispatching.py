@@ -43,7 +43,7 @@ def placement(settings: MLLMSettings, device: torch.device) -> dict[str, Any]:
     if not settings.device_map:
         return {}
     check_dispatch(settings)
-    said: dict[Any, Any] | None = settings.max_memory
+    said = {int(k) if str(k).isdecimal() else k: v for k, v in (settings.max_memory or {}).items()} or None
     if device.type == "cpu":
         said = {"cpu": (said or {}).get("cpu", get_max_memory()["cpu"])}
     folder = {"offload_folder": settings.offload_folder} if settings.offload_folder else {}

@@ -11,9 +11,14 @@ import numpy as np
 import pytest
 import small_world
 import tiny_models
+import torch
+import yaml
 
 from recbole_mllm.cli import main
+from recbole_mllm.mllm.dispatching import placement
 from recbole_mllm.quick_start import make_config, run
+from recbole_mllm.resources import PROPERTIES
+from recbole_mllm.settings import Settings
 
 SMALL = {
     "mllm": "llava", "use_image": True, "summary_mode": "recurrent", "item_summary": "image", "finetune": "none",
@@ -60,6 +65,18 @@ def test_summaries_scores_and_metrics_are_those_of_a_model_in_one_place(keys, tm
     assert len(written) == 2 and texts(tmp_path) == written
     np.testing.assert_allclose(parted.pairs["score"], whole.pairs["score"], atol=1e-5)
     assert np.std(whole.pairs["score"]) > 0.01 and parted.test == whole.test
+    # an export is made of the model in one place, whatever the run's was
+    assert main(["export", str(parted.checkpoint), "--out", "exported"]) == 0
+    assert (tmp_path / "exported" / "model.safetensors").stat().st_size > 0.9 * spread["max_memory"]["cpu"] / 0.6
+
+
+def test_numbers_of_gpus_may_come_as_text():
+    base = yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text())
+    given = base | {"device_map": "balanced", "max_memory": {"0": "20GiB", "1": 5, "cpu": "60 GiB"}}
+    found = placement(Settings.from_config(given).mllm, torch.device("cuda"))
+    assert found == {"device_map": "balanced", "max_memory": {0: "20GiB", 1: 5, "cpu": "60 GiB"}}
+    on_cpu = placement(Settings.from_config(given).mllm, torch.device("cpu"))
+    assert on_cpu["max_memory"] == {"cpu": "60 GiB"}
 
 
 def test_training_goes_on_where_nothing_is_offloaded_and_else_is_refused(keys, capsys):
