@@ -31,9 +31,9 @@ def benchmark(
 ) -> int:
     """Run every model on the same candidates and write the leaderboard."""
     from recbole_mllm.benchmark.field import expand
+    from recbole_mllm.benchmark.jobs import BenchmarkPlan
     from recbole_mllm.benchmark.launched import follow
     from recbole_mllm.benchmark.report import format_leaderboard
-    from recbole_mllm.benchmark.run import BenchmarkPlan
     from recbole_mllm.benchmark.run import benchmark as run_benchmark
     from recbole_mllm.config import config_paths
 

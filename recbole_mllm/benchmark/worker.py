@@ -63,7 +63,7 @@ def main() -> int:
 
 
 def run_job(job: dict[str, Any]) -> None:
-    """Run `job` (see `benchmark.run.Job.order`) and append its record."""
+    """Run `job` (see `jobs.Job.order`) and append its record."""
     from recbole_mllm.quick_start import make_config, run
 
     started = datetime.now().astimezone()

@@ -18,9 +18,10 @@ from recbole.evaluator import Collector, Evaluator
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
+from recbole_mllm.benchmark.jobs import BenchmarkPlan
 from recbole_mllm.benchmark.records import RECORDS, RunRecord, read_records
 from recbole_mllm.benchmark.report import read_leaderboard
-from recbole_mllm.benchmark.run import BenchmarkPlan, benchmark
+from recbole_mllm.benchmark.run import benchmark
 
 SCRIPT = Path(__file__).resolve().parents[1] / "bad_models.py"
 GOOD = ("Pop", "Sound")

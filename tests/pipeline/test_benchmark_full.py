@@ -15,10 +15,10 @@ import tiny_models
 import torch
 
 from recbole_mllm.benchmark.casebook import DEEPEST, read_casebook
+from recbole_mllm.benchmark.jobs import BenchmarkPlan, jobs_of
 from recbole_mllm.benchmark.ranking import build
 from recbole_mllm.benchmark.records import RECORDS, read_arrays, read_records
 from recbole_mllm.benchmark.report import render
-from recbole_mllm.benchmark.run import BenchmarkPlan, jobs_of
 from recbole_mllm.benchmark.worker import run_job
 from recbole_mllm.errors import UserError
 

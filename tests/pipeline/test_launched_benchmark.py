@@ -49,7 +49,8 @@ from pathlib import Path
 from recbole_mllm import ranks
 from recbole_mllm.launched import exit_code
 from recbole_mllm.benchmark.launched import follow
-from recbole_mllm.benchmark.run import BenchmarkPlan, benchmark
+from recbole_mllm.benchmark.jobs import BenchmarkPlan
+from recbole_mllm.benchmark.run import benchmark
 labels = ("Pop", "MLLMMSR:direct", "MLLMMSR:no-image", "MLLMMSR")
 fate = {"MLLMMSR:direct": "crash", "MLLMMSR:no-image": "killed"}
 plan = BenchmarkPlan("demo", labels, (1,), Path("results"), overrides={"fate": fate})

@@ -16,8 +16,9 @@ import yaml
 
 from recbole_mllm import preset
 from recbole_mllm.benchmark.field import PRESETS, SETS, expand, resolve
+from recbole_mllm.benchmark.jobs import BenchmarkPlan, jobs_of
 from recbole_mllm.benchmark.records import read_records
-from recbole_mllm.benchmark.run import BenchmarkPlan, benchmark, jobs_of
+from recbole_mllm.benchmark.run import benchmark
 from recbole_mllm.errors import UserError
 from recbole_mllm.settings import Settings
 
@@ -130,7 +131,8 @@ def test_jobs_at_once_leave_the_same_leaderboard(tmp_path, worker):
 def start_elsewhere(tmp_path: Path, worker: tuple[str, ...]) -> subprocess.Popen[str]:
     """Start a benchmark whose second run waits, in a process of its own, and return once that run is at work."""
     script = (
-        "import sys; from pathlib import Path; from recbole_mllm.benchmark.run import *\n"
+        "import sys; from pathlib import Path\n"
+        "from recbole_mllm.benchmark.run import BenchmarkPlan, benchmark\n"
         "benchmark(BenchmarkPlan('demo', ('Pop', 'SASRec', 'MLLMMSR'), (2024,), Path(sys.argv[1]),"
         " overrides={'fate': {'SASRec': 'wait'}}), sys.argv[2:])"
     )

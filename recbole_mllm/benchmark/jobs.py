@@ -1,0 +1,133 @@
+"""What a benchmark is to run: its plan, the jobs that come of it, and the name of each by what decides its outcome."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from recbole_mllm import ranks
+from recbole_mllm.benchmark.field import Entry, resolve
+from recbole_mllm.benchmark.records import plain_json
+from recbole_mllm.config import file_keys
+from recbole_mllm.errors import UserError
+
+DECISIVE_FILES = ("candidates_file", "retriever_checkpoint", "prompt_style")
+
+
+@dataclass(frozen=True, slots=True)
+class BenchmarkPlan:
+    """What to run, where, and with which settings.
+
+    Args:
+        labels: Model names or variants, see `field.resolve`.
+        config_files: As RecBole takes them; they and `overrides` apply to every model.
+        force: Run again what is finished.
+        embed_images: Whether the report's case studies show thumbnails.
+        limit_users: Evaluate a seeded sample of this many users.
+        tune: How many configurations each model may try on validation first; 0 = none.
+        note: A sentence about the data that every report must carry.
+    """
+
+    dataset: str
+    labels: tuple[str, ...]
+    seeds: tuple[int, ...]
+    output_dir: Path
+    config_files: tuple[str, ...] = ()
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    jobs: int = 1
+    force: bool = False
+    embed_images: bool = True
+    limit_users: int | None = None
+    tune: int = 0
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse a plan that could not run, before anything does."""
+        if not self.labels or not self.seeds:
+            raise UserError("a benchmark needs at least one model and one seed: --models Pop,SASRec --seeds 2024")
+        if self.jobs < 1:
+            raise UserError(f"--jobs {self.jobs}: at least one run must be at work at a time")
+        if self.jobs > 1 and ranks.is_launched():
+            raise UserError(
+                f"--jobs {self.jobs}: under a launcher its processes share one run at a time; leave --jobs out"
+            )
+        if self.tune < 0:
+            raise UserError(f"--tune {self.tune}: give how many configurations each model may try, or 0")
+        if self.limit_users is not None and self.limit_users < 1:
+            raise UserError(f"--limit_users {self.limit_users}: at least one user must be evaluated")
+        for label in self.labels:
+            resolve(label)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One (model, seed) of a plan and its place in the order."""
+
+    number: int
+    entry: Entry
+    seed: int
+    run_id: str
+    plan: BenchmarkPlan
+
+    @property
+    def name(self) -> str:
+        """How the job is called on the screen."""
+        return f"{self.entry.label} seed {self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        """Where the job's own files lie: its order, log, checkpoints and arrays."""
+        return self.plan.output_dir / "runs" / self.run_id
+
+    def order(self) -> dict[str, Any]:
+        """Return what the worker is told: `defaults` stand below the config files, `overrides` above them."""
+        return {
+            "run_id": self.run_id,
+            "model": self.entry.model,
+            "label": self.entry.label,
+            "kind": self.entry.kind,
+            "seed": self.seed,
+            "dataset": self.plan.dataset,
+            "config_files": list(self.plan.config_files),
+            "defaults": dict(self.entry.defaults),
+            "overrides": {**self.plan.overrides, **self.entry.overrides},
+            "output_dir": str(self.plan.output_dir),
+            "limit_users": self.plan.limit_users,
+            "tune": self.plan.tune,
+        }
+
+
+def jobs_of(plan: BenchmarkPlan) -> list[Job]:
+    """Return the plan's jobs in order, one seed after the other, so that a whole table stands early."""
+    entries = list(dict.fromkeys(plan.labels))
+    pairs = [(resolve(label), seed) for seed in dict.fromkeys(plan.seeds) for label in entries]
+    return [
+        Job(number, entry, seed, run_id(entry, seed, plan), plan) for number, (entry, seed) in enumerate(pairs, start=1)
+    ]
+
+
+def run_id(entry: Entry, seed: int, plan: BenchmarkPlan) -> str:
+    """Name a run readably; the digest covers everything that decides its outcome except the seed, which stands beside.
+
+    So the seeds of one configuration share the digest and are averaged, and another configuration is another row.
+    Config files, and files that decide what is ranked and how, count by what they hold and not by where they lie.
+    """
+    files = [*plan.config_files, *_files_named(plan)]
+    contents = [hashlib.sha256(Path(f).read_bytes()).hexdigest() if Path(f).is_file() else f for f in files]
+    keys = {key: value for key, value in plan.overrides.items() if str(value) not in files or key not in DECISIVE_FILES}
+    decisive = [entry.model, plan.dataset, entry.defaults, {**keys, **entry.overrides}, contents, plan.limit_users]
+    text = json.dumps(plain_json([*decisive, *([plan.tune] if plan.tune else [])]), sort_keys=True)
+    readable = re.sub(r"[^A-Za-z0-9]+", "-", entry.label)
+    return f"{readable}-{seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def _files_named(plan: BenchmarkPlan) -> list[str]:
+    """Return the files that the command line and the config files name, such as ``candidates_file``, where they are."""
+    said = [file_keys(name) for name in plan.config_files if Path(name).is_file()]
+    named = [keys[key] for keys in (*said, plan.overrides) for key in DECISIVE_FILES if keys.get(key)]
+    return [str(name) for name in named if Path(str(name)).is_file()]
