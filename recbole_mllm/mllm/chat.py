@@ -19,7 +19,7 @@ from recbole_mllm.prompts import IMAGE, Prompt
 # mark without an image an error). A space behind its first character keeps it plain text.
 _SPECIAL = re.compile(
     r"<\|[^|<>\s]{1,40}\|>|</?s>|\[/?INST\]|<</?SYS>>|<(?:image|video|audio|pad|unk|bos|eos|mask)>|"
-    r"<(?:start|end)_of_\w{1,20}>|<\w{1,20}_soft_token>"
+    r"<(?:start|end)_of_\w{1,20}>|<\w{1,20}_soft_token>|</?think>"
 )
 _HALF = 2
 _FEWEST = 8  # characters a filled-in text keeps when a prompt is shortened
@@ -104,7 +104,7 @@ def data_url(path: Path) -> str:
 
 
 def answer_of(completion: Any) -> Answer:
-    """Return the text of a chat completion with its costs, where the server tells them.
+    """Return the text of a chat completion, less what the model thought before it, with its costs if the server tells.
 
     Raises:
         ValueError: There is no choice in it.
@@ -114,7 +114,7 @@ def answer_of(completion: Any) -> Answer:
         raise ValueError("the answer holds no choice; is this URL an OpenAI-compatible /v1?")
     usage = getattr(completion, "usage", None)
     return Answer(
-        (choices[0].message.content or "").strip(),
+        (choices[0].message.content or "").rpartition("</think>")[2].strip(),
         int(getattr(usage, "prompt_tokens", 0) or 0),
         int(getattr(usage, "completion_tokens", 0) or 0),
         choices[0].finish_reason == "length",

@@ -68,6 +68,8 @@ class Findings:
         """Note what can be seen in a text and its prompt alone, known from the store or newly written."""
         if not text:
             self.note("empty", "")
+        elif text.startswith("<think>"):  # and cut before the thought's end
+            self.note("thinks aloud", text)
         elif _REFUSAL.match(text):
             self.note("refusal", text)
         elif (start := asked_start(prompt)) and not text.lower().startswith(start.lower()):
@@ -87,6 +89,7 @@ REMEDIES = {
     "prompt shortened": "max_text_tokens raises the limit",
     "refusal": "another {kind}_summarizer or prompt_style",
     "empty": "another {kind}_summarizer or prompt_style",
+    "thinks aloud": "tell the server not to let its model think (docs/servers.md)",
     "other start": "prompt_style words the question",
     "repeats its prompt": "another {kind}_summarizer, or summary_temperature",
 }
