@@ -48,8 +48,8 @@ def settings(tmp_path, monkeypatch, gguf):
     monkeypatch.chdir(tmp_path)
     split = {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "uni2"}
     return {"data_path": str(tmp_path / "data"), "mllm": str(gguf), "item_kind": "movie", "summary_mode": "none",
-            "item_summary": "none", "use_image": False, "train_last_k": 1, "learning_rate": 5e-4, "epochs": 5,
-            "eval_step": 5, "train_batch_size": 8, "lora_dropout": 0.0, "show_progress": False, "seed": 7,
+            "item_summary": "none", "use_image": False, "train_last_k": 1, "learning_rate": 2e-3, "epochs": 12,
+            "eval_step": 12, "train_batch_size": 8, "lora_dropout": 0.0, "show_progress": False, "seed": 7,
             "score_cache": False, "eval_args": split}  # fmt: skip
 
 
@@ -89,4 +89,4 @@ def test_it_learns_from_titles_and_scores_as_transformers_does(settings, gguf):
 
     after = run(make_config("MLLMMSR", "films", [], settings))
     labels, learnt, _ = _on_training_rows(after)
-    assert _auc(labels, learnt) > max(0.9, _auc(labels, scores) + 0.1)
+    assert _auc(labels, learnt) > max(0.75, _auc(labels, scores) + 0.2)  # negatives are drawn anew, so not 1
