@@ -105,6 +105,7 @@ def test_shards_are_merged_whole_and_those_in_use_are_left(tmp_path):
         second.close()
     finally:
         other.kill()
+        other.wait()  # its lock goes with it
     store.close()
     store = opened_store(folder)
     assert len(store) == 95 and shards_of(folder) == []
