@@ -143,7 +143,9 @@ def test_a_killed_process_ends_the_others_with_a_word_and_another_number_goes_on
     script.write_text(KILLED.format(rank=rank))
     done = launched(2, [script, *words_of(world, tmp_path, checkpoint_every_steps=3)], tmp_path)
     said = done.stdout + done.stderr
-    assert done.returncode != 0 and said.count("another process of this run has ended without a word") == 1
+    # who notices first on a busy machine: the other process, or the launcher, which then ends it
+    words = "another process of this run has ended without a word", "the launcher has ended this process"
+    assert done.returncode != 0 and sum(map(said.count, words)) == 1, said[-3000:]
     (last,) = (tmp_path / "saved").glob("*.last.pth")
     assert read_checkpoint(last, torch.device("cpu"))["training"]["place"][:2] == (1, 4)
 
