@@ -162,6 +162,36 @@ def test_a_killed_process_ends_the_others_with_a_word_and_another_number_goes_on
         assert float((found["state_dict"][name] - tensor).abs().max()) < 1e-4, name
 
 
+KILLED_SCORING = """
+import os, signal, sys
+from recbole_mllm.model.sequential_recommender.mllmmsr import MLLMMSR
+stock, calls = MLLMMSR._ask_prompts, []
+def ask(self, prompts):
+    calls.append(len(prompts))
+    if len(calls) == 3 and os.environ["RANK"] == "1":  # two epochs' validations, and now the test
+        stock(self, prompts[: len(prompts) // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
+    return stock(self, prompts)
+MLLMMSR._ask_prompts = ask
+from recbole_mllm.cli import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.slow
+def test_a_process_killed_while_it_scores_costs_the_scoring_alone(alone, world, tmp_path):
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED_SCORING)
+    done = launched(2, [script, *words_of(world, tmp_path, checkpoint_every_steps=3)], tmp_path)
+    assert done.returncode != 0 and "epoch 1 training" in done.stderr and "test:" not in done.stdout
+    again = launched(
+        3, [ROOT / "run_recbole_mllm.py", *words_of(world, tmp_path, checkpoint_every_steps=3, resume="auto")], tmp_path
+    )
+    assert again.returncode == 0 and " training [" not in again.stderr, again.stderr[-3000:]
+    wanted = "  ".join(f"{name} {value:.4f}" for name, value in alone["text"]["test"].items() if name != "AUC")
+    assert f"test:       {wanted}" in again.stdout
+
+
 REFUSED = {
     "nproc: 2": ("", "asks RecBole to start processes, and a launcher has started 2 already; leave nproc out"),
     "finetune: full": ("ACCELERATE_USE_FSDP", "finetune: full cannot be split by FSDP here; set finetune: lora"),
