@@ -12,7 +12,16 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.prompts import recommend_prompt
 
+SPREAD_BY_DEFAULT = {"llava_next", "qwen3_vl", "gemma3", "llama"}  # other families' models on disk: slow
 IMAGES = {"red": (40, 30), "blue": (96, 33), "green": (30, 70)}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        family = getattr(getattr(item, "callspec", None), "params", {}).get("folder")
+        if item.path.stem == "test_family_dispatch" and family.__name__ not in SPREAD_BY_DEFAULT:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")
