@@ -12,11 +12,10 @@ from typing import Any
 
 from recbole_mllm import ranks
 from recbole_mllm.benchmark.field import Entry, resolve
+from recbole_mllm.benchmark.portable import DECISIVE_FILES
 from recbole_mllm.benchmark.records import plain_json
 from recbole_mllm.config import file_keys
 from recbole_mllm.errors import UserError
-
-DECISIVE_FILES = ("candidates_file", "retriever_checkpoint", "prompt_style")
 
 
 @dataclass(frozen=True, slots=True)

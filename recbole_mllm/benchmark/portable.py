@@ -15,7 +15,9 @@ from recbole_mllm.mllm.sources import identity_of
 _PLACES = ("data_path", "checkpoint_dir", "retriever_dir", "image_dir", "note")
 """Keys that say where files lie, or what is said beside them."""
 
-_FILES = ("candidates_file", "retriever_checkpoint", "prompt_style")
+DECISIVE_FILES = ("candidates_file", "retriever_checkpoint", "prompt_style")
+"""Keys that may name a file which decides what is ranked, and how: it counts by what it holds."""
+
 _MODELS = ("mllm", "item_summarizer", "user_summarizer", "feature_encoder")
 
 # Not what follows a letter, a digit or another slash: addresses and fractions are no paths
@@ -25,7 +27,7 @@ _PATH = re.compile(r"(?<![\w:/.~…-])/(?:[^\s/:'\"`,;()\[\]]+/)+([^\s/:'\"`,;()
 def config_digest(config: Mapping[str, Any]) -> str:
     """Return 16 hex digits of a run's whole configuration, files and local models counting by what they hold."""
     kept = {key: value for key, value in config.items() if key not in _PLACES}
-    kept |= {key: _content(key, kept[key]) for key in (*_FILES, *_MODELS) if key in kept}
+    kept |= {key: _content(key, kept[key]) for key in (*DECISIVE_FILES, *_MODELS) if key in kept}
     return hashlib.sha256(json.dumps(plain_json(kept), sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -20,9 +20,8 @@ from recbole_mllm.mllm.turns import Turns
 from recbole_mllm.prompts import IMAGE, Prompt
 
 _MARK = f"{CUT}{IMAGE}{CUT}"  # an image of the style's own, in a text whose filled-in parts are guarded
-IMAGE_BYTES = (
-    2**28
-)  # of preprocessed images; LLaVA-NeXT's take 7 MB each, and are of no use once their features are made
+# Of preprocessed images: LLaVA-NeXT's take 7 MB each, and are of no use once their features are made
+IMAGE_BYTES = 2**28
 _NOT_IMAGE_INPUTS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels"}
 _FEWEST = 8  # characters a filled-in text keeps when a prompt is shortened
 

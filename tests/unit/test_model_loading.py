@@ -2,10 +2,8 @@
 
 import importlib.util
 import json
-import os
 import shutil
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 import tiny_models
@@ -16,7 +14,6 @@ from transformers import ProcessorMixin
 
 from recbole_mllm.errors import UserError
 from recbole_mllm.mllm import sources
-from recbole_mllm.mllm.base import Decoding, answers_of
 from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.mllm.processors import NoVideos, load_processor
 from recbole_mllm.mllm.sources import identity_of
@@ -115,16 +112,6 @@ def test_a_tower_that_is_not_whole_is_told_of(tmp_path, caplog):
     (folder / "config.json").write_text(json.dumps(config))
     HFModel(str(folder), SETTINGS.mllm, CPU)
     assert "16 of its weights are in no file" in caplog.text and "is the download complete?" in caplog.text
-
-
-@pytest.mark.slow
-@pytest.mark.skipif("RECBOLE_MLLM_GGUF" not in os.environ, reason="RECBOLE_MLLM_GGUF names a real model's .gguf file")
-def test_a_real_gguf_prefers_what_the_user_likes():
-    model = HFModel(str(Path(os.environ["RECBOLE_MLLM_GGUF"])), SETTINGS.mllm, CPU)
-    answers = model.answers(STYLE)
-    assert answers.yes[0] != answers.no[0]
-    assert torch.isfinite(model.yes_scores(PROMPTS, answers)).all()
-    assert answers_of(model, PROMPTS[:1], Decoding(8))[0].text
 
 
 @pytest.mark.parametrize("build", [tiny_models.qwen2_5_vl, tiny_models.smolvlm], ids=lambda build: build.__name__)
