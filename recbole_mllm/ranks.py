@@ -68,6 +68,11 @@ def wants_cpu() -> bool:
     return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
 
 
+def wants_deepspeed() -> bool:
+    """Return whether Accelerate is told to take DeepSpeed, at any stage."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true", "yes")
+
+
 def start() -> None:
     """Join the process group, once: gloo for what is on the CPU, NCCL for what is on GPUs; take this process's GPU."""
     if not is_launched():
@@ -88,7 +93,8 @@ def start() -> None:
             world_size=world_size(),
             timeout=_COLLECTIVE,
         )
-    importlib.import_module("accelerate").PartialState()  # so that Accelerate's own helpers know of the group
+    if not wants_deepspeed():  # else it would start that in its own way, before `mllm.zero3` does
+        importlib.import_module("accelerate").PartialState()  # so that Accelerate's own helpers know of the group
 
 
 def is_joined() -> bool:

@@ -56,12 +56,14 @@ def _run(keys: dict[str, Any]) -> dict[str, Any]:
     pairs = {name: outcome.pairs[name].tolist() for name in ("user_id", "item_id", "score", "place")}
     return {"losses": losses, "learnt": outcome.model.state_dict(), "pairs": pairs, "test": outcome.test,
             "valid": outcome.valid, "world_size": outcome.world_size, "tokens": outcome.model.tokens_read,
-            "held": sum(_here(p).numel() for p in outcome.model.parameters())}  # fmt: skip
+            "held": sum(map(held_here, outcome.model.parameters()))}  # fmt: skip
 
 
-def _here(parameter: Any) -> Any:
-    """Return the part of a parameter that this process holds."""
-    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+def held_here(parameter: Any) -> int:
+    """Return how many numbers of a parameter this process holds."""
+    if getattr(parameter, "ds_status", None) is not None and parameter.ds_status.name == "NOT_AVAILABLE":
+        return int(parameter.ds_tensor.numel())
+    return int((parameter.to_local() if hasattr(parameter, "to_local") else parameter).numel())
 
 
 def _small(keys: dict[str, Any]) -> dict[int, Any]:

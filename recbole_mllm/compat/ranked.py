@@ -56,18 +56,13 @@ def _set_visible(gpus: str | None) -> None:
 
 
 def _refuse(values: dict[str, Any]) -> None:
-    """Refuse two ways of starting processes at once, and a way of splitting a model that is not ours.
+    """Refuse two ways of starting processes at once.
 
     Raises:
         UserError: Names the one to drop.
     """
     if int(values.get("nproc") or 1) > 1 or "local_rank" in values:
         raise two_launchers("the configuration")
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true"):
-        raise UserError(
-            "DeepSpeed is not supported; for a model larger than a card take FSDP (properties/accelerate/fsdp.yaml), "
-            "which splits it as ZeRO-3 does, or finetune: qlora"
-        )
 
 
 def two_launchers(where: str) -> UserError:

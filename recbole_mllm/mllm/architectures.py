@@ -1,6 +1,6 @@
 """Where a family of models truly differs from the one code path; every other family takes the generic row.
 
-A family with a row of its own is tested against transformers' own forward pass in ``tests/unit/test_families.py``. One
+A family with a row of its own is tested against transformers' own forward pass in ``tests/families``. One
 without is checked at its first use (see ``scoring``), as it may differ in a way this table knows nothing of.
 """
 

@@ -30,8 +30,8 @@ def check_dispatch(settings: MLLMSettings) -> None:
     if settings.device_map and ranks.is_launched():
         raise UserError(
             f"device_map: {settings.device_map} spreads a model over the devices of one process, and a launcher has "
-            f"started {ranks.world_size()}; set device_map: null (FSDP splits a model among processes, see "
-            "docs/launching.md), or start one process"
+            f"started {ranks.world_size()}; set device_map: null (FSDP and DeepSpeed split a model among "
+            "processes, see docs/launching.md), or start one process"
         )
 
 

@@ -1,14 +1,15 @@
-"""A model larger than a card: its language model's layers are split among the processes (FSDP), each put together only
-while it computes.
+"""A model larger than a card: its language model's layers are split among the processes, by FSDP or by DeepSpeed's
+ZeRO-3, each put together only while it computes.
 
-FSDP wants every process to run the same layers at the same time, while ours take rows of their own, and different
+Both want every process to run the same layers at the same time, while ours take rows of their own, and different
 numbers of forward passes. So before each pass a process says that it will make one, and whoever has nothing to do
 makes an empty pass with it: `LockStep`. Adapters, embeddings, the head and the vision tower stay whole in every
-process, so that gradients, optimizer and checkpoints are those of a run without FSDP.
+process, so that gradients, optimizer and checkpoints are those of a run that splits nothing.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -20,40 +21,67 @@ from torch import distributed as dist
 
 from recbole_mllm import ranks
 from recbole_mllm.errors import UserError
+from recbole_mllm.mllm import zero3
 from recbole_mllm.mllm.architectures import architecture_of, language_part
 
 _IDLE, _SCORES, _LEARNS = range(3)
 
 
-def wanted() -> bool:
-    """Return whether Accelerate's configuration asks for FSDP, and there are several processes to split among."""
-    return ranks.is_launched() and os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
+def wanted() -> str | None:
+    """Return what Accelerate's configuration asks to split models with, "FSDP" or "DeepSpeed" (at its stage 3).
+
+    None without several processes to split among, and for DeepSpeed's stages 0 to 2, which split no model.
+
+    Raises:
+        UserError: DeepSpeed is asked for and not installed, or its configuration cannot be read.
+    """
+    if not ranks.is_launched():
+        return None
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
+        return "FSDP"
+    return "DeepSpeed" if ranks.wants_deepspeed() and zero3.settings().get("stage") == 3 else None
+
+
+def tell_of_the_unsplit() -> None:
+    """Log that DeepSpeed is asked for and splits nothing: its stages 1 and 2 split what an adapter has little of."""
+    if ranks.is_launched() and ranks.wants_deepspeed() and wanted() is None:
+        logging.getLogger().warning(
+            "DeepSpeed's zero_stage is below 3, which splits no model: every process holds the whole of it, with its "
+            "own optimizer (docs/launching.md)"
+        )
 
 
 def split(model: Any, device: torch.device) -> LockStep:
     """Split the frozen parameters of `model`'s decoder layers among all processes, in place; move the rest to `device`.
 
-    Of Accelerate's settings, `fsdp_reshard_after_forward` and `fsdp_offload_params` are followed.
+    Of Accelerate's settings for FSDP, `fsdp_reshard_after_forward` and `fsdp_offload_params` are followed; of those for
+    DeepSpeed, its section `zero_optimization`.
 
     Raises:
         UserError: Its family is not among those tested, or its layers' own parameters are trained.
     """
+    how = wanted()
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     _, language = language_part(base)
     layers = _layers(language)
     if not architecture_of(base).known or not layers:
-        raise UserError(f"FSDP does not know the family {base.config.model_type}; take a config without it")
+        raise UserError(f"{how} does not know the family {base.config.model_type} here; take a config without it")
+    if any(all(p.requires_grad for p in layer.parameters()) for layer in layers):
+        raise UserError(f"finetune: full cannot be split by {how} here; set finetune: lora")
     ranks.start()
+    partition = zero3.partition if how == "DeepSpeed" else _shard
+    held = partition(language, layers, device)
+    model.to(device)
+    return LockStep(language, device, held)
+
+
+def _shard(language: nn.Module, layers: Sequence[nn.Module], device: torch.device) -> Any:
     fully_shard, options = _fsdp(device)
     for layer in layers:
-        kept = {p for p in layer.parameters() if p.requires_grad}
-        if all(p.requires_grad for p in layer.parameters()):
-            raise UserError("finetune: full cannot be split by FSDP here; set finetune: lora")
-        fully_shard(layer, ignored_params=kept, **options)
+        fully_shard(layer, ignored_params={p for p in layer.parameters() if p.requires_grad}, **options)
     inside = {p for layer in layers for p in layer.parameters()}
     fully_shard(language, ignored_params={p for p in language.parameters() if p not in inside}, **options)
-    model.to(device)
-    return LockStep(language, device)
+    return options["mesh"]
 
 
 def _fsdp(device: torch.device) -> tuple[Any, dict[str, Any]]:
@@ -78,9 +106,11 @@ class LockStep:
     at work. A pass with gradients is followed by its way back before the next one.
     """
 
-    def __init__(self, language: nn.Module, device: torch.device) -> None:
-        self._language, self._device, self._empty = language, device, False
-        language.register_forward_pre_hook(self._announce)
+    def __init__(self, language: nn.Module, device: torch.device, held: Any = None) -> None:
+        """Lead `language`, whose layers are split; what splits them is `held` as long as it is led."""
+        self._language, self._device, self._held, self._empty = language, device, held, False
+        # before the hooks of what splits it: these meet the other processes
+        language.register_forward_pre_hook(self._announce, prepend=True)
         ranks.before_meeting(self.drain)
 
     def _announce(self, *_: Any) -> None:
@@ -107,9 +137,11 @@ class LockStep:
                 self._empty = False
 
     def _pass(self, *, learns: bool) -> None:
+        """Pass one token, from its embedding on as all passes here, and back through all that one of theirs takes."""
         token: Tensor = torch.zeros(1, 1, dtype=torch.long, device=self._device)
         with torch.set_grad_enabled(learns):
-            states = self._language(input_ids=token, use_cache=False).last_hidden_state
+            embedded = self._language.get_input_embeddings()(token)  # type: ignore[operator]
+            states = self._language(inputs_embeds=embedded, use_cache=False).last_hidden_state
         if learns:
-            trained = [p for p in self._language.parameters() if p.requires_grad]
-            torch.autograd.grad(states.float().sum(), trained, allow_unused=True)
+            ends = [p for p in (embedded, *self._language.parameters()) if p.requires_grad]
+            torch.autograd.grad(states.float().sum(), ends, allow_unused=True)

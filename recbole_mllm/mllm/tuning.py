@@ -25,11 +25,11 @@ def check_finetune(settings: LoraSettings, device: torch.device) -> None:
     """Refuse what this machine cannot train, before anything is loaded.
 
     Raises:
-        UserError: ``finetune: qlora`` without bitsandbytes, or on a device it has nothing for; or something FSDP cannot
-            split here.
+        UserError: ``finetune: qlora`` without bitsandbytes, or on a device it has nothing for; or something that
+            FSDP or DeepSpeed cannot split here.
     """
-    if splitting.wanted() and settings.finetune in ("full", "qlora"):
-        raise UserError(f"finetune: {settings.finetune} cannot be split by FSDP here; set finetune: lora")
+    if (how := splitting.wanted()) and settings.finetune in ("full", "qlora"):
+        raise UserError(f"finetune: {settings.finetune} cannot be split by {how} here; set finetune: lora")
     if settings.finetune == "qlora":
         check_four_bits(device)
 

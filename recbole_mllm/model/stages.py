@@ -83,10 +83,10 @@ def _identity(name: str, settings: Settings, device: torch.device) -> str:
 def _writer(name: str, key: str, settings: Settings, device: torch.device) -> Writer:
     if is_server(name):
         return ServerModel(parse_endpoint(name, key), settings.server)
-    if splitting.wanted():
+    if how := splitting.wanted():
         raise UserError(
-            "there are summaries to write, which a model split by FSDP does not do; write them first, with `summarize` "
-            f"and without FSDP, or give {key} a server"
+            f"there are summaries to write, which a model split by {how} does not do; write them first, with "
+            f"`summarize` and without {how}, or give {key} a server"
         )
     slots = settings.summary.summarize_batch_size or _SLOTS["cpu" if device.type == "cpu" else "gpu"]
     return HFModel(name, settings.mllm, device, slots)

@@ -15,24 +15,16 @@ import small_world
 import tiny_models
 import torch
 import yaml
+from launching import FSDP, ROOT, ZERO, launched
 
 from recbole_mllm.cli import main
 from recbole_mllm.errors import UserError
+from recbole_mllm.mllm import splitting
 from recbole_mllm.mllm.server import ServerModel
 from recbole_mllm.model.stages import make_stage
 from recbole_mllm.resources import PROPERTIES
 from recbole_mllm.settings import Settings
 from recbole_mllm.training.checkpoint import read_checkpoint
-
-ROOT = Path(__file__).resolve().parents[2]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-
-
-def launched(count, words, folder, **more):
-    """Run `words` in `count` processes; return what they said, and the launcher's exit code."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | more
-    words = [*TORCHRUN, f"--nproc_per_node={count}", *map(str, words)]
-    return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=150)
 
 
 @pytest.fixture(scope="module")
@@ -56,14 +48,14 @@ def alone(world, tmp_path_factory):
         sys.argv = words
 
 
-FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # what `accelerate launch` makes of an fsdp_config
 SLOW = pytest.mark.slow
+WAYS = {"2": (2, {}), "4": (4, {}), "2, split": (2, FSDP), "3, split": (3, FSDP), "2, split by DeepSpeed": (2, ZERO)}
 
 
 @pytest.fixture(
     scope="module",
-    params=[(2, {}), pytest.param((4, {}), marks=SLOW), (2, FSDP), pytest.param((3, FSDP), marks=SLOW)],
-    ids=["2", "4", "2, split", "3, split"],
+    params=[pytest.param(way, marks=[SLOW] if way[0] > 2 else []) for way in WAYS.values()],
+    ids=WAYS,
 )
 def together(request, world, tmp_path_factory):
     count, more = request.param
@@ -137,11 +129,13 @@ def words_of(world, folder, **more):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("rank", "then"), [("1", 1), ("0", 3)])
-def test_a_killed_process_ends_the_others_with_a_word_and_another_number_goes_on(alone, world, tmp_path, rank, then):
+@pytest.mark.parametrize(("rank", "how", "then", "split"), [("1", {}, 1, {}), ("0", {}, 3, {}), ("1", ZERO, 3, FSDP)])
+def test_a_killed_process_ends_the_others_with_a_word_and_another_number_goes_on(
+    alone, world, tmp_path, rank, how, then, split
+):
     script = tmp_path / "killed.py"
     script.write_text(KILLED.format(rank=rank))
-    done = launched(2, [script, *words_of(world, tmp_path, checkpoint_every_steps=3)], tmp_path)
+    done = launched(2, [script, *words_of(world, tmp_path, checkpoint_every_steps=3)], tmp_path, **how)
     said = done.stdout + done.stderr
     # who notices first on a busy machine: the other process, or the launcher, which then ends it
     words = "another process of this run has ended without a word", "the launcher has ended this process"
@@ -150,7 +144,7 @@ def test_a_killed_process_ends_the_others_with_a_word_and_another_number_goes_on
     assert read_checkpoint(last, torch.device("cpu"))["training"]["place"][:2] == (1, 4)
 
     words = words_of(world, tmp_path, checkpoint_every_steps=3, resume="auto")
-    again = launched(then, [ROOT / "run_recbole_mllm.py", *words], tmp_path)
+    again = launched(then, [ROOT / "run_recbole_mllm.py", *words], tmp_path, **split)
     assert again.returncode == 0, again.stderr[-3000:]
     found = read_checkpoint(last, torch.device("cpu"))
     epoch, _, loss = found["training"]["place"]
@@ -193,17 +187,22 @@ def test_a_process_killed_while_it_scores_costs_the_scoring_alone(alone, world, 
 
 
 REFUSED = {
-    "nproc: 2": ("", "asks RecBole to start processes, and a launcher has started 2 already; leave nproc out"),
-    "finetune: full": ("ACCELERATE_USE_FSDP", "finetune: full cannot be split by FSDP here; set finetune: lora"),
-    "finetune: qlora": ("ACCELERATE_USE_FSDP", "finetune: qlora cannot be split by FSDP here; set finetune: lora"),
-    "epochs: 2": ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed is not supported; for a model larger than a card take FSDP"),
+    "nproc: 2": ({}, "asks RecBole to start processes, and a launcher has started 2 already; leave nproc out"),
+    "finetune: full": (FSDP, "finetune: full cannot be split by FSDP here; set finetune: lora"),
+    "finetune: qlora": (FSDP, "finetune: qlora cannot be split by FSDP here; set finetune: lora"),
+    "finetune: 'full'": (ZERO, "finetune: full cannot be split by DeepSpeed here; set finetune: lora"),
+    "epochs: 2": (
+        ZERO | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "gone.json"},
+        "(gone.json) cannot be read: ",
+    ),
+    "epochs: 3": (ZERO | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(ROOT / "setup.py")}, "setup.py) cannot be read: "),
 }
 
 
 @pytest.mark.parametrize("text", REFUSED)
 def test_what_cannot_be_had_together_is_one_clear_line(world, tmp_path, monkeypatch, capsys, text):
-    variable, wanted = REFUSED[text]
-    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", variable or "UNUSED": "true"}.items():
+    more, wanted = REFUSED[text]
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", **more}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "argv", ["pytest"])
     file = tmp_path / "both.yaml"
@@ -217,21 +216,59 @@ def test_what_cannot_be_had_together_is_one_clear_line(world, tmp_path, monkeypa
     assert wanted in line
 
 
-@pytest.mark.parametrize("kind", ["item", "user"])
-def test_with_fsdp_summaries_are_written_before_or_by_a_server(world, tmp_path, monkeypatch, kind):
+@pytest.mark.parametrize(("kind", "how"), [("item", "FSDP"), ("user", "FSDP"), ("user", "DeepSpeed")])
+def test_before_a_model_is_split_summaries_are_written_or_by_a_server(world, tmp_path, monkeypatch, kind, how):
     settings = Settings.from_config(yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text()))
     server = replace(settings.mllm, **{f"{kind}_summarizer": "server:m@http://localhost:9/v1"})
     config = {"data_path": str(world / "data" / "steps")}
-    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", **FSDP}.items():
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        **{"FSDP": FSDP, "DeepSpeed": ZERO}[how],
+    }.items():
         monkeypatch.setenv(name, value)
 
     def load(chosen):
         who = make_stage(config, chosen, torch.device("cpu")).who
         return (who.load_item if kind == "item" else who.load_user)()
 
-    with pytest.raises(UserError, match=f"write them first.* and without FSDP, or give {kind}_summarizer a server"):
+    with pytest.raises(UserError, match=f"write them first.* and without {how}, or give {kind}_summarizer a server"):
         load(settings)
     assert isinstance(load(replace(settings, mllm=server)), ServerModel)
+
+
+TELLS = """
+from recbole_mllm import ranks
+from recbole_mllm.mllm import splitting
+print(f"process {ranks.rank()} of {ranks.world_size()}: {splitting.wanted()}", flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [("deepspeed", "DeepSpeed"), pytest.param("fsdp", "FSDP", marks=SLOW), pytest.param("ddp", None, marks=SLOW)],
+)
+def test_accelerate_starts_what_its_file_says(tmp_path, name, how):
+    script = tmp_path / "tells.py"
+    script.write_text(TELLS)
+    words = ["-m", "accelerate.commands.launch", "--config_file", PROPERTIES / "accelerate" / f"{name}.yaml", script]
+    done = subprocess.run(
+        [sys.executable, *map(str, words)], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=150,
+    )  # fmt: skip
+    told = sorted(line for line in done.stdout.splitlines() if line.startswith("process "))
+    assert told == [f"process {rank} of 2: {how}" for rank in range(2)], done.stderr[-3000:]
+
+
+@pytest.mark.parametrize(("stage", "text"), [(3, "DeepSpeed"), (2, "None"), (1, "None")])
+def test_deepspeed_splits_a_model_at_its_third_stage_alone_and_says_so(monkeypatch, caplog, stage, text):
+    more = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)}
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", **more}.items():
+        monkeypatch.setenv(name, value)
+    assert str(splitting.wanted()) == text
+    splitting.tell_of_the_unsplit()
+    assert ("zero_stage is below 3, which splits no model" in caplog.text) is (stage < 3)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import small_world
 import tiny_models
-from test_launched import ROOT, launched
+from launching import ROOT, launched
 
 from recbole_mllm.benchmark.child import environment_alone
 from recbole_mllm.benchmark.records import PAIR_COLUMNS, read_arrays, read_records

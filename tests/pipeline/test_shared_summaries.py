@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import small_world
+from launching import TORCHRUN
 from server_processes import served
 
 from recbole_mllm.data.schema import store_file
@@ -17,13 +18,12 @@ from recbole_mllm.summaries.sharing import share_of
 from recbole_mllm.summaries.store import Store
 
 SCRIPT = Path(__file__).resolve().parents[1] / "shared_summaries.py"
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 
 
 def run(folder, processes, pause=0.0, killed=-1, after=0):
     """Return the exit code and what was said."""
     words = [str(SCRIPT), str(folder), str(pause), str(killed), str(after)]
-    how = [sys.executable] if processes == 1 else [*TORCHRUN, str(processes)]
+    how = [sys.executable] if processes == 1 else [*TORCHRUN, f"--nproc_per_node={processes}"]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*how, *words], capture_output=True, text=True, env=environment, timeout=200)
     return done.returncode, done.stderr
@@ -135,7 +135,7 @@ def test_shares_are_the_same_in_every_run_and_about_alike():
 def summarize(folder, url, processes, *words):
     who = f"server:m@{url}"
     keys = [f"--item_summarizer={who}", f"--user_summarizer={who}", "--item_summary=text", "--use_image=false"]
-    how = [sys.executable] if processes == 1 else [*TORCHRUN, str(processes)]
+    how = [sys.executable] if processes == 1 else [*TORCHRUN, f"--nproc_per_node={processes}"]
     command = [*how, str(SCRIPT.parents[1] / "run_recbole_mllm.py"), "summarize", "--dataset", "steps", *keys, *words]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200, cwd=folder)

@@ -17,7 +17,7 @@ from recbole_mllm import ranks
 from recbole_mllm.data.schema import POSITION
 from recbole_mllm.endpoints import is_server, parse_endpoint
 from recbole_mllm.errors import UserError
-from recbole_mllm.mllm import dispatching, splitting
+from recbole_mllm.mllm import dispatching, splitting, zero3
 from recbole_mllm.mllm.encode import Encoded
 from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.mllm.served import ServedScorer
@@ -77,7 +77,8 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
         settings, lora = self.settings, self.settings.lora
         if is_server(settings.mllm.mllm):
             return ServedScorer(parse_endpoint(settings.mllm.mllm, "mllm"), settings.server)
-        split, four_bit = splitting.wanted(), lora.finetune == "qlora"
+        splitting.tell_of_the_unsplit()
+        split, four_bit = splitting.wanted() is not None, lora.finetune == "qlora"
         mllm = HFModel(settings.mllm.mllm, settings.mllm, self.device, four_bit=four_bit, to_split=split)
         mllm.replace_model(tune(mllm.model, lora, seed))
         if split:
@@ -244,7 +245,7 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
     def __str__(self) -> str:
         """Name the model and what is trained, not every layer of an LLM."""
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
-        every = sum(p.numel() for p in self.parameters())
+        every = sum(map(zero3.whole_numel, self.parameters()))
         return f"MLLMMSR({self.mllm.identity})\nTrainable parameters: {trained} of {every}"
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
