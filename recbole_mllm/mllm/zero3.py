@@ -56,14 +56,17 @@ def partition(language: nn.Module, layers: Sequence[nn.Module], device: torch.de
     Raises:
         UserError: DeepSpeed does not take the configuration, or would round parameters it holds.
     """
+    from pydantic import ValidationError  # DeepSpeed brings it
+
     deepspeed = _import(device)
     section = {"memory_efficient_linear": False, **settings()}  # else it puts its own in torch's place, for good
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": section, **_precision(layers)}
     with _alone(language, layers):
         try:
             engine, *_ = deepspeed.initialize(model=language, config=config, dist_init_required=False)
-        except ValueError as error:  # pydantic's, of a key it does not know or a value out of range
-            raise UserError(f"DeepSpeed refuses its configuration: {' '.join(str(error).split())}") from error
+        except ValidationError as error:
+            wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            raise UserError(f"DeepSpeed refuses its configuration: zero_optimization: {wrong}") from error
     # the first layer's input needs no gradient, so DeepSpeed is not told that the way back has passed it
     language.register_forward_pre_hook(lambda *_: engine.optimizer.release_backward_leftovers(), prepend=True)
     return engine
