@@ -29,11 +29,10 @@ def exit_code(run: Callable[[list[str]], int], words: Sequence[str]) -> int:
         return code
     except KeyboardInterrupt:
         return end(1, "recbole-mllm: stopped; what was finished is kept")
-    except UserError as error:
-        lost = isinstance(error, ranks.LostProcess)
-        return end(1 if lost else 2, traceback.format_exc() if debug else f"recbole-mllm: {error}")
-    except Exception:
-        return end(1, traceback.format_exc())
+    except Exception as error:
+        told = ranks.lost_another(error) or (error if isinstance(error, UserError) else None)
+        code = 2 if told is error and not isinstance(error, ranks.LostProcess) else 1
+        return end(code, traceback.format_exc() if debug or not told else f"recbole-mllm: {told}")
 
 
 def end(code: int, words: str) -> int:
@@ -57,11 +56,10 @@ def child_code(run: Callable[[], int]) -> int:
         if code == 0:
             ranks.stop()
             return 0
-    except ranks.LostProcess:
-        code = ranks.LOST
-    except Exception:
-        traceback.print_exc()
-        code = 1
+    except Exception as error:
+        code = ranks.LOST if ranks.lost_another(error) else 1
+        if code == 1:
+            traceback.print_exc()
     ranks.report_failure(code)
     return abandon(code)
 

@@ -39,7 +39,10 @@ def undisturbed() -> Iterator[None]:
 
 
 def seed_this_process(seed: int, epoch: int, batch: int) -> None:
-    """Give each of several processes dropout of its own, known by (seed, epoch, batch, rank); alone, change nothing."""
+    """Give each of several processes random numbers of its own, by (seed, epoch, batch, rank); alone, change nothing.
+
+    What draws them in a training step is dropout that a model brings of its own; LoRA's is keyed (`mllm.dropout`).
+    """
     if ranks.is_launched():
         mixed = np.random.SeedSequence([seed, epoch, batch, ranks.rank()])
         torch.manual_seed(int(mixed.generate_state(1, np.uint64)[0]))

@@ -280,6 +280,19 @@ def together() -> Iterator[None]:
         raise LostProcess(_LOST_WORDS) from error
 
 
+def lost_another(error: Exception) -> LostProcess | None:
+    """Return what `error` means if it is what a collective says when another process is gone.
+
+    A model split among processes holds collectives in each of its layers, out of reach of `together`.
+    """
+    if isinstance(error, LostProcess):
+        return error
+    if not is_launched() or not isinstance(error, RuntimeError):
+        return None
+    said = isinstance(error, _torch().distributed.DistError) or "gloo/" in str(error)
+    return LostProcess(_LOST_WORDS) if said else None
+
+
 _LOST_WORDS = (
     "another process of this run has ended without a word (killed, or out of memory); what was finished is kept: start "
     "the same command again, a training with --checkpoint_every_steps and --resume=auto"

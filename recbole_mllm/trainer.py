@@ -112,6 +112,7 @@ class MLLMMSRTrainer(ResumableTrainer):
             self.optimizer.zero_grad()
             self._unsummed = 0.0
             seed_this_process(self.config["seed"], self.place.epoch, number)
+        self.model.begin_batch(self.config["seed"], self.place.epoch, number)
         rows = sum(train_data.rows_in(n) for n in range(first, min(first + group, batches)))
         self._unsummed += self._backward(interaction, rows)
         if number + 1 in (first + group, batches):

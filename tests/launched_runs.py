@@ -13,7 +13,7 @@ EVALUATED = {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user
 PLAIN = {
     "frozen_candidates": True, "prompt_style": "demo", "item_summary": "none", "summary_mode": "none",
     "use_image": False, "train_last_k": 2, "limit_users": 15, "eval_args": EVALUATED, "train_batch_size": 8,
-    "gradient_accumulation_steps": 2, "lora_dropout": 0.0, "epochs": 2, "show_progress": False, "seed": 7,
+    "gradient_accumulation_steps": 2, "lora_dropout": 0.1, "epochs": 2, "show_progress": False, "seed": 7,
     "score_cache": False,
 }  # fmt: skip
 CASES: dict[str, dict[str, Any]] = {

@@ -28,7 +28,7 @@ from recbole_mllm.prompts import Prompt, recommend_prompt
 
 FAMILIES = {build.__name__: build for build in tiny_models.FAMILIES}
 LABELS = torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0])
-LORA = replace(SETTINGS.lora, finetune="lora", lora_dropout=0.0)
+LORA = replace(SETTINGS.lora, finetune="lora", lora_dropout=0.1)
 
 
 def made(folder: Path, *, split: bool, dtype: str = "float32") -> HFModel:

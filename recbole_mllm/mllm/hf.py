@@ -70,7 +70,9 @@ class HFModel:
 
         The non-reentrant kind needs no input that requires gradients, so frozen embeddings do not cut it off.
         """
-        self.body.head_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        same = {"context_fn": self.body.masks.once_more} if self.body.masks else {}  # the masks of dropout
+        kwargs = {"use_reentrant": False, **same}
+        self.body.head_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
 
     def answers(self, style: Style) -> AnswerTokens:
         """Return the tokens of the style's Yes and No as they follow a prompt."""

@@ -30,8 +30,7 @@ def example_loss(body: Body, examples: Sequence[Encoded], *, whole: bool = False
         examples: One row each, its right answer being its last tokens.
         whole: Label every token but image placeholders (the paper's eq. 2), not the answer alone. A prefix-LM sees
             its whole prompt at once, which leaves nothing to predict there: its answer alone is labelled.
-        share: Compute what rows have in common once; the gradients are the same up to rounding. With LoRA dropout,
-            the common part has one mask for all its rows.
+        share: Compute what rows have in common once; the gradients are the same up to rounding.
 
     Returns:
         A scalar, float32.

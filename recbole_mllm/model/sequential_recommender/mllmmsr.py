@@ -104,6 +104,11 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
         """Return the mean next-token loss of the right answers (paper, eq. 2, or over the answer alone)."""
         return self.loss_of(self.examples_of(interaction))
 
+    def begin_batch(self, *place: int) -> None:
+        """Take the LoRA dropout of the batch at `place` (seed, epoch, number) from here on."""
+        if self.mllm.body.masks:
+            self.mllm.body.masks.begin(*place)
+
     def examples_of(self, interaction: Interaction) -> list[Encoded]:
         """Return the question of each row with its right answer."""
         prompts = self.prompts_of(self.rows_of(interaction))
