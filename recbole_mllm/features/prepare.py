@@ -32,7 +32,7 @@ from recbole_mllm.mllm.loading import dtype_of, identity_of, source_of
 from recbole_mllm.model.stages import make_stage
 from recbole_mllm.resources import PROPERTIES
 from recbole_mllm.settings import FeatureSettings, Settings, known_keys
-from recbole_mllm.summaries.prepare import items_summaries
+from recbole_mllm.summaries.prepare import export_item_summaries
 from recbole_mllm.summaries.shards import opened_store
 
 _EDITION = 1  # of how vectors are made
@@ -169,7 +169,7 @@ def _texts(config: Any, settings: Settings, folder: Path, items: Items, wanted: 
     if settings.summary.item_summary != "none" and (items.images or settings.summary.item_summary == "text"):
         stage = make_stage({**config.final_config_dict, "data_path": str(folder)}, settings, config["device"])
         with closing(opened_store(folder)) as store:
-            summaries = items_summaries(stage, store, wanted)
+            summaries = export_item_summaries(stage, store, wanted)
     parts = [(items.title(item), summaries.get(item, "")) for item in wanted]
     return [". ".join(filter(None, pair)) for pair in parts]
 
