@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from dataclasses import replace
 
 import pytest
 import small_world
@@ -124,6 +125,12 @@ def test_text_and_image_prompts_are_answered_as_in_this_process(served, local, p
     assert len({a.text for a in here}) > 4  # they do depend on the prompt
     assert all(a.truncated == (a.new_tokens >= LENGTH.max_new_tokens) for a in there)
     assert {a.truncated for a in there} == {True, False}
+
+
+def test_it_takes_the_wish_for_no_thought_with_images_and_without(served, prompts):
+    some = [prompts[0], prompts[-1]]
+    quiet = asked(served.endpoint, some, settings=replace(SETTINGS, server_thinking="off"))
+    assert [a.text for a in quiet] == [a.text for a in asked(served.endpoint, some)]  # its template knows of none
 
 
 def test_a_model_it_does_not_serve_is_refused_with_its_own_words(served, prompts):
