@@ -93,11 +93,17 @@ def test_a_search_in_which_nothing_runs_fails_and_a_mistake_stops_it():
         search([{}], fail(UserError("no such dataset")), True, str)
 
 
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """A folder in which the demo's dataset is built once, for all models."""
+    return tmp_path_factory.mktemp("dataset")
+
+
 @pytest.mark.parametrize("model", sorted(set(named("tuning")) - {"default"}))
-def test_each_choice_is_a_setting_its_model_reads(model, tmp_path, monkeypatch):
+def test_each_choice_is_a_setting_its_model_reads(model, demo, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["pytest"])
     monkeypatch.chdir(tmp_path)
-    config = make_config(model, "demo", [], {"data_path": str(tmp_path), **resolve(model).defaults})
+    config = make_config(model, "demo", [], {"data_path": str(demo), **resolve(model).defaults})
     for key, choices in space_of(model).items():
         assert key in config and config[key] is not None, key
         assert len(choices) > 1 and all(isinstance(choice, type(config[key])) for choice in choices), key
