@@ -1,14 +1,17 @@
 """Trains, scores and ranks in as many processes as a launcher starts, and writes down every number that came out.
 
-``torchrun --nproc_per_node N tests/launched_runs.py WORLD OUT``; in one process, call `collect`.
+``torchrun --nproc_per_node N tests/launched_runs.py WORLD OUT plain split``, of which `split` is by FSDP; in one
+process, call `collect`.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # what `accelerate launch` makes of an fsdp_config
 EVALUATED = {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "uni10"}
 PLAIN = {
     "frozen_candidates": True, "prompt_style": "demo", "item_summary": "none", "summary_mode": "none",
@@ -91,9 +94,12 @@ if __name__ == "__main__":
     import recbole_mllm  # noqa: F401
     from recbole_mllm import ranks
 
-    world, out = map(Path, sys.argv[1:])
+    world, out, kinds = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
     sys.argv = sys.argv[:1]
-    found = collect(world, out)
+    found = {}
+    for kind in kinds:
+        os.environ.update(FSDP if kind == "split" else {})
+        found[kind] = collect(world, out / kind)
     if ranks.is_main():
         torch.save(found, out / "found.pt")
     ranks.stop()

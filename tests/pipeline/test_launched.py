@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import launched_runs
@@ -15,6 +16,7 @@ import small_world
 import tiny_models
 import torch
 import yaml
+from launched_runs import FSDP
 
 from recbole_mllm.cli import main
 from recbole_mllm.errors import UserError
@@ -56,21 +58,35 @@ def alone(world, tmp_path_factory):
         sys.argv = words
 
 
-FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # what `accelerate launch` makes of an fsdp_config
 SLOW = pytest.mark.slow
+
+
+KINDS = {2: ("plain", "split"), 3: ("split",), 4: ("plain",)}  # one launch for both: half of it is imports
+
+
+@pytest.fixture(scope="module")
+def launch(world, tmp_path_factory):
+    """Return a function that gives what so many processes found, what they said and where, launched once each."""
+
+    @cache
+    def found(count):
+        folder = tmp_path_factory.mktemp(f"together{count}")
+        done = launched(count, [ROOT / "tests" / "launched_runs.py", world, folder, *KINDS[count]], folder)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return torch.load(folder / "found.pt", weights_only=False), done, folder
+
+    return found
 
 
 @pytest.fixture(
     scope="module",
-    params=[(2, {}), pytest.param((4, {}), marks=SLOW), (2, FSDP), pytest.param((3, FSDP), marks=SLOW)],
+    params=[(2, "plain"), pytest.param((4, "plain"), marks=SLOW), (2, "split"), pytest.param((3, "split"), marks=SLOW)],
     ids=["2", "4", "2, split", "3, split"],
 )
-def together(request, world, tmp_path_factory):
-    count, more = request.param
-    folder = tmp_path_factory.mktemp(f"together{count}")
-    done = launched(count, [ROOT / "tests" / "launched_runs.py", world, folder], folder, **more)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return count, torch.load(folder / "found.pt", weights_only=False), done, folder
+def together(request, launch):
+    count, kind = request.param
+    found, done, folder = launch(count)
+    return count, found[kind], done, folder / kind
 
 
 @pytest.mark.parametrize("case", launched_runs.CASES)
@@ -112,8 +128,9 @@ def test_batches_with_fewer_rows_than_processes_or_uneven_ones_count_each_row_on
 
 def test_the_main_process_alone_writes_and_speaks(together):
     count, _, done, folder = together
-    assert done.stderr.count("epoch 0 training") == len(launched_runs.CASES)
-    assert len(list((folder / "log" / "MLLMMSR").glob("*.log"))) <= len(launched_runs.CASES)
+    runs = len(launched_runs.CASES) * len(KINDS[count])
+    assert done.stderr.count("epoch 0 training") == runs
+    assert len(list((folder.parent / "log" / "MLLMMSR").glob("*.log"))) <= runs
     assert len(list((folder / "text" / "saved").glob("*.pth"))) == 1
 
 
