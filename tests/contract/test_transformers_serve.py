@@ -164,6 +164,7 @@ def test_summaries_made_through_a_server_need_no_server_once_imported(served, tm
     assert not [path for path in files if KEY.encode() in path.read_bytes()]
 
 
+@pytest.mark.slow  # with servers that start at once: test_many_servers.py
 def test_a_server_that_is_killed_and_comes_back_loses_nothing(served, local, prompts, caplog):
     many = [*prompts, *(text_summary_prompt(STYLE, f"Thing number {n}") for n in range(30))]
     model = ServerModel(parse_endpoint(served.endpoint, "item_summarizer"), SETTINGS)
