@@ -113,7 +113,7 @@ def test_a_real_models_log_probabilities_give_its_own_score(tmp_path):
 
 def test_without_log_probabilities_it_says_so():
     with pytest.raises(UserError, match="the answer holds no log-probabilities"):
-        asked(Planned(), questions(3))
+        asked(Planned(), questions(3), replace(SETTINGS, server_patience=1.0))
 
 
 @pytest.mark.parametrize("status", [404, 405])
