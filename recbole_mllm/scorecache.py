@@ -21,6 +21,7 @@ from recbole_mllm.data.images import image_digest
 from recbole_mllm.data.schema import score_file
 from recbole_mllm.prompts import Prompt
 from recbole_mllm.settings import RankingSettings
+from recbole_mllm.summaries.table import log_ahead
 
 _SCHEMA = (
     "CREATE TABLE IF NOT EXISTS models (id INTEGER PRIMARY KEY, digest TEXT NOT NULL UNIQUE, used REAL NOT NULL)",
@@ -159,11 +160,14 @@ class ScoreCache:
 _DAMAGE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR}  # the last: a table of another shape
 
 
+_PATIENCE_S = 10  # with others that are at the file
+
+
 def _connect(path: Path) -> sqlite3.Connection:
-    db = sqlite3.connect(path, timeout=10)
+    db = sqlite3.connect(path, timeout=_PATIENCE_S)
     try:
         db.execute("PRAGMA auto_vacuum=INCREMENTAL")  # of a new file
-        db.execute("PRAGMA journal_mode=WAL")
+        log_ahead(db, _PATIENCE_S)
         db.execute("PRAGMA synchronous=NORMAL")
         for statement in _SCHEMA:
             db.execute(statement)

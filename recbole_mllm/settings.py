@@ -77,12 +77,13 @@ class MLLMSettings(_FromConfig):
 
 @dataclass(frozen=True, slots=True)
 class ServerSettings(_FromConfig):
-    """How servers are asked; nothing here changes a text."""
+    """How servers are asked; nothing here but `server_thinking` changes a text."""
 
     server_concurrency: int
     server_timeout: float
     server_patience: float
     server_key_env: str | None
+    server_thinking: Literal["auto", "off"] = "auto"
 
     def __post_init__(self) -> None:
         for key in ("server_concurrency", "server_timeout", "server_patience"):
@@ -287,14 +288,7 @@ class Settings:
 def known_keys() -> frozenset[str]:
     """Return every key of this project."""
     groups = (
-        MLLMSettings,
-        ServerSettings,
-        SummarySettings,
-        RecommendSettings,
-        LoraSettings,
-        TrainSettings,
-        RankingSettings,
-        EvaluationSettings,
-        FeatureSettings,
-    )
+        MLLMSettings, ServerSettings, SummarySettings, RecommendSettings, LoraSettings, TrainSettings, RankingSettings,
+        EvaluationSettings, FeatureSettings,
+    )  # fmt: skip
     return frozenset(f.name for group in groups for f in fields(group)) | {"benchmark_defaults", "note", "per_model"}

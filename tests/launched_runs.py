@@ -1,13 +1,17 @@
 """Trains, scores and ranks in as many processes as a launcher starts, and writes down every number that came out.
 
-``torchrun --nproc_per_node N tests/launched_runs.py WORLD OUT``; in one process, call `collect`.
+``torchrun --nproc_per_node N tests/launched_runs.py WORLD OUT plain FSDP DeepSpeed``, of which the last two split the
+model; in one process, call `collect`.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
+
+from launching import SPLITS
 
 EVALUATED = {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "uni10"}
 PLAIN = {
@@ -93,9 +97,14 @@ if __name__ == "__main__":
     import recbole_mllm  # noqa: F401
     from recbole_mllm import ranks
 
-    world, out = map(Path, sys.argv[1:])
+    world, out, kinds = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
     sys.argv = sys.argv[:1]
-    found = collect(world, out)
+    found = {}
+    for kind in kinds:
+        os.environ.update(SPLITS[kind])
+        found[kind] = collect(world, out / kind)
+        for name in SPLITS[kind]:
+            del os.environ[name]
     if ranks.is_main():
         torch.save(found, out / "found.pt")
     ranks.stop()

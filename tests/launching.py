@@ -11,6 +11,8 @@ FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # what `accelerate 
 # and of a deepspeed_config_file: by its defaults DeepSpeed leaves parameters as small as the tests' whole
 ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(ROOT / "tests" / "zero3.json")}
 
+SPLITS = {"plain": {}, "FSDP": FSDP, "DeepSpeed": ZERO}
+
 
 def launched(count, words, folder, *, limit_s=150, **more):
     """Run `words` in `count` processes on the CPU; return what they said, and the launcher's exit code."""

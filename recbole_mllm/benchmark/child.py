@@ -21,6 +21,8 @@ STATUS_LENGTH = 300
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # which of a launcher's processes this is
 _LAUNCHERS = ("MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_")
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|^\[rank\d+\]: ", re.MULTILINE)  # the second is torch's
+# As Python writes a warning: where, which and what, then the line that drew it; that says nothing of the run
+_WARNING = re.compile(r"^\S.*:\d+: \w*Warning: .*\n?(?:[ \t]+.*\n?)?", re.MULTILINE)
 _ERROR = re.compile(r"^(?:[A-Za-z_]\w*\.)*(\w*(?:Error|Exception|Interrupt|Exit)(?:: .*)?)$")
 
 Tick = Callable[[float, str], None]
@@ -101,7 +103,7 @@ def environment_alone(given: Mapping[str, str]) -> dict[str, str]:
 
 
 def last_line(log: Path) -> str:
-    """Return the newest line of a log, as a terminal would show it."""
+    """Return the newest line of a log that says something of the run, as a terminal would show it."""
     return next(reversed(_lines(log)), "")
 
 
@@ -124,7 +126,7 @@ def _lines(log: Path, tail: int = 1 << 16) -> list[str]:
         return []
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - tail))
-        text = _ESCAPES.sub("", file.read().decode(errors="replace"))
+        text = _WARNING.sub("", _ESCAPES.sub("", file.read().decode(errors="replace")))
     return [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()]
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 from recbole_mllm import ranks
+from recbole_mllm.benchmark.portable import said_anywhere
 from recbole_mllm.errors import UserError
 from recbole_mllm.resources import resource
 
@@ -58,7 +59,8 @@ def search(
 ) -> dict[str, Any]:
     """Try each of `settings`; return what was tried, with which validation score, and what won (the first of equals).
 
-    A trial that fails has spent its part of the budget, and the reason stands in its place. What `journal` says was
+    A trial that fails has spent its part of the budget, and the reason stands in its place, without folders of this
+    machine. What `journal` says was
     tried is not tried again, so a search that was killed goes on where it was.
 
     Raises:
@@ -94,7 +96,7 @@ def _tried(chosen: Settings, score: Callable[[Settings], float]) -> dict[str, An
     except Exception as error:  # whatever RecBole or torch raises for settings that do not go together
         if ranks.is_launched():
             raise  # the other processes are in the middle of the trial that failed here
-        entry["error"] = f"{type(error).__name__}: {error}".partition("\n")[0]
+        entry["error"] = said_anywhere(f"{type(error).__name__}: {error}".partition("\n")[0])
     return entry | {"seconds": time.perf_counter() - started}
 
 

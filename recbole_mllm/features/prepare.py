@@ -7,13 +7,12 @@ share one file, and another MLLM makes another.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,13 +25,14 @@ from recbole_mllm.data.images import image_digest
 from recbole_mllm.data.texts import Items, read_items
 from recbole_mllm.errors import UserError
 from recbole_mllm.features.vectors import prepared
+from recbole_mllm.kept import made_once
 from recbole_mllm.mllm.embedding import image_vectors, sentence_vectors, text_vectors
 from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.mllm.loading import dtype_of, identity_of, source_of
 from recbole_mllm.model.stages import make_stage
 from recbole_mllm.resources import PROPERTIES
 from recbole_mllm.settings import FeatureSettings, Settings, known_keys
-from recbole_mllm.summaries.prepare import items_summaries
+from recbole_mllm.summaries.prepare import export_item_summaries
 from recbole_mllm.summaries.shards import opened_store
 
 _EDITION = 1  # of how vectors are made
@@ -169,7 +169,7 @@ def _texts(config: Any, settings: Settings, folder: Path, items: Items, wanted: 
     if settings.summary.item_summary != "none" and (items.images or settings.summary.item_summary == "text"):
         stage = make_stage({**config.final_config_dict, "data_path": str(folder)}, settings, config["device"])
         with closing(opened_store(folder)) as store:
-            summaries = items_summaries(stage, store, wanted)
+            summaries = export_item_summaries(stage, store, wanted)
     parts = [(items.title(item), summaries.get(item, "")) for item in wanted]
     return [". ".join(filter(None, pair)) for pair in parts]
 
@@ -196,28 +196,24 @@ def _ensure(feature: Feature, folder: Path, wanted: list[str], size: int | None,
     Beside it stands what it took: `spent` seconds on what it is made of, and those of the vectors.
     """
     log, path = logging.getLogger(), folder / f"{folder.name}.{feature.tag}"
-    with _locked(folder):
-        if path.is_file():
-            return
+    missing = 0
+
+    def make(scratch: Path) -> None:
+        nonlocal missing
         log.info(f"making {feature.kind} features of {len(wanted)} items")
         begun = time.perf_counter()
         vectors, known = feature.make()
+        missing = int((~known).sum())
         vectors = prepared(vectors, known, size)
         _seconds_file(path).write_text(f"{spent + time.perf_counter() - begun:.3f}\n", encoding="utf-8")
-        write_features(path, feature.columns, wanted, vectors)
-    missing = int((~known).sum())
-    log.info(f"{path}: {len(wanted)} vectors" + (f"; {missing} items have no {feature.kind}, zeros stand for it"
-                                                  if missing else ""))  # fmt: skip
+        write_features(scratch, feature.columns, wanted, vectors)
+
+    if made_once(path, make):
+        lack = f"; {missing} items have no {feature.kind}, zeros stand for it" if missing else ""
+        log.info(f"{path}: {len(wanted)} vectors{lack}")
 
 
 def write_features(path: Path, columns: tuple[str, str], items: Sequence[str], vectors: Any) -> None:
     """Write one vector an item, five digits of each number, as RecBole reads it."""
     rows = ([item, " ".join(f"{value:.5g}" for value in vector)] for item, vector in zip(items, vectors, strict=True))
     write_atomic(path, {columns[0]: "token", columns[1]: "float_seq"}, rows)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    with (folder / f".{folder.name}.features.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -13,6 +13,7 @@ from PIL import Image
 from recbole_mllm.data.images import open_image
 from recbole_mllm.errors import UserError
 from recbole_mllm.mllm.base import Answer
+from recbole_mllm.mllm.shortening import FEWEST, SHORTER_HISTORY, lists_items, longest_text
 from recbole_mllm.prompts import IMAGE, Prompt
 
 # A server tokenises the whole text, so a special token's spelling inside a title would become that token (and an image
@@ -22,7 +23,6 @@ _SPECIAL = re.compile(
     r"<(?:start|end)_of_\w{1,20}>|<\w{1,20}_soft_token>|</?think>"
 )
 _HALF = 2
-_FEWEST = 8  # characters a filled-in text keeps when a prompt is shortened
 _AS_IS = {"JPEG": "image/jpeg", "PNG": "image/png"}
 _ORIENTATION = 0x0112
 
@@ -66,13 +66,15 @@ def _shorten(pieces: list[str]) -> None:
     Raises:
         UserError: What is left is the style's own wording.
     """
-    longest = max(range(1, len(pieces), 2), key=lambda i: len(pieces[i]), default=0)
-    if not longest or len(pieces[longest]) <= _FEWEST:
+    if (longest := longest_text(pieces)) is None:
+        what, mend = "fixed wording", ""
+        if lists_items(pieces):
+            what, mend = f"the first letters of the {len(pieces) // 2} texts it lists", f"{SHORTER_HISTORY}, or "
         raise UserError(
-            "the server finds a prompt too long, and what is left of it is fixed wording; serve the "
-            "model with a longer context"
+            f"the server finds a prompt too long, and what is left of it is {what}; {mend}serve the model with a "
+            "longer context"
         )
-    pieces[longest] = pieces[longest][: max(_FEWEST, len(pieces[longest]) // _HALF)].rstrip()
+    pieces[longest] = pieces[longest][: max(FEWEST, len(pieces[longest]) // _HALF)].rstrip()
 
 
 def _image_part(path: Path) -> dict[str, Any]:

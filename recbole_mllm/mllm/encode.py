@@ -16,6 +16,7 @@ from recbole_mllm.data.images import image_digest, open_image
 from recbole_mllm.errors import UserError
 from recbole_mllm.mllm.architectures import Architecture
 from recbole_mllm.mllm.plaintext import CUT, PlainText
+from recbole_mllm.mllm.shortening import FEWEST, SHORTER_HISTORY, first_and_last, lists_items, longest_text
 from recbole_mllm.mllm.turns import Turns
 from recbole_mllm.prompts import IMAGE, Prompt
 
@@ -23,7 +24,6 @@ _MARK = f"{CUT}{IMAGE}{CUT}"  # an image of the style's own, in a text whose fil
 # Of preprocessed images: LLaVA-NeXT's take 7 MB each, and are of no use once their features are made
 IMAGE_BYTES = 2**28
 _NOT_IMAGE_INPUTS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels"}
-_FEWEST = 8  # characters a filled-in text keeps when a prompt is shortened
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,16 +132,23 @@ class Encoder:
 
     def _shorten(self, pieces: list[str], excess: int) -> None:
         """Take about `excess` tokens from the end of the longest filled-in text."""
-        longest = max(range(1, len(pieces), 2), key=lambda i: len(pieces[i]), default=0)
-        if not longest or len(pieces[longest]) <= _FEWEST:
-            raise UserError(
-                f"a prompt has more than max_text_tokens = {self.max_text_tokens} tokens of fixed wording; raise it"
-            )
+        if (longest := longest_text(pieces)) is None:
+            raise UserError(self._too_long(pieces))
         text = pieces[longest]
         tokens = max(1, len(self._plain.ids(self._plain.guard(text))))
         kept = min(len(text) - 1, int(len(text) * max(0, tokens - excess) / tokens))
         # half the text at most in one step: another may have become the longest by then
-        pieces[longest] = text[: max(_FEWEST, kept, len(text) // 2)].rstrip()
+        pieces[longest] = text[: max(FEWEST, kept, len(text) // 2)].rstrip()
+
+    def _too_long(self, pieces: Sequence[str]) -> str:
+        """Say what helps where nothing is left to cut: room, or a shorter history if that does."""
+        limit = f"max_text_tokens = {self.max_text_tokens}"
+        if lists_items(pieces) and len(self._ids(first_and_last(pieces), (), "")) <= self.max_text_tokens:
+            return (
+                f"a prompt lists so long a history that the first letters of its {len(pieces) // 2} texts are over "
+                f"{limit} tokens; {SHORTER_HISTORY}, or raise max_text_tokens"
+            )
+        return f"a prompt has more than {limit} tokens of fixed wording; raise it"
 
     def image(self, path: Path) -> ImageInput:
         """Return the image at `path` as the model takes it; the same bytes are preprocessed once."""

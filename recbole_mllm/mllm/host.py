@@ -103,6 +103,13 @@ class Host:
         self._note(outcome, started)
         return outcome
 
+    @property
+    def unthinking(self) -> dict[str, Any]:
+        """What a chat request says beside OpenAI's own fields, to get an answer without a thought before it."""
+        if self.settings.server_thinking == "auto":
+            return {}
+        return {"extra_body": {"chat_template_kwargs": {"enable_thinking": False}}}
+
     def models(self) -> list[str]:
         """Return the models the server lists; some list none and serve all the same, some cannot be asked now.
 
@@ -129,6 +136,7 @@ class Host:
             max_tokens=decoding.max_new_tokens,
             temperature=decoding.temperature,
             **sampled,
+            **self.unthinking,
         )
 
     def _guarded(self, call: Callable[[], Answer], absent: Collection[int]) -> Answer | Trouble:
@@ -162,6 +170,8 @@ class Host:
             return Trouble(Kind.FATAL, self._unknown(text))
         if status in (400, 413, 422) and _TOO_LONG.search(words):
             return Trouble(Kind.TOO_LONG, text)
+        if "chat_template_kwargs" in words:  # a field of ours beside OpenAI's, which some refuse to know
+            return Trouble(Kind.FATAL, f"{text}; set server_thinking: auto, and start the server so that it thinks not")
         return Trouble(Kind.REFUSED, text)
 
     def _no_entry(self, status: int) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Collection, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 from recbole_mllm.errors import UserError
 from recbole_mllm.mllm.architectures import language_part
 from recbole_mllm.mllm.dispatching import check_room
-from recbole_mllm.mllm.processors import load_processor
+from recbole_mllm.mllm.processors import changed, load_processor
 from recbole_mllm.mllm.quantization import compute_as_asked, quantized
 from recbole_mllm.mllm.sources import TINY, gguf_of, identity_of, source_of
 
@@ -76,7 +77,8 @@ def load(
         sees = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and file is None
         auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
         extra = (quantized(dtype, device) if four_bit else {}) | dict(placed or {})
-        model, found = auto.from_pretrained(source, dtype=dtype, output_loading_info=True, **options, **extra)
+        with _without_bar() if file is not None else nullcontext():
+            model, found = auto.from_pretrained(source, dtype=dtype, output_loading_info=True, **options, **extra)
         _check_weights(name, model.eval(), found["missing_keys"])
         model = model if four_bit or placed else model.to(device)
         check_room(model, device)
@@ -91,6 +93,11 @@ def load(
     compute_as_asked(model)
     model.requires_grad_(False)
     return Loaded(model, tokenizer, processor, identity_of(name, getattr(config, "_commit_hash", None)))
+
+
+def _without_bar() -> AbstractContextManager[None]:
+    """Let a .gguf file be read without a bar: its reader asks tqdm itself, not transformers', which is silent."""
+    return changed(import_module("transformers.modeling_gguf_pytorch_utils"), "tqdm", transformers_logging.tqdm)
 
 
 def _check_weights(name: str, model: Any, missing: Collection[str]) -> None:

@@ -52,14 +52,14 @@ def _without_videos() -> Iterator[None]:
     video = import_module("transformers.models.auto.video_processing_auto").AutoVideoProcessor
     smolvlm = import_module("transformers.models.smolvlm.processing_smolvlm")
     with ExitStack() as stack:
-        stack.enter_context(_changed(video, "from_pretrained", staticmethod(lambda *_, **__: NoVideos())))
-        stack.enter_context(_changed(ProcessorMixin, "check_argument_for_proper_class", check))
-        stack.enter_context(_changed(smolvlm, "num2words", smolvlm.num2words or str))
+        stack.enter_context(changed(video, "from_pretrained", staticmethod(lambda *_, **__: NoVideos())))
+        stack.enter_context(changed(ProcessorMixin, "check_argument_for_proper_class", check))
+        stack.enter_context(changed(smolvlm, "num2words", smolvlm.num2words or str))
         yield
 
 
 @contextmanager
-def _changed(owner: Any, name: str, value: Any) -> Iterator[None]:
+def changed(owner: Any, name: str, value: Any) -> Iterator[None]:
     """Give `owner` another attribute `name` for the while, and its own back, descriptor and all."""
     stock = vars(owner)[name]
     setattr(owner, name, value)

@@ -97,7 +97,13 @@ class ServedScorer:
 
     def _complete(self, host: Host, turn: dict[str, Any], client: Any) -> Scored:
         completion = client.chat.completions.create(
-            model=host.model, messages=[turn], max_tokens=1, temperature=0.0, logprobs=True, top_logprobs=TOP
+            model=host.model,
+            messages=[turn],
+            max_tokens=1,
+            temperature=0.0,
+            logprobs=True,
+            top_logprobs=TOP,
+            **host.unthinking,
         )
         return scored_completion(completion, self._words)
 

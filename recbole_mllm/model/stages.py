@@ -75,7 +75,8 @@ def _summarizers(settings: Settings, device: torch.device) -> Summarizers:
 
 def _identity(name: str, settings: Settings, device: torch.device) -> str:
     if is_server(name):
-        return parse_endpoint(name, "summarizer").identity
+        quiet = " (no thinking)" if settings.server.server_thinking == "off" else ""
+        return parse_endpoint(name, "summarizer").identity + quiet
     dtype = str(dtype_of(settings.mllm.dtype, device)).removeprefix("torch.")
     return f"{identity_of(name, None)}:{dtype}"
 

@@ -21,7 +21,7 @@ from recbole_mllm.planning.readers import Reader
 from recbole_mllm.planning.standins import Sample, StandIns, Texts
 from recbole_mllm.planning.writers import sample
 from recbole_mllm.prompts import Prompt
-from recbole_mllm.summaries.items import item_summaries
+from recbole_mllm.summaries.items import summarize_items
 from recbole_mllm.summaries.known import NothingKnown
 from recbole_mllm.summaries.prepare import item_scribe, user_scribe
 from recbole_mllm.summaries.store import Store
@@ -133,7 +133,7 @@ def probe_summaries(p: Prepared, models: Models, probed: Probed, *, stages: Sequ
         timed = _timed(p, models, "items", probed, most)
         scribe.load, scribe.may_write = lambda: cast(Writer, timed), True
         chosen = sample(p.plan.items(s), most + _FIRST)
-        texts = item_summaries(scribe, p.stage.style, p.stage.items, chosen, s.item_summary)
+        texts = summarize_items(scribe, p.stage.style, p.stage.items, chosen, s.item_summary)
         _keep(probed, "items", "item", timed)
     if "users" in stages and models.blueprint("users") is not None:
         scribe = user_scribe(p.stage, cast(Store, NothingKnown()))

@@ -13,7 +13,7 @@ from recbole_mllm.planning.prepared import Prepared
 from recbole_mllm.planning.readers import Reader
 from recbole_mllm.planning.standins import StandIns, Texts
 from recbole_mllm.summaries.chains import State, steps
-from recbole_mllm.summaries.items import item_summaries
+from recbole_mllm.summaries.items import summarize_items
 from recbole_mllm.summaries.known import KnownTexts
 from recbole_mllm.summaries.prepare import item_scribe, user_scribe
 from recbole_mllm.summaries.store import Store
@@ -73,7 +73,7 @@ def count_items(p: Prepared, known: KnownTexts, reader: Reader, made: StandIns, 
     wanted = p.plan.items(s) if s.summary_mode != "none" else []
     chosen = sample(wanted, limit)
     scribe, counter = _counting(item_scribe(p.stage, cast(Store, known)), reader, made)
-    texts = item_summaries(scribe, p.stage.style, p.stage.items, chosen, s.item_summary)
+    texts = summarize_items(scribe, p.stage.style, p.stage.items, chosen, s.item_summary)
     share = len(wanted) / max(1, len(chosen))
     count = _with_known(counter, scribe).times(share)
     size = sum(len(f"{item}\t{text}\n".encode()) for item, text in texts.items()) * share

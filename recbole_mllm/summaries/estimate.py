@@ -8,7 +8,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 
 from recbole_mllm.mllm.base import Answer, Ask, Batch, Work, Writer
-from recbole_mllm.summaries.items import item_summaries
+from recbole_mllm.summaries.items import summarize_items
 from recbole_mllm.summaries.known import KnownTexts
 from recbole_mllm.summaries.prepare import Stage, item_scribe, user_scribe
 from recbole_mllm.summaries.users import Plan, preferences
@@ -82,7 +82,7 @@ def estimate(stage: Stage, plan: Plan, which: str) -> list[str]:
         scribe = item_scribe(stage, store)  # type: ignore[arg-type]
         probe = Probe(scribe.load, scribe.identity)
         scribe.load = lambda: probe
-        texts = item_summaries(scribe, stage.style, stage.items, plan.items(s), s.item_summary)
+        texts = summarize_items(scribe, stage.style, stage.items, plan.items(s), s.item_summary)
         lines.append(probe.line(scribe))
         if which != "items" and s.summary_mode != "none":
             scribe = user_scribe(stage, store)  # type: ignore[arg-type]

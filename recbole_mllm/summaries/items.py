@@ -17,8 +17,8 @@ class Answering(Protocol):
         ...
 
 
-def item_summaries(scribe: Answering, style: Style, items: Items, wanted: Sequence[str], what: str) -> dict[str, str]:
-    """Return the summary of each `wanted` raw id; "" where the item has nothing to summarise.
+def summarize_items(scribe: Answering, style: Style, items: Items, wanted: Sequence[str], what: str) -> dict[str, str]:
+    """Have `scribe` summarise each `wanted` raw id; return its summary, "" where the item has nothing to summarise.
 
     Args:
         scribe: Who answers.

@@ -14,7 +14,7 @@ from recbole_mllm.errors import UserError
 from recbole_mllm.prompts import Style, titles_as_preference
 from recbole_mllm.settings import SummarySettings
 from recbole_mllm.summaries.chains import State, before, state_at
-from recbole_mllm.summaries.items import item_summaries
+from recbole_mllm.summaries.items import summarize_items
 from recbole_mllm.summaries.lastexport import LastExport
 from recbole_mllm.summaries.shards import opened_store
 from recbole_mllm.summaries.sharing import take_parts, write_in_shares
@@ -82,7 +82,7 @@ def make_item_summaries(stage: Stage, plan: Plan) -> None:
 
     def export() -> None:
         with closing(opened_store(stage.folder)) as store:
-            items_summaries(stage, store, plan.items(stage.settings))
+            export_item_summaries(stage, store, plan.items(stage.settings))
 
     ranks.on_main(export)
 
@@ -122,7 +122,7 @@ def _refreshed(stage: Stage, plan: Plan, users: Set[str] | None, read: Container
     """Bring the export up to date for `users` (None: all), and return the texts of those it took and of `read`."""
     s, log = stage.settings, logging.getLogger()
     with closing(opened_store(stage.folder)) as store:
-        summaries = items_summaries(stage, store, plan.items(s))
+        summaries = export_item_summaries(stage, store, plan.items(s))
         scribe = claiming(user_scribe(stage, store))
         last = LastExport(schema.usum_file(stage.folder, stage.tag), stage.tag, store)
         survey = last.survey(plan, marker_of(stage, summaries, scribe))
@@ -137,11 +137,11 @@ def _refreshed(stage: Stage, plan: Plan, users: Set[str] | None, read: Container
     return _Refreshed(texts, [user for user in survey.due if user not in due])
 
 
-def items_summaries(stage: Stage, store: Store, wanted: list[str]) -> dict[str, str]:
-    """Return the summaries of `wanted` items, made where missing, and export them."""
+def export_item_summaries(stage: Stage, store: Store, wanted: list[str]) -> dict[str, str]:
+    """Make the summaries of `wanted` items that are missing, export all of them, and return them."""
     scribe = claiming(item_scribe(stage, store))
     with scribe.progress(len(wanted)):
-        found = item_summaries(scribe, stage.style, stage.items, wanted, stage.settings.item_summary)
+        found = summarize_items(scribe, stage.style, stage.items, wanted, stage.settings.item_summary)
     scribe.report()
     if stage.settings.item_summary != "none" and ranks.is_main():
         path = schema.isum_file(stage.folder, stage.tag)

@@ -18,7 +18,7 @@ from recbole_mllm.data.schema import USUM_TYPES, store_file, usum_file
 from recbole_mllm.mllm.base import Writer
 from recbole_mllm.prompts import Prompt
 from recbole_mllm.summaries.asking import Listed
-from recbole_mllm.summaries.items import item_summaries
+from recbole_mllm.summaries.items import summarize_items
 from recbole_mllm.summaries.lastexport import LastExport, Survey, by_user, line_of
 from recbole_mllm.summaries.shards import ShardStore, opened_store
 from recbole_mllm.summaries.stage import Stage, item_scribe, marker_of, user_scribe
@@ -102,7 +102,7 @@ def write_in_shares(stage: Stage, plan: Plan, users: Set[str] | None, *, only_it
     ranks.on_main(lambda: _drop(_parts(stage)))  # of a run that was killed
     shares = Shares(stage.folder)
     answers = SharedAnswers(shares, _loading_once(partial(item_scribe, stage)), stage.folder)
-    summaries = item_summaries(answers, stage.style, stage.items, plan.items(s), s.item_summary)
+    summaries = summarize_items(answers, stage.style, stage.items, plan.items(s), s.item_summary)
     if only_items:
         return
     make = _loading_once(partial(user_scribe, stage))

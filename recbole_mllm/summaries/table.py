@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,7 +66,7 @@ def connect(path: Path) -> sqlite3.Connection:
         db = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None)
         try:
             db.execute(f"PRAGMA page_size={PAGE}")  # of a new file; no effect on another
-            db.execute("PRAGMA journal_mode=WAL")
+            log_ahead(db, _BUSY_S)
             db.execute("PRAGMA synchronous=NORMAL")
             if unclean and path.stat().st_size <= _CHECKED_BYTES:
                 _quick_check(db)
@@ -74,6 +75,23 @@ def connect(path: Path) -> sqlite3.Connection:
             db.close()
             raise
         return db
+
+
+def log_ahead(db: sqlite3.Connection, patience: float) -> None:
+    """Turn on the write-ahead log.
+
+    Of two processes that make one file at the same moment, the second is told at once that it is locked, whatever its
+    timeout (SQLite does not wait where both might); so this tries again until `patience` seconds are over.
+    """
+    end = time.monotonic() + patience
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > end:
+                raise
+        time.sleep(0.02)
 
 
 def _quick_check(db: sqlite3.Connection) -> None:

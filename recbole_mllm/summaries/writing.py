@@ -107,6 +107,7 @@ class Scribe:
             try:
                 writer.write(self)
                 while self._held:
+                    self._keep()  # or those who hold them may wait for ours
                     time.sleep(_HELD_S)
                     self._claim(1)
                     if self._claimed:

@@ -95,8 +95,8 @@ def _settings(place, **more):
         "user_summary_tokens": 8,
         "learning_rate": 0.02,
         "train_last_k": 1,
-        "limit_users": 12,
-        "train_batch_size": 8,
+        "limit_users": 6,
+        "train_batch_size": 4,
         "show_progress": False,
         "seed": 3,
     } | more

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from dataclasses import replace
 
 import pytest
 import small_world
@@ -126,6 +127,12 @@ def test_text_and_image_prompts_are_answered_as_in_this_process(served, local, p
     assert {a.truncated for a in there} == {True, False}
 
 
+def test_it_takes_the_wish_for_no_thought_with_images_and_without(served, prompts):
+    some = [prompts[0], prompts[-1]]
+    quiet = asked(served.endpoint, some, settings=replace(SETTINGS, server_thinking="off"))
+    assert [a.text for a in quiet] == [a.text for a in asked(served.endpoint, some)]  # its template knows of none
+
+
 def test_a_model_it_does_not_serve_is_refused_with_its_own_words(served, prompts):
     other = served.endpoint.replace(MODEL, "another/model")
     with pytest.raises(UserError, match="Server is pinned to"):
@@ -157,6 +164,7 @@ def test_summaries_made_through_a_server_need_no_server_once_imported(served, tm
     assert not [path for path in files if KEY.encode() in path.read_bytes()]
 
 
+@pytest.mark.slow  # with servers that start at once: test_many_servers.py
 def test_a_server_that_is_killed_and_comes_back_loses_nothing(served, local, prompts, caplog):
     many = [*prompts, *(text_summary_prompt(STYLE, f"Thing number {n}") for n in range(30))]
     model = ServerModel(parse_endpoint(served.endpoint, "item_summarizer"), SETTINGS)

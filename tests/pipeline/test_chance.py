@@ -67,6 +67,7 @@ def outcome(world: Path, model: Any, protocol: str, monkeypatch: pytest.MonkeyPa
     dataset, mode = PROTOCOLS[protocol]
     settings = {
         "data_path": str(world), "checkpoint_dir": str(world / "saved"), "epochs": 1, "train_batch_size": 4096,
+        "MAX_ITEM_LIST_LENGTH": 10,  # as long as the longest; what is padded costs all the same
         "show_progress": False, "state": "ERROR", "frozen_candidates": True, "metric_decimal_place": 8,
         "metrics": ["Hit", "MRR", "NDCG", "Recall", "GAUC"], "topk": list(CUTOFFS), "valid_metric": "NDCG@10",
         "eval_args": LOO | {"mode": mode},

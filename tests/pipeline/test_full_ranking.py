@@ -44,6 +44,7 @@ def settings(place, monkeypatch):
         "score_cache": False,
         "load_col": {"inter": ["user_id", "item_id", "timestamp"]},
         "train_last_k": 1,
+        "MAX_ITEM_LIST_LENGTH": small_world.LENGTH,
         "show_progress": False,
         "seed": 7,
         "metrics": ["Hit", "MRR", "NDCG", "Recall"],

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import launched_runs
@@ -49,20 +50,36 @@ def alone(world, tmp_path_factory):
 
 
 SLOW = pytest.mark.slow
-WAYS = {"2": (2, {}), "4": (4, {}), "2, split": (2, FSDP), "3, split": (3, FSDP), "2, split by DeepSpeed": (2, ZERO)}
+# one launch for all of a number: half of it is imports
+KINDS = {2: ("plain", "FSDP", "DeepSpeed"), 3: ("FSDP", "DeepSpeed"), 4: ("plain",)}
+
+
+@pytest.fixture(scope="module")
+def launch(world, tmp_path_factory):
+    """Return a function that gives what so many processes found, what they said and where, launched once each."""
+
+    @cache
+    def found(count):
+        folder = tmp_path_factory.mktemp(f"together{count}")
+        done = launched(count, [ROOT / "tests" / "launched_runs.py", world, folder, *KINDS[count]], folder)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return torch.load(folder / "found.pt", weights_only=False), done, folder
+
+    return found
 
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(way, marks=[SLOW] if way[0] > 2 else []) for way in WAYS.values()],
-    ids=WAYS,
+    params=[
+        pytest.param((count, kind), marks=[SLOW] if count > 2 else [], id=f"{count} {kind}")
+        for count, kinds in KINDS.items()
+        for kind in kinds
+    ],
 )
-def together(request, world, tmp_path_factory):
-    count, more = request.param
-    folder = tmp_path_factory.mktemp(f"together{count}")
-    done = launched(count, [ROOT / "tests" / "launched_runs.py", world, folder], folder, **more)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return count, torch.load(folder / "found.pt", weights_only=False), done, folder
+def together(request, launch):
+    count, kind = request.param
+    found, done, folder = launch(count)
+    return count, found[kind], done, folder / kind
 
 
 @pytest.mark.parametrize("case", launched_runs.CASES)
@@ -85,7 +102,7 @@ def test_losses_adapter_scores_and_metrics_are_those_of_one_process(alone, toget
 
 def test_each_process_holds_its_part_of_a_split_model_and_else_all_of_it(request, alone, together):
     count, found, *_ = together
-    split = "split" in request.node.callspec.id
+    split = "plain" not in request.node.callspec.id
     for case in launched_runs.CASES:
         assert (found[case]["held"] == alone[case]["held"]) is not split
         # what is split is most of these models, and is divided by the processes (the main one holds the longest part)
@@ -104,8 +121,9 @@ def test_batches_with_fewer_rows_than_processes_or_uneven_ones_count_each_row_on
 
 def test_the_main_process_alone_writes_and_speaks(together):
     count, _, done, folder = together
-    assert done.stderr.count("epoch 0 training") == len(launched_runs.CASES)
-    assert len(list((folder / "log" / "MLLMMSR").glob("*.log"))) <= len(launched_runs.CASES)
+    runs = len(launched_runs.CASES) * len(KINDS[count])
+    assert done.stderr.count("epoch 0 training") == runs
+    assert len(list((folder.parent / "log" / "MLLMMSR").glob("*.log"))) <= runs
     assert len(list((folder / "text" / "saved").glob("*.pth"))) == 1
 
 

@@ -77,16 +77,16 @@ def test_a_hanging_a_broken_a_dead_and_a_slow_server_hold_up_nobody(tmp_path, re
     }
     with served(tmp_path, dead=(0, "well"), **kinds) as servers:
         servers["dead"].kill()
-        chains = Chains(100, 4)
+        chains = Chains(60, 4)
         took = run(tmp_path, list(servers.values()), chains)
         asked = {name: len(server.asked()) for name, server in servers.items()}
-    ideal = 400 / (2 * 4 / 0.1 + 4 / 1.0)  # what the healthy can do: 84 prompts a second
+    ideal = 240 / (2 * 4 / 0.1 + 4 / 1.0)  # what the healthy can do: 84 prompts a second
     record_property("seconds", f"{took:.1f} of at least {ideal:.1f}; {asked}")
     print(f"{took:.1f} s, ideal {ideal:.1f} s, {asked}")
     assert took < 2 * ideal + 4  # a lost prompt is sent elsewhere after 2 s
     assert asked["hangs"] <= 4 and asked["broken"] <= 4 + 8 and asked["dead"] == 0
     assert 0 < asked["slow"] < asked["one"] / 3
-    assert sum(asked.values()) < 400 * 1.1 + 16  # little is asked twice
+    assert sum(asked.values()) < 240 * 1.1 + 16  # little is asked twice
 
 
 def test_a_server_that_is_killed_and_comes_back_is_used_again_and_nothing_is_lost(tmp_path):
@@ -164,7 +164,7 @@ def test_two_clients_at_one_store_share_the_work_and_write_nothing_twice(tmp_pat
 
 
 def test_what_a_killed_client_had_claimed_is_written_by_the_other_at_once(tmp_path):
-    with served(tmp_path, one=(0.1, "well")) as servers:
+    with served(tmp_path, one=(0.05, "well")) as servers:
         both = [client(tmp_path / "store.sqlite", servers["one"].url) for _ in range(2)]
         while len(servers["one"].asked()) < 40:
             time.sleep(0.05)

@@ -10,8 +10,15 @@ from recbole_mllm.errors import UserError
 from recbole_mllm.options import Options
 
 
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory):
+    """A folder in which the demo's dataset is built once, for all tests."""
+    return tmp_path_factory.mktemp("dataset")
+
+
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
+def elsewhere(tmp_path, monkeypatch, datasets):
+    (tmp_path / "dataset").symlink_to(datasets)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["recbole-mllm"])
 

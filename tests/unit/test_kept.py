@@ -9,14 +9,14 @@ import sys
 import time
 from pathlib import Path
 
-from recbole_mllm.retrieval.kept import made_once
+from recbole_mllm.kept import made_once
 
 ROOT = Path(__file__).resolve().parents[2]
 MAKER = f"""
 import sys, time
 from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
-from recbole_mllm.retrieval.kept import made_once
+from recbole_mllm.kept import made_once
 path, pause = Path(sys.argv[1]), float(sys.argv[2])
 def make(scratch):
     with (path.parent / "made.txt").open("a") as file:
@@ -67,3 +67,12 @@ def test_one_that_fails_leaves_nothing_that_counts(tmp_path):
         except ValueError:
             assert not path.exists()
     assert made_once(path, lambda scratch: scratch.write_text("whole") and None)
+
+
+def test_what_a_killed_one_left_is_removed_and_another_files_scratch_is_not(tmp_path):
+    ours, others = ("x.part-99.tag-a", ".x.part-99.tag-a.99.tmp"), ("x.part-99.tag-b", "x.tag-b", "y.part-9.tag-a")
+    for name in (*ours, *others):
+        (tmp_path / name).write_text("half")
+    assert made_once(tmp_path / "x.tag-a", lambda scratch: scratch.write_text("whole") and None)
+    assert not any((tmp_path / name).exists() for name in ours)
+    assert all((tmp_path / name).read_text() == "half" for name in others)

@@ -1,12 +1,19 @@
 """Claims on a store: one writer an answer, none for the dead, none for what is answered."""
 
 import os
+import socket
 import subprocess
 import sys
+import threading
 
-from recbole_mllm.mllm.base import Answer
-from recbole_mllm.summaries.leases import Leases
+from planted_writers import Planted
+
+from recbole_mllm.mllm.base import Answer, Decoding
+from recbole_mllm.prompts import Prompt
+from recbole_mllm.summaries.asking import Question
+from recbole_mllm.summaries.leases import Leases, _born
 from recbole_mllm.summaries.store import Store
+from recbole_mllm.summaries.writing import Scribe
 
 
 def other_process(path, keys):
@@ -50,3 +57,44 @@ def test_a_lease_ends_with_time_and_when_it_is_given_back(tmp_path, monkeypatch)
     with store.transaction() as db:
         assert db.execute("SELECT key FROM leases").fetchall() == [("b",)]
     other.communicate("\n")
+
+
+class InTurn:
+    """Asks one prompt after the other."""
+
+    def __init__(self, *texts):
+        self.left, self.texts, self.free = list(texts), {}, True
+
+    def ready(self, count):
+        if not self.left or not self.free:
+            return []
+        self.free = False
+        return [Question(self.left[0], Prompt(self.left.pop(0)))]
+
+    def told(self, name, text):
+        self.texts[name], self.free = text, True
+
+
+def test_two_who_wait_for_each_others_last_answer_both_get_it(tmp_path):
+    """Each has answered what the other asks next, and nothing more comes that would have it committed."""
+    both_claimed, askers = threading.Barrier(2, timeout=20), (InTurn("a", "b"), InTurn("b", "a"))
+
+    def write(asker, owner):
+        def reply(prompt):
+            both_claimed.wait()
+            return f"{prompt.text}, says {owner}"
+
+        store = Store(tmp_path / "s")
+        leases = Leases(store)
+        if owner == "two":  # as another process that lives
+            leases._owner = f"{socket.gethostname()}:{os.getppid()}:{_born(os.getppid())}"
+        Scribe("user", lambda: Planted(reply), "m", store, Decoding(9), leases=leases).serve(asker)
+
+    threads = [
+        threading.Thread(target=write, args=each, daemon=True) for each in zip(askers, ("one", "two"), strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert [asker.texts for asker in askers] == [{"a": "a, says one", "b": "b, says two"}] * 2

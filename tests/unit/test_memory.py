@@ -68,6 +68,7 @@ def test_scoring_more_items_holds_no_more_caches_and_leaves_no_more_tensors(fold
     assert left[60][0] <= 1.02 * left[20][0]
 
 
+@pytest.mark.slow  # what would grow is counted above
 def test_a_process_that_scores_four_times_as_many_items_takes_no_more_memory():
     """Keeping their preprocessed images alone would take 95 MB."""
     script = Path(__file__).resolve().parents[2] / "benchmarks" / "memory.py"

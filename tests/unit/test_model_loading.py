@@ -37,10 +37,12 @@ def _scores(name):
     return model.yes_scores(PROMPTS, model.answers(STYLE))
 
 
-def test_a_gguf_file_scores_as_the_folder_it_was_made_from(llama, file):
+def test_a_gguf_file_scores_as_the_folder_it_was_made_from_and_is_read_in_silence(llama, file, capfd):
     own = _scores(llama)
     assert own.std() > 1e-3
+    capfd.readouterr()
     assert torch.allclose(_scores(file), own, atol=1e-5)
+    assert "".join(capfd.readouterr()) == ""
     assert torch.allclose(_scores(file.parent), own, atol=1e-5)
 
 

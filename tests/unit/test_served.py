@@ -45,9 +45,9 @@ def decided(p, tokens=11):
     )
 
 
-def asked(planned, prompts):
+def asked(planned, prompts, settings=SETTINGS):
     with serving(planned):
-        scorer = ServedScorer(Endpoint("m", (planned.url,)), SETTINGS)
+        scorer = ServedScorer(Endpoint("m", (planned.url,)), settings)
         return scorer, scorer.yes_scores(prompts, scorer.answers(STYLE)).tolist()
 
 
@@ -84,6 +84,9 @@ def test_a_missing_word_is_bounded_and_both_are_unknown_and_all_is_counted(caplo
     assert "of 4 pairs, 2 had one of Yes/No outside the 20 likeliest" in caplog.text and "1 had both" in caplog.text
     body = planned.bodies[0]
     assert (body["max_tokens"], body["logprobs"], body["top_logprobs"], body["temperature"]) == (1, True, 20, 0.0)
+    assert "chat_template_kwargs" not in body
+    asked(planned, questions(), replace(SETTINGS, server_thinking="off"))
+    assert planned.bodies[-1]["chat_template_kwargs"] == {"enable_thinking": False}
 
 
 def test_a_real_models_log_probabilities_give_its_own_score(tmp_path):
@@ -110,7 +113,7 @@ def test_a_real_models_log_probabilities_give_its_own_score(tmp_path):
 
 def test_without_log_probabilities_it_says_so():
     with pytest.raises(UserError, match="the answer holds no log-probabilities"):
-        asked(Planned(), questions(3))
+        asked(Planned(), questions(3), replace(SETTINGS, server_patience=1.0))
 
 
 @pytest.mark.parametrize("status", [404, 405])

@@ -191,6 +191,20 @@ def test_a_prompt_too_long_for_the_server_has_its_longest_text_shortened(caplog)
     assert "1 prompts were too long" in caplog.text
 
 
+def test_a_server_is_told_not_to_think_where_that_is_set_and_nothing_where_not():
+    quiet = replace(SETTINGS, server_thinking="off")
+    with serving(Planned()) as planned:
+        ask([planned.url], PROMPTS[:1])
+        ask([planned.url], PROMPTS[:1], quiet)
+    assert [body.get("chat_template_kwargs") for body in planned.bodies] == [None, {"enable_thinking": False}]
+
+    def strict(n, text):
+        return error(422, "Unexpected fields in the request: {'chat_template_kwargs'}")
+
+    with serving(Planned(strict)) as planned, pytest.raises(UserError, match="Unexpected.*server_thinking: auto"):
+        ask([planned.url], PROMPTS, quiet)
+
+
 def test_an_unknown_model_lists_what_is_there():
     with (
         serving(Planned(lambda n, text: error(404, "no model m"), models=["llava", "qwen"])) as planned,
@@ -368,7 +382,7 @@ def test_a_wrong_setting_is_one_line_before_anything_runs(key, value, message):
     assert KEY not in str(caught.value)
 
 
-def test_sampling_changes_the_tag_only_where_it_is_on(tmp_path):
+def test_sampling_and_thinking_change_the_tag_only_where_they_are_set(tmp_path):
     base = yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text())
     (tmp_path / f"{tmp_path.name}.item").write_text("item_id:token\ttitle:token_seq\n1\ta\n")
     both = {"item_summarizer": "server:a/m@http://x/v1", "user_summarizer": "server:a/m@http://x/v1"}
@@ -379,4 +393,5 @@ def test_sampling_changes_the_tag_only_where_it_is_on(tmp_path):
         return make_stage({"data_path": str(tmp_path)}, settings, torch.device("cpu")).tag
 
     assert tag(**both) == tag(**both, summary_seed=5, server_concurrency=2) != tag(**both, summary_temperature=0.6)
+    assert tag(**both) != tag(**both, server_thinking=False), "YAML's off"
     assert tag(**both).startswith("m-recurrent-b3-text-")

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import sqlite3
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from recbole_mllm.errors import UserError
 from recbole_mllm.mllm.base import Answer, Decoding
 from recbole_mllm.prompts import Prompt
 from recbole_mllm.summaries.store import Store, answer_key
+from recbole_mllm.summaries.table import log_ahead
 from recbole_mllm.summaries.writing import Scribe
 
 
@@ -28,6 +30,20 @@ def test_two_processes_share_one_file(tmp_path):
     [worker.join(60) for worker in workers]
     store = Store(tmp_path / "s.sqlite")
     assert len(store) == 75 and store.get(["k0", "k74", "absent"]) == {"k0": "t0", "k74": "t74"}
+
+
+def test_a_file_that_another_is_about_to_make_is_waited_for_as_long_as_patience_lasts(tmp_path):
+    """SQLite says at once that it is locked, as it does where two processes make the file at the same moment."""
+    other = sqlite3.connect(tmp_path / "s", isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN EXCLUSIVE")
+    mine = sqlite3.connect(tmp_path / "s", timeout=0, isolation_level=None)
+    with pytest.raises(sqlite3.OperationalError, match="locked"):
+        log_ahead(mine, 0.1)
+    threading.Timer(0.2, other.execute, ["COMMIT"]).start()
+    log_ahead(mine, 60)
+    assert mine.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    mine.close()
+    other.close()
 
 
 def test_the_key_changes_with_model_prompt_image_and_length(tmp_path):

@@ -30,19 +30,21 @@ def test_trials_start_with_the_default_and_repeat_nothing():
 
 
 @pytest.mark.parametrize(("bigger", "best"), [(True, {"rate": 1}), (False, {"rate": 2})])
-def test_the_best_on_validation_is_chosen_and_a_failure_costs_its_trial(bigger, best):
+def test_the_best_on_validation_is_chosen_and_a_failure_costs_its_trial(bigger, best, tmp_path):
+    journal = tmp_path / TRIALS
     planted = {"{}": 0.5, "{'rate': 1}": 0.9, "{'rate': 2}": 0.1}
 
     def score(settings):
         if settings == {"rate": 3}:
-            raise ValueError("does not fit\nat all")
+            raise ValueError(f"does not fit {tmp_path}/x.inter\nat all")
         return planted[str(settings)]
 
     lines: list[str] = []
-    found = search([{}, {"rate": 3}, {"rate": 1}, {"rate": 2}], score, bigger, lines.append)
+    found = search([{}, {"rate": 3}, {"rate": 1}, {"rate": 2}], score, bigger, lines.append, journal)
     assert found["chosen"] == best and len(lines) == len(found["trials"]) == 4
-    failed = {"settings": {"rate": 3}, "valid": None, "error": "ValueError: does not fit"}
-    assert found["trials"][1].items() >= failed.items()
+    failed = {"settings": {"rate": 3}, "valid": None, "error": "ValueError: does not fit …/x.inter"}
+    assert found["trials"][1].items() >= failed.items() and read_journal(journal) == found["trials"]
+    assert str(tmp_path) not in journal.read_text() + str(lines)
 
 
 def test_a_killed_search_goes_on_where_it_was_and_ends_alike(tmp_path):
@@ -91,11 +93,17 @@ def test_a_search_in_which_nothing_runs_fails_and_a_mistake_stops_it():
         search([{}], fail(UserError("no such dataset")), True, str)
 
 
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """A folder in which the demo's dataset is built once, for all models."""
+    return tmp_path_factory.mktemp("dataset")
+
+
 @pytest.mark.parametrize("model", sorted(set(named("tuning")) - {"default"}))
-def test_each_choice_is_a_setting_its_model_reads(model, tmp_path, monkeypatch):
+def test_each_choice_is_a_setting_its_model_reads(model, demo, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["pytest"])
     monkeypatch.chdir(tmp_path)
-    config = make_config(model, "demo", [], {"data_path": str(tmp_path), **resolve(model).defaults})
+    config = make_config(model, "demo", [], {"data_path": str(demo), **resolve(model).defaults})
     for key, choices in space_of(model).items():
         assert key in config and config[key] is not None, key
         assert len(choices) > 1 and all(isinstance(choice, type(config[key])) for choice in choices), key

@@ -1,10 +1,11 @@
-"""A retriever that several runs share: trained by whoever comes first, a whole file for everybody after."""
+"""A file that several runs share: made by whoever comes first, whole for everybody after."""
 
 from __future__ import annotations
 
 import fcntl
 import os
 from collections.abc import Callable
+from glob import escape
 from pathlib import Path
 
 
@@ -21,13 +22,19 @@ def made_once(path: Path, make: Callable[[Path], None]) -> bool:
     if path.is_file():
         return False
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_suffix(".lock").open("w") as lock:
+    with path.with_name(f".{path.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if path.is_file():
             return False
-        for left in path.parent.glob(f"{path.stem}.part-*"):
-            left.unlink(missing_ok=True)
+        _sweep(path)
         scratch = path.with_name(f"{path.stem}.part-{os.getpid()}{path.suffix}")
         make(scratch)
         scratch.replace(path)
     return True
+
+
+def _sweep(path: Path) -> None:
+    """Remove what a killed process has left of `path`; a hidden file is what `whole_file` was making a scratch of."""
+    for hidden in ("", "."):
+        for left in path.parent.glob(f"{hidden}{escape(path.stem)}.part-*{escape(path.suffix)}*"):
+            left.unlink(missing_ok=True)
