@@ -63,6 +63,8 @@ def partition(language: nn.Module, layers: Sequence[nn.Module], device: torch.de
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": section, **_precision(layers)}
     with _alone(language, layers):
         try:
+            # one parameter after the other: the engine would first move all to its device, where they may not fit
+            deepspeed.zero.Init(module=language, config_dict_or_path=config)
             engine, *_ = deepspeed.initialize(model=language, config=config, dist_init_required=False)
         except ValidationError as error:
             wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
