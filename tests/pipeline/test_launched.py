@@ -105,7 +105,8 @@ def test_each_process_holds_its_part_of_a_split_model_and_else_all_of_it(request
     split = "plain" not in request.node.callspec.id
     for case in launched_runs.CASES:
         assert (found[case]["held"] == alone[case]["held"]) is not split
-        # what is split is most of these models, and is divided by the processes (the main one holds the longest part, padded by DeepSpeed)
+        # what is split is most of these models, and is divided by the processes (the main one holds the longest part,
+        # which DeepSpeed pads)
         assert not split or found[case]["held"] < alone[case]["held"] * (0.65 + 0.35 / count)
 
 
