@@ -40,7 +40,7 @@ def end(code: int, words: str) -> int:
     if ranks.report_failure(code):
         print(words.rstrip(), file=sys.stderr, flush=True)
     else:
-        code = ranks.failure_code()
+        code = ranks.failure_code(code)
     return abandon(code)
 
 

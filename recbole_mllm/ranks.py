@@ -19,17 +19,16 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
+from recbole_mllm import rendezvous
 from recbole_mllm.errors import UserError
 
 LOST = 76  # the exit code of a process that ends because another one has, without its having said why
 _ENDED = "failed"
-_CONNECT = timedelta(minutes=10)
 _COLLECTIVE = timedelta(hours=6)  # one that hangs this long hangs for good; one whose peer dies ends at once
 _PIECE = 2**22  # bytes
 _FIRST_POLL_S, _LONGEST_POLL_S = 0.005, 0.5
 
 T = TypeVar("T")
-_store_of: dict[int, Any] = {}  # by process id, as a forked child must not share its parent's connection
 _turns: dict[str, int] = {}
 _before_meeting: list[Callable[[], None]] = []  # one at most
 
@@ -88,7 +87,7 @@ def start() -> None:
     with together():
         group.init_process_group(
             backend,
-            store=group.PrefixStore("group", _store()),
+            store=group.PrefixStore("group", rendezvous.store()),
             rank=rank(),
             world_size=world_size(),
             timeout=_COLLECTIVE,
@@ -145,7 +144,7 @@ def post(key: str, value: bytes) -> None:
     pieces = [value[start : start + _PIECE] for start in range(0, len(value), _PIECE)]
     for number, piece in enumerate(pieces):
         with together():
-            _store().set(f"{key}/{number}", piece)
+            rendezvous.store().set(f"{key}/{number}", piece)
     _told(lambda store: store.set(key, str(len(pieces))))
 
 
@@ -167,7 +166,7 @@ def count(key: str) -> int:
 
 def stop() -> None:
     """Leave, when all is done: the main process last, as it may be the host of what the others still ask."""
-    if not is_launched() or os.getpid() not in _store_of:
+    if not is_launched() or not rendezvous.is_connected():
         return
     if _dist().is_initialized():
         _dist().destroy_process_group()
@@ -207,29 +206,31 @@ def arrive() -> None:
 
 def report_failure(code: int) -> bool:
     """Tell the other processes that this one ends with `code`; return whether it is the first: it alone speaks."""
-    if not is_launched():
+    if not is_launched() or rendezvous.has_failed():
         return True
-    if os.getpid() not in _store_of and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and not is_main():
-        return False  # nobody may be there to connect to; what fails this early fails in all of them
+    if rendezvous.is_early():
+        return is_main()
     try:
-        store = _store()
+        store = rendezvous.store()
         first: bool = store.add(f"{_ENDED}/count", 1) == 1
         if first:
             store.set(_ENDED, str(code))
         return first
-    except (RuntimeError, ValueError):  # its host has ended, and has spoken; or no launcher says where it is
+    except (RuntimeError, rendezvous.NeverMet):  # its host has ended, and has spoken
         return is_main()
 
 
-def failure_code() -> int:
-    """Return the exit code of the process that failed first, as far as it can be told."""
+def failure_code(own: int) -> int:
+    """Return the exit code of the process that failed first, as far as it can be told; `own` is this one's."""
+    if rendezvous.is_early():
+        return own
     try:
-        store = _store()
+        store = rendezvous.store()
         for _ in range(20):
             if store.check([_ENDED]):
                 return int(store.get(_ENDED))
             time.sleep(0.05)
-    except RuntimeError:
+    except (RuntimeError, rendezvous.NeverMet):
         pass
     return LOST
 
@@ -240,14 +241,6 @@ def _torch() -> Any:
 
 def _dist() -> Any:
     return importlib.import_module("torch.distributed")
-
-
-def _store() -> Any:
-    """Return the store the launcher's environment names, connected once a process."""
-    if os.getpid() not in _store_of:
-        found, _, _ = next(_dist().rendezvous("env://", timeout=_CONNECT))
-        _store_of[os.getpid()] = _dist().PrefixStore("recbole_mllm", found)
-    return _store_of[os.getpid()]
 
 
 def _turn(name: str) -> str:
@@ -268,7 +261,7 @@ def _await(key: str) -> None:
 
 def _told(ask: Callable[[Any], T]) -> T:
     with together():
-        return ask(_store())
+        return ask(rendezvous.store())
 
 
 @contextmanager

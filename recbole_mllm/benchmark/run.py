@@ -151,6 +151,7 @@ def _failed(job: Job, reason: str, started: datetime) -> RunRecord:
         status=f"{said_anywhere(reason)} (log: {(job.folder / LOG).relative_to(job.plan.output_dir)})",
         started=started.isoformat(timespec="seconds"),
         config=job.order(),
+        world_size=ranks.world_size() if job.entry.kind == "mllm" else 1,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ __all__ = [
 ]  # fmt: skip
 
 TYPES = ("token", "token_seq", "float", "float_seq")
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
 @contextmanager
@@ -50,13 +52,13 @@ def write_atomic(path: Path, types: Mapping[str, str], rows: Iterable[Sequence[s
 
     Raises:
         UserError: RecBole's reader or ours would not give a value back as it is (see `value_problem`), a row has too
-            many or too few values, or a type is none of RecBole's. Nothing is written then.
+            many or too few values, a type is none of RecBole's, or the disk is full. Nothing is written then.
     """
     header = "\t".join(f"{name}:{kind}" for name, kind in types.items())
     _columns(path, header)
     tabs = len(types) - 1
     line_number = 1
-    with whole_file(path) as file:
+    with _room_for(path), whole_file(path) as file:
         file.write(header + "\n")
         for line_number, row in enumerate(rows, start=2):
             line = "\t".join(row)
@@ -67,6 +69,19 @@ def write_atomic(path: Path, types: Mapping[str, str], rows: Iterable[Sequence[s
             except UnicodeEncodeError:
                 _refuse(path, line_number, list(types), row)
     return line_number - 1
+
+
+@contextmanager
+def _room_for(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}); make room on the disk (or raise the quota) and repeat the "
+            "command; an earlier file is kept as it was"
+        ) from error
 
 
 def _is_plain(line: str) -> bool:

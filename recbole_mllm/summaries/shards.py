@@ -78,7 +78,8 @@ def merge_shards(store: Store, folder: Path) -> int:
             added = sum(store.insert(rows) for rows in _batches(shard))
         for gone in (path, wal_of(path), path.with_name(f"{path.name}-shm"), path.with_name(f".{path.name}.lock")):
             gone.unlink(missing_ok=True)
-        logging.getLogger().info(f"{path}: {added} answers merged into {store.path.name}")
+        if added:
+            logging.getLogger().info(f"{path}: {added} answers merged into {store.path.name}")
         moved += added
     return moved
 

@@ -53,6 +53,7 @@ class Shares:
         """Let every process do its `work` with a scribe that keeps answers in its own store; then merge all stores."""
         with closing(ShardStore(self._folder, self._rank)) as store:
             scribe = make(store)
+            scribe.whose = f" (the share of process {self._rank} of {self._size})"
             work(scribe)
             scribe.report()
         self._merge()

@@ -55,7 +55,8 @@ class _Open:
 class Scribe:
     """Answers questions with one model through the store. The model is loaded only when something must be written.
 
-    With `leases`, what another process is writing is waited for, behind everything else.
+    With `leases`, what another process is writing is waited for, behind everything else. `whose` follows the name of
+    what is written wherever it is told, as each of several processes tells of its own share.
     """
 
     kind: str
@@ -65,6 +66,7 @@ class Scribe:
     decoding: Decoding
     may_write: bool = True
     leases: Leases | None = None
+    whose: str = ""
     tally: Tally = field(default_factory=Tally)
     findings: Findings = field(default_factory=Findings)
     _asker: Asker | None = None
@@ -257,7 +259,7 @@ class Scribe:
 
     def progress(self, total: int) -> Progress:
         """Return what shows how far `total` prompts are; this scribe moves it, known answers included."""
-        self._progress = Progress(total, f"{self.kind} summaries", "summary")
+        self._progress = Progress(total, f"{self.kind} summaries{self.whose}", "summary")
         return self._progress
 
     def report(self) -> None:
@@ -267,11 +269,11 @@ class Scribe:
             return
         rate = f"{t.written / t.seconds:.1f}/s, {t.new_tokens / t.seconds:.0f} tokens/s" if t.seconds else "-"
         log.info(
-            f"{self.kind} summaries: {t.asked} asked, {t.known} known, {t.written} written in {t.seconds:.1f} s "
-            f"({rate}); words: {_spread(t.words)}"
+            f"{self.kind} summaries{self.whose}: {t.asked} asked, {t.known} known, {t.written} written in "
+            f"{t.seconds:.1f} s ({rate}); words: {_spread(t.words)}"
         )
         if lines := table(self.findings, self.kind, len(t.words)):
-            log.warning("\n".join([f"{self.kind} summaries to look at:", *lines]))
+            log.warning("\n".join([f"{self.kind} summaries{self.whose} to look at:", *lines]))
 
 
 def _spread(numbers: Sequence[int]) -> str:

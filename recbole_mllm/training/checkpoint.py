@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from recbole_mllm.errors import UserError
 
@@ -34,28 +35,51 @@ class Place:
     loss: float = 0.0
 
 
+@contextmanager
+def on_disk(path: Path) -> Iterator[None]:
+    """Say in one line that the disk did not take the checkpoint at `path`.
+
+    Raises:
+        UserError: It is full or cannot be written to. torch and safetensors say so in errors of their own.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError | SafetensorError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:  # not the disk's doing
+            raise
+        why = getattr(cause, "strerror", None) or str(cause)
+        raise UserError(
+            f"checkpoint {path} cannot be written ({why}); make room there, or give another folder with "
+            "--checkpoint_dir=DIR; what was saved before is whole"
+        ) from error
+
+
 def write_checkpoint(state: Mapping[str, Any], path: Path) -> None:
     """Write `state` such that `path` is always a whole checkpoint, the old one or the new one."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with scratch.open("wb") as file:
+        with on_disk(path), scratch.open("wb") as file:
             torch.save(dict(state), file, pickle_protocol=4)
             file.flush()
             os.fsync(file.fileno())
         scratch.replace(path)
     finally:
-        with suppress(FileNotFoundError):
+        with suppress(OSError):
             scratch.unlink()
 
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty folder whose files replace those of `folder` one by one, each whole, when all are written."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as name:
-        yield Path(name)
-        for path in sorted(Path(name).iterdir()):
-            path.replace(folder / path.name)
+    with on_disk(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as name:
+            yield Path(name)
+            for path in sorted(Path(name).iterdir()):
+                path.replace(folder / path.name)
 
 
 def read_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:

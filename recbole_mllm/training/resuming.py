@@ -18,6 +18,7 @@ from recbole_mllm.training.checkpoint import (
     difference,
     last_of,
     newest,
+    on_disk,
     read_checkpoint,
     whole_folder,
     write_checkpoint,
@@ -34,7 +35,9 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
     """
 
     def __init__(self, config: Any, model: Any) -> None:
-        Path(config["checkpoint_dir"]).mkdir(parents=True, exist_ok=True)  # RecBole's own way fails in a race
+        folder = Path(config["checkpoint_dir"])
+        with on_disk(folder):
+            folder.mkdir(parents=True, exist_ok=True)  # RecBole's own way fails in a race
         super().__init__(config, model)
         self.saved_model_file: str = ranks.broadcast_object(self.saved_model_file)
         self.train_settings = model.settings.train

@@ -73,6 +73,7 @@ def test_a_crash_in_any_process_costs_one_row(tmp_path):
     assert records["MLLMMSR:direct"].status.startswith("process 1: ValueError: the loss is no number; its log: log.1")
     assert records["MLLMMSR:no-image"].status.startswith("process 1: ended by SIGKILL")
     assert done.stdout.count("[4/4] MLLMMSR seed 1 … ") == 1
+    assert [records[f"MLLMMSR:{name}"].world_size for name in ("direct", "no-image")] == [2, 2]
 
 
 def test_a_baseline_sees_nothing_of_the_launcher():

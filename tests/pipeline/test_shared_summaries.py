@@ -140,6 +140,9 @@ def summarize(folder, url, processes, *words):
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert " 0 answers merged" not in done.stderr
+    if not words:  # each process tells of its own share, and what one process alone does is all there is
+        assert ("the share of process 0 of 2" in done.stderr) is (processes == 2)
     return done.stdout
 
 

@@ -150,3 +150,19 @@ def test_what_a_killed_process_had_begun_to_write_is_swept_away(tmp_path):
     write_atomic(path, {"item_id": "token"}, [("1",)])
     left = sorted(file.name for file in tmp_path.iterdir())
     assert left == sorted([f".x.item.{os.getppid()}.tmp", f".y.item.{ended.pid}.tmp", "x.item"])
+
+
+def test_a_full_disk_is_one_line_and_the_earlier_file_stays(tmp_path):
+    path = tmp_path / "d.item"
+    write_atomic(path, {"item_id": "token"}, [("i1",)])
+    script = (
+        "import resource, sys\n"
+        "from pathlib import Path\n"
+        "from recbole_mllm.data.atomic import write_atomic\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"  # as a full disk, for files beyond it
+        "write_atomic(Path(sys.argv[1]), {'item_id': 'token'}, [(f'i{n}',) for n in range(99_999)])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, path], capture_output=True, text=True)
+    line = done.stderr.splitlines()[-1]
+    assert "UserError" in line and f"{path} cannot be written (File too large); make room on the disk" in line
+    assert path.read_text() == "item_id:token\ni1\n" and [p.name for p in tmp_path.iterdir()] == ["d.item"]
