@@ -37,15 +37,17 @@ def activations(
     """Return about how many bytes the largest backward pass keeps, of `tokens` tokens, `labelled` with logits.
 
     A layer keeps its norms' inputs in float32, queries, keys, values, attention's output, and the MLP's two branches,
-    their product and the gate's activation; LoRA keeps its layers' inputs beside, where they are cast or dropped from.
+    their product and the gate's activation; LoRA keeps its layers' inputs beside, where they are cast or dropped from
+    (measured: `tests/unit/test_plan_parts.py`).
     Under checkpointing each layer keeps its input alone, and one at a time the rest.
     """
     if lora.finetune == "none":
         return 0.0
     a, item = anatomy, precision.item
-    layer = item * (2 * a.width + 2 * a.queries + 2 * a.keys + 4 * a.inner) + 4 * 4 * a.width
-    if lora.finetune != "full" and (item < 4 or lora.lora_dropout):
-        layer += (4 if item < 4 else 5) * (5 * a.width + a.queries + a.inner)
+    layer: float = item * (2 * a.width + 2 * a.queries + 2 * a.keys + 4 * a.inner) + 4 * 4 * a.width
+    if lora.finetune != "full":
+        beside = (0.0, 3.0) if item == 4 else (0.5, 1.25)
+        layer += beside[bool(lora.lora_dropout)] * (5 * a.width + a.queries + a.inner)
     kept = a.layers * (item * a.width) + layer if train.gradient_checkpointing else a.layers * layer
     vocabulary = a.head // max(1, a.width)
     return float(tokens * kept + labelled * vocabulary * 8)

@@ -62,7 +62,13 @@ def test_shared_tokens_are_the_distinct_prefixes(plan, monkeypatch):
 @pytest.mark.parametrize(
     ("how", "dtype", "dropout"),
     # trained whole: in float32, without an adapter to drop from
-    [("lora", "float32", 0.0), ("lora", "float32", 0.1), ("lora", "bfloat16", 0.1), ("full", "float32", 0.0)],
+    [
+        ("lora", "float32", 0.0),
+        ("lora", "float32", 0.1),
+        ("lora", "bfloat16", 0.0),
+        ("lora", "bfloat16", 0.1),
+        ("full", "float32", 0.0),
+    ],
 )
 def test_activations_are_about_what_autograd_keeps(folder, plan, how, dtype, dropout):
     lora = LoraSettings(how, 8, 16, dropout, "language")
