@@ -12,6 +12,7 @@ import yaml
 
 from recbole_mllm.compat.ranked import two_launchers
 from recbole_mllm.errors import UserError
+from recbole_mllm.refusals import told_in_a_line
 from recbole_mllm.resources import PROPERTIES, named, resource
 from recbole_mllm.settings import known_keys
 
@@ -27,6 +28,18 @@ _UNLISTED = {
     "eval_type",
     "local_rank",
 }
+_LEARNERS = ("adam", "adamw", "sgd", "adagrad", "rmsprop", "sparse_adam")
+_NUMBERS: dict[str, tuple[Any, int]] = {
+    "epochs": (int, 0), "stopping_step": (int, 0), "eval_step": (int, 0), "train_batch_size": (int, 1),
+    "eval_batch_size": (int, 1), "MAX_ITEM_LIST_LENGTH": (int, 1), "learning_rate": (int | float, 0),
+    "weight_decay": (int | float, 0),
+}  # fmt: skip
+# Keys within keys that RecBole passes over in silence where it does not know them
+_INNER = {
+    "eval_args": ("split", "order", "group_by", "mode"),
+    "train_neg_sample_args": ("distribution", "sample_num", "alpha", "dynamic", "candidate_num"),
+}
+_WITHOUT_PLACES = ("gauc", "auc", "mae", "rmse", "logloss")
 
 
 @lru_cache(maxsize=1)
@@ -53,10 +66,15 @@ def check_keys(keys: Iterable[str], where: str) -> None:
     for key in keys:
         if key == "nproc":
             raise two_launchers(where)
-        if key not in every_key():
-            near = difflib.get_close_matches(key, every_key(), n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "see properties/ for the keys there are"
-            raise UserError(f"unknown key {key!r} in {where}; {hint}")
+        _check_known(key, every_key(), where, "see properties/ for the keys there are")
+
+
+def _check_known(key: str, known: Iterable[str], where: str, otherwise: str) -> None:
+    known = list(known)
+    if key not in known:
+        near = difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else otherwise
+        raise UserError(f"unknown key {key!r} in {where}; {hint}")
 
 
 def config_path(name: str) -> Path:
@@ -143,18 +161,57 @@ def sections(files: Sequence[str]) -> dict[str, dict[str, Any]]:
 def recbole_config(model: str, dataset: str, files: list[str], keys: dict[str, Any]) -> Any:
     """Return RecBole's Config; the caller sees to it that ``sys.argv`` holds nothing else.
 
-    A model with a cross-entropy loss gets the ``train_neg_sample_args: null`` that RecBole demands of it and does not
-    set itself (configurator.py:343-352).
+    Raises:
+        UserError: RecBole refuses it, or would pass over a key in silence.
+    """
+    with told_in_a_line("read the configuration"):
+        try:
+            made = _config({"model": model, "dataset": dataset, "config_file_list": files}, keys)
+        except ValueError as error:
+            if "invalid literal for int()" not in str(error):  # configurator.py:557
+                raise
+            raise UserError("eval_args.mode must be full, or uniN or popN with a number, such as uni20") from error
+    for name, known in _INNER.items():
+        for key in made[name] or ():
+            _check_known(str(key), known, name, f"it takes {', '.join(known)}")
+    return made
+
+
+def _config(parts: dict[str, Any], keys: dict[str, Any]) -> Any:
+    """Return the Config, with the ``train_neg_sample_args: null`` that RecBole demands where the loss is cross-entropy.
+
+    It does not set it itself (configurator.py:343-352).
     """
     from recbole.config import Config
 
-    parts: dict[str, Any] = {"model": model, "dataset": dataset, "config_file_list": files}
     try:
         return Config(config_dict=keys, **parts)
     except ValueError as error:
         if "should be None when the loss_type is CE" not in str(error):
             raise
-        return Config(config_dict={**keys, "train_neg_sample_args": None}, **parts)
+    return Config(config_dict={**keys, "train_neg_sample_args": None}, **parts)
+
+
+def check_training(config: Any) -> None:
+    """Refuse what RecBole would only find out in training, once an epoch is over, or pass over with a warning.
+
+    Raises:
+        UserError: `valid_metric` is not measured, `learner` is not known (trainer.py:177-201), or a number is none.
+    """
+    for key, (kind, least) in _NUMBERS.items():
+        value = config[key]
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool) or value < least):
+            what = "a whole number" if kind is int else "a number"
+            raise UserError(f"{key}: {value!r} must be {what}, at least {least}")
+    name, at, k = str(config["valid_metric"]).lower().partition("@")
+    measured, places = [metric.lower() for metric in config["metrics"]], [str(place) for place in config["topk"]]
+    if name not in measured or (k not in places if at else name not in _WITHOUT_PLACES):
+        raise UserError(
+            f"valid_metric: {config['valid_metric']} is not measured (metrics: {', '.join(config['metrics'])}; topk: "
+            f"{', '.join(places) or 'none'}); set valid_metric to one of these, such as NDCG@10"
+        )
+    if str(config["learner"]).lower() not in _LEARNERS:
+        raise UserError(f"learner: {config['learner']} is not known; take one of {', '.join(_LEARNERS)}")
 
 
 def benchmark_defaults() -> dict[str, Any]:

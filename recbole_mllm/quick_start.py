@@ -14,12 +14,13 @@ from recbole.trainer import TraditionalTrainer
 from recbole.utils import get_model, get_trainer, init_logger, init_seed
 
 from recbole_mllm import ranks
-from recbole_mllm.config import check_keys, per_model, recbole_config, sections
+from recbole_mllm.config import check_keys, check_training, per_model, recbole_config, sections
 from recbole_mllm.data.schema import isum_file, usum_file
 from recbole_mllm.errors import UserError
 from recbole_mllm.evaluation.exchange import write
 from recbole_mllm.evaluation.metrics import has_several_rows, joined, per_user, pooled_auc
 from recbole_mllm.evaluation.protocol import protocol_line
+from recbole_mllm.refusals import told_in_a_line
 from recbole_mllm.settings import Settings
 
 NAMES = {"hit": "Hit", "mrr": "MRR", "ndcg": "NDCG", "recall": "Recall", "gauc": "GAUC", "auc": "AUC"}
@@ -88,12 +89,16 @@ def _train(config: Any, saved: bool) -> _Trained:
     init_logger(config)
     log = logging.getLogger()
     check_keys(config.external_config_dict, "the configuration")
-    dataset = create_dataset(config)
+    check_training(config)
+    with told_in_a_line("read the dataset"):
+        dataset = create_dataset(config)
     log.info(dataset)
-    train, valid, test = data_preparation(config, dataset)
+    with told_in_a_line("split the dataset"):
+        train, valid, test = data_preparation(config, dataset)
     started = time.perf_counter()
     init_seed(config["seed"] + config["local_rank"], config["reproducibility"])
-    model = get_model(config["model"])(config, train._dataset).to(config["device"])
+    with told_in_a_line(f"make the model {config['model']}"):
+        model = get_model(config["model"])(config, train._dataset).to(config["device"])
     log.info(model)
     made = time.perf_counter()
     trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
@@ -189,8 +194,9 @@ def prepare_summaries(config: Any, stage: str, *, dry: bool = False, since: str 
     init_seed(config["seed"], config["reproducibility"])
     init_logger(config)
     check_keys(config.external_config_dict, "the configuration")
-    dataset = create_dataset(config)
-    train, *_ = data_preparation(config, dataset)
+    with told_in_a_line("read and split the dataset"):
+        dataset = create_dataset(config)
+        train, *_ = data_preparation(config, dataset)
     settings = Settings.from_config(config)
     made = make_stage(config, settings, config["device"])
     plan = Plan(train._dataset.histories, train._dataset.positions)
@@ -226,8 +232,9 @@ def frozen_candidates(config: Any, out: Path) -> str:
     config["show_progress"], config["state"] = False, "ERROR"
     init_seed(config["seed"], config["reproducibility"])  # as `run`: a random split draws from it
     init_logger(config)
-    dataset = create_dataset(config)
-    _, *loaders = data_preparation(config, dataset)
+    with told_in_a_line("read and split the dataset"):
+        dataset = create_dataset(config)
+        _, *loaders = data_preparation(config, dataset)
     frozen = {p: made for p, made in zip(("valid", "test"), loaders, strict=True) if hasattr(made, "negatives")}
     if not frozen:
         raise UserError("full ranking has no candidates to export; set eval_args.mode to uniN or popN")
