@@ -60,8 +60,7 @@ def search(
     """Try each of `settings`; return what was tried, with which validation score, and what won (the first of equals).
 
     A trial that fails has spent its part of the budget, and the reason stands in its place, without folders of this
-    machine. What `journal` says was
-    tried is not tried again, so a search that was killed goes on where it was.
+    machine. What `journal` says was tried is not tried again, so a search that was killed goes on where it was.
 
     Raises:
         UserError: A setting cannot be run at all.
