@@ -90,14 +90,15 @@ def _train(config: Any, saved: bool) -> _Trained:
     log = logging.getLogger()
     check_keys(config.external_config_dict, "the configuration")
     check_training(config)
-    with told_in_a_line("read the dataset"):
+    refused = config["model"], config["dataset"]
+    with told_in_a_line("read the dataset", *refused):
         dataset = create_dataset(config)
     log.info(dataset)
-    with told_in_a_line("split the dataset"):
+    with told_in_a_line("split the dataset", *refused):
         train, valid, test = data_preparation(config, dataset)
     started = time.perf_counter()
     init_seed(config["seed"] + config["local_rank"], config["reproducibility"])
-    with told_in_a_line(f"make the model {config['model']}"):
+    with told_in_a_line(f"make the model {config['model']}", *refused):
         model = get_model(config["model"])(config, train._dataset).to(config["device"])
     log.info(model)
     made = time.perf_counter()

@@ -23,13 +23,13 @@ from recbole_mllm import ranks
 from recbole_mllm.benchmark.cases import write_cases, write_titles
 from recbole_mllm.benchmark.field import baseline_defaults
 from recbole_mllm.benchmark.portable import config_digest
-from recbole_mllm.benchmark.reasons import reason_of
 from recbole_mllm.benchmark.records import RECORDS, RunRecord, append, plain_json, write_arrays
 from recbole_mllm.benchmark.tuning import TRIALS, search, space_of, trials
 from recbole_mllm.config import benchmark_defaults, config_paths, keys_for
 from recbole_mllm.data.texts import read_items
 from recbole_mllm.errors import UserError
 from recbole_mllm.launched import child_code
+from recbole_mllm.refusals import reason_of
 
 _PATHS = (
     *("data_path", "image_dir", "mllm", "item_summarizer", "user_summarizer", "prompt_style", "checkpoint_dir"),
@@ -50,6 +50,8 @@ def main() -> int:
     except ranks.LostProcess:
         raise
     except UserError as error:
+        if error.__cause__:
+            traceback.print_exc()
         print(f"UserError: {error}", file=sys.stderr)
         return 2
     except Exception as error:

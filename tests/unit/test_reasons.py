@@ -11,9 +11,10 @@ import small_world
 from recbole.data import create_dataset, data_preparation
 from recbole.utils import get_model
 
-from recbole_mllm.benchmark.reasons import reason_of
 from recbole_mllm.benchmark.worker import _negatives
+from recbole_mllm.errors import UserError
 from recbole_mllm.quick_start import make_config, run
+from recbole_mllm.refusals import reason_of
 
 FIXED = {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "uni20"}
 
@@ -44,7 +45,7 @@ def keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def test_a_model_made_for_other_data_says_what_it_needs(keys: dict[str, Any], model: str, words: str) -> None:
     with pytest.raises(Exception) as caught:  # whatever RecBole raises
         run(make_config(model, "steps", [], keys))
-    reason = reason_of(caught.value, model, "steps")
+    reason = str(caught.value) if isinstance(caught.value, UserError) else reason_of(caught.value, model, "steps")
     assert reason is not None and reason.startswith(words) and "\n" not in reason
 
 
