@@ -12,6 +12,7 @@ from recbole_mllm.planning.assumptions import assumptions
 from recbole_mllm.planning.bill import bill
 from recbole_mllm.planning.devices import device as device_called
 from recbole_mllm.planning.disk import checkpoint_bytes, score_cache_bytes, store_bytes, table_bytes
+from recbole_mllm.planning.fitting import fits, frozen_layers
 from recbole_mllm.planning.hours import ByDevice, ByProbe, ByServer, Clock
 from recbole_mllm.planning.memory import activations, generation_cache, training_state, weights
 from recbole_mllm.planning.models import STAGES, Models
@@ -43,6 +44,7 @@ def make_plan(config: Any, request: Request) -> dict[str, Any]:
         probe_asking(p, asking, models.name("test"), pairs_of(p, "test"), probed)
     counted = count(p, summaries, asking)
     clock = _clock(request, models, probed)
+    memory = _memory(p, models, counted)
     return {
         "schema": SCHEMA,
         "dataset": str(p.config["dataset"]),
@@ -50,7 +52,8 @@ def make_plan(config: Any, request: Request) -> dict[str, Any]:
         "stages": {name: _stage(name, counted, clock, request, models) for name in STAGES},
         "sharing": {name: _sharing(counted, name) for name in ("sft", "valid", "test")},
         "disk_bytes": _disk(p, models, counted),
-        "memory_bytes": _memory(p, models, counted),
+        "memory_bytes": memory,
+        "fits": named and fits(memory, _frozen(models), named),
         "device": request.device and named and named.name,
         "bill": bill(p, models, counted, clock, named, request),
         "probe": probed and _probed(probed),
@@ -142,6 +145,13 @@ def _disk(p: Prepared, models: Models, counted: Counted) -> dict[str, float]:
         "usum": table_bytes(USUM_TYPES, users.rows, users.row_bytes),
         "checkpoints": checkpoint_bytes(models.trained, newest=bool(p.settings.train.checkpoint_every_steps)),
         "score_cache": score_cache_bytes(kept, ranking.score_cache_mb),
+    }
+
+
+def _frozen(models: Models) -> dict[str, float]:
+    lora = models.p.settings.lora
+    return {
+        name: frozen_layers(name, anatomy, models.precision(name), lora) for name, anatomy in models.anatomies().items()
     }
 
 

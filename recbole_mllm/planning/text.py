@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from recbole_mllm.planning.fitting import what_helps
+
 _TITLES = {
     "items": "item summaries",
     "users": "user summaries",
@@ -82,7 +84,17 @@ def _memory(plan: dict[str, Any]) -> str:
     for name, parts in plan["memory_bytes"].items():
         told = ", ".join(f"{part.replace('_', ' ')} {number(size)}B" for part, size in parts.items() if part != "total")
         lines.append(f"  {_TITLES[name]:<15} {number(parts['total'])}B: {told}")
+        lines += _too_much(plan, name)
     return "device memory:\n" + "\n".join(lines) if lines else ""
+
+
+def _too_much(plan: dict[str, Any], stage: str) -> list[str]:
+    found = (plan["fits"] or {}).get(stage)
+    if found is None or found["processes"] == 1:
+        return []
+    says = what_helps(stage, found["processes"])
+    each = f", {number(found['bytes'])}B each" if found["processes"] else ""
+    return [f"  {'':<15} more than a {plan['device']}'s {number(found['room'])}B: {says}{each}"]
 
 
 def _disk(plan: dict[str, Any]) -> str:

@@ -52,6 +52,28 @@ def _files(folder):
     return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*")}
 
 
+def test_a_model_larger_than_a_card_is_told_how_to_split(keys, tmp_path, capsys):
+    folder = tiny_models.llama(tmp_path / "large")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+               "num_key_value_heads": 8, "head_dim": 128}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    large = keys | {"mllm": str(folder), "use_image": False, "summary_mode": "none", "item_summary": "none",
+                    "gradient_checkpointing": True, "micro_batch_size": 1}  # fmt: skip
+    plan = _plan(large, "--device", "H100")
+    said = capsys.readouterr().out
+    weights = plan["memory_bytes"]["sft"]["weights"]
+    assert 130e9 < weights < 145e9  # 70 billion in bfloat16
+    for stage in ("sft", "test"):
+        found, total = plan["fits"][stage], plan["memory_bytes"][stage]["total"]
+        count = found["processes"]
+        assert count >= 2 and found["bytes"] < found["room"] == 72e9 < total
+        assert found["bytes"] == pytest.approx(total - weights * (1 - 1 / count), rel=0.1)
+        assert f"more than a H100's 72GB: fits when FSDP or DeepSpeed split it among {count} processes" in said
+    assert _plan(keys)["fits"] is None
+    assert all(one["processes"] == 1 for one in _plan(keys, "--device", "H100")["fits"].values())
+
+
 def test_what_is_planned_is_what_the_run_records(keys, tmp_path, capsys):
     folder = tmp_path / "dataset" / "steps"
     before = _files(folder)

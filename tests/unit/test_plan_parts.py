@@ -18,6 +18,7 @@ from recbole_mllm.mllm.sft import example_loss, make_examples
 from recbole_mllm.mllm.tuning import tune
 from recbole_mllm.planning.counts import Count
 from recbole_mllm.planning.devices import device
+from recbole_mllm.planning.fitting import fits, frozen_layers, what_helps
 from recbole_mllm.planning.hours import ByDevice, ByProbe, Measured, all_reduce_seconds, chain_seconds
 from recbole_mllm.planning.memory import Precision, activations, training_state
 from recbole_mllm.planning.pairs import Crossed
@@ -107,6 +108,31 @@ def test_an_optimizers_state_is_what_adamw_holds(folder, plan):
     held = sum(p.nbytes + p.grad.nbytes for p in trained)
     held += sum(t.nbytes for state in optimizer.state.values() for t in state.values() if t.dim())
     assert training_state(plan.anatomy, Precision(4), lora, sum(p.numel() for p in trained)) == held
+
+
+def test_how_many_processes_hold_a_model_too_large_for_one_device():
+    frozen = {"items": 0.0, "sft": 80e9, "valid": 80e9, "test": 80e9}
+    memory = {stage: {"total": total} for stage, total in zip(frozen, (50e9, 100e9, 42e9, 140e9), strict=True)}
+    found = fits(memory, frozen, device("L40S"))  # 48 GB, of which 43.2 are counted on
+    assert {stage: one["processes"] for stage, one in found.items()} == {
+        "items": None, "sft": 4, "valid": 1, "test": None,
+    }  # fmt: skip
+    assert found["sft"]["bytes"] == pytest.approx(20e9 + 80e9 / 4) and found["sft"]["room"] == pytest.approx(43.2e9)
+    assert found["items"]["bytes"] == 50e9 and "device_map" in what_helps("items", None)
+
+
+def test_what_can_be_split_is_all_layers_but_the_one_at_work(folder, plan):
+    lora, layers = LoraSettings("lora", 8, 16, 0.0, "language"), 3
+    model = HFModel(str(folder), SETTINGS.mllm, CPU).model.model
+    of_one = sum(p.nbytes for p in model.layers[0].parameters())
+    found = frozen_layers("sft", plan.anatomy, Precision(4), lora)
+    assert len(model.layers) == layers and found == pytest.approx(2 * of_one, rel=0.01)
+    for stage, how in (
+        ("items", lora),
+        ("sft", replace(lora, finetune="full")),
+        ("test", replace(lora, finetune="qlora")),
+    ):
+        assert frozen_layers(stage, plan.anatomy, Precision(4), how) == 0
 
 
 def test_counts_add_and_scale():
