@@ -54,4 +54,4 @@ def what_helps(stage: str, processes: int | None) -> str:
         return f"fits when FSDP or DeepSpeed split it among {processes} processes (docs/launching.md)"
     if stage in _WRITES:
         return "device_map spreads its model over several (docs/launching.md), or a server writes instead"
-    return "no split helps: gradient_checkpointing, a smaller micro_batch_size, or finetune: lora"
+    return "no split alone does it: gradient_checkpointing, a smaller micro_batch_size or finetune: lora take less"
