@@ -65,13 +65,14 @@ class Masks:
         finally:
             self._tokens, self._image = before
 
-    def of(self, shape: Sequence[int]) -> Tensor | None:
+    def of(self, shape: Sequence[int], device: torch.device) -> Tensor | None:
         """Return ``[*shape]`` int32, a number of each vector in hand, or None where their order is not known."""
         count = int(np.prod(shape))
         if self._image is not None:
-            return _int32(_mixed(np.arange(count, dtype=np.uint64) * _PLACE + self._image)).view(*shape)
+            return _int32(_mixed(np.arange(count, dtype=np.uint64) * _PLACE + self._image)).view(*shape).to(device)
         if self._tokens is None or self._tokens.numel() != count:
             return None
+        self._tokens = self._tokens.to(device)  # once a pass, not once a layer
         return self._tokens.view(*shape) if len(shape) == 1 or self._tokens.shape == torch.Size(shape) else None
 
 
@@ -87,10 +88,10 @@ class KeyedDropout(nn.Module):
         """Return `x` ``[..., D]``; in training each number is zero with probability `p`, else larger by 1/(1-p)."""
         if not self.training:
             return x
-        vectors = self._masks.of(x.shape[:-1])
+        vectors = self._masks.of(x.shape[:-1], x.device)
         if vectors is None:
             return functional.dropout(x, self.p)
-        kept = self._kept(vectors.to(x.device)[..., None], x.size(-1))
+        kept = self._kept(vectors[..., None], x.size(-1))
         return torch.where(kept, x, torch.zeros((), dtype=x.dtype, device=x.device)) / (1 - self.p)
 
     def _kept(self, vectors: Tensor, width: int) -> Tensor:
