@@ -21,7 +21,7 @@ from torch import nn
 
 from recbole_mllm.errors import UserError
 
-# Only where it works: by a launcher's file these keys say how an optimizer is kept, or what is saved
+# These say how an optimizer is kept and what is saved, neither of which is DeepSpeed's here
 _NOT_READ = ("offload_optimizer", "stage3_gather_16bit_weights_on_model_save")
 
 
