@@ -32,6 +32,9 @@ def find_models(utils: ModuleType) -> None:
             except ModuleNotFoundError as error:
                 if error.name not in ("lightgbm", "xgboost") or _has_exlib_file(model_name):
                     raise
+            except AttributeError as error:  # its file was found, as their names are in small letters
+                if error.name != model_name:
+                    raise
             raise ValueError(f"`model_name` [{model_name}] is not the name of an existing model.")
 
         return get_model
