@@ -56,10 +56,11 @@ class CsvTable:
         columns: Columns | None = None,
         encoding: str = "utf-8",
     ) -> None:
-        folder = raw if raw.is_dir() else raw.parent
+        self._folder = folder = raw if raw.is_dir() else raw.parent
         self._encoding, self._separator, self._columns = encoding, separator, columns or Columns()
         self._table = raw if raw.is_file() else _choose(folder, interactions, items)
         self._items = folder / items if items else None
+        self._given = images
         self._images = images or folder_named(folder, "image", "cover", "poster")
         self.notes: list[str] = []
 
@@ -99,11 +100,26 @@ class CsvTable:
             if self._items is None and row[item] in known:
                 continue
             known.add(row[item])
-            yield ItemRow(row[item], row[title] if title is not None else "", row[image] if image is not None else "")
+            named_image = self._below(row[image]) if image is not None else ""
+            yield ItemRow(row[item], row[title] if title is not None else "", named_image)
 
     def images(self) -> Path | None:
-        """Return the folder that image names are below, or that holds images by item id."""
-        return self._images
+        """Return the folder that image names are below, or that holds images by item id.
+
+        Where a column names images and no folder was given or found, names start from the raw folder itself.
+        """
+        return self._images or (self._folder if self._names_images() else None)
+
+    def _below(self, name: str) -> str:
+        """Return an image's name from the images' folder; tables mostly name that folder too, as ``images/1.jpg``."""
+        if self._given or not self._images:
+            return name
+        return name.strip().removeprefix("./").removeprefix(self._images.name + "/")
+
+    def _names_images(self) -> bool:
+        path = self._items or self._table
+        _, header = self._open(path, Intake())
+        return _find(header, "image", self._columns.image, path, False) is not None
 
     def _open(self, path: Path, intake: Intake) -> tuple[Iterator[list[str]], list[str]]:
         separator = self._separator or _separator(path, self._encoding)

@@ -32,12 +32,13 @@ _LEARNERS = ("adam", "adamw", "sgd", "adagrad", "rmsprop", "sparse_adam")
 _NUMBERS: dict[str, tuple[Any, int]] = {
     "epochs": (int, 0), "stopping_step": (int, 0), "eval_step": (int, 0), "train_batch_size": (int, 1),
     "eval_batch_size": (int, 1), "MAX_ITEM_LIST_LENGTH": (int, 1), "learning_rate": (int | float, 0),
-    "weight_decay": (int | float, 0),
+    "weight_decay": (int | float, 0), "metric_decimal_place": (int, 0),
 }  # fmt: skip
 # Keys within keys that RecBole passes over in silence where it does not know them
 _INNER = {
     "eval_args": ("split", "order", "group_by", "mode"),
     "train_neg_sample_args": ("distribution", "sample_num", "alpha", "dynamic", "candidate_num"),
+    "clip_grad_norm": ("max_norm", "norm_type", "error_if_nonfinite", "foreach"),
 }
 _WITHOUT_PLACES = ("gauc", "auc", "mae", "rmse", "logloss")
 
@@ -172,6 +173,8 @@ def recbole_config(model: str, dataset: str, files: list[str], keys: dict[str, A
                 raise
             raise UserError("eval_args.mode must be full, or uniN or popN with a number, such as uni20") from error
     for name, known in _INNER.items():
+        if not isinstance(made[name] or {}, dict):
+            raise UserError(f"{name}: {made[name]!r} must be {{key: value}} pairs; it takes {', '.join(known)}")
         for key in made[name] or ():
             _check_known(str(key), known, name, f"it takes {', '.join(known)}")
     return made
@@ -196,13 +199,19 @@ def check_training(config: Any) -> None:
     """Refuse what RecBole would only find out in training, once an epoch is over, or pass over with a warning.
 
     Raises:
-        UserError: `valid_metric` is not measured, `learner` is not known (trainer.py:177-201), or a number is none.
+        UserError: `valid_metric` is not measured, `learner` is not known (trainer.py:177-201), or what should be a
+            number is none.
     """
     for key, (kind, least) in _NUMBERS.items():
         value = config[key]
-        if value is not None and (not isinstance(value, kind) or isinstance(value, bool) or value < least):
+        if value is None and key == "MAX_ITEM_LIST_LENGTH":  # only sequential models have it
+            continue
+        if not isinstance(value, kind) or isinstance(value, bool) or value < least:
             what = "a whole number" if kind is int else "a number"
             raise UserError(f"{key}: {value!r} must be {what}, at least {least}")
+    drawn = config["train_neg_sample_args"] or {}
+    if drawn.get("distribution", "none") != "none" and not (isinstance(n := drawn["sample_num"], int) and n >= 1):
+        raise UserError(f"train_neg_sample_args.sample_num: {n!r} must be a whole number, at least 1")
     name, at, k = str(config["valid_metric"]).lower().partition("@")
     measured, places = [metric.lower() for metric in config["metrics"]], [str(place) for place in config["topk"]]
     if name not in measured or (k not in places if at else name not in _WITHOUT_PLACES):

@@ -62,8 +62,9 @@ def _nearest_model(name: str) -> str:
 
     files = (Path(recbole.__file__).parent / "properties" / "model").glob("*.yaml")
     names = sorted({path.stem for path in files} | {"Random", "MLLMMSR", "TALLRec", *SETS})
-    near = get_close_matches(name, names, n=1, cutoff=0.5)
-    return f" Did you mean {near[0]}?" if near and name not in names else ""
+    small = {known.lower(): known for known in names}
+    near = get_close_matches(name.lower(), small, n=1, cutoff=0.5)
+    return f" Did you mean {small[near[0]]}?" if near and name not in names else ""
 
 
 def _check_dataset(folder: Path, config: Any) -> None:

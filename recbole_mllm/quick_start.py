@@ -102,10 +102,12 @@ def _train(config: Any, saved: bool) -> _Trained:
         model = get_model(config["model"])(config, train._dataset).to(config["device"])
     log.info(model)
     made = time.perf_counter()
-    trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
+    with told_in_a_line("make the trainer", *refused):
+        trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
     if isinstance(trainer, TraditionalTrainer):  # one epoch whatever `epochs` says, so an eval_step of 2 saves nothing
         trainer.eval_step = min(trainer.eval_step, trainer.epochs)
-    score, best = trainer.fit(train, valid, saved=saved, show_progress=config["show_progress"])
+    with told_in_a_line("train", *refused):
+        score, best = trainer.fit(train, valid, saved=saved, show_progress=config["show_progress"])
     reranker = getattr(model, "reranker", None)
     waited, learnt = (getattr(reranker, name, 0.0) for name in ("seconds", "train_s"))
     # A retriever's training is training, whichever run did it: what many runs share each of them would have paid

@@ -27,6 +27,11 @@ _MEANINGS = (
         "item_attribute, and load_col)",
     ),
     (
+        r"The ordering args for sequential recommendation has to be 'TO'",
+        "needs eval_args.order TO: eval_args that are given replace the model's own, and what they leave out becomes "
+        "RecBole's default, such as order: RO; write split, order, group_by and mode",
+    ),
+    (
         r"selected index k out of range",
         "takes the best k of all items while it trains, and this dataset has fewer items than its k",
     ),
@@ -59,6 +64,10 @@ def _field(name: str) -> str:
         # RecBole's context-aware models draw no negatives of their own (quick_start_config/context-aware.yaml)
         return ("learns from labels, which these interactions do not have; give it train_neg_sample_args, or a "
                 "threshold on a rating")  # fmt: skip
+    if name == "neg_item_id":
+        return (
+            "learns from drawn negatives, which train_neg_sample_args turns off; give it a distribution and sample_num"
+        )
     return (f"reads the field {name!r}, which the dataset does not have or load_col does not name; name fields it has "
             "(selected_features), or set item_features: [text] for a model that takes those")  # fmt: skip
 
@@ -75,8 +84,8 @@ def _place(error: BaseException) -> Path | None:
 
 # RecBole checks what it is given with exceptions of all kinds, or trips over it
 _COMPLAINTS = (
-    AssertionError, AttributeError, FileNotFoundError, IndexError, KeyError, NotImplementedError, RuntimeError,
-    TypeError, ValueError,
+    AssertionError, AttributeError, FileExistsError, FileNotFoundError, IndexError, KeyError, NotADirectoryError,
+    NotImplementedError, PermissionError, RuntimeError, TypeError, ValueError, ZeroDivisionError,
 )  # fmt: skip
 
 
@@ -112,6 +121,6 @@ def _is_recboles(at: TracebackType | None) -> bool:
 def _words(error: Exception) -> str:
     said = " ".join(str(error).split())
     if isinstance(error, KeyError):
-        return f"there is no {said}"
-    plain = isinstance(error, NotImplementedError | FileNotFoundError) or type(error) in (ValueError, RuntimeError)
+        return f"there is no {said}" if " " not in said else said
+    plain = isinstance(error, NotImplementedError | OSError) or type(error) in (ValueError, RuntimeError)
     return said if plain and said else f"{type(error).__name__} {said}"

@@ -186,7 +186,9 @@ def prepare_our_way(utils: ModuleType) -> None:
             _build(Path(config["data_path"]))
             if config["item_features"]:
                 importlib.import_module("recbole_mllm.features.prepare").offer_features(config)
-            return stock(config)
+            dataset = stock(config)
+            importlib.import_module("recbole_mllm.data.saved").use_now(dataset, config)
+            return dataset
 
         return create_dataset
 

@@ -142,6 +142,12 @@ class LoraSettings(_FromConfig):
     lora_dropout: float
     lora_target: Literal["language", "all"]
 
+    def __post_init__(self) -> None:
+        if self.lora_r < 1:
+            raise UserError(f"lora_r is {self.lora_r}; it must be at least 1")
+        if not 0 <= self.lora_dropout < 1:
+            raise UserError(f"lora_dropout is {self.lora_dropout}; it must be at least 0 and below 1")
+
 
 @dataclass(frozen=True, slots=True)
 class TrainSettings(_FromConfig):

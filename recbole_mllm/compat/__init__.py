@@ -24,6 +24,7 @@ AFTER: Mapping[str, tuple[Callback, ...]] = {
         ranked.give_each_process_its_gpu,
     ),
     "recbole.data.dataset.dataset": (frames.mend_pandas_3, frames.read_past_marks, arrays.keep_dok_update),
+    "recbole.evaluator.collector": (running.collect_plain_numbers,),
     "recbole.utils.logger": (ranked.log_in_main_alone,),
     "recbole.utils.utils": (
         arrays.load_checkpoints_whole,

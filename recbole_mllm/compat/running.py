@@ -32,6 +32,9 @@ def find_models(utils: ModuleType) -> None:
             except ModuleNotFoundError as error:
                 if error.name not in ("lightgbm", "xgboost") or _has_exlib_file(model_name):
                     raise
+            except AttributeError as error:  # its file was found, as their names are in small letters
+                if error.name != model_name:
+                    raise
             raise ValueError(f"`model_name` [{model_name}] is not the name of an existing model.")
 
         return get_model
@@ -132,3 +135,26 @@ def train_without_detector(sine: ModuleType) -> None:
     import torch
 
     torch.autograd.set_detect_anomaly(False)
+
+
+def collect_plain_numbers(collector: ModuleType) -> None:
+    """Let evaluation/collector.py:226 pass over what is no tensor; ItemCoverage, GiniIndex and others need such.
+
+    It asks everything collected for ``.cpu()``, also the number of items and the counts of interactions.
+    """
+    import torch
+
+    def make(stock: Any) -> Any:
+        def get_data_struct(self: Any) -> Any:
+            held = self.data_struct._data_dict
+            plain = {key: held.pop(key) for key, value in tuple(held.items()) if not isinstance(value, torch.Tensor)}
+            try:
+                struct = stock(self)
+            finally:
+                held.update(plain)
+            struct._data_dict.update(plain)
+            return struct
+
+        return get_data_struct
+
+    wrap(collector.Collector, "get_data_struct", make)

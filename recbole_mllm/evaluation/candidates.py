@@ -129,7 +129,10 @@ def _popularity(config: Any, lengths: Any, parts: list[Any], width: int) -> Any:
 def _count(mode: str) -> int:
     match = _MODE.fullmatch(mode)
     if match is None:
-        raise UserError(f"eval_args.mode {mode!r} has no candidates to freeze; use uniN or popN, e.g. uni20, or full")
+        raise UserError(
+            f"eval_args.mode {mode!r} has no candidates to freeze; use uniN or popN, e.g. uni20, or full (a model by "
+            "itself is also evaluated on labels, with frozen_candidates: false)"
+        )
     return int(match.group(2))
 
 

@@ -170,6 +170,20 @@ def test_csv_with_named_columns_and_images_by_column(tmp_path: Path) -> None:
         assert image.size == (4, 4)
 
 
+@pytest.mark.parametrize(("folder", "written"), [("img", "img/1.png"), ("images", "images/1.png"), ("images", "1.png")])
+def test_an_images_folder_need_not_be_given_where_a_column_names_images(
+    tmp_path: Path, folder: str, written: str
+) -> None:
+    raw = tmp_path / "raw"
+    (raw / folder).mkdir(parents=True)
+    Image.new("RGB", (4, 4), "red").save(raw / folder / "1.png")
+    (raw / "log.csv").write_text("user,item\nann,s1\nann,s2\n")
+    (raw / "items.csv").write_text(f"item,title,image\ns1,Red shoe,{written}\ns2,Boot,{folder}/2.png\n")
+    assert convert("csv", raw, tmp_path / "c", "--interactions", "log.csv", "--items", "items.csv") == 0
+    assert [row["image"] for row in read_atomic(tmp_path / "c" / "c.item")] == ["images/s1.png", ""]
+    assert "2.png does not exist" in (tmp_path / "c" / "missing_images.tsv").read_text()
+
+
 def test_every_drop_is_counted_and_the_core_is_the_fixed_point(tmp_path: Path) -> None:
     lists = {str(u): [str((u * k + k * k) % 23) for k in range(2 + u % 7)] for u in range(90)}
     raw = write_microlens(tmp_path / "raw", lists, {})

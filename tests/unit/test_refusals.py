@@ -1,10 +1,15 @@
 """What RecBole refuses is told in a line; what is wrong elsewhere stays what it is."""
 
+import re
+
 import pytest
+import small_world
 import torch
 from recbole.utils import early_stopping, ensure_dir
 
 from recbole_mllm.errors import UserError
+from recbole_mllm.options import Options, config_of
+from recbole_mllm.quick_start import run
 from recbole_mllm.refusals import told_in_a_line
 
 
@@ -30,3 +35,36 @@ def test_ours_and_want_of_memory_go_through(error):
     with pytest.raises(type(error)) as found, told_in_a_line("do it"):
         raises()
     assert found.value is error
+
+
+@pytest.mark.parametrize(
+    ("model", "keys", "said"),
+    [
+        ("SASRec", {"stopping_step": None}, "stopping_step: None must be a whole number"),
+        ("SASRec", {"weight_decay": None}, "weight_decay: None must be a number"),
+        ("SASRec", {"eval_args": {"mode": "uni20"}}, "SASRec needs eval_args.order TO"),
+        ("BPR", {"metric_decimal_place": "many"}, "metric_decimal_place: 'many' must be a whole number"),
+        ("BPR", {"train_neg_sample_args": {"sample_num": 0}}, "sample_num: 0 must be a whole number, at least 1"),
+        ("BPR", {"train_neg_sample_args": None}, "BPR learns from drawn negatives"),
+        ("BPR", {"clip_grad_norm": 5}, "clip_grad_norm: 5 must be {key: value} pairs"),
+        (
+            "BPR",
+            {"clip_grad_norm": {"maxnorm": 5}},
+            "unknown key 'maxnorm' in clip_grad_norm; did you mean 'max_norm'?",
+        ),
+        ("BPR", {"learner": "sparse_adam"}, "SparseAdam does not support dense gradients"),
+        ("BPR", {"checkpoint_dir": "dataset/steps/steps.inter/x"}, "RecBole cannot make the trainer"),
+        ("BPR", {"eval_args": {"mode": "labeled"}}, "frozen_candidates: false"),
+        ("bpr", {}, "Did you mean BPR?"),
+        ("mllmmsr", {}, "Did you mean MLLMMSR?"),
+    ],
+)
+def test_a_wrong_option_is_one_line(model, keys, said, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["run"])
+    monkeypatch.chdir(tmp_path)
+    small_world.write(tmp_path / "dataset")
+    load = {"inter": ["user_id", "item_id", "timestamp"]}
+    options = Options({"epochs": 1, "load_col": load, "show_progress": False, **keys}, (), None)
+    with pytest.raises(UserError, match=re.escape(said)) as found:
+        run(config_of(model, "steps", options))
+    assert "\n" not in str(found.value)

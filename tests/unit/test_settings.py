@@ -29,6 +29,9 @@ def test_every_setting_stands_in_a_shipped_file_with_a_comment():
     [
         ("lora_r", "eight", "lora_r is 'eight'; it must be int"),
         ("lora_r", True, "lora_r is True"),
+        ("lora_r", 0, "lora_r is 0; it must be at least 1"),
+        ("lora_dropout", 1, "lora_dropout is 1.0; it must be at least 0 and below 1"),
+        ("lora_dropout", -0.1, "lora_dropout is -0.1; it must be at least 0"),
         ("summary_mode", "recurent", "must be one of recurrent, direct, none"),
         ("block_size", 0, "block_size is 0; it must be at least 1"),
         ("use_image", "yes", "use_image is 'yes'; it must be bool"),
