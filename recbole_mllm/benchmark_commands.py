@@ -29,10 +29,11 @@ def benchmark(
     options: Options,
     tune: int = 0,
 ) -> int:
-    """Run every model on the same candidates and write the leaderboard."""
+    """Run every model on the same candidates and write the leaderboard; 1 if not one run has finished."""
     from recbole_mllm.benchmark.field import expand
     from recbole_mllm.benchmark.jobs import BenchmarkPlan
     from recbole_mllm.benchmark.launched import follow
+    from recbole_mllm.benchmark.records import RECORDS, latest, read_records
     from recbole_mllm.benchmark.report import format_leaderboard
     from recbole_mllm.benchmark.run import benchmark as run_benchmark
     from recbole_mllm.config import config_paths
@@ -59,7 +60,7 @@ def benchmark(
         return follow()
     html = run_benchmark(plan)
     print(format_leaderboard(folder), f"report: {html}", sep="\n")
-    return 0
+    return 0 if any(record.ok for record in latest(read_records(folder / RECORDS)).values()) else 1
 
 
 def _check_models(labels: tuple[str, ...], dataset: str, options: Options) -> None:

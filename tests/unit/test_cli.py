@@ -54,6 +54,13 @@ def test_a_mistake_is_one_line_and_exit_code_2(words, message, capsys):
     assert message in error and error.count("\n") == 1 and "Traceback" not in error
 
 
+def test_a_benchmark_of_which_nothing_finishes_exits_with_1(capsys):
+    words = ["--dataset", "demo", "--models", "Pop", "--valid_metric=MRR@7", "--output_dir", "out"]
+    assert main(["benchmark", *words]) == 1
+    told = capsys.readouterr().out
+    assert "No run has finished" in told and "MRR@7 is not measured" in told
+
+
 def test_debug_shows_where_it_came_from():
     with pytest.raises(UserError):
         main(["--dataset", "demo", "--debug"])
