@@ -65,7 +65,7 @@ def prepare(data_path: str, name: str, model: str, frozen: bool, through: bool) 
     } | ({"train_neg_sample_args": None} if model == "SASRec" else {})
     if frozen:  # imports are not what is measured
         import recbole_mllm.data.dataset
-        import recbole_mllm.evaluation.candidates  # noqa: F401
+        import recbole_mllm.evaluation.candidates  # noqa: F401  (loaded, not used)
     config = Config(model=model, dataset=name, config_dict=settings)
     init_seed(config["seed"], True)
     started = time.perf_counter()

@@ -123,6 +123,7 @@ class _Hashed(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
+    # io takes any buffer and BinaryIO has no readinto; what stands here are io's own classes, which pass memoryviews
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         count = self._file.readinto(buffer)  # type: ignore[attr-defined]
         self._sha.update(buffer[:count])

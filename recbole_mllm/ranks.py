@@ -64,12 +64,21 @@ def is_launched() -> bool:
 
 def wants_cpu() -> bool:
     """Return whether Accelerate is told to leave GPUs alone."""
-    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    return _says_yes("ACCELERATE_USE_CPU")
 
 
 def wants_deepspeed() -> bool:
     """Return whether Accelerate is told to take DeepSpeed, at any stage."""
-    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true", "yes")
+    return _says_yes("ACCELERATE_USE_DEEPSPEED")
+
+
+def wants_fsdp() -> bool:
+    """Return whether Accelerate is told to take FSDP."""
+    return _says_yes("ACCELERATE_USE_FSDP")
+
+
+def _says_yes(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "true", "yes")
 
 
 def start() -> None:

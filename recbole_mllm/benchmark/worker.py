@@ -54,7 +54,7 @@ def main() -> int:
             traceback.print_exc()
         print(f"UserError: {error}", file=sys.stderr)
         return 2
-    except Exception as error:
+    except Exception as error:  # any kind may have a meaning; without one it goes on as it is
         reason = reason_of(error, job["label"], job["dataset"])
         if reason is None:
             raise

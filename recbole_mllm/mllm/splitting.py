@@ -10,7 +10,6 @@ process, so that gradients, optimizer and checkpoints are those of a run that sp
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,7 +36,7 @@ def wanted() -> str | None:
     """
     if not ranks.is_launched():
         return None
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
+    if ranks.wants_fsdp():
         return "FSDP"
     return "DeepSpeed" if ranks.wants_deepspeed() and zero3.settings().get("stage") == 3 else None
 

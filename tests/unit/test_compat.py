@@ -122,11 +122,11 @@ def test_an_unknown_model_is_named(name):
         get_model(name)
 
 
-def test_a_known_model_whose_library_is_missing_still_says_so():
+def test_a_known_model_whose_library_is_missing_still_says_so(monkeypatch):
     from recbole.utils import get_model
 
-    if importlib.util.find_spec("lightgbm") is not None:
-        pytest.skip("lightgbm is installed")
+    monkeypatch.setitem(sys.modules, "lightgbm", None)  # as if it were not installed
+    monkeypatch.delitem(sys.modules, "recbole.model.exlib_recommender.lightgbm", raising=False)
     with pytest.raises(ModuleNotFoundError, match="lightgbm"):
         get_model("LightGBM")
 
@@ -145,10 +145,10 @@ def test_flops_of_an_llm_are_not_counted():
     assert get_flops(Child(), None, None, None, None) == 0
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_several_processes_without_nccl_name_torchrun():
+def test_several_processes_without_nccl_name_torchrun(monkeypatch):
     from recbole.quick_start import run, run_recboles
 
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # also where there is a GPU
     with pytest.raises(UserError, match="torchrun --nproc_per_node 3"):
         run("BPR", "ml-100k", nproc=3)
     with pytest.raises(UserError, match="torchrun"):
