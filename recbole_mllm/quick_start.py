@@ -181,6 +181,18 @@ def make_config(model: str, dataset: str, files: list[str], overrides: dict[str,
     return recbole_config(model, dataset, files, keys | per_model(files, model) | overrides)
 
 
+def read_and_split(config: Any) -> tuple[Any, tuple[Any, Any, Any]]:
+    """Return the dataset of `config`, and its loaders for training, validation and test.
+
+    Raises:
+        UserError: RecBole can do neither with what it is given.
+    """
+    with told_in_a_line("read and split the dataset"):
+        dataset = create_dataset(config)
+        train, valid, test = data_preparation(config, dataset)
+    return dataset, (train, valid, test)
+
+
 def prepare_summaries(config: Any, stage: str, *, dry: bool = False, since: str | None = None) -> list[str]:
     """Make the summaries a run of `config` would read (``items``, ``users``, ``all``); return the files they are in.
 
@@ -197,9 +209,7 @@ def prepare_summaries(config: Any, stage: str, *, dry: bool = False, since: str 
     init_seed(config["seed"], config["reproducibility"])
     init_logger(config)
     check_keys(config.external_config_dict, "the configuration")
-    with told_in_a_line("read and split the dataset"):
-        dataset = create_dataset(config)
-        train, *_ = data_preparation(config, dataset)
+    dataset, (train, *_) = read_and_split(config)
     settings = Settings.from_config(config)
     made = make_stage(config, settings, config["device"])
     plan = Plan(train._dataset.histories, train._dataset.positions)
@@ -235,9 +245,7 @@ def frozen_candidates(config: Any, out: Path) -> str:
     config["show_progress"], config["state"] = False, "ERROR"
     init_seed(config["seed"], config["reproducibility"])  # as `run`: a random split draws from it
     init_logger(config)
-    with told_in_a_line("read and split the dataset"):
-        dataset = create_dataset(config)
-        _, *loaders = data_preparation(config, dataset)
+    dataset, (_, *loaders) = read_and_split(config)
     frozen = {p: made for p, made in zip(("valid", "test"), loaders, strict=True) if hasattr(made, "negatives")}
     if not frozen:
         raise UserError("full ranking has no candidates to export; set eval_args.mode to uniN or popN")

@@ -7,12 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from recbole.data import create_dataset, data_preparation
 from recbole.utils import init_seed
 
 from recbole_mllm.config import check_keys
 from recbole_mllm.model.stages import make_stage
-from recbole_mllm.refusals import told_in_a_line
+from recbole_mllm.quick_start import read_and_split
 from recbole_mllm.settings import Settings
 from recbole_mllm.summaries.prepare import Stage
 from recbole_mllm.summaries.users import Plan
@@ -49,9 +48,7 @@ def prepare(config: Any, device: torch.device) -> Prepared:
     settings.ranking.check_modes(config["eval_args"]["mode"])
     init_seed(config["seed"], config["reproducibility"])  # as a run: a random split draws from it
     check_keys(config.external_config_dict, "the configuration")
-    with told_in_a_line("read and split the dataset"):
-        dataset = create_dataset(config)
-        train, valid, test = data_preparation(config, dataset)
+    dataset, (train, valid, test) = read_and_split(config)
     own = train._dataset
     users, items = (np.asarray(own.field2id_token[f]).astype(str) for f in (own.uid_field, own.iid_field))
     stage = make_stage(config, settings, device)
