@@ -196,12 +196,17 @@ class Host:
         return (text.replace(self._key, "***") if self._key else text)[:_WORDS]
 
     def _note(self, outcome: Answer | Trouble, started: float) -> None:
-        """Set the server aside after its own trouble, for longer each time; an answer ends that."""
+        """Set the server aside after its own trouble, for longer each time; an answer ends that.
+
+        But not the time it asked to be left alone: what it was answering meanwhile says nothing against that.
+        """
         with self._changed:
             self._trying = False
             self.answered = self.answered or isinstance(outcome, Answer)
             if isinstance(outcome, Trouble) and outcome.kind in (Kind.AGAIN, Kind.AGAIN_BUT_COUNT):
                 self._failed(outcome, started)
+            elif self.failing_since is not None and (now := time.monotonic()) < self._not_before:
+                self.failing_since = now
             elif self.failing_since is not None:
                 logging.getLogger().info(f"server {self.url} answers again")
                 self._failures, self._resume_at, self.failing_since = 0, 0.0, None

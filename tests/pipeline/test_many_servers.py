@@ -95,7 +95,8 @@ def test_a_server_that_is_killed_and_comes_back_is_used_again_and_nothing_is_los
         before = []
 
         def disturb():
-            time.sleep(1.0)
+            while len(goes.asked()) < 20:
+                time.sleep(0.05)
             goes.kill()
             before.append(len(goes.asked()))
             time.sleep(1.0)
@@ -107,15 +108,16 @@ def test_a_server_that_is_killed_and_comes_back_is_used_again_and_nothing_is_los
         thread.join()
         texts = Counter(text for server in servers.values() for text in server.asked())
         assert 0 < before[0] < len(goes.asked())
-    assert (
-        len(texts) == 500 and sum(texts.values()) <= 500 + 4 + 8
-    )  # what it had when it died, and late ones at the end
+    # what it had when it died, late ones at the end, and what a machine that stands still for 2 s makes late
+    assert len(texts) == 500 and sum(texts.values()) <= 550
 
 
 def test_servers_that_say_wait_are_left_alone_that_long(tmp_path):
     with served(tmp_path, busy=(0.02, "429"), other=(0.02, "well")) as servers:
-        run(tmp_path, list(servers.values()), Chains(60, 2))
-        assert 1 <= len(servers["busy"].asked()) < len(servers["other"].asked())
+        took = run(tmp_path, list(servers.values()), Chains(60, 2))
+        asked = len(servers["busy"].asked())
+    # every fourth request draws a wait of 2 s, with at most three others under way and one to see whether it is over
+    assert 1 <= asked <= 8 * (1 + took / 2) + 8, (asked, took)
 
 
 def test_when_all_hang_or_are_dead_patience_ends_it_in_one_line(tmp_path):
@@ -141,6 +143,8 @@ store = Store(Path(sys.argv[1]))
 model = ServerModel(Endpoint("m", (sys.argv[2],)), SETTINGS)
 scribe = Scribe("user", lambda: model, "server:m", store, Decoding(9), leases=Leases(store))
 chains = Chains(60, 4)
+print("ready", flush=True)
+sys.stdin.readline()
 scribe.serve(chains)
 assert chains.texts == chains.truth()
 print(scribe.tally.written)
@@ -148,14 +152,20 @@ print(scribe.tally.written)
 TESTS = Path(__file__).resolve().parent.parent
 
 
-def client(store, url):
-    code = CLIENT.format(tests=str(TESTS), root=str(TESTS.parent))
-    return subprocess.Popen([sys.executable, "-c", code, str(store), url], stdout=subprocess.PIPE, text=True)
+def two_clients(store, url):
+    """Start two clients at one store, neither of which begins before both can."""
+    words = [sys.executable, "-c", CLIENT.format(tests=str(TESTS), root=str(TESTS.parent)), str(store), url]
+    both = [subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [process.stdout.readline() for process in both] == ["ready\n"] * 2
+    for process in both:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    return both
 
 
 def test_two_clients_at_one_store_share_the_work_and_write_nothing_twice(tmp_path):
     with served(tmp_path, one=(0.05, "well")) as servers:
-        both = [client(tmp_path / "store.sqlite", servers["one"].url) for _ in range(2)]
+        both = two_clients(tmp_path / "store.sqlite", servers["one"].url)
         written = [int(process.communicate(timeout=120)[0]) for process in both]
         asked = servers["one"].asked()
     assert all(process.returncode == 0 for process in both)
@@ -165,7 +175,7 @@ def test_two_clients_at_one_store_share_the_work_and_write_nothing_twice(tmp_pat
 
 def test_what_a_killed_client_had_claimed_is_written_by_the_other_at_once(tmp_path):
     with served(tmp_path, one=(0.05, "well")) as servers:
-        both = [client(tmp_path / "store.sqlite", servers["one"].url) for _ in range(2)]
+        both = two_clients(tmp_path / "store.sqlite", servers["one"].url)
         while len(servers["one"].asked()) < 40:
             time.sleep(0.05)
         both[0].kill()

@@ -20,6 +20,7 @@ from recbole_mllm.endpoints import Endpoint, parse_endpoint
 from recbole_mllm.errors import UserError
 from recbole_mllm.mllm.base import Answer, Batch, Decoding
 from recbole_mllm.mllm.chat import message
+from recbole_mllm.mllm.host import Host
 from recbole_mllm.mllm.server import ServerModel
 from recbole_mllm.model.stages import make_stage
 from recbole_mllm.prompts import CLOSE, OPEN, Prompt
@@ -89,6 +90,31 @@ def test_retry_after_is_honoured():
     with serving(Planned(lambda n, text: error(429, "slow down", Retry_After="1.2") if n == 0 else None)) as planned:
         assert texts(ask([planned.url], settings=replace(SETTINGS, server_concurrency=1))) == RIGHT
     assert 1.2 <= planned.times[1] - planned.times[0] < 6
+
+
+def test_what_was_under_way_does_not_end_the_time_a_server_asked_for():
+    refused = threading.Event()
+
+    def plan(number, text):
+        if text == "refused":
+            return error(429, "slow down", Retry_After="60")
+        refused.wait(20)
+        return None
+
+    with serving(Planned(plan)) as planned:
+        host = Host(planned.url, "m", SETTINGS, None)
+        answers = []
+        earlier = threading.Thread(target=lambda: answers.append(host.ask(message(Prompt("earlier"), 0), GREEDY)))
+        earlier.start()
+        while not planned.bodies:
+            time.sleep(0.01)
+        assert host.ask(message(Prompt("refused"), 0), GREEDY).wait == 60
+        refused.set()
+        earlier.join()
+        stop = threading.Event()
+        threading.Timer(0.3, stop.set).start()
+        assert not host.admit(stop)
+    assert answers[0].text == "EARLIER"
 
 
 def test_a_server_that_hangs_is_timed_out_and_another_goes_on():
