@@ -197,13 +197,13 @@ def meet() -> None:
     _await(key)
 
 
-def before_meeting(take_part: Callable[[], None]) -> None:
+def before_meeting(take_part: Callable[[], None] | None) -> None:
     """Have `take_part` called wherever all processes meet, before this one waits; it returns when all have come.
 
     A model split among processes needs them all for every forward pass, also those that have nothing to ask. A later
-    one takes its place: the model at work is the last one made.
+    one takes its place: the model at work is the last one made. None ends it; all processes must say so together.
     """
-    _before_meeting[:] = [take_part]
+    _before_meeting[:] = [] if take_part is None else [take_part]
 
 
 def arrive() -> None:

@@ -21,6 +21,7 @@ from stock_forward import CPU, SETTINGS, STYLE
 
 from recbole_mllm import ranks
 from recbole_mllm.mllm import scoring
+from recbole_mllm.mllm.base import Answer, Batch, Decoding
 from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.mllm.sft import example_loss
 from recbole_mllm.mllm.tuning import tune
@@ -70,6 +71,16 @@ def gradients(mllm: HFModel, prompts: list[Prompt]) -> dict[str, torch.Tensor]:
     return out | {name: p.grad.clone() for name, p in mllm.model.named_parameters() if p.grad is not None}
 
 
+def written(mllm: HFModel, prompts: list[Prompt]) -> list[Answer]:
+    """Return what the model writes behind each prompt, of lengths of their own, two at a time."""
+    mllm.slots, learns = 2, mllm.model.training
+    mllm.model.eval()
+    work = Batch(prompts, Decoding(6 + 2 * ranks.rank()))
+    mllm.write(work)
+    mllm.model.train(learns)
+    return [work.answers[place] for place in range(len(prompts))]
+
+
 def apart(one: dict[str, torch.Tensor], many: dict[str, torch.Tensor]) -> float:
     """Return the largest difference, beside the largest number of each gradient."""
     if one.keys() != many.keys():
@@ -82,11 +93,14 @@ def compared(folder: Path, picture: Path) -> dict[str, Any]:
     whole = made(folder, split=False)
     split = made(folder, split=True)
     prompts = asked(whole, picture)
-    told: dict[str, Any] = {"prompts": len(prompts), "moved": 0.0, "gradients": 0.0, "scores": 0.0}
+    told: dict[str, Any] = {"prompts": len(prompts), "moved": 0.0, "gradients": 0.0, "scores": 0.0, "written": []}
     for _ in range(2):  # scoring, then learning, then both once more: what splits it learns the order of its layers
         if prompts:
             wanted, found = scores(whole, prompts), scores(split, prompts)
             told["scores"] = max(told["scores"], float((wanted - found).abs().max()))
+        ranks.arrive()
+        told["written"] += [written(whole, prompts) == (by_parts := written(split, prompts))]
+        told["tokens"] = sum(answer.new_tokens for answer in by_parts)
         ranks.arrive()
         one, many = gradients(whole, prompts), gradients(split, prompts)
         ranks.arrive()

@@ -48,6 +48,13 @@ class Body:
         self._features: OrderedDict[str, BaseModelOutputWithPooling] = OrderedDict()
         self._bytes = 0
 
+    def without_gradients(self) -> AbstractContextManager[None]:
+        """Compute within as fast as can be where nothing is learnt.
+
+        What is put together of split layers in inference mode could not take part in training afterwards.
+        """
+        return torch.no_grad() if self.split else torch.inference_mode()
+
     @property
     def frozen_vision(self) -> bool:
         """Whether no parameter outside the language model is trained, so that an image's features never change."""

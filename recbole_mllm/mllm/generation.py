@@ -57,9 +57,12 @@ class Generation:
         self.mask = torch.zeros(0, 0, dtype=torch.long)
         self.again: list[Ask] = list(first)
 
-    @torch.inference_mode()
     def run(self, work: Work) -> None:
         """Take prompts from `work` and give their answers until none waits and none is under way."""
+        with self.body.without_gradients():
+            self._run(work)
+
+    def _run(self, work: Work) -> None:
         while True:
             newcomers = self._newcomers(work)
             if not newcomers and not self.rows:

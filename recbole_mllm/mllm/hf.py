@@ -87,8 +87,7 @@ class HFModel:
 
     def yes_scores(self, prompts: Sequence[Prompt], answers: AnswerTokens, *, share_prefix: bool = True) -> Tensor:
         """Return ``[B]`` float32 log-odds of Yes against No for each prompt; its sigmoid is P(Yes) (paper, eq. 1)."""
-        # what is put together of split layers in inference mode could not take part in training after a validation
-        with torch.no_grad() if self.body.split else torch.inference_mode():
+        with self.body.without_gradients():
             return self._yes_scores(prompts, answers, share_prefix)
 
     def _yes_scores(self, prompts: Sequence[Prompt], answers: AnswerTokens, share_prefix: bool) -> Tensor:

@@ -70,6 +70,7 @@ def _summarizers(settings: Settings, device: torch.device) -> Summarizers:
         _identity(user, settings, device),
         partial(_writer, item, "item_summarizer", settings, device),
         partial(_writer, user, "user_summarizer", settings, device),
+        *(splitting.wanted() is not None and not is_server(name) for name in (item, user)),
     )
 
 
@@ -84,13 +85,12 @@ def _identity(name: str, settings: Settings, device: torch.device) -> str:
 def _writer(name: str, key: str, settings: Settings, device: torch.device) -> Writer:
     if is_server(name):
         return ServerModel(parse_endpoint(name, key), settings.server)
-    if how := splitting.wanted():
-        raise UserError(
-            f"there are summaries to write, which a model split by {how} does not do; write them first, with "
-            f"`summarize` and without {how}, or give {key} a server"
-        )
     slots = settings.summary.summarize_batch_size or _SLOTS["cpu" if device.type == "cpu" else "gpu"]
-    return HFModel(name, settings.mllm, device, slots)
+    split = splitting.wanted() is not None
+    mllm = HFModel(name, settings.mllm, device, slots, to_split=split)
+    if split:
+        mllm.split()
+    return mllm
 
 
 def _tag(settings: Settings, style: Style, who: Summarizers) -> str:

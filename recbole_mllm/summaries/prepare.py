@@ -6,6 +6,7 @@ import logging
 from collections.abc import Container, Mapping, Set
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 
 from recbole_mllm import ranks
 from recbole_mllm.data import schema
@@ -18,7 +19,7 @@ from recbole_mllm.summaries.items import summarize_items
 from recbole_mllm.summaries.lastexport import LastExport
 from recbole_mllm.summaries.shards import opened_store
 from recbole_mllm.summaries.sharing import take_parts, write_in_shares
-from recbole_mllm.summaries.stage import Stage, Summarizers, claiming, item_scribe, marker_of, user_scribe
+from recbole_mllm.summaries.stage import Stage, Summarizers, claiming, item_scribe, marker_of, one_model, user_scribe
 from recbole_mllm.summaries.store import Store
 from recbole_mllm.summaries.users import Plan, as_rows, preferences
 
@@ -123,14 +124,15 @@ def _refreshed(stage: Stage, plan: Plan, users: Set[str] | None, read: Container
     s, log = stage.settings, logging.getLogger()
     with closing(opened_store(stage.folder)) as store:
         summaries = export_item_summaries(stage, store, plan.items(s))
-        scribe = claiming(user_scribe(stage, store))
-        last = LastExport(schema.usum_file(stage.folder, stage.tag), stage.tag, store)
-        survey = last.survey(plan, marker_of(stage, summaries, scribe))
-        due = {user for user in survey.due if users is None or user in users}
-        wanted = plan.of({user for user in plan.positions if user in due or user in read})
-        earlier = {**last.rows(survey.holds, wanted.positions), **take_parts(stage)}
-        texts = preferences(scribe, stage.style, stage.items, summaries, wanted, s, earlier)
-        scribe.report()
+        with one_model(partial(user_scribe, stage)) as make:
+            scribe = claiming(make(store))
+            last = LastExport(schema.usum_file(stage.folder, stage.tag), stage.tag, store)
+            survey = last.survey(plan, marker_of(stage, summaries, scribe))
+            due = {user for user in survey.due if users is None or user in users}
+            wanted = plan.of({user for user in plan.positions if user in due or user in read})
+            earlier = {**last.rows(survey.holds, wanted.positions), **take_parts(stage)}
+            texts = preferences(scribe, stage.style, stage.items, summaries, wanted, s, earlier)
+            scribe.report()
         new = {key: text for key, text in texts.items() if key[0] in due}
         rows = last.replace(survey, due, as_rows(new, plan))
         log.info(f"{last.path}: {len(due)} users' {rows} summaries, {len(survey.kept(due))} others' kept")
@@ -139,10 +141,11 @@ def _refreshed(stage: Stage, plan: Plan, users: Set[str] | None, read: Container
 
 def export_item_summaries(stage: Stage, store: Store, wanted: list[str]) -> dict[str, str]:
     """Make the summaries of `wanted` items that are missing, export all of them, and return them."""
-    scribe = claiming(item_scribe(stage, store))
-    with scribe.progress(len(wanted)):
-        found = summarize_items(scribe, stage.style, stage.items, wanted, stage.settings.item_summary)
-    scribe.report()
+    with one_model(partial(item_scribe, stage)) as make:
+        scribe = claiming(make(store))
+        with scribe.progress(len(wanted)):
+            found = summarize_items(scribe, stage.style, stage.items, wanted, stage.settings.item_summary)
+        scribe.report()
     if stage.settings.item_summary != "none" and ranks.is_main():
         path = schema.isum_file(stage.folder, stage.tag)
         rows = write_item_summaries(path, found)

@@ -8,25 +8,22 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import closing
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 
 from recbole_mllm import ranks
 from recbole_mllm.data.atomic import read_values, write_atomic
 from recbole_mllm.data.schema import USUM_TYPES, store_file, usum_file
-from recbole_mllm.mllm.base import Writer
 from recbole_mllm.prompts import Prompt
 from recbole_mllm.summaries.asking import Listed
 from recbole_mllm.summaries.items import summarize_items
 from recbole_mllm.summaries.lastexport import LastExport, Survey, by_user, line_of
 from recbole_mllm.summaries.shards import ShardStore, opened_store
-from recbole_mllm.summaries.stage import Stage, item_scribe, marker_of, user_scribe
+from recbole_mllm.summaries.stage import MakeScribe, Stage, item_scribe, marker_of, one_model, user_scribe
 from recbole_mllm.summaries.store import Store, answer_key
 from recbole_mllm.summaries.users import Earlier, Plan, as_rows, openings, preferences
 from recbole_mllm.summaries.writing import Scribe
-
-MakeScribe = Callable[[Store], Scribe]
 
 
 def share_of(content: str, size: int) -> int:
@@ -102,11 +99,18 @@ def write_in_shares(stage: Stage, plan: Plan, users: Set[str] | None, *, only_it
         return
     ranks.on_main(lambda: _drop(_parts(stage)))  # of a run that was killed
     shares = Shares(stage.folder)
-    answers = SharedAnswers(shares, _loading_once(partial(item_scribe, stage)), stage.folder)
-    summaries = summarize_items(answers, stage.style, stage.items, plan.items(s), s.item_summary)
-    if only_items:
-        return
-    make = _loading_once(partial(user_scribe, stage))
+    with _led(partial(item_scribe, stage)) as make:
+        answers = SharedAnswers(shares, make, stage.folder)
+        summaries = summarize_items(answers, stage.style, stage.items, plan.items(s), s.item_summary)
+    if not only_items:
+        with _led(partial(user_scribe, stage)) as make:
+            _write_users(stage, plan, users, shares, summaries, make)
+
+
+def _write_users(
+    stage: Stage, plan: Plan, users: Set[str] | None, shares: Shares, summaries: Mapping[str, str], make: MakeScribe
+) -> None:
+    s = stage.settings
     with closing(Store(store_file(stage.folder))) as store:
         last = LastExport(usum_file(stage.folder, stage.tag), stage.tag, store)
         survey = last.survey(plan, marker_of(stage, summaries, make(store)))
@@ -150,20 +154,9 @@ def _beginning(plan: Plan, user: str, survey: Survey, block: int) -> str:
     return "\n".join(plan.histories[user][first : first + block])
 
 
-def _loading_once(make: MakeScribe) -> MakeScribe:
-    """Return `make` such that all its scribes share one model, loaded when it is first needed."""
-    loaded: list[Writer] = []
-
-    def made(store: Store) -> Scribe:
-        scribe = make(store)
-        load = scribe.load
-
-        def once() -> Writer:
-            if not loaded:
-                loaded.append(load())
-            return loaded[0]
-
-        scribe.load = once
-        return scribe
-
-    return made
+@contextmanager
+def _led(make: MakeScribe) -> Iterator[MakeScribe]:
+    """Yield `make` with one model (`one_model`); if that is split, no process is led through it afterwards."""
+    with one_model(make) as shared:
+        yield shared
+        ranks.before_meeting(None)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 
+from recbole_mllm import ranks
 from recbole_mllm.data.atomic import clean
 from recbole_mllm.errors import UserError
 from recbole_mllm.mllm.base import Answer, Ask, Decoding, Writer
@@ -55,8 +56,10 @@ class _Open:
 class Scribe:
     """Answers questions with one model through the store. The model is loaded only when something must be written.
 
-    With `leases`, what another process is writing is waited for, behind everything else. `whose` follows the name of
-    what is written wherever it is told, as each of several processes tells of its own share.
+    With a model that is split among the processes of a run they all serve `in_step`: each as often as the others, and
+    all load it if one must write. With `leases`, what another process is writing is waited for, behind everything
+    else. `whose` follows the name of what is written wherever it is told, as each of several processes tells of its
+    own share.
     """
 
     kind: str
@@ -65,6 +68,7 @@ class Scribe:
     store: Store
     decoding: Decoding
     may_write: bool = True
+    in_step: bool = False
     leases: Leases | None = None
     whose: str = ""
     tally: Tally = field(default_factory=Tally)
@@ -98,32 +102,37 @@ class Scribe:
         """
         self._asker = asker
         self._look_up(1 if self.may_write else sys.maxsize)
-        if self._waiting:
-            if not self.may_write:
-                raise UserError(
-                    f"{len(self._waiting)} {self.kind} summaries are missing or stale and summarize is off; "
-                    "run `python run_recbole_mllm.py summarize` with the same settings, or set summarize: auto"
-                )
+        must = bool(self._waiting)
+        if must and not self.may_write:
+            raise UserError(
+                f"{len(self._waiting)} {self.kind} summaries are missing or stale and summarize is off; "
+                "run `python run_recbole_mllm.py summarize` with the same settings, or set summarize: auto"
+            )
+        if any(ranks.gather_objects(must)) if self.in_step else must:
             writer = self.load()
-            self._kept_at = self._started = time.perf_counter()
-            try:
-                writer.write(self)
-                while self._held:
-                    self._keep()  # or those who hold them may wait for ours
-                    time.sleep(_HELD_S)
-                    self._claim(1)
-                    if self._claimed:
-                        writer.write(self)
-            finally:
-                self._keep()
-                if self.leases is not None:
-                    self.leases.release_all()
-                self.tally.seconds += time.perf_counter() - self._started
+            if must:
+                self._write(writer)
         if self._failed:
             raise UserError(
                 f"{len(self._failed)} {self.kind} summaries cannot be written, the first for this: {self._failed[0]}; "
                 "all others are kept, and the same command goes on from there"
             )
+
+    def _write(self, writer: Writer) -> None:
+        self._kept_at = self._started = time.perf_counter()
+        try:
+            writer.write(self)
+            while self._held:
+                self._keep()  # or those who hold them may wait for ours
+                time.sleep(_HELD_S)
+                self._claim(1)
+                if self._claimed:
+                    writer.write(self)
+        finally:
+            self._keep()
+            if self.leases is not None:
+                self.leases.release_all()
+            self.tally.seconds += time.perf_counter() - self._started
 
     def read(self, count: int) -> None:
         """Count answers that were read from the last export."""

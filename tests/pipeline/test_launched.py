@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from unittest.mock import Mock
 
 import launched_runs
 import numpy as np
@@ -25,6 +26,7 @@ from recbole_mllm.mllm.server import ServerModel
 from recbole_mllm.model.stages import make_stage
 from recbole_mllm.resources import PROPERTIES
 from recbole_mllm.settings import Settings
+from recbole_mllm.summaries.stage import claiming, user_scribe
 from recbole_mllm.training.checkpoint import read_checkpoint
 
 
@@ -235,26 +237,121 @@ def test_what_cannot_be_had_together_is_one_clear_line(world, tmp_path, monkeypa
     assert wanted in line
 
 
-@pytest.mark.parametrize(("kind", "how"), [("item", "FSDP"), ("user", "FSDP"), ("user", "DeepSpeed")])
-def test_before_a_model_is_split_summaries_are_written_or_by_a_server(world, tmp_path, monkeypatch, kind, how):
+SUMMARIES = {
+    "summary_mode": "recurrent", "item_summary": "fused", "use_image": True, "mllm": "llava", "item_summary_tokens": 6,
+    "user_summary_tokens": 6, "limit_users": 6, "train_last_k": 1, "epochs": 1,
+}  # fmt: skip
+
+
+def summarised(world, folder, count, how, command=("summarize",), script=ROOT / "run_recbole_mllm.py", **more):
+    """Run `command` in `count` processes; return what the launcher said and the files of summaries."""
+    if not (folder / "data").exists():
+        folder.mkdir(exist_ok=True)
+        small_world.write(folder / "data")
+    words = [w for w in words_of(world, folder, **SUMMARIES | more) if not w.startswith(("--data_path", "--model"))]
+    words = [script, *command, *words, f"--data_path={folder / 'data'}"]
+    done = launched(count, words, folder, **how)
+    return done, {path.name: path.read_bytes() for path in (folder / "data" / "steps").glob("*.?sum")}
+
+
+@pytest.fixture(scope="module")
+def summaries_alone(world, tmp_path_factory):
+    done, files = summarised(world, tmp_path_factory.mktemp("one"), 1, {})
+    assert done.returncode == 0 and len(files) == 2, done.stderr[-2000:]
+    return files
+
+
+# of six processes some have nothing to write
+SPLIT_WRITERS = [(2, ZERO), (2, FSDP), (6, FSDP)]
+
+
+@pytest.mark.parametrize(
+    ("count", "how"),
+    [pytest.param(*SPLIT_WRITERS[0], id="2 DeepSpeed")]
+    + [pytest.param(*pair, marks=SLOW, id=f"{pair[0]} FSDP") for pair in SPLIT_WRITERS[1:]],
+)
+def test_a_model_that_is_split_writes_the_summaries_of_one_that_is_not(world, tmp_path, summaries_alone, count, how):
+    done, files = summarised(world, tmp_path, count, how)
+    assert done.returncode == 0 and files == summaries_alone, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_a_whole_run_from_nothing_with_every_model_split(world, tmp_path, summaries_alone):
+    said = {}
+    for name, count, how in (("one", 1, {}), ("FSDP", 2, FSDP), ("DeepSpeed", 3, ZERO)):
+        done, files = summarised(world, tmp_path / name, count, how, ["--model=MLLMMSR"])
+        assert done.returncode == 0 and files == summaries_alone, done.stderr[-3000:]
+        said[name] = [line for line in done.stdout.splitlines() if line.startswith(("best valid", "test"))]
+    assert said["one"] == said["FSDP"] == said["DeepSpeed"] and len(said["one"]) == 2
+
+
+KILLED_WRITING = """
+import os, signal, sys
+from recbole_mllm.summaries.writing import Scribe
+stock, given = Scribe.give, []
+def give(self, arrived):
+    stock(self, arrived)
+    given.append(self.kind)
+    if given.count("user") == 2 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+Scribe.give = give
+from recbole_mllm.cli import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [FSDP, ZERO], ids=["FSDP", "DeepSpeed"])
+def test_a_killed_writer_of_a_split_model_ends_the_others_with_a_word(world, tmp_path, summaries_alone, how):
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED_WRITING)
+    done, _ = summarised(world, tmp_path / "run", 2, how, script=script)
+    said = done.stdout + done.stderr
+    words = "another process of this run has ended without a word", "the launcher has ended this process"
+    assert done.returncode != 0 and sum(map(said.count, words)) == 1, said[-3000:]
+    assert "Traceback (most recent call last)" not in said.partition("recbole-mllm:")[0]
+    again, files = summarised(world, tmp_path / "run", 1, {})
+    assert again.returncode == 0 and files == summaries_alone
+    (line,) = [line for line in again.stderr.splitlines() if "item summaries: " in line]
+    assert " 0 written" in line
+
+
+@pytest.mark.slow
+def test_an_image_gone_for_one_process_ends_all_that_share_a_split_model(world, tmp_path, summaries_alone):
+    small_world.write(tmp_path / "run" / "data")
+    asked = next(text for name, text in summaries_alone.items() if name.endswith(".isum")).decode().splitlines()[1]
+    (image,) = (tmp_path / "run" / "data" / "steps").rglob(f"{asked.partition(chr(9))[0]}.png")
+    script = tmp_path / "gone.py"
+    script.write_text(
+        f"from pathlib import Path\nGONE = {str(image)!r}\n"
+        + """
+import sys
+from recbole_mllm.mllm.encode import Encoder
+stock = Encoder.__call__
+def encode(self, prompt):
+    if any(str(path) == GONE for path in prompt.images):
+        raise OSError(f"{GONE}: gone")
+    return stock(self, prompt)
+Encoder.__call__ = encode
+from recbole_mllm.cli import main
+sys.exit(main())
+"""
+    )
+    done, _ = summarised(world, tmp_path / "run", 2, FSDP, script=script)
+    said = done.stdout + done.stderr
+    assert done.returncode != 0 and said.count("recbole-mllm: 1 item summaries cannot be written") == 1, said[-3000:]
+
+
+def test_beside_a_server_a_split_model_is_loaded_by_all_for_its_own_summaries_alone(world, monkeypatch):
     settings = Settings.from_config(yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text()))
-    server = replace(settings.mllm, **{f"{kind}_summarizer": "server:m@http://localhost:9/v1"})
-    config = {"data_path": str(world / "data" / "steps")}
-    for name, value in {
-        "RANK": "0",
-        "WORLD_SIZE": "2",
-        "LOCAL_RANK": "0",
-        **{"FSDP": FSDP, "DeepSpeed": ZERO}[how],
-    }.items():
+    settings = replace(settings, mllm=replace(settings.mllm, item_summarizer="server:m@http://localhost:9/v1"))
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", **FSDP}.items():
         monkeypatch.setenv(name, value)
-
-    def load(chosen):
-        who = make_stage(config, chosen, torch.device("cpu")).who
-        return (who.load_item if kind == "item" else who.load_user)()
-
-    with pytest.raises(UserError, match=f"write them first.* and without {how}, or give {kind}_summarizer a server"):
-        load(settings)
-    assert isinstance(load(replace(settings, mllm=server)), ServerModel)
+    stage = make_stage({"data_path": str(world / "data" / "steps")}, settings, torch.device("cpu"))
+    assert isinstance(stage.who.load_item(), ServerModel)
+    assert (stage.who.item_is_split, stage.who.user_is_split) == (False, True)
+    with pytest.raises(UserError, match="summaries that all processes had just written are gone"):
+        claiming(user_scribe(stage, Mock())).load()
 
 
 TELLS = """
@@ -288,27 +385,6 @@ def test_deepspeed_splits_a_model_at_its_third_stage_alone_and_says_so(monkeypat
     assert str(splitting.wanted()) == text
     splitting.tell_of_the_unsplit()
     assert ("zero_stage is below 3, which splits no model" in caplog.text) is (stage < 3)
-
-
-@pytest.mark.slow
-def test_with_fsdp_a_run_stops_before_summaries_it_lacks_and_goes_on_once_they_are_there(world, tmp_path):
-    small_world.write(tmp_path / "data")
-    more = {
-        "summary_mode": "recurrent", "item_summary": "text", "item_summary_tokens": 4, "user_summary_tokens": 4,
-        "limit_users": 6, "train_last_k": 1, "epochs": 1,
-    }  # fmt: skip
-    words = [w for w in words_of(world, tmp_path, **more) if not w.startswith(("--data_path", "--model"))]
-    words.append(f"--data_path={tmp_path / 'data'}")
-    for command in (["--model=MLLMMSR"], ["summarize"]):
-        done = launched(2, [ROOT / "run_recbole_mllm.py", *command, *words], tmp_path, **FSDP)
-        told = done.stdout + done.stderr
-        assert done.returncode != 0 and told.count("which a model split by FSDP does not do; write them first") == 1
-        assert "Traceback (most recent call last)" not in told.partition("recbole-mllm:")[0]
-    assert not list((tmp_path / "data" / "steps").glob("*.?sum"))
-    done = launched(2, [ROOT / "run_recbole_mllm.py", "summarize", *words], tmp_path)
-    assert done.returncode == 0 and len(list((tmp_path / "data" / "steps").glob("*.?sum"))) == 2, done.stderr[-2000:]
-    done = launched(2, [ROOT / "run_recbole_mllm.py", "--model=MLLMMSR", *words], tmp_path, **FSDP)
-    assert done.returncode == 0 and "test" in done.stdout, done.stderr[-2000:]
 
 
 def test_a_mistake_is_told_once(world, tmp_path):
