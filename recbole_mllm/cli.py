@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Container, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import yaml
@@ -25,7 +26,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Threads that spin while they wait slow each other down several times over on a busy machine; read when torch loads
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     words = sys.argv[1:] if argv is None else argv
-    return (launched.exit_code if ranks.is_launched() else exit_code)(_run, words)
+    try:
+        ends = launched.exit_code if ranks.is_launched() else exit_code
+    except UserError as error:
+        return exit_code(partial(_complain, error), words)
+    return ends(_run, words)
+
+
+def _complain(error: UserError, words: Sequence[str]) -> int:
+    raise error
 
 
 def _run(words: list[str]) -> int:

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from recbole_mllm import rendezvous
+from recbole_mllm import rendezvous, switches
 from recbole_mllm.errors import UserError
 
 LOST = 76  # the exit code of a process that ends because another one has, without its having said why
@@ -39,17 +39,17 @@ class LostProcess(UserError):
 
 def rank() -> int:
     """Return which process this is, from 0."""
-    return int(os.environ["RANK"]) if is_launched() else 0
+    return _number("RANK") if is_launched() else 0
 
 
 def world_size() -> int:
     """Return how many processes work on this run."""
-    return int(os.environ["WORLD_SIZE"]) if is_launched() else 1
+    return _number("WORLD_SIZE") if is_launched() else 1
 
 
 def local_rank() -> int:
     """Return which of this machine's processes this is: the number of its GPU."""
-    return int(os.environ.get("LOCAL_RANK", "0")) if is_launched() else 0
+    return _number("LOCAL_RANK", 0) if is_launched() else 0
 
 
 def is_main() -> bool:
@@ -58,27 +58,26 @@ def is_main() -> bool:
 
 
 def is_launched() -> bool:
-    """Return whether a launcher has started this process as one of several."""
-    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    """Return whether a launcher has started this process as one of several.
+
+    Raises:
+        UserError: What should say so is no number, or numbers more than there are.
+    """
+    if "RANK" not in os.environ or _number("WORLD_SIZE", 1) < 2:
+        return False
+    if _number("RANK") >= _number("WORLD_SIZE"):
+        raise UserError(f"RANK is {_number('RANK')} of WORLD_SIZE {_number('WORLD_SIZE')}; it counts from 0")
+    return True
 
 
-def wants_cpu() -> bool:
-    """Return whether Accelerate is told to leave GPUs alone."""
-    return _says_yes("ACCELERATE_USE_CPU")
-
-
-def wants_deepspeed() -> bool:
-    """Return whether Accelerate is told to take DeepSpeed, at any stage."""
-    return _says_yes("ACCELERATE_USE_DEEPSPEED")
-
-
-def wants_fsdp() -> bool:
-    """Return whether Accelerate is told to take FSDP."""
-    return _says_yes("ACCELERATE_USE_FSDP")
-
-
-def _says_yes(name: str) -> bool:
-    return os.environ.get(name, "").lower() in ("1", "true", "yes")
+def _number(name: str, default: int | None = None) -> int:
+    text = os.environ.get(name, "" if default is None else str(default))
+    if not text.isdecimal():
+        raise UserError(
+            f"{name} is {text!r} where a launcher would have put a number; start with torchrun or accelerate launch, "
+            "or unset RANK and WORLD_SIZE to run in one process"
+        )
+    return int(text)
 
 
 def start() -> None:
@@ -90,7 +89,7 @@ def start() -> None:
         return
     meet()
     backend = "gloo"
-    if torch.cuda.is_available() and not wants_cpu():
+    if torch.cuda.is_available() and not switches.wants_cpu():
         torch.cuda.set_device(local_rank())
         backend = "cpu:gloo,cuda:nccl"
     with together():
@@ -101,7 +100,7 @@ def start() -> None:
             world_size=world_size(),
             timeout=_COLLECTIVE,
         )
-    if not wants_deepspeed():  # else it would start that in its own way, before `mllm.zero3` does
+    if not switches.wants_deepspeed():  # else it would start that in its own way, before `mllm.zero3` does
         importlib.import_module("accelerate").PartialState()  # so that Accelerate's own helpers know of the group
 
 

@@ -5,6 +5,7 @@ The rules go by what is raised and where, not by model: one of another library, 
 
 from __future__ import annotations
 
+import logging
 import re
 import traceback
 from collections.abc import Iterator
@@ -105,7 +106,20 @@ def told_in_a_line(what: str, model: str = "", dataset: str = "") -> Iterator[No
         if type(error) not in _COMPLAINTS or not _is_recboles(error.__traceback__):
             raise
         reason = reason_of(error, model, dataset) if model else None
-        raise UserError(reason or f"RecBole cannot {what}: {_words(error)} (--debug shows where)") from error
+        where = "the log file, or --debug," if _logged(error) else "--debug"
+        raise UserError(reason or f"RecBole cannot {what}: {_words(error)} ({where} shows where)") from error
+
+
+def _logged(error: Exception) -> bool:
+    """Write the traceback into the run's log file, if there is one; the console gets the line alone.
+
+    What happens after hours of training is not to be had again just to see where.
+    """
+    files = [handler for handler in logging.getLogger().handlers if isinstance(handler, logging.FileHandler)]
+    trace = "".join(traceback.format_exception(error)).rstrip()
+    for file in files:
+        file.handle(logging.makeLogRecord({"levelno": logging.ERROR, "levelname": "ERROR", "msg": trace}))
+    return bool(files)
 
 
 def _is_recboles(at: TracebackType | None) -> bool:

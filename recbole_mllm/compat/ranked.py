@@ -7,7 +7,7 @@ import os
 from types import ModuleType
 from typing import Any
 
-from recbole_mllm import ranks
+from recbole_mllm import ranks, switches
 from recbole_mllm.compat.patching import wrap
 from recbole_mllm.errors import UserError
 
@@ -26,7 +26,7 @@ def give_each_process_its_gpu(configurator: ModuleType) -> None:
             values = self.final_config_dict
             _refuse(values)
             gpu_id, visible = values["gpu_id"], os.environ.get("CUDA_VISIBLE_DEVICES")
-            values["gpu_id"] = "" if ranks.wants_cpu() else _all_gpus() if visible is None else visible
+            values["gpu_id"] = "" if switches.wants_cpu() else _all_gpus() if visible is None else visible
             try:
                 stock(self)
             finally:

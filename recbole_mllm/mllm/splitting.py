@@ -18,7 +18,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from recbole_mllm import ranks
+from recbole_mllm import ranks, switches
 from recbole_mllm.errors import UserError
 from recbole_mllm.mllm import zero3
 from recbole_mllm.mllm.architectures import architecture_of, language_part
@@ -36,14 +36,14 @@ def wanted() -> str | None:
     """
     if not ranks.is_launched():
         return None
-    if ranks.wants_fsdp():
+    if switches.wants_fsdp():
         return "FSDP"
-    return "DeepSpeed" if ranks.wants_deepspeed() and zero3.settings().get("stage") == 3 else None
+    return "DeepSpeed" if switches.wants_deepspeed() and zero3.settings().get("stage") == 3 else None
 
 
 def tell_of_the_unsplit() -> None:
     """Log that DeepSpeed is asked for and splits nothing: its stages 1 and 2 split what an adapter has little of."""
-    if ranks.is_launched() and ranks.wants_deepspeed() and wanted() is None:
+    if ranks.is_launched() and switches.wants_deepspeed() and wanted() is None:
         logging.getLogger().warning(
             "DeepSpeed's zero_stage is below 3, which splits no model: every process holds the whole of it, with its "
             "own optimizer (docs/launching.md)"

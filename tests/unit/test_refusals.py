@@ -1,5 +1,6 @@
 """What RecBole refuses is told in a line; what is wrong elsewhere stays what it is."""
 
+import logging
 import re
 
 import pytest
@@ -13,11 +14,25 @@ from recbole_mllm.quick_start import run
 from recbole_mllm.refusals import told_in_a_line
 
 
-def test_recboles_own_error_is_a_users_mistake():
+def test_recboles_own_error_is_a_users_mistake(monkeypatch):
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
     words = r"^RecBole cannot stop: TypeError '>=' not supported .*\(--debug shows where\)$"
     with pytest.raises(UserError, match=words) as found, told_in_a_line("stop"):
         early_stopping("high", 1.0, 0, 3)
     assert isinstance(found.value.__cause__, TypeError)
+
+
+def test_where_a_run_keeps_a_log_the_traceback_is_in_it_and_not_on_the_console(tmp_path, capsys):
+    file = logging.FileHandler(tmp_path / "run.log")
+    logging.getLogger().addHandler(file)
+    try:
+        with pytest.raises(UserError, match=r"\(the log file, or --debug, shows where\)$"), told_in_a_line("stop"):
+            early_stopping("high", 1.0, 0, 3)
+    finally:
+        logging.getLogger().removeHandler(file)
+        file.close()
+    text = (tmp_path / "run.log").read_text()
+    assert "in early_stopping" in text and "TypeError" in text and capsys.readouterr().err == ""
 
 
 def test_an_error_deeper_than_recbole_is_recboles_too():
