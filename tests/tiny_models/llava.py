@@ -31,10 +31,10 @@ _TOWER = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
 _MISTRAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "[INST]", "[/INST]"]
 
 
-def llama(folder: Path, seed: int = 0) -> Path:
-    """Write a text-only Llama with a byte-level BPE tokeniser."""
+def llama(folder: Path, seed: int = 0, **shape: int) -> Path:
+    """Write a text-only Llama with a byte-level BPE tokeniser; `shape` is the configuration's."""
     words = byte_level([w for w in _MISTRAL if w != "<image>"], templates.MISTRAL_TEXT, **_NAMED)
-    config = LlamaConfig(vocab_size=len(words), **TEXT, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    config = LlamaConfig(vocab_size=len(words), **TEXT | shape, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     return write(folder, LlamaForCausalLM, config, words, seed=seed)
 
 

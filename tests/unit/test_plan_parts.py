@@ -1,5 +1,6 @@
 """The parts of a plan alone: counts that add up, stand-ins, activations, devices, fits."""
 
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -8,9 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stock_forward import CPU, SETTINGS, STYLE
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from recbole_mllm.errors import UserError
 from recbole_mllm.mllm import passes
+from recbole_mllm.mllm.anatomy import anatomy_of
 from recbole_mllm.mllm.blueprint import blueprint
 from recbole_mllm.mllm.encode import Encoded
 from recbole_mllm.mllm.hf import HFModel
@@ -95,6 +99,53 @@ def test_activations_are_about_what_autograd_keeps(folder, plan, how, dtype, dro
     precision = Precision(4 if dtype == "float32" else 2)
     planned = activations(plan.anatomy, precision, lora, SETTINGS.train, tokens, 8)
     assert loss.requires_grad and planned == pytest.approx(sum(kept.values()), rel=0.15)
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of all tensors that operations make, for as long as they live."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.seen, self.now, self.peak = {p.untyped_storage()._cdata for p in known}, 0, 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.add(tensor.untyped_storage())
+        return out
+
+    def add(self, storage):
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.seen:
+            self.seen.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.drop, key, size)
+
+    def drop(self, key, size):
+        self.seen.discard(key)
+        self.now -= size
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dropout"), [("float32", 0.0), ("float32", 0.1), ("bfloat16", 0.0), ("bfloat16", 0.1)]
+)
+def test_a_steps_peak_is_about_what_is_planned_where_keys_are_fewer_than_queries(tmp_path, dtype, dropout):
+    wide = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 6, "num_attention_heads": 6}
+    tiny_models.llama(tmp_path, **wide, num_key_value_heads=2, head_dim=16)
+    lora = LoraSettings("lora", 8, 16, dropout, "language")
+    mllm = HFModel(str(tmp_path), replace(SETTINGS.mllm, dtype=dtype), CPU)
+    mllm.replace_model(tune(mllm.model, lora, 1))
+    mllm.model.train()
+    prompts = [recommend_prompt(STYLE, f"likes {'red cats and dogs ' * 6}{n}", "a mug", None) for n in range(8)]
+    examples = make_examples(mllm.encode(prompts), [mllm.answers(STYLE).yes] * 8)
+    with Live(mllm.model.parameters()) as live, torch.autocast("cpu", torch.bfloat16, dtype != "float32"):
+        example_loss(mllm.body, examples).backward()
+    tokens = 8 * max(len(example.ids) for example in examples)
+    precision = Precision(4 if dtype == "float32" else 2)
+    planned = activations(anatomy_of(mllm.model), precision, lora, SETTINGS.train, tokens, 8)
+    assert live.peak == pytest.approx(planned, rel=0.2)
 
 
 def test_an_optimizers_state_is_what_adamw_holds(folder, plan):
