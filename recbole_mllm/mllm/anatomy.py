@@ -41,7 +41,7 @@ class Anatomy:
         head: Weights that make logits: vocabulary times width, wherever they are kept.
         head_is_own: Whether they are kept beside the embeddings.
         layers: Of the decoder; `width` its hidden size, `inner` its MLP's, `queries` and `keys` those of a layer's
-            queries, and of its keys (or values).
+            queries, and of its keys (or values); `norms` that of all its norms' inputs together.
         vision_layers: Of the tower; `vision_width` its hidden size.
         patch: The side of an image patch in pixels.
     """
@@ -58,6 +58,7 @@ class Anatomy:
     inner: int
     queries: int
     keys: int
+    norms: int
     vision_layers: int
     vision_width: int
     patch: int
@@ -101,6 +102,7 @@ def anatomy_of(model: Any) -> Anatomy:
     rest = [id(p) for p in model.parameters() if id(p) not in inside | bridge | left_out]
     heads = text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    queries, keys = heads * size, (getattr(text, "num_key_value_heads", None) or heads) * size
     return Anatomy(
         family=str(config.model_type),
         vision=_part(model, set(rest)),
@@ -112,8 +114,9 @@ def anatomy_of(model: Any) -> Anatomy:
         layers=text.num_hidden_layers,
         width=text.hidden_size,
         inner=text.intermediate_size,
-        queries=heads * size,
-        keys=(getattr(text, "num_key_value_heads", None) or heads) * size,
+        queries=queries,
+        keys=keys,
+        norms=_norms(language, {"q_norm": queries, "k_norm": keys}, text.hidden_size) // text.num_hidden_layers,
         vision_layers=_first(seen, "num_hidden_layers", "depth"),
         vision_width=_vision_width(seen),
         patch=_first(seen, "patch_size") or 1,
@@ -139,6 +142,13 @@ def _between(model: Any) -> set[str]:
         for name, _ in model.named_modules()
         if any(word in name.rpartition(".")[2] for word in _BETWEEN)
     }
+
+
+def _norms(language: nn.Module, wide: Mapping[str, int], width: int) -> int:
+    """Return how many numbers a token has in all inputs of the layers' norms; those of heads are as `wide` as said."""
+    names = [name for name, module in language.named_modules() if type(module).__name__.endswith("Norm")]
+    in_layers = [name for name in names if any(map(str.isdecimal, name.split(".")))]
+    return sum(wide.get(name.rpartition(".")[2], width) for name in in_layers)
 
 
 def _under(name: str, part: str) -> bool:

@@ -36,19 +36,26 @@ def activations(
 ) -> float:
     """Return about how many bytes the largest backward pass keeps, of `tokens` tokens, `labelled` with logits.
 
-    A layer keeps its norms' inputs in float32, queries, keys, values, attention's output, and the MLP's two branches,
-    their product and the gate's activation; LoRA keeps its layers' inputs beside, where they are cast or dropped from
-    (measured: `tests/unit/test_plan_parts.py`).
+    A layer keeps its norms' inputs in float32 (and outputs, where their weights are trained); queries, keys and values,
+    the latter for every head of queries, and attention's output; the MLP's two branches, the gate's activation and
+    their product; and what its trained linear layers read, each a copy of its own where that is cast or dropped from,
+    beside a byte of mask (measured: `tests/unit/test_plan_parts.py`).
     Under checkpointing each layer keeps its input alone, and one at a time the rest.
     """
     if lora.finetune == "none":
         return 0.0
     a, item = anatomy, precision.item
-    layer: float = item * (2 * a.width + 2 * a.queries + 2 * a.keys + 4 * a.inner) + 4 * 4 * a.width
-    if lora.finetune != "full":
-        beside = (0.0, 3.0) if item == 4 else (0.5, 1.25)
-        layer += beside[bool(lora.lora_dropout)] * (5 * a.width + a.queries + a.inner)
+    full = lora.finetune == "full"
+    dropped = not full and bool(lora.lora_dropout)
+    read = 5 * a.width + a.queries if item < 4 or dropped else 2 * a.width
+    layer = 4 * a.norms * (1 + full) + item * (read + 4 * a.queries + 4 * a.inner)
+    if dropped:
+        layer += 5 * a.width + a.queries + a.inner
+    if not full:
+        layer += 7 * item * lora.lora_r  # what leaves the adapters' first halves
     kept = a.layers * (item * a.width) + layer if train.gradient_checkpointing else a.layers * layer
+    # for a moment: an MLP's way back, or its product cast to LoRA's float32, dropped from and cast again
+    kept += 8 * a.inner + 4 * a.width if item == 4 else (10 if dropped else 6) * a.inner
     vocabulary = a.head // max(1, a.width)
     return float(tokens * kept + labelled * vocabulary * 8)
 
