@@ -23,7 +23,7 @@ from recbole_mllm.mllm.encode import Encoded, Encoder
 from recbole_mllm.mllm.forward import Body
 from recbole_mllm.mllm.plain import drawn
 
-_READ_TOKENS = 4096  # read in one pass; more would fill memory with activations, and short prompts with padding
+READ_TOKENS = 4096  # read in one pass; more would fill memory with activations, and short prompts with padding
 _REFILL = 4  # new rows are read once this share of the slots (1/4) is free: each refill copies the cache
 
 
@@ -195,10 +195,10 @@ def beginning(ask: Ask) -> str:
 
 
 def _alike(rows: Sequence[_Row]) -> Iterator[list[_Row]]:
-    """Cut `rows`, sorted by length, into batches of at most `_READ_TOKENS` tokens, padding included."""
+    """Cut `rows`, sorted by length, into batches of at most `READ_TOKENS` tokens, padding included."""
     batch: list[_Row] = []
     for row in rows:
-        if batch and (len(batch) + 1) * len(row.encoded.ids) > _READ_TOKENS:
+        if batch and (len(batch) + 1) * len(row.encoded.ids) > READ_TOKENS:
             yield batch
             batch = []
         batch.append(row)

@@ -172,6 +172,7 @@ class Asking:
         count.prompt_flops = read_flops(self.reader.blueprint.anatomy, passes)
         count.widest = max((one.rows * (one.before + one.width) for one in passes), default=0)
         count.prefix = max((one.before for one in passes), default=0)
+        count.at_once = max((one.rows * one.width for one in passes), default=0)
 
     def _trained_items(self) -> Any:
         """Return the items that occur in training, as targets or negatives."""

@@ -20,7 +20,8 @@ class Count:
             `head_flops` of logits, `backward_flops` of training's way back.
         cache_reads: Keys and values, in tokens, that writing reads again, step by step.
         longest: The longest prompt in tokens; `widest` the most tokens, padding included, that one pass (in training:
-            one backward pass) holds; `prefix` the longest shared one. They neither add nor scale.
+            one backward pass) holds; `prefix` the longest shared one; `at_once` the most tokens one pass computes. They
+            neither add nor scale.
     """
 
     prompts: float = 0
@@ -39,6 +40,7 @@ class Count:
     longest: int = 0
     widest: int = 0
     prefix: int = 0
+    at_once: int = 0
 
     @property
     def tokens(self) -> float:
@@ -62,5 +64,5 @@ class Count:
         return replace(self, **{name: getattr(self, name) * factor for name in _SUMS})
 
 
-_MOSTS = ("longest", "widest", "prefix")
+_MOSTS = ("longest", "widest", "prefix", "at_once")
 _SUMS = tuple(f.name for f in fields(Count) if f.name not in _MOSTS)

@@ -40,9 +40,9 @@ def fits(
 def frozen_layers(stage: str, anatomy: Anatomy, precision: Precision, lora: LoraSettings) -> float:
     """Return the bytes of a stage's model that can be split among processes: all layers but the one put together.
 
-    Nothing of a model that writes, nor of what ``full`` and ``qlora`` train (docs/launching.md).
+    Nothing of what ``full`` and ``qlora`` train (docs/launching.md).
     """
-    if stage in _WRITES or lora.finetune in ("full", "qlora"):
+    if stage not in _WRITES and lora.finetune in ("full", "qlora"):
         return 0.0
     share = anatomy.language.parameters / anatomy.parameters
     return weights(anatomy, precision) * share * (1 - 1 / max(1, anatomy.layers))
@@ -50,8 +50,9 @@ def frozen_layers(stage: str, anatomy: Anatomy, precision: Precision, lora: Lora
 
 def what_helps(stage: str, processes: int | None) -> str:
     """Return what to do about a stage that does not fit one device."""
+    server = ", or a server writes instead" if stage in _WRITES else ""
     if processes:
-        return f"fits when FSDP or DeepSpeed split it among {processes} processes (docs/launching.md)"
+        return f"fits when FSDP or DeepSpeed split it among {processes} processes (docs/launching.md){server}"
     if stage in _WRITES:
-        return "device_map spreads its model over several (docs/launching.md), or a server writes instead"
+        return f"no split alone does it: a smaller summarize_batch_size takes less{server}"
     return "no split alone does it: gradient_checkpointing, a smaller micro_batch_size or finetune: lora take less"

@@ -60,6 +60,16 @@ def activations(
     return float(tokens * kept + labelled * vocabulary * 8)
 
 
+def in_passing(anatomy: Anatomy, precision: Precision, tokens: float, written: float = 0) -> float:
+    """Return about how many bytes a pass of `tokens` tokens holds for a moment, beside keys and values.
+
+    One layer's MLP or the float32 of its norms, whichever is more, and logits of the `written` rows' next tokens.
+    """
+    a, item = anatomy, precision.item
+    layer = 4 * item * a.width + max(3 * item * a.inner, 12 * a.width)
+    return tokens * layer + written * (a.head // max(1, a.width)) * (4 + item)
+
+
 def generation_cache(anatomy: Anatomy, precision: Precision, rows: float, tokens: float) -> float:
     """Return the bytes of keys and values of `rows` answers under way, of `tokens` tokens each."""
     return rows * tokens * anatomy.cache_bytes(precision.item)

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 
 from recbole_mllm.data.schema import ISUM_TYPES, USUM_TYPES
+from recbole_mllm.mllm.generation import READ_TOKENS
 from recbole_mllm.planning.assumptions import assumptions
 from recbole_mllm.planning.bill import bill
 from recbole_mllm.planning.devices import device as device_called
 from recbole_mllm.planning.disk import checkpoint_bytes, score_cache_bytes, store_bytes, table_bytes
 from recbole_mllm.planning.fitting import fits, frozen_layers
 from recbole_mllm.planning.hours import ByDevice, ByProbe, ByServer, Clock
-from recbole_mllm.planning.memory import activations, generation_cache, training_state, weights
+from recbole_mllm.planning.memory import activations, generation_cache, in_passing, training_state, weights
 from recbole_mllm.planning.models import STAGES, Models
 from recbole_mllm.planning.pairs import pairs_of
 from recbole_mllm.planning.prepared import Prepared, prepare
@@ -166,6 +167,8 @@ def _memory(p: Prepared, models: Models, counted: Counted) -> dict[str, dict[str
             new = one.new_tokens / max(1.0, one.prompts)
             rows = min(models.slots, one.prompts)
             parts["generation_cache"] = generation_cache(anatomy, precision, rows, one.longest + new)
+            read = min(max(READ_TOKENS, one.longest), rows * one.longest)
+            parts["activations"] = in_passing(anatomy, precision, read, rows)
         elif name == "sft":
             parts["training_state"] = training_state(anatomy, precision, settings.lora, models.trained)
             rows = settings.train.micro_batch_size or int(p.config["train_batch_size"])
@@ -175,6 +178,7 @@ def _memory(p: Prepared, models: Models, counted: Counted) -> dict[str, dict[str
         else:
             parts["prefix_cache"] = generation_cache(anatomy, precision, 1, one.prefix)
             parts["batch_cache"] = generation_cache(anatomy, precision, 1, one.widest)
+            parts["activations"] = in_passing(anatomy, precision, one.at_once)
         if one.prompts:
             out[name] = parts | {"total": sum(parts.values())}
     return out

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from recbole_mllm.errors import UserError
 from recbole_mllm.mllm import passes
 from recbole_mllm.mllm.anatomy import anatomy_of
+from recbole_mllm.mllm.base import Batch, Decoding
 from recbole_mllm.mllm.blueprint import blueprint
 from recbole_mllm.mllm.encode import Encoded
 from recbole_mllm.mllm.hf import HFModel
@@ -24,7 +25,7 @@ from recbole_mllm.planning.counts import Count
 from recbole_mllm.planning.devices import device
 from recbole_mllm.planning.fitting import fits, frozen_layers, what_helps
 from recbole_mllm.planning.hours import ByDevice, ByProbe, Measured, all_reduce_seconds, chain_seconds
-from recbole_mllm.planning.memory import Precision, activations, training_state
+from recbole_mllm.planning.memory import Precision, activations, generation_cache, in_passing, training_state
 from recbole_mllm.planning.pairs import Crossed
 from recbole_mllm.planning.request import Request
 from recbole_mllm.planning.standins import StandIns, Texts
@@ -128,6 +129,24 @@ def test_activations_are_about_what_the_largest_step_holds_at_its_peak(tmp_path,
     assert live.peak == pytest.approx(planned, rel=0.15)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("build", [deep_llama, tiny_models.gemma3])
+def test_what_scoring_and_writing_hold_in_passing(tmp_path, build, dtype):
+    mllm = HFModel(str(build(tmp_path)), replace(SETTINGS.mllm, dtype=dtype), CPU, slots=8)
+    anatomy, precision = anatomy_of(mllm.model), Precision(4 if dtype == "float32" else 2)
+    prompts = [recommend_prompt(STYLE, f"likes {'red cats and dogs ' * 6}{n}", "a mug", None) for n in range(8)]
+    longest = max(len(encoded.ids) for encoded in mllm.encode(prompts))
+    with Live(mllm.model.parameters()) as live:
+        mllm.yes_scores(prompts, mllm.answers(STYLE), share_prefix=False)
+    assert live.peak == pytest.approx(in_passing(anatomy, precision, 8 * longest), rel=0.25)
+    work = Batch(prompts, Decoding(40))
+    with Live(mllm.model.parameters()) as live:
+        mllm.write(work)
+    new = max(answer.new_tokens for answer in work.answers.values())
+    kept = generation_cache(anatomy, precision, 8, longest + new)
+    assert live.peak == pytest.approx(kept + in_passing(anatomy, precision, 8 * longest, 8), rel=0.15)
+
+
 def test_an_optimizers_state_is_what_adamw_holds(folder, plan):
     lora = LoraSettings("lora", 8, 16, 0.0, "language")
     model = tune(HFModel(str(folder), SETTINGS.mllm, CPU).model, lora, 1)
@@ -149,7 +168,7 @@ def test_how_many_processes_hold_a_model_too_large_for_one_device():
         "items": None, "sft": 4, "valid": 1, "test": None,
     }  # fmt: skip
     assert found["sft"]["bytes"] == pytest.approx(20e9 + 80e9 / 4) and found["sft"]["room"] == pytest.approx(43.2e9)
-    assert found["items"]["bytes"] == 50e9 and "device_map" in what_helps("items", None)
+    assert found["items"]["bytes"] == 50e9 and "summarize_batch_size" in what_helps("items", None)
 
 
 def test_what_can_be_split_is_all_layers_but_the_one_at_work(folder, plan):
@@ -158,12 +177,9 @@ def test_what_can_be_split_is_all_layers_but_the_one_at_work(folder, plan):
     of_one = sum(p.nbytes for p in model.layers[0].parameters())
     found = frozen_layers("sft", plan.anatomy, Precision(4), lora)
     assert len(model.layers) == layers and found == pytest.approx(2 * of_one, rel=0.01)
-    for stage, how in (
-        ("items", lora),
-        ("sft", replace(lora, finetune="full")),
-        ("test", replace(lora, finetune="qlora")),
-    ):
-        assert frozen_layers(stage, plan.anatomy, Precision(4), how) == 0
+    for stage, how in (("sft", "full"), ("test", "qlora")):
+        assert frozen_layers(stage, plan.anatomy, Precision(4), replace(lora, finetune=how)) == 0
+        assert frozen_layers("items", plan.anatomy, Precision(4), replace(lora, finetune=how)) == found
 
 
 def test_counts_add_and_scale():
