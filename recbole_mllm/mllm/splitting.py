@@ -10,6 +10,7 @@ process, so that gradients, optimizer and checkpoints are those of a run that sp
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,6 +40,12 @@ def wanted() -> str | None:
     if ranks.wants_fsdp():
         return "FSDP"
     return "DeepSpeed" if ranks.wants_deepspeed() and zero3.settings().get("stage") == 3 else None
+
+
+def keep_whole() -> None:
+    """Let this process hold models whole from now on, whatever is asked for: it works alone, the others have left."""
+    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        os.environ.pop(name, None)
 
 
 def tell_of_the_unsplit() -> None:
