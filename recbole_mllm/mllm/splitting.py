@@ -18,6 +18,7 @@ import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from recbole_mllm import ranks
 from recbole_mllm.errors import UserError
@@ -91,7 +92,6 @@ def _shard(language: nn.Module, layers: Sequence[nn.Module], device: torch.devic
 
 
 def _fsdp(device: torch.device) -> tuple[Any, dict[str, Any]]:
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
@@ -132,6 +132,11 @@ class LockStep:
         if counts[_SCORES] and counts[_LEARNS]:
             raise RuntimeError("a process scores while another one learns, which split layers cannot do")
         return counts
+
+    def let_go(self) -> None:
+        """Have what splits the layers hold them no longer: their model is done with."""
+        if not isinstance(self._held, DeviceMesh):
+            zero3.forget(self._language)
 
     def drain(self) -> None:
         """Make empty passes until no process has any more of its own."""
