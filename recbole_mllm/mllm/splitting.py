@@ -77,9 +77,22 @@ def split(model: Any, device: torch.device) -> LockStep:
         raise UserError(f"finetune: full cannot be split by {how} here; set finetune: lora")
     ranks.start()
     partition = zero3.partition if how == "DeepSpeed" else _shard
-    held = partition(language, layers, device)
-    model.to(device)
+    try:
+        held = partition(language, layers, device)
+        model.to(device)
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"out of memory while {how} splits {base.config.model_type}: take more processes, or dtype: bfloat16"
+        ) from None
     return LockStep(language, device, held)
+
+
+def out_of_memory() -> UserError:
+    """Return the complaint: the other processes are in the middle of the pass that failed here."""
+    return UserError(
+        f"out of memory; with {wanted()} a batch cannot be made smaller by itself: lower micro_batch_size, "
+        "summarize_batch_size or max_text_tokens, or take more processes"
+    )
 
 
 def _shard(language: nn.Module, layers: Sequence[nn.Module], device: torch.device) -> Any:
@@ -144,6 +157,8 @@ class LockStep:
             self._empty = True
             try:
                 self._pass(learns=bool(counts[_LEARNS]))
+            except torch.OutOfMemoryError:  # a RuntimeError, which where all meet says that another one is gone
+                raise out_of_memory() from None
             finally:
                 self._empty = False
 

@@ -339,6 +339,27 @@ def test_a_killed_writer_of_a_split_model_ends_the_others_with_a_word(world, tmp
     assert " 0 written" in line
 
 
+OUT_OF_MEMORY = """
+import sys, torch
+from recbole_mllm.mllm.splitting import LockStep
+def make_pass(self, *, learns):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+LockStep._pass = make_pass
+from recbole_mllm.cli import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.slow
+def test_a_process_without_memory_for_the_others_passes_says_so_itself(world, tmp_path):
+    script = tmp_path / "memory.py"
+    script.write_text(OUT_OF_MEMORY)
+    done, _ = summarised(world, tmp_path / "run", 2, FSDP, script=script, summarize_batch_size=2)
+    said = done.stdout + done.stderr
+    assert done.returncode != 0 and said.count("recbole-mllm: ") == 1, said[-3000:]
+    assert said.count("recbole-mllm: out of memory; with FSDP a batch cannot be made smaller by itself") == 1
+
+
 @pytest.mark.slow
 def test_an_image_gone_for_one_process_ends_all_that_share_a_split_model(world, tmp_path, summaries_alone):
     small_world.write(tmp_path / "run" / "data")
