@@ -18,6 +18,7 @@ import tiny_models
 import torch
 import yaml
 from launching import FSDP, ROOT, ZERO, launched
+from safetensors.torch import load_file, save_file
 
 from recbole_mllm.cli import main
 from recbole_mllm.errors import UserError
@@ -337,6 +338,19 @@ def test_a_killed_writer_of_a_split_model_ends_the_others_with_a_word(world, tmp
     assert again.returncode == 0 and files == summaries_alone
     (line,) = [line for line in again.stderr.splitlines() if "item summaries: " in line]
     assert " 0 written" in line
+
+
+@pytest.mark.slow
+def test_weights_that_no_file_has_are_made_in_every_process(world, tmp_path):
+    tiny_models.llava(tmp_path / "llava")
+    (file,) = (tmp_path / "llava").glob("*.safetensors")
+    unread = "vision_tower.post_layernorm"  # LLaVA takes the features of the layer before
+    save_file({name: t for name, t in load_file(file).items() if unread not in name}, file, metadata={"format": "pt"})
+    files = {}
+    for count, how in ((1, {}), (2, FSDP)):
+        done, files[count] = summarised(tmp_path, tmp_path / f"n{count}", count, how)
+        assert done.returncode == 0 and "are left at random" in done.stderr, done.stderr[-3000:]
+    assert files[1] == files[2] and len(files[1]) == 2
 
 
 OUT_OF_MEMORY = """
