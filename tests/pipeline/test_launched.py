@@ -338,6 +338,7 @@ def test_a_killed_writer_of_a_split_model_ends_the_others_with_a_word(world, tmp
     assert again.returncode == 0 and files == summaries_alone
     (line,) = [line for line in again.stderr.splitlines() if "item summaries: " in line]
     assert " 0 written" in line
+    assert not list((tmp_path / "run" / "data" / "steps").glob("*rank*"))
 
 
 @pytest.mark.slow
