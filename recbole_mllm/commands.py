@@ -17,8 +17,12 @@ def run_model(model: str, dataset: str, options: Options) -> int:
     """Train and evaluate one model, as RecBole's ``run_recbole.py`` does."""
     from recbole_mllm.quick_start import run
 
-    if model != OURS and not ranks.is_main():
-        return 0  # RecBole's own models run in one process
+    if model != OURS and ranks.is_launched():
+        if not ranks.is_main():
+            return 0  # RecBole's own models run in one process
+        from recbole_mllm.mllm.splitting import keep_whole
+
+        keep_whole()  # what may read their items for them
     outcome = run(config_of(model, dataset, options))
     if not ranks.is_main():
         return 0

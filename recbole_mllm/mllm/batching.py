@@ -83,11 +83,8 @@ def out_of_memory(error: Exception) -> bool:
         UserError: It does, and the model is split: the other processes are in the middle of the pass that failed here.
     """
     found = isinstance(error, torch.OutOfMemoryError) or bool(should_reduce_batch_size(error))
-    if found and (how := splitting.wanted()):
-        raise UserError(
-            f"out of memory; with {how} a batch cannot be made smaller by itself: lower micro_batch_size, "
-            "summarize_batch_size or max_text_tokens, or take more processes"
-        ) from None
+    if found and splitting.wanted():
+        raise splitting.out_of_memory() from None
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -61,8 +62,9 @@ class HFModel:
         self.body = Body(model)
 
     def split(self) -> None:
-        """Split the model's layers among the processes that share its work (FSDP); all of them must do so."""
-        splitting.split(self.model, self.device)
+        """Split the model's layers among the processes that share its work; all of them must do so."""
+        # called when this object goes, as what splits the layers may hold them whoever else does
+        weakref.finalize(self, splitting.split(self.model, self.device).let_go).atexit = False
         self.body = Body(self.model, split=True)
 
     def checkpoint_gradients(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
@@ -68,6 +69,8 @@ def load(
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    # what `accelerate launch` sets for FSDP: all but the first process would wait for Accelerate to send them weights
+    os.environ.pop("FSDP_CPU_RAM_EFFICIENT_LOADING", None)
     source = source_of(name)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if (file := gguf_of(source)) is not None:

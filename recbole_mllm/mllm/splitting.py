@@ -10,6 +10,7 @@ process, so that gradients, optimizer and checkpoints are those of a run that sp
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from recbole_mllm import ranks, switches
 from recbole_mllm.errors import UserError
@@ -39,6 +41,12 @@ def wanted() -> str | None:
     if switches.wants_fsdp():
         return "FSDP"
     return "DeepSpeed" if switches.wants_deepspeed() and zero3.settings().get("stage") == 3 else None
+
+
+def keep_whole() -> None:
+    """Let this process hold models whole from now on, whatever is asked for: it works alone, the others have left."""
+    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        os.environ.pop(name, None)
 
 
 def tell_of_the_unsplit() -> None:
@@ -69,9 +77,22 @@ def split(model: Any, device: torch.device) -> LockStep:
         raise UserError(f"finetune: full cannot be split by {how} here; set finetune: lora")
     ranks.start()
     partition = zero3.partition if how == "DeepSpeed" else _shard
-    held = partition(language, layers, device)
-    model.to(device)
+    try:
+        held = partition(language, layers, device)
+        model.to(device)
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"out of memory while {how} splits {base.config.model_type}: take more processes, or dtype: bfloat16"
+        ) from None
     return LockStep(language, device, held)
+
+
+def out_of_memory() -> UserError:
+    """Return the complaint: the other processes are in the middle of the pass that failed here."""
+    return UserError(
+        f"out of memory; with {wanted()} a batch cannot be made smaller by itself: lower micro_batch_size, "
+        "summarize_batch_size or max_text_tokens, or take more processes"
+    )
 
 
 def _shard(language: nn.Module, layers: Sequence[nn.Module], device: torch.device) -> Any:
@@ -84,7 +105,6 @@ def _shard(language: nn.Module, layers: Sequence[nn.Module], device: torch.devic
 
 
 def _fsdp(device: torch.device) -> tuple[Any, dict[str, Any]]:
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
@@ -126,12 +146,19 @@ class LockStep:
             raise RuntimeError("a process scores while another one learns, which split layers cannot do")
         return counts
 
+    def let_go(self) -> None:
+        """Have what splits the layers hold them no longer: their model is done with."""
+        if not isinstance(self._held, DeviceMesh):
+            zero3.forget(self._language)
+
     def drain(self) -> None:
         """Make empty passes until no process has any more of its own."""
         while (counts := self._agree(_IDLE))[_IDLE] < ranks.world_size():
             self._empty = True
             try:
                 self._pass(learns=bool(counts[_LEARNS]))
+            except torch.OutOfMemoryError:  # a RuntimeError, which where all meet says that another one is gone
+                raise out_of_memory() from None
             finally:
                 self._empty = False
 

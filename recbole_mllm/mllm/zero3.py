@@ -74,6 +74,23 @@ def partition(language: nn.Module, layers: Sequence[nn.Module], device: torch.de
     return engine
 
 
+def forget(language: nn.Module) -> None:
+    """Have DeepSpeed hold a model no longer that is done with: else its layers stay beside every later one's.
+
+    It keeps the outermost module in its list of those under way, and in a cache of the whole process's (of what to put
+    down behind each module) all others.
+    """
+    from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    under_way = parameter_offload.FWD_MODULE_STACK
+    under_way[:] = [module for module in under_way if module is not language]
+    for method in vars(PartitionedParameterCoordinator).values():
+        for inner in (method, *(cell.cell_contents for cell in getattr(method, "__closure__", None) or ())):
+            if hasattr(inner, "cache_clear"):
+                inner.cache_clear()
+
+
 def _import(device: torch.device) -> Any:
     """Return the package, told of the device (it guesses, aloud) and not to compile what only tensor parallelism uses.
 

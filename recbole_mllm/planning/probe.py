@@ -131,14 +131,16 @@ def probe_summaries(p: Prepared, models: Models, probed: Probed, *, stages: Sequ
     if "items" in stages and models.blueprint("items") is not None:
         scribe = item_scribe(p.stage, cast(Store, NothingKnown()))
         timed = _timed(p, models, "items", probed, most)
-        scribe.load, scribe.may_write = lambda: cast(Writer, timed), True
+        scribe.write_alone(lambda: cast(Writer, timed))
+        scribe.may_write = True
         chosen = sample(p.plan.items(s), most + _FIRST)
         texts = summarize_items(scribe, p.stage.style, p.stage.items, chosen, s.item_summary)
         _keep(probed, "items", "item", timed)
     if "users" in stages and models.blueprint("users") is not None:
         scribe = user_scribe(p.stage, cast(Store, NothingKnown()))
         timed = _timed(p, models, "users", probed, most)
-        scribe.load, scribe.may_write = lambda: cast(Writer, timed), True
+        scribe.write_alone(lambda: cast(Writer, timed))
+        scribe.may_write = True
         chosen = sample(list(p.plan.positions), models.slots + _FIRST)
         part = Plan({u: p.plan.histories[u] for u in chosen}, {u: p.plan.positions[u] for u in chosen})
         shown = Texts(texts, StandIns(probed.samples.get("item") or [("", 1)], [], 0, 0))

@@ -120,7 +120,8 @@ def count_users(
 
 def _counting(scribe: Scribe, reader: Reader, made: StandIns) -> tuple[Scribe, Counter]:
     counter = Counter(reader, made, scribe.decoding)
-    scribe.load, scribe.may_write = lambda: cast(Writer, counter), True
+    scribe.write_alone(lambda: cast(Writer, counter))
+    scribe.may_write = True
     return scribe, counter
 
 

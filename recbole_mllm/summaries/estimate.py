@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 
+from recbole_mllm.errors import UserError
 from recbole_mllm.mllm.base import Answer, Ask, Batch, Work, Writer
 from recbole_mllm.summaries.items import summarize_items
 from recbole_mllm.summaries.known import KnownTexts
@@ -80,17 +81,29 @@ def estimate(stage: Stage, plan: Plan, which: str) -> list[str]:
     s, lines = stage.settings, []
     with closing(KnownTexts(stage.folder)) as store:
         scribe = item_scribe(stage, store)  # type: ignore[arg-type]
-        probe = Probe(scribe.load, scribe.identity)
-        scribe.load = lambda: probe
+        probe = _probe_for(scribe)
         texts = summarize_items(scribe, stage.style, stage.items, plan.items(s), s.item_summary)
         lines.append(probe.line(scribe))
         if which != "items" and s.summary_mode != "none":
             scribe = user_scribe(stage, store)  # type: ignore[arg-type]
-            probe = Probe(scribe.load, scribe.identity)
-            scribe.load = lambda: probe
+            probe = _probe_for(scribe)
             preferences(scribe, stage.style, stage.items, texts, plan, s)
             lines.append(probe.line(scribe))
     return lines
+
+
+def _probe_for(scribe: Scribe) -> Probe:
+    """Return what answers for `scribe` from now on."""
+    probe = Probe(_refuse if scribe.in_step else scribe.load, scribe.identity)
+    scribe.write_alone(lambda: probe)
+    return probe
+
+
+def _refuse() -> Writer:
+    raise UserError(
+        "--dry-run lets one process try the model, which does not work with one that is split among several; start it "
+        "without FSDP and DeepSpeed, or see what `plan` counts"
+    )
 
 
 def _duration(seconds: float) -> str:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
 from recbole_mllm import ranks
 from recbole_mllm.data.atomic import read_values, write_atomic
 from recbole_mllm.data.schema import USUM_TYPES, store_file, usum_file
+from recbole_mllm.errors import UserError
 from recbole_mllm.prompts import Prompt
 from recbole_mllm.summaries.asking import Listed
 from recbole_mllm.summaries.items import summarize_items
@@ -129,13 +130,22 @@ def _write_chains(scribe: Scribe, stage: Stage, summaries: Mapping[str, str], pl
 
 
 def take_parts(stage: Stage) -> Earlier:
-    """Return the rows that the processes of this run have left, in the main process, and remove them."""
-    if not ranks.is_launched() or not ranks.is_main() or stage.settings.summarize == "off":
+    """Return the rows that the processes of this run have left, in the main process, and remove them.
+
+    A run of one process has none; what it finds is of one that was killed, and may have read other texts.
+    """
+    if not ranks.is_main() or stage.settings.summarize == "off":
         return {}
     parts = _parts(stage)
-    found = by_user(values for part in parts for _, values in read_values(part))
+    found = by_user(_rows(parts)) if ranks.is_launched() else {}
     _drop(parts)
     return found
+
+
+def _rows(parts: Iterable[Path]) -> Iterator[list[str]]:
+    for part in parts:
+        with suppress(UserError):  # another run has dropped it, taking it for a killed one's; the store has it all
+            yield from (values for _, values in read_values(part))
 
 
 def _parts(stage: Stage) -> list[Path]:

@@ -95,7 +95,7 @@ def claiming(scribe: Scribe) -> Scribe:
     """
     scribe.leases = Leases(scribe.store)
     if scribe.in_step:
-        scribe.in_step, scribe.load = False, _refuse
+        scribe.write_alone(_refuse)
     return scribe
 
 

@@ -134,6 +134,10 @@ class Scribe:
                 self.leases.release_all()
             self.tally.seconds += time.perf_counter() - self._started
 
+    def write_alone(self, load: Callable[[], Writer]) -> None:
+        """Take the model of `load`, in this process by itself: no other one serves in step with it."""
+        self.load, self.in_step = load, False
+
     def read(self, count: int) -> None:
         """Count answers that were read from the last export."""
         self.tally.asked += count

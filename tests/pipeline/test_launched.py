@@ -18,6 +18,7 @@ import tiny_models
 import torch
 import yaml
 from launching import FSDP, ROOT, ZERO, launched
+from safetensors.torch import load_file, save_file
 
 from recbole_mllm.cli import main
 from recbole_mllm.errors import UserError
@@ -26,7 +27,9 @@ from recbole_mllm.mllm.server import ServerModel
 from recbole_mllm.model.stages import make_stage
 from recbole_mllm.resources import PROPERTIES
 from recbole_mllm.settings import Settings
+from recbole_mllm.summaries.estimate import estimate
 from recbole_mllm.summaries.stage import claiming, user_scribe
+from recbole_mllm.summaries.users import Plan
 from recbole_mllm.training.checkpoint import read_checkpoint
 
 
@@ -261,6 +264,22 @@ def summaries_alone(world, tmp_path_factory):
     return files
 
 
+TOLD_ALIVE = """
+import sys, weakref
+from recbole_mllm import ranks
+from recbole_mllm.mllm.hf import HFModel
+stock, loaded = HFModel.split, []
+def split(self):
+    alive = sum(part() is not None for part in loaded)
+    loaded.extend(weakref.ref(module) for module in self.model.modules())
+    stock(self)
+    print(f"process {ranks.rank()}: {alive} parts alive of models before\\n", end="", flush=True)
+HFModel.split = split
+from recbole_mllm.cli import main
+sys.exit(main())
+"""
+
+
 # of six processes some have nothing to write
 SPLIT_WRITERS = [(2, ZERO), (2, FSDP), (6, FSDP)]
 
@@ -271,8 +290,13 @@ SPLIT_WRITERS = [(2, ZERO), (2, FSDP), (6, FSDP)]
     + [pytest.param(*pair, marks=SLOW, id=f"{pair[0]} FSDP") for pair in SPLIT_WRITERS[1:]],
 )
 def test_a_model_that_is_split_writes_the_summaries_of_one_that_is_not(world, tmp_path, summaries_alone, count, how):
-    done, files = summarised(world, tmp_path, count, how)
+    script = tmp_path / "told.py"
+    script.write_text(TOLD_ALIVE)
+    done, files = summarised(world, tmp_path, count, how, script=script)
     assert done.returncode == 0 and files == summaries_alone, done.stderr[-3000:]
+    told = [line for line in done.stdout.splitlines() if line.startswith("process ")]
+    # the items' summariser is gone before the users' is split, in each process
+    assert len(told) == 2 * count and all(": 0 parts alive" in line for line in told), told
 
 
 @pytest.mark.slow
@@ -314,6 +338,41 @@ def test_a_killed_writer_of_a_split_model_ends_the_others_with_a_word(world, tmp
     assert again.returncode == 0 and files == summaries_alone
     (line,) = [line for line in again.stderr.splitlines() if "item summaries: " in line]
     assert " 0 written" in line
+    assert not list((tmp_path / "run" / "data" / "steps").glob("*rank*"))
+
+
+@pytest.mark.slow
+def test_weights_that_no_file_has_are_made_in_every_process(world, tmp_path):
+    tiny_models.llava(tmp_path / "llava")
+    (file,) = (tmp_path / "llava").glob("*.safetensors")
+    unread = "vision_tower.post_layernorm"  # LLaVA takes the features of the layer before
+    save_file({name: t for name, t in load_file(file).items() if unread not in name}, file, metadata={"format": "pt"})
+    files = {}
+    for count, how in ((1, {}), (2, FSDP)):
+        done, files[count] = summarised(tmp_path, tmp_path / f"n{count}", count, how)
+        assert done.returncode == 0 and "are left at random" in done.stderr, done.stderr[-3000:]
+    assert files[1] == files[2] and len(files[1]) == 2
+
+
+OUT_OF_MEMORY = """
+import sys, torch
+from recbole_mllm.mllm.splitting import LockStep
+def make_pass(self, *, learns):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+LockStep._pass = make_pass
+from recbole_mllm.cli import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.slow
+def test_a_process_without_memory_for_the_others_passes_says_so_itself(world, tmp_path):
+    script = tmp_path / "memory.py"
+    script.write_text(OUT_OF_MEMORY)
+    done, _ = summarised(world, tmp_path / "run", 2, FSDP, script=script, summarize_batch_size=2)
+    said = done.stdout + done.stderr
+    assert done.returncode != 0 and said.count("recbole-mllm: ") == 1, said[-3000:]
+    assert said.count("recbole-mllm: out of memory; with FSDP a batch cannot be made smaller by itself") == 1
 
 
 @pytest.mark.slow
@@ -352,6 +411,38 @@ def test_beside_a_server_a_split_model_is_loaded_by_all_for_its_own_summaries_al
     assert (stage.who.item_is_split, stage.who.user_is_split) == (False, True)
     with pytest.raises(UserError, match="summaries that all processes had just written are gone"):
         claiming(user_scribe(stage, Mock())).load()
+
+
+@pytest.fixture
+def one_of_two(world, tmp_path, monkeypatch):
+    """Return a function that runs a command in the main process of two, of which the other will not come."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", **FSDP}.items():
+        monkeypatch.setenv(name, value)
+    small_world.write(tmp_path / "data")
+    words = [w for w in words_of(world, tmp_path, **SUMMARIES) if not w.startswith(("--data_path", "--model"))]
+    before = signal.getsignal(signal.SIGTERM)
+    yield lambda *command: main([*command, *words, f"--data_path={tmp_path / 'data'}"])
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_what_one_process_does_alone_waits_for_no_other_where_models_are_to_be_split(one_of_two, tmp_path, capsys):
+    assert one_of_two("plan", "--probe") == 0 and "user summaries" in capsys.readouterr().out
+    assert one_of_two("--model=SASRecF", "--item_features=text") == 0 and "test: " in capsys.readouterr().out
+    (texts,) = (tmp_path / "data" / "steps").glob("*.isum")  # of all items, written by a model that is not split
+    assert len(texts.read_text().splitlines()) == 1 + small_world.ITEMS
+
+
+def test_a_dry_run_does_not_try_a_model_that_is_split(world, tmp_path, monkeypatch):
+    keys = {"mllm": str(world / "llama"), "data_path": str(world / "data" / "steps"), "item_summary": "text"}
+    given = yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text()) | keys | {"use_image": False}
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", **FSDP}.items():
+        monkeypatch.setenv(name, value)
+    stage = make_stage(given, Settings.from_config(given), torch.device("cpu"))
+    plan = Plan({"u": ["i00", "i01", "i02"]}, {"u": {2}})
+    with pytest.raises(UserError, match="--dry-run lets one process try the model.* start it without FSDP"):
+        estimate(stage, plan, "all")
 
 
 TELLS = """
