@@ -55,6 +55,11 @@ _FAMILIES = {
 }
 
 
+def is_known(family: str) -> bool:
+    """Return whether the family (a config's ``model_type``) has a row here."""
+    return family in _FAMILIES
+
+
 def architecture_of(model: Any) -> Architecture:
     """Return the row of the model's family; a family without one takes the generic row and what the model shows."""
     found = _FAMILIES.get(str(model.config.model_type))

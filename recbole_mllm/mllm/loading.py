@@ -50,6 +50,17 @@ def dtype_of(name: str, device: torch.device) -> torch.dtype:
     return dtype
 
 
+def family_of(name: str, *, trust_remote_code: bool = False) -> str | None:
+    """Return the family (``model_type``) that the configuration of `name` says; None where there is none to read."""
+    source = source_of(name)
+    if gguf_of(source) is not None:
+        return None
+    try:
+        return str(AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code).model_type)
+    except UNREADABLE:  # said when it is loaded
+        return None
+
+
 def load(
     name: str,
     dtype: torch.dtype,

@@ -23,7 +23,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from recbole_mllm import ranks, switches
 from recbole_mllm.errors import UserError
 from recbole_mllm.mllm import zero3
-from recbole_mllm.mllm.architectures import architecture_of, language_part
+from recbole_mllm.mllm.architectures import architecture_of, is_known, language_part
+from recbole_mllm.mllm.loading import family_of
+from recbole_mllm.settings import MLLMSettings
 
 _IDLE, _SCORES, _LEARNS = range(3)
 
@@ -41,6 +43,20 @@ def wanted() -> str | None:
     if switches.wants_fsdp():
         return "FSDP"
     return "DeepSpeed" if switches.wants_deepspeed() and zero3.settings().get("stage") == 3 else None
+
+
+def why_not(name: str, settings: MLLMSettings) -> UserError | None:
+    """Return why the model `name` could not be split, as far as its configuration tells: weights are not loaded."""
+    how = wanted()
+    family = family_of(name, trust_remote_code=settings.trust_remote_code) if how else None
+    return None if how is None or family is None or is_known(family) else _unknown(how, family)
+
+
+def _unknown(how: str, family: str) -> UserError:
+    return UserError(
+        f"{how} does not know the family {family} here; take a config without it, a model of a family it knows "
+        "(docs/launching.md), or a server"
+    )
 
 
 def keep_whole() -> None:
@@ -72,7 +88,7 @@ def split(model: Any, device: torch.device) -> LockStep:
     _, language = language_part(base)
     layers = _layers(language)
     if not architecture_of(base).known or not layers:
-        raise UserError(f"{how} does not know the family {base.config.model_type} here; take a config without it")
+        raise _unknown(str(how), base.config.model_type)
     if any(all(p.requires_grad for p in layer.parameters()) for layer in layers):
         raise UserError(f"finetune: full cannot be split by {how} here; set finetune: lora")
     ranks.start()

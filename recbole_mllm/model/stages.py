@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -65,6 +66,10 @@ def make_stage(config: Mapping[str, Any], settings: Settings, device: torch.devi
 def _summarizers(settings: Settings, device: torch.device) -> Summarizers:
     item = settings.mllm.item_summarizer or settings.mllm.mllm
     user = settings.mllm.user_summarizer or settings.mllm.mllm
+    asked = {"item": settings.summary.item_summary != "none", "user": settings.summary.summary_mode != "none"}
+    for name, kind in ((item, "item"), (user, "user")):
+        if asked[kind] and not is_server(name) and (why := splitting.why_not(name, settings.mllm)):
+            logging.getLogger().warning(f"{kind}_summarizer: {why}; only summaries that are there already will do")
     return Summarizers(
         _identity(item, settings, device),
         _identity(user, settings, device),

@@ -309,6 +309,28 @@ def test_a_whole_run_from_nothing_with_every_model_split(world, tmp_path, summar
     assert said["one"] == said["FSDP"] == said["DeepSpeed"] and len(said["one"]) == 2
 
 
+def test_a_family_that_cannot_be_split_is_told_before_anything_is_loaded(world, tmp_path, monkeypatch, capsys, caplog):
+    config = json.loads((world / "llama" / "config.json").read_text())
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text(json.dumps(config | {"model_type": "mistral"}))
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", **FSDP}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert main(words_of(world, tmp_path, mllm=str(other))) == 2  # a whole path stays as it is below another
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "FSDP does not know the family mistral here" in capsys.readouterr().err.splitlines()[-1]
+
+    settings = Settings.from_config(yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text()))
+    settings = replace(settings, mllm=replace(settings.mllm, user_summarizer=str(other)))
+    make_stage({"data_path": str(world / "data" / "steps")}, settings, torch.device("cpu"))
+    (line,) = [text for text in caplog.messages if "family mistral" in text]
+    assert line.startswith("user_summarizer: ") and line.endswith("only summaries that are there already will do")
+
+
 KILLED_WRITING = """
 import os, signal, sys
 from recbole_mllm.summaries.writing import Scribe

@@ -53,6 +53,9 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
         self.settings.ranking.check_modes(modes)
         check_finetune(self.settings.lora, self.device)
         dispatching.check_dispatch(self.settings.mllm)
+        name = self.settings.mllm.mllm
+        if not is_server(name) and (why := splitting.why_not(name, self.settings.mllm)):
+            raise why
         ranks_all = "full" in modes.values()
         # trained, and written, by the main process alone; the others then find what it has left
         self.reranker = (
