@@ -6,6 +6,7 @@ model; in one process, call `collect`.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -32,6 +33,12 @@ def settings(world: Path, out: Path, more: dict[str, Any]) -> dict[str, Any]:
     return keys | {
         "data_path": str(world / "data"), "mllm": str(world / keys["mllm"]), "checkpoint_dir": str(out / "saved"),
     }  # fmt: skip
+
+
+def words(world: Path, out: Path, **more: Any) -> list[str]:
+    """Return a case's configuration as a command line says it."""
+    keys = settings(world, out, {"mllm": "llama", **more})
+    return ["--model=MLLMMSR", "--dataset=steps", *(f"--{k}={json.dumps(v).replace(' ', '')}" for k, v in keys.items())]
 
 
 def collect(world: Path, out: Path) -> dict[str, Any]:

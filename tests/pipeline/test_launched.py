@@ -1,14 +1,11 @@
 """Several real processes (torchrun, gloo) against one: the same losses, adapters, scores and metrics."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from unittest.mock import Mock
 
 import launched_runs
 import numpy as np
@@ -16,20 +13,11 @@ import pytest
 import small_world
 import tiny_models
 import torch
-import yaml
 from launching import FSDP, ROOT, ZERO, launched
-from safetensors.torch import load_file, save_file
 
 from recbole_mllm.cli import main
-from recbole_mllm.errors import UserError
 from recbole_mllm.mllm import splitting
-from recbole_mllm.mllm.server import ServerModel
-from recbole_mllm.model.stages import make_stage
 from recbole_mllm.resources import PROPERTIES
-from recbole_mllm.settings import Settings
-from recbole_mllm.summaries.estimate import estimate
-from recbole_mllm.summaries.stage import claiming, user_scribe
-from recbole_mllm.summaries.users import Plan
 from recbole_mllm.training.checkpoint import read_checkpoint
 
 
@@ -147,11 +135,6 @@ sys.exit(main())
 """
 
 
-def words_of(world, folder, **more):
-    keys = launched_runs.settings(world, folder, {"mllm": "llama", **more})
-    return ["--model=MLLMMSR", "--dataset=steps", *(f"--{k}={json.dumps(v).replace(' ', '')}" for k, v in keys.items())]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("rank", "how", "then", "split"), [("1", {}, 1, {}), ("0", {}, 3, {}), ("1", ZERO, 3, FSDP)])
 def test_a_killed_process_ends_the_others_with_a_word_and_another_number_goes_on(
@@ -159,7 +142,7 @@ def test_a_killed_process_ends_the_others_with_a_word_and_another_number_goes_on
 ):
     script = tmp_path / "killed.py"
     script.write_text(KILLED.format(rank=rank))
-    done = launched(2, [script, *words_of(world, tmp_path, checkpoint_every_steps=3)], tmp_path, **how)
+    done = launched(2, [script, *launched_runs.words(world, tmp_path, checkpoint_every_steps=3)], tmp_path, **how)
     said = done.stdout + done.stderr
     # who notices first on a busy machine: the other process, or the launcher, which then ends it
     words = "another process of this run has ended without a word", "the launcher has ended this process"
@@ -167,7 +150,7 @@ def test_a_killed_process_ends_the_others_with_a_word_and_another_number_goes_on
     (last,) = (tmp_path / "saved").glob("*.last.pth")
     assert read_checkpoint(last, torch.device("cpu"))["training"]["place"][:2] == (1, 4)
 
-    words = words_of(world, tmp_path, checkpoint_every_steps=3, resume="auto")
+    words = launched_runs.words(world, tmp_path, checkpoint_every_steps=3, resume="auto")
     again = launched(then, [ROOT / "run_recbole_mllm.py", *words], tmp_path, **split)
     assert again.returncode == 0, again.stderr[-3000:]
     found = read_checkpoint(last, torch.device("cpu"))
@@ -200,10 +183,12 @@ sys.exit(main())
 def test_a_process_killed_while_it_scores_costs_the_scoring_alone(alone, world, tmp_path):
     script = tmp_path / "killed.py"
     script.write_text(KILLED_SCORING)
-    done = launched(2, [script, *words_of(world, tmp_path, checkpoint_every_steps=3)], tmp_path)
+    done = launched(2, [script, *launched_runs.words(world, tmp_path, checkpoint_every_steps=3)], tmp_path)
     assert done.returncode != 0 and "epoch 1 training" in done.stderr and "test:" not in done.stdout
     again = launched(
-        3, [ROOT / "run_recbole_mllm.py", *words_of(world, tmp_path, checkpoint_every_steps=3, resume="auto")], tmp_path
+        3,
+        [ROOT / "run_recbole_mllm.py", *launched_runs.words(world, tmp_path, checkpoint_every_steps=3, resume="auto")],
+        tmp_path,
     )
     assert again.returncode == 0 and " training [" not in again.stderr, again.stderr[-3000:]
     wanted = "  ".join(f"{name} {value:.4f}" for name, value in alone["text"]["test"].items() if name != "AUC")
@@ -233,238 +218,11 @@ def test_what_cannot_be_had_together_is_one_clear_line(world, tmp_path, monkeypa
     file.write_text(f"{text}\n")
     before = signal.getsignal(signal.SIGTERM)
     try:
-        assert main([*words_of(world, tmp_path), f"--config_files={file}"]) == 2
+        assert main([*launched_runs.words(world, tmp_path), f"--config_files={file}"]) == 2
     finally:
         signal.signal(signal.SIGTERM, before)
     (line,) = capsys.readouterr().err.splitlines()
     assert wanted in line
-
-
-SUMMARIES = {
-    "summary_mode": "recurrent", "item_summary": "fused", "use_image": True, "mllm": "llava", "item_summary_tokens": 6,
-    "user_summary_tokens": 6, "limit_users": 6, "train_last_k": 1, "epochs": 1,
-}  # fmt: skip
-
-
-def summarised(world, folder, count, how, command=("summarize",), script=ROOT / "run_recbole_mllm.py", **more):
-    """Run `command` in `count` processes; return what the launcher said and the files of summaries."""
-    if not (folder / "data").exists():
-        folder.mkdir(exist_ok=True)
-        small_world.write(folder / "data")
-    words = [w for w in words_of(world, folder, **SUMMARIES | more) if not w.startswith(("--data_path", "--model"))]
-    words = [script, *command, *words, f"--data_path={folder / 'data'}"]
-    done = launched(count, words, folder, **how)
-    return done, {path.name: path.read_bytes() for path in (folder / "data" / "steps").glob("*.?sum")}
-
-
-@pytest.fixture(scope="module")
-def summaries_alone(world, tmp_path_factory):
-    done, files = summarised(world, tmp_path_factory.mktemp("one"), 1, {})
-    assert done.returncode == 0 and len(files) == 2, done.stderr[-2000:]
-    return files
-
-
-TOLD_ALIVE = """
-import sys, weakref
-from recbole_mllm import ranks
-from recbole_mllm.mllm.hf import HFModel
-stock, loaded = HFModel.split, []
-def split(self):
-    alive = sum(part() is not None for part in loaded)
-    loaded.extend(weakref.ref(module) for module in self.model.modules())
-    stock(self)
-    print(f"process {ranks.rank()}: {alive} parts alive of models before\\n", end="", flush=True)
-HFModel.split = split
-from recbole_mllm.cli import main
-sys.exit(main())
-"""
-
-
-# of six processes some have nothing to write
-SPLIT_WRITERS = [(2, ZERO), (2, FSDP), (6, FSDP)]
-
-
-@pytest.mark.parametrize(
-    ("count", "how"),
-    [pytest.param(*SPLIT_WRITERS[0], id="2 DeepSpeed")]
-    + [pytest.param(*pair, marks=SLOW, id=f"{pair[0]} FSDP") for pair in SPLIT_WRITERS[1:]],
-)
-def test_a_model_that_is_split_writes_the_summaries_of_one_that_is_not(world, tmp_path, summaries_alone, count, how):
-    script = tmp_path / "told.py"
-    script.write_text(TOLD_ALIVE)
-    done, files = summarised(world, tmp_path, count, how, script=script)
-    assert done.returncode == 0 and files == summaries_alone, done.stderr[-3000:]
-    told = [line for line in done.stdout.splitlines() if line.startswith("process ")]
-    # the items' summariser is gone before the users' is split, in each process
-    assert len(told) == 2 * count and all(": 0 parts alive" in line for line in told), told
-
-
-@pytest.mark.slow
-def test_a_whole_run_from_nothing_with_every_model_split(world, tmp_path, summaries_alone):
-    said = {}
-    for name, count, how in (("one", 1, {}), ("FSDP", 2, FSDP), ("DeepSpeed", 3, ZERO)):
-        done, files = summarised(world, tmp_path / name, count, how, ["--model=MLLMMSR"])
-        assert done.returncode == 0 and files == summaries_alone, done.stderr[-3000:]
-        said[name] = [line for line in done.stdout.splitlines() if line.startswith(("best valid", "test"))]
-    assert said["one"] == said["FSDP"] == said["DeepSpeed"] and len(said["one"]) == 2
-
-
-def test_a_family_that_cannot_be_split_is_told_before_anything_is_loaded(world, tmp_path, monkeypatch, capsys, caplog):
-    config = json.loads((world / "llama" / "config.json").read_text())
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "config.json").write_text(json.dumps(config | {"model_type": "mistral"}))
-    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", **FSDP}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(sys, "argv", ["pytest"])
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        assert main(words_of(world, tmp_path, mllm=str(other))) == 2  # a whole path stays as it is below another
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert "FSDP does not know the family mistral here" in capsys.readouterr().err.splitlines()[-1]
-
-    settings = Settings.from_config(yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text()))
-    settings = replace(settings, mllm=replace(settings.mllm, user_summarizer=str(other)))
-    make_stage({"data_path": str(world / "data" / "steps")}, settings, torch.device("cpu"))
-    (line,) = [text for text in caplog.messages if "family mistral" in text]
-    assert line.startswith("user_summarizer: ") and line.endswith("only summaries that are there already will do")
-
-
-KILLED_WRITING = """
-import os, signal, sys
-from recbole_mllm.summaries.writing import Scribe
-stock, given = Scribe.give, []
-def give(self, arrived):
-    stock(self, arrived)
-    given.append(self.kind)
-    if given.count("user") == 2 and os.environ["RANK"] == "1":
-        os.kill(os.getpid(), signal.SIGKILL)
-Scribe.give = give
-from recbole_mllm.cli import main
-sys.exit(main())
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("how", [FSDP, ZERO], ids=["FSDP", "DeepSpeed"])
-def test_a_killed_writer_of_a_split_model_ends_the_others_with_a_word(world, tmp_path, summaries_alone, how):
-    script = tmp_path / "killed.py"
-    script.write_text(KILLED_WRITING)
-    done, _ = summarised(world, tmp_path / "run", 2, how, script=script)
-    said = done.stdout + done.stderr
-    words = "another process of this run has ended without a word", "the launcher has ended this process"
-    assert done.returncode != 0 and sum(map(said.count, words)) == 1, said[-3000:]
-    assert "Traceback (most recent call last)" not in said.partition("recbole-mllm:")[0]
-    again, files = summarised(world, tmp_path / "run", 1, {})
-    assert again.returncode == 0 and files == summaries_alone
-    (line,) = [line for line in again.stderr.splitlines() if "item summaries: " in line]
-    assert " 0 written" in line
-    assert not list((tmp_path / "run" / "data" / "steps").glob("*rank*"))
-
-
-@pytest.mark.slow
-def test_weights_that_no_file_has_are_made_in_every_process(world, tmp_path):
-    tiny_models.llava(tmp_path / "llava")
-    (file,) = (tmp_path / "llava").glob("*.safetensors")
-    unread = "vision_tower.post_layernorm"  # LLaVA takes the features of the layer before
-    save_file({name: t for name, t in load_file(file).items() if unread not in name}, file, metadata={"format": "pt"})
-    files = {}
-    for count, how in ((1, {}), (2, FSDP)):
-        done, files[count] = summarised(tmp_path, tmp_path / f"n{count}", count, how)
-        assert done.returncode == 0 and "are left at random" in done.stderr, done.stderr[-3000:]
-    assert files[1] == files[2] and len(files[1]) == 2
-
-
-OUT_OF_MEMORY = """
-import sys, torch
-from recbole_mllm.mllm.splitting import LockStep
-def make_pass(self, *, learns):
-    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-LockStep._pass = make_pass
-from recbole_mllm.cli import main
-sys.exit(main())
-"""
-
-
-@pytest.mark.slow
-def test_a_process_without_memory_for_the_others_passes_says_so_itself(world, tmp_path):
-    script = tmp_path / "memory.py"
-    script.write_text(OUT_OF_MEMORY)
-    done, _ = summarised(world, tmp_path / "run", 2, FSDP, script=script, summarize_batch_size=2)
-    said = done.stdout + done.stderr
-    assert done.returncode != 0 and said.count("recbole-mllm: ") == 1, said[-3000:]
-    assert said.count("recbole-mllm: out of memory; with FSDP a batch cannot be made smaller by itself") == 1
-
-
-@pytest.mark.slow
-def test_an_image_gone_for_one_process_ends_all_that_share_a_split_model(world, tmp_path, summaries_alone):
-    small_world.write(tmp_path / "run" / "data")
-    asked = next(text for name, text in summaries_alone.items() if name.endswith(".isum")).decode().splitlines()[1]
-    (image,) = (tmp_path / "run" / "data" / "steps").rglob(f"{asked.partition(chr(9))[0]}.png")
-    script = tmp_path / "gone.py"
-    script.write_text(
-        f"from pathlib import Path\nGONE = {str(image)!r}\n"
-        + """
-import sys
-from recbole_mllm.mllm.encode import Encoder
-stock = Encoder.__call__
-def encode(self, prompt):
-    if any(str(path) == GONE for path in prompt.images):
-        raise OSError(f"{GONE}: gone")
-    return stock(self, prompt)
-Encoder.__call__ = encode
-from recbole_mllm.cli import main
-sys.exit(main())
-"""
-    )
-    done, _ = summarised(world, tmp_path / "run", 2, FSDP, script=script)
-    said = done.stdout + done.stderr
-    assert done.returncode != 0 and said.count("recbole-mllm: 1 item summaries cannot be written") == 1, said[-3000:]
-
-
-def test_beside_a_server_a_split_model_is_loaded_by_all_for_its_own_summaries_alone(world, monkeypatch):
-    settings = Settings.from_config(yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text()))
-    settings = replace(settings, mllm=replace(settings.mllm, item_summarizer="server:m@http://localhost:9/v1"))
-    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", **FSDP}.items():
-        monkeypatch.setenv(name, value)
-    stage = make_stage({"data_path": str(world / "data" / "steps")}, settings, torch.device("cpu"))
-    assert isinstance(stage.who.load_item(), ServerModel)
-    assert (stage.who.item_is_split, stage.who.user_is_split) == (False, True)
-    with pytest.raises(UserError, match="summaries that all processes had just written are gone"):
-        claiming(user_scribe(stage, Mock())).load()
-
-
-@pytest.fixture
-def one_of_two(world, tmp_path, monkeypatch):
-    """Return a function that runs a command in the main process of two, of which the other will not come."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["pytest"])
-    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", **FSDP}.items():
-        monkeypatch.setenv(name, value)
-    small_world.write(tmp_path / "data")
-    words = [w for w in words_of(world, tmp_path, **SUMMARIES) if not w.startswith(("--data_path", "--model"))]
-    before = signal.getsignal(signal.SIGTERM)
-    yield lambda *command: main([*command, *words, f"--data_path={tmp_path / 'data'}"])
-    signal.signal(signal.SIGTERM, before)
-
-
-def test_what_one_process_does_alone_waits_for_no_other_where_models_are_to_be_split(one_of_two, tmp_path, capsys):
-    assert one_of_two("plan", "--probe") == 0 and "user summaries" in capsys.readouterr().out
-    assert one_of_two("--model=SASRecF", "--item_features=text") == 0 and "test: " in capsys.readouterr().out
-    (texts,) = (tmp_path / "data" / "steps").glob("*.isum")  # of all items, written by a model that is not split
-    assert len(texts.read_text().splitlines()) == 1 + small_world.ITEMS
-
-
-def test_a_dry_run_does_not_try_a_model_that_is_split(world, tmp_path, monkeypatch):
-    keys = {"mllm": str(world / "llama"), "data_path": str(world / "data" / "steps"), "item_summary": "text"}
-    given = yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text()) | keys | {"use_image": False}
-    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", **FSDP}.items():
-        monkeypatch.setenv(name, value)
-    stage = make_stage(given, Settings.from_config(given), torch.device("cpu"))
-    plan = Plan({"u": ["i00", "i01", "i02"]}, {"u": {2}})
-    with pytest.raises(UserError, match="--dry-run lets one process try the model.* start it without FSDP"):
-        estimate(stage, plan, "all")
 
 
 TELLS = """
@@ -501,7 +259,7 @@ def test_deepspeed_splits_a_model_at_its_third_stage_alone_and_says_so(monkeypat
 
 
 def test_a_mistake_is_told_once(world, tmp_path):
-    words = [*words_of(world, tmp_path), "--lora_rr=4"]
+    words = [*launched_runs.words(world, tmp_path), "--lora_rr=4"]
     done = launched(2, [ROOT / "run_recbole_mllm.py", *words], tmp_path)
     assert done.returncode != 0 and (done.stdout + done.stderr).count("recbole-mllm: unknown key 'lora_rr'") == 1
 
@@ -524,7 +282,7 @@ sys.exit(main())
 def test_a_loss_that_is_no_number_in_one_process_stops_all_with_its_rows(world, tmp_path):
     script = tmp_path / "nan.py"
     script.write_text(NAN)
-    done = launched(2, [script, *words_of(world, tmp_path)], tmp_path)
+    done = launched(2, [script, *launched_runs.words(world, tmp_path)], tmp_path)
     said = done.stdout + done.stderr
     assert done.returncode != 0 and said.count("recbole-mllm: ") == 1, said[-3000:]
     assert said.count("recbole-mllm: the training loss is nan in epoch 0") == 1
@@ -545,7 +303,7 @@ def test_a_retriever_and_summaries_are_made_once_and_full_ranking_is_that_of_one
         folder = tmp_path / f"n{count}"
         folder.mkdir()
         small_world.write(folder / "data")
-        words = [w for w in words_of(world, folder, **more) if not w.startswith("--data_path")]
+        words = [w for w in launched_runs.words(world, folder, **more) if not w.startswith("--data_path")]
         done = launched(count, [ROOT / "run_recbole_mllm.py", *words, f"--data_path={folder / 'data'}"], folder)
         assert done.returncode == 0, done.stderr[-3000:]
         said[count] = [line for line in done.stdout.splitlines() if line.startswith(("best valid", "test"))]
