@@ -111,7 +111,7 @@ if __name__ == "__main__":
         os.environ.update(SPLITS[kind])
         found[kind] = collect(world, out / kind)
         for name in SPLITS[kind]:
-            del os.environ[name]
+            os.environ.pop(name, None)  # a model that is loaded may have dropped it
     if ranks.is_main():
         torch.save(found, out / "found.pt")
     ranks.stop()

@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from recbole_mllm import ranks, switches
 from recbole_mllm.errors import UserError
 from recbole_mllm.mllm import zero3
-from recbole_mllm.mllm.architectures import architecture_of, is_known, language_part
+from recbole_mllm.mllm.architectures import can_be_split, language_part
 from recbole_mllm.mllm.loading import family_of
 from recbole_mllm.settings import MLLMSettings
 
@@ -49,7 +49,7 @@ def why_not(name: str, settings: MLLMSettings) -> UserError | None:
     """Return why the model `name` could not be split, as far as its configuration tells: weights are not loaded."""
     how = wanted()
     family = family_of(name, trust_remote_code=settings.trust_remote_code) if how else None
-    return None if how is None or family is None or is_known(family) else _unknown(how, family)
+    return None if how is None or family is None or can_be_split(family) else _unknown(how, family)
 
 
 def _unknown(how: str, family: str) -> UserError:
@@ -87,7 +87,7 @@ def split(model: Any, device: torch.device) -> LockStep:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     _, language = language_part(base)
     layers = _layers(language)
-    if not architecture_of(base).known or not layers:
+    if not can_be_split(base.config.model_type) or not layers:
         raise _unknown(str(how), base.config.model_type)
     if any(all(p.requires_grad for p in layer.parameters()) for layer in layers):
         raise UserError(f"finetune: full cannot be split by {how} here; set finetune: lora")

@@ -110,7 +110,7 @@ def test_a_family_that_cannot_be_split_is_told_before_anything_is_loaded(world, 
     config = json.loads((world / "llama" / "config.json").read_text())
     other = tmp_path / "other"
     other.mkdir()
-    (other / "config.json").write_text(json.dumps(config | {"model_type": "mistral"}))
+    (other / "config.json").write_text(json.dumps(config | {"model_type": "gpt_neox"}))
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", **FSDP}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "argv", ["pytest"])
@@ -121,12 +121,12 @@ def test_a_family_that_cannot_be_split_is_told_before_anything_is_loaded(world, 
         )  # a whole path stays as it is below another
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert "FSDP does not know the family mistral here" in capsys.readouterr().err.splitlines()[-1]
+    assert "FSDP does not know the family gpt_neox here" in capsys.readouterr().err.splitlines()[-1]
 
     settings = Settings.from_config(yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text()))
     settings = replace(settings, mllm=replace(settings.mllm, user_summarizer=str(other)))
     make_stage({"data_path": str(world / "data" / "steps")}, settings, torch.device("cpu"))
-    (line,) = [text for text in caplog.messages if "family mistral" in text]
+    (line,) = [text for text in caplog.messages if "family gpt_neox" in text]
     assert line.startswith("user_summarizer: ") and line.endswith("only summaries that are there already will do")
 
 
