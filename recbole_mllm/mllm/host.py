@@ -16,6 +16,7 @@ from typing import Any
 from recbole_mllm.errors import UserError
 from recbole_mllm.mllm.base import Answer, Decoding
 from recbole_mllm.mllm.chat import answer_of
+from recbole_mllm.mllm.client import by_proxy, make_client
 from recbole_mllm.settings import ServerSettings
 
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
@@ -24,8 +25,9 @@ _LONGEST_RETRY_AFTER_S = 3600.0
 _WORDS = 300  # characters of what a server says that are shown
 _AGAIN = {408, 409, 425, 429}
 _NOT_THE_PROMPTS = {408, 409, 425, 429, 502, 503, 504}  # these say nothing about the prompt itself
+# what reading an answer of any form can raise: a dict for a list, a number beyond all, a thousand brackets
+_UNREADABLE = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
 _TOO_LONG = re.compile(r"context|too long|max(?:imum)?[ _](?:model[ _])?(?:length|tokens)|input length", re.IGNORECASE)
-_NO_KEY = "EMPTY"  # what servers without keys are sent
 
 
 class Kind(Enum):
@@ -53,7 +55,7 @@ class Host:
 
     def __init__(self, url: str, model: str, settings: ServerSettings, key: str | None) -> None:
         self.url, self.model, self.settings, self._key = url, model, settings, key
-        self._client = _client(url, key, settings.server_timeout)
+        self._client = make_client(url, key, settings.server_timeout)
         self._changed = threading.Condition()
         self._failures, self._resume_at, self._last_failed, self._trying = 0, 0.0, 0.0, False
         self._not_before = 0.0  # the server's own word, by Retry-After
@@ -122,7 +124,7 @@ class Host:
             return [str(model.id) for model in self._client.with_options(timeout=_LIST_TIMEOUT_S).models.list().data]
         except openai.APIStatusError as error:
             status = error.status_code
-        except (openai.OpenAIError, ValueError, TypeError, AttributeError):
+        except (openai.OpenAIError, *_UNREADABLE):
             return []
         if status in (401, 403):
             raise UserError(f"server {self.url}: {self._no_entry(status)}")
@@ -144,7 +146,7 @@ class Host:
 
         try:
             return call()
-        except (openai.OpenAIError, ValueError, TypeError, AttributeError) as error:
+        except (openai.OpenAIError, *_UNREADABLE) as error:
             caught = error
         # outside of the handler, so that no traceback chains what the client raised
         if isinstance(caught, openai.APIStatusError):
@@ -154,7 +156,7 @@ class Host:
         if isinstance(caught, openai.APITimeoutError):
             return Trouble(Kind.AGAIN_BUT_COUNT, f"no answer within {self.settings.server_timeout:g} s")
         if isinstance(caught, openai.APIConnectionError):
-            return Trouble(Kind.AGAIN, self._words(str(caught.__cause__ or caught)))
+            return Trouble(Kind.AGAIN, self._words(str(caught.__cause__ or caught)) + by_proxy(self.url))
         return Trouble(Kind.AGAIN_BUT_COUNT, self._words(str(caught)) or "an answer that cannot be read")
 
     def _status(self, status: int, words: str, headers: Mapping[str, str]) -> Trouble:
@@ -192,7 +194,8 @@ class Host:
         for name in ("error", "message", "detail"):
             if isinstance(body, Mapping) and name in body:
                 body = body[name]
-        text = " ".join(str(body or "").split())
+        shown = "".join(letter if letter.isprintable() else " " for letter in str(body or ""))
+        text = " ".join(shown.split())
         return (text.replace(self._key, "***") if self._key else text)[:_WORDS]
 
     def _note(self, outcome: Answer | Trouble, started: float) -> None:
@@ -241,15 +244,3 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
         except ValueError:
             return None
     return min(seconds, _LONGEST_RETRY_AFTER_S) if seconds > 0 else None
-
-
-def _client(url: str, key: str | None, timeout: float) -> Any:
-    """Return a client that follows no redirect and leaves retries to us: they move on to another server."""
-    try:
-        from openai import DefaultHttpxClient, OpenAI
-    except ImportError:
-        raise UserError('models behind a server need the client: pip install "recbole-mllm[server]"') from None
-    for name in ("openai", "httpx", "httpx2", "httpcore", "httpcore2"):  # a line a request, headers at debug level
-        logging.getLogger(name).setLevel(logging.WARNING)
-    transport = DefaultHttpxClient(follow_redirects=False, timeout=timeout)
-    return OpenAI(base_url=url, api_key=key or _NO_KEY, max_retries=0, timeout=timeout, http_client=transport)
