@@ -57,7 +57,8 @@ class Host:
         self.url, self.model, self.settings, self._key = url, model, settings, key
         self._client = make_client(url, key, settings.server_timeout)
         self._changed = threading.Condition()
-        self._failures, self._resume_at, self._last_failed, self._trying = 0, 0.0, 0.0, False
+        self._failures, self._resume_at, self._last_failed = 0, 0.0, 0.0
+        self._passes, self._trial = 0, 0  # the last pass given out; the one that tries a failing server
         self._not_before = 0.0  # the server's own word, by Retry-After
         self._inside = 0  # threads admitted, those of earlier shifts included
         self.failing_since: float | None = None
@@ -67,31 +68,34 @@ class Host:
     def begin(self) -> None:
         """Start on new prompts: a server that was failing is tried at once, unless it asked to be left alone."""
         with self._changed:
-            self._resume_at, self._trying = self._not_before, False
+            self._resume_at, self._trial = self._not_before, 0
             self._changed.notify_all()
 
-    def admit(self, stop: threading.Event) -> bool:
-        """Wait until the server may be asked (then True) or `stop` is set (then False)."""
+    def admit(self, stop: threading.Event) -> int:
+        """Wait until the server may be asked (then a pass, which is never 0) or `stop` is set (then 0)."""
         with self._changed:
             while not stop.is_set():
                 wait = self._resume_at - time.monotonic()
-                full = self._inside >= self.settings.server_concurrency or (self._failures and self._trying)
+                full = self._inside >= self.settings.server_concurrency or (self._failures and self._trial)
                 if wait <= 0 and not full:
-                    self._trying = True
+                    self._passes += 1
                     self._inside += 1
-                    return True
+                    self._trial = self._passes if self._failures else 0
+                    return self._passes
                 self._changed.wait(min(wait, 0.2) if wait > 0 else 0.2)
-        return False
+        return 0
 
-    def release(self) -> None:
-        """Say that an admitted thread had nothing to ask."""
+    def may_ask(self, given: int) -> bool:
+        """Return whether the pass that was `given` still holds: not where the server has failed since."""
         with self._changed:
-            self._trying = False
+            return time.monotonic() >= self._resume_at and (not self._failures or self._trial == given)
 
-    def leave(self) -> None:
-        """Say that an admitted thread is through; each says so once, whatever it did."""
+    def leave(self, given: int) -> None:
+        """Hand the pass back; each is handed back once, whatever was done with it."""
         with self._changed:
             self._inside -= 1
+            if self._trial == given:  # and not where another one tries by now
+                self._trial = 0
             self._changed.notify()
 
     def ask(self, message: dict[str, Any], decoding: Decoding) -> Answer | Trouble:
@@ -204,7 +208,6 @@ class Host:
         But not the time it asked to be left alone: what it was answering meanwhile says nothing against that.
         """
         with self._changed:
-            self._trying = False
             self.answered = self.answered or isinstance(outcome, Answer)
             if isinstance(outcome, Trouble) and outcome.kind in (Kind.AGAIN, Kind.AGAIN_BUT_COUNT):
                 self._failed(outcome, started)
@@ -227,7 +230,7 @@ class Host:
             self._resume_at = max(self._resume_at, now + wait * random.uniform(0.5, 1.0))
             self._last_failed = now
         if trouble.wait is not None:
-            self._not_before = now + trouble.wait * random.uniform(1.0, 1.1)
+            self._not_before = max(self._not_before, now + trouble.wait * random.uniform(1.0, 1.1))
             self._resume_at = max(self._resume_at, self._not_before)
 
 

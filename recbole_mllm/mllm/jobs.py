@@ -1,7 +1,8 @@
 """Prompts on their way to servers: who has which, and which have been away so long that another server is asked too.
 
 A prompt is sent once more, to a server that has room, when it has been away several times as long as answers usually
-take: so neither a server that hangs nor a slow one holds up what waits for its last answers. The first answer counts.
+take, and again after twice that: so neither servers that hang nor slow ones hold up what waits for their last answers.
+The first answer counts.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from recbole_mllm.mllm.base import Ask
@@ -39,6 +41,7 @@ class Jobs:
         self._away: dict[Job, None] = {}  # in the order in which they went
         self._times: deque[float] = deque(maxlen=_USUAL_OF)
         self._usual: float | None = None
+        self._closed = False
 
     def put(self, job: Job) -> None:
         """Let a job wait for a server."""
@@ -46,13 +49,22 @@ class Jobs:
             self._waiting.append(job)
             self._changed.notify()
 
-    def next(self, host: Host, timeout: float) -> Job | None:
-        """Return a job for `host`, waiting for one for at most `timeout` seconds."""
+    def close(self) -> None:
+        """Let nobody wait any longer: what comes next is nothing, at once."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def next(self, host: Host, timeout: float, may_ask: Callable[[], bool]) -> Job | None:
+        """Return a job for `host`, waiting for one for at most `timeout` seconds; none where it `may_ask` no more."""
         with self._changed:
             job = self._overdue(host, _LOST, _LOST_S)
-            if job is None and not self._waiting:
+            if job is None and not self._waiting and not self._closed:
                 self._changed.wait(timeout)
                 job = None if self._waiting else self._overdue(host, _LATE, _LATE_S)
+            if self._closed or not may_ask():  # the server may have failed while this thread waited
+                self._changed.notify()  # whoever put a job there may have woken this thread alone
+                return None
             if job is None and self._waiting:
                 job = self._waiting.popleft()
             if job is not None:
@@ -61,12 +73,15 @@ class Jobs:
             return job
 
     def _overdue(self, host: Host, times: float, least: float) -> Job | None:
-        """Return a job that another server alone has had for long; none for a server that is failing itself."""
+        """Return a job that other servers have had for long; none for a server that is failing itself.
+
+        Each time it is sent once more it is left alone for twice as long, as it may be one that takes long anywhere.
+        """
         if self._usual is None or host.failing_since is not None:
             return None
         now, late = time.monotonic(), max(least, times * self._usual)
         for job in self._away:
-            if len(job.away) == 1 and host not in job.away and now - min(job.away.values()) > late:
+            if host not in job.away and now - max(job.away.values()) > late * 2 ** (len(job.away) - 1):
                 return job
         return None
 

@@ -80,6 +80,7 @@ def serve(work: Work, hosts: Sequence[Host], settings: ServerSettings, asking: A
         shift.run()
     finally:
         shift.stop.set()
+        shift.jobs.close()
 
 
 def _written(host: Host, ask: Ask, shortened: int) -> Callable[[], Answer | Trouble]:
@@ -189,26 +190,23 @@ class _Shift:
 
     def _work(self, host: Host) -> None:
         try:
-            while host.admit(self.stop):
+            while given := host.admit(self.stop):
                 try:
-                    self._one(host)
+                    self._one(host, given)
                 finally:
-                    host.leave()
+                    host.leave(given)
         except Exception as error:  # a bug must stop the run, not hang it
             self.results.put(error)
 
-    def _one(self, host: Host) -> None:
-        job = self.jobs.next(host, _TICK_S)
-        if job is None:
-            host.release()
-        else:
+    def _one(self, host: Host, given: int) -> None:
+        job = self.jobs.next(host, _TICK_S, partial(host.may_ask, given))
+        if job is not None:
             self._settle(job, host, self._ask(job, host))
 
     def _ask(self, job: Job, host: Host) -> Answer | Trouble:
         try:
             request = self.asking(host, job.ask, job.shortened)
         except UserError as error:
-            host.release()
             return Trouble(Kind.REFUSED, str(error))
         outcome = request()
         return replace(outcome, text=f"server {host.url}: {outcome.text}") if isinstance(outcome, Trouble) else outcome
