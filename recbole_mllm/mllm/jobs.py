@@ -55,7 +55,7 @@ class Jobs:
             self._closed = True
             self._changed.notify_all()
 
-    def next(self, host: Host, timeout: float, may_ask: Callable[[], bool]) -> Job | None:
+    def next(self, host: Host, timeout: float, may_ask: Callable[[], bool] = lambda: True) -> Job | None:
         """Return a job for `host`, waiting for one for at most `timeout` seconds; none where it `may_ask` no more."""
         with self._changed:
             job = self._overdue(host, _LOST, _LOST_S)

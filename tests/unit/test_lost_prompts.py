@@ -1,0 +1,101 @@
+"""Who is asked for a prompt, and who else when it has been away for long; under a clock of ours."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from recbole_mllm.mllm import jobs as jobs_module
+from recbole_mllm.mllm.base import Ask, Decoding
+from recbole_mllm.mllm.jobs import Job, Jobs
+from recbole_mllm.prompts import Prompt
+
+
+class Server:
+    """What a queue sees of a server."""
+
+    failing_since = None
+
+
+class Queue:
+    """Jobs of which `usual` seconds are what an answer takes, on a clock that only `now` moves."""
+
+    def __init__(self, patch, usual=0.1):
+        self.now = 50.0
+        patch.setattr(jobs_module, "time", SimpleNamespace(monotonic=lambda: self.now))
+        self.jobs, first = Jobs(), Server()
+        self.put("first")
+        self.next(first)
+        self.now += usual
+        assert self.jobs.back(self.taken, first, answered=True)
+
+    def put(self, name):
+        self.jobs.put(Job(Ask(0, Prompt(name), Decoding(9))))
+
+    def next(self, host, may_ask=True):
+        """Return the name of what `host` gets, if anything."""
+        self.taken = self.jobs.next(host, 0.001, lambda: may_ask)
+        return self.taken and self.taken.ask.prompt.text
+
+
+@pytest.fixture
+def queue(monkeypatch):
+    return Queue(monkeypatch)
+
+
+def hosts(count):
+    return [Server() for _ in range(count)]
+
+
+def test_a_prompt_that_two_servers_lose_goes_to_a_third(queue):
+    one, two, three = hosts(3)
+    queue.put("lost")
+    assert queue.next(one) == "lost"
+    queue.now += 0.4
+    assert queue.next(two) is None  # late, but not yet by half a second
+    queue.now += 0.2
+    assert queue.next(one) is None and queue.next(two) == "lost"
+    queue.now += 0.9
+    assert queue.next(three) is None  # where it takes long anywhere it is left alone for longer each time
+    queue.now += 0.2
+    assert queue.next(three) == "lost"
+    job = queue.taken
+    assert queue.jobs.back(job, three, answered=True)
+    assert not queue.jobs.back(job, one, answered=True) and not queue.jobs.back(job, two, answered=False)
+    queue.now += 99
+    assert [queue.next(host) for host in (one, two, three)] == [None] * 3
+
+
+def test_while_others_wait_a_prompt_is_sent_once_more_only_when_it_is_lost(queue):
+    one, two = hosts(2)
+    for name in ("away", "b", "c"):
+        queue.put(name)
+    assert queue.next(one) == "away"
+    queue.now += 1.9
+    assert queue.next(two) == "b"
+    queue.now += 0.2
+    assert queue.next(two) == "away" and queue.next(two) == "c"
+
+
+def test_a_server_that_fails_is_given_what_waits_but_nothing_that_others_have(queue):
+    one, two = hosts(2)
+    queue.put("away")
+    assert queue.next(one) == "away"
+    queue.now += 9
+    two.failing_since = queue.now
+    assert queue.next(two) is None
+    queue.put("waits")
+    assert queue.next(two) == "waits"
+
+
+def test_a_thread_that_may_not_ask_any_more_leaves_the_prompt_to_the_others(queue):
+    one, two = hosts(2)
+    queue.put("a")
+    assert queue.next(one, may_ask=False) is None
+    assert queue.next(two) == "a"
+
+
+def test_a_closed_queue_hands_out_nothing(queue):
+    (one,) = hosts(1)
+    queue.put("a")
+    queue.jobs.close()
+    assert queue.next(one) is None
