@@ -18,6 +18,7 @@ from recbole_mllm.mllm.host import Host
 
 _LATE, _LATE_S = 3.0, 0.5  # a prompt is late after so many times the usual, and so many seconds, where a server is idle
 _LOST, _LOST_S = 10.0, 2.0  # and even while others wait
+_MOST_LENIENT = 8.0
 _USUAL_OF = 101  # the latest answers of whose times the median is what is usual
 
 
@@ -29,6 +30,7 @@ class Job:
     tries: int = 0
     shortened: int = 0
     away: dict[Host, float] = field(default_factory=dict)
+    lost: bool = False  # sent once more while others waited
     done: bool = False
 
 
@@ -41,6 +43,7 @@ class Jobs:
         self._away: dict[Job, None] = {}  # in the order in which they went
         self._times: deque[float] = deque(maxlen=_USUAL_OF)
         self._usual: float | None = None
+        self._lenient = 1.0  # by how much longer prompts may be away while others wait
         self._closed = False
 
     def put(self, job: Job) -> None:
@@ -58,7 +61,7 @@ class Jobs:
     def next(self, host: Host, timeout: float, may_ask: Callable[[], bool] = lambda: True) -> Job | None:
         """Return a job for `host`, waiting for one for at most `timeout` seconds; none where it `may_ask` no more."""
         with self._changed:
-            job = self._overdue(host, _LOST, _LOST_S)
+            job = lost = self._overdue(host, _LOST * self._lenient, _LOST_S * self._lenient)
             if job is None and not self._waiting and not self._closed:
                 self._changed.wait(timeout)
                 job = None if self._waiting else self._overdue(host, _LATE, _LATE_S)
@@ -68,6 +71,7 @@ class Jobs:
             if job is None and self._waiting:
                 job = self._waiting.popleft()
             if job is not None:
+                job.lost = job.lost or job is lost
                 job.away[host] = time.monotonic()
                 self._away[job] = None
             return job
@@ -95,6 +99,7 @@ class Jobs:
             if job.done:
                 return False
             if answered:
+                self._learn(job, sent)
                 self._times.append(time.monotonic() - sent)
                 self._usual = sorted(self._times)[len(self._times) // 2]
                 job.done = True
@@ -102,3 +107,9 @@ class Jobs:
                 del self._away[job]
                 return True
             return False
+
+    def _learn(self, job: Job, sent: float) -> None:
+        """Send fewer prompts once more where it was for nothing: some rightly take long. More, where it has helped."""
+        if job.lost and job.away:
+            in_vain = sent < min(job.away.values())
+            self._lenient = min(_MOST_LENIENT, self._lenient * 2) if in_vain else max(1.0, self._lenient / 2)

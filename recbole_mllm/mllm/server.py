@@ -135,10 +135,10 @@ class _Shift:
             self.under_way -= sum(not isinstance(result, Exception) for result in arrived)
             refused += [result for result in arrived if isinstance(result, _Refused)]
             done = [result for result in arrived if isinstance(result, tuple)]
-            if done:
-                answered += len(done)
-                shortened += sum(job.shortened > 0 for job, _ in done)
-                self.work.give([(job.ask.place, replace(a, shortened=job.shortened > 0)) for job, a in done])
+            answered += len(done)
+            shortened += sum(job.shortened > 0 for job, _ in done)
+            # nothing too, so that what has arrived is kept while all others take long
+            self.work.give([(job.ask.place, replace(a, shortened=job.shortened > 0)) for job, a in done])
             for result in arrived:
                 if isinstance(result, Exception):
                     raise result

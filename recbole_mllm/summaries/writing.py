@@ -232,8 +232,10 @@ class Scribe:
             self._unkept.append((job.key, answer))
             del self._open[job.key]
             self._tell(job.names, answer.text, job.question.prompt)
-        if len(self._unkept) >= _KEEP_COUNT or time.perf_counter() - self._kept_at > _KEEP_S:
+        if self._unkept and (len(self._unkept) >= _KEEP_COUNT or time.perf_counter() - self._kept_at > _KEEP_S):
             self._keep()
+        elif self.leases is not None:
+            self.leases.renew()
 
     def fail(self, place: int, reason: str) -> None:
         """Note that a prompt cannot be answered, and go on."""

@@ -99,3 +99,27 @@ def test_a_closed_queue_hands_out_nothing(queue):
     queue.put("a")
     queue.jobs.close()
     assert queue.next(one) is None
+
+
+def test_prompts_that_rightly_take_long_are_soon_no_longer_sent_twice(queue):
+    one, two = hosts(2)
+    twice = 0
+    for _ in range(20):
+        queue.put("long")
+        assert queue.next(one) == "long"
+        job = queue.taken
+        queue.put("waits")
+        queue.now += 2.5  # of a usual 0.1
+        if queue.next(two) == "long":
+            twice += 1
+            assert queue.next(two) == "waits"
+        waited = queue.taken
+        queue.now += 0.1
+        assert queue.jobs.back(waited, two, answered=True) and queue.jobs.back(job, one, answered=True)
+        if two in job.away:
+            assert not queue.jobs.back(job, two, answered=True)
+    assert twice == 1
+    queue.put("hangs")
+    queue.next(one)
+    queue.now += 16.1  # ten times the usual, or two seconds, eight times over: for no reason is it left alone longer
+    assert queue.next(two) == "hangs"
