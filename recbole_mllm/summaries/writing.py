@@ -122,6 +122,10 @@ class Scribe:
         self._kept_at = self._started = time.perf_counter()
         try:
             writer.write(self)
+            if self._held:
+                logging.getLogger().info(
+                    f"{len(self._held)} {self.kind} summaries are another process's; waiting for them"
+                )
             while self._held:
                 self._keep()  # or those who hold them may wait for ours
                 time.sleep(_HELD_S)
