@@ -7,6 +7,7 @@ The first answer counts.
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from collections import deque
@@ -19,6 +20,8 @@ from recbole_mllm.mllm.host import Host
 _LATE, _LATE_S = 3.0, 0.5  # a prompt is late after so many times the usual, and so many seconds, where a server is idle
 _LOST, _LOST_S = 10.0, 2.0  # and even while others wait
 _MOST_LENIENT = 8.0
+_TRIES = 5  # times a prompt may draw an error that could be its own doing, and more where errors are common
+_BY_CHANCE = 1e-9
 _USUAL_OF = 101  # the latest answers of whose times the median is what is usual
 
 
@@ -44,12 +47,17 @@ class Jobs:
         self._times: deque[float] = deque(maxlen=_USUAL_OF)
         self._usual: float | None = None
         self._lenient = 1.0  # by how much longer prompts may be away while others wait
+        self._answered, self._in_vain = 0, 0  # prompts, and their tries before that
         self._closed = False
 
     def put(self, job: Job) -> None:
-        """Let a job wait for a server."""
+        """Let a job wait for a server.
+
+        One that drew an error waits at a place by chance: behind a balancer with one broken server of two every second
+        request fails, and a job that kept its place in the turn could be it for ever.
+        """
         with self._changed:
-            self._waiting.append(job)
+            self._waiting.insert(random.randint(0, len(self._waiting)) if job.tries else len(self._waiting), job)
             self._changed.notify()
 
     def close(self) -> None:
@@ -76,6 +84,11 @@ class Jobs:
                 self._away[job] = None
             return job
 
+    def hopeless(self, job: Job) -> bool:
+        """Return whether a prompt has drawn more errors than those did by chance that were answered in the end."""
+        common = self._in_vain / max(1, self._in_vain + self._answered)
+        return job.tries >= _TRIES and common**job.tries < _BY_CHANCE
+
     def _overdue(self, host: Host, times: float, least: float) -> Job | None:
         """Return a job that other servers have had for long; none for a server that is failing itself.
 
@@ -100,6 +113,7 @@ class Jobs:
                 return False
             if answered:
                 self._learn(job, sent)
+                self._answered, self._in_vain = self._answered + 1, self._in_vain + job.tries
                 self._times.append(time.monotonic() - sent)
                 self._usual = sorted(self._times)[len(self._times) // 2]
                 job.done = True

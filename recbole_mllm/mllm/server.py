@@ -19,7 +19,6 @@ from recbole_mllm.mllm.host import Host, Kind, Trouble
 from recbole_mllm.mllm.jobs import Job, Jobs
 from recbole_mllm.settings import ServerSettings
 
-_TRIES = 5  # times a prompt may draw an error that could be its own doing
 _HOPELESS = 3  # prompts refused before any was answered: it is not the prompts
 _TICK_S = 0.2
 _LOOK_S = 3.0  # for which the work waits for what servers list; a slow one is asked all the same
@@ -225,7 +224,7 @@ class _Shift:
         counts = host.answered or not any(other.answered for other in self.hosts)
         job.tries += outcome.kind is Kind.AGAIN_BUT_COUNT and counts
         job.shortened += outcome.kind is Kind.TOO_LONG
-        if outcome.kind is Kind.REFUSED or job.tries >= _TRIES:
+        if outcome.kind is Kind.REFUSED or self.jobs.hopeless(job):
             self.results.put(_Refused(outcome.text))
         else:
             self.jobs.put(job)

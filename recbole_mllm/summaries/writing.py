@@ -123,9 +123,7 @@ class Scribe:
         try:
             writer.write(self)
             if self._held:
-                logging.getLogger().info(
-                    f"{len(self._held)} {self.kind} summaries are another process's; waiting for them"
-                )
+                logging.getLogger().info(f"{len(self._held)} {self.kind} summaries: waiting for another process")
             while self._held:
                 self._keep()  # or those who hold them may wait for ours
                 time.sleep(_HELD_S)

@@ -1,5 +1,6 @@
 """Who is asked for a prompt, and who else when it has been away for long; under a clock of ours."""
 
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -123,3 +124,29 @@ def test_prompts_that_rightly_take_long_are_soon_no_longer_sent_twice(queue):
     queue.next(one)
     queue.now += 16.1  # ten times the usual, or two seconds, eight times over: for no reason is it left alone longer
     assert queue.next(two) == "hangs"
+
+
+def drawn(queue, host, fate):
+    """Ask `host` for 300 prompts, an error where `fate` says so; return how many are given up, and after how many."""
+    for n in range(300):
+        queue.put(str(n))
+    given_up = []
+    while name := queue.next(host):
+        job, well = queue.taken, not fate(name)
+        queue.now += 0.01
+        assert queue.jobs.back(job, host, answered=well)
+        if not well:
+            job.tries += 1
+            if queue.jobs.hopeless(job):
+                given_up.append(job.tries)
+            else:
+                queue.jobs.put(job)
+    return given_up
+
+
+def test_a_server_that_fails_half_of_the_time_loses_no_prompt_and_one_that_is_well_soon_gives_bad_ones_up(queue):
+    (one,), dice = hosts(1), random.Random(1)
+    assert drawn(queue, one, lambda name: name.startswith("29")) == [5] * 11
+    assert drawn(queue, one, lambda name: dice.random() < 0.5) == []
+    given_up = drawn(queue, one, lambda name: name == "7" or dice.random() < 0.5)
+    assert len(given_up) == 1 and 5 < given_up[0] <= 40
