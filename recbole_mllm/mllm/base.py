@@ -64,7 +64,7 @@ class Work(Protocol):
         ...
 
     def give(self, arrived: Sequence[tuple[int, Answer]]) -> None:
-        """Hand over answers, each with its prompt's place; more prompts may wait afterwards."""
+        """Hand over answers, each with its prompt's place, or now and then none; more prompts may wait afterwards."""
         ...
 
     def fail(self, place: int, reason: str) -> None:

@@ -25,6 +25,7 @@ _SPECIAL = re.compile(
 _HALF = 2
 _AS_IS = {"JPEG": "image/jpeg", "PNG": "image/png"}
 _ORIENTATION = 0x0112
+_MOST_TOKENS = 2**31
 
 
 def message(prompt: Prompt, shortened: int = 0) -> dict[str, Any]:
@@ -105,6 +106,11 @@ def data_url(path: Path) -> str:
     return f"data:{mime};base64,{base64.b64encode(data).decode()}"
 
 
+def tokens(count: Any) -> int:
+    """Return a count of tokens that a server tells; 0 for what is none, and what the store could not hold."""
+    return int(count) if isinstance(count, int | float) and 0 <= count < _MOST_TOKENS else 0
+
+
 def answer_of(completion: Any) -> Answer:
     """Return the text of a chat completion, less what the model thought before it, with its costs if the server tells.
 
@@ -113,11 +119,14 @@ def answer_of(completion: Any) -> Answer:
     """
     choices = getattr(completion, "choices", None)
     if not choices or getattr(choices[0], "message", None) is None:
-        raise ValueError("the answer holds no choice; is this URL an OpenAI-compatible /v1?")
+        said = getattr(completion, "error", None)  # some servers put it into an answer of status 200
+        raise ValueError(
+            f"the answer holds no choice{f' but {said}' * bool(said)}; is this URL an OpenAI-compatible /v1?"
+        )
     usage = getattr(completion, "usage", None)
     return Answer(
         (choices[0].message.content or "").rpartition("</think>")[2].strip(),
-        int(getattr(usage, "prompt_tokens", 0) or 0),
-        int(getattr(usage, "completion_tokens", 0) or 0),
+        tokens(getattr(usage, "prompt_tokens", 0)),
+        tokens(getattr(usage, "completion_tokens", 0)),
         choices[0].finish_reason == "length",
     )

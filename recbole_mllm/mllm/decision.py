@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from recbole_mllm.mllm.base import Scored
-from recbole_mllm.mllm.chat import cut, data_url
+from recbole_mllm.mllm.chat import cut, data_url, tokens
 from recbole_mllm.prompts import IMAGE, Prompt
 
 QUESTION = "answer"
@@ -50,13 +50,13 @@ def scored_decision(answer: Any) -> Scored:
     try:
         p = float(answer["answers"][QUESTION]["noul"])
         usage = answer.get("usage") or {}
-        tokens = int(usage.get("input_tokens") or 0)
+        read = tokens(usage.get("input_tokens"))
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError("the decision holds no probability") from error
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"the decision's probability is {p}")
     p = min(max(p, _TINY), _BELOW_ONE)
-    return Scored("", tokens, 0, log_odds=math.log(p) - math.log1p(-p))
+    return Scored("", read, 0, log_odds=math.log(p) - math.log1p(-p))
 
 
 def scored_completion(completion: Any, words: tuple[str, str]) -> Scored:
@@ -66,7 +66,7 @@ def scored_completion(completion: Any, words: tuple[str, str]) -> Scored:
     difference keeps its sign and can only be too small. If neither is there, nothing is known: 0.
 
     Raises:
-        ValueError: There are no log-probabilities in the answer.
+        ValueError: There are no log-probabilities in the answer, or such as are no numbers.
     """
     try:
         told = completion.choices[0].logprobs.content[0].top_logprobs
@@ -76,12 +76,14 @@ def scored_completion(completion: Any, words: tuple[str, str]) -> Scored:
     if not entries:
         raise ValueError("the answer holds no log-probabilities; the server must give top_logprobs")
     usage = getattr(completion, "usage", None)
-    tokens = int(getattr(usage, "prompt_tokens", 0) or 0)
+    read = tokens(getattr(usage, "prompt_tokens", 0))
     yes, no = spelt(entries, words)
     least = min(value for _, value in entries)
     missing = (yes is None) + (no is None)
     odds = 0.0 if missing == len(words) else (least if yes is None else yes) - (least if no is None else no)
-    return Scored("", tokens, 1, log_odds=odds, missing=missing)
+    if not math.isfinite(odds):
+        raise ValueError("the answer's log-probabilities are no numbers")
+    return Scored("", read, 1, log_odds=odds, missing=missing)
 
 
 def spelt(entries: Iterable[tuple[str, float]], words: tuple[str, str]) -> tuple[float | None, float | None]:

@@ -16,6 +16,7 @@ from typing import Any
 from recbole_mllm.errors import UserError
 from recbole_mllm.mllm.base import Answer, Decoding
 from recbole_mllm.mllm.chat import answer_of
+from recbole_mllm.mllm.client import by_proxy, make_client
 from recbole_mllm.settings import ServerSettings
 
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
@@ -24,8 +25,9 @@ _LONGEST_RETRY_AFTER_S = 3600.0
 _WORDS = 300  # characters of what a server says that are shown
 _AGAIN = {408, 409, 425, 429}
 _NOT_THE_PROMPTS = {408, 409, 425, 429, 502, 503, 504}  # these say nothing about the prompt itself
+# what reading an answer of any form can raise: a dict for a list, a number beyond all, a thousand brackets
+_UNREADABLE = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
 _TOO_LONG = re.compile(r"context|too long|max(?:imum)?[ _](?:model[ _])?(?:length|tokens)|input length", re.IGNORECASE)
-_NO_KEY = "EMPTY"  # what servers without keys are sent
 
 
 class Kind(Enum):
@@ -53,9 +55,10 @@ class Host:
 
     def __init__(self, url: str, model: str, settings: ServerSettings, key: str | None) -> None:
         self.url, self.model, self.settings, self._key = url, model, settings, key
-        self._client = _client(url, key, settings.server_timeout)
+        self._client = make_client(url, key, settings.server_timeout)
         self._changed = threading.Condition()
-        self._failures, self._resume_at, self._last_failed, self._trying = 0, 0.0, 0.0, False
+        self._failures, self._resume_at, self._last_failed = 0, 0.0, 0.0
+        self._passes, self._trial = 0, 0  # the last pass given out; the one that tries a failing server
         self._not_before = 0.0  # the server's own word, by Retry-After
         self._inside = 0  # threads admitted, those of earlier shifts included
         self.failing_since: float | None = None
@@ -65,31 +68,34 @@ class Host:
     def begin(self) -> None:
         """Start on new prompts: a server that was failing is tried at once, unless it asked to be left alone."""
         with self._changed:
-            self._resume_at, self._trying = self._not_before, False
+            self._resume_at, self._trial = self._not_before, 0
             self._changed.notify_all()
 
-    def admit(self, stop: threading.Event) -> bool:
-        """Wait until the server may be asked (then True) or `stop` is set (then False)."""
+    def admit(self, stop: threading.Event) -> int:
+        """Wait until the server may be asked (then a pass, which is never 0) or `stop` is set (then 0)."""
         with self._changed:
             while not stop.is_set():
                 wait = self._resume_at - time.monotonic()
-                full = self._inside >= self.settings.server_concurrency or (self._failures and self._trying)
+                full = self._inside >= self.settings.server_concurrency or (self._failures and self._trial)
                 if wait <= 0 and not full:
-                    self._trying = True
+                    self._passes += 1
                     self._inside += 1
-                    return True
+                    self._trial = self._passes if self._failures else 0
+                    return self._passes
                 self._changed.wait(min(wait, 0.2) if wait > 0 else 0.2)
-        return False
+        return 0
 
-    def release(self) -> None:
-        """Say that an admitted thread had nothing to ask."""
+    def may_ask(self, given: int) -> bool:
+        """Return whether the pass that was `given` still holds: not where the server has failed since."""
         with self._changed:
-            self._trying = False
+            return time.monotonic() >= self._resume_at and (not self._failures or self._trial == given)
 
-    def leave(self) -> None:
-        """Say that an admitted thread is through; each says so once, whatever it did."""
+    def leave(self, given: int) -> None:
+        """Hand the pass back; each is handed back once, whatever was done with it."""
         with self._changed:
             self._inside -= 1
+            if self._trial == given:  # and not where another one tries by now
+                self._trial = 0
             self._changed.notify()
 
     def ask(self, message: dict[str, Any], decoding: Decoding) -> Answer | Trouble:
@@ -122,7 +128,7 @@ class Host:
             return [str(model.id) for model in self._client.with_options(timeout=_LIST_TIMEOUT_S).models.list().data]
         except openai.APIStatusError as error:
             status = error.status_code
-        except (openai.OpenAIError, ValueError, TypeError, AttributeError):
+        except (openai.OpenAIError, *_UNREADABLE):
             return []
         if status in (401, 403):
             raise UserError(f"server {self.url}: {self._no_entry(status)}")
@@ -144,7 +150,7 @@ class Host:
 
         try:
             return call()
-        except (openai.OpenAIError, ValueError, TypeError, AttributeError) as error:
+        except (openai.OpenAIError, *_UNREADABLE) as error:
             caught = error
         # outside of the handler, so that no traceback chains what the client raised
         if isinstance(caught, openai.APIStatusError):
@@ -154,7 +160,7 @@ class Host:
         if isinstance(caught, openai.APITimeoutError):
             return Trouble(Kind.AGAIN_BUT_COUNT, f"no answer within {self.settings.server_timeout:g} s")
         if isinstance(caught, openai.APIConnectionError):
-            return Trouble(Kind.AGAIN, self._words(str(caught.__cause__ or caught)))
+            return Trouble(Kind.AGAIN, self._words(str(caught.__cause__ or caught)) + by_proxy(self.url))
         return Trouble(Kind.AGAIN_BUT_COUNT, self._words(str(caught)) or "an answer that cannot be read")
 
     def _status(self, status: int, words: str, headers: Mapping[str, str]) -> Trouble:
@@ -192,7 +198,8 @@ class Host:
         for name in ("error", "message", "detail"):
             if isinstance(body, Mapping) and name in body:
                 body = body[name]
-        text = " ".join(str(body or "").split())
+        shown = "".join(letter if letter.isprintable() else " " for letter in str(body or ""))
+        text = " ".join(shown.split())
         return (text.replace(self._key, "***") if self._key else text)[:_WORDS]
 
     def _note(self, outcome: Answer | Trouble, started: float) -> None:
@@ -201,7 +208,6 @@ class Host:
         But not the time it asked to be left alone: what it was answering meanwhile says nothing against that.
         """
         with self._changed:
-            self._trying = False
             self.answered = self.answered or isinstance(outcome, Answer)
             if isinstance(outcome, Trouble) and outcome.kind in (Kind.AGAIN, Kind.AGAIN_BUT_COUNT):
                 self._failed(outcome, started)
@@ -224,7 +230,7 @@ class Host:
             self._resume_at = max(self._resume_at, now + wait * random.uniform(0.5, 1.0))
             self._last_failed = now
         if trouble.wait is not None:
-            self._not_before = now + trouble.wait * random.uniform(1.0, 1.1)
+            self._not_before = max(self._not_before, now + trouble.wait * random.uniform(1.0, 1.1))
             self._resume_at = max(self._resume_at, self._not_before)
 
 
@@ -241,15 +247,3 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
         except ValueError:
             return None
     return min(seconds, _LONGEST_RETRY_AFTER_S) if seconds > 0 else None
-
-
-def _client(url: str, key: str | None, timeout: float) -> Any:
-    """Return a client that follows no redirect and leaves retries to us: they move on to another server."""
-    try:
-        from openai import DefaultHttpxClient, OpenAI
-    except ImportError:
-        raise UserError('models behind a server need the client: pip install "recbole-mllm[server]"') from None
-    for name in ("openai", "httpx", "httpx2", "httpcore", "httpcore2"):  # a line a request, headers at debug level
-        logging.getLogger(name).setLevel(logging.WARNING)
-    transport = DefaultHttpxClient(follow_redirects=False, timeout=timeout)
-    return OpenAI(base_url=url, api_key=key or _NO_KEY, max_retries=0, timeout=timeout, http_client=transport)

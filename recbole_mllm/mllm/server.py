@@ -19,7 +19,6 @@ from recbole_mllm.mllm.host import Host, Kind, Trouble
 from recbole_mllm.mllm.jobs import Job, Jobs
 from recbole_mllm.settings import ServerSettings
 
-_TRIES = 5  # times a prompt may draw an error that could be its own doing
 _HOPELESS = 3  # prompts refused before any was answered: it is not the prompts
 _TICK_S = 0.2
 _LOOK_S = 3.0  # for which the work waits for what servers list; a slow one is asked all the same
@@ -80,6 +79,7 @@ def serve(work: Work, hosts: Sequence[Host], settings: ServerSettings, asking: A
         shift.run()
     finally:
         shift.stop.set()
+        shift.jobs.close()
 
 
 def _written(host: Host, ask: Ask, shortened: int) -> Callable[[], Answer | Trouble]:
@@ -134,10 +134,10 @@ class _Shift:
             self.under_way -= sum(not isinstance(result, Exception) for result in arrived)
             refused += [result for result in arrived if isinstance(result, _Refused)]
             done = [result for result in arrived if isinstance(result, tuple)]
-            if done:
-                answered += len(done)
-                shortened += sum(job.shortened > 0 for job, _ in done)
-                self.work.give([(job.ask.place, replace(a, shortened=job.shortened > 0)) for job, a in done])
+            answered += len(done)
+            shortened += sum(job.shortened > 0 for job, _ in done)
+            # nothing too, so that what has arrived is kept while all others take long
+            self.work.give([(job.ask.place, replace(a, shortened=job.shortened > 0)) for job, a in done])
             for result in arrived:
                 if isinstance(result, Exception):
                     raise result
@@ -189,26 +189,23 @@ class _Shift:
 
     def _work(self, host: Host) -> None:
         try:
-            while host.admit(self.stop):
+            while given := host.admit(self.stop):
                 try:
-                    self._one(host)
+                    self._one(host, given)
                 finally:
-                    host.leave()
+                    host.leave(given)
         except Exception as error:  # a bug must stop the run, not hang it
             self.results.put(error)
 
-    def _one(self, host: Host) -> None:
-        job = self.jobs.next(host, _TICK_S)
-        if job is None:
-            host.release()
-        else:
+    def _one(self, host: Host, given: int) -> None:
+        job = self.jobs.next(host, _TICK_S, partial(host.may_ask, given))
+        if job is not None:
             self._settle(job, host, self._ask(job, host))
 
     def _ask(self, job: Job, host: Host) -> Answer | Trouble:
         try:
             request = self.asking(host, job.ask, job.shortened)
         except UserError as error:
-            host.release()
             return Trouble(Kind.REFUSED, str(error))
         outcome = request()
         return replace(outcome, text=f"server {host.url}: {outcome.text}") if isinstance(outcome, Trouble) else outcome
@@ -227,7 +224,7 @@ class _Shift:
         counts = host.answered or not any(other.answered for other in self.hosts)
         job.tries += outcome.kind is Kind.AGAIN_BUT_COUNT and counts
         job.shortened += outcome.kind is Kind.TOO_LONG
-        if outcome.kind is Kind.REFUSED or job.tries >= _TRIES:
+        if outcome.kind is Kind.REFUSED or self.jobs.hopeless(job):
             self.results.put(_Refused(outcome.text))
         else:
             self.jobs.put(job)

@@ -60,8 +60,12 @@ class Leases:
         return {key: owner for key, owner in leases.items() if owner != self._owner}
 
     def release(self, keys: Iterable[str]) -> None:
-        """Give back leases on what has been kept; those on other answers are renewed from time to time."""
+        """Give back leases on what has been kept."""
         self._quietly("DELETE FROM leases WHERE key = ? AND owner = ?", [(key, self._owner) for key in keys])
+        self.renew()
+
+    def renew(self) -> None:
+        """Say from time to time that this process is still at work on what it has claimed."""
         if time.time() - self._renewed > _RENEW_S:
             self._renewed = time.time()
             self._quietly("UPDATE leases SET until = ? WHERE owner = ?", [(time.time() + _LEASE_S, self._owner)])

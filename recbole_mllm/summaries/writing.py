@@ -122,6 +122,8 @@ class Scribe:
         self._kept_at = self._started = time.perf_counter()
         try:
             writer.write(self)
+            if self._held:
+                logging.getLogger().info(f"{len(self._held)} {self.kind} summaries: waiting for another process")
             while self._held:
                 self._keep()  # or those who hold them may wait for ours
                 time.sleep(_HELD_S)
@@ -232,8 +234,10 @@ class Scribe:
             self._unkept.append((job.key, answer))
             del self._open[job.key]
             self._tell(job.names, answer.text, job.question.prompt)
-        if len(self._unkept) >= _KEEP_COUNT or time.perf_counter() - self._kept_at > _KEEP_S:
+        if self._unkept and (len(self._unkept) >= _KEEP_COUNT or time.perf_counter() - self._kept_at > _KEEP_S):
             self._keep()
+        elif self.leases is not None:
+            self.leases.renew()
 
     def fail(self, place: int, reason: str) -> None:
         """Note that a prompt cannot be answered, and go on."""

@@ -116,6 +116,13 @@ def test_without_log_probabilities_it_says_so():
         asked(Planned(), questions(3), replace(SETTINGS, server_patience=1.0))
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_log_probabilities_that_are_no_numbers_are_no_score(value):
+    replies = [logprobs(Yes=value, No=-1.0), logprobs(Yes=-1.0, No=-2.0)]
+    _, scores = asked(Planned(lambda n, text: replies[min(n, 1)]), questions())
+    assert scores == pytest.approx([1.0])
+
+
 @pytest.mark.parametrize("status", [404, 405])
 def test_typed_decisions_are_preferred_and_their_absence_is_found_out_once_a_thread(status):
     planned = Planned(lambda n, text: logprobs(Yes=-1.0, No=-2.0), decide=lambda body: error(status))
