@@ -34,21 +34,15 @@ def test_the_fit_is_that_of_the_times_it_stands_beside():
 
 
 def test_what_it_says_of_ten_thousand_users_follows_from_its_figures():
-    later = re.search(r"summaries (\d+) and ([\d,]+) s,\sSFT and validation (\d+) and ([\d,]+) s", PAGE).groups()
-    small, large = ([float(text.replace(",", "")) for text in later[place::2]] for place in (0, 1))
-    factors, exponents, told = (
-        [float(text.replace(",", "")) for text in re.search(words, PAGE).groups()]
-        for words in (
-            r"which is ([\d.]+) and ([\d.]+) times",
-            r"exponents of ([\d.]+) and ([\d.]+)\.",
-            r"foretells ([\d,]+) and ([\d,]+) s",
-        )
-    )
-    for i, (_, *times, _, _) in enumerate(TIMED[:2]):
-        assert large[i] / small[i] == pytest.approx(factors[i], abs=0.06)
-        assert np.log10(large[i] / small[i]) == pytest.approx(exponents[i], abs=0.006)
+    row = r"^\| ([\w ]+) \| (\d+) s \| ([\d,]+) s \| ([\d.]+) \| ([\d.]+) \| ([\d,]+) s \|$"
+    found = re.findall(row, PAGE, re.MULTILINE)
+    assert [name for name, *_ in found] == [name for name, *_ in TIMED]
+    for (_, *told), (_, *times, _, _) in zip(found, TIMED, strict=True):
+        small, large, factor, exponent, foretold = (float(text.replace(",", "")) for text in told)
+        assert large / small == pytest.approx(factor, abs=0.06)
+        assert np.log10(large / small) == pytest.approx(exponent, abs=0.006)
         power, level = np.polyfit(np.log([125, 250, 500]), np.log(np.array(times, float)), 1)
-        assert np.exp(level + power * np.log(10_000)) == pytest.approx(told[i], abs=0.6)
+        assert np.exp(level + power * np.log(10_000)) == pytest.approx(foretold, abs=0.6)
 
 
 def test_the_bill_is_its_hours_at_the_rate_it_names():
