@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -83,9 +82,7 @@ def one_model(make: MakeScribe) -> Iterator[MakeScribe]:
         return scribe
 
     yield made
-    if loaded:
-        loaded.clear()
-        gc.collect()  # a model is a web of references in circles, and would stay beside the next one
+    loaded.clear()
 
 
 def claiming(scribe: Scribe) -> Scribe:

@@ -6,7 +6,7 @@ import launched_runs
 import small_world
 import tiny_models
 
-from recbole_mllm.mllm.hf import HFModel
+from recbole_mllm.mllm import hf
 from recbole_mllm.quick_start import make_config, run
 
 KEYS = {
@@ -18,14 +18,15 @@ KEYS = {
 def test_one_summariser_at_a_time_and_none_beside_what_is_trained(tmp_path, monkeypatch):
     small_world.write(tmp_path / "data")
     tiny_models.llava(tmp_path / "llava")
-    stock, models, alive = HFModel.__init__, [], []
+    stock, models, alive = hf.load, [], []
 
-    def load(self, *args, **kwargs):
+    def load(*args, **kwargs):
         alive.append(sum(model() is not None for model in models))
-        stock(self, *args, **kwargs)
-        models.append(weakref.ref(self.model))
+        loaded = stock(*args, **kwargs)
+        models.append(weakref.ref(loaded.model))
+        return loaded
 
-    monkeypatch.setattr(HFModel, "__init__", load)
+    monkeypatch.setattr(hf, "load", load)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["pytest"])
     run(make_config("MLLMMSR", "steps", [], launched_runs.settings(tmp_path, tmp_path, KEYS)))
