@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -13,7 +14,6 @@ from torch import Tensor
 from recbole_mllm.mllm import dispatching, splitting
 from recbole_mllm.mllm.answering import answer
 from recbole_mllm.mllm.base import Work
-from recbole_mllm.mllm.batching import free_memory
 from recbole_mllm.mllm.encode import IMAGE_BYTES, AnswerTokens, Encoded, Encoder, answer_tokens, image_bytes
 from recbole_mllm.mllm.forward import Body
 from recbole_mllm.mllm.loading import Loaded, dtype_of, load
@@ -43,7 +43,7 @@ class HFModel:
         """
         dtype = dtype_of(settings.dtype, device)
         if loaded is None:
-            free_memory()  # a model is a web of references in circles: the one before would stay beside this one
+            gc.collect()  # a model is a web of references in circles: the one before would stay beside this one
             at = torch.device("cpu") if to_split else device
             placed = dispatching.placement(settings, device)
             trusted = settings.trust_remote_code
