@@ -190,6 +190,7 @@ def _quiet(common: Parser) -> Parser:
     """Return a copy of the common options whose defaults do not overwrite what stood before the command."""
     copy = Parser(add_help=False, argument_default=argparse.SUPPRESS)
     for action in common._actions:
+        # argparse takes back the `type` it keeps, which its stubs do not know
         copy.add_argument(*action.option_strings, type=action.type, help=action.help)  # type: ignore[arg-type]
     return copy
 

@@ -66,7 +66,7 @@ def read_text_as_objects(dataset: ModuleType) -> None:
                 frame[name] = text.where(text.notna(), "" if str(name).endswith("_seq") else np.nan)
         return frame
 
-    dataset.pd = _Pandas(pandas, read_csv)  # type: ignore[attr-defined]
+    dataset.pd = _Pandas(pandas, read_csv)  # type: ignore[attr-defined]  # the module's own name, patched
 
 
 def read_past_marks(dataset: ModuleType) -> None:
@@ -79,7 +79,7 @@ def read_past_marks(dataset: ModuleType) -> None:
         plain = mode == "r" and (encoding or "utf-8").lower() in ("utf-8", "utf8")
         return open(file, mode, encoding="utf-8-sig" if plain else encoding)
 
-    dataset.open = open_text  # type: ignore[attr-defined]
+    dataset.open = open_text  # type: ignore[attr-defined]  # found before the built-in one
 
 
 def fill_nan_by_assignment(dataset: ModuleType) -> None:

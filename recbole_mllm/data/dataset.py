@@ -16,7 +16,7 @@ from recbole_mllm.data.schema import POSITION
 from recbole_mllm.settings import EvaluationSettings, TrainSettings
 
 
-class MLLMMSRDataset(SequentialDataset):  # type: ignore[misc]
+class MLLMMSRDataset(SequentialDataset):  # type: ignore[misc]  # RecBole is untyped
     """Adds to RecBole's rows the number of interactions before them, before ``MAX_ITEM_LIST_LENGTH`` cuts.
 
     After `build`, the three parts share `histories`, each user's ordered raw item ids, and `positions`, where the

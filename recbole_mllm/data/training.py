@@ -60,7 +60,7 @@ class Negatives:
         return np.isin(users.astype(np.int64) * self._width + items, self._met)
 
 
-class SeededTrainDataLoader(TrainDataLoader):  # type: ignore[misc]
+class SeededTrainDataLoader(TrainDataLoader):  # type: ignore[misc]  # RecBole is untyped
     """RecBole's pointwise training batches, positives then their negatives, known by (seed, epoch) alone.
 
     Where `grouped` is set, the same rows are dealt out so that up to eight rows of an item, positive or negative,

@@ -114,6 +114,7 @@ def install(trainer_class: Any) -> None:
         _log(self, found, users, rows, items)
         return interaction, found.collected.to(scores.device), owner, targets
 
+    # a mark on the function itself, which has no such attribute by its type
     batch_eval.ranks_all = True  # type: ignore[attr-defined]
     trainer_class._full_sort_batch_eval = batch_eval
 

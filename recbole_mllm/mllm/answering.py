@@ -10,8 +10,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
-
 from recbole_mllm.mllm.base import Answer, Ask, Batch, Decoding, Work
 from recbole_mllm.mllm.batching import free_memory, out_of_memory
 from recbole_mllm.mllm.check import UNSUITED, told
@@ -42,13 +40,13 @@ class PlainGeneration:
     def __init__(self, body: Body, encoder: Encoder, stop: frozenset[int], first: Sequence[Ask] = ()) -> None:
         self.body, self.encoder, self.stop, self.first = body, encoder, stop, list(first)
 
-    @torch.inference_mode()
     def run(self, work: Work) -> None:
         """Take prompts from `work` and give their answers until none waits."""
         while asks := self.first or work.take(1):
             self.first = []
             for ask in asks:
-                found = self._answer(ask)
+                with self.body.without_gradients():
+                    found = self._answer(ask)
                 if isinstance(found, Answer):
                     work.give([(ask.place, found)])
                 else:
@@ -96,11 +94,11 @@ def _in_flight(body: Body, encoder: Encoder, stop: frozenset[int], prompt: Promp
     return body.in_flight[kind]
 
 
-@torch.inference_mode()
 def _reads_right(body: Body, encoder: Encoder, prompts: Sequence[Prompt]) -> bool:
     """Whether prompts are read as the model's plain forward pass does, which a few equal words do not show."""
     encoded = [encoder(prompt) for prompt in prompts]
-    way = way_of(body, encoded, sorted(set(encoded[0].ids)))
+    with body.without_gradients():
+        way = way_of(body, encoded, sorted(set(encoded[0].ids)))
     if not prompts[0].images:
         body.way = None  # nothing is known of how images are read; scoring finds out
     return way != "plain"
