@@ -38,6 +38,7 @@ def register() -> None:
     after_import("recbole.config.configurator", read_our_files)
     after_import("recbole.data.dataset", offer_dataset)
     after_import("recbole.data.dataset.dataset", _listed("learn_from_histories"))
+    after_import("recbole.data.dataset.dataset", check_files)
     after_import("recbole.data.dataset.sequential_dataset", _listed("show_latest_items"))
     after_import("recbole.data.utils", prepare_our_way)
     after_import("recbole.model.general_recommender.pop", count_popularity)
@@ -52,6 +53,11 @@ def _listed(name: str) -> Callable[[ModuleType], None]:
         getattr(importlib.import_module("recbole_mllm.data.listed"), name)(module)
 
     return arm
+
+
+def check_files(module: ModuleType) -> None:
+    """Let a damaged atomic file be one line before RecBole reads it (data/dataset/dataset.py:427)."""
+    importlib.import_module("recbole_mllm.data.checking").check_as_read(module)
 
 
 class _ModelFinder(Loader):
