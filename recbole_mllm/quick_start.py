@@ -15,6 +15,7 @@ from recbole.utils import get_model, get_trainer, init_logger, init_seed
 
 from recbole_mllm import ranks
 from recbole_mllm.config import check_keys, check_training, per_model, recbole_config, sections
+from recbole_mllm.data.checking import nothing_left
 from recbole_mllm.data.schema import isum_file, usum_file
 from recbole_mllm.errors import UserError
 from recbole_mllm.evaluation.exchange import write
@@ -96,6 +97,8 @@ def _train(config: Any, saved: bool) -> _Trained:
     log.info(dataset)
     with told_in_a_line("split the dataset", *refused):
         train, valid, test = data_preparation(config, dataset)
+    if not saved and not len(valid):
+        raise nothing_left(dataset, "validate on")
     started = time.perf_counter()
     init_seed(config["seed"] + config["local_rank"], config["reproducibility"])
     with told_in_a_line(f"make the model {config['model']}", *refused):

@@ -192,7 +192,8 @@ def prepare_our_way(utils: ModuleType) -> None:
             _build(Path(config["data_path"]))
             if config["item_features"]:
                 importlib.import_module("recbole_mllm.features.prepare").offer_features(config)
-            dataset = stock(config)
+            with importlib.import_module("recbole_mllm.data.checking").told_what_is_left(config):
+                dataset = stock(config)
             importlib.import_module("recbole_mllm.data.saved").use_now(dataset, config)
             return dataset
 
@@ -200,14 +201,17 @@ def prepare_our_way(utils: ModuleType) -> None:
 
     def make_prepare(stock: Callable[..., Any]) -> Callable[..., Any]:
         def data_preparation(config: Any, dataset: Any) -> Any:
-            train, *rest = stock(config, dataset)
+            checking = importlib.import_module("recbole_mllm.data.checking")
+            with checking.told_what_is_left(config, dataset):
+                train, *rest = stock(config, dataset)
             if hasattr(getattr(train, "_dataset", None), "histories"):  # our dataset, whose rows know their places
                 train = importlib.import_module("recbole_mllm.data.training").SeededTrainDataLoader.of(train)
             loaders = (train, *rest)
-            if config["frozen_candidates"] is not True:
-                return loaders
-            candidates = importlib.import_module("recbole_mllm.evaluation.candidates")
-            return candidates.freeze(config, dataset, *loaders)
+            if config["frozen_candidates"] is True:
+                candidates = importlib.import_module("recbole_mllm.evaluation.candidates")
+                loaders = candidates.freeze(config, dataset, *loaders)
+            checking.check_parts(config, dataset, *loaders)
+            return loaders
 
         return data_preparation
 

@@ -6,12 +6,16 @@ missing time with the mean of all. What is found here is found before that, and 
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+import numpy as np
 
 from recbole_mllm.compat.patching import wrap
 from recbole_mllm.data.atomic import read_columns, read_values
@@ -35,14 +39,12 @@ class Rules:
         ordered: Whether rows are ordered by time, so that the column must be there.
         unique: Whether each id of the first of `ids` may stand in one row only, unless its rows are the same.
         loaded: Whether a column is loaded: numbers of others may be anything.
-        one_row: Whether a file without rows is refused.
     """
 
     ids: tuple[str, ...] = ()
     time: str | None = None
     ordered: bool = False
     unique: bool = False
-    one_row: bool = True
     loaded: Callable[[str], bool] = lambda name: True
     separator: str = "\t"
     words: str = " "
@@ -133,7 +135,7 @@ def check_file(path: Path, rules: Rules) -> None:
                     f"{path}:{number}: {names[unique]} {values[unique]!r} stands in line {first} already, with other "
                     "values; keep one of the two"
                 )
-    if number == 1 and rules.one_row:
+    if number == 1:
         what = _WRITE.get(path.suffix, "remove the file if nothing needs it")
         raise UserError(f"{path} holds no row behind its header; {what}")
 
@@ -192,6 +194,74 @@ def check_as_read(dataset: ModuleType) -> None:
     wrap(dataset.Dataset, "_load_feat", make_feat)
 
 
+@contextmanager
+def told_what_is_left(config: Any, dataset: Any = None) -> Iterator[None]:
+    """Say what RecBole means where it trips over a dataset, yet to be read or made already, of which nothing is left.
+
+    Raises:
+        UserError: Everything has been filtered away, no row is left to train on, or a user has met all items.
+    """
+    try:
+        yield
+    except ValueError as error:
+        said = str(error) if _is_ours(config) else ""
+        if "Some feat is empty" in said:  # data/dataset/dataset.py:1063
+            raise UserError(
+                f"no interaction of {config['dataset']} is left after filtering; loosen user_inter_num_interval, "
+                "item_inter_num_interval, val_interval and the like"
+            ) from error
+        if "num_samples should be a positive" in said:  # torch's sampler of no row
+            raise nothing_left(dataset, "train on") from error
+        if "interacted with all items" in said:  # sampler/sampler.py:257
+            raise all_met(dataset) from error
+        raise
+
+
+def check_parts(config: Any, dataset: Any, train: Any, valid: Any, test: Any) -> None:
+    """Refuse a split that leaves nothing to test on; say so where nothing is left to validate on, which RecBole allows.
+
+    Args:
+        config: RecBole's, of a run of ours or not.
+        dataset: What was split.
+        train, valid, test: The loaders, of the users that will be asked about.
+
+    Raises:
+        UserError: Nothing is left to train or to test on.
+    """
+    if not _is_ours(config):
+        return
+    for loader, to in ((train, "train on"), (test, "test on")):
+        if not len(loader._dataset.inter_feat):
+            raise nothing_left(dataset, to)
+    if not len(valid._dataset.inter_feat):
+        logging.getLogger().warning(f"{nothing_left(dataset, 'validate on')}; the last epoch will be taken as it is")
+
+
+def nothing_left(dataset: Any, to: str) -> UserError:
+    """Return what is said of a split that leaves no row `to` do something with."""
+    name, config = dataset.dataset_name, dataset.config
+    split = (config["eval_args"] or {}).get("split") or {}
+    if dataset.benchmark_filename_list is not None:
+        hint = f"look into {', '.join(f'{name}.{part}.inter' for part in dataset.benchmark_filename_list)}"
+    elif "LS" in split:
+        hint = "leaving one out tests users of at least 3 interactions, and validates on users of at least 4"
+    else:
+        hint = f"eval_args.split is {split}"
+    return UserError(f"no row of {name} is left to {to}, of {dataset.user_num - 1} users; {hint}")
+
+
+def all_met(dataset: Any) -> UserError:
+    """Return what is said where a user has met every item, so that none is left to be drawn as a negative."""
+    rows = dataset.inter_feat
+    users, items = (rows[field].numpy() for field in (dataset.uid_field, dataset.iid_field))
+    met = np.bincount(np.unique(users * dataset.item_num + items) // dataset.item_num)
+    user = dataset.id2token(dataset.uid_field, int(met.argmax()))
+    return UserError(
+        f"user {user} has met all {dataset.item_num - 1} items, so none is left to be drawn as a negative; filter such "
+        "users (user_inter_num_interval), or add items"
+    )
+
+
 def _is_ours(config: Any) -> bool:
     return config["frozen_candidates"] is True or config["model"] == "MLLMMSR"
 
@@ -216,7 +286,6 @@ def _rules(dataset: Any, source: Any) -> Rules | None:
         time=dataset.time_field if kind == "inter" and not ready else None,
         ordered=kind == "inter" and not ready and (config["eval_args"] or {}).get("order") == "TO",
         unique=kind in ("user", "item"),
-        one_row=not ready,
         loaded=_loaded(load, unload),
         separator=config["field_separator"],
         words=config["seq_separator"],
@@ -260,6 +329,4 @@ def _is_suspicious(frame: Any, rules: Rules) -> bool:
 
 
 def _all_finite(column: Any) -> bool:
-    import numpy as np
-
     return bool(np.isfinite(column.to_numpy()).all())

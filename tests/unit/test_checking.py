@@ -252,3 +252,57 @@ def test_a_run_stops_with_exit_code_2_before_a_model_is_loaded(monkeypatch, caps
         assert main(words) == 2
         lines = capsys.readouterr().err.splitlines()
         assert lines[-1].endswith("steps.inter:25: 2 values for 3 columns; check for stray tabs"), words
+
+
+def leaving(lengths, items=40):
+    """Plant users of so many interactions each."""
+    rows = [f"u{u}\ti{(u + t) % items}\t{t}\t1" for u, length in enumerate(lengths) for t in range(length)]
+    plant(inter=text(HEAD, rows), item=text(ITEM_HEAD, [f"i{n}\tx\t1\t0 0" for n in range(items)]))
+
+
+@pytest.mark.parametrize("model", ["BPR", "SASRec", "MLLMMSR"])
+@pytest.mark.parametrize(
+    ("lengths", "keys", "message"),
+    [
+        ([1] * 9, {}, r"no row of x is left to (train|test) on, of 9 users; leaving one out tests users of at least 3"),
+        ([2] * 9, {}, r"no row of x is left to test on, of 9 users; leaving one out"),
+        ([5] * 9, {"user_inter_num_interval": "[100,inf)"}, "no interaction of x is left after filtering; loosen user"),
+        ([5, 5, 40], {}, r"user u2 (has met all 40 items|leaves fewer than 5 items)"),
+        ([36] * 3, {}, r"user u0 leaves fewer than 5 items"),
+    ],
+)
+def test_a_dataset_that_leaves_nothing_is_one_line(model, lengths, keys, message):
+    leaving(lengths)
+    keys = keys | ({"loss_type": "BPR"} if model == "SASRec" else {})
+    with pytest.raises(UserError, match=message):
+        split(model, **keys)
+
+
+def split(model, **keys):
+    from recbole.data import data_preparation
+
+    dataset = load(model, load_col={"inter": ["user_id", "item_id", "timestamp"]}, **keys)
+    return data_preparation(dataset.config, dataset)
+
+
+def test_nothing_to_validate_on_is_told_and_nothing_to_tune_on_refused(caplog):
+    from recbole_mllm.quick_start import make_config, validate
+
+    leaving([3] * 9)
+    split("BPR")
+    assert "no row of x is left to validate on, of 9 users; leaving one out tests users of at least 3" in caplog.text
+    base = {"data_path": ".", "gpu_id": "", "epochs": 1, "frozen_candidates": True, "load_col": None}
+    base["eval_args"] = {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "uni5", "group_by": "user"}
+    with pytest.raises(UserError, match="no row of x is left to validate on"):
+        validate(make_config("BPR", "x", [], base))
+
+
+@pytest.mark.parametrize("part", ["train", "valid", "test"])
+def test_a_benchmark_file_without_rows_is_named(part):
+    folder = plant()
+    head = "user_id:token\titem_id_list:token_seq\titem_id:token\n"
+    for n, name in enumerate(("train", "valid", "test")):
+        row = "" if name == part else f"u{n}\ti1 i2\ti3\n"
+        (folder / f"x.{name}.inter").write_text(head + row)
+    with pytest.raises(UserError, match=rf"x\.{part}\.inter holds no row behind its header; write the interactions"):
+        load("SASRec", loss_type="BPR", benchmark_filename=["train", "valid", "test"])
