@@ -12,7 +12,7 @@ from recbole_mllm.data.schema import store_file
 from recbole_mllm.errors import UserError
 from recbole_mllm.mllm.base import MOST_CHARACTERS
 from recbole_mllm.summaries.shards import shards_of
-from recbole_mllm.summaries.table import wal_of
+from recbole_mllm.summaries.table import check_ours, wal_of
 
 _CHUNK, _SAMPLES = 500, 512
 
@@ -78,6 +78,7 @@ def _opened(path: Path) -> sqlite3.Connection | None:
     how = "mode=ro" if wal_of(path).is_file() else "immutable=1"
     with _readable(path):
         db = sqlite3.connect(f"{path.resolve().as_uri()}?{how}", uri=True)
+        check_ours(db, path)
         if db.execute("SELECT 1 FROM sqlite_master WHERE name = 'answers'").fetchone():
             return db
         db.close()
