@@ -11,7 +11,7 @@ from recbole.utils import init_seed
 from recbole_mllm.benchmark.field import resolve
 from recbole_mllm.benchmark.jobs import BenchmarkPlan, run_id
 from recbole_mllm.benchmark.portable import config_digest
-from recbole_mllm.config import config_paths
+from recbole_mllm.config import benchmark_defaults, config_paths
 from recbole_mllm.data.sampling import hash64, hashes64, tie_keys
 from recbole_mllm.mllm.base import Decoding
 from recbole_mllm.model.stages import make_stage
@@ -79,7 +79,7 @@ def test_hashes_that_seed_draws():
 
 @pytest.mark.parametrize("model", ["MLLMMSR", "Pop"])
 def test_the_candidates_of_the_demo(demo_config, model):
-    config = demo_config(model)
+    config = demo_config(model, **benchmark_defaults())
     init_seed(config["seed"], config["reproducibility"])
     assert read_and_split(config)[0].candidates_digest == "0a57ba62ee57cf48"
 
