@@ -95,7 +95,10 @@ def _objects(path: Path, intake: Intake) -> Iterator[dict[str, Any]]:
     for line in intake.lines(path):
         try:
             record = read(line)
-        except (ValueError, RecursionError) as error:
+        except RecursionError:
+            intake.refuse("no JSON: nested too deeply")
+            continue
+        except ValueError as error:
             if line.strip():
                 intake.refuse(f"no JSON: {error}")
             else:

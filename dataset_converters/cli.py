@@ -101,7 +101,7 @@ def _told(folder: Path, done: Converted) -> list[str]:
         f"{catalog.broken_images:,} images missing or unusable"
     )
     if done.intake.rejected:
-        lines.append(f"{done.intake.rejected:,} rows left out; see rejected.tsv")
+        lines.append(f"rows left out: {done.intake.rejected:,}; see rejected.tsv")
     if told := done.told_times():
         lines.append(told)
     return [*lines, f"written: {folder}"]

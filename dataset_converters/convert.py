@@ -71,10 +71,11 @@ class Converted:
             return ""
         early, late = self.times_read
         parts = [f"{early:,} at or before 1970-01-01"] * bool(early) + [f"{late:,} after tomorrow"] * bool(late)
-        early, late = self.times_written
+        written = sum(self.times_written)
+        where = "at the start or the end of their users' histories" if written else "in no history"
         return (
-            f"Impossible times: {' and '.join(parts)}; {early + late:,} such interactions were written, at "
-            "the start or the end of their users' histories. Are the raw times seconds or milliseconds since 1970?"
+            f"Impossible times: {' and '.join(parts)} were read; {written:,} such interactions are written, {where}. "
+            "Raw times are to be seconds or milliseconds since 1970."
         )
 
 

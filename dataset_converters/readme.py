@@ -43,7 +43,7 @@ def _counts(done: Converted) -> Iterator[str]:
     yield "\nEvery line of the raw files is accounted for:\n"
     yield from (f"- {raw.told()}" for raw in done.intake.files)
     if done.intake.rejected:
-        yield f"\n{done.intake.rejected:,} rows of raw input could not be read and were left out; see {REJECTED}."
+        yield f"\nRows of raw input that could not be read and were left out: {done.intake.rejected:,}; see {REJECTED}."
     if told := done.told_times():
         yield f"\n{told}"
     for part, count in done.written.counts.items():

@@ -31,11 +31,11 @@ def within_64_bits(value: Any) -> int | float | None:
 
 def moment(text: str) -> int | float | None:
     """Return a time: a number as it is, an ISO 8601 date as seconds since 1970 (UTC where it names no zone)."""
-    value = number(text)
-    if value is not None:
-        return value
+    text = text.strip()
+    if _DECIMAL.fullmatch(text):  # also where it is too large: Python takes some rows of digits for dates
+        return number(text)
     try:
-        date = datetime.fromisoformat(text.strip())
+        date = datetime.fromisoformat(text)
         seconds = (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
     except (ValueError, OverflowError):
         return None
