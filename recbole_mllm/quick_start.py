@@ -14,12 +14,13 @@ from recbole.trainer import TraditionalTrainer
 from recbole.utils import get_model, get_trainer, init_logger, init_seed
 
 from recbole_mllm import ranks
-from recbole_mllm.config import check_keys, check_training, per_model, recbole_config, sections
+from recbole_mllm.config import check_training, per_model, recbole_config, sections
 from recbole_mllm.data.schema import isum_file, usum_file
 from recbole_mllm.errors import UserError
 from recbole_mllm.evaluation.exchange import write
 from recbole_mllm.evaluation.metrics import has_several_rows, joined, per_user, pooled_auc
 from recbole_mllm.evaluation.protocol import protocol_line
+from recbole_mllm.keys import check_keys
 from recbole_mllm.refusals import told_in_a_line
 from recbole_mllm.settings import Settings
 

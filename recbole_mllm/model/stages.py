@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from recbole_mllm.data.texts import read_items
 from recbole_mllm.endpoints import is_server, parse_endpoint
@@ -27,6 +26,7 @@ from recbole_mllm.prompts import Style
 from recbole_mllm.resources import named, resource
 from recbole_mllm.settings import Settings
 from recbole_mllm.summaries.prepare import Stage, Summarizers
+from recbole_mllm.yamlfile import read_mapping
 
 _NO_TEXT_CHANGE = {"summarize", "summarize_batch_size", "history_titles"}
 _SLOTS = {"cpu": 64, "gpu": 256}
@@ -45,7 +45,7 @@ def load_style(settings: Settings) -> Style:
     path = Path(name) if name.endswith((".yaml", ".yml")) else resource("prompt", name)
     if path is None or not path.is_file():
         raise UserError(f"prompt_style {name!r} is unknown; give a YAML file or one of {', '.join(named('prompt'))}")
-    return Style.from_mapping(path.stem, yaml.safe_load(path.read_text(encoding="utf-8")))
+    return Style.from_mapping(path.stem, read_mapping(path), path)
 
 
 def make_stage(config: Mapping[str, Any], settings: Settings, device: torch.device) -> Stage:

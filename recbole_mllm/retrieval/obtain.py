@@ -17,9 +17,10 @@ from recbole.data import create_dataset, data_preparation
 from recbole.utils import get_model, get_trainer, init_seed
 from recbole.utils.argument_list import dataset_arguments
 
-from recbole_mllm.config import check_keys, recbole_config
+from recbole_mllm.config import recbole_config
 from recbole_mllm.errors import UserError
 from recbole_mllm.kept import made_once
+from recbole_mllm.keys import check_keys
 from recbole_mllm.randomness import undisturbed
 from recbole_mllm.retrieval.retriever import Retriever
 from recbole_mllm.settings import RankingSettings

@@ -68,7 +68,7 @@ def test_every_shipped_style_is_complete(name):
         ({"first_block": None}, "first_block must be a text"),
         ({"first_block": "no field"}, "first_block must be a text with {items}"),
         ({"image_summary": "no mark"}, "image_summary must hold 1 <image>"),
-        ({"extra": "x"}, "missing or unknown wording extra"),
+        ({"extra": "x"}, "there is no wording 'extra'"),
     ],
 )
 def test_a_style_says_what_is_wrong_with_it(change, message):

@@ -3,8 +3,9 @@
 import pytest
 import yaml
 
-from recbole_mllm.config import benchmark_defaults, check_keys, config_paths, per_model
+from recbole_mllm.config import benchmark_defaults, config_paths, per_model
 from recbole_mllm.errors import UserError
+from recbole_mllm.keys import check_keys
 from recbole_mllm.resources import PROPERTIES, named, resource
 from recbole_mllm.settings import Settings, known_keys
 
@@ -27,15 +28,15 @@ def test_every_setting_stands_in_a_shipped_file_with_a_comment():
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("lora_r", "eight", "lora_r is 'eight'; it must be int"),
+        ("lora_r", "eight", "lora_r is 'eight'; it must be a whole number, at least 1"),
         ("lora_r", True, "lora_r is True"),
-        ("lora_r", 0, "lora_r is 0; it must be at least 1"),
-        ("lora_dropout", 1, "lora_dropout is 1.0; it must be at least 0 and below 1"),
-        ("lora_dropout", -0.1, "lora_dropout is -0.1; it must be at least 0"),
+        ("lora_r", 0, "lora_r is 0; it must be a whole number, at least 1"),
+        ("lora_dropout", 1, "lora_dropout is 1; it must be a number, at least 0 and below 1"),
+        ("lora_dropout", -0.1, "lora_dropout is -0.1; it must be a number, at least 0"),
         ("summary_mode", "recurent", "must be one of recurrent, direct, none"),
-        ("block_size", 0, "block_size is 0; it must be at least 1"),
-        ("use_image", "yes", "use_image is 'yes'; it must be bool"),
-        ("train_last_k", 1.5, "train_last_k is 1.5; it must be int or null"),
+        ("block_size", 0, "block_size is 0; it must be a whole number, at least 1"),
+        ("use_image", "yes", "use_image is 'yes'; it must be true or false"),
+        ("train_last_k", 1.5, "train_last_k is 1.5; it must be a whole number, at least 1, or null"),
     ],
 )
 def test_a_wrong_value_names_its_key(key, value, message):
@@ -69,7 +70,10 @@ def test_a_section_for_one_model_is_read_for_it_alone(tmp_path):
     assert per_model([str(one), str(two)], "SASRec") == {"epochs": 4, "hidden_size": 8}
     assert per_model([str(one)], "GRU4Rec") == {}
     two.write_text("per_model: {SASRec: {epcohs: 4}}")
-    with pytest.raises(UserError, match="unknown key 'epcohs' in .*two.yaml, per_model, SASRec; did you mean 'epochs'"):
+    words = "unknown key 'epcohs' in .*two.yaml:1, per_model, SASRec; did you mean 'epochs'"
+    with pytest.raises(UserError, match=words):
+        UserError, match="unknown key 'epcohs' in .*two.yaml:1, per_model, SASRec; did you mean 'epochs'"
+    ):
         per_model([str(two)], "SASRec")
 
 
@@ -83,5 +87,5 @@ def test_a_malformed_per_model_section_is_one_line(tmp_path, text):
     from recbole_mllm.quick_start import make_config
 
     (tmp_path / "bad.yaml").write_text(text)
-    with pytest.raises(UserError, match="per_model in .*bad.yaml must hold a model's name"):
+    with pytest.raises(UserError, match="bad.yaml:1: per_model must hold a model's name"):
         make_config("SASRec", "demo", [str(tmp_path / "bad.yaml")], {})
