@@ -15,7 +15,7 @@ from recbole_mllm.keys import check_known, checked_file
 from recbole_mllm.ranges import COUNT, SEED, Range, WrongValue
 from recbole_mllm.refusals import told_in_a_line
 from recbole_mllm.resources import PROPERTIES, named, resource
-from recbole_mllm.settings import check_value
+from recbole_mllm.settings import RankingSettings, check_value
 from recbole_mllm.yamlfile import line_of, read_mapping
 
 _LEARNERS = ("adam", "adamw", "sgd", "adagrad", "rmsprop", "sparse_adam")
@@ -268,7 +268,12 @@ def check_training(config: Any) -> None:
         )
     if str(config["learner"]).lower() not in _LEARNERS:
         raise UserError(f"learner: {config['learner']} is not known; take one of {', '.join(_LEARNERS)}")
-    if config["frozen_candidates"] is True and "labeled" in (modes := config["eval_args"]["mode"]).values():
+    modes = config["eval_args"]["mode"]
+    if config["model"] == "MLLMMSR":
+        RankingSettings.from_config(config).check_modes(modes)
+        if (config["train_neg_sample_args"] or {}).get("dynamic"):
+            raise UserError("train_neg_sample_args.dynamic asks an MLLM about every candidate; set it to false")
+    if config["frozen_candidates"] is True and "labeled" in modes.values():
         raise UserError(
             f"eval_args.mode {modes} has no candidates to freeze; use uniN or popN, e.g. uni20, or full (a model by "
             "itself is also evaluated on labels, with frozen_candidates: false)"

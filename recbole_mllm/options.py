@@ -11,6 +11,7 @@ from typing import Any
 
 from recbole_mllm.errors import UserError
 from recbole_mllm.keys import is_model, nearest_model, recbole_home
+from recbole_mllm.prompts import read_style
 from recbole_mllm.settings import EvaluationSettings, Settings
 from recbole_mllm.yamlfile import read_mapping
 
@@ -54,7 +55,12 @@ def config_of(model: str, dataset: str, options: Options) -> Any:
         raise UserError(f"{error}".strip().replace("\n", " ")) from error
     EvaluationSettings.from_config(config)
     if model == OURS:
-        Settings.from_config(config)
+        settings = Settings.from_config(config)
+        if (style := settings.recommend.prompt_style) != "auto":
+            read_style(style)
+    for key in ("image_dir", "candidates_file", "retriever_checkpoint"):
+        if (path := config[key]) and not Path(str(path)).exists():
+            raise UserError(f"{key} {str(path)!r} does not exist")
     _check_dataset(Path(config["data_path"]), config)
     return config
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from recbole_mllm.errors import UserError
+from recbole_mllm.resources import named, resource
+from recbole_mllm.yamlfile import read_mapping
 
 IMAGE = "<image>"
 # Private-use characters that no title can hold (``data.atomic.clean`` removes them). They mark where text that is not
@@ -102,6 +104,18 @@ class Style:
             if OPEN in text or CLOSE in text:
                 raise UserError(f"{where}: {key} holds a private-use character (U+E001 or U+E002); remove it")
         return cls(name=name, **{key: text.strip("\n") for key, text in wording.items()})
+
+
+def read_style(name: str) -> Style:
+    """Return the style called `name`: one in properties/prompt, or a YAML file's path.
+
+    Raises:
+        UserError: There is none, or it is not complete.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else resource("prompt", name)
+    if path is None or not path.is_file():
+        raise UserError(f"prompt_style {name!r} is unknown; give a YAML file or one of {', '.join(named('prompt'))}")
+    return Style.from_mapping(path.stem, read_mapping(path), path)
 
 
 _FIELDS = {

@@ -22,11 +22,9 @@ from recbole_mllm.mllm.dispatching import check_dispatch
 from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.mllm.loading import TINY, dtype_of, identity_of, source_of
 from recbole_mllm.mllm.server import ServerModel
-from recbole_mllm.prompts import Style
-from recbole_mllm.resources import named, resource
+from recbole_mllm.prompts import Style, read_style
 from recbole_mllm.settings import Settings
 from recbole_mllm.summaries.prepare import Stage, Summarizers
-from recbole_mllm.yamlfile import read_mapping
 
 _NO_TEXT_CHANGE = {"summarize", "summarize_batch_size", "history_titles"}
 _SLOTS = {"cpu": 64, "gpu": 256}
@@ -42,10 +40,7 @@ def load_style(settings: Settings) -> Style:
     name = settings.recommend.prompt_style
     if name == "auto":
         name = "demo" if settings.mllm.mllm == TINY else settings.recommend.item_kind
-    path = Path(name) if name.endswith((".yaml", ".yml")) else resource("prompt", name)
-    if path is None or not path.is_file():
-        raise UserError(f"prompt_style {name!r} is unknown; give a YAML file or one of {', '.join(named('prompt'))}")
-    return Style.from_mapping(path.stem, read_mapping(path), path)
+    return read_style(name)
 
 
 def make_stage(config: Mapping[str, Any], settings: Settings, device: torch.device) -> Stage:

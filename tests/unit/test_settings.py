@@ -72,8 +72,6 @@ def test_a_section_for_one_model_is_read_for_it_alone(tmp_path):
     two.write_text("per_model: {SASRec: {epcohs: 4}}")
     words = "unknown key 'epcohs' in .*two.yaml:1, per_model, SASRec; did you mean 'epochs'"
     with pytest.raises(UserError, match=words):
-        UserError, match="unknown key 'epcohs' in .*two.yaml:1, per_model, SASRec; did you mean 'epochs'"
-    ):
         per_model([str(two)], "SASRec")
 
 
