@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from recbole_mllm import ranks
 from recbole_mllm.errors import UserError
 from recbole_mllm.keys import check_known, checked_file
+from recbole_mllm.progress import tell_once
 from recbole_mllm.ranges import COUNT, SEED, Range, WrongValue
 from recbole_mllm.refusals import told_in_a_line
 from recbole_mllm.resources import PROPERTIES, named, resource
@@ -213,12 +213,6 @@ def _take_device(config: Any) -> None:
     if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
         raise WrongValue("device", str(wanted), f"cpu here: torch sees {torch.cuda.device_count()} GPUs")
     config["device"] = wanted
-
-
-@lru_cache
-def tell_once(line: str) -> None:
-    """Log `line` as a warning, the first time."""
-    logging.getLogger().warning(line)
 
 
 def tell_missing_gpus(config: Any) -> None:

@@ -124,7 +124,7 @@ def validate(config: Any) -> float:
 
 
 def _refuse_several_rankings(dataset: Any, test: Any) -> None:
-    """Refuse a full ranking of each of a user's rows, before anything is trained (`has_several_rows` finds it after)."""
+    """Refuse a full ranking of each of a user's rows before anything is trained; `has_several_rows` finds it after."""
     users = test._dataset.inter_feat[dataset.uid_field].numpy()
     if getattr(test, "is_sequential", False) and len(np.unique(users)) < len(users):
         raise UserError(

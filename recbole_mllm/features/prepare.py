@@ -84,7 +84,10 @@ def seconds_of(config: Any) -> float | None:
     told = [_seconds_file(folder / f"{folder.name}.{tag}") for tag in config["additional_feat_suffix"] or []]
     if not kinds or not all(path.is_file() for path in told):
         return None
-    return sum(float(path.read_text(encoding="utf-8")) for path in told)
+    try:
+        return sum(float(path.read_text(encoding="utf-8")) for path in told)
+    except ValueError:  # a file that was cut says as little as none
+        return None
 
 
 def _seconds_file(features: Path) -> Path:

@@ -105,7 +105,14 @@ def _trained(name: str, config: Any, ours: Any) -> Retriever:
 
     if not made_once(path, fit):
         log.info(f"retriever {identity} was trained before: {path}")
-    checkpoint = _read(path, theirs["device"])
+    try:
+        checkpoint = _read(path, theirs["device"])
+    except UserError as error:  # what a crash of the machine has left of it must not stop every later run
+        damaged = path.with_name(f"{path.name}.damaged")
+        log.warning(f"{error}; the retriever is trained again, and that file is now {damaged}")
+        path.replace(damaged)
+        made_once(path, fit)
+        checkpoint = _read(path, theirs["device"])
     retriever.train_s = float(checkpoint.get("train_s", 0.0))
     _fill(model, checkpoint)
     model.eval()
