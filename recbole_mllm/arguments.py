@@ -62,7 +62,7 @@ def in_a_line(error: BaseException, place: str = "") -> tuple[int, str] | None:
     if isinstance(error, OSError):
         why = error.strerror or str(error) or type(error).__name__
         names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
-        line = f"{' -> '.join(names) or place or 'a file could not be read or written'}: {why}"
+        line = f"{' -> '.join(names) or place or 'a file, or the standard output, could not be written'}: {why}"
         # a server that is gone is nothing the user has given; a full disk, or a folder that is a file, is
         return (1 if isinstance(error, ConnectionError | TimeoutError) else 2), " ".join(line.split())
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":

@@ -40,7 +40,6 @@ def benchmark(
     from recbole_mllm.config import config_paths
 
     labels = expand(models)
-    _check_models(labels, dataset, options)
     keys = dict(options.overrides)
     folder = Path(output or f"results/{dataset}")
     plan = BenchmarkPlan(
@@ -57,6 +56,7 @@ def benchmark(
         tune=tune,
         embed_images=options.embed_images,
     )
+    _check_models(labels, dataset, options)
     if not ranks.is_main():
         return follow()
     html = run_benchmark(plan)

@@ -209,6 +209,7 @@ def _take_device(config: Any) -> None:
     given = config.external_config_dict
     if ranks.is_launched() or not (given.get("device") or given.get("use_gpu") is False):
         return
+    check_values({"device": given.get("device") or "cpu"})
     wanted = torch.device(str(given.get("device") or "cpu"))
     if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
         raise WrongValue("device", str(wanted), f"cpu here: torch sees {torch.cuda.device_count()} GPUs")
