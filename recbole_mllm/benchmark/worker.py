@@ -86,7 +86,7 @@ def run_job(job: dict[str, Any]) -> None:
         return config
 
     tuning = _tune(job, configured, folder)
-    outcome = run(configured(tuning["chosen"] if tuning else {}))
+    outcome = run(configured(tuning["chosen"] if tuning else {}), one_ranking=True)
     peak = max(ranks.gather_objects(_peak_memory(outcome.config["device"])))
     if not ranks.is_main():
         return
