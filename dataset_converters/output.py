@@ -21,7 +21,6 @@ from recbole_mllm.errors import UserError
 
 MANIFEST = "manifest.json"
 REJECTED = "rejected.tsv"
-EXACT_TIME = "exact_time"
 _EXACT_FLOAT32 = 2**24  # whole numbers up to here are float32 values
 _CHUNK = 100_000
 _SHOWN = 50  # RecBole's MAX_ITEM_LIST_LENGTH
@@ -53,7 +52,7 @@ def write_interactions(folder: Path, inter: Interactions) -> Written:
         types["rating"] = "float"
         columns.append(_numbers(inter.ratings))
     if extra is not None:
-        types[EXACT_TIME] = "token"
+        types[schema.EXACT_TIME] = "token"
         columns.append(_numbers(extra))
     path = folder / f"{folder.name}.inter"
     write_atomic(path, types, zip(*columns, strict=True))
@@ -68,7 +67,7 @@ def _timestamps(inter: Interactions) -> tuple[Column, Column | None, str]:
         return inter.times, None, "`timestamp` is the source's; equal times keep the file's order."
     why = (
         f"RecBole sorts time as float32, in which {confused} users have different times that look equal; so "
-        f"`timestamp` is the place in {{}}, and `{EXACT_TIME}` the source's own time. Equal times keep the file's "
+        f"`timestamp` is the place in {{}}, and `{schema.EXACT_TIME}` the source's own time. Equal times keep the file's "
         "order."
     )
     if len(inter) <= _EXACT_FLOAT32:
