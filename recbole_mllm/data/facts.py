@@ -69,15 +69,15 @@ class Facts:
     def split(self, config: Any) -> Split | None:
         """Return what is held out; None where the split, and not the data alone, decides that."""
         if self.sizes is not None:
-            return self._split_of_files() if len(self.sizes) == 3 else None
+            return self._split_of_files(self.sizes) if len(self.sizes) == 3 else None
         arguments = config["eval_args"]
         how = (arguments["split"] or {}).get("LS")
         if how is None or arguments["order"] != "TO" or self.order is None:
             return None
         return self._leave_one_out(how)
 
-    def _split_of_files(self) -> Split:
-        train, valid, test = np.split(np.arange(len(self.users)), np.cumsum(self.sizes)[:-1])
+    def _split_of_files(self, sizes: tuple[int, ...]) -> Split:
+        train, valid, test = np.split(np.arange(len(self.users)), np.cumsum(sizes)[:-1])
         return Split(self, np.ones(len(self.users), bool), train, valid, test)
 
     def _leave_one_out(self, how: str) -> Split:
@@ -271,6 +271,6 @@ def tell(dataset: Any) -> None:
     early, late = facts.impossible
     if early or late:
         log.info(
-            f"times: {early} of {len(facts.users)} interactions lie at or before 1970, {late} after tomorrow; they stand "
-            "where their time says, first or last; `convert` and `inspect` name them"
+            f"times: {early} of {len(facts.users)} interactions lie at or before 1970, {late} after tomorrow; they "
+            "stand where their time says, first or last"
         )

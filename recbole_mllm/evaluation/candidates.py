@@ -28,6 +28,8 @@ from recbole_mllm.refusals import told_in_a_line
 from recbole_mllm.settings import EvaluationSettings
 
 _PHASES = ("valid", "test")
+# Settings of the dataset that come after `facts` are taken, or add to it
+_NO_MATTER = ("MAX_ITEM_LIST_LENGTH", "additional_feat_suffix", "preload_weight", "unused_col")
 _DENSE = 2**26  # scores a batch of a full ranking holds: a quarter of a gigabyte
 _MODE = re.compile(r"(uni|pop)(\d+)")
 
@@ -81,6 +83,18 @@ def digest_of(config: Any) -> str:
         return str(dataset.candidates_digest)
 
 
+def decisive_keys(config: Any) -> tuple[str, bool]:
+    """Return what decides the candidates besides the dataset's files, as one text, and whether `seed` does as well."""
+    from recbole.utils.argument_list import dataset_arguments
+
+    settings, arguments = EvaluationSettings.from_config(config), config["eval_args"]
+    by_data = bool(config["benchmark_filename"]) or ("LS" in (arguments["split"] or {}) and arguments["order"] == "TO")
+    by_rule = "full" in arguments["mode"].values() and not settings.exclude_seen  # RecBole's, which differs by model
+    kind = None if by_data and not by_rule else config["MODEL_TYPE"]
+    keys = {key: config[key] for key in dataset_arguments if key not in _NO_MATTER}
+    return repr((config["data_path"], keys, arguments, settings, kind)), not by_data
+
+
 class Candidates:
     """What every model of a protocol is asked about: which users, with which targets, among which items.
 
@@ -102,8 +116,8 @@ class Candidates:
         facts = dataset.facts
         if facts is None:
             raise UserError(
-                f"frozen candidates need what {type(dataset).__name__} does not keep: interactions as RecBole reads them "
-                "(it passes over Dataset._set_label_by_threshold); set frozen_candidates: false"
+                f"frozen candidates need interactions as RecBole reads them, which {type(dataset).__name__} does not "
+                "keep (it passes over Dataset._set_label_by_threshold); set frozen_candidates: false"
             )
         self.settings = settings = EvaluationSettings.from_config(config)
         self.modes = {phase: str(config["eval_args"]["mode"][phase]) for phase in _PHASES}
@@ -114,10 +128,11 @@ class Candidates:
         self._hashes = hashes64(self._items, "item")
         self.keys = tie_keys(self._users, self._items, settings.candidate_seed)
         self._split = facts.split(config) or RandomSplit.of(config, dataset, parts)
-        self._met = Pairs(*self._split.met(), len(self._items))
+        owners, items = self._split.met()
+        self._met = Pairs(owners, items, len(self._items))
         self._every = {phase: self._split.targets(phase) for phase in _PHASES}
-        owners = [users for users, _ in self._every.values()]
-        kept = limited_users(self._users, owners, settings.limit_users, settings.candidate_seed)
+        held_out = [users for users, _ in self._every.values()]
+        kept = limited_users(self._users, held_out, settings.limit_users, settings.candidate_seed)
         self.kept = dict(zip(_PHASES, kept, strict=True))
         self._drawn: dict[str, Any] = {}
         if settings.candidates_file:

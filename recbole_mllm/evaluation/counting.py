@@ -53,12 +53,16 @@ def count_training(collector: Any) -> None:
             train = train_data.dataset
             if getattr(train, "facts", None) is None or not wants_exact_order(train):
                 return
-            if self.register.need("data.num_items"):  # what only `.item` names is loaded by some models and not by others
+            if self.register.need(
+                "data.num_items"
+            ):  # what only `.item` names is loaded by some models and not by others
                 self.data_struct.set("data.num_items", train.facts.n_items + 1)  # and the padding, as RecBole's
-            for name, counts in zip(("items", "users"), training_counts(train, train.user_num, train.item_num), strict=True):
+            for name, counts in zip(
+                ("items", "users"), training_counts(train, train.user_num, train.item_num), strict=True
+            ):
                 if self.register.need(f"data.count_{name}"):
-                    counted = np.flatnonzero(counts)
-                    pairs = zip(counted.tolist(), counts[counted].tolist(), strict=True)
+                    found = np.flatnonzero(counts)
+                    pairs = zip(found.tolist(), counts[found].tolist(), strict=True)
                     self.data_struct.set(f"data.count_{name}", Counter(dict(pairs)))
 
         return data_collect

@@ -94,8 +94,8 @@ class CandidatesFile:
         """
         if self.dataset not in ("", name):
             raise UserError(
-                f"{self.path}:1: these are candidates of dataset {self.dataset!r}, and this is {name!r}; export those of "
-                "this dataset, or drop the header's dataset if it is the same under another name"
+                f"{self.path}:1: these are candidates of dataset {self.dataset!r}, and this is {name!r}; export those "
+                "of this dataset, or drop the header's dataset if it is the same under another name"
             )
 
     def require(self, phase: str, users: Any) -> None:

@@ -69,7 +69,8 @@ def training_counts(train: Any, users: int, items: int) -> tuple[Any, Any]:
     facts = train.facts
     if facts is not None and (split := facts.split(train.config)):
         owner, item, times = split.trained()
-        return tuple(np.bincount(who, times, n).astype(np.int64) for who, n in ((item, items), (owner, users)))
+        counts = (np.bincount(who, times, n).astype(np.int64) for who, n in ((item, items), (owner, users)))
+        return next(counts), next(counts)
     rows = getattr(train, "whole_split", train.inter_feat)
     owner, item = rows[train.uid_field].numpy(), rows[train.iid_field].numpy()
     listed = train.iid_field + train.config["LIST_SUFFIX"]

@@ -143,9 +143,9 @@ def _loaded(path: Path, config: Any, ours: Any) -> Retriever:
     dataset = _dataset(theirs)
     if dataset.facts is not None and dataset.facts.reordered and not frozen:
         raise UserError(
-            f"retriever_checkpoint {path} was trained without frozen_candidates, in the order of RecBole's float32 times: "
-            f"for {dataset.facts.reordered} users here that is not the exact order, so it may have learnt their answers; "
-            "train it with frozen_candidates: true"
+            f"retriever_checkpoint {path} was trained without frozen_candidates, in the order of RecBole's float32 "
+            f"times: for {dataset.facts.reordered} users that is not the exact order, so it may have learnt their "
+            "answers; train it with frozen_candidates: true"
         )
     train, *_ = data_preparation(theirs, dataset)
     name = theirs["model"]
