@@ -133,7 +133,9 @@ class Candidates:
         self._every = {phase: self._split.targets(phase) for phase in _PHASES}
         held_out = [users for users, _ in self._every.values()]
         kept = limited_users(self._users, held_out, settings.limit_users, settings.candidate_seed)
-        self.kept = dict(zip(_PHASES, kept, strict=True))
+        # whom only a general model could be validated on is nobody's, though tested
+        held = [np.bincount(users, minlength=len(self._users)) > 0 for users in held_out]
+        self.kept = {phase: own & there for phase, own, there in zip(_PHASES, kept, held, strict=True)}
         self._drawn: dict[str, Any] = {}
         if settings.candidates_file:
             self._read(Path(settings.candidates_file), dataset.dataset_name)
