@@ -110,7 +110,7 @@ class Host:
     def call(self, request: Callable[[Any], Answer], absent: Collection[int] = ()) -> Answer | Trouble:
         """Make any `request` of the server, given its client; statuses in `absent` say that it has no such path."""
         started = time.monotonic()
-        late = Trouble(Kind.AGAIN_BUT_COUNT, f"no answer within {self.settings.server_timeout:g} s")
+        late: Answer | Trouble = Trouble(Kind.AGAIN_BUT_COUNT, f"no answer within {self.settings.server_timeout:g} s")
         limit = self.settings.server_timeout + _GRACE_S
         outcome = _in_time(limit, lambda: self._guarded(lambda: request(self._client), absent), late)
         self._note(outcome, started)
