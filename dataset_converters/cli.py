@@ -16,6 +16,7 @@ from dataset_converters.filters import Limits
 from dataset_converters.intake import Intake
 from dataset_converters.microlens import MicroLens
 from dataset_converters.movielens import MovieLens
+from dataset_converters.output import check
 from recbole_mllm.arguments import Parser
 from recbole_mllm.errors import UserError
 from recbole_mllm.progress import Progress, log_to_terminal
@@ -36,6 +37,7 @@ def main(words: Sequence[str]) -> int:
     raw, folder = Path(known.raw), Path(os.path.abspath(known.out))
     if not raw.exists():
         raise UserError(f"--raw {raw} does not exist; give the folder of the raw files")
+    check(folder, [raw])
     job = Job(
         source=_source(known, raw, Path(known.image_dir) if known.image_dir else None),
         folder=folder,

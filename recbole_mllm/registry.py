@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from recbole_mllm._importhook import after_import
 from recbole_mllm.compat.patching import wrap
+from recbole_mllm.files import CONVERTED, recover
 from recbole_mllm.resources import PROPERTIES, resource
 
 if TYPE_CHECKING:
@@ -171,6 +173,8 @@ def _dataset_files(config: Any, dataset: str) -> Iterator[Path]:
 
 
 def _build(folder: Path) -> None:
+    with suppress(OSError):  # a folder that is only read
+        recover(folder, CONVERTED)
     importlib.import_module("recbole_mllm.demo.builtin").ensure_builtin(folder)
 
 

@@ -1,6 +1,6 @@
 """Scores that finished evaluations left, by state of the model and prompt, in an SQLite file that may be lost.
 
-Nothing here can stop a run: a file that cannot be read is thrown away, one that cannot be written is done without.
+Nothing here can stop a run: a file that cannot be read is set aside, one that cannot be written is done without.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 from recbole_mllm import ranks
 from recbole_mllm.data.images import image_digest
 from recbole_mllm.data.schema import score_file
+from recbole_mllm.files import remove_file, set_file_aside
 from recbole_mllm.prompts import Prompt
 from recbole_mllm.settings import RankingSettings
 from recbole_mllm.summaries.table import log_ahead
@@ -148,8 +149,11 @@ class ScoreCache:
             except (sqlite3.Error, OSError) as error:
                 self.close()
                 if attempt == 1 and getattr(error, "sqlite_errorcode", 0) & 0xFF in _DAMAGE:
-                    self._log.warning(f"the kept scores in {self.path} are damaged ({error}); they are begun anew")
-                    _remove(self.path)
+                    aside = _set_aside(self.path)
+                    self._log.warning(
+                        f"the kept scores in {self.path} are damaged ({error}); they are begun anew, and the bad file "
+                        f"is kept as {aside.name}, which may be removed"
+                    )
                     continue
                 self._log.warning(f"scores cannot be kept in {self.path} ({error}); going on without")
                 self._tried = lambda action: None  # type: ignore[method-assign]
@@ -177,9 +181,11 @@ def _connect(path: Path) -> sqlite3.Connection:
     return db
 
 
-def _remove(path: Path) -> None:
-    for suffix in ("", "-wal", "-shm"):
-        path.with_name(path.name + suffix).unlink(missing_ok=True)
+def _set_aside(path: Path) -> Path:
+    """Keep the file under another name, as it may be somebody else's; a log beside it would be replayed into ours."""
+    for suffix in ("-wal", "-shm"):
+        remove_file(path.with_name(path.name + suffix))
+    return set_file_aside(path, "corrupt")
 
 
 def _found(db: sqlite3.Connection, model: str, prompts: Sequence[bytes]) -> dict[bytes, float]:

@@ -27,6 +27,7 @@ from recbole_mllm.benchmark.progress import Progress
 from recbole_mllm.benchmark.records import RECORDS, RunRecord, append, latest, plain_json, read_records
 from recbole_mllm.benchmark.report import HTML, render, write_note
 from recbole_mllm.benchmark.tuning import TRIALS
+from recbole_mllm.files import BENCHMARK, check_folder, remove_file, write_text
 
 WORKER = (sys.executable, "-m", "recbole_mllm.benchmark.worker")
 
@@ -42,7 +43,9 @@ def benchmark(plan: BenchmarkPlan, worker: Sequence[str] = WORKER, tell: Callabl
         worker: The command that gets the path of a ``job.json``; it appends the run's record and exits with 0.
         tell: Where each line for the user goes; default: standard output, live on a terminal.
     """
+    check_folder(plan.output_dir, BENCHMARK, "--output_dir")
     plan.output_dir.mkdir(parents=True, exist_ok=True)
+    (plan.output_dir / RECORDS).touch()  # which makes the folder ours, should this end before its first record
     if plan.note:
         write_note(plan.output_dir, plan.note)
     jobs = jobs_of(plan)
@@ -109,8 +112,8 @@ class _Bench:
             raise Stopped
         order = job.folder / "job.json"
         if self.plan.force:
-            (job.folder / TRIALS).unlink(missing_ok=True)
-        order.write_text(json.dumps(plain_json(job.order()), indent=2))
+            remove_file(job.folder / TRIALS)
+        write_text(order, json.dumps(plain_json(job.order()), indent=2))
         started, clock = datetime.now().astimezone(), time.monotonic()
         known = self._records_of(job)
         self.progress.start(job.number, job.name)

@@ -28,6 +28,7 @@ from recbole_mllm.benchmark.tuning import TRIALS, search, space_of, trials
 from recbole_mllm.config import benchmark_defaults, config_paths, keys_for
 from recbole_mllm.data.texts import read_items
 from recbole_mllm.errors import UserError
+from recbole_mllm.files import write_text
 from recbole_mllm.launched import child_code
 from recbole_mllm.refusals import reason_of
 
@@ -73,7 +74,7 @@ def run_job(job: dict[str, Any]) -> None:
     folder = output / "runs" / job["run_id"]
     defaults = folder / ("defaults.yaml" if ranks.is_main() else f"defaults.{ranks.rank()}.yaml")
     kept = {"retriever_dir": str(output / RETRIEVERS)}  # trained once for all runs that rank by it
-    defaults.write_text(yaml.safe_dump(benchmark_defaults() | kept | _negatives(job["model"]) | job["defaults"]))
+    write_text(defaults, yaml.safe_dump(benchmark_defaults() | kept | _negatives(job["model"]) | job["defaults"]))
     files, home = [str(defaults), *config_paths(job["config_files"])], Path.cwd()
 
     def configured(tuned: dict[str, Any]) -> Any:

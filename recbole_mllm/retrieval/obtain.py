@@ -19,7 +19,7 @@ from recbole.utils.argument_list import dataset_arguments
 
 from recbole_mllm.config import check_keys, recbole_config
 from recbole_mllm.errors import UserError
-from recbole_mllm.kept import made_once
+from recbole_mllm.files import made_once
 from recbole_mllm.randomness import undisturbed
 from recbole_mllm.retrieval.retriever import Retriever
 from recbole_mllm.settings import RankingSettings
