@@ -160,9 +160,8 @@ def _with_images(
 ) -> Iterator[tuple[str, ...]]:
     with ThreadPoolExecutor(_DOWNLOADS if source.fetch else os.cpu_count()) as pool:
         for batch in _batches(rows):
-            for row, (name, reason) in zip(
-                batch, pool.map(lambda r: _place(home, r, source, earlier), batch), strict=True
-            ):
+            placed = pool.map(lambda row: _place(home, row, source, earlier), batch)
+            for row, (name, reason) in zip(batch, placed, strict=True):
                 catalog.items += 1
                 catalog.with_image += bool(name)
                 if reason:
