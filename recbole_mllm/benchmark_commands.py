@@ -30,6 +30,8 @@ def benchmark(
     tune: int = 0,
 ) -> int:
     """Run every model on the same candidates and write the leaderboard; 1 if not one run has finished."""
+    folder = Path(output or f"results/{dataset}")
+    check_folder(folder, BENCHMARK, "--output_dir")
     from recbole_mllm.benchmark.field import expand
     from recbole_mllm.benchmark.jobs import BenchmarkPlan
     from recbole_mllm.benchmark.launched import follow
@@ -39,8 +41,6 @@ def benchmark(
     from recbole_mllm.config import config_paths
 
     labels = expand(models)
-    folder = Path(output or f"results/{dataset}")
-    check_folder(folder, BENCHMARK, "--output_dir")
     _check_models(labels, dataset, options)
     keys = dict(options.overrides)
     plan = BenchmarkPlan(

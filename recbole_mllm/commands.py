@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -11,7 +12,7 @@ from typing import Any
 
 from recbole_mllm import ranks
 from recbole_mllm.errors import UserError
-from recbole_mllm.files import CONVERTED, check_file, recover, write_text
+from recbole_mllm.files import CONVERTED, EXPORT, check_file, check_folder, recover, write_text
 from recbole_mllm.options import OURS, Options, config_of
 
 
@@ -47,18 +48,22 @@ def summarize(dataset: str, stage: str, dry: bool, since: str | None, options: O
     return 0
 
 
+def _is_plan(head: bytes) -> bool:
+    return re.match(rb'\{\s*"schema": \d+,\s*"dataset": ', head) is not None
+
+
 def plan(dataset: str, json_path: str | None, request: Mapping[str, Any], options: Options) -> int:
     """Say what a run of MLLMMSR would cost, before anything runs."""
-    from recbole_mllm.planning.plan import is_plan, make_plan
+    path = Path(json_path) if json_path else None
+    if path is not None:
+        path = check_file(path, "--json", _is_plan, "a plan that --json wrote")
+        if not path.parent.is_dir():
+            raise UserError(f"--json {json_path}: there is no folder {path.parent}; make it first")
+    from recbole_mllm.planning.plan import make_plan  # loads transformers
     from recbole_mllm.planning.request import Request
     from recbole_mllm.planning.text import format_plan
 
     asked = Request(**request)
-    path = Path(json_path) if json_path else None
-    if path is not None:
-        if not path.parent.is_dir():
-            raise UserError(f"--json {json_path}: there is no folder {path.parent}; make it first")
-        path = check_file(path, "--json", is_plan, "a plan that --json wrote")
     found = make_plan(config_of(OURS, dataset, options), asked)
     if path is not None:
         write_text(path, json.dumps(found, indent=2) + "\n")
@@ -106,7 +111,8 @@ def _near(data_path: Path) -> str:
 
 def export(run: str, out: str, merge: bool) -> int:
     """Write a run's model as a folder that transformers and servers load."""
-    from recbole_mllm.training.export import export as write
+    check_folder(Path(out), EXPORT, "--out")
+    from recbole_mllm.training.export import export as write  # loads transformers
 
     folder = write(run, Path(out), merge=merge)
     print(f"written: {folder}; its README.md says how to serve it")
@@ -115,11 +121,12 @@ def export(run: str, out: str, merge: bool) -> int:
 
 def export_candidates(dataset: str, out: str, options: Options) -> int:
     """Write the frozen candidates that every model meets on `dataset`."""
-    from recbole_mllm.config import benchmark_defaults
     from recbole_mllm.evaluation.exchange import is_export
-    from recbole_mllm.quick_start import frozen_candidates
 
     path = check_file(Path(out), "--out", is_export, "a file that `candidates export` wrote")
+    from recbole_mllm.config import benchmark_defaults
+    from recbole_mllm.quick_start import frozen_candidates  # loads torch
+
     shown = config_of("Pop", dataset, options)
     chosen = shown.external_config_dict
     defaults = {key: value for key, value in benchmark_defaults().items() if key not in chosen}

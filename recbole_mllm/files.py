@@ -18,6 +18,7 @@ import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ _SCRATCH = re.compile(r"\..+\.(\d+)\.[0-9a-f]{8}\.tmp", re.DOTALL)
 _NO_PATH = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}  # of a write, which does not say to which file
 _HEAD = 4096  # bytes that say of what kind a file is
 _PACKED = b"\x1f\x8b"
+_SETTLED_S = 60.0
 _LINES = 20  # of a manifest that grows by lines, among which one must be ours
 
 
@@ -355,6 +357,16 @@ def recover(folder: Path, kind: Kind) -> None:
         if complete:
             _move_in(home / name, folder, kind)
         _remove_stage(home, name)
+    for husk in _husks(folder):
+        if time.time() - husk.stat().st_mtime > _SETTLED_S:  # else of a process that is about to fill it, perhaps
+            remove_empty_folder(husk)
+
+
+def _husks(folder: Path) -> list[Path]:
+    """Return the empty folders that `staged` leaves where a process is killed at its very beginning or end."""
+    return [
+        home for home in folder.glob(".*.tmp") if not home.is_symlink() and home.is_dir() and not any(home.iterdir())
+    ]
 
 
 def _move_in(stage: Path, folder: Path, kind: Kind) -> None:
@@ -515,16 +527,14 @@ def check_folder(
     begun = sorted(found.glob(f".*.tmp/{_STAGED}"))
     if begun:
         raise UserError(f"{option} {path}: another process is writing there ({begun[0].parent.name}); let it finish")
-    entries = sorted(entry.name for entry in os.scandir(found))
+    entries = sorted({entry.name for entry in os.scandir(found)} - {husk.name for husk in _husks(found)})
     if not entries:
         return
     outputs = kind.outputs(found)
     if outputs is None:
         other = next((f": it is {other.name}" for other in _KINDS if other.outputs(found) is not None), "")
         shown = ", ".join(entries[:3]) + (", …" if len(entries) > 3 else "")
-        raise UserError(
-            f"{option} {path} already holds {shown} and is not {kind.name}{other}; give a new folder"
-        )
+        raise UserError(f"{option} {path} already holds {shown} and is not {kind.name}{other}; give a new folder")
     if changed := list(_changed(found, outputs, kind.rewritten)):
         raise UserError(
             f"{option} {path}: {', '.join(changed[:3])} was changed after it was written and would be lost; move it "

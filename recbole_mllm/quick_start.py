@@ -20,6 +20,7 @@ from recbole_mllm.errors import UserError
 from recbole_mllm.evaluation.exchange import write
 from recbole_mllm.evaluation.metrics import has_several_rows, joined, per_user, pooled_auc
 from recbole_mllm.evaluation.protocol import protocol_line
+from recbole_mllm.files import check_place
 from recbole_mllm.refusals import told_in_a_line
 from recbole_mllm.settings import Settings
 
@@ -90,6 +91,9 @@ def _train(config: Any, saved: bool) -> _Trained:
     log = logging.getLogger()
     check_keys(config.external_config_dict, "the configuration")
     check_training(config)
+    for key in ("checkpoint_dir", "retriever_dir"):
+        if config[key]:
+            check_place(Path(str(config[key])), f"{key}:")
     refused = config["model"], config["dataset"]
     with told_in_a_line("read the dataset", *refused):
         dataset = create_dataset(config)

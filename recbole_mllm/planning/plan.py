@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict
 from typing import Any
 
@@ -26,11 +25,6 @@ from recbole_mllm.planning.request import Request
 from recbole_mllm.planning.stages import Counted, Summaries, asking_of, count, count_summaries
 
 SCHEMA = 1
-
-
-def is_plan(head: bytes) -> bool:
-    """Return whether a file that begins so is a plan as JSON."""
-    return re.match(rb'\{\s*"schema": \d+,\s*"dataset": ', head) is not None
 
 
 def make_plan(config: Any, request: Request) -> dict[str, Any]:
