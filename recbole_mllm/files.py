@@ -556,8 +556,9 @@ def check_place(path: Path, option: str) -> None:
 
 
 def _resolved(path: Path, option: str) -> Path:
-    if os.path.islink(path) and not os.path.exists(path):
-        raise UserError(f"{option} {path} is a link that leads nowhere; remove it, or give another name")
+    for part in (path, *path.parents):
+        if os.path.islink(part) and not os.path.exists(part):
+            raise UserError(f"{option} {path}: {part} is a link that leads nowhere; remove it, or give another name")
     return Path(os.path.realpath(path))
 
 
