@@ -477,7 +477,7 @@ def head(path: Path) -> bytes:
 
 
 def check_file(path: Path, option: str, is_ours: Callable[[bytes], bool], what: str) -> Path:
-    """Return where the file `path` is to be written, links followed, once nothing of anybody else's would be lost.
+    """Return where the file `path` is to be written, a link followed, once nothing of anybody else's would be lost.
 
     Args:
         path: As given; its file may be absent, empty, or of the kind this command writes.
@@ -499,7 +499,7 @@ def check_file(path: Path, option: str, is_ours: Callable[[bytes], bool], what: 
             raise UserError(f"{option} {path} is there already and is not {what}; give another name, or remove it")
         if not os.access(found, os.W_OK):
             raise UserError(f"{option} {path} is there already and must not be written to; give another name")
-    return found
+    return found if path.is_symlink() else path
 
 
 def check_folder(
