@@ -112,6 +112,18 @@ def test_a_file_is_as_open_as_the_umask_says_and_a_link_is_not_followed(tmp_path
     assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o640
 
 
+def test_offloaded_weights_go_into_a_folder_of_their_own(tmp_path):
+    from recbole_mllm.mllm.dispatching import _check_offload
+
+    for name in ("index.json", "lm_head.weight.dat"):  # as accelerate leaves it
+        (tmp_path / name).write_text("")
+    _check_offload(tmp_path)
+    _check_offload(tmp_path / "new")
+    (tmp_path / "thesis.dat.tex").write_text("mine")
+    with pytest.raises(UserError, match=r"holds thesis\.dat\.tex"):
+        _check_offload(tmp_path)
+
+
 def test_a_compressed_text_has_one_form(tmp_path):
     for name in ("a.jsonl.gz", "b.jsonl.gz"):
         with whole_text(tmp_path / name) as file:
