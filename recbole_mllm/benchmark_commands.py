@@ -96,7 +96,7 @@ def report(directory: str, embed_images: bool = True) -> int:
 
     folder = Path(directory)
     if BENCHMARK.outputs(folder) is None:
-        raise UserError(f"{folder} holds no runs.jsonl; give the folder a benchmark wrote")
+        raise UserError(f"{folder} holds no runs.jsonl of a benchmark; give the folder a benchmark wrote")
     render(folder, embed_images=embed_images)
     print(format_leaderboard(folder))
     return 0

@@ -113,8 +113,6 @@ def made_once(path: Path, make: Callable[[Path], None]) -> bool:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if path.is_file():
             return False
-        for home, name, _ in _left(path.parent, path.name):
-            _remove_stage(home, name)
         with staged(path.parent, path.name) as stage:
             make(stage / path.name)
             os.replace(stage / path.name, path)
@@ -199,8 +197,11 @@ def staged(place: Path, name: str) -> Iterator[Path]:
     """Yield a new, empty folder called `name`, inside one of a fresh unique name in `place`; both are gone afterwards.
 
     Renaming it, or files out of it, is how all of them appear at once. What a killed process leaves of it is known by
-    its file ``staged.json``, which says that the folder beside it is ours.
+    its file ``staged.json``, which says that the folder beside it is ours, and is removed by the next one.
     """
+    for left, inside, complete in _left(place, name):
+        if not complete:
+            _remove_stage(left, inside)
     home = Path(mkdtemp(prefix=f".{name}.", suffix=".tmp", dir=place))
     with (home / _STAGED).open("x", encoding="utf-8") as mark:
         try:

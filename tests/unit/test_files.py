@@ -20,11 +20,14 @@ from recbole_mllm.files import (
     BUILTIN,
     CONVERTED,
     EXPORT,
+    check_file,
     check_folder,
     outputs_of,
     publish,
     recover,
+    set_folder_aside,
     staged,
+    whole_file,
     whole_text,
     write_text,
 )
@@ -245,6 +248,52 @@ def killed_at(step: int, work: Callable[[], None]) -> bool:
         os._exit(0)
     finally:
         os._exit(1)
+
+
+def test_what_a_killed_process_was_making_is_removed_by_the_next_and_what_a_living_one_makes_is_not(tmp_path):
+    def make() -> None:
+        with staged(tmp_path, "d") as stage:
+            (stage / "half").write_text("")
+            os._exit(9)
+
+    assert killed_at(100, make) and len(list(tmp_path.iterdir())) == 1
+    with staged(tmp_path, "d") as stage:
+        assert list(tmp_path.iterdir()) == [stage.parent]
+        (stage / "half").write_text("")
+        with staged(tmp_path, "d"):
+            assert (stage / "half").is_file()
+        (stage.parent / "of the user").write_text("")
+    assert [path.name for path in stage.parent.iterdir()] == ["of the user"]
+
+
+def test_results_that_make_room_take_a_free_name(tmp_path):
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "note.txt").write_text("old")
+    (tmp_path / "demo.1").mkdir()
+    (tmp_path / "demo.2").symlink_to(tmp_path / "nowhere")
+    assert set_folder_aside(tmp_path / "demo") == tmp_path / "demo.3"
+    assert (tmp_path / "demo.3" / "note.txt").read_text() == "old" and not (tmp_path / "demo").exists()
+    (tmp_path / "demo").symlink_to(tmp_path / "demo.3")
+    with pytest.raises(UserError, match="is a link"):
+        set_folder_aside(tmp_path / "demo")
+
+
+def test_a_file_is_taken_where_it_is_new_empty_or_of_its_kind(tmp_path):
+    def check(name: str) -> Path:
+        return check_file(tmp_path / name, "--out", lambda head: head.startswith(b"ours"), "ours")
+
+    (tmp_path / "empty").touch()
+    (tmp_path / "ours").write_text("ours")
+    with whole_text(tmp_path / "ours.gz") as file:
+        file.write("ours, packed")
+    (tmp_path / "link").symlink_to("ours")
+    for name in ("new", "deep/down/new", "empty", "ours", "ours.gz"):
+        assert check(name) == tmp_path / name
+    assert check("link") == tmp_path / "ours"
+    with whole_file(tmp_path / "theirs.gz", binary=True) as file:
+        file.write(b"\x1f\x8b no gzip at all")
+    with pytest.raises(UserError, match="there already and is not ours"):
+        check("theirs.gz")
 
 
 OLD = {"d.inter": "old", "d.item": "old", "dataset.yaml": "old"}
