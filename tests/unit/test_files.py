@@ -41,6 +41,7 @@ REMOVERS = {
 """Names that mean files whatever they are called on; `_meant` knows those that may mean something else."""
 
 ELSEWHERE = {
+    ("recbole_mllm/arguments.py", "open"),  # of the standard output, by its number
     ("recbole_mllm/benchmark/child.py", "open"),  # a child's log, in its run's own folder
     ("recbole_mllm/summaries/salvage.py", "copy2"),  # the damaged store, under a free name
     ("recbole_mllm/summaries/salvage.py", "copyfile"),  # into a folder of `staged`, as the next two
