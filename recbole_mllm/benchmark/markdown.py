@@ -10,12 +10,13 @@ import yaml
 from recbole_mllm.benchmark.leaderboard import SLICES, Leaderboard, Row
 from recbole_mllm.benchmark.text import command, shown_config
 from recbole_mllm.benchmark.wording import (
-    COST_NOTE,
     COST_TITLES,
     MARKS,
     METHOD,
+    NOT_CONVERGED,
     NOTHING,
     WORDS,
+    cost_notes,
     finding,
     legend,
     say_cost,
@@ -40,7 +41,7 @@ def format_markdown(board: Leaderboard) -> str:
         "cold: the target has no interaction in training; warm: it has; tail: it is in the long tail. (Users.)",
         "## Cost",
         _table(["model", *(COST_TITLES[name] for name in board.costs)], [_costs(board, row) for row in board.rows]),
-        COST_NOTE,
+        _md(cost_notes(board)),
         "## Configurations",
         "A run's own settings and the shared ones, in one file `<run_id>.yaml`, are its whole configuration.",
         *_configurations(board),
@@ -55,7 +56,8 @@ def _quality(board: Leaderboard, row: Row) -> list[str]:
     for name in board.metrics:
         said = say_score(board, row, name)
         cells.append(" ".join(filter(None, [said.mean, MARKS[said.verdict], said.interval])))
-    return [_md(row.model), seeds(row), *cells]
+    name = f"{_md(row.model)} {NOT_CONVERGED} not converged" if row.converged is False else _md(row.model)
+    return [name, seeds(row), *cells]
 
 
 def _slices(board: Leaderboard, row: Row) -> list[str]:
@@ -65,17 +67,21 @@ def _slices(board: Leaderboard, row: Row) -> list[str]:
 
 
 def _costs(board: Leaderboard, row: Row) -> list[str]:
-    return [_md(row.model), *(say_cost(name, row.cost.get(name)) for name in board.costs)]
+    return [_md(row.model), *(say_cost(row, name) for name in board.costs)]
 
 
 def _tests(board: Leaderboard) -> list[str]:
     """Return the tests of the ranking metric; those of all metrics are in the CSV and the page."""
     said = [(row, say_score(board, row, board.valid_metric)) for row in board.rows if row.ok]
-    rows = [[_md(row.model), s.difference, s.effect, s.p, WORDS[s.verdict]] for row, s in said if s.verdict in WORDS]
+    rows = [
+        [row.model, str(row.tested_against), s.difference, s.effect, s.p_raw, s.p, WORDS[s.verdict]]
+        for row, s in said
+        if s.verdict in WORDS
+    ]
     if not rows:
         return []
-    head = ["model", f"difference to {_md(str(board.best_baseline))}", "Cohen's d_z", "p (Holm)", "verdict"]
-    return [f"## Tests ({board.valid_metric})", _table(head, rows)]
+    head = ["model", "tested against", "difference", "Cohen's d_z", "p (raw)", "p (Holm)", "verdict"]
+    return [f"## Tests ({board.valid_metric})", _table(head, [[_md(cell) for cell in row] for row in rows])]
 
 
 def _configurations(board: Leaderboard) -> list[str]:

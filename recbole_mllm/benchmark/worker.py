@@ -210,13 +210,14 @@ def _record(
         config_digest=config_digest(config),
         config=plain_json(config),
         metrics=outcome.test,
+        valid=outcome.valid,
         per_user=evidence["per_user"],
         scores=evidence["scores"],
         summarize_s=outcome.summarize_s if is_mllm else None,
         features_s=_features_s(outcome.config),
         train_s=outcome.train_s,
         score_s=outcome.score_s,
-        pairs_per_s=outcome.pairs_scored / outcome.score_s,
+        pairs_per_s=max(0, outcome.pairs_scored - outcome.scores_reused) / outcome.score_s or None,
         tokens=getattr(outcome.model, "tokens_read", None),
         parameters_trained=_parameters_trained(outcome.model),
         peak_memory_mb=peak,
@@ -227,6 +228,7 @@ def _record(
         tuning=tuning,
         retrieval=outcome.retrieval,
         scores_reused=outcome.scores_reused,
+        converged=outcome.converged,
     )
 
 
