@@ -54,6 +54,7 @@ def benchmark(
         jobs=jobs,
         force=force,
         tune=tune,
+        quick=options.quick,
         embed_images=options.embed_images,
     )
     if not ranks.is_main():

@@ -102,6 +102,8 @@ def _train(config: Any, saved: bool) -> _Trained:
     log.info(dataset)
     with told_in_a_line("split the dataset", *refused):
         train, valid, test = data_preparation(config, dataset)
+    for phase in ("valid", "test"):  # what RecBole's lines below are results of
+        log.info(f"{phase}: {protocol_line(config, phase=phase)}")
     started = time.perf_counter()
     init_seed(config["seed"] + config["local_rank"], config["reproducibility"])
     with told_in_a_line(f"make the model {config['model']}", *refused):

@@ -68,10 +68,11 @@ def _caption(board: Leaderboard) -> str:
         told += f" {escape(reason)}"
     variants = [row for row in board.rows if row.tested_against not in (None, board.best_baseline)]
     if board.best_baseline is not None or variants:
-        full = f"{escape(str(variants[0].tested_against))} for its variants" if variants else ""
+        full = "the full model (variants of MLLMMSR)" if variants else ""
         best = rf"the best baseline on {board.chosen_on} ($\dagger$)" if board.best_baseline is not None else ""
+        against = " or ".join(filter(None, [best, full]))
         told += (
-            rf" $\blacktriangle$ better and $\blacktriangledown$ worse than {', '.join(filter(None, [best, full]))} at "
+            rf" $\blacktriangle$ better and $\blacktriangledown$ worse than {against} at "
             r"$p < .05$, paired tests over users, Holm's correction over the whole table; "
             "values without a mark do not differ significantly."
         )

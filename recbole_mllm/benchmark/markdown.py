@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,7 +33,7 @@ def format_markdown(board: Leaderboard) -> str:
         f"# {_md(board.dataset)}: leaderboard",
         _md(finding(board)),
         *([f"> {_md(board.note)}"] if board.note else []),
-        f"- Protocol: {_md(board.protocol)}\n- Users: {board.n_users}\n- Candidates: `{_md(board.candidates)}`",
+        f"- Protocol: {_md(board.protocol)}\n- Users: {board.n_users}\n- Candidates: {_code(board.candidates)}",
         "## Quality",
         _table(["model", "seeds", *board.metrics], [_quality(board, row) for row in board.rows]),
         f"{_md(legend(board))} {METHOD}",
@@ -106,7 +108,8 @@ def _yaml(config: Mapping[str, Any]) -> str:
 
 
 def _details(title: str, body: str, line: str = "") -> str:
-    parts = [f"<details><summary>{_md(title)}</summary>", f"`{_md(line)}`" if line else "", body, "</details>"]
+    head = f"<details><summary>{html.escape(title, quote=False)}</summary>"  # a block of HTML, not of Markdown
+    parts = [head, _code(line) if line else "", body, "</details>"]
     return "\n\n".join(filter(None, parts))
 
 
@@ -116,5 +119,13 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _md(text: str) -> str:
-    """Escape what Markdown would take for a table, a tag or a new line."""
-    return " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
+    """Escape what Markdown would take for a table, a tag, an entity or a new line, and leave ``p < .001`` alone."""
+    entities = re.sub(r"&(?=#?\w+;)", "&amp;", " ".join(text.split()))
+    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", entities).replace("|", "\\|")
+
+
+def _code(text: str) -> str:
+    """Return `text` as code, in which Markdown decodes nothing."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * (longest + 1)
+    return f"{fence}{text}{fence}" if not longest else f"{fence} {text} {fence}"

@@ -102,7 +102,7 @@ def _cell(board: Leaderboard, row: Row, metric: str) -> Mapping[str, Any]:
     return {
         "value": score.mean if score else None,
         "said": said,
-        "mark": "" if said.verdict == "reference" else MARKS[said.verdict],
+        "mark": MARKS[said.verdict],
         "told": told,
         "highest": score is not None and score.mean == highest,
     }

@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from datetime import datetime
 from pathlib import Path
@@ -159,7 +159,9 @@ def _headline(record: RunRecord) -> str:
     if not record.ok:
         return f"failed: {record.status}"
     metric = VALID_METRIC if VALID_METRIC in record.metrics else next(iter(record.metrics))
-    return f"{metric} {record.metrics[metric]:.3f}"
+    mode = (record.config.get("eval_args") or {}).get("mode", "")
+    told = mode.get("test", "") if isinstance(mode, Mapping) else mode
+    return f"{metric} {record.metrics[metric]:.3f} on test" + (f" ({told})" if told else "")
 
 
 @contextlib.contextmanager

@@ -40,10 +40,11 @@ def format_table(board: Leaderboard) -> str:
     failed = [
         f"{_cut(row.model, NAME_WIDTH)} seed {seeds(row)} failed: {row.status}" for row in board.rows if not row.ok
     ]
-    title = f"{board.dataset}: {board.protocol} · {board.n_users} users · candidates {board.candidates}"
+    users = "" if f"{board.n_users} users" in board.protocol else f" · {board.n_users} users"
+    title = f"{board.dataset}: {board.protocol}{users} · candidates {board.candidates}"
     notes = [board.note] if board.note else []
-    fixed = [_cut(line, WIDTH) for line in [title, "", *table, *failed]]
-    return "\n".join([*fixed, "", *_wrap([legend(board), finding(board), *notes])])
+    fixed = [_cut(line, WIDTH) for line in ["", *table, *failed]]
+    return "\n".join([*_wrap([title]), *fixed, "", *_wrap([legend(board), finding(board), *notes])])
 
 
 def _name(row: Row) -> str:

@@ -137,7 +137,11 @@ def _tune(job: dict[str, Any], configured: Callable[[dict[str, Any]], Any], fold
     space = {} if job["model"] in NOTHING_TO_TUNE else space_of(job["model"], given | set(job["overrides"]))
     tried = trials(space, budget, job["seed"], {key: default[key] for key in space})
     found = search(
-        tried, lambda tuned: validate(configured(tuned)), default["valid_metric_bigger"], journal=folder / TRIALS
+        tried,
+        lambda tuned: validate(configured(tuned)),
+        default["valid_metric_bigger"],
+        journal=folder / TRIALS,
+        measure=f"validation {default['valid_metric']}",
     )
     return {"budget": budget, "seed": job["seed"], "metric": default["valid_metric"], "space": space, **found}
 
