@@ -57,7 +57,8 @@ class Fit:
     def converged(self) -> bool | None:
         """Whether validation had stopped rising; None where nothing was trained or nothing validated."""
         trainer = self._trainer
-        if not trainer.epochs or not (self.scores or getattr(trainer, "start_epoch", 0)):
+        resumed = bool(getattr(trainer, "start_epoch", 0))
+        if not trainer.epochs or not (self.scores or resumed):
             return None
         since = max(trainer.cur_step, validations_since_best(self.scores, trainer.valid_metric_bigger))
         return bool(since > trainer.stopping_step)  # where RecBole stops early (utils/utils.py:113-154)
