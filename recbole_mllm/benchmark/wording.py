@@ -111,6 +111,8 @@ def cost_notes(board: Leaderboard) -> str:
         notes.append(
             "* Some or all of these summaries were in the store already; they are priced by what they took then."
         )
+    if any(run.tuning for row in board.rows for run in row.runs):
+        notes.append("What --tune tried before is not in Train; its seconds stand in each run's record.")
     old = [row.model for row in board.rows if row.ok and any(run.valid is None for run in row.runs)]
     if old:
         notes.append(

@@ -9,6 +9,7 @@ import pytest
 import small_world
 from recbole.trainer import Trainer
 
+from recbole_mllm.cli import main
 from recbole_mllm.fitting import Fit, validations_since_best
 from recbole_mllm.quick_start import make_config, run
 
@@ -95,6 +96,21 @@ def test_what_learns_in_one_pass_has_seconds_and_what_learns_nothing_has_none(pl
     assert random.train_s is None and random.converged is None
     assert untrained.train_s is None and untrained.converged is None
     assert run(planted("Pop")).train_s > 0
+
+
+def test_every_printed_result_names_its_protocol(planted, tmp_path, capsys):
+    """The same command ranks all items for Pop and 1+20 for MLLMMSR, so neither may just say "test"."""
+    words = ["--model=Pop", "--dataset=steps", f"--data_path={tmp_path}", "--state=ERROR", "--show_progress=false"]
+    columns = "--load_col={inter: [user_id, item_id, timestamp]}"
+    split = "split: {LS: valid_and_test}, order: TO"
+    for mode in ("full", "uni20", "{valid: uni20, test: full}"):
+        assert main([*words, columns, f"--eval_args={{{split}, mode: {mode}}}"]) == 0
+        lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+        valid, test = (lines[lines.index(line) + 1] for line in lines if line.startswith(("best valid:", "test:")))
+        for told, drawn in ((valid, "uni20" in mode), (test, mode == "uni20")):
+            assert told.startswith("leave-one-out (valid_and_test), order TO, ")
+            assert ("candidates uni20 (seed 2024)" in told, "all items ranked" in told) == (drawn, not drawn)
+        assert test.endswith(", 30 users")
 
 
 def test_the_trainer_is_left_as_it_was(planted):

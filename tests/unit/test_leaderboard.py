@@ -409,6 +409,9 @@ def test_reused_summaries_are_priced_with_a_mark(field, tmp_path):
     assert (row["summarize_reused"], row["cost"]["load_s"], row["cost"]["train_s"]) == (7, 3.0, None)
     for text in (format_table(board), format_markdown(board), page(board)):
         assert "12 s*" in text
+    assert "--tune" not in format_markdown(board)
+    tuned = build([*field[:2], replace(reader, tuning={"seconds": 60.0})], tmp_path)
+    assert "What --tune tried before is not in Train" in format_markdown(tuned)
     assert "in the store already" in format_markdown(board) and "| 3 s | 12 s* | – | 3 s |" in format_markdown(board)
     told = {r["model"]: r for r in csv.DictReader(io.StringIO(format_csv(board)))}
     assert (told["MLLMMSR"]["summarize_reused"], told["MLLMMSR"]["load_s"], told["MLLMMSR"]["train_s"]) == (
