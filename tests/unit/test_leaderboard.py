@@ -344,6 +344,9 @@ def test_a_variant_is_tested_against_its_full_model_and_not_against_a_baseline(f
     for text in (format_table(board), format_markdown(board), page(board)):
         assert "MLLMMSR:direct against MLLMMSR" in " ".join(text.split())
     assert board.rows[0].model == "MLLMMSR" and "MLLMMSR is" in format_markdown(board)  # whom the first sentence is of
+    alone = build([field[2], direct], tmp_path)
+    assert row_of(alone, "MLLMMSR:direct")["metrics"]["NDCG@10"]["p_raw"] == score["p_raw"]
+    assert "No baseline has finished; tested are MLLMMSR:direct against MLLMMSR." in format_markdown(alone)
 
 
 def test_of_two_full_models_a_variant_is_tested_against_the_one_that_differs_least(field, tmp_path):
