@@ -9,6 +9,7 @@ user (Hit and Recall of one target) being one question: the chance of even one f
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -244,7 +245,7 @@ def _question(metric: str, mine: Evidence, theirs: Evidence) -> bytes:
     """Return what tells one question about two rows from another: the values compared, not the metric's name."""
     if metric == POOLED:
         return POOLED.encode()
-    return mine.values[metric].tobytes() + theirs.values[metric].tobytes()
+    return b"".join(hashlib.sha256(one.values[metric].tobytes()).digest() for one in (mine, theirs))
 
 
 def _compare(metric: str, contender: Contender, reference: Contender) -> sig.Comparison | None:
