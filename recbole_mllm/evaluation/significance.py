@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from scipy import special, stats
-from statsmodels.stats.multitest import multipletests
 
 Floats = NDArray[np.float64]
 
@@ -98,9 +97,11 @@ def compare_paired(values: Floats, reference: Floats) -> Comparison:
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """Correct the p-values of one family by Holm's method: the chance of even one false mark stays below the level."""
-    if not p_values:
-        return []
-    return [float(p) for p in multipletests(p_values, method="holm")[1]]
+    raw = np.asarray(p_values, dtype=float)
+    order = np.argsort(raw, kind="stable")
+    corrected = np.empty_like(raw)
+    corrected[order] = np.minimum(1.0, np.maximum.accumulate(raw[order] * np.arange(raw.size, 0, -1)))
+    return [float(p) for p in corrected]
 
 
 @dataclass(frozen=True, slots=True)

@@ -481,7 +481,7 @@ def equal_scorers(
 
 @pytest.mark.parametrize(
     ("n_users", "repetitions", "pooled"),
-    [(40, 40, False), *(pytest.param(n, 1000, n < 100, marks=pytest.mark.slow) for n in (30, 60, 300))],
+    [(40, 80, False), *(pytest.param(n, 1000, n < 100, marks=pytest.mark.slow) for n in (30, 60, 300))],
 )
 def test_a_table_of_equal_scorers_holds_a_false_mark_in_at_most_one_of_twenty(n_users, repetitions, pooled):
     rng = np.random.default_rng(n_users)

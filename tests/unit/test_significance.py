@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from scipy import stats
+from statsmodels.stats.multitest import multipletests
 
 from recbole_mllm.evaluation import significance as sig
 
@@ -76,6 +77,8 @@ def test_holm_as_in_the_textbook():
     p = [0.01, 0.04, 0.03, 0.005]
     assert sig.holm(p) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert sig.holm([]) == []
+    many = np.random.default_rng(6).random(200) ** 4
+    assert sig.holm(many.tolist()) == pytest.approx(multipletests(many, method="holm")[1].tolist())
 
 
 def test_pooled_auc_counts_every_pair_and_half_of_each_tie():
