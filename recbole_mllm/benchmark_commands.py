@@ -56,6 +56,7 @@ def benchmark(
         jobs=jobs,
         force=force,
         tune=tune,
+        quick=options.quick,
         embed_images=options.embed_images,
     )
     _check_models(labels, dataset, options)

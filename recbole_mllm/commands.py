@@ -19,6 +19,7 @@ from recbole_mllm.options import OURS, Options, config_of
 def run_model(model: str, dataset: str, options: Options) -> int:
     """Train and evaluate one model, as RecBole's ``run_recbole.py`` does."""
     from recbole_mllm.config import check_training
+    from recbole_mllm.evaluation.protocol import protocol_line
     from recbole_mllm.quick_start import run
 
     if model != OURS and ranks.is_launched():
@@ -32,7 +33,9 @@ def run_model(model: str, dataset: str, options: Options) -> int:
     outcome = run(config)
     if not ranks.is_main():
         return 0
-    print(f"best valid: {_metrics(outcome.valid)}\ntest:       {_metrics(outcome.test)}")
+    users = len(outcome.users["user"]) if outcome.users else None
+    print(f"best valid: {_metrics(outcome.valid)}\n            {protocol_line(outcome.config, phase='valid')}")
+    print(f"test:       {_metrics(outcome.test)}\n            {protocol_line(outcome.config, users, 'test')}")
     print(f"checkpoint: {outcome.checkpoint}")
     return 0
 

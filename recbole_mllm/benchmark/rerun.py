@@ -154,6 +154,9 @@ def compare(before: RunRecord, now: RunRecord) -> Agreement:
         )
     names = [*before.metrics, *(name for name in now.metrics if name not in before.metrics)]
     verdicts = {name: _holds(before.metrics.get(name), now.metrics.get(name), tolerance) for name in names}
+    lines.append(f"test: {before.protocol}")
+    if now.protocol != before.protocol:
+        lines.append(f"now:  {now.protocol}")
     width = max(map(len, names))
     for name, holds in verdicts.items():
         then, later = (_number(run.metrics.get(name)) for run in (before, now))

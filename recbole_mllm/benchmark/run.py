@@ -215,7 +215,9 @@ def _headline(record: RunRecord) -> str:
     if not record.ok:
         return f"failed: {record.status}"
     metric = VALID_METRIC if VALID_METRIC in record.metrics else next(iter(record.metrics))
-    return f"{metric} {record.metrics[metric]:.3f}"
+    mode = (record.config.get("eval_args") or {}).get("mode", "")
+    told = mode.get("test", "") if isinstance(mode, Mapping) else mode
+    return f"{metric} {record.metrics[metric]:.3f} on test" + (f" ({told})" if told else "")
 
 
 @contextlib.contextmanager

@@ -207,7 +207,11 @@ def _tune(job: dict[str, Any], configured: Callable[[dict[str, Any]], Any], fold
     space = {} if job["model"] in NOTHING_TO_TUNE else space_of(job["model"], given | set(job["overrides"]))
     tried = trials(space, budget, job["seed"], {key: default[key] for key in space})
     found = search(
-        tried, lambda tuned: validate(configured(tuned)), default["valid_metric_bigger"], journal=folder / TRIALS
+        tried,
+        lambda tuned: validate(configured(tuned)),
+        default["valid_metric_bigger"],
+        journal=folder / TRIALS,
+        measure=f"validation {default['valid_metric']}",
     )
     return {"budget": budget, "seed": job["seed"], "metric": default["valid_metric"], "space": space, **found}
 
@@ -278,13 +282,14 @@ def _record(
         config_digest=config_digest(config),
         config=plain_json(config),
         metrics=outcome.test,
+        valid=outcome.valid,
         per_user=evidence["per_user"],
         scores=evidence["scores"],
         summarize_s=outcome.summarize_s if is_mllm else None,
         features_s=_features_s(outcome.config),
         train_s=outcome.train_s,
         score_s=outcome.score_s,
-        pairs_per_s=outcome.pairs_scored / outcome.score_s,
+        pairs_per_s=max(0, outcome.pairs_scored - outcome.scores_reused) / outcome.score_s or None,
         tokens=getattr(outcome.model, "tokens_read", None),
         parameters_trained=_parameters_trained(outcome.model),
         peak_memory_mb=peak,
@@ -295,6 +300,7 @@ def _record(
         tuning=tuning,
         retrieval=outcome.retrieval,
         scores_reused=outcome.scores_reused,
+        converged=outcome.converged,
     )
 
 

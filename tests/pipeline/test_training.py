@@ -19,6 +19,7 @@ from recbole.quick_start import load_data_and_model
 from recbole.utils import get_trainer, init_logger, init_seed
 
 from recbole_mllm.errors import UserError
+from recbole_mllm.fitting import Fit
 from recbole_mllm.model.sequential_recommender.mllmmsr import MLLMMSR
 from recbole_mllm.training.checkpoint import _COURSE, _MODEL, last_of, newest, read_checkpoint
 
@@ -108,14 +109,17 @@ def test_a_run_killed_in_an_epoch_goes_on_to_the_same_adapter_bit_for_bit(settin
     (last,) = (tmp_path / "saved").glob("*.last.pth")
     assert read_checkpoint(last, CPU)["training"]["place"][:2] == (1, 4)  # the sixth of 2 * 4 steps was never taken
 
-    losses = {}
+    before = read_checkpoint(last, CPU)["training"]["train_s"]
+    losses, seconds = {}, {}
     for name, more in (
         ("straight", {"checkpoint_dir": str(tmp_path / "straight")}),
         ("resumed", {"resume": "auto", "checkpoint_every_steps": 3}),
     ):
         trainer = _fit(settings, **more)
+        seconds[name] = trainer.train_s
         losses[name] = (trainer.train_loss_dict[1], trainer.best_valid_score, trainer.best_valid_result)
         losses[name] += (trainer.model.state_dict(), trainer.optimizer.state_dict()["state"], trainer.saved_model_file)
+    assert 0 < before < seconds["resumed"]  # what the killed run had spent counts
     straight, resumed = losses["straight"], losses["resumed"]
     assert straight[:3] == resumed[:3] and _same(straight[3], resumed[3])
     assert all(_same(straight[4][n], resumed[4][n]) for n in straight[4])
@@ -141,6 +145,7 @@ def test_a_finished_run_is_not_trained_again(settings):
     trainer, train, valid, test = _made(settings | {"resume": "auto", "checkpoint_every_steps": 2})
     assert trainer.fit(train, valid, verbose=False) == (first.best_valid_score, first.best_valid_result)
     assert trainer.train_loss_dict == {} and trainer.saved_model_file == first.saved_model_file
+    assert trainer.train_s == first.train_s > 0
     assert trainer.evaluate(test) == first.evaluate(test)
     _, model, *_ = load_data_and_model(str(last_of(Path(first.saved_model_file))))  # RecBole's own way of reloading
     assert _same(model.state_dict(), _state(last_of(Path(first.saved_model_file))))
@@ -153,7 +158,9 @@ def test_a_run_that_stopped_early_is_finished_however_many_epochs_are_asked_for(
     trainer.fit(train, valid, verbose=False)
     again, train, valid, _ = _made(settings | {"epochs": 9, "stopping_step": 0})
     again.resume_checkpoint(last_of(Path(trainer.saved_model_file)))
-    assert again.fit(train, valid, verbose=False)[0] == 0.5 and again.train_loss_dict == {}
+    fit = Fit(again)
+    assert fit.run(train, valid, verbose=False)[0] == 0.5 and again.train_loss_dict == {}
+    assert fit.scores == [] and fit.converged
 
 
 def test_auto_finds_nothing_of_a_run_with_other_settings(settings):
