@@ -16,12 +16,13 @@ from recbole.trainer import TraditionalTrainer
 from recbole.utils import get_model, get_trainer, init_logger, init_seed
 
 from recbole_mllm import ranks
-from recbole_mllm.config import check_keys, check_training, per_model, recbole_config, sections
+from recbole_mllm.config import check_training, per_model, recbole_config, sections
 from recbole_mllm.data.schema import isum_file, usum_file
 from recbole_mllm.errors import UserError
 from recbole_mllm.evaluation.exchange import write
 from recbole_mllm.evaluation.metrics import has_several_rows, joined, per_user, pooled_auc
 from recbole_mllm.evaluation.protocol import protocol_line
+from recbole_mllm.keys import check_keys
 from recbole_mllm.refusals import told_in_a_line
 from recbole_mllm.settings import Settings
 
@@ -84,7 +85,7 @@ class _Trained:
     train_s: float
 
 
-def _train(config: Any, saved: bool, check: Callable[[Any], None] | None = None) -> _Trained:
+def _train(config: Any, saved: bool, check: Callable[[Any], None] | None = None, one_ranking: bool = False) -> _Trained:
     init_seed(config["seed"], config["reproducibility"])
     init_logger(config)
     log = logging.getLogger()
@@ -98,6 +99,8 @@ def _train(config: Any, saved: bool, check: Callable[[Any], None] | None = None)
         train, valid, test = data_preparation(config, dataset)
     if check is not None:
         check(dataset)
+    if one_ranking and "full" in config["eval_args"]["mode"].values():
+        _refuse_several_rankings(dataset, test)
     started = time.perf_counter()
     init_seed(config["seed"] + config["local_rank"], config["reproducibility"])
     with told_in_a_line(f"make the model {config['model']}", *refused):
@@ -122,14 +125,28 @@ def validate(config: Any) -> float:
     return float(_train(config, saved=False).score)
 
 
-def run(config: Any, check: Callable[[Any], None] | None = None) -> Outcome:
+def _refuse_several_rankings(dataset: Any, test: Any) -> None:
+    """Refuse a full ranking of each of a user's rows before anything is trained; `has_several_rows` finds it after."""
+    users = test._dataset.inter_feat[dataset.uid_field].numpy()
+    if getattr(test, "is_sequential", False) and len(np.unique(users)) < len(users):
+        raise UserError(
+            "this protocol leaves no ranking to compare models by: use eval_args.mode uniN or popN, or full with one "
+            "target a user (split LS)"
+        )
+
+
+def run(config: Any, check: Callable[[Any], None] | None = None, *, one_ranking: bool = False) -> Outcome:
     """Run what `config` says, as RecBole's ``run_recbole`` does (quick_start.py:94-178).
 
     Args:
         config: RecBole's.
         check: Called with the dataset once it is split, before anything is trained; may raise.
+        one_ranking: Whether each user must have one.
+
+    Raises:
+        UserError: Among others, where `one_ranking` demands that a user has one, and the split gives one several.
     """
-    done = _train(config, saved=True, check=check)
+    done = _train(config, saved=True, check=check, one_ranking=one_ranking)
     trainer, started = done.trainer, time.perf_counter()
     trainer.score_log = []
     reused = getattr(done.model, "scores_reused", 0)

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recbole_mllm.errors import UserError
+from recbole_mllm.progress import tell_once
 
 RECORDS = "runs.jsonl"
 CANDIDATE_RULES = 2
@@ -117,7 +118,14 @@ class RunRecord:
     def from_line(cls, line: str) -> RunRecord:
         """Read a line; fields that a later version has added are left out."""
         values = json.loads(line)
-        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
+        if not isinstance(values, dict):
+            raise ValueError("no JSON object")
+        record = cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
+        texts = (record.run_id, record.model, record.label, record.dataset, record.status, record.candidates)
+        numbers = (record.seed, record.n_users)
+        if not all(isinstance(text, str) for text in texts) or not all(type(number) is int for number in numbers):
+            raise ValueError("a name is no text, or the seed or the number of users no whole number")
+        return record
 
 
 def append(path: Path, record: RunRecord) -> None:
@@ -136,11 +144,15 @@ def append(path: Path, record: RunRecord) -> None:
 
 
 def read_records(path: Path) -> list[RunRecord]:
-    """Return every record in `path`, oldest first; none if there is no such file."""
+    """Return every record in `path`, oldest first; none if there is no such file.
+
+    A line that is no record is left out, and a warning says so: it must not cost the others.
+    """
     if not path.exists():
         return []
     lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline was torn, or is being written
-    return [_read_line(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    read = (_read_line(path, number, line) for number, line in enumerate(lines, start=1) if line.strip())
+    return [record for record in read if record is not None]
 
 
 def different_candidates(sets: Mapping[str, Iterable[str]], older: Iterable[str] = ()) -> UserError:
@@ -197,11 +209,13 @@ def read_arrays(path: Path, required: Iterable[str]) -> dict[str, NDArray[Any]]:
     return arrays
 
 
-def _read_line(path: Path, number: int, line: bytes) -> RunRecord:
+def _read_line(path: Path, number: int, line: bytes) -> RunRecord | None:
     try:
         return RunRecord.from_line(line.decode())
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}, line {number}, is no run record ({error}); delete that line") from error
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        why = " ".join(str(error).split())[:120]
+        tell_once(f"{path}:{number}: this line is no run record ({why}) and is left out; delete it")
+        return None
 
 
 def _cut_torn_end(descriptor: int) -> None:

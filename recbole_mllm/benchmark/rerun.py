@@ -18,9 +18,9 @@ from typing import Any
 from recbole_mllm.benchmark.child import LOG, claim, failure, run_child
 from recbole_mllm.benchmark.progress import HEARTBEAT_S
 from recbole_mllm.benchmark.records import RECORDS, RunRecord, latest, plain_json, read_records
-from recbole_mllm.config import every_key
 from recbole_mllm.demo.builtin import is_builtin
 from recbole_mllm.errors import UserError
+from recbole_mllm.keys import every_key
 
 WORKER = (sys.executable, "-m", "recbole_mllm.benchmark.worker")
 RERUNS = "reruns"

@@ -84,7 +84,8 @@ def run_job(job: dict[str, Any]) -> None:
         return config
 
     tuning = _tune(job, configured, folder)
-    outcome = run(configured(tuning["chosen"] if tuning else {}), lambda dataset: _check_candidates(job, dataset))
+    config = configured(tuning["chosen"] if tuning else {})
+    outcome = run(config, lambda dataset: _check_candidates(job, dataset), one_ranking=True)
     peak = max(ranks.gather_objects(_peak_memory(outcome.config["device"])))
     if not ranks.is_main():
         return

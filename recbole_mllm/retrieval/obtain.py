@@ -17,9 +17,10 @@ from recbole.data import create_dataset, data_preparation
 from recbole.utils import get_model, get_trainer, init_seed
 from recbole.utils.argument_list import dataset_arguments
 
-from recbole_mllm.config import check_keys, recbole_config
+from recbole_mllm.config import recbole_config
 from recbole_mllm.errors import UserError
 from recbole_mllm.kept import made_once
+from recbole_mllm.keys import check_keys
 from recbole_mllm.randomness import undisturbed
 from recbole_mllm.retrieval.retriever import Retriever
 from recbole_mllm.settings import RankingSettings
@@ -103,7 +104,14 @@ def _trained(name: str, config: Any, ours: Any) -> Retriever:
 
     if not made_once(path, fit):
         log.info(f"retriever {identity} was trained before: {path}")
-    checkpoint = _read(path, theirs["device"])
+    try:
+        checkpoint = _read(path, theirs["device"])
+    except UserError as error:  # what a crash of the machine has left of it must not stop every later run
+        damaged = path.with_name(f"{path.name}.damaged")
+        log.warning(f"{error}; the retriever is trained again, and that file is now {damaged}")
+        path.replace(damaged)
+        made_once(path, fit)
+        checkpoint = _read(path, theirs["device"])
     retriever.train_s = float(checkpoint.get("train_s", 0.0))
     _fill(model, checkpoint)
     model.eval()
