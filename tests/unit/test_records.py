@@ -74,7 +74,7 @@ FOREIGN = {
     "a list": "[1, 2]",
     "no JSON": "hello",
     "another object": '{"epoch": 1, "loss": 0.5}',
-    "odd types": '{"run_id": 5, "model": "m", "label": "l", "kind": "mllm", "seed": "x", "dataset": "d", "status": "ok"}',
+    "odd types": json.dumps(json.loads(record("a").to_line()) | {"seed": "x"}),
     "deep": "[" * 100_000,
     "bytes": "\udcff\udcfe",
 }  # fmt: skip
