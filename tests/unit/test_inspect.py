@@ -183,7 +183,7 @@ def test_dataset_yaml_names_columns_files_and_images(tmp_path):
     with pytest.raises(UserError, match=r"x\.gone\.inter does not exist"):
         measure(folder)
     (folder / "dataset.yaml").write_text("a: [\n")
-    with pytest.raises(UserError, match=r"dataset\.yaml is no valid YAML"):
+    with pytest.raises(UserError, match=r"dataset\.yaml:2: it is no valid YAML"):
         measure(folder)
 
 
