@@ -37,6 +37,7 @@ def benchmark(
     from recbole_mllm.benchmark.records import RECORDS, latest, read_records
     from recbole_mllm.benchmark.report import format_leaderboard
     from recbole_mllm.benchmark.run import benchmark as run_benchmark
+    from recbole_mllm.benchmark.worker import digests_of
     from recbole_mllm.config import config_paths
 
     labels = expand(models)
@@ -59,7 +60,7 @@ def benchmark(
     _check_models(labels, dataset, options)
     if not ranks.is_main():
         return follow()
-    html = run_benchmark(plan)
+    html = run_benchmark(plan, digests=digests_of)
     print(format_leaderboard(folder), f"report: {html}", sep="\n")
     return 0 if any(record.ok for record in latest(read_records(folder / RECORDS)).values()) else 1
 

@@ -37,14 +37,21 @@ def register() -> None:
         sys.meta_path.append(_ModelFinder())
     after_import("recbole.config.configurator", read_our_files)
     after_import("recbole.data.dataset", offer_dataset)
+    after_import("recbole.data.dataset.dataset", keep_facts)
     after_import("recbole.data.dataset.dataset", _listed("learn_from_histories"))
     after_import("recbole.data.dataset.sequential_dataset", _listed("show_latest_items"))
     after_import("recbole.data.utils", prepare_our_way)
+    after_import("recbole.evaluator.collector", count_training)
     after_import("recbole.model.general_recommender.pop", count_popularity)
     after_import("recbole.model.general_recommender.random", score_by_pair)
     after_import("recbole.model.layers", read_vectors)
     after_import("recbole.trainer", offer_trainer)
     after_import("recbole.trainer.trainer", break_ties)
+
+
+def keep_facts(dataset_module: ModuleType) -> None:
+    """Let a dataset keep what candidates are drawn from, and stand in exact order (data/dataset/dataset.py:159-178)."""
+    importlib.import_module("recbole_mllm.data.facts").keep_facts(dataset_module)
 
 
 def _listed(name: str) -> Callable[[ModuleType], None]:
@@ -200,6 +207,7 @@ def prepare_our_way(utils: ModuleType) -> None:
                 importlib.import_module("recbole_mllm.features.prepare").offer_features(config)
             dataset = stock(config)
             importlib.import_module("recbole_mllm.data.saved").use_now(dataset, config)
+            importlib.import_module("recbole_mllm.data.facts").tell(dataset)
             return dataset
 
         return create_dataset
@@ -229,6 +237,11 @@ def read_vectors(layers: ModuleType) -> None:
 def count_popularity(pop: ModuleType) -> None:
     """Let Pop count every interaction of a batch (model/general_recommender/pop.py:47)."""
     importlib.import_module("recbole_mllm.evaluation.counting").count_all(pop)
+
+
+def count_training(collector: ModuleType) -> None:
+    """Let metrics of popularity count the training split alike for every model (evaluator/collector.py:79-94)."""
+    importlib.import_module("recbole_mllm.evaluation.counting").count_training(collector)
 
 
 def score_by_pair(module: ModuleType) -> None:

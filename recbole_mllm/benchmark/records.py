@@ -23,6 +23,9 @@ from recbole_mllm.errors import UserError
 from recbole_mllm.progress import tell_once
 
 RECORDS = "runs.jsonl"
+CANDIDATE_RULES = 2
+"""How candidates are worked out; 1 read a model's own rows, which changed them on benchmark files and under popN."""
+
 OK = "ok"
 
 Kind = Literal["baseline", "mllm"]
@@ -49,6 +52,7 @@ class RunRecord:
         label: The row's name, e.g. ``MLLMMSR:direct``; `model` is RecBole's name for it.
         protocol: How it was evaluated, in one line for people.
         candidates: Digest of the frozen candidates.
+        candidate_rules: By which rules they were worked out, see `CANDIDATE_RULES`.
         per_user: Path of the per-user arrays (`USER_COLUMNS`), relative to the results folder.
         scores: Path of the pair scores (`PAIR_COLUMNS`), relative to the results folder.
         status: ``ok``, or what went wrong, in one line.
@@ -70,6 +74,7 @@ class RunRecord:
     started: str
     protocol: str = ""
     candidates: str = ""
+    candidate_rules: int = 1
     n_users: int = 0
     config_digest: str = ""
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -148,6 +153,26 @@ def read_records(path: Path) -> list[RunRecord]:
     lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline was torn, or is being written
     read = (_read_line(path, number, line) for number, line in enumerate(lines, start=1) if line.strip())
     return [record for record in read if record is not None]
+
+
+def different_candidates(sets: Mapping[str, Iterable[str]], older: Iterable[str] = ()) -> UserError:
+    """Return the error about runs that no leaderboard may hold together.
+
+    Args:
+        sets: The runs of each digest.
+        older: Digests of runs that are recorded under older rules.
+    """
+    told = "; ".join(f"{digest or '(none)'}: {', '.join(runs)}" for digest, runs in sets.items())
+    past = ", ".join(digest for digest in older if digest in sets)
+    why = (
+        f"{past} was drawn by the rules of an older version, so run those models again with --force, or "
+        if past
+        else ""
+    )
+    return UserError(
+        f"these runs ranked different candidates and cannot share a leaderboard ({told}); {why}"
+        "give one of them another --output_dir"
+    )
 
 
 def latest(records: Iterable[RunRecord]) -> dict[str, RunRecord]:

@@ -143,9 +143,13 @@ def compare(before: RunRecord, now: RunRecord) -> Agreement:
     lines = [_rule(changes), *changes]
     same = before.candidates == now.candidates
     if not same:
+        why = "the dataset's files, or the candidates file, are not those of the first run"
+        if before.candidate_rules != now.candidate_rules:
+            why = (
+                "an older version worked them out by other rules (on benchmark files, under popN, and for close times)"
+            )
         lines.append(
-            f"the candidates differ ({before.candidates or 'none'} then, {now.candidates or 'none'} now): "
-            "the dataset's files, or the candidates file, are not those of the first run"
+            f"the candidates differ ({before.candidates or 'none'} then, {now.candidates or 'none'} now): {why}"
         )
     names = [*before.metrics, *(name for name in now.metrics if name not in before.metrics)]
     verdicts = {name: _holds(before.metrics.get(name), now.metrics.get(name), tolerance) for name in names}

@@ -86,8 +86,7 @@ def _trained(name: str, config: Any, ours: Any) -> Retriever:
     """Train `name`, or take it from where a run that would train the same has left it."""
     log = logging.getLogger()
     theirs = _config(name, config)
-    dataset = create_dataset(theirs)
-    train, valid, _ = data_preparation(theirs, dataset)
+    train, valid, _ = data_preparation(theirs, _dataset(theirs))
     identity = f"{name}#{_digest(theirs, train._dataset)}"
     folder = Path(config["retriever_dir"] or theirs["checkpoint_dir"])
     path = folder / f"retriever-{identity.replace('#', '-')}.pth"
@@ -119,6 +118,13 @@ def _trained(name: str, config: Any, ours: Any) -> Retriever:
     return retriever
 
 
+def _dataset(config: Any) -> Any:
+    """Return the retriever's dataset, to be split in the exact order in which this run's is."""
+    dataset = create_dataset(config)
+    dataset.exact_order = True
+    return dataset
+
+
 def _digest(config: Any, train: Any) -> str:
     """Return 12 hex digits of the settings, the training rows and the versions of what trains."""
     kept = {key: value for key, value in config.final_config_dict.items() if key not in _NO_TRACE}
@@ -138,10 +144,17 @@ def _loaded(path: Path, config: Any, ours: Any) -> Retriever:
         raise UserError(f"retriever_checkpoint {path} was trained with {found}; train one on this data and split")
     for key in ("data_path", "device", "checkpoint_dir"):
         theirs[key] = config[key]
+    frozen = theirs["frozen_candidates"] is True
     for key, value in _OWN.items():
         theirs[key] = value
     theirs["eval_args"]["mode"] = {"valid": "full", "test": "full"}
-    dataset = create_dataset(theirs)
+    dataset = _dataset(theirs)
+    if dataset.facts is not None and dataset.facts.reordered and not frozen:
+        raise UserError(
+            f"retriever_checkpoint {path} was trained without frozen_candidates, in the order of RecBole's float32 "
+            f"times: for {dataset.facts.reordered} users that is not the exact order, so it may have learnt their "
+            "answers; train it with frozen_candidates: true"
+        )
     train, *_ = data_preparation(theirs, dataset)
     name = theirs["model"]
     identity = f"{name}#{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
