@@ -152,14 +152,32 @@ def remove_empty_folder(folder: Path) -> None:
         os.rmdir(folder)
 
 
-def set_file_aside(path: Path, word: str) -> Path:
-    """Give a file that cannot be used a free name, ``NAME.word-N``, which is returned."""
+def set_file_aside(path: Path, word: str, beside: Sequence[str] = ()) -> Path:
+    """Give a file that cannot be used a free name, ``NAME.word-N``, which is returned.
+
+    Args:
+        path: The file.
+        word: What is wrong with it.
+        beside: Endings of files that belong to it (``-wal``); those that are there are renamed alike.
+
+    Raises:
+        OSError: It cannot be renamed, and stays.
+    """
     for number in count(1):
         aside = path.with_name(f"{path.name}.{word}-{number}")
-        with suppress(FileExistsError):
+        try:
             os.close(os.open(aside, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        except FileExistsError:
+            continue
+        try:
             os.replace(path, aside)
-            return aside
+        except OSError:
+            os.unlink(aside)
+            raise
+        for ending in beside:
+            with suppress(FileNotFoundError):
+                os.replace(path.with_name(path.name + ending), aside.with_name(aside.name + ending))
+        return aside
     raise AssertionError("unreachable")
 
 

@@ -17,6 +17,7 @@ from recbole.utils import get_model, get_trainer, init_logger, init_seed
 
 from recbole_mllm import ranks
 from recbole_mllm.config import check_training, per_model, recbole_config, sections
+from recbole_mllm.data.checking import nothing_left
 from recbole_mllm.data.schema import isum_file, usum_file
 from recbole_mllm.errors import UserError
 from recbole_mllm.evaluation.exchange import write
@@ -111,6 +112,8 @@ def _train(config: Any, saved: bool, check: Check | None = None) -> _Trained:
     log.info(dataset)
     with told_in_a_line("split the dataset", *refused):
         train, valid, test = data_preparation(config, dataset)
+    if not saved and not len(valid):
+        raise nothing_left(dataset, "validate on")
     if check is not None:
         check(dataset, test)
     for phase in ("valid", "test"):  # what RecBole's lines below are results of

@@ -41,6 +41,7 @@ def register() -> None:
     after_import("recbole.data.dataset", offer_dataset)
     after_import("recbole.data.dataset.dataset", keep_facts)
     after_import("recbole.data.dataset.dataset", _listed("learn_from_histories"))
+    after_import("recbole.data.dataset.dataset", check_files)
     after_import("recbole.data.dataset.sequential_dataset", _listed("show_latest_items"))
     after_import("recbole.data.utils", prepare_our_way)
     after_import("recbole.evaluator.collector", count_training)
@@ -61,6 +62,11 @@ def _listed(name: str) -> Callable[[ModuleType], None]:
         getattr(importlib.import_module("recbole_mllm.data.listed"), name)(module)
 
     return arm
+
+
+def check_files(module: ModuleType) -> None:
+    """Let a damaged atomic file be one line before RecBole reads it (data/dataset/dataset.py:427)."""
+    importlib.import_module("recbole_mllm.data.checking").check_as_read(module)
 
 
 class _ModelFinder(Loader):
@@ -209,7 +215,8 @@ def prepare_our_way(utils: ModuleType) -> None:
             importlib.import_module("recbole_mllm.config").tell_missing_gpus(config)
             if config["item_features"]:
                 importlib.import_module("recbole_mllm.features.prepare").offer_features(config)
-            dataset = stock(config)
+            with importlib.import_module("recbole_mllm.data.checking").told_what_is_left(config):
+                dataset = stock(config)
             importlib.import_module("recbole_mllm.data.saved").use_now(dataset, config)
             importlib.import_module("recbole_mllm.data.facts").tell(dataset)
             return dataset
@@ -218,14 +225,17 @@ def prepare_our_way(utils: ModuleType) -> None:
 
     def make_prepare(stock: Callable[..., Any]) -> Callable[..., Any]:
         def data_preparation(config: Any, dataset: Any) -> Any:
-            train, *rest = stock(config, dataset)
+            checking = importlib.import_module("recbole_mllm.data.checking")
+            with checking.told_what_is_left(config, dataset):
+                train, *rest = stock(config, dataset)
             if hasattr(getattr(train, "_dataset", None), "histories"):  # our dataset, whose rows know their places
                 train = importlib.import_module("recbole_mllm.data.training").SeededTrainDataLoader.of(train)
             loaders = (train, *rest)
-            if config["frozen_candidates"] is not True:
-                return loaders
-            candidates = importlib.import_module("recbole_mllm.evaluation.candidates")
-            return candidates.freeze(config, dataset, *loaders)
+            if config["frozen_candidates"] is True:
+                candidates = importlib.import_module("recbole_mllm.evaluation.candidates")
+                loaders = candidates.freeze(config, dataset, *loaders)
+            checking.check_parts(config, dataset, *loaders)
+            return loaders
 
         return data_preparation
 

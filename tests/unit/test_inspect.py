@@ -228,7 +228,7 @@ def test_a_dataset_is_given_by_folder_or_by_name(tmp_path, capsys):
         ("inspect .", "is none itself"),
         ("inspect odd", "odd holds no odd.inter; it holds other.inter"),
         ("inspect cut", "cut.inter:2: 2 values for 3 columns"),
-        ("inspect late", "late.inter:3: the time 'soon' is no number"),
+        ("inspect late", "late.inter:3: timestamp 'soon' is no number"),
         ("inspect good --image_dir none", "image_dir none is no folder"),
         ("inspect good --epochs=3", "inspect takes no --epochs"),
         ("inspect good --output /proc/x.html", "--output /proc/x.html cannot be written"),
