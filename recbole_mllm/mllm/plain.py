@@ -22,9 +22,11 @@ def plain_inputs(body: Body, prompt: Encoded) -> dict[str, Tensor]:
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     inputs |= body.pixels(prompt.images) if prompt.images else {}
     takes = inspect.signature(body.head_model.forward).parameters
+    answers = body.architecture.token_types == "answer"
+    told = torch.arange(ids.numel())[None] >= ids.numel() - prompt.answer if answers else ids == body.image_token_id
     for kinds in ("mm_token_type_ids", "token_type_ids"):
-        if kinds in takes and prompt.images:
-            inputs[kinds] = (ids == body.image_token_id).int()
+        if kinds in takes and (prompt.images or answers):
+            inputs[kinds] = told.int()
     return {name: value.to(body.device) for name, value in inputs.items()}
 
 
