@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -111,10 +112,14 @@ class SummarySettings(_FromConfig):
     summary_temperature: float
     summary_top_p: float
     summary_seed: int
+    summary_repetition_penalty: float | None = None
 
     def __post_init__(self) -> None:
         if self.summary_temperature < 0 or not 0 < self.summary_top_p <= 1:
             raise UserError("summary_temperature must be at least 0 (greedy), and summary_top_p above 0 and at most 1")
+        penalty = self.summary_repetition_penalty
+        if penalty is not None and not 0 < penalty < math.inf:
+            raise UserError(f"summary_repetition_penalty is {penalty}; it must be above 0 (1 is none), or null")
         for key in ("block_size", "summarize_batch_size", "item_summary_tokens", "user_summary_tokens"):
             value = getattr(self, key)
             if value is not None and value < 1:

@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from recbole_mllm.mllm.architectures import architecture_of, language_part
 from recbole_mllm.mllm.batching import Budget
-from recbole_mllm.mllm.dispatching import input_device, present
+from recbole_mllm.mllm.dispatching import computes_on, input_device, present
 from recbole_mllm.mllm.dropout import Masks
 from recbole_mllm.mllm.encode import Encoded, ImageInput, pad
 from recbole_mllm.mllm.head import Head
@@ -126,6 +126,11 @@ class Body:
             if (value := getattr(self.config, name, None)) is not None:
                 return int(value)
         return -1
+
+    @property
+    def logits_device(self) -> torch.device:
+        """Where logits are made."""
+        return computes_on(self.head_model.get_output_embeddings())
 
     def positions(self, encoded: Encoded) -> Tensor:
         """Return the position of every token: ``[T]``, or ``[3, T]`` where positions have three axes (Qwen-VL)."""

@@ -152,7 +152,8 @@ class Scribe:
         for job in self._claimed[:count]:
             self._place += 1
             self._under_way[self._place] = job
-            again = replace(_AGAIN, max_new_tokens=self.decoding.max_new_tokens, seed=self.decoding.seed + 1)
+            own = self.decoding
+            again = replace(_AGAIN, max_new_tokens=own.max_new_tokens, seed=own.seed + 1, rules=own.rules)
             out.append(Ask(self._place, job.question.prompt, again if job.again else self.decoding))
         del self._claimed[:count]
         return out
