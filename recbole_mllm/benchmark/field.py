@@ -11,11 +11,10 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
-import yaml
-
 from recbole_mllm.benchmark.records import Kind
 from recbole_mllm.errors import UserError
 from recbole_mllm.resources import PROPERTIES
+from recbole_mllm.yamlfile import read_mapping
 
 MLLM = "MLLMMSR"
 
@@ -133,7 +132,7 @@ def _preset(label: str, preset: str) -> Mapping[str, Any]:
 
 def baseline_defaults(model: str) -> dict[str, Any]:
     """Return what properties/baselines.yaml says of the model."""
-    found = yaml.safe_load((PROPERTIES / "baselines.yaml").read_text(encoding="utf-8"))
+    found = read_mapping(PROPERTIES / "baselines.yaml")
     return {**({} if model in UNTRAINED else found["every"]), **found.get(model, {})}
 
 
