@@ -37,6 +37,9 @@ class Outcome:
     `retrieval`, where all items were ranked, says by what: ``retriever``, ``top_k``, ``recall`` (the share of test
     targets among its best, a ceiling) and ``fusion`` (the MLLM's share). `scores_reused` is how many of the test scores
     earlier evaluations had left, `world_size` how many processes worked on it.
+
+    `load_s` is what loading the models took, None of a baseline; `summarize_s` is without it: the seconds that writing
+    the summaries took, of `summarize_reused` of them in an earlier run, as the store has kept them.
     """
 
     config: Any
@@ -54,6 +57,8 @@ class Outcome:
     retrieval: dict[str, Any] | None = None
     scores_reused: int = 0
     world_size: int = 1
+    load_s: float | None = None
+    summarize_reused: int = 0
 
     @property
     def pairs_scored(self) -> int:
@@ -81,7 +86,7 @@ class _Trained:
     trainer: Any
     score: float
     valid: Any
-    summarize_s: float
+    spent: Any  # on summaries, none of a baseline
     train_s: float
 
 
@@ -103,7 +108,6 @@ def _train(config: Any, saved: bool, check: Check | None = None) -> _Trained:
         train, valid, test = data_preparation(config, dataset)
     if check is not None:
         check(dataset, test)
-    started = time.perf_counter()
     init_seed(config["seed"] + config["local_rank"], config["reproducibility"])
     with told_in_a_line(f"make the model {config['model']}", *refused):
         model = get_model(config["model"])(config, train._dataset).to(config["device"])
@@ -116,10 +120,11 @@ def _train(config: Any, saved: bool, check: Check | None = None) -> _Trained:
     with told_in_a_line("train", *refused):
         score, best = trainer.fit(train, valid, saved=saved, show_progress=config["show_progress"])
     reranker = getattr(model, "reranker", None)
-    waited, learnt = (getattr(reranker, name, 0.0) for name in ("seconds", "train_s"))
+    learnt = getattr(reranker, "train_s", 0.0)
     # A retriever's training is training, whichever run did it: what many runs share each of them would have paid
-    seconds = made - started - waited, time.perf_counter() - made + learnt
-    return _Trained(dataset, train, test, model, trainer, score, best, *seconds)
+    train_s = time.perf_counter() - made + learnt
+    spent = getattr(model, "summaries_spent", None)
+    return _Trained(dataset, train, test, model, trainer, score, best, spent, train_s)
 
 
 def validate(config: Any) -> float:
@@ -155,12 +160,14 @@ def run(config: Any, check: Check | None = None) -> Outcome:
         metrics,
         users,
         pairs,
-        done.summarize_s,
+        done.spent.seconds if done.spent else 0.0,
         done.train_s,
         score_s,
         _retrieval(trainer),
         getattr(done.model, "scores_reused", 0) - reused,
         getattr(done.model, "processes", 1),
+        load_s=getattr(done.model, "load_s", None),
+        summarize_reused=done.spent.reused if done.spent else 0,
     )
 
 

@@ -57,6 +57,8 @@ class RunRecord:
         scores: Path of the pair scores (`PAIR_COLUMNS`), relative to the results folder.
         status: ``ok``, or what went wrong, in one line.
         started: Local time in ISO format.
+        load_s: What loading the models took; `summarize_s` is without it.
+        summarize_reused: How many summaries the store had already; `summarize_s` has the seconds they took then.
         retrieval: Under full ranking, whose best `top_k` items an MLLM re-ranked, which share of the targets is among
             them (``recall``, a ceiling), and ``fusion``, the MLLM's share of the score.
         features_s: What making the item features took, whichever run made them; None of a model that reads none.
@@ -81,7 +83,9 @@ class RunRecord:
     metrics: Mapping[str, float] = field(default_factory=dict)
     per_user: str | None = None
     scores: str | None = None
+    load_s: float | None = None
     summarize_s: float | None = None
+    summarize_reused: int = 0
     features_s: float | None = None
     train_s: float | None = None
     score_s: float | None = None
