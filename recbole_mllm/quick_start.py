@@ -43,6 +43,9 @@ class Outcome:
     `retrieval`, where all items were ranked, says by what: ``retriever``, ``top_k``, ``recall`` (the share of test
     targets among its best, a ceiling) and ``fusion`` (the MLLM's share). `scores_reused` is how many of the test scores
     earlier evaluations had left, `world_size` how many processes worked on it.
+
+    `load_s` is what loading the models took, None of a baseline; `summarize_s` is without it: the seconds that writing
+    the summaries took, of `summarize_reused` of them in an earlier run, as the store has kept them.
     """
 
     config: Any
@@ -61,6 +64,8 @@ class Outcome:
     scores_reused: int = 0
     world_size: int = 1
     converged: bool | None = None
+    load_s: float | None = None
+    summarize_reused: int = 0
 
     @property
     def pairs_scored(self) -> int:
@@ -88,7 +93,7 @@ class _Trained:
     trainer: Any
     score: float
     valid: Any
-    summarize_s: float
+    spent: Any  # on summaries, none of a baseline
     train_s: float | None
     converged: bool | None
 
@@ -133,12 +138,13 @@ def _train(config: Any, saved: bool, check: Check | None = None) -> _Trained:
     with told_in_a_line("train", *refused):
         score, best = fit.run(train, valid, saved=saved, show_progress=config["show_progress"])
     reranker = getattr(model, "reranker", None)
-    waited, learnt = (getattr(reranker, name, 0.0) for name in ("seconds", "train_s"))
+    learnt = getattr(reranker, "train_s", 0.0)
     trained = _train_seconds(config["model"], trainer, fit, made - started if one_pass else 0.0)
     # A retriever's training is training, whichever run did it: what many runs share each of them would have paid
     train_s = (trained or 0.0) + learnt if trained is not None or learnt else None
     converged = None if one_pass else fit.converged
-    return _Trained(dataset, train, test, model, trainer, score, best, made - started - waited, train_s, converged)
+    spent = getattr(model, "summaries_spent", None)
+    return _Trained(dataset, train, test, model, trainer, score, best, spent, train_s, converged)
 
 
 def _train_seconds(name: str, trainer: Any, fit: Fit, making: float) -> float | None:
@@ -188,13 +194,15 @@ def run(config: Any, check: Check | None = None) -> Outcome:
         metrics,
         users,
         pairs,
-        done.summarize_s,
+        done.spent.seconds if done.spent else 0.0,
         done.train_s,
         score_s,
         _retrieval(trainer),
         getattr(done.model, "scores_reused", 0) - reused,
         getattr(done.model, "processes", 1),
         done.converged,
+        load_s=getattr(done.model, "load_s", None),
+        summarize_reused=done.spent.reused if done.spent else 0,
     )
 
 

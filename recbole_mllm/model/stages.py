@@ -21,12 +21,13 @@ from recbole_mllm.mllm.base import Writer
 from recbole_mllm.mllm.dispatching import check_dispatch
 from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.mllm.loading import TINY, dtype_of, identity_of, source_of
+from recbole_mllm.mllm.rules import own_rules, passed_over, with_penalty
 from recbole_mllm.mllm.server import ServerModel
 from recbole_mllm.prompts import Style, read_style
 from recbole_mllm.settings import Settings
 from recbole_mllm.summaries.prepare import Stage, Summarizers
 
-_NO_TEXT_CHANGE = {"summarize", "summarize_batch_size", "history_titles"}
+_NO_TEXT_CHANGE = {"summarize", "summarize_batch_size", "history_titles", "summary_repetition_penalty"}
 _SLOTS = {"cpu": 64, "gpu": 256}
 _SAMPLING = {"summary_temperature", "summary_top_p", "summary_seed"}
 
@@ -70,8 +71,18 @@ def _summarizers(settings: Settings, device: torch.device) -> Summarizers:
         _identity(user, settings, device),
         partial(_writer, item, "item_summarizer", settings, device),
         partial(_writer, user, "user_summarizer", settings, device),
-        *(splitting.wanted() is not None and not is_server(name) for name in (item, user)),
+        splitting.wanted() is not None and not is_server(item),
+        splitting.wanted() is not None and not is_server(user),
+        _rules(item, settings) if asked["item"] else "",
+        _rules(user, settings) if asked["user"] else "",
     )
+
+
+def _rules(name: str, settings: Settings) -> str:
+    own = settings.summary.summary_repetition_penalty
+    if is_server(name):
+        return with_penalty("", own, served=True)
+    return with_penalty(own_rules(name, trust_remote_code=settings.mllm.trust_remote_code), own)
 
 
 def _identity(name: str, settings: Settings, device: torch.device) -> str:
@@ -90,6 +101,8 @@ def _writer(name: str, key: str, settings: Settings, device: torch.device) -> Wr
     mllm = HFModel(name, settings.mllm, device, slots, to_split=split)
     if split:
         mllm.split()
+    if left := passed_over(mllm.model.generation_config):
+        logging.getLogger().warning(f"{key} {name}: its generation_config asks for {left}, which is not followed here")
     return mllm
 
 
@@ -98,6 +111,7 @@ def _tag(settings: Settings, style: Style, who: Summarizers) -> str:
     unread = _NO_TEXT_CHANGE if settings.summary.summary_temperature else _NO_TEXT_CHANGE | _SAMPLING
     kept = {key: value for key, value in asdict(settings.summary).items() if key not in unread}
     parts = [kept, asdict(style), who.item_identity, who.user_identity, settings.mllm.max_text_tokens]
+    parts += [[who.item_rules, who.user_rules]] if who.item_rules or who.user_rules else []
     digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:8]
     writer = settings.mllm.user_summarizer or settings.mllm.mllm
     model = Path(parse_endpoint(writer, "user_summarizer").model if is_server(writer) else source_of(writer)).name

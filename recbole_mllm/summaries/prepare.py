@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Container, Mapping, Set
 from contextlib import closing
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from recbole_mllm.summaries.lastexport import LastExport
 from recbole_mllm.summaries.shards import opened_store
 from recbole_mllm.summaries.sharing import take_parts, write_in_shares
 from recbole_mllm.summaries.stage import Stage, Summarizers, claiming, item_scribe, marker_of, one_model, user_scribe
-from recbole_mllm.summaries.store import Store
+from recbole_mllm.summaries.store import Spent, Store
 from recbole_mllm.summaries.users import Plan, as_rows, preferences
 
 __all__ = [
@@ -37,13 +38,18 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Preferences:
-    """What stands for the user in the recommender's question, for each row."""
+    """What stands for the user in the recommender's question, for each row.
+
+    `spent` is what writing the summaries took, whichever run did it; `load_s` what this one took to load their models.
+    """
 
     texts: Mapping[tuple[str, State], str]
     plan: Plan
     items: Items
     style: Style
     settings: SummarySettings
+    spent: Spent = Spent()
+    load_s: float = 0.0
 
     def of(self, user: str, position: int) -> str:
         """Return what a row of `user` at `position` reads: nothing at or after that position.
@@ -91,11 +97,23 @@ def make_item_summaries(stage: Stage, plan: Plan) -> None:
 def make_preferences(stage: Stage, plan: Plan) -> Preferences:
     """Make every summary that some row of `plan` reads, item summaries first, and export both."""
     s = stage.settings
-    texts: dict[tuple[str, State], str] = {}
-    if s.summary_mode != "none":
-        write_in_shares(stage, plan, None, only_items=False)
-        texts = ranks.main_first(lambda: _refreshed(stage, plan, None, plan.positions).texts)
-    return Preferences(texts, plan, stage.items, stage.style, s)
+    if s.summary_mode == "none":
+        return Preferences({}, plan, stage.items, stage.style, s)
+    started = time.time()
+    load_s = write_in_shares(stage, plan, None, only_items=False)
+    found = ranks.main_first(lambda: _refreshed(stage, plan, None, plan.positions))
+    load_s += found.load_s
+    spent = ranks.main_first(lambda: _spent(stage, found, started))
+    return Preferences(found.texts, plan, stage.items, stage.style, s, spent, load_s)
+
+
+def _spent(stage: Stage, found: _Refreshed, started: float) -> Spent:
+    """Return what writing the summaries that a run reads took; those written since `started` are its own."""
+    who = stage.who
+    with closing(opened_store(stage.folder)) as store:
+        items = store.seconds("item", who.item_identity, found.items.values(), started)
+        users = store.seconds("user", who.user_identity, found.texts.values(), started)
+    return Spent(items.seconds + users.seconds, items.reused + users.reused)
 
 
 def refresh(stage: Stage, plan: Plan, users: Set[str] | None = None) -> list[str]:
@@ -117,13 +135,15 @@ def refresh(stage: Stage, plan: Plan, users: Set[str] | None = None) -> list[str
 class _Refreshed:
     texts: dict[tuple[str, State], str]
     left: list[str]
+    items: dict[str, str]
+    load_s: float
 
 
 def _refreshed(stage: Stage, plan: Plan, users: Set[str] | None, read: Container[str]) -> _Refreshed:
     """Bring the export up to date for `users` (None: all), and return the texts of those it took and of `read`."""
     s, log = stage.settings, logging.getLogger()
     with closing(opened_store(stage.folder)) as store:
-        summaries = export_item_summaries(stage, store, plan.items(s))
+        summaries, load_s = _exported(stage, store, plan.items(s))
         with one_model(partial(user_scribe, stage)) as make:
             scribe = claiming(make(store))
             last = LastExport(schema.usum_file(stage.folder, stage.tag), stage.tag, store)
@@ -133,14 +153,20 @@ def _refreshed(stage: Stage, plan: Plan, users: Set[str] | None, read: Container
             earlier = {**last.rows(survey.holds, wanted.positions), **take_parts(stage)}
             texts = preferences(scribe, stage.style, stage.items, summaries, wanted, s, earlier)
             scribe.report()
+            load_s += scribe.tally.load_s
         new = {key: text for key, text in texts.items() if key[0] in due}
         rows = last.replace(survey, due, as_rows(new, plan))
         log.info(f"{last.path}: {len(due)} users' {rows} summaries, {len(survey.kept(due))} others' kept")
-    return _Refreshed(texts, [user for user in survey.due if user not in due])
+    return _Refreshed(texts, [user for user in survey.due if user not in due], summaries, load_s)
 
 
 def export_item_summaries(stage: Stage, store: Store, wanted: list[str]) -> dict[str, str]:
     """Make the summaries of `wanted` items that are missing, export all of them, and return them."""
+    return _exported(stage, store, wanted)[0]
+
+
+def _exported(stage: Stage, store: Store, wanted: list[str]) -> tuple[dict[str, str], float]:
+    """Return what `export_item_summaries` does, and the seconds that loading their model took."""
     with one_model(partial(item_scribe, stage)) as make:
         scribe = claiming(make(store))
         with scribe.progress(len(wanted)):
@@ -150,4 +176,4 @@ def export_item_summaries(stage: Stage, store: Store, wanted: list[str]) -> dict
         path = schema.isum_file(stage.folder, stage.tag)
         rows = write_item_summaries(path, found)
         logging.getLogger().info(f"{path}: {rows} summaries")
-    return found
+    return found, scribe.tally.load_s

@@ -43,6 +43,7 @@ class Shares:
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._rank, self._size = folder, ranks.rank(), ranks.world_size()
+        self.load_s = 0.0  # what loading models took
         self._merge()
 
     def is_mine(self, content: str) -> bool:
@@ -55,6 +56,7 @@ class Shares:
             scribe = make(store)
             scribe.whose = f" (the share of process {self._rank} of {self._size})"
             work(scribe)
+            self.load_s += scribe.tally.load_s
             scribe.report()
         self._merge()
 
@@ -91,15 +93,15 @@ class SharedAnswers:
             return self._make(store).answer(prompts)
 
 
-def write_in_shares(stage: Stage, plan: Plan, users: Set[str] | None, *, only_items: bool) -> None:
+def write_in_shares(stage: Stage, plan: Plan, users: Set[str] | None, *, only_items: bool) -> float:
     """Write what `plan`'s rows lack, of `users` (None: all), each process its share; afterwards the store has it all.
 
     Nothing is done in a run of one process, or where nothing may be written. Each process's rows are left beside the
-    export until `take_parts`.
+    export until `take_parts`. Returns the seconds that loading models took.
     """
     s = stage.settings
     if not ranks.is_launched() or s.summarize == "off":
-        return
+        return 0.0
     ranks.on_main(lambda: _drop(_parts(stage)))  # of a run that was killed
     shares = Shares(stage.folder)
     with _led(partial(item_scribe, stage)) as make:
@@ -108,6 +110,7 @@ def write_in_shares(stage: Stage, plan: Plan, users: Set[str] | None, *, only_it
     if not only_items:
         with _led(partial(user_scribe, stage)) as make:
             _write_users(stage, plan, users, shares, summaries, make)
+    return shares.load_s
 
 
 def _write_users(

@@ -119,7 +119,7 @@ def check_ours(db: sqlite3.Connection, path: Path) -> None:
     """
     _version(db, path)
     there = _patiently(db, "SELECT name, type FROM sqlite_master WHERE name NOT LIKE 'sqlite_%'", _BUSY_S)
-    kinds = dict(there)
+    kinds: dict[str, str] = dict(there)  # type: ignore[arg-type]  # two columns each
     ours = kinds.get("answers") == "table" and set(_columns(db, "answers")) >= _BASE
     for name, columns in _BESIDE.items():
         ours = ours and (name not in kinds or columns <= {column for column, _ in _columns(db, name)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -71,7 +72,9 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
         self.items, self.style = stage.items, stage.style
         self.users = np.asarray(dataset.field2id_token[self.USER_ID]).astype(str)
         self.tokens = np.asarray(dataset.field2id_token[self.ITEM_ID]).astype(str)
+        self.summaries_spent, started = self.preferences.spent, time.perf_counter()
         self.mllm: Any = self._made_mllm(config["seed"])
+        self.load_s = self.preferences.load_s + time.perf_counter() - started
         self.answers = self.mllm.answers(self.style)
         self.backbone = getattr(self.mllm, "model", None)  # none where a server has it
         self.label_field = config["LABEL_FIELD"]
