@@ -64,7 +64,7 @@ def main(words: Sequence[str]) -> int:
             known.skip_bad_rows, lambda count: progress.update(count / 1e6), known.encoding, bool(known.multiline)
         )
         done = convert(job, read)
-    print("\n".join(_told(folder, done)))
+    print("\n".join([*source.notes, *_told(folder, done)]))
     return 0
 
 
