@@ -16,8 +16,9 @@ from typing import IO, NamedTuple
 from dataset_converters.intake import Intake
 from recbole_mllm.data import schema
 from recbole_mllm.data.atomic import write_atomic
-from recbole_mllm.data.images import SUFFIXES, problem, write_report
+from recbole_mllm.data.images import SUFFIXES, problem, resolve, write_report
 from recbole_mllm.data.values import clean
+from recbole_mllm.errors import UserError
 
 IMAGES = "images"
 MISSING = "missing_images.tsv"
@@ -46,6 +47,7 @@ class Catalog:
     """Counts of what became of the items."""
 
     items: int = 0
+    described: int = 0
     without_metadata: int = 0
     without_title: int = 0
     with_image: int = 0
@@ -73,14 +75,16 @@ def plain_rows(
     for row in rows:
         if row.item in left:
             del left[row.item]
+            catalog.described += 1
             title = clean(row.title)
             seen[row.item] = hash((title, row.image))
             catalog.without_title += not title
             yield row._replace(title=title, features=tuple(clean(f) for f in row.features))
         elif row.item in seen:
             if seen[row.item] != hash((clean(row.title), row.image)):
-                intake.refuse(f"item {row.item!r} is described a second time, with another title or image")
-            catalog.repeated += 1
+                intake.refuse(f"item {row.item[:60]!r} is described a second time, with another title or image")
+            else:
+                catalog.repeated += 1
         else:
             catalog.unused += 1
     catalog.without_metadata = len(left)
@@ -101,7 +105,10 @@ class ImageSource:
         """Look into `folder` once, so that a million items are found without asking the disk for each."""
         if folder is None:
             return cls(None, {}, fetch)
-        files = sorted((p for p in _entries(folder) if p.suffix.lower() in SUFFIXES), key=lambda p: p.name)
+        try:
+            files = sorted((p for p in _entries(folder) if p.suffix.lower() in SUFFIXES), key=lambda p: p.name)
+        except OSError as error:
+            raise UserError(f"the images' folder {folder} cannot be read: {error.strerror}") from None
         by_id: dict[str, Path] = {}
         for path in files:
             by_id.setdefault(path.stem, path)
@@ -114,10 +121,8 @@ class ImageSource:
         if not row.image:
             path = self.by_id.get(row.item)
             return (path, "") if path else (None, f"no file named by the item id in {self.folder.name}")
-        path = self.folder / row.image
-        if not path.resolve().is_relative_to(self.folder.resolve()):
-            return None, f"{row.image} leads out of the images' folder"
-        return (path, "") if path.is_file() else (None, f"{row.image} does not exist")
+        path, trouble = resolve(self.folder, row.image)
+        return (path, "") if trouble is None else (None, f"{row.image} {trouble}")
 
 
 def _entries(folder: Path) -> Iterator[Path]:

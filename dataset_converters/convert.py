@@ -13,9 +13,10 @@ from typing import Any, Protocol
 from dataset_converters import output, readme
 from dataset_converters.catalog import URLS, Catalog, Fetch, ImageSource, ItemRow, noting_urls, plain_rows, write_items
 from dataset_converters.filters import Limits, Step, narrow
-from dataset_converters.intake import Intake
-from dataset_converters.interactions import Row, collect, in_time_order
+from dataset_converters.intake import Intake, check_counts, check_lines
+from dataset_converters.interactions import Interactions, Row, collect, in_time_order
 from recbole_mllm.data.atomic import whole_file
+from recbole_mllm.data.values import impossible_times
 from recbole_mllm.errors import UserError
 
 STAGE = ".converting"
@@ -61,6 +62,21 @@ class Converted:
     written: output.Written
     catalog: Catalog
     intake: Intake
+    times_read: tuple[int, int]  # how many lie at or before 1970, and after tomorrow
+    times_written: tuple[int, int]
+
+    def told_times(self) -> str:
+        """Return a sentence on the times that no interaction can have, "" where there are none."""
+        if not any(self.times_read):
+            return ""
+        early, late = self.times_read
+        parts = [f"{early:,} at or before 1970-01-01"] * bool(early) + [f"{late:,} after tomorrow"] * bool(late)
+        written = sum(self.times_written)
+        where = "at the start or the end of their users' histories" if written else "in no history"
+        return (
+            f"Impossible times: {' and '.join(parts)} were read; {written:,} such interactions are written, {where}. "
+            "Raw times are to be seconds or milliseconds since 1970."
+        )
 
 
 def convert(job: Job, intake: Intake) -> Converted:
@@ -71,14 +87,20 @@ def convert(job: Job, intake: Intake) -> Converted:
     """
     _refuse_foreign(job.folder)
     with _staged(job.folder) as stage:
-        inter, steps = narrow(in_time_order(collect(job.source.interactions(intake), intake)), job.limits)
+        inter = collect(job.source.interactions(intake), intake)
+        check_lines(intake.files, len(inter))
+        _refuse_empty(inter, intake)
+        times_read = _impossible(inter)
+        inter, steps = narrow(in_time_order(inter), job.limits)
         if job.protocol == "paper":
             written = output.write_benchmark_files(stage, inter, job.limits.seed)
         else:
             written = output.write_interactions(stage, inter)
+        check_counts("interactions written", written.interactions, steps[-1].interactions)
+        times_written = _impossible(inter)
         wanted = [name for name, count in zip(inter.item_names, inter.per_item().tolist(), strict=True) if count]
         del inter  # its columns make room for what follows
-        done = Converted(steps, written, Catalog(), intake)
+        done = Converted(steps, written, Catalog(), intake, times_read, times_written)
         _write_items(job, stage, wanted, done)
         if intake.rejected:
             written.files.append(output.write_rejects(stage, intake.rejects))
@@ -87,8 +109,23 @@ def convert(job: Job, intake: Intake) -> Converted:
     return done
 
 
+def _refuse_empty(inter: Interactions, intake: Intake) -> None:
+    if len(inter):
+        return
+    names = ", ".join(f"{raw.path}" for raw in intake.files)
+    first = next(iter(intake.rejects), None)
+    why = f": {intake.rejected:,} left out, the first {first.file}:{first.line}: {first.reason}" if first else ""
+    raise UserError(
+        f"{names}: no interaction in {sum(raw.line for raw in intake.files):,} lines{why}; nothing is written"
+    )
+
+
+def _impossible(inter: Interactions) -> tuple[int, int]:
+    return (0, 0) if inter.times is None else impossible_times(inter.times)
+
+
 def _write_items(job: Job, stage: Path, wanted: list[str], done: Converted) -> None:
-    source, catalog = job.source, done.catalog
+    source, catalog, files = job.source, done.catalog, len(done.intake.files)
     images = ImageSource.of(source.images(), job.fetch)
     rows = plain_rows(source.items(done.intake), wanted, len(source.features), catalog, done.intake)
     with ExitStack() as stack:
@@ -96,6 +133,10 @@ def _write_items(job: Job, stage: Path, wanted: list[str], done: Converted) -> N
             rows = noting_urls(rows, stack.enter_context(whole_file(stage / URLS)))
             catalog.files.append(stage / URLS)
         write_items(stage, rows, source.features, images, job.folder, catalog)
+    check_counts("items written", catalog.items, len(wanted))
+    check_counts("items described or not", catalog.described + catalog.without_metadata, len(wanted))
+    if described := done.intake.files[files:]:  # none where titles stand in the interactions' table, counted already
+        check_lines(described, catalog.described + catalog.unused + catalog.repeated)
 
 
 def _write_words(job: Job, folder: Path, done: Converted) -> None:
@@ -112,7 +153,11 @@ def _write_words(job: Job, folder: Path, done: Converted) -> None:
         "options": dict(job.options),
         "steps": [[s.name, s.users, s.items, s.interactions] for s in done.steps],
         "rejected_rows": done.intake.rejected,
-        "inputs": [{"file": f.path.name, "bytes": f.size, "sha256": f.digest} for f in done.intake.files],
+        "impossible_times": {"read": list(done.times_read), "written": list(done.times_written)},
+        "inputs": [
+            {"file": f.path.name, "bytes": f.size, "sha256": f.digest, "lines": f.line, **f.parts(), "rows": f.rows}
+            for f in done.intake.files
+        ],
         "outputs": [{"file": p.name, "bytes": p.stat().st_size, "sha256": output.digest(p)} for p in files],
         "images": done.catalog.with_image,
     }

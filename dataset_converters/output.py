@@ -21,11 +21,11 @@ from recbole_mllm.errors import UserError
 
 MANIFEST = "manifest.json"
 REJECTED = "rejected.tsv"
-EXACT_TIME = "exact_time"
 _EXACT_FLOAT32 = 2**24  # whole numbers up to here are float32 values
 _CHUNK = 100_000
 _SHOWN = 50  # RecBole's MAX_ITEM_LIST_LENGTH
 _LIST = schema.ITEM + "_list"
+_LEFT_OUT = "users without a history, left out"
 _PARTS = ("train", "valid", "test")
 
 
@@ -34,6 +34,7 @@ class Written:
     """What a dataset's interactions were written as: files, and the settings and words that go with them."""
 
     files: list[Path]
+    interactions: int
     config: dict[str, Any]
     order: str
     counts: dict[str, int] = field(default_factory=dict)
@@ -53,11 +54,11 @@ def write_interactions(folder: Path, inter: Interactions) -> Written:
         types["rating"] = "float"
         columns.append(_numbers(inter.ratings))
     if extra is not None:
-        types[EXACT_TIME] = "token"
+        types[schema.EXACT_TIME] = "token"
         columns.append(_numbers(extra))
     path = folder / f"{folder.name}.inter"
-    write_atomic(path, types, zip(*columns, strict=True))
-    return Written([path], {"load_col": {"inter": [schema.USER, schema.ITEM, schema.TIME]}}, order)
+    count = write_atomic(path, types, zip(*columns, strict=True))
+    return Written([path], count, {"load_col": {"inter": [schema.USER, schema.ITEM, schema.TIME]}}, order)
 
 
 def _timestamps(inter: Interactions) -> tuple[Column, Column | None, str]:
@@ -68,8 +69,8 @@ def _timestamps(inter: Interactions) -> tuple[Column, Column | None, str]:
         return inter.times, None, "`timestamp` is the source's; equal times keep the file's order."
     why = (
         f"RecBole sorts time as float32, in which {confused} users have different times that look equal; so "
-        f"`timestamp` is the place in {{}}, and `{EXACT_TIME}` the source's own time. Equal times keep the file's "
-        "order."
+        f"`timestamp` is the place in {{}}, and `{schema.EXACT_TIME}` the source's own time. Equal times keep the "
+        "file's order."
     )
     if len(inter) <= _EXACT_FLOAT32:
         return np.arange(1, len(inter) + 1), inter.times, why.format("the exact order of all interactions")
@@ -92,16 +93,19 @@ def write_benchmark_files(folder: Path, inter: Interactions, seed: int) -> Writt
     names = [inter.user_names[u] for u in users[starts]]
     part_of = _split({name for name, start, end in zip(names, starts, ends, strict=True) if end - start > 1}, seed)
 
+    written: list[int] = []
+
     def rows(part: str) -> Iterator[tuple[str, str, str]]:
         for name, start, end in zip(names, starts.tolist(), ends.tolist(), strict=True):
             if part_of.get(name) == part:
                 ids = [inter.item_names[i] for i in items[start:end].tolist()]
+                written.append(end - start)
                 yield name, " ".join(ids[:-1]), ids[-1]
 
     types = {schema.USER: "token", _LIST: "token_seq", schema.ITEM: "token"}
     paths = [folder / f"{folder.name}.{part}.inter" for part in _PARTS]
     counts = {part: write_atomic(path, types, rows(part)) for part, path in zip(_PARTS, paths, strict=True)}
-    counts["users without a history, left out"] = len(names) - len(part_of)
+    counts[_LEFT_OUT] = len(names) - len(part_of)  # each with a single interaction
     longest = int((ends - starts).max()) - 1
     config = {
         "load_col": {"inter": list(types)},
@@ -116,7 +120,7 @@ def write_benchmark_files(folder: Path, inter: Interactions, seed: int) -> Writt
             f" The longest history has {longest} items; sequential models are shown the last MAX_ITEM_LIST_LENGTH of "
             f"them, which takes `import recbole_mllm` (RecBole alone needs files made with --max-history {_SHOWN + 1})."
         )
-    return Written(paths, config, words, counts)
+    return Written(paths, sum(written) + counts[_LEFT_OUT], config, words, counts)
 
 
 def _split(users: set[str], seed: int) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
@@ -36,10 +37,10 @@ def benchmark(
     from recbole_mllm.benchmark.records import RECORDS, latest, read_records
     from recbole_mllm.benchmark.report import format_leaderboard
     from recbole_mllm.benchmark.run import benchmark as run_benchmark
+    from recbole_mllm.benchmark.worker import digests_of
     from recbole_mllm.config import config_paths
 
     labels = expand(models)
-    _check_models(labels, dataset, options)
     keys = dict(options.overrides)
     folder = Path(output or f"results/{dataset}")
     plan = BenchmarkPlan(
@@ -57,20 +58,25 @@ def benchmark(
         quick=options.quick,
         embed_images=options.embed_images,
     )
+    _check_models(labels, dataset, options)
     if not ranks.is_main():
         return follow()
-    html = run_benchmark(plan)
+    html = run_benchmark(plan, digests=digests_of)
     print(format_leaderboard(folder), f"report: {html}", sep="\n")
     return 0 if any(record.ok for record in latest(read_records(folder / RECORDS)).values()) else 1
 
 
 def _check_models(labels: tuple[str, ...], dataset: str, options: Options) -> None:
-    """Refuse what could not run before hours are spent on the rest."""
+    """Refuse what could not run, with the settings that each run will have, before hours are spent on the rest."""
     from recbole_mllm.benchmark.field import resolve
+    from recbole_mllm.config import benchmark_defaults, check_training
 
-    for model in dict.fromkeys(resolve(label).model for label in labels):
+    for entry in map(resolve, labels):
         with suppress(ModuleNotFoundError):  # a model that lacks its library gets a row that says so
-            config_of(model, dataset, options)
+            given = config_of(entry.model, dataset, options).external_config_dict
+            defaults = {k: v for k, v in {**benchmark_defaults(), **entry.defaults}.items() if k not in given}
+            settings = {**defaults, **options.overrides, **entry.overrides}
+            check_training(config_of(entry.model, dataset, replace(options, overrides=settings)))
 
 
 def _seeds(text: str | None, seed: int | None) -> tuple[int, ...]:

@@ -214,8 +214,8 @@ def _overrides(words: Sequence[str]) -> dict[str, Any]:
             raise UserError(f"cannot read {word!r}; settings are written --key=value")
         try:
             out[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise UserError(f"cannot read the value of --{key}: {value!r} is no valid YAML") from None
+        except (yaml.YAMLError, ValueError, RecursionError):  # YAML reads 2026-02-30 as a date, and is surprised
+            raise UserError(f"cannot read the value of --{key}: {value[:80]!r} is no valid YAML") from None
     return out
 
 

@@ -15,6 +15,7 @@ from recbole_mllm.options import OURS, Options, config_of
 
 def run_model(model: str, dataset: str, options: Options) -> int:
     """Train and evaluate one model, as RecBole's ``run_recbole.py`` does."""
+    from recbole_mllm.config import check_training
     from recbole_mllm.evaluation.protocol import protocol_line
     from recbole_mllm.quick_start import run
 
@@ -24,7 +25,9 @@ def run_model(model: str, dataset: str, options: Options) -> int:
         from recbole_mllm.mllm.splitting import keep_whole
 
         keep_whole()  # what may read their items for them
-    outcome = run(config_of(model, dataset, options))
+    config = config_of(model, dataset, options)
+    check_training(config)
+    outcome = run(config)
     if not ranks.is_main():
         return 0
     users = len(outcome.users["user"]) if outcome.users else None

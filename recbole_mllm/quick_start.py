@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from recbole.data import create_dataset, data_preparation
+from recbole.evaluator.register import metrics_dict
 from recbole.trainer import TraditionalTrainer
 from recbole.utils import get_model, get_trainer, init_logger, init_seed
 
 from recbole_mllm import ranks
-from recbole_mllm.config import check_keys, check_training, per_model, recbole_config, sections
+from recbole_mllm.config import check_training, per_model, recbole_config, sections
 from recbole_mllm.data.schema import isum_file, usum_file
 from recbole_mllm.errors import UserError
 from recbole_mllm.evaluation.exchange import write
 from recbole_mllm.evaluation.metrics import has_several_rows, joined, per_user, pooled_auc
 from recbole_mllm.evaluation.protocol import protocol_line
 from recbole_mllm.fitting import Fit
+from recbole_mllm.keys import check_keys
 from recbole_mllm.refusals import told_in_a_line
 from recbole_mllm.settings import Settings
-
-NAMES = {"hit": "Hit", "mrr": "MRR", "ndcg": "NDCG", "recall": "Recall", "gauc": "GAUC", "auc": "AUC"}
 
 
 @dataclass(slots=True)
@@ -71,9 +72,9 @@ class Outcome:
 
 
 def metric_name(key: str) -> str:
-    """Return RecBole's lower-case ``hit@5`` as ``Hit@5``."""
+    """Return RecBole's lower-case ``averagepopularity@5`` as its class is called, ``AveragePopularity@5``."""
     name, at, k = key.partition("@")
-    return NAMES.get(name, name) + at + k
+    return (metrics_dict[name].__name__ if name in metrics_dict else name) + at + k
 
 
 @dataclass(slots=True)
@@ -90,7 +91,11 @@ class _Trained:
     converged: bool | None
 
 
-def _train(config: Any, saved: bool) -> _Trained:
+Check = Callable[[Any, Any], None]
+"""Called with the dataset and its test loader once it is split, before anything is trained; may raise."""
+
+
+def _train(config: Any, saved: bool, check: Check | None = None) -> _Trained:
     init_seed(config["seed"], config["reproducibility"])
     init_logger(config)
     log = logging.getLogger()
@@ -104,6 +109,8 @@ def _train(config: Any, saved: bool) -> _Trained:
         train, valid, test = data_preparation(config, dataset)
     for phase in ("valid", "test"):  # what RecBole's lines below are results of
         log.info(f"{phase}: {protocol_line(config, phase=phase)}")
+    if check is not None:
+        check(dataset, test)
     started = time.perf_counter()
     init_seed(config["seed"] + config["local_rank"], config["reproducibility"])
     with told_in_a_line(f"make the model {config['model']}", *refused):
@@ -146,9 +153,9 @@ def validate(config: Any) -> float:
     return float(_train(config, saved=False).score)
 
 
-def run(config: Any) -> Outcome:
+def run(config: Any, check: Check | None = None) -> Outcome:
     """Run what `config` says, as RecBole's ``run_recbole`` does (quick_start.py:94-178)."""
-    done = _train(config, saved=True)
+    done = _train(config, saved=True, check=check)
     trainer, started = done.trainer, time.perf_counter()
     trainer.score_log = []
     reused = getattr(done.model, "scores_reused", 0)
@@ -161,7 +168,8 @@ def run(config: Any) -> Outcome:
     if pairs:
         targets = np.unique(pairs["user_id"][pairs["label"] > 0], return_counts=True)[1]
         _agree(metrics, users, targets, config["metric_decimal_place"])
-        if "among" not in pairs:  # all of a user's pairs are there
+        # ours, as RecBole has it only beside no top-k; where all of a user's pairs are there
+        if "among" not in pairs and "GAUC" in metrics:
             metrics["AUC"] = pooled_auc(pairs["label"], pairs["score"])
     return Outcome(
         config,

@@ -37,14 +37,21 @@ def register() -> None:
         sys.meta_path.append(_ModelFinder())
     after_import("recbole.config.configurator", read_our_files)
     after_import("recbole.data.dataset", offer_dataset)
+    after_import("recbole.data.dataset.dataset", keep_facts)
     after_import("recbole.data.dataset.dataset", _listed("learn_from_histories"))
     after_import("recbole.data.dataset.sequential_dataset", _listed("show_latest_items"))
     after_import("recbole.data.utils", prepare_our_way)
+    after_import("recbole.evaluator.collector", count_training)
     after_import("recbole.model.general_recommender.pop", count_popularity)
     after_import("recbole.model.general_recommender.random", score_by_pair)
     after_import("recbole.model.layers", read_vectors)
     after_import("recbole.trainer", offer_trainer)
     after_import("recbole.trainer.trainer", break_ties)
+
+
+def keep_facts(dataset_module: ModuleType) -> None:
+    """Let a dataset keep what candidates are drawn from, and stand in exact order (data/dataset/dataset.py:159-178)."""
+    importlib.import_module("recbole_mllm.data.facts").keep_facts(dataset_module)
 
 
 def _listed(name: str) -> Callable[[ModuleType], None]:
@@ -103,6 +110,14 @@ def read_our_files(configurator: ModuleType) -> None:
     The user's files, dictionary and command line win over all of them (:319-323).
     """
 
+    def make_files(stock: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+        def _load_config_files(self: Any, file_list: Sequence[Any] | None) -> dict[str, Any]:
+            readable = importlib.import_module("recbole_mllm.yamlfile").check_readable
+            self.config_files = [str(file) for file in file_list or ()]
+            return stock(self, [file for file in self.config_files if readable(Path(file))])
+
+        return _load_config_files
+
     def make(stock: Callable[..., None]) -> Callable[..., None]:
         def _load_internal_config_dict(self: Any, model: str, model_class: Any, dataset: str) -> None:
             stock(self, model, model_class, dataset)
@@ -111,13 +126,14 @@ def read_our_files(configurator: ModuleType) -> None:
             self.internal_config_dict.update(recbole_says)
             _load_times(self)
             if any(resource("model", kind.__name__) for kind in model_class.__mro__):
-                _check_keys(self)
+                _check(self, model)
             home = Path(configurator.__file__ or "").parent.parent / "properties"
             for path in (*_model_files(model_class, home, dataset), *_dataset_files(self, dataset)):
                 self._update_internal_config_dict(path)
 
         return _load_internal_config_dict
 
+    wrap(configurator.Config, "_load_config_files", make_files)
     wrap(configurator.Config, "_load_internal_config_dict", make)
 
 
@@ -132,11 +148,12 @@ def _load_times(config: Any) -> None:
         config.internal_config_dict["load_col"] = {"inter": ["user_id", "item_id", "timestamp"]}
 
 
-def _check_keys(config: Any) -> None:
-    """Refuse keys nobody reads, where the user wrote them for us; a script's own ``--words`` are not ours to judge."""
-    check = importlib.import_module("recbole_mllm.config").check_keys
-    check(config.file_config_dict, "a config file")
-    check(config.variable_config_dict, "config_dict")
+def _check(config: Any, model: str) -> None:
+    """Refuse what nobody reads, where the user wrote it for us; a script's own ``--words`` are not ours to judge."""
+    values = importlib.import_module("recbole_mllm.config")
+    values.check_files(config.config_files, model)
+    importlib.import_module("recbole_mllm.keys").check_keys(config.variable_config_dict, "config_dict")
+    values.check_values(config.variable_config_dict)
 
 
 def _model_files(model_class: Any, home: Path, dataset: str) -> Iterator[Path]:
@@ -167,6 +184,7 @@ def _dataset_files(config: Any, dataset: str) -> Iterator[Path]:
     folder = Path(known["data_path"]) / dataset
     _build(folder)
     if (folder / "dataset.yaml").is_file():
+        importlib.import_module("recbole_mllm.config").check_dataset_file(folder / "dataset.yaml")
         yield folder / "dataset.yaml"
 
 
@@ -184,10 +202,12 @@ def prepare_our_way(utils: ModuleType) -> None:
     def make_create(stock: Callable[..., Any]) -> Callable[..., Any]:
         def create_dataset(config: Any) -> Any:
             _build(Path(config["data_path"]))
+            importlib.import_module("recbole_mllm.config").tell_missing_gpus(config)
             if config["item_features"]:
                 importlib.import_module("recbole_mllm.features.prepare").offer_features(config)
             dataset = stock(config)
             importlib.import_module("recbole_mllm.data.saved").use_now(dataset, config)
+            importlib.import_module("recbole_mllm.data.facts").tell(dataset)
             return dataset
 
         return create_dataset
@@ -217,6 +237,11 @@ def read_vectors(layers: ModuleType) -> None:
 def count_popularity(pop: ModuleType) -> None:
     """Let Pop count every interaction of a batch (model/general_recommender/pop.py:47)."""
     importlib.import_module("recbole_mllm.evaluation.counting").count_all(pop)
+
+
+def count_training(collector: ModuleType) -> None:
+    """Let metrics of popularity count the training split alike for every model (evaluator/collector.py:79-94)."""
+    importlib.import_module("recbole_mllm.evaluation.counting").count_training(collector)
 
 
 def score_by_pair(module: ModuleType) -> None:

@@ -16,6 +16,7 @@ from recbole_mllm.benchmark.portable import DECISIVE_FILES
 from recbole_mllm.benchmark.records import plain_json
 from recbole_mllm.config import file_keys
 from recbole_mllm.errors import UserError
+from recbole_mllm.ranges import COUNT, SEED, Range
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +52,16 @@ class BenchmarkPlan:
         """Refuse a plan that could not run, before anything does."""
         if not self.labels or not self.seeds:
             raise UserError("a benchmark needs at least one model and one seed: --models Pop,SASRec --seeds 2024")
-        if self.jobs < 1:
-            raise UserError(f"--jobs {self.jobs}: at least one run must be at work at a time")
+        COUNT.checked("--jobs", self.jobs)
         if self.jobs > 1 and ranks.is_launched():
             raise UserError(
                 f"--jobs {self.jobs}: under a launcher its processes share one run at a time; leave --jobs out"
             )
-        if self.tune < 0:
-            raise UserError(f"--tune {self.tune}: give how many configurations each model may try, or 0")
-        if self.limit_users is not None and self.limit_users < 1:
-            raise UserError(f"--limit_users {self.limit_users}: at least one user must be evaluated")
+        Range(int, least=0).checked("--tune", self.tune)
+        if self.limit_users is not None:
+            COUNT.checked("--limit_users", self.limit_users)
+        for seed in self.seeds:
+            SEED.checked("--seeds", seed)
         for label in self.labels:
             resolve(label)
 

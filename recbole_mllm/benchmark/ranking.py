@@ -24,7 +24,7 @@ from recbole_mllm.benchmark.evidence import POOLED, Evidence, average, load_evid
 from recbole_mllm.benchmark.field import MLLM
 from recbole_mllm.benchmark.groups import Partition, measure, partitions
 from recbole_mllm.benchmark.leaderboard import ALL_COSTS, SLICES, Leaderboard, Part, Row, Score, ordered_metrics
-from recbole_mllm.benchmark.records import RunRecord, latest
+from recbole_mllm.benchmark.records import CANDIDATE_RULES, RunRecord, different_candidates, latest
 from recbole_mllm.errors import UserError
 from recbole_mllm.evaluation import significance as sig
 from recbole_mllm.evaluation.significance import DRAW_SEED
@@ -90,9 +90,8 @@ def _refuse_mixed_candidates(runs: Sequence[RunRecord]) -> None:
         if run.ok:
             by_digest[run.candidates].append(run.run_id)
     if len(by_digest) > 1:
-        sets = "; ".join(f"{digest or '(none)'}: {', '.join(ids)}" for digest, ids in by_digest.items())
-        raise UserError(f"these runs ranked different candidates and cannot share a leaderboard ({sets}); "
-                        "give one of them another --output_dir")  # fmt: skip
+        older = {run.candidates for run in runs if run.ok and run.candidate_rules < CANDIDATE_RULES}
+        raise different_candidates(by_digest, older if len(older) < len(by_digest) else ())
 
 
 def _load(runs: Sequence[RunRecord], results: Path) -> tuple[list[tuple[RunRecord, Evidence]], list[Row]]:

@@ -20,8 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recbole_mllm.errors import UserError
+from recbole_mllm.progress import tell_once
 
 RECORDS = "runs.jsonl"
+CANDIDATE_RULES = 2
+"""How candidates are worked out; 1 read a model's own rows, which changed them on benchmark files and under popN."""
+
 OK = "ok"
 
 Kind = Literal["baseline", "mllm"]
@@ -48,6 +52,7 @@ class RunRecord:
         label: The row's name, e.g. ``MLLMMSR:direct``; `model` is RecBole's name for it.
         protocol: How it was evaluated, in one line for people.
         candidates: Digest of the frozen candidates.
+        candidate_rules: By which rules they were worked out, see `CANDIDATE_RULES`.
         per_user: Path of the per-user arrays (`USER_COLUMNS`), relative to the results folder.
         scores: Path of the pair scores (`PAIR_COLUMNS`), relative to the results folder.
         status: ``ok``, or what went wrong, in one line.
@@ -76,6 +81,7 @@ class RunRecord:
     started: str
     protocol: str = ""
     candidates: str = ""
+    candidate_rules: int = 1
     n_users: int = 0
     config_digest: str = ""
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -123,7 +129,14 @@ class RunRecord:
     def from_line(cls, line: str) -> RunRecord:
         """Read a line; fields that a later version has added are left out."""
         values = json.loads(line)
-        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
+        if not isinstance(values, dict):
+            raise ValueError("no JSON object")
+        record = cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
+        texts = (record.run_id, record.model, record.label, record.dataset, record.status, record.candidates)
+        numbers = (record.seed, record.n_users)
+        if not all(isinstance(text, str) for text in texts) or not all(type(number) is int for number in numbers):
+            raise ValueError("a name is no text, or the seed or the number of users no whole number")
+        return record
 
 
 def append(path: Path, record: RunRecord) -> None:
@@ -142,11 +155,35 @@ def append(path: Path, record: RunRecord) -> None:
 
 
 def read_records(path: Path) -> list[RunRecord]:
-    """Return every record in `path`, oldest first; none if there is no such file."""
+    """Return every record in `path`, oldest first; none if there is no such file.
+
+    A line that is no record is left out, and a warning says so: it must not cost the others.
+    """
     if not path.exists():
         return []
     lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline was torn, or is being written
-    return [_read_line(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    read = (_read_line(path, number, line) for number, line in enumerate(lines, start=1) if line.strip())
+    return [record for record in read if record is not None]
+
+
+def different_candidates(sets: Mapping[str, Iterable[str]], older: Iterable[str] = ()) -> UserError:
+    """Return the error about runs that no leaderboard may hold together.
+
+    Args:
+        sets: The runs of each digest.
+        older: Digests of runs that are recorded under older rules.
+    """
+    told = "; ".join(f"{digest or '(none)'}: {', '.join(runs)}" for digest, runs in sets.items())
+    past = ", ".join(digest for digest in older if digest in sets)
+    why = (
+        f"{past} was drawn by the rules of an older version, so run those models again with --force, or "
+        if past
+        else ""
+    )
+    return UserError(
+        f"these runs ranked different candidates and cannot share a leaderboard ({told}); {why}"
+        "give one of them another --output_dir"
+    )
 
 
 def latest(records: Iterable[RunRecord]) -> dict[str, RunRecord]:
@@ -183,11 +220,13 @@ def read_arrays(path: Path, required: Iterable[str]) -> dict[str, NDArray[Any]]:
     return arrays
 
 
-def _read_line(path: Path, number: int, line: bytes) -> RunRecord:
+def _read_line(path: Path, number: int, line: bytes) -> RunRecord | None:
     try:
         return RunRecord.from_line(line.decode())
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}, line {number}, is no run record ({error}); delete that line") from error
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        why = " ".join(str(error).split())[:120]
+        tell_once(f"{path}:{number}: this line is no run record ({why}) and is left out; delete it")
+        return None
 
 
 def _cut_torn_end(descriptor: int) -> None:

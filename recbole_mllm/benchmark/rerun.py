@@ -18,9 +18,9 @@ from typing import Any
 from recbole_mllm.benchmark.child import LOG, claim, failure, run_child
 from recbole_mllm.benchmark.progress import HEARTBEAT_S
 from recbole_mllm.benchmark.records import RECORDS, RunRecord, latest, plain_json, read_records
-from recbole_mllm.config import every_key
 from recbole_mllm.demo.builtin import is_builtin
 from recbole_mllm.errors import UserError
+from recbole_mllm.keys import every_key
 
 WORKER = (sys.executable, "-m", "recbole_mllm.benchmark.worker")
 RERUNS = "reruns"
@@ -143,9 +143,13 @@ def compare(before: RunRecord, now: RunRecord) -> Agreement:
     lines = [_rule(changes), *changes]
     same = before.candidates == now.candidates
     if not same:
+        why = "the dataset's files, or the candidates file, are not those of the first run"
+        if before.candidate_rules != now.candidate_rules:
+            why = (
+                "an older version worked them out by other rules (on benchmark files, under popN, and for close times)"
+            )
         lines.append(
-            f"the candidates differ ({before.candidates or 'none'} then, {now.candidates or 'none'} now): "
-            "the dataset's files, or the candidates file, are not those of the first run"
+            f"the candidates differ ({before.candidates or 'none'} then, {now.candidates or 'none'} now): {why}"
         )
     names = [*before.metrics, *(name for name in now.metrics if name not in before.metrics)]
     verdicts = {name: _holds(before.metrics.get(name), now.metrics.get(name), tolerance) for name in names}

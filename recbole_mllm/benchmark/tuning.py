@@ -17,12 +17,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from recbole_mllm import ranks
 from recbole_mllm.benchmark.portable import said_anywhere
 from recbole_mllm.errors import UserError
 from recbole_mllm.resources import resource
+from recbole_mllm.yamlfile import read_mapping
 
 Settings = dict[str, Any]
 
@@ -36,9 +35,9 @@ def space_of(model: str, fixed: Container[str] = ()) -> dict[str, list[Any]]:
     Raises:
         UserError: The file does not hold a list of choices for each key.
     """
-    path = resource("tuning", model) or resource("tuning", "default")
-    found = yaml.safe_load(Path(str(path)).read_text(encoding="utf-8"))
-    if not isinstance(found, dict) or not all(isinstance(choices, list) and choices for choices in found.values()):
+    path = Path(str(resource("tuning", model) or resource("tuning", "default")))
+    found = read_mapping(path)
+    if not all(isinstance(choices, list) and choices for choices in found.values()):
         raise UserError(f"{path} must hold `key: [choice, …]` lines")
     return {str(key): list(choices) for key, choices in found.items() if key not in fixed}
 

@@ -35,6 +35,7 @@ class MLLMMSRDataset(SequentialDataset):  # type: ignore[misc]  # RecBole is unt
         self.set_field_property(POSITION, FeatureType.TOKEN, FeatureSource.INTERACTION, 1)
         self.inter_feat.update(Interaction({POSITION: place}))
 
+    exact_order = True  # whatever the configuration says (`facts.wants_exact_order`)
     whole_lists: list[Any] | None = None
 
     def _benchmark_presets(self) -> None:

@@ -72,7 +72,15 @@ def user_columns(dataset: Any, train: Any, pairs: dict[str, Any], images: Any) -
 
 
 def training_counts(train: Any, users: int, items: int) -> tuple[Any, Any]:
-    """Return how often each item, and each user, occurs in training, a sequence's first item included."""
+    """Return how often each item, and each user, occurs in training, a sequence's first item included.
+
+    It is the split's, whatever part of it a model trains on, and the same for every model where the data decides it.
+    """
+    facts = train.facts
+    if facts is not None and (split := facts.split(train.config)):
+        owner, item, times = split.trained()
+        counts = (np.bincount(who, times, n).astype(np.int64) for who, n in ((item, items), (owner, users)))
+        return next(counts), next(counts)
     rows = getattr(train, "whole_split", train.inter_feat)
     owner, item = rows[train.uid_field].numpy(), rows[train.iid_field].numpy()
     listed = train.iid_field + train.config["LIST_SUFFIX"]

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from recbole_mllm.data.atomic import read_columns, read_values, write_atomic
 from recbole_mllm.data.images import image_digest
@@ -34,6 +33,7 @@ from recbole_mllm.resources import PROPERTIES
 from recbole_mllm.settings import FeatureSettings, Settings, known_keys
 from recbole_mllm.summaries.prepare import export_item_summaries
 from recbole_mllm.summaries.shards import opened_store
+from recbole_mllm.yamlfile import read_mapping
 
 _EDITION = 1  # of how vectors are made
 
@@ -84,7 +84,10 @@ def seconds_of(config: Any) -> float | None:
     told = [_seconds_file(folder / f"{folder.name}.{tag}") for tag in config["additional_feat_suffix"] or []]
     if not kinds or not all(path.is_file() for path in told):
         return None
-    return sum(float(path.read_text(encoding="utf-8")) for path in told)
+    try:
+        return sum(float(path.read_text(encoding="utf-8")) for path in told)
+    except ValueError:  # a file that was cut says as little as none
+        return None
 
 
 def _seconds_file(features: Path) -> Path:
@@ -158,7 +161,7 @@ def _settings(config: Any) -> Settings:
 
     So both read the same summaries.
     """
-    ours = yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text(encoding="utf-8"))
+    ours = read_mapping(PROPERTIES / "model" / "MLLMMSR.yaml")
     said = config.final_config_dict
     return Settings.from_config({**ours, **{key: said[key] for key in known_keys() if key in said}, "finetune": "none"})
 

@@ -94,6 +94,13 @@ def _repeats(health: Health) -> Iterable[Finding]:
 
 def _order(health: Health) -> Iterable[Finding]:
     order = health.order
+    for count, where in zip(health.impossible_times, ("at or before 1970-01-01", "after tomorrow"), strict=True):
+        if count:
+            place = "first" if where.startswith("at") else "last"
+            yield Finding(
+                f"{many(count, 'time lies', 'times lie')} {where}, so that they come {place} in their histories",
+                "check the raw times: they are to be seconds or milliseconds since 1970",
+            )
     if order is None:
         if health.layout.history is None:
             what = f"there is no usable time ({health.layout.time}), so the order is that of the file"

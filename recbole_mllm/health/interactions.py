@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from recbole_mllm.data import schema
 from recbole_mllm.data.atomic import read_columns, read_values
+from recbole_mllm.data.values import impossible_times
 from recbole_mllm.errors import UserError
 from recbole_mllm.health.layout import Layout
 from recbole_mllm.health.sample import Sample
@@ -26,6 +28,8 @@ class Interactions:
     Attributes:
         time: Float64, NaN where none is given; None where the dataset has no time, as benchmark files.
         row_hashes: One of each line, to find lines that are there twice.
+        impossible_times: How many times lie at or before 1970, and after tomorrow; of the source's own, where
+            `convert` wrote them beside places in the order.
         quoted: Values that start with a quote, which RecBole drops or which break its reading.
     """
 
@@ -34,6 +38,7 @@ class Interactions:
     user: NDArray[np.int32]
     item: NDArray[np.int32]
     time: NDArray[np.float64] | None
+    impossible_times: tuple[int, int]
     row_hashes: NDArray[np.int64]
     quoted: Sample
     parts: dict[str, int]
@@ -56,6 +61,7 @@ class _Reading:
     user: array[int] = field(default_factory=lambda: array("i"))
     item: array[int] = field(default_factory=lambda: array("i"))
     time: array[float] = field(default_factory=lambda: array("d"))
+    exact_time: array[float] = field(default_factory=lambda: array("d"))
     hashes: array[int] = field(default_factory=lambda: array("q"))
     quoted: Sample = field(default_factory=Sample)
 
@@ -84,7 +90,8 @@ def read_interactions(layout: Layout) -> Interactions:
         reading.item.extend(items)
     return Interactions(
         list(reading.users), list(reading.items), _numbers(reading.user, "i4"), _numbers(reading.item, "i4"),
-        _numbers(reading.time, "f8") if timed else None, _numbers(reading.hashes, "i8"),
+        _numbers(reading.time, "f8") if timed else None, impossible_times(reading.exact_time or reading.time),
+        _numbers(reading.hashes, "i8"),
         reading.quoted, parts,
     )  # fmt: skip
 
@@ -97,6 +104,7 @@ def _read_rows(reading: _Reading, path: Path, layout: Layout, timed: bool) -> No
     columns = list(read_columns(path))
     at_user, at_item = columns.index(layout.user), columns.index(layout.item)
     at_time = columns.index(layout.time) if timed else 0
+    at_exact = columns.index(schema.EXACT_TIME) if timed and schema.EXACT_TIME in columns else None
     users, items = reading.users, reading.items
     add_user, add_item, add_time = reading.user.append, reading.item.append, reading.time.append
     for number, values in read_values(path):
@@ -107,7 +115,16 @@ def _read_rows(reading: _Reading, path: Path, layout: Layout, timed: bool) -> No
                 add_time(float(values[at_time]))
             except ValueError:
                 add_time(_no_time(values[at_time], path, number))
+        if at_exact is not None:
+            reading.exact_time.append(_float(values[at_exact]))
         _note_row(reading, values, path, number)
+
+
+def _float(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")
 
 
 def _no_time(value: str, path: Path, number: int) -> float:

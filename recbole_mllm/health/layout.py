@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from recbole_mllm.data import schema
 from recbole_mllm.data.atomic import read_columns
 from recbole_mllm.errors import UserError
+from recbole_mllm.keys import checked_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +61,7 @@ _FIELDS = (("USER_ID_FIELD", schema.USER), ("ITEM_ID_FIELD", schema.ITEM))
 def _keys(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         return {}
-    try:
-        keys = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is no valid YAML: {' '.join(str(error).split())[:200]}") from None
-    return keys if isinstance(keys, dict) else {}
+    return checked_file(path, of_dataset=True)
 
 
 def _inter_files(folder: Path, keys: Mapping[str, Any]) -> tuple[Path, ...]:

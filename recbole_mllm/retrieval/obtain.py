@@ -17,10 +17,11 @@ from recbole.data import create_dataset, data_preparation
 from recbole.utils import ModelType, get_model, get_trainer, init_seed
 from recbole.utils.argument_list import dataset_arguments
 
-from recbole_mllm.config import check_keys, recbole_config
+from recbole_mllm.config import recbole_config
 from recbole_mllm.errors import UserError
 from recbole_mllm.fitting import Fit
 from recbole_mllm.kept import made_once
+from recbole_mllm.keys import check_keys
 from recbole_mllm.randomness import undisturbed
 from recbole_mllm.retrieval.retriever import Retriever
 from recbole_mllm.settings import RankingSettings
@@ -86,8 +87,7 @@ def _trained(name: str, config: Any, ours: Any) -> Retriever:
     """Train `name`, or take it from where a run that would train the same has left it."""
     log = logging.getLogger()
     theirs = _config(name, config)
-    dataset = create_dataset(theirs)
-    train, valid, _ = data_preparation(theirs, dataset)
+    train, valid, _ = data_preparation(theirs, _dataset(theirs))
     identity = f"{name}#{_digest(theirs, train._dataset)}"
     folder = Path(config["retriever_dir"] or theirs["checkpoint_dir"])
     path = folder / f"retriever-{identity.replace('#', '-')}.pth"
@@ -107,11 +107,25 @@ def _trained(name: str, config: Any, ours: Any) -> Retriever:
 
     if not made_once(path, fit):
         log.info(f"retriever {identity} was trained before: {path}")
-    checkpoint = _read(path, theirs["device"])
+    try:
+        checkpoint = _read(path, theirs["device"])
+    except UserError as error:  # what a crash of the machine has left of it must not stop every later run
+        damaged = path.with_name(f"{path.name}.damaged")
+        log.warning(f"{error}; the retriever is trained again, and that file is now {damaged}")
+        path.replace(damaged)
+        made_once(path, fit)
+        checkpoint = _read(path, theirs["device"])
     retriever.train_s = float(checkpoint.get("train_s", 0.0))
     _fill(model, checkpoint)
     model.eval()
     return retriever
+
+
+def _dataset(config: Any) -> Any:
+    """Return the retriever's dataset, to be split in the exact order in which this run's is."""
+    dataset = create_dataset(config)
+    dataset.exact_order = True
+    return dataset
 
 
 def _digest(config: Any, train: Any) -> str:
@@ -133,10 +147,17 @@ def _loaded(path: Path, config: Any, ours: Any) -> Retriever:
         raise UserError(f"retriever_checkpoint {path} was trained with {found}; train one on this data and split")
     for key in ("data_path", "device", "checkpoint_dir"):
         theirs[key] = config[key]
+    frozen = theirs["frozen_candidates"] is True
     for key, value in _OWN.items():
         theirs[key] = value
     theirs["eval_args"]["mode"] = {"valid": "full", "test": "full"}
-    dataset = create_dataset(theirs)
+    dataset = _dataset(theirs)
+    if dataset.facts is not None and dataset.facts.reordered and not frozen:
+        raise UserError(
+            f"retriever_checkpoint {path} was trained without frozen_candidates, in the order of RecBole's float32 "
+            f"times: for {dataset.facts.reordered} users that is not the exact order, so it may have learnt their "
+            "answers; train it with frozen_candidates: true"
+        )
     train, *_ = data_preparation(theirs, dataset)
     name = theirs["model"]
     identity = f"{name}#{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"

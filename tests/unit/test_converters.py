@@ -394,7 +394,7 @@ def test_whatever_a_table_holds_arrives_or_is_refused_with_its_line(
         csv.writer(file).writerows([("user", "item", "title", "time"), *rows])
     errors = io.StringIO()
     with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
-        code = convert("csv", folder / "t.csv", folder / "d")
+        code = convert("csv", folder / "t.csv", folder / "d", "--multiline")
     refusals = [user for user, item, _, _ in rows if id_problem(user) or id_problem(item)]
     assert (code == 2) is bool(refusals)
     if code == 2:
