@@ -17,11 +17,13 @@ from recbole.utils import get_model, get_trainer, init_logger, init_seed
 
 from recbole_mllm import ranks
 from recbole_mllm.config import check_training, per_model, recbole_config, sections
+from recbole_mllm.data.checking import nothing_left
 from recbole_mllm.data.schema import isum_file, usum_file
 from recbole_mllm.errors import UserError
 from recbole_mllm.evaluation.exchange import write
 from recbole_mllm.evaluation.metrics import has_several_rows, joined, per_user, pooled_auc
 from recbole_mllm.evaluation.protocol import protocol_line
+from recbole_mllm.files import check_place
 from recbole_mllm.fitting import Fit
 from recbole_mllm.keys import check_keys
 from recbole_mllm.refusals import told_in_a_line
@@ -101,16 +103,21 @@ def _train(config: Any, saved: bool, check: Check | None = None) -> _Trained:
     log = logging.getLogger()
     check_keys(config.external_config_dict, "the configuration")
     check_training(config)
+    for key in ("checkpoint_dir", "retriever_dir"):
+        if config[key]:
+            check_place(Path(str(config[key])), f"{key}:")
     refused = config["model"], config["dataset"]
     with told_in_a_line("read the dataset", *refused):
         dataset = create_dataset(config)
     log.info(dataset)
     with told_in_a_line("split the dataset", *refused):
         train, valid, test = data_preparation(config, dataset)
-    for phase in ("valid", "test"):  # what RecBole's lines below are results of
-        log.info(f"{phase}: {protocol_line(config, phase=phase)}")
+    if not saved and not len(valid):
+        raise nothing_left(dataset, "validate on")
     if check is not None:
         check(dataset, test)
+    for phase in ("valid", "test"):  # what RecBole's lines below are results of
+        log.info(f"{phase}: {protocol_line(config, phase=phase)}")
     started = time.perf_counter()
     init_seed(config["seed"] + config["local_rank"], config["reproducibility"])
     with told_in_a_line(f"make the model {config['model']}", *refused):

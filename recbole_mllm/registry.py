@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from recbole_mllm._importhook import after_import
 from recbole_mllm.compat.patching import wrap
+from recbole_mllm.files import CONVERTED, recover
 from recbole_mllm.resources import PROPERTIES, resource
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ def register() -> None:
     after_import("recbole.data.dataset", offer_dataset)
     after_import("recbole.data.dataset.dataset", keep_facts)
     after_import("recbole.data.dataset.dataset", _listed("learn_from_histories"))
+    after_import("recbole.data.dataset.dataset", check_files)
     after_import("recbole.data.dataset.sequential_dataset", _listed("show_latest_items"))
     after_import("recbole.data.utils", prepare_our_way)
     after_import("recbole.evaluator.collector", count_training)
@@ -59,6 +62,11 @@ def _listed(name: str) -> Callable[[ModuleType], None]:
         getattr(importlib.import_module("recbole_mllm.data.listed"), name)(module)
 
     return arm
+
+
+def check_files(module: ModuleType) -> None:
+    """Let a damaged atomic file be one line before RecBole reads it (data/dataset/dataset.py:427)."""
+    importlib.import_module("recbole_mllm.data.checking").check_as_read(module)
 
 
 class _ModelFinder(Loader):
@@ -189,6 +197,8 @@ def _dataset_files(config: Any, dataset: str) -> Iterator[Path]:
 
 
 def _build(folder: Path) -> None:
+    with suppress(OSError):  # a folder that is only read
+        recover(folder, CONVERTED)
     importlib.import_module("recbole_mllm.demo.builtin").ensure_builtin(folder)
 
 
@@ -205,7 +215,8 @@ def prepare_our_way(utils: ModuleType) -> None:
             importlib.import_module("recbole_mllm.config").tell_missing_gpus(config)
             if config["item_features"]:
                 importlib.import_module("recbole_mllm.features.prepare").offer_features(config)
-            dataset = stock(config)
+            with importlib.import_module("recbole_mllm.data.checking").told_what_is_left(config):
+                dataset = stock(config)
             importlib.import_module("recbole_mllm.data.saved").use_now(dataset, config)
             importlib.import_module("recbole_mllm.data.facts").tell(dataset)
             return dataset
@@ -214,14 +225,17 @@ def prepare_our_way(utils: ModuleType) -> None:
 
     def make_prepare(stock: Callable[..., Any]) -> Callable[..., Any]:
         def data_preparation(config: Any, dataset: Any) -> Any:
-            train, *rest = stock(config, dataset)
+            checking = importlib.import_module("recbole_mllm.data.checking")
+            with checking.told_what_is_left(config, dataset):
+                train, *rest = stock(config, dataset)
             if hasattr(getattr(train, "_dataset", None), "histories"):  # our dataset, whose rows know their places
                 train = importlib.import_module("recbole_mllm.data.training").SeededTrainDataLoader.of(train)
             loaders = (train, *rest)
-            if config["frozen_candidates"] is not True:
-                return loaders
-            candidates = importlib.import_module("recbole_mllm.evaluation.candidates")
-            return candidates.freeze(config, dataset, *loaders)
+            if config["frozen_candidates"] is True:
+                candidates = importlib.import_module("recbole_mllm.evaluation.candidates")
+                loaders = candidates.freeze(config, dataset, *loaders)
+            checking.check_parts(config, dataset, *loaders)
+            return loaders
 
         return data_preparation
 

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recbole_mllm.errors import UserError
+from recbole_mllm.files import whole_file
 from recbole_mllm.progress import tell_once
 
 RECORDS = "runs.jsonl"
@@ -193,16 +194,10 @@ def latest(records: Iterable[RunRecord]) -> dict[str, RunRecord]:
 
 def write_arrays(path: Path, arrays: Arrays) -> None:
     """Write an ``.npz``, whole or not at all; texts become unicode arrays, so that nothing is pickled."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     plain = {name: np.asarray(values) for name, values in arrays.items()}
     plain = {name: values.astype(str) if values.dtype == object else values for name, values in plain.items()}
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with scratch.open("wb") as file:
-            np.savez_compressed(file, allow_pickle=False, **plain)
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    with whole_file(path, binary=True) as file:
+        np.savez_compressed(file, allow_pickle=False, **plain)
 
 
 def read_arrays(path: Path, required: Iterable[str]) -> dict[str, NDArray[Any]]:

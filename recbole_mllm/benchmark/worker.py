@@ -31,6 +31,7 @@ from recbole_mllm.benchmark.tuning import TRIALS, search, space_of, trials
 from recbole_mllm.config import benchmark_defaults, config_paths, keys_for
 from recbole_mllm.data.texts import read_items
 from recbole_mllm.errors import UserError
+from recbole_mllm.files import write_text
 from recbole_mllm.launched import child_code
 from recbole_mllm.refusals import reason_of
 
@@ -105,7 +106,7 @@ def _config(job: dict[str, Any], defaults: Path, tuned: dict[str, Any]) -> Any:
     kept = {
         "retriever_dir": str(Path(job["output_dir"]).resolve() / RETRIEVERS)
     }  # trained once for all that rank by it
-    defaults.write_text(yaml.safe_dump(benchmark_defaults() | kept | _negatives(job["model"]) | job["defaults"]))
+    write_text(defaults, yaml.safe_dump(benchmark_defaults() | kept | _negatives(job["model"]) | job["defaults"]))
     files = [str(defaults), *config_paths(job["config_files"])]
     config = make_config(job["model"], job["dataset"], files, {**tuned, **_overrides(job, defaults.parent)})
     _make_absolute(config)

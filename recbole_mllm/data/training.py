@@ -142,7 +142,7 @@ def check_negatives(config: Any, train: Any) -> None:
         train: The training part, with `histories`.
 
     Raises:
-        UserError: A user has met every item there is.
+        UserError: A user has met every item there is, or negatives are asked for that a model must choose.
     """
     how = config["train_neg_sample_args"]
     if how["distribution"] != "none":
@@ -150,6 +150,8 @@ def check_negatives(config: Any, train: Any) -> None:
 
 
 def _negatives(how: Mapping[str, Any], train: Any, users: Any) -> Negatives:
+    if how.get("dynamic", False):
+        raise UserError("train_neg_sample_args.dynamic asks an MLLM about every candidate; set it to false")
     popular = how["distribution"] == "popularity"
     negatives = Negatives(training_pairs(train), float(how.get("alpha", 1.0)) if popular else 0.0)
     if len(full := negatives.exhausted(users)):

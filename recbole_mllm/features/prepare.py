@@ -24,7 +24,7 @@ from recbole_mllm.data.images import image_digest
 from recbole_mllm.data.texts import Items, read_items
 from recbole_mllm.errors import UserError
 from recbole_mllm.features.vectors import prepared
-from recbole_mllm.kept import made_once
+from recbole_mllm.files import made_once, write_text
 from recbole_mllm.mllm.embedding import image_vectors, sentence_vectors, text_vectors
 from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.mllm.loading import dtype_of, identity_of, source_of
@@ -208,7 +208,7 @@ def _ensure(feature: Feature, folder: Path, wanted: list[str], size: int | None,
         vectors, known = feature.make()
         missing = int((~known).sum())
         vectors = prepared(vectors, known, size)
-        _seconds_file(path).write_text(f"{spent + time.perf_counter() - begun:.3f}\n", encoding="utf-8")
+        write_text(_seconds_file(path), f"{spent + time.perf_counter() - begun:.3f}\n")
         write_features(scratch, feature.columns, wanted, vectors)
 
     if made_once(path, make):

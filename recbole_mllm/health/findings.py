@@ -63,7 +63,7 @@ def _ids(health: Health) -> Iterable[Finding]:
     ids = health.ids
     yield from _told(
         ids.unfit, "id does not survive RecBole's reader", "ids do not survive RecBole's reader",
-        "rename them; RecBole drops rows whose id is empty",
+        "rename them; a run stops at an id that is empty, and RecBole alone drops its rows",
     )  # fmt: skip
     for sample, kind in ((ids.alike_users, "user"), (ids.alike_items, "item")):
         yield from _told(
@@ -108,7 +108,7 @@ def _order(health: Health) -> Iterable[Finding]:
         return
     if order.missing:
         what = many(order.missing, "interaction has no time", "interactions have no time")
-        yield Finding(what, "add it: RecBole puts them at the mean of all times")
+        yield Finding(what, "add it: a run stops at the first of them")
     if order.reordered.count:
         users = many(order.reordered.count, "user's", "users'")
         yield Finding(

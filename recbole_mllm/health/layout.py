@@ -70,7 +70,7 @@ def _inter_files(folder: Path, keys: Mapping[str, Any]) -> tuple[Path, ...]:
     named = keys.get("benchmark_filename")
     if isinstance(named, list) and named:
         return tuple(folder / f"{folder.name}.{part}.inter" for part in named)
-    if plain.is_file():
+    if plain.exists():
         return (plain,)
     files = [folder / f"{folder.name}.{part}.inter" for part in ("train", "valid", "test")]
     if there := tuple(path for path in files if path.is_file()):

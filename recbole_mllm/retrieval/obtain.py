@@ -19,8 +19,8 @@ from recbole.utils.argument_list import dataset_arguments
 
 from recbole_mllm.config import recbole_config
 from recbole_mllm.errors import UserError
+from recbole_mllm.files import made_once, set_file_aside
 from recbole_mllm.fitting import Fit
-from recbole_mllm.kept import made_once
 from recbole_mllm.keys import check_keys
 from recbole_mllm.randomness import undisturbed
 from recbole_mllm.retrieval.retriever import Retriever
@@ -110,9 +110,8 @@ def _trained(name: str, config: Any, ours: Any) -> Retriever:
     try:
         checkpoint = _read(path, theirs["device"])
     except UserError as error:  # what a crash of the machine has left of it must not stop every later run
-        damaged = path.with_name(f"{path.name}.damaged")
+        damaged = set_file_aside(path, "damaged")
         log.warning(f"{error}; the retriever is trained again, and that file is now {damaged}")
-        path.replace(damaged)
         made_once(path, fit)
         checkpoint = _read(path, theirs["device"])
     retriever.train_s = float(checkpoint.get("train_s", 0.0))

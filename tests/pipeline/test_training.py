@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -171,6 +172,42 @@ def test_auto_finds_nothing_of_a_run_with_other_settings(settings):
     for key, value in {"seed": 8, "lora_r": 4, "learning_rate": 0.1, "train_last_k": None}.items():
         config = {name: trainer.config[name] for name in (*_MODEL, *_COURSE)} | {key: value}
         assert newest(folder, base, config, CPU) is None
+
+
+class Calls:
+    """Something that would act when it is unpickled."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+def test_auto_passes_over_what_others_have_left_and_unpickles_none_of_it(settings, tmp_path, caplog):
+    trainer = _fit(settings, epochs=1, checkpoint_every_steps=3)
+    ours, base = Path(trainer.saved_model_file), trainer.model.other_parameter()["base"]
+    last, folder, marker = last_of(ours), ours.parent, tmp_path / "called"
+    whole = read_checkpoint(last, CPU)
+    assert newest(folder, base, trainer.config, CPU) == last
+    torch.save(whole | {"training": Calls(marker)}, folder / "MLLMMSR-calls.pth", pickle_protocol=4)
+    torch.save(Calls(marker), folder / "MLLMMSR-old.pth", _use_new_zipfile_serialization=False)
+    torch.save({"state_dict": {}}, folder / "MLLMMSR-other.pth")
+    torch.save(whole | {"config": {"model": "MLLMMSR"}}, folder / "MLLMMSR-dict.pth")
+    torch.save(whole | {"other_parameter": [1]}, folder / "MLLMMSR-list.pth")
+    (folder / "MLLMMSR-cut.pth").write_bytes(last.read_bytes()[:-4000])
+    (folder / "MLLMMSR-text.pth").write_text("hello")
+    (folder / "MLLMMSR-empty.pth").touch()
+    shutil.copy(last, folder / "MLLMMSR-alone.last.pth")  # without its best epoch beside it
+    foreign = sorted(path.name for path in folder.glob("MLLMMSR-[a-z]*.pth"))
+    (folder / "MLLMMSR-folder.pth").mkdir()
+    (folder / "MLLMMSR-nowhere.pth").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(folder / "MLLMMSR-pipe.pth")  # to open it would wait for ever
+    assert newest(folder, base, trainer.config, CPU) == last and not marker.exists()
+    told = [line for line in caplog.messages if "resume: auto passes over" in line]
+    assert len(told) == len(foreign) == 9 and all(any(name in line for line in told) for name in foreign)
+    with pytest.raises(UserError, match=r"MLLMMSR-cut\.pth cannot be read"):
+        read_checkpoint(folder / "MLLMMSR-cut.pth", CPU)
 
 
 def test_other_settings_within_an_epoch_are_refused(settings):

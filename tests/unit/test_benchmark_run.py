@@ -195,7 +195,8 @@ def test_kill_9_and_start_again_gives_the_leaderboard_it_would_have_been(tmp_pat
     benchmark(plan(tmp_path, "Pop", "SASRec", "MLLMMSR", overrides=waiting), worker, print)
     straight = tmp_path / "straight"
     straight.mkdir()
-    (straight / "go").touch()
+    for name in ("go", "runs.jsonl"):  # without the latter the folder would be somebody else's
+        (straight / name).touch()
     benchmark(plan(tmp_path, "Pop", "SASRec", "MLLMMSR", overrides=waiting, output_dir=straight), worker, print)
     assert board(tmp_path) == json.loads((straight / "leaderboard.json").read_text())
 

@@ -61,12 +61,12 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
         name = self.settings.mllm.mllm
         if not is_server(name) and (why := splitting.why_not(name, self.settings.mllm)):
             raise why
+        stage = make_stage(config, self.settings, self.device)  # a damaged .item stops before a retriever is trained
         ranks_all = "full" in config["eval_args"]["mode"].values()
         # trained, and written, by the main process alone; the others then find what it has left
         self.reranker = (
             ranks.main_first(lambda: Reranker(config, self.settings.ranking, dataset)) if ranks_all else None
         )
-        stage = make_stage(config, self.settings, self.device)
         self.preferences = make_preferences(stage, Plan(dataset.histories, dataset.positions))
         self.items, self.style = stage.items, stage.style
         self.users = np.asarray(dataset.field2id_token[self.USER_ID]).astype(str)
