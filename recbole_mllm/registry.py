@@ -37,6 +37,7 @@ def register() -> None:
         sys.meta_path.append(_ModelFinder())
     after_import("recbole.config.configurator", read_our_files)
     after_import("recbole.data.dataset", offer_dataset)
+    after_import("recbole.data.dataset.dataset", _listed("ask_for_lists"))
     after_import("recbole.data.dataset.dataset", _listed("learn_from_histories"))
     after_import("recbole.data.dataset.sequential_dataset", _listed("show_latest_items"))
     after_import("recbole.data.utils", prepare_our_way)

@@ -10,7 +10,7 @@ from recbole.data.dataset import SequentialDataset
 from recbole.data.interaction import Interaction
 from recbole.utils import FeatureSource, FeatureType
 
-from recbole_mllm.data.listed import check_lists, shared_histories
+from recbole_mllm.data.listed import shared_histories
 from recbole_mllm.data.peruser import HistoryNames, Named, PerHistory
 from recbole_mllm.data.sampling import limited_users
 from recbole_mllm.data.schema import HISTORY_NUMBER, POSITION
@@ -43,10 +43,11 @@ class MLLMMSRDataset(SequentialDataset):  # type: ignore[misc]  # RecBole is unt
         self.inter_feat.update(Interaction(numbers))
 
     whole_lists: list[Any] | None = None
+    row_times: Any = None
 
     def _benchmark_presets(self) -> None:
-        """Keep each row's whole history, of which RecBole will see only the latest items."""
-        check_lists(self)
+        """Keep each row's whole history and exact time, of which RecBole will see the latest items, and a float32."""
+        self.row_times = self.inter_feat[self.time_field].to_numpy() if self.time_field in self.inter_feat else None
         self.whole_lists = list(self.inter_feat[self.iid_field + self.config["LIST_SUFFIX"]])
         super()._benchmark_presets()
 
@@ -65,8 +66,8 @@ class MLLMMSRDataset(SequentialDataset):  # type: ignore[misc]  # RecBole is unt
         train.whole_split = train.inter_feat  # popularity is the split's, whatever part of it this model trains on
         names = self._names()
         histories, met = self._histories(names)
-        self._limit_users(parts)
         train.inter_feat = self._last(train, TrainSettings.from_config(self.config).train_last_k)
+        self._limit_users(parts)
         rows = [(part.inter_feat[HISTORY_NUMBER].numpy(), part.inter_feat[POSITION].numpy()) for part in parts]
         owners, places = (np.concatenate(column) for column in zip(*rows, strict=True))
         positions = PerHistory(names, owners, places, set)
@@ -89,7 +90,7 @@ class MLLMMSRDataset(SequentialDataset):  # type: ignore[misc]  # RecBole is unt
         return np.asarray(self.field2id_token[field]).astype(str)
 
     def _last(self, train: Any, last_k: int | None) -> Any:
-        """Return the rows of `train` that are among each user's `last_k` latest ones.
+        """Return the rows of `train`, all of that part, that are among each user's `last_k` latest ones.
 
         A row's position says so where all read one history; where lists may be cut, time goes first.
         """
@@ -97,8 +98,8 @@ class MLLMMSRDataset(SequentialDataset):  # type: ignore[misc]  # RecBole is unt
         if last_k is None or not len(rows):
             return rows
         users, keys = rows[self.uid_field].numpy(), [rows[POSITION].numpy()]
-        if self.whole_lists is not None and self.time_field in rows:
-            keys.append(rows[self.time_field].numpy())
+        if self.row_times is not None:
+            keys.append(self.row_times[: len(rows)])
         order = np.lexsort((*keys, users))
         last = np.flatnonzero(np.r_[users[order][1:] != users[order][:-1], True])
         behind = np.repeat(last, np.diff(np.r_[-1, last])) - np.arange(len(order))

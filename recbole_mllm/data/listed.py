@@ -22,14 +22,23 @@ from recbole_mllm.errors import UserError
 _TARGETS_ALONE = {"Pop"}  # counts what users take next, which is what it is asked for
 
 
-def check_lists(dataset: Any) -> None:
-    """Refuse benchmark files from which a sequential model cannot be given histories.
+def ask_for_lists(dataset_module: Any) -> None:
+    """Refuse benchmark files that give a sequential model no histories, once they are read (dataset.py:119)."""
 
-    Raises:
-        UserError: They have no list column, `load_col` does not name it, or its ids would be numbered apart.
-    """
-    item = dataset.iid_field
-    listed = f"{item}{dataset.config['LIST_SUFFIX']}"
+    def make(stock: Callable[[Any], None]) -> Callable[[Any], None]:
+        def _init_alias(self: Any) -> None:
+            if self.config["benchmark_filename"] is not None and hasattr(self, "item_list_length_field"):
+                _check_lists(self)
+            stock(self)
+
+        return _init_alias
+
+    wrap(dataset_module.Dataset, "_init_alias", make)
+
+
+def _check_lists(dataset: Any) -> None:
+    """Raise a UserError if files list no histories, `load_col` leaves them out, or their ids would be numbered apart."""
+    listed = f"{dataset.iid_field}{dataset.config['LIST_SUFFIX']}"
     if listed not in dataset.inter_feat:
         file = Path(dataset.dataset_path) / f"{dataset.dataset_name}.{dataset.config['benchmark_filename'][0]}.inter"
         if listed in read_columns(file):
@@ -39,9 +48,10 @@ def check_lists(dataset: Any) -> None:
             f"row, as `convert --protocol paper` writes them; or put all rows into {dataset.dataset_name}.inter and "
             "leave benchmark_filename out, and eval_args will split them"
         )
-    if not any({item, listed} <= set(group) for group in dataset.alias.values()):
+    if listed not in (dataset.config["alias_of_item_id"] or []):
         raise UserError(
-            f"the ids of {listed} would be numbered apart from those of {item}; set alias_of_item_id: [{listed}]"
+            f"the ids of {listed} would be numbered apart from those of {dataset.iid_field}; "
+            f"set alias_of_item_id: [{listed}]"
         )
 
 
@@ -79,7 +89,6 @@ def show_latest_items(sequential_dataset: Any) -> None:
 
     def make_presets(stock: Callable[[Any], None]) -> Callable[[Any], None]:
         def _benchmark_presets(self: Any) -> None:
-            check_lists(self)
             longest = self.max_item_list_len
             for field in _list_fields(self):
                 self.inter_feat[field] = _column([values[-longest:] for values in self.inter_feat[field]])

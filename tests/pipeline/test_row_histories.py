@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 from planned_server import Planned, completion, serving
 
+from recbole_mllm.errors import UserError
 from recbole_mllm.quick_start import make_config
 
 pytest.importorskip("openai")
@@ -149,11 +150,10 @@ def test_leaving_one_out_a_prompt_has_read_what_stands_before_its_target_in_the_
     """All times are equal, so that the order is the file's alone."""
     (tmp_path / "ties").mkdir()
     lines = [(user, item) for user, walk in walks().items() for item in walk]
-    order = {user: walk for user, walk in walks().items()}
     text = "".join(f"{user}\t{item}\t1700000000\n" for user, item in lines)
     (tmp_path / "ties/ties.inter").write_text("user_id:token\titem_id:token\ttimestamp:float\n" + text)
     write_items(tmp_path / "ties", {item for _, item in lines})
-    truth = told((user, item, walk[:n]) for user, walk in order.items() for n, item in enumerate(walk) if n)
+    truth = told((user, item, walk[:n]) for user, walk in walks().items() for n, item in enumerate(walk) if n)
     for mode in ("recurrent", "full blocks"):
         keys, expected = MODES[mode]
         found = prompts_of(tmp_path / "ties", url, monkeypatch, **keys)
@@ -188,10 +188,10 @@ def test_the_latest_training_rows_and_the_items_met_are_each_users_whatever_the_
 
     parts = rows_of("shuffled")
     write_listed(tmp_path / "win", parts)
-    for path in (tmp_path / "win").glob("*.inter"):  # times that float32 can tell apart
+    for path in (tmp_path / "win").glob("*.inter"):  # seconds apart, which float32 cannot tell
         header, *lines = path.read_text().splitlines()
         rows = (line.split("\t") for line in lines)
-        timed = [f"{user}\t{item}\t{listed}\t{1000 * int(item[1:])}" for user, item, listed in rows]
+        timed = [f"{user}\t{item}\t{listed}\t{1_700_000_000 + int(item[1:])}" for user, item, listed in rows]
         path.write_text("\n".join([f"{header}\ttimestamp:float", *timed]) + "\n")
     monkeypatch.setattr("sys.argv", ["x"])
     keys = LISTED | {"load_col": {"inter": ["user_id", "item_id", "item_id_list", "timestamp"]}, "train_last_k": 2}
@@ -205,3 +205,35 @@ def test_the_latest_training_rows_and_the_items_met_are_each_users_whatever_the_
     met = {(users[u], items[i]) for u, i in training_pairs(train).tolist()}
     assert met == {(user, item) for user, walk in walks().items() for item in walk[:-2]}
     assert {user: set(items) for user, items in train.met.items()} == {u: set(w) for u, w in walks().items()}
+
+
+def dataset_of(model, folder, monkeypatch, **keys):
+    from recbole.data import create_dataset
+
+    monkeypatch.setattr("sys.argv", ["x"])
+    base = {"data_path": str(folder.parent), "eval_args": EVALUATION, "train_neg_sample_args": None}
+    return create_dataset(make_config(model, folder.name, [], base | keys))
+
+
+@pytest.mark.parametrize("model", ["MLLMMSR", "SASRec"])
+@pytest.mark.parametrize(
+    ("columns", "keys", "words"),
+    [
+        (2, {}, r"win\.train\.inter:1: there is no column item_id_list:token_seq; benchmark files must list in it"),
+        (3, {"load_col": {"inter": ["user_id", "item_id"]}}, "load_col does not name item_id_list"),
+        (3, {"alias_of_item_id": None}, r"numbered apart .* set alias_of_item_id: \[item_id_list\]"),
+    ],
+)
+def test_benchmark_files_without_usable_lists_say_what_they_need(tmp_path, monkeypatch, model, columns, keys, words):
+    write_listed(tmp_path / "win", rows_of("windows"))
+    for path in (tmp_path / "win").glob("*.inter"):
+        rows = (line.split("\t")[:columns] for line in path.read_text().splitlines())
+        path.write_text("".join("\t".join(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=words):
+        dataset_of(model, tmp_path / "win", monkeypatch, **(LISTED | keys))
+
+
+def test_files_that_are_split_and_list_nothing_do_for_a_general_model(tmp_path, monkeypatch):
+    write_listed(tmp_path / "win", rows_of("windows"))
+    keys = LISTED | {"load_col": {"inter": ["user_id", "item_id"]}, "alias_of_item_id": None}
+    assert dataset_of("BPR", tmp_path / "win", monkeypatch, **keys).inter_num == 8 * 8
