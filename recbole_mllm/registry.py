@@ -45,6 +45,7 @@ def register() -> None:
     after_import("recbole.model.general_recommender.random", score_by_pair)
     after_import("recbole.model.layers", read_vectors)
     after_import("recbole.trainer", offer_trainer)
+    after_import("recbole.utils.case_study", check_users)
     after_import("recbole.trainer.trainer", break_ties)
 
 
@@ -223,6 +224,11 @@ def count_popularity(pop: ModuleType) -> None:
 def score_by_pair(module: ModuleType) -> None:
     """Give ``Random`` scores that belong to the pair; RecBole's change with the batch (random.py:38-45)."""
     importlib.import_module("recbole_mllm.model.random").score_by_pair(module.Random)
+
+
+def check_users(case_study: ModuleType) -> None:
+    """Name the users whom ``full_sort_topk`` cannot rank for (utils/case_study.py:19-83)."""
+    importlib.import_module("recbole_mllm.evaluation.loader").refuse_users_without_rows(case_study)
 
 
 def break_ties(trainer: ModuleType) -> None:

@@ -37,7 +37,7 @@ def ask_for_lists(dataset_module: Any) -> None:
 
 
 def _check_lists(dataset: Any) -> None:
-    """Raise a UserError if files list no histories, `load_col` leaves them out, or their ids would be numbered apart."""
+    """Raise a UserError if files list no histories, `load_col` omits them, or their ids would be numbered apart."""
     listed = f"{dataset.iid_field}{dataset.config['LIST_SUFFIX']}"
     if listed not in dataset.inter_feat:
         file = Path(dataset.dataset_path) / f"{dataset.dataset_name}.{dataset.config['benchmark_filename'][0]}.inter"
