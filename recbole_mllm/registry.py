@@ -117,10 +117,14 @@ def read_our_files(configurator: ModuleType) -> None:
             home = Path(configurator.__file__ or "").parent.parent / "properties"
             for path in (*_model_files(model_class, home, dataset), *_dataset_files(self, dataset)):
                 self._update_internal_config_dict(path)
+            _load_own_fields(self)
 
         return _load_internal_config_dict
 
     wrap(configurator.Config, "_load_internal_config_dict", make)
+
+
+_EVERY_TIME = {"inter": ["user_id", "item_id", "timestamp"]}
 
 
 def _load_times(config: Any) -> None:
@@ -129,9 +133,16 @@ def _load_times(config: Any) -> None:
     RecBole's sample.yaml, which stands in for datasets without a file of their own, leaves them out, and then no split
     in time order can be made.
     """
-    loaded = config.internal_config_dict.get("load_col")
-    if loaded == {"inter": ["user_id", "item_id"]}:
-        config.internal_config_dict["load_col"] = {"inter": ["user_id", "item_id", "timestamp"]}
+    if config.internal_config_dict.get("load_col") == {"inter": ["user_id", "item_id"]}:
+        config.internal_config_dict["load_col"] = _EVERY_TIME
+
+
+def _load_own_fields(config: Any) -> None:
+    """Where nobody says which columns to load, load those that the dataset's own field names say."""
+    known = {**config.internal_config_dict, **config.external_config_dict}
+    if known.get("load_col") == _EVERY_TIME:
+        names = [known.get(key) for key in ("USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD")]
+        config.internal_config_dict["load_col"] = {"inter": [name for name in names if name]}
 
 
 def _check_keys(config: Any) -> None:

@@ -29,7 +29,7 @@ class Items:
         return self.images.get(item)
 
 
-def read_items(folder: Path, image_dir: Path | None) -> Items:
+def read_items(folder: Path, image_dir: Path | None, item_field: str = schema.ITEM) -> Items:
     """Read titles from ``X.item`` and find images by its ``image`` column, else by item id in `image_dir`.
 
     Images that cannot be used count as missing, with one line in the log.
@@ -42,16 +42,18 @@ def read_items(folder: Path, image_dir: Path | None) -> Items:
     path = schema.item_file(folder)
     if not path.is_file():
         raise UserError(
-            f"{path} does not exist; MLLMMSR reads item titles from it (columns item_id:token, title:token_seq)"
+            f"{path} does not exist; MLLMMSR reads item titles from it (columns {item_field}:token, title:token_seq)"
         )
     titles, images = {}, ItemImages()
     lines: dict[str, int] = {}
     columns = read_columns(path)
-    if schema.ITEM not in columns:
-        raise UserError(f"{path}:1: there is no column {schema.ITEM}:token")
+    if item_field not in columns:
+        raise UserError(
+            f"{path}:1: there is no column {item_field}:token (ITEM_ID_FIELD); its columns are {', '.join(columns)}"
+        )
     title = schema.title_column(columns)
     for number, row in read_numbered(path):
-        item = row[schema.ITEM]
+        item = row[item_field]
         if (first := lines.setdefault(item, number)) != number:
             raise UserError(f"{path}:{number}: item {item} stands in line {first} already; keep one of the two")
         titles[item] = clean(row[title]) if title else ""

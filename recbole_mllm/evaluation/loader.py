@@ -57,10 +57,12 @@ def refuse_users_without_rows(case_study: Any) -> None:
                     if not 0 <= user < rows.user_num:
                         raise UserError(f"there is no user of internal id {user}; dataset.token2id gives ids")
                     if own[user] != 1:
+                        found = f"{own[user]} rows" if own[user] else "no row"
+                        name = rows.id2token(rows.uid_field, user)
                         raise UserError(
-                            f"user {rows.id2token(rows.uid_field, user)} has {own[user] or 'no'} "
-                            f"{'rows' if own[user] > 1 else 'row'} in the split that was given, where a ranking needs one; leave "
-                            "such users out (too short a history has no test row; limit_users leaves users out)"
+                            f"user {name} has {found} in the split that was given, and a "
+                            "ranking needs one; leave such users out (too short a history has no test row, and "
+                            "limit_users leaves users out)"
                         )
             return stock(uid_series, model, test_data, device)
 

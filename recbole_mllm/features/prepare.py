@@ -122,7 +122,7 @@ def _items_of(folder: Path, config: Any) -> list[str]:
 def _feature(kind: str, config: Any, chosen: FeatureSettings, folder: Path, wanted: list[str]) -> Feature:
     settings = _settings(config)
     place = settings.recommend.image_dir
-    items = read_items(folder, Path(place) if place else None)
+    items = read_items(folder, Path(place) if place else None, config["ITEM_ID_FIELD"])
     encoder = chosen.feature_encoder if kind == "text" and chosen.feature_encoder else settings.mllm.mllm
     if kind == "image":
         paths = [items.image(item) for item in wanted]

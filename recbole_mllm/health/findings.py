@@ -125,7 +125,8 @@ def _thin(health: Health) -> Iterable[Finding]:
 def _items(health: Health) -> Iterable[Finding]:
     items, name = health.items, health.layout.name
     if not items.exists:
-        yield Finding(f"there is no {name}.item", "write it, with columns item_id:token, title:token_seq, image:token")
+        columns = f"{health.layout.item}:token, title:token_seq, image:token"
+        yield Finding(f"there is no {name}.item", f"write it, with columns {columns}")
         return
     if not items.has_titles:
         yield Finding(f"{name}.item has no column of titles", "add title:token_seq; MLLMMSR's prompts name items by it")

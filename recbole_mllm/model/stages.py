@@ -53,7 +53,7 @@ def make_stage(config: Mapping[str, Any], settings: Settings, device: torch.devi
     check_dispatch(settings.mllm)
     folder = Path(config["data_path"])
     image_dir = settings.recommend.image_dir
-    items = read_items(folder, Path(image_dir) if image_dir else None)
+    items = read_items(folder, Path(image_dir) if image_dir else None, config["ITEM_ID_FIELD"])
     if not items.images and (settings.recommend.use_image or settings.summary.item_summary in ("image", "fused")):
         raise UserError(
             "no item has an image; give --image_dir, or set use_image: false and item_summary: text to go without"

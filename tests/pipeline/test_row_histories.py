@@ -71,18 +71,27 @@ def rows_of(world, seed=0):
     return parts
 
 
-def write_listed(folder, parts):
+def write_listed(folder, parts, user="user_id", item="item_id"):
     folder.mkdir(parents=True)
     for part, rows in parts.items():
-        lines = ["user_id:token\titem_id:token\titem_id_list:token_seq"]
+        lines = [f"{user}:token\t{item}:token\t{item}_list:token_seq"]
         lines += [f"{user}\t{target}\t{' '.join(listed)}" for user, target, listed in rows]
         (folder / f"{folder.name}.{part}.inter").write_text("\n".join(lines) + "\n")
-    write_items(folder, {item for rows in parts.values() for _, t, listed in rows for item in (t, *listed)})
+    write_items(folder, {own for rows in parts.values() for _, t, listed in rows for own in (t, *listed)}, item)
 
 
-def write_items(folder, items):
-    lines = ["item_id:token\ttitle:token_seq", *(f"{item}\titem-{item}" for item in sorted(items))]
+def write_items(folder, items, field="item_id"):
+    lines = [f"{field}:token\ttitle:token_seq", *(f"{item}\titem-{item}" for item in sorted(items))]
     (folder / f"{folder.name}.item").write_text("\n".join(lines) + "\n")
+
+
+def write_ties(folder, names):
+    folder.mkdir(parents=True)
+    user, item, time = names
+    lines = [f"{user}:token\t{item}:token\t{time}:float"]
+    lines += [f"{owner}\t{one}\t1700000000" for owner, walk in walks().items() for one in walk]
+    (folder / f"{folder.name}.inter").write_text("\n".join(lines) + "\n")
+    write_items(folder, {one for walk in walks().values() for one in walk}, item)
 
 
 LISTED = {
@@ -148,11 +157,7 @@ def test_a_prompt_has_read_its_own_rows_list_and_nothing_else(tmp_path, monkeypa
 
 def test_leaving_one_out_a_prompt_has_read_what_stands_before_its_target_in_the_file(tmp_path, monkeypatch, url):
     """All times are equal, so that the order is the file's alone."""
-    (tmp_path / "ties").mkdir()
-    lines = [(user, item) for user, walk in walks().items() for item in walk]
-    text = "".join(f"{user}\t{item}\t1700000000\n" for user, item in lines)
-    (tmp_path / "ties/ties.inter").write_text("user_id:token\titem_id:token\ttimestamp:float\n" + text)
-    write_items(tmp_path / "ties", {item for _, item in lines})
+    write_ties(tmp_path / "ties", ("user_id", "item_id", "timestamp"))
     truth = told((user, item, walk[:n]) for user, walk in walks().items() for n, item in enumerate(walk) if n)
     for mode in ("recurrent", "full blocks"):
         keys, expected = MODES[mode]
@@ -237,3 +242,49 @@ def test_files_that_are_split_and_list_nothing_do_for_a_general_model(tmp_path, 
     write_listed(tmp_path / "win", rows_of("windows"))
     keys = LISTED | {"load_col": {"inter": ["user_id", "item_id"]}, "alias_of_item_id": None}
     assert dataset_of("BPR", tmp_path / "win", monkeypatch, **keys).inter_num == 8 * 8
+
+
+OWN = {"USER_ID_FIELD": "userID", "ITEM_ID_FIELD": "business_id", "TIME_FIELD": "date"}
+
+
+@pytest.mark.parametrize("place", ["dataset.yaml", "keys"])
+def test_a_datasets_own_field_names_do_wherever_they_are_given(tmp_path, monkeypatch, url, place):
+    write_ties(tmp_path / "ties", OWN.values())
+    keys = OWN
+    if place == "dataset.yaml":
+        (tmp_path / "ties/dataset.yaml").write_text("".join(f"{key}: {name}\n" for key, name in OWN.items()))
+        keys = {}
+    found = prompts_of(tmp_path / "ties", url, monkeypatch, **keys)
+    truth = {(user, item): walk[:n] for user, walk in walks().items() for n, item in enumerate(walk) if n}
+    assert {(user, target): read(text) for user, target, text in found} == truth
+    assert all(shown(text)[0] == target for _, target, text in found)
+    for model in ("SASRec", "BPR"):
+        made = dataset_of(model, tmp_path / "ties", monkeypatch, **keys)
+        assert made.inter_num == 8 * 9 and made.time_field in made.inter_feat
+
+
+@pytest.mark.parametrize("model", ["MLLMMSR", "SASRec", "BPR"])
+def test_own_field_names_do_in_benchmark_files(tmp_path, monkeypatch, url, model):
+    parts = rows_of("one a user")
+    write_listed(tmp_path / "own", parts, "userID", "business_id")
+    load = {"load_col": {"inter": ["userID", "business_id", "business_id_list"]}}
+    keys = OWN | load | {"benchmark_filename": [*parts], "alias_of_item_id": ["business_id_list"]}
+    if model == "MLLMMSR":
+        found = prompts_of(tmp_path / "own", url, monkeypatch, **keys)
+        truth = told(row for rows in parts.values() for row in rows)
+        assert told((user, target, read(text)) for user, target, text in found) == truth
+    else:
+        assert dataset_of(model, tmp_path / "own", monkeypatch, **keys).build()[0].inter_num == len(parts["train"])
+
+
+def test_inspect_takes_field_names_from_config_files_and_keys(tmp_path, capsys):
+    from recbole_mllm.cli import main
+
+    write_ties(tmp_path / "ties", OWN.values())
+    folder, page = str(tmp_path / "ties"), f"--output={tmp_path / 'page.html'}"
+    assert main(["inspect", folder, page]) == 2
+    assert "name yours with USER_ID_FIELD and ITEM_ID_FIELD" in capsys.readouterr().err
+    (tmp_path / "own.yaml").write_text("".join(f"{key}: {name}\n" for key, name in OWN.items()))
+    for words in (["--config_files", str(tmp_path / "own.yaml")], [f"--{key}={name}" for key, name in OWN.items()]):
+        assert main(["inspect", folder, page, *words]) == 0
+        assert re.search(r"interactions +72;", capsys.readouterr().out)

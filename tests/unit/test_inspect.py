@@ -47,7 +47,9 @@ def sound(folder: Path) -> Path:
 
 
 def told(folder: Path, image_dir: Path | None = None) -> str:
-    return "\n".join(f"{finding.what} {finding.todo}" for finding in findings(measure(folder, image_dir)))
+    return "\n".join(
+        f"{finding.what} {finding.todo}" for finding in findings(measure(folder, {"image_dir": image_dir}))
+    )
 
 
 def test_a_sound_dataset_has_nothing_to_warn_of(tmp_path):
