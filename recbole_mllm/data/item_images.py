@@ -46,12 +46,15 @@ class ItemImages:
     def add(self, folder: Path, item: str, relative: str, image_dir: Path | None) -> None:
         """Look for an item's image at `relative` below `folder`, else by its id in `image_dir`."""
         path, reason = resolve(folder, relative) if relative else (None, None)
+        refused = None
         if path is None and image_dir is not None:
-            path = find_image(image_dir, item)
+            path, refused = find_image(image_dir, item)
         if path is not None:
             self.found[item] = path
         elif relative:
             self.missing.append(Missing(item, relative, str(reason)))
+        elif refused is not None:
+            self.missing.append(Missing(item, str(image_dir), refused))
         elif image_dir is not None:
             self.absent.append(Missing(item, "", f"no image of this id in {image_dir}"))
 

@@ -199,9 +199,39 @@ def test_an_image_by_id_stays_in_the_folder_which_may_itself_be_a_link(tmp_path)
     folder = shop(tmp_path)
     (tmp_path / "link").symlink_to(folder)
     for parent in (folder, tmp_path / "link", folder / "images"):
-        assert find_image(parent, "1") and find_image(parent, "3")
-        assert find_image(parent, "2") is None and find_image(parent, "loop") is None
-    assert find_image(folder / "images", "../../secret") is None
+        (one, why), (three, _) = find_image(parent, "1"), find_image(parent, "3")
+        assert one is not None and one.is_file() and three is not None and why is None
+        none, reason = find_image(parent, "2")
+        assert none is None and str(reason).endswith("2.png leads out of the folder")
+        assert find_image(parent, "loop")[0] is None
+    assert find_image(folder / "images", "../../secret") == (None, None)
+
+
+def test_the_images_folder_of_a_dataset_may_be_a_link_and_links_may_stay_inside(tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    Image.new("RGB", (2, 2)).save(photos / "1.png")
+    Image.new("RGB", (2, 2)).save(tmp_path / "secret.png")
+    (photos / "2.png").symlink_to(tmp_path / "secret.png")
+    folder = tmp_path / "shop"
+    (folder / "own").mkdir(parents=True)
+    Image.new("RGB", (2, 2)).save(folder / "own" / "1.png")
+    (folder / "images").symlink_to(photos)
+    assert resolve(folder, "images/1.png") == (folder / "images/1.png", None)
+    assert resolve(folder, "images/2.png") == resolve(folder, "images/../../secret.png")
+    assert resolve(folder, "images/2.png") == (None, "leads out of the folder")
+    (folder / "images").unlink()
+    (folder / "images").mkdir()
+    (folder / "images" / "1.png").symlink_to("../own/1.png")
+    assert resolve(folder, "images/1.png") == (folder / "images/1.png", None)
+
+
+def test_a_link_by_id_that_leads_out_is_listed_as_missing(tmp_path):
+    folder, images = shop(tmp_path), ItemImages()
+    for item in ("1", "2", "9"):
+        images.add(folder, item, "", folder / "images")
+    assert set(images.found) == {"1"} and [lost.item for lost in images.absent] == ["9"]
+    assert images.missing == [Missing("2", str(folder / "images"), "2.png leads out of the folder")]
 
 
 def test_each_item_without_an_image_is_in_the_report(tmp_path):
