@@ -22,6 +22,8 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 MAX_PIXELS = 50_000_000  # a larger image is a decompression bomb or no product photo
 # Pillow knows many more, of which EPS would even start Ghostscript
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+_SMALL, _LONG = 64, 10  # a processor that refuses images beyond these would refuse the ordinary ones too
+MOST_LONG = 200  # times as long as wide: more is refused by Qwen-VL, and shows nothing
 _DRAFT = (64, 64)  # JPEG is decoded at an eighth of its size where only its soundness is asked
 _EASY = {"1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"}  # modes that `_rgb` never fails on
 
@@ -102,6 +104,20 @@ def problem(path: Path) -> str | None:
     except OSError as error:
         return str(error).removeprefix(f"{path}: ")
     return None
+
+
+def size_of(path: Path) -> tuple[int, int] | None:
+    """Return an image's width and height in pixels, from its first bytes; None where they do not tell."""
+    try:
+        with _opened(path) as image:
+            return int(image.width), int(image.height)
+    except OSError:
+        return None
+
+
+def is_extreme(size: tuple[int, int]) -> bool:
+    """Return whether an image is so small or so long that a model's processor may refuse it."""
+    return min(size) < _SMALL or max(size) > _LONG * min(size)
 
 
 def is_readable(path: Path) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from recbole_mllm.data import schema
@@ -15,10 +15,14 @@ from recbole_mllm.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Items:
-    """What is known of each item, by raw id; without a readable image an item is not in `images`."""
+    """What is known of each item, by raw id; without a readable image an item is not in `images`.
+
+    `extreme` holds width and height, in pixels, of images that a model's processor may refuse.
+    """
 
     titles: Mapping[str, str]
     images: Mapping[str, Path]
+    extreme: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def title(self, item: str) -> str:
         """Return the item's title, or "" where none is known."""
@@ -60,7 +64,7 @@ def read_items(folder: Path, image_dir: Path | None, item_field: str = schema.IT
         images.add(folder, item, row.get(schema.IMAGE, ""), image_dir)
     images.check(folder)
     _tell(images, folder)
-    return Items(titles, images.found)
+    return Items(titles, images.found, images.extreme)
 
 
 def _tell(images: ItemImages, folder: Path) -> None:

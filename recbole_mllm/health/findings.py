@@ -155,6 +155,14 @@ def _images(health: Health) -> Iterable[Finding]:
             f"{what}, the first of item {item!r}: {clean(path)} {reason}",
             "mend or remove them; until then they count as missing (missing_images.tsv lists them)",
         )
+    if health.items.lengthy:
+        item, path, reason = health.items.lengthy[0]
+        what = many(len(health.items.lengthy), "image is hardly one", "images are hardly any")
+        yield Finding(
+            f"{what}, the first of item {item!r}: {clean(path)} {reason}",
+            "mend or remove them: Qwen-VL's processor refuses them, and a run with it counts them as missing "
+            "(missing_images.tsv lists them)",
+        )
     if not health.items.n_images and not health.items.missing:
         todo = "give --image_dir=DIR with files named after item ids, or add a column image:token to .item"
         yield Finding("no item has an image", todo)

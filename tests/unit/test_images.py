@@ -13,7 +13,7 @@ from PIL import Image
 
 from recbole_mllm.data import item_images
 from recbole_mllm.data.images import find_image, inside, open_image, problem, resolve, write_report
-from recbole_mllm.data.item_images import ItemImages, Missing, broken
+from recbole_mllm.data.item_images import ItemImages, Missing, judged
 
 RED = (255, 0, 0)
 
@@ -260,11 +260,11 @@ def test_verdicts_are_remembered_until_the_file_changes(tmp_path, monkeypatch):
     paths["1"].write_bytes(b"")
     asked = []
     monkeypatch.setattr(item_images, "problem", lambda path: asked.append(path.name) or problem(path))
-    assert broken(tmp_path, paths) == {"1": "is empty"} and sorted(asked) == ["0.png", "1.png", "2.png"]
+    assert _broken(tmp_path, paths) == {"1": "is empty"} and sorted(asked) == ["0.png", "1.png", "2.png"]
     asked.clear()
-    assert broken(tmp_path, paths) == {"1": "is empty"} and asked == []
+    assert _broken(tmp_path, paths) == {"1": "is empty"} and asked == []
     paths["2"].write_bytes(b"<html>")
-    assert broken(tmp_path, paths) == {"1": "is empty", "2": "is no image (HTML page)"} and asked == ["2.png"]
+    assert _broken(tmp_path, paths) == {"1": "is empty", "2": "is no image (HTML page)"} and asked == ["2.png"]
 
 
 @pytest.mark.parametrize("memory", [b"", b"\xff\xfe", b"another edition\nx\ty\n", None])
@@ -273,9 +273,24 @@ def test_a_damaged_or_unwritable_memory_does_no_harm(tmp_path, monkeypatch, memo
     Image.new("RGB", (4, 4)).save(tmp_path / "0.png")
     beside = tmp_path / f".{tmp_path.name}.images"
     beside.mkdir() if memory is None else beside.write_bytes(memory)
-    assert broken(tmp_path, {"0": tmp_path / "0.png"}) == {}
+    assert _broken(tmp_path, {"0": tmp_path / "0.png"}) == {}
 
 
 def test_a_few_images_leave_no_file_behind(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "0.png")
-    assert broken(tmp_path, {"0": tmp_path / "0.png"}) == {} and len(list(tmp_path.iterdir())) == 1
+    assert _broken(tmp_path, {"0": tmp_path / "0.png"}) == {} and len(list(tmp_path.iterdir())) == 1
+
+
+def _broken(folder, images):
+    return judged(folder, images)[0]
+
+
+@pytest.mark.parametrize("remembered", [False, True])
+def test_odd_sizes_are_told_and_remembered(tmp_path, monkeypatch, remembered):
+    monkeypatch.setattr(item_images, "REMEMBER_FROM", 1 if remembered else 100)
+    sizes = {"ordinary": (300, 200), "long": (2, 300), "small": (3, 3), "tall poster": (100, 900)}
+    for name, size in sizes.items():
+        Image.new("RGB", size).save(tmp_path / f"{name}.png")
+    paths = {name: tmp_path / f"{name}.png" for name in sizes}
+    for _ in range(2):
+        assert judged(tmp_path, paths) == ({}, {"long": (2, 300), "small": (3, 3)})
