@@ -15,12 +15,11 @@ from typing import IO, NamedTuple
 from dataset_converters.intake import Intake
 from recbole_mllm.data import schema
 from recbole_mllm.data.atomic import write_atomic
-from recbole_mllm.data.images import SUFFIXES, problem, resolve, write_report
+from recbole_mllm.data.images import IMAGES, SUFFIXES, problem, resolve, write_report
 from recbole_mllm.data.values import clean
 from recbole_mllm.errors import UserError
 from recbole_mllm.files import bring, sweep_scratch
 
-IMAGES = "images"
 MISSING = "missing_images.tsv"
 _SAFE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
 _BLANK = re.compile(r"\s")
@@ -118,16 +117,16 @@ class ImageSource:
         """Return the file of the item's image, or None and why there is none ("" where none was promised)."""
         if self.folder is None:
             return None, ""
-        if not row.image:
-            path = self.by_id.get(row.item)
-            return (path, "") if path else (None, f"no file named by the item id in {self.folder.name}")
-        path, trouble = resolve(self.folder, row.image)
-        return (path, "") if trouble is None else (None, f"{row.image} {trouble}")
+        if not row.image and row.item not in self.by_id:
+            return None, f"no file named by the item id in {self.folder.name}"
+        name = row.image or self.by_id[row.item].name
+        path, trouble = resolve(self.folder, name)
+        return (path, "") if trouble is None else (None, f"{name} {trouble}")
 
 
 def _entries(folder: Path) -> Iterator[Path]:
     with os.scandir(folder) as entries:
-        yield from (Path(entry.path) for entry in entries if entry.is_file())
+        yield from (Path(entry.path) for entry in entries if entry.is_file() or entry.is_symlink())
 
 
 def write_items(

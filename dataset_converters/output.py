@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from dataset_converters.catalog import IMAGES, MISSING, URLS
+from dataset_converters.catalog import MISSING, URLS
 from dataset_converters.intake import Reject
 from dataset_converters.interactions import Column, Interactions, float32_confuses, places
 from recbole_mllm.data import schema
 from recbole_mllm.data.atomic import read_atomic, read_columns, write_atomic
+from recbole_mllm.data.images import IMAGES
 from recbole_mllm.data.sampling import hash64
 from recbole_mllm.data.values import word_problem
 from recbole_mllm.errors import UserError

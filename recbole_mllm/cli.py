@@ -148,6 +148,7 @@ def _parser() -> Parser:
     inspect = add("inspect", help="a dataset's health, as text and as a page")
     inspect.add_argument("directory", help="a dataset's folder, or its name under data_path (default ./dataset)")
     inspect.add_argument("--image_dir", default=argparse.SUPPRESS, help="images by item id")
+    inspect.add_argument("--config_files", default=argparse.SUPPRESS, help="YAML files that name the dataset's fields")
     inspect.add_argument("--output", help="the page's file; default: inspect.html in the dataset's folder")
     report = add("report", help="render leaderboard.* again from runs.jsonl")
     report.add_argument("directory")

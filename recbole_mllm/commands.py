@@ -79,13 +79,14 @@ def plan(dataset: str, json_path: str | None, request: Mapping[str, Any], option
 
 def inspect(directory: str, output: str | None, options: Options) -> int:
     """Print a dataset's health and write it as a page; a poor dataset is no error, one that cannot be read is."""
+    from recbole_mllm.config import file_keys
     from recbole_mllm.health.measure import measure
     from recbole_mllm.health.report import is_page, write_health
     from recbole_mllm.health.text import format_health
 
     path = check_file(Path(output), "--output", is_page, "a page that `inspect` wrote") if output else None
-    image_dir = options.overrides.get("image_dir")
-    health = measure(_dataset_folder(directory, options.overrides), Path(image_dir) if image_dir else None)
+    keys = {key: value for name in options.config_files for key, value in file_keys(name).items()}
+    health = measure(_dataset_folder(directory, options.overrides), keys | dict(options.overrides))
     print(format_health(health))
     print("", *write_health(health, path), sep="\n")
     return 0
@@ -94,9 +95,11 @@ def inspect(directory: str, output: str | None, options: Options) -> int:
 def _dataset_folder(given: str, overrides: Mapping[str, Any]) -> Path:
     """Return the folder that `given` is, or names under data_path; a built-in dataset is built there."""
     from recbole_mllm.demo.builtin import ensure_builtin
+    from recbole_mllm.health.layout import LAYOUT_KEYS
 
-    if unknown := set(overrides) - {"data_path", "image_dir"}:
-        raise UserError(f"inspect takes no --{min(unknown)}; it takes --image_dir, --output and --data_path")
+    if unknown := set(overrides) - {"data_path", *LAYOUT_KEYS}:
+        takes = ", ".join(f"--{name}" for name in ("output", "data_path", "config_files", *LAYOUT_KEYS))
+        raise UserError(f"inspect takes no --{min(unknown)}; it takes {takes}")
     if Path(given).is_dir():
         with suppress(OSError):  # a folder that is only read
             recover(Path(given), CONVERTED)

@@ -51,6 +51,7 @@ class Outcome:
     config: Any
     dataset: Any
     train_data: Any
+    test_data: Any
     model: Any
     checkpoint: Path
     valid: dict[str, float]
@@ -188,6 +189,7 @@ def run(config: Any, check: Check | None = None) -> Outcome:
         config,
         done.dataset,
         done.train,
+        done.test,
         done.model,
         Path(trainer.saved_model_file),
         {metric_name(key): float(value) for key, value in (done.valid or {}).items()},

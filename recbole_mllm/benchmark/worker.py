@@ -255,7 +255,7 @@ def _images(config: Any) -> Any:
 
 def _texts(config: Any) -> Any:
     image_dir = config["image_dir"]
-    return read_items(Path(config["data_path"]), Path(image_dir) if image_dir else None)
+    return read_items(Path(config["data_path"]), Path(image_dir) if image_dir else None, config["ITEM_ID_FIELD"])
 
 
 def _record(

@@ -30,7 +30,7 @@ def write_health(health: Health, output: Path | None) -> list[str]:
     """
     folder = health.layout.folder
     lines = [_page(health, folder, output)]
-    missing = [*health.items.missing, *health.items.absent]
+    missing = [*health.items.missing, *health.items.lengthy, *health.items.absent]
     if missing or (folder / MISSING).is_file():  # an older list must not contradict
         lines.append(_missing([folder, *([output.parent] if output else [])], missing))
     return lines

@@ -131,13 +131,16 @@ def test_no_path_leads_out_of_the_folder(tmp_path):
     (tmp_path / "secret.png").write_bytes(b"x")
     (folder / "link.png").symlink_to(tmp_path / "secret.png")
     assert inside(folder, "../secret.png") is None and inside(folder, "link.png") is None
-    assert find_image(folder, "../secret") is None
+    assert find_image(folder, "../secret") == (None, None)
 
 
 def test_images_by_id_are_found_in_the_folder_or_its_images(tmp_path):
     (tmp_path / "images").mkdir()
     Image.new("RGB", (2, 2)).save(tmp_path / "images" / "7.jpg")
-    assert find_image(tmp_path, "7") == tmp_path / "images" / "7.jpg" and find_image(tmp_path, "8") is None
+    assert find_image(tmp_path, "7") == (tmp_path / "images" / "7.jpg", None) and find_image(tmp_path, "8") == (
+        None,
+        None,
+    )
 
 
 def test_what_a_killed_process_had_begun_to_write_is_swept_away(tmp_path):

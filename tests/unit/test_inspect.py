@@ -16,6 +16,7 @@ from recbole_mllm.errors import UserError
 from recbole_mllm.health.findings import findings
 from recbole_mllm.health.measure import measure
 from recbole_mllm.health.page import page
+from recbole_mllm.health.report import write_health
 from recbole_mllm.health.text import format_health
 
 INTER = "user_id:token\titem_id:token\ttimestamp:float\n"
@@ -47,7 +48,9 @@ def sound(folder: Path) -> Path:
 
 
 def told(folder: Path, image_dir: Path | None = None) -> str:
-    return "\n".join(f"{finding.what} {finding.todo}" for finding in findings(measure(folder, image_dir)))
+    return "\n".join(
+        f"{finding.what} {finding.todo}" for finding in findings(measure(folder, {"image_dir": image_dir}))
+    )
 
 
 def test_a_sound_dataset_has_nothing_to_warn_of(tmp_path):
@@ -278,3 +281,13 @@ def test_inspect_starts_without_torch_recbole_or_pandas(tmp_path):
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": str(root)})
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+def test_an_image_that_qwens_processor_would_refuse_is_found(tmp_path):
+    folder = sound(tmp_path / "s")
+    Image.new("RGB", (1, 201)).save(folder / "images" / "0.png")
+    Image.new("RGB", (1, 200)).save(folder / "images" / "1.png")
+    said = told(folder)
+    assert "1 image is hardly one" in said and "1 x 201 pixels" in said
+    write_health(measure(folder), None)
+    assert "0.png\tis 1 x 201 pixels" in (folder / "missing_images.tsv").read_text()
