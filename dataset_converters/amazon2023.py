@@ -11,7 +11,7 @@ from dataset_converters.catalog import ItemRow
 from dataset_converters.finding import folder_named
 from dataset_converters.intake import Intake
 from dataset_converters.interactions import Row
-from dataset_converters.values import number
+from dataset_converters.values import number, within_64_bits
 from recbole_mllm.errors import UserError
 
 _SIZES = ("large", "hi_res", "thumb")
@@ -31,15 +31,21 @@ class Amazon2023:
     has_urls = True
 
     def __init__(self, raw: Path, images: Path | None, category: str | None = None) -> None:
-        found = {_category(path): path for path in sorted(raw.glob("*.jsonl*")) if _category(path)}
-        reviews = {name: path for name, path in found.items() if not name.startswith("meta_")}
+        found: dict[str, list[Path]] = {}
+        for path in sorted(raw.glob("[!.]*.jsonl*")):
+            if name := _category(path):
+                found.setdefault(name, []).append(path)
+        reviews = [name for name in found if not name.startswith("meta_")]
         if category is None and len(reviews) > 1:
             raise UserError(f"{raw} holds several categories ({', '.join(reviews)}); choose one with --category")
         chosen = category or next(iter(reviews), "CATEGORY")
         for name in (chosen, f"meta_{chosen}"):
             if name not in found:
                 raise UserError(f"{raw} holds no {name}.jsonl or {name}.jsonl.gz; both files are needed")
-        self._reviews, self._meta = found[chosen], found[f"meta_{chosen}"]
+            if len(found[name]) > 1:
+                names = " and ".join(path.name for path in found[name])
+                raise UserError(f"{raw} holds {names}; leave one of them in the folder")
+        self._reviews, self._meta = found[chosen][0], found[f"meta_{chosen}"][0]
         self._images = images or folder_named(raw, "image")
         self.notes: list[str] = []
 
@@ -47,13 +53,13 @@ class Amazon2023:
         """Yield each review as (user, parent_asin, milliseconds, stars)."""
         for record in _objects(self._reviews, intake):
             user, item = record.get("user_id"), record.get("parent_asin") or record.get("asin")
-            time, rating = record.get("timestamp"), record.get("rating")
-            if time.__class__ is str:
-                time = number(time)
+            time, rating = within_64_bits(record.get("timestamp")), within_64_bits(record.get("rating"))
             if not isinstance(user, str) or not isinstance(item, str):
-                intake.refuse("user_id or parent_asin is missing")
-            elif not isinstance(time, int | float) or not isinstance(rating, int | float):
-                intake.refuse("timestamp or rating is missing, or no number")
+                intake.refuse("user_id or parent_asin is missing, or no text")
+            elif time is None or rating is None:
+                key = "timestamp" if time is None else "rating"
+                shown = repr(record.get(key))[:40] if key in record else "missing"
+                intake.refuse(f"{key} is {shown}, and must be a number that 64 bits hold")
             else:
                 yield Row(user, item, time, float(rating))
 
@@ -69,7 +75,7 @@ class Amazon2023:
             told = (
                 _text(record.get("main_category")),
                 _text(record.get("store")),
-                " ".join("_".join(str(word).split()) for word in words if word),
+                " ".join("_".join(str(word).split()) for word in words if word and isinstance(word, str | int | float)),
                 _price(record.get("price")),
             )
             yield ItemRow(item, _text(record.get("title")), "", told, main_image(record.get("images")))
@@ -85,13 +91,18 @@ def _category(path: Path) -> str:
 
 
 def _objects(path: Path, intake: Intake) -> Iterator[dict[str, Any]]:
-    loads = json.loads
+    read = json.JSONDecoder(object_pairs_hook=_object).decode
     for line in intake.lines(path):
         try:
-            record = loads(line)
+            record = read(line)
+        except RecursionError:
+            intake.refuse("no JSON: nested too deeply")
+            continue
         except ValueError as error:
             if line.strip():
                 intake.refuse(f"no JSON: {error}")
+            else:
+                intake.file.blank += 1
             continue
         if isinstance(record, dict):
             yield record
@@ -99,12 +110,26 @@ def _objects(path: Path, intake: Intake) -> Iterator[dict[str, Any]]:
             intake.refuse("no JSON object")
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object of `pairs`.
+
+    Raises:
+        ValueError: A key is there twice, so that one of its values would vanish.
+    """
+    record = dict(pairs)
+    if len(record) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)[:40]!r} is there twice")
+    return record
+
+
 def _text(value: Any) -> str:
     return value if isinstance(value, str) else ""
 
 
 def _price(value: Any) -> str:
-    found = number(str(value).replace("$", "").replace(",", "").strip())
+    text = str(value) if isinstance(value, str | int | float) else ""
+    found = number(text.replace("$", "").replace(",", ""))
     return "" if found is None else str(found)
 
 
@@ -127,6 +152,12 @@ def main_image(images: Any) -> str:
     for image in sorted(each, key=lambda image: image.get("variant") != "MAIN"):
         for size in _SIZES:
             url = image.get(size)
-            if isinstance(url, str) and url.startswith(("http://", "https://")):
+            # one that holds a space or a lone surrogate could be neither listed nor fetched
+            if (
+                isinstance(url, str)
+                and url.startswith(("http://", "https://"))
+                and url.isprintable()
+                and " " not in url
+            ):
                 return url
     return ""

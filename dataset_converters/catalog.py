@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
+from filecmp import cmp
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -18,6 +17,8 @@ from recbole_mllm.data import schema
 from recbole_mllm.data.atomic import write_atomic
 from recbole_mllm.data.images import IMAGES, SUFFIXES, problem, resolve, write_report
 from recbole_mllm.data.values import clean
+from recbole_mllm.errors import UserError
+from recbole_mllm.files import bring, sweep_scratch
 
 MISSING = "missing_images.tsv"
 _SAFE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
@@ -45,6 +46,7 @@ class Catalog:
     """Counts of what became of the items."""
 
     items: int = 0
+    described: int = 0
     without_metadata: int = 0
     without_title: int = 0
     with_image: int = 0
@@ -72,14 +74,16 @@ def plain_rows(
     for row in rows:
         if row.item in left:
             del left[row.item]
+            catalog.described += 1
             title = clean(row.title)
             seen[row.item] = hash((title, row.image))
             catalog.without_title += not title
             yield row._replace(title=title, features=tuple(clean(f) for f in row.features))
         elif row.item in seen:
             if seen[row.item] != hash((clean(row.title), row.image)):
-                intake.refuse(f"item {row.item!r} is described a second time, with another title or image")
-            catalog.repeated += 1
+                intake.refuse(f"item {row.item[:60]!r} is described a second time, with another title or image")
+            else:
+                catalog.repeated += 1
         else:
             catalog.unused += 1
     catalog.without_metadata = len(left)
@@ -100,7 +104,10 @@ class ImageSource:
         """Look into `folder` once, so that a million items are found without asking the disk for each."""
         if folder is None:
             return cls(None, {}, fetch)
-        files = sorted((p for p in _entries(folder) if p.suffix.lower() in SUFFIXES), key=lambda p: p.name)
+        try:
+            files = sorted((p for p in _entries(folder) if p.suffix.lower() in SUFFIXES), key=lambda p: p.name)
+        except OSError as error:
+            raise UserError(f"the images' folder {folder} cannot be read: {error.strerror}") from None
         by_id: dict[str, Path] = {}
         for path in files:
             by_id.setdefault(path.stem, path)
@@ -129,11 +136,17 @@ def write_items(
     source: ImageSource,
     home: Path,
     catalog: Catalog,
+    earlier: Set[str] = frozenset(),
 ) -> None:
-    """Write ``X.item`` into `folder`, and images that open below ``home/images``; name those that do not open."""
+    """Write ``X.item`` into `folder`, and images that open below ``home/images``; name those that do not open.
+
+    Another image of the same name there is replaced where it is one of `earlier`, which a conversion has put there.
+    """
+    if (home / IMAGES).is_dir():
+        sweep_scratch(home / IMAGES)
     types = {**schema.ITEM_TYPES, **features}
     missing: list[tuple[str, str, str]] = []
-    write_atomic(schema.item_file(folder), types, _with_images(home, rows, source, catalog, missing))
+    write_atomic(schema.item_file(folder), types, _with_images(home, rows, source, catalog, missing, earlier))
     catalog.files.append(schema.item_file(folder))
     if missing:
         write_report(folder / MISSING, missing)
@@ -141,11 +154,17 @@ def write_items(
 
 
 def _with_images(
-    home: Path, rows: Iterable[ItemRow], source: ImageSource, catalog: Catalog, missing: list[tuple[str, str, str]]
+    home: Path,
+    rows: Iterable[ItemRow],
+    source: ImageSource,
+    catalog: Catalog,
+    missing: list[tuple[str, str, str]],
+    earlier: Set[str],
 ) -> Iterator[tuple[str, ...]]:
     with ThreadPoolExecutor(_DOWNLOADS if source.fetch else os.cpu_count()) as pool:
         for batch in _batches(rows):
-            for row, (name, reason) in zip(batch, pool.map(lambda r: _place(home, r, source), batch), strict=True):
+            placed = pool.map(lambda row: _place(home, row, source, earlier), batch)
+            for row, (name, reason) in zip(batch, placed, strict=True):
                 catalog.items += 1
                 catalog.with_image += bool(name)
                 if reason:
@@ -164,8 +183,12 @@ def _batches(rows: Iterable[ItemRow]) -> Iterator[list[ItemRow]]:
     yield batch
 
 
-def _place(home: Path, row: ItemRow, source: ImageSource) -> tuple[str, str]:
-    """Put the item's image into the dataset's folder; return its name there, or "" and why it has none."""
+def _place(home: Path, row: ItemRow, source: ImageSource, earlier: Set[str]) -> tuple[str, str]:
+    """Put the item's image into the dataset's folder; return its name there, or "" and why it has none.
+
+    Raises:
+        UserError: Another image of that name is there, and not of `earlier`.
+    """
     path, reason = source.find(row)
     if path is None and row.url and source.fetch is not None:
         path, reason = source.fetch(row.url, home / IMAGES / safe_name(row.item))
@@ -176,22 +199,13 @@ def _place(home: Path, row: ItemRow, source: ImageSource) -> tuple[str, str]:
         return "", trouble
     name = f"{IMAGES}/{safe_name(row.item)}{path.suffix.lower()}"
     target = home / name
-    if not (target.exists() and path.samefile(target)):
-        _bring(path.resolve(), target)
+    there = os.path.lexists(target)
+    if there and not target.is_symlink() and (path.samefile(target) or cmp(path, target, shallow=False)):
+        return name, ""
+    if there and target.name not in earlier:
+        raise UserError(f"{target} is another image than {path}, and not of the last conversion; move it away")
+    bring(path.resolve(), target)
     return name, ""
-
-
-def _bring(path: Path, target: Path) -> None:
-    """Link `path` where the file system allows, which costs no space, else copy it; whole or not at all."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = target.with_name(f".{target.name}.tmp")
-    with suppress(FileNotFoundError):
-        scratch.unlink()
-    try:
-        os.link(path, scratch)
-    except OSError:
-        shutil.copyfile(path, scratch)
-    scratch.replace(target)
 
 
 def noting_urls(rows: Iterable[ItemRow], file: IO[str]) -> Iterator[ItemRow]:

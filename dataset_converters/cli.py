@@ -16,6 +16,8 @@ from dataset_converters.filters import Limits
 from dataset_converters.intake import Intake
 from dataset_converters.microlens import MicroLens
 from dataset_converters.movielens import MovieLens
+from dataset_converters.output import check
+from dataset_converters.values import number
 from recbole_mllm.arguments import Parser
 from recbole_mllm.errors import UserError
 from recbole_mllm.progress import Progress, log_to_terminal
@@ -23,7 +25,18 @@ from recbole_mllm.progress import Progress, log_to_terminal
 KINDS = ("video", "movie", "product")
 _COLUMNS = ("user", "item", "time", "rating", "title", "image")
 # Options that change what is written; where files lie does not
-_TOLD = ("k_core", "min_rating", "max_history", "limit_users", "seed", "duplicates", "category", "separator")
+_TOLD = (
+    "k_core",
+    "min_rating",
+    "max_history",
+    "limit_users",
+    "seed",
+    "duplicates",
+    "category",
+    "separator",
+    "encoding",
+    "multiline",
+)
 
 
 def main(words: Sequence[str]) -> int:
@@ -34,10 +47,10 @@ def main(words: Sequence[str]) -> int:
     """
     known = _parser().parse_args(words)
     raw, folder = Path(known.raw), Path(os.path.abspath(known.out))
-    if not raw.exists():
-        raise UserError(f"--raw {raw} does not exist; give the folder of the raw files")
+    check(folder, [raw])
+    source, size = _found(known, raw)
     job = Job(
-        source=_source(known, raw, Path(known.image_dir) if known.image_dir else None),
+        source=source,
         folder=folder,
         limits=_limits(known),
         protocol=known.protocol,
@@ -46,8 +59,11 @@ def main(words: Sequence[str]) -> int:
         options={key: _plain(value) for key in _TOLD if (value := getattr(known, key, None)) is not None},
     )
     log_to_terminal()
-    with Progress(_bytes(raw) / 1e6, f"reading {known.name}", "MB") as progress:
-        done = convert(job, Intake(known.skip_bad_rows, lambda count: progress.update(count / 1e6)))
+    with Progress(size / 1e6, f"reading {known.name}", "MB") as progress:
+        read = Intake(
+            known.skip_bad_rows, lambda count: progress.update(count / 1e6), known.encoding, bool(known.multiline)
+        )
+        done = convert(job, read)
     print("\n".join(_told(folder, done)))
     return 0
 
@@ -56,13 +72,29 @@ def _plain(value: Any) -> Any:
     return ",".join(map(str, value)) if isinstance(value, tuple) else value
 
 
+def _found(known: argparse.Namespace, raw: Path) -> tuple[Source, int]:
+    """Return the source of the raw files at `raw`, and their size in bytes.
+
+    Raises:
+        UserError: They are not there, or cannot be read.
+    """
+    try:
+        if not raw.exists():
+            raise UserError(f"--raw {raw} does not exist; give the folder of the raw files")
+        return _source(known, raw, Path(known.image_dir) if known.image_dir else None), _bytes(raw)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in a path
+        why = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"--raw {raw} cannot be read: {why}; check its permissions") from None
+
+
 def _bytes(raw: Path) -> int:
     files = raw.iterdir() if raw.is_dir() else [raw]
     return sum(path.stat().st_size for path in files if path.is_file())
 
 
 def _told(folder: Path, done: Converted) -> list[str]:
-    lines = [f"{'after':<46} {'users':>11} {'items':>11} {'interactions':>13}"]
+    lines = [raw.told() for raw in done.intake.files]
+    lines += [f"{'after':<46} {'users':>11} {'items':>11} {'interactions':>13}"]
     lines += [f"{s.name[:46]:<46} {s.users:>11,} {s.items:>11,} {s.interactions:>13,}" for s in done.steps]
     lines += [f"{part}: {count:,} users" for part, count in done.written.counts.items()]
     catalog = done.catalog
@@ -71,7 +103,9 @@ def _told(folder: Path, done: Converted) -> list[str]:
         f"{catalog.broken_images:,} images missing or unusable"
     )
     if done.intake.rejected:
-        lines.append(f"{done.intake.rejected:,} lines left out; see rejected.tsv")
+        lines.append(f"rows left out: {done.intake.rejected:,}; see rejected.tsv")
+    if told := done.told_times():
+        lines.append(told)
     return [*lines, f"written: {folder}"]
 
 
@@ -91,12 +125,14 @@ def _source(known: argparse.Namespace, raw: Path, images: Path | None) -> Source
         raise UserError(f"--image-dir {images} is no folder")
     if known.name == CsvTable.name:
         columns = Columns(**{key: getattr(known, f"{key}_column") for key in _COLUMNS})
-        return CsvTable(raw, images, known.interactions, known.items, known.separator, columns, known.encoding)
+        return CsvTable(
+            raw, images, known.interactions, known.items, known.separator, columns, known.encoding or "utf-8"
+        )
     if not raw.is_dir():
         raise UserError(f"--raw {raw} is no folder; give the folder of the raw files")
     if known.name == Amazon2023.name:
         return Amazon2023(raw, images, known.category)
-    return MicroLens(raw, images) if known.name == MicroLens.name else MovieLens(raw, images)
+    return MicroLens(raw, images) if known.name == MicroLens.name else MovieLens(raw, images, known.encoding)
 
 
 def _parser() -> Parser:
@@ -107,7 +143,7 @@ def _parser() -> Parser:
     )
     common.add_argument("--protocol", choices=("loo", "paper"), default="loo", help="paper: users split 8:1:1")
     _add(common, "--k-core", type=_core, metavar="U,I", help="least interactions of a user and of an item")
-    _add(common, "--min-rating", type=float, metavar="R", help="drop lower ratings")
+    _add(common, "--min-rating", type=_rating, metavar="R", help="drop lower ratings")
     _add(common, "--max-history", type=_positive, metavar="N", help="keep a user's latest N interactions")
     _add(common, "--limit-users", type=_positive, metavar="N", help="keep a seeded sample of users")
     common.add_argument("--duplicates", choices=("keep", "first"), help="of a user's interactions with one item")
@@ -115,6 +151,8 @@ def _parser() -> Parser:
     _add(common, "--image-dir", metavar="DIR", help="images by item id, or that the image column's paths start from")
     _add(common, "--item-kind", choices=KINDS, help="which prompts fit the items")
     _add(common, "--skip-bad-rows", action="store_true", help="leave out lines that cannot be read, and list them")
+    common.add_argument("--encoding", type=_encoding, help="of the raw files: latin-1, cp1252, utf-16, ...")
+    common.add_argument("--multiline", action="store_true", default=None, help="quoted fields may span lines")
     parser = Parser(prog="recbole-mllm convert", description="Raw dump to RecBole's atomic files.")
     names = parser.add_subparsers(dest="name", required=True, parser_class=Parser)
     names.add_parser(MicroLens.name, parents=[common], help=MicroLens.__doc__)
@@ -126,7 +164,6 @@ def _parser() -> Parser:
     for option, words in (("interactions", "the table of interactions in --raw"), ("items", "the table of items")):
         table.add_argument(f"--{option}", metavar="FILE", help=words)
     table.add_argument("--separator", type=_escaped, help="default: read off the header line")
-    table.add_argument("--encoding", default="utf-8")
     for key in _COLUMNS:
         _add(table, f"--{key}-column", metavar="NAME", help=f"the column of the {key}, where it has no usual name")
     return parser
@@ -139,8 +176,8 @@ def _add(parser: Parser, option: str, **settings: Any) -> None:
 
 def _number(check: Callable[[int], bool]) -> Callable[[str], int]:
     def parse(text: str) -> int:
-        if not text.isdigit() or not check(int(text)):
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
+        if not (text.isascii() and text.isdigit() and len(text) < 10 and check(int(text))):
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is no whole number from 1 to 999,999,999")
         return int(text)
 
     return parse
@@ -154,5 +191,23 @@ def _core(text: str) -> tuple[int, int]:
     return _positive(user), _positive(item if comma else user)
 
 
+def _rating(text: str) -> float:
+    if (value := number(text)) is None:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no number")
+    return float(value)
+
+
 def _escaped(text: str) -> str:
-    return {"\\t": "\t", "tab": "\t"}.get(text, text)
+    separator = {"\\t": "\t", "tab": "\t"}.get(text, text)
+    if not separator or set(separator) & set('"\r\n'):
+        raise argparse.ArgumentTypeError(f"{text!r} can separate nothing; give one such as ',' or '\\t'")
+    return separator
+
+
+def _encoding(text: str) -> str:
+    try:
+        if "a,\n".encode(text).decode(text) == "a,\n":
+            return text
+    except (LookupError, ValueError, TypeError):
+        pass
+    raise argparse.ArgumentTypeError(f"{text[:40]!r} is no encoding of text; give one such as utf-8, latin-1 or utf-16")

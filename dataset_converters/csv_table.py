@@ -7,22 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dataset_converters.catalog import ItemRow
-from dataset_converters.finding import folder_named
+from dataset_converters.finding import USUAL, folder_named
 from dataset_converters.intake import Intake
 from dataset_converters.interactions import Row
-from dataset_converters.values import moment, number
+from dataset_converters.values import NO_NUMBER, moment, number
 from recbole_mllm.errors import UserError
 
 _SEPARATORS = ("::", "\t", ",", ";", "|")
-# What a column is called where its option is not given
-_USUAL = {
-    "user": ("user_id", "user", "userid", "uid", "reviewerid", "session_id", "visitorid", "customer_id"),
-    "item": ("item_id", "item", "itemid", "iid", "movieid", "video_id", "product_id", "asin", "article_id", "id"),
-    "time": ("timestamp", "time", "date", "datetime", "ts", "unixreviewtime", "t_dat"),
-    "rating": ("rating", "ratings", "score", "stars", "overall"),
-    "title": ("title", "titles", "name", "item_title", "product_title", "movie_title", "prod_name"),
-    "image": ("image", "image_path", "img", "cover", "poster", "picture"),
-}
 _TABLES = (".csv", ".tsv", ".txt", ".dat", ".csv.gz", ".tsv.gz", ".inter", ".item")
 
 
@@ -59,7 +50,7 @@ class CsvTable:
         self._folder = folder = raw if raw.is_dir() else raw.parent
         self._encoding, self._separator, self._columns = encoding, separator, columns or Columns()
         self._table = raw if raw.is_file() else _choose(folder, interactions, items)
-        self._items = folder / items if items else None
+        self._items = folder / items if items and folder / items != self._table else None
         self._given = images
         self._images = images or folder_named(folder, "image", "cover", "poster")
         self.notes: list[str] = []
@@ -78,15 +69,17 @@ class CsvTable:
             at = None if time is None else moment(row[time])
             stars = None if rating is None else number(row[rating])
             if time is not None and at is None:
-                intake.refuse(f"{header[time]} {row[time][:40]!r} is neither a number nor an ISO date")
+                intake.refuse(f"{header[time]} {row[time][:40]!r} is no ISO date and {NO_NUMBER}")
             elif rating is not None and stars is None:
-                intake.refuse(f"{header[rating]} {row[rating][:40]!r} is no number")
+                intake.refuse(f"{header[rating]} {row[rating][:40]!r} {NO_NUMBER}")
             else:
                 yield Row(row[user], row[item], at, None if stars is None else float(stars))
 
     def items(self, intake: Intake) -> Iterator[ItemRow]:
         """Yield each row of the items table, or the first row of each item in the interactions' table."""
         path = self._items or self._table
+        if self._items is None:  # it is read a second time, and what is wrong with it was told the first time
+            intake = Intake(skip_bad_rows=True, multiline=intake.multiline)
         rows, header = self._open(path, intake)
         named = self._columns.item if self._columns.item in header else None  # the two tables may call it differently
         item = _find(header, "item", named, path)
@@ -118,7 +111,7 @@ class CsvTable:
 
     def _names_images(self) -> bool:
         path = self._items or self._table
-        _, header = self._open(path, Intake())
+        _, header = self._open(path, Intake(skip_bad_rows=True, multiline=True))
         return _find(header, "image", self._columns.image, path, False) is not None
 
     def _open(self, path: Path, intake: Intake) -> tuple[Iterator[list[str]], list[str]]:
@@ -126,8 +119,15 @@ class CsvTable:
         rows = intake.table(path, separator, self._encoding)
         atomic = path.suffix in (".inter", ".item")  # RecBole's own files name a column's type too
         header = [(name.split(":")[0] if atomic else name).strip() for name in next(rows, [])]
-        if len(set(header)) != len(header) or not header:
-            raise UserError(f"{path}:1: the first line must name the columns, each once; it holds {header}")
+        raw = intake.file
+        if raw.rejected:
+            raise UserError(f"{path}:{intake.rejects[-1].line}: {intake.rejects[-1].reason}; it must name the columns")
+        if not header:
+            raise UserError(f"{path} is empty; its first line must name the columns, and rows must follow")
+        if len(set(header)) != len(header):
+            held = ", ".join(header)[:200]
+            raise UserError(f"{path}:{raw.at}: the first line must name the columns, each once; it holds {held!r}")
+        intake.header()
         return _complete(rows, len(header), intake), header
 
 
@@ -137,6 +137,10 @@ def _complete(rows: Iterator[list[str]], width: int, intake: Intake) -> Iterator
             yield row
         else:
             intake.refuse(f"{len(row)} values for {width} columns")
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", "")
 
 
 def _choose(folder: Path, interactions: str | None, items: str | None) -> Path:
@@ -155,14 +159,18 @@ def _find(header: Sequence[str], what: str, given: str | None, path: Path, requi
     if given is not None and given in header:
         return header.index(given)
     lower: Mapping[str, int] = {name.lower(): place for place, name in reversed(list(enumerate(header)))}
-    found = next((lower[name] for name in _USUAL[what] if name in lower), None) if given is None else None
+    found = next((lower[name] for name in USUAL[what] if name in lower), None) if given is None else None
     if found is None and (required or given is not None):
         named = f"column {given!r}" if given is not None else f"{what} column under a usual name"
-        raise UserError(f"{path} has no {named}; it has {', '.join(header)}; name it with --{what}-column")
+        held = ", ".join(header)[:500]
+        raise UserError(f"{path} has no {named}; it has {held}; name it with --{what}-column")
+    alike = [name for name in header if found is not None and given is None and _plain(name) == _plain(header[found])]
+    if len(alike) > 1:
+        raise UserError(f"{path} has columns {' and '.join(alike)}; choose one with --{what}-column")
     return found
 
 
 def _separator(path: Path, encoding: str) -> str:
     """Return the separator that the header line holds most of."""
-    line = next(Intake().lines(path, encoding), "")
+    line = next(Intake(skip_bad_rows=True).lines(path, encoding), "")
     return max(_SEPARATORS, key=lambda mark: line.count(mark) * len(mark))

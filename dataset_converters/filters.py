@@ -9,6 +9,7 @@ import numpy as np
 
 from dataset_converters.interactions import Interactions, places
 from recbole_mllm.data.sampling import sample_users
+from recbole_mllm.data.values import find_impossible_times
 from recbole_mllm.errors import UserError
 
 
@@ -86,10 +87,12 @@ def at_least(inter: Interactions, rating: float) -> Interactions:
 
 
 def earliest(inter: Interactions) -> Interactions:
-    """Keep the first of a user's interactions with an item, in the order given."""
+    """Keep the first of a user's interactions with an item, in the order given; one at an impossible time last."""
     pairs = inter.users.astype(np.int64) * len(inter.item_names) + inter.items
-    _, first = np.unique(pairs, return_index=True)
-    return inter.take(np.sort(first))
+    early, late = find_impossible_times(np.empty(0) if inter.times is None else inter.times)
+    order = np.argsort(early | late, kind="stable") if early.any() else np.arange(len(pairs))
+    _, first = np.unique(pairs[order], return_index=True)
+    return inter.take(np.sort(order[first]))
 
 
 def k_core(inter: Interactions, user: int, item: int) -> Interactions:

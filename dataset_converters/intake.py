@@ -1,4 +1,7 @@
-"""Raw files, read once and line by line: where we are for messages, how far for progress, a digest for the manifest."""
+"""Raw files, read once and line by line: where we are for messages, how far for progress, a digest for the manifest.
+
+A line is a physical one, up to its ``\\n``, whatever its fields hold; each is a row or counted under a name.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,11 @@ import csv
 import gzip
 import hashlib
 import io
+import stat
 import sys
-from collections.abc import Callable, Iterator
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -17,6 +23,11 @@ from recbole_mllm.errors import UserError
 
 _TOLD_EVERY = 1 << 20
 _KEPT_REJECTS = 100_000
+_MOST_LINES = 1_000  # of one quoted field; a longer one is a quote that was never closed
+_SHOWN = 4_096  # bytes that tell what kind of file it is
+_UNDECODABLE = "\udcff"  # stands where a stream cannot be decoded; no text holds it
+_OPEN_QUOTE = "a quoted field does not end on its line"
+_RETURN = "a carriage return (\\r) inside the line; lines end with \\n or \\r\\n"
 
 csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # titles of a megabyte are met in the wild
 
@@ -32,12 +43,62 @@ class Reject:
 
 @dataclass(slots=True)
 class RawFile:
-    """What is known of an input once it is read: `line` is where reading stands, `digest` the SHA-256 of its bytes."""
+    """An input as far as it is read, and what became of its lines.
+
+    Attributes:
+        line: Lines read so far.
+        at: The line that messages name.
+        first: How its first line begins that is not blank, to tell what it was where it cannot be read.
+        headers, blank: Lines that are no rows.
+        continued: Lines that are the rest of a row (``--multiline``).
+        listed: Rows beyond the first, of lines that hold several.
+        rejected: Rows left out, one of a line, but where a line holds several.
+        digest: The SHA-256 of its bytes, once it is read.
+    """
 
     path: Path
-    line: int = 0
     size: int = 0
     digest: str = ""
+    line: int = 0
+    at: int = 0
+    first: str = ""
+    headers: int = 0
+    blank: int = 0
+    continued: int = 0
+    listed: int = 0
+    rejected: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Return how many rows the lines must have come to."""
+        return self.line + self.listed - self.headers - self.blank - self.continued - self.rejected
+
+    def parts(self) -> dict[str, int]:
+        """Return what the lines are that are no rows of their own, each with its count."""
+        named = {"header": self.headers, "blank": self.blank, "continued": self.continued, "left_out": self.rejected}
+        return {name: count for name, count in named.items() if count}
+
+    def told(self) -> str:
+        """Return what became of the lines, in a sentence."""
+        parts = "".join(f"{count:,} {name.replace('_', ' ')}, " for name, count in self.parts().items())
+        several = " (several a line)" if self.listed else ""
+        return f"{self.path.name}: {self.line:,} lines: {parts}{self.rows:,} rows{several}"
+
+
+def check_lines(files: Iterable[RawFile], rows: int) -> None:
+    """Check that every line of `files` is one of the `rows` that arrived, or counted under a name."""
+    files = list(files)
+    check_counts(f"rows of {'; '.join(raw.told() for raw in files)}", rows, sum(raw.rows for raw in files))
+
+
+def check_counts(what: str, found: int, expected: int) -> None:
+    """Check that a conversion lost nothing on the way.
+
+    Raises:
+        AssertionError: It did, and no input should make it: nothing is written then.
+    """
+    if found != expected:
+        raise AssertionError(f"{found:,} {what}, but {expected:,} are accounted for; please report this")
 
 
 @dataclass(slots=True)
@@ -47,71 +108,284 @@ class Intake:
     Args:
         skip_bad_rows: Leave out lines that cannot be read, and list them, instead of stopping at the first.
         told: Called with the number of raw bytes read since the last call.
+        encoding: Of files whose encoding is not known otherwise; None is UTF-8.
+        multiline: Let quoted fields of tables span lines.
     """
 
     skip_bad_rows: bool = False
     told: Callable[[int], None] = lambda count: None
+    encoding: str | None = None
+    multiline: bool = False
     files: list[RawFile] = field(default_factory=list)
     rejects: list[Reject] = field(default_factory=list)
-    rejected: int = 0
 
-    def lines(self, path: Path, encoding: str = "utf-8") -> Iterator[str]:
+    @property
+    def file(self) -> RawFile:
+        """Return the file that is being read."""
+        return self.files[-1]
+
+    @property
+    def rejected(self) -> int:
+        """Return how many rows of all files were left out."""
+        return sum(raw.rejected for raw in self.files)
+
+    def lines(self, path: Path, encoding: str | None = None) -> Iterator[str]:
         """Yield the lines of `path` (gzip where its name ends so) without their ends; a byte order mark is dropped.
 
         Raises:
-            UserError: The file is missing, damaged, or not in `encoding` (file and line are named).
+            UserError: The file is missing, cannot be read, is damaged, or not in `encoding` (file and line are named).
         """
-        if not path.is_file():
-            raise UserError(f"{path} does not exist")
-        raw = RawFile(path, size=path.stat().st_size)
-        self.files.append(raw)
-        with path.open("rb") as plain:
+        with _opened(path) as plain:
+            raw = RawFile(path, size=path.stat().st_size)
+            self.files.append(raw)
             hashed = _Hashed(plain, self.told)
             unpacked = gzip.GzipFile(fileobj=hashed) if path.suffix == ".gz" else hashed
+            file = io.BufferedReader(unpacked, 1 << 20)
+            encoding = encoding or self.encoding or "utf-8"
             try:
-                yield from self._decoded(raw, io.BufferedReader(unpacked, 1 << 20), encoding)
-            except (gzip.BadGzipFile, EOFError, OSError) as error:
+                _check_kind(path, file.peek(_SHOWN)[:_SHOWN], encoding)
+                yield from (self._by_line if _ends_lines_in_a_byte(encoding) else self._by_stream)(raw, file, encoding)
+                hashed.drain()
+            except (EOFError, OSError, zlib.error) as error:
                 raise UserError(f"{path}:{raw.line + 1}: cannot be read on: {error}; fetch the file again") from error
-            hashed.drain()
             raw.digest = hashed.digest()
 
-    def _decoded(self, raw: RawFile, file: BinaryIO, encoding: str) -> Iterator[str]:
+    def _by_line(self, raw: RawFile, file: BinaryIO, encoding: str) -> Iterator[str]:
         for number, line in enumerate(file, start=1):
-            raw.line = number
+            raw.line = raw.at = number
             if number == 1:
-                if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                    raise UserError(f"{raw.path} is UTF-16; save it as UTF-8 and try again")
                 line = line.removeprefix(codecs.BOM_UTF8)
+            if not raw.first:
+                raw.first = line[:_SHOWN].decode("latin-1").strip()
             try:
                 yield line.decode(encoding).rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                self.refuse(f"no {encoding} text: {error.reason} at byte {error.start}")
+            except UnicodeError as error:
+                self.refuse(_no_text(encoding, error))
 
-    def table(self, path: Path, separator: str, encoding: str = "utf-8") -> Iterator[list[str]]:
-        """Yield the rows of a table; one-character separators allow quoted fields, which may span lines."""
-        lines = self.lines(path, encoding)
-        if len(separator) > 1:
-            yield from (line.split(separator) for line in lines if line)
-            return
+    def _by_stream(self, raw: RawFile, file: BinaryIO, encoding: str) -> Iterator[str]:
+        """Read what cannot be cut into lines before it is decoded, as UTF-16."""
         try:
-            yield from (row for row in csv.reader((f"{line}\n" for line in lines), delimiter=separator) if row)
-        except csv.Error as error:
-            self.refuse(f"{error}")
+            text = io.TextIOWrapper(file, encoding, errors="dataset_converters.mark", newline="\n")
+            for number, line in enumerate(text, start=1):
+                raw.line = raw.at = number
+                if number == 1:
+                    line = line.removeprefix("\ufeff")
+                if not raw.first:
+                    raw.first = line[:_SHOWN].strip()
+                if _UNDECODABLE in line:
+                    self.refuse(f"no {encoding} text")
+                else:
+                    yield line.rstrip("\r\n")
+        except UnicodeError as error:
+            raise UserError(
+                f"{raw.path} is no {encoding} ({error}); give its own --encoding, such as utf-8, latin-1 or utf-16-le"
+            ) from None
+
+    def table(
+        self, path: Path, separator: str, encoding: str | None = None, quoted: bool = True
+    ) -> Iterator[list[str]]:
+        """Yield the rows of a table; where one character separates, fields may be `quoted`.
+
+        A quoted field that does not end on its line costs that line alone: all behind it are read as rows of their own.
+        With `multiline` it may go on, unless its row is refused: then its first line is left out, and the others are
+        read as rows of their own.
+        """
+        lines = self.lines(path, encoding)
+        if len(separator) > 1 or not quoted:
+            yield from self._unquoted(lines, separator)
+        elif self.multiline:
+            yield from self._over_lines(lines, separator)
+        else:
+            yield from self._on_one_line(lines, separator)
+
+    def _unquoted(self, lines: Iterator[str], separator: str) -> Iterator[list[str]]:
+        for line in lines:
+            if not line:
+                self.file.blank += 1
+            elif "\r" in line:
+                self.refuse(_RETURN)
+            else:
+                yield line.split(separator)
+
+    def _on_one_line(self, lines: Iterator[str], separator: str) -> Iterator[list[str]]:
+        for line in lines:
+            if not line:
+                self.file.blank += 1
+            elif '"' not in line and "\r" not in line:
+                yield line.split(separator)
+            else:
+                try:
+                    row = _Lines(line).row(separator)
+                except _Unreadable as error:
+                    self.refuse(f"{error}")
+                else:
+                    yield row
+
+    def _over_lines(self, lines: Iterator[str], separator: str) -> Iterator[list[str]]:
+        again: deque[tuple[int, str]] = deque()  # read as a part of a row that was none
+
+        def take() -> tuple[int, str] | None:
+            if again:
+                return again.popleft()
+            line = next(lines, None)
+            return None if line is None else (self.file.line, line)
+
+        while (start := take()) is not None:
+            raw = self.file
+            raw.at, line = start
+            if not line:
+                raw.blank += 1
+                continue
+            taken = _Lines(line, take)
+            try:
+                row = taken.row(separator)
+            except _Unreadable as error:
+                raw.at = start[0]
+                self.refuse(f"{error}")
+            else:
+                raw.at, before = start[0], raw.rejected  # an undecodable line may have been met on the way
+                yield row
+                if raw.rejected == before:
+                    raw.continued += len(taken.further)
+                    continue
+            again.extendleft(reversed(taken.further))
+
+    def header(self) -> None:
+        """Note that the row just read is a header."""
+        self.file.headers += 1
 
     def refuse(self, reason: str) -> None:
-        """Stop at the line that is being read, or note that it is left out.
+        """Stop at the row that is being read, or note that it is left out.
 
         Raises:
             UserError: Unless `skip_bad_rows`.
         """
-        raw = self.files[-1]
+        raw = self.file
         if not self.skip_bad_rows:
             raise UserError(
-                f"{raw.path}:{raw.line}: {reason}; mend the line, or leave such lines out with --skip-bad-rows"
+                f"{raw.path}:{raw.at}: {reason}; mend the line, or leave such lines out with --skip-bad-rows"
             )
-        self.rejected += 1
+        raw.rejected += 1
         if len(self.rejects) < _KEPT_REJECTS:
-            self.rejects.append(Reject(raw.path.name, raw.line, reason))
+            self.rejects.append(Reject(raw.path.name, raw.at, " ".join(reason.split())))
+
+
+class _Unreadable(Exception):
+    """Why a line is no row of a table."""
+
+
+class _Lines:
+    """The lines of one row, for a csv reader that asks for more: `further` are those beyond the first."""
+
+    def __init__(self, line: str, take: Callable[[], tuple[int, str] | None] | None = None) -> None:
+        self._first, self._take = line, take
+        self.further: list[tuple[int, str]] = []
+
+    def row(self, separator: str) -> list[str]:
+        """Return the row, however many lines it takes.
+
+        Raises:
+            _Unreadable: There is none.
+        """
+        self._open = False
+        try:
+            row = next(csv.reader(self._each(), delimiter=separator))
+            if self.further and not self._open:  # a stray quote may have found its match in another row
+                next(csv.reader((f"{line}\n" for line in self._all()), delimiter=separator, strict=True))
+        except csv.Error as error:
+            returns = any("\r" in line for line in self._all())
+            raise _Unreadable(_RETURN if returns and "new-line" in str(error) else f"{error}") from None
+        if self._open:
+            hint = (
+                f", nor within {_MOST_LINES:,} lines"
+                if self._take
+                else " (give --multiline where fields may span lines)"
+            )
+            raise _Unreadable(_OPEN_QUOTE + hint)
+        return row
+
+    def _all(self) -> list[str]:
+        return [self._first, *(line for _, line in self.further)]
+
+    def _each(self) -> Iterator[str]:
+        yield f"{self._first}\n"
+        while self._take is not None and len(self.further) + 1 < _MOST_LINES and (more := self._take()) is not None:
+            self.further.append(more)
+            yield f"{more[1]}\n"
+        self._open = True  # asked for more than there is
+
+
+def _mark(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeDecodeError):
+        raise error
+    return _UNDECODABLE, error.end
+
+
+codecs.register_error("dataset_converters.mark", _mark)
+
+
+def _opened(path: Path) -> BinaryIO:
+    """Open a file for reading.
+
+    Raises:
+        UserError: There is none, or it cannot be read.
+    """
+    try:
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
+            raise UserError(f"{path} is {'a folder' if stat.S_ISDIR(mode) else 'no ordinary file'}; a file is expected")
+        return path.open("rb")
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path} does not exist") from None
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{path} cannot be read: {why}") from None
+
+
+def _check_kind(path: Path, start: bytes, encoding: str) -> None:
+    """Refuse a file that is something else than text in an encoding like `encoding`.
+
+    Raises:
+        UserError: With what it is, and what to do.
+    """
+    if start.startswith(b"\x1f\x8b"):
+        raise UserError(f"{path} is packed with gzip; let its name end in .gz, once for each time it is packed")
+    if start.startswith(b"PK\x03\x04"):
+        raise UserError(f"{path} is a zip archive; unpack it")
+    if _ends_lines_in_a_byte(encoding) and (wide := _wide_encoding(start)) is not None:
+        kind = wide[:6].upper() + (" without a byte order mark" if wide[6:] else "")
+        raise UserError(f"{path} is {kind}; give --encoding {wide}, or save it as UTF-8")
+
+
+def _wide_encoding(start: bytes) -> str | None:
+    """Return the encoding of more than a byte a character that `start` is in, or None."""
+    for mark, name in (
+        (codecs.BOM_UTF32_LE, "utf-32"),
+        (codecs.BOM_UTF32_BE, "utf-32"),
+        (codecs.BOM_UTF16_LE, "utf-16"),
+        (codecs.BOM_UTF16_BE, "utf-16"),
+    ):
+        if start.startswith(mark):
+            return name
+    even, odd = start[::2].count(0), start[1::2].count(0)
+    if len(start) < 8 or (even + odd) * 4 < len(start):
+        return None
+    if (even + odd) * 5 > len(start) * 3:
+        return "utf-32-le" if start[0] else "utf-32-be"
+    if min(even, odd) * 4 > max(even, odd):
+        return None
+    return "utf-16-le" if odd > even else "utf-16-be"
+
+
+def _ends_lines_in_a_byte(encoding: str) -> bool:
+    return "\n".encode(encoding) == b"\n"
+
+
+def _no_text(encoding: str, error: UnicodeError) -> str:
+    where = f": {error.reason} at byte {error.start + 1}" if isinstance(error, UnicodeDecodeError) else ""
+    utf8 = codecs.lookup(encoding).name == "utf-8"
+    hint = "; where the file is Latin-1 or Windows-1252, give --encoding latin-1 or cp1252" if utf8 else ""
+    return f"no {encoding} text{where}{hint}"
 
 
 class _Hashed(io.RawIOBase):

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from dataset_converters.catalog import ItemRow
-from dataset_converters.finding import folder_named, only_one
+from dataset_converters.finding import columns, folder_named, named, only_one
 from dataset_converters.intake import Intake
 from dataset_converters.interactions import Row
-from dataset_converters.values import number
+from dataset_converters.values import NO_NUMBER, number
 
 
 class MicroLens:
@@ -37,37 +37,28 @@ class MicroLens:
             yield from self._lists(self._listed, intake)
 
     def _pairs(self, path: Path, intake: Intake) -> Iterator[Row]:
-        for place, row in enumerate(intake.table(path, ",")):
-            if place == 0 and len(row) == 3 and number(row[2]) is None:
-                continue  # a header
-            if len(row) != 3:
-                intake.refuse(f"{len(row)} values where user, item and timestamp are expected")
-            elif (time := number(row[2])) is None:
-                intake.refuse(f"timestamp {row[2][:40]!r} is no number")
+        for user, item, text in columns(intake.table(path, ","), intake, "user", "item", "time"):
+            time = number(text)
+            if time is None:
+                intake.refuse(f"timestamp {text[:40]!r} {NO_NUMBER}")
             else:
-                yield Row(row[0], row[1], time)
+                yield Row(user, item, time)
 
     def _lists(self, path: Path, intake: Intake) -> Iterator[Row]:
-        for line in intake.lines(path):
-            user, tab, items = line.partition("\t")
-            if not line:
-                continue
-            if not tab or "\t" in items or not items.split():
+        for place, row in enumerate(intake.table(path, "\t", quoted=False)):
+            items = [item for item in row[-1].split(" ") if item]
+            if place == 0 and named(row, ("user", "items")) == [0, 1]:
+                intake.header()
+            elif len(row) != 2 or not items:
                 intake.refuse("expected a user, a tab, and items separated by spaces")
-                continue
-            for item in items.split():
-                yield Row(user, item)
+            else:
+                intake.file.listed += len(items) - 1
+                yield from (Row(row[0], item) for item in items)
 
     def items(self, intake: Intake) -> Iterator[ItemRow]:
         """Yield each item's title."""
-        assert self._titles is not None
-        for place, row in enumerate(intake.table(self._titles, ",")):
-            if place == 0 and [cell.strip().lower() for cell in row[1:]] in (["title"], ["titles"]):
-                continue
-            if len(row) != 2:
-                intake.refuse(f"{len(row)} values where item and title are expected")
-                continue
-            yield ItemRow(row[0], row[1])
+        for item, title in columns(intake.table(self._titles, ","), intake, "item", "title"):
+            yield ItemRow(item, title)
 
     def images(self) -> Path | None:
         """Return the covers' folder."""

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from dataset_converters.catalog import ItemRow
-from dataset_converters.finding import first_of, folder_named
+from dataset_converters.finding import columns, folder_named
 from dataset_converters.intake import Intake
 from dataset_converters.interactions import Row
-from dataset_converters.values import number
+from dataset_converters.values import NO_NUMBER, number
 from recbole_mllm.errors import UserError
 
 # u.item ends in one 0/1 column for each of these (ml-100k, u.genre)
@@ -30,23 +30,13 @@ class _Layout:
     movies: str
     ratings_separator: str
     movies_separator: str
-    genres: Callable[[list[str]], list[str]]
-    columns: int | None
-    header: bool
-
-
-def _flags(row: list[str]) -> list[str]:
-    return [name for name, flag in zip(_GENRES, row[5:], strict=False) if flag == "1"]
-
-
-def _listed(row: list[str]) -> list[str]:
-    return [] if row[2].startswith("(no genres") else row[2].split("|")
+    flags: bool  # genres are columns of 0 and 1 rather than names
 
 
 _LAYOUTS = (
-    _Layout("u.data", "u.item", "\t", "|", _flags, 24, False),
-    _Layout("ratings.dat", "movies.dat", "::", "::", _listed, 3, False),
-    _Layout("ratings.csv", "movies.csv", ",", ",", _listed, 3, True),
+    _Layout("u.data", "u.item", "\t", "|", True),
+    _Layout("ratings.dat", "movies.dat", "::", "::", False),
+    _Layout("ratings.csv", "movies.csv", ",", ",", False),
 )
 
 
@@ -58,59 +48,63 @@ class MovieLens:
     features: Mapping[str, str] = {"genres": "token_seq"}
     has_urls = False
 
-    def __init__(self, raw: Path, images: Path | None) -> None:
-        layout = next((known for known in _LAYOUTS if (raw / known.ratings).is_file()), None)
-        if layout is None:
+    def __init__(self, raw: Path, images: Path | None, encoding: str | None = None) -> None:
+        layouts = [known for known in _LAYOUTS if (raw / known.ratings).exists()]
+        if not layouts:
             names = ", ".join(known.ratings for known in _LAYOUTS)
             raise UserError(f"{raw} holds none of {names}; give the unpacked MovieLens folder as --raw")
-        movies = first_of(raw, layout.movies)
-        if movies is None:
+        if len(layouts) > 1:
+            names = " and ".join(known.ratings for known in layouts)
+            raise UserError(f"{raw} holds {names}; leave one of them in the folder")
+        self._layout = layout = layouts[0]
+        self._ratings, self._movies = raw / layout.ratings, raw / layout.movies
+        if not self._movies.exists():
             raise UserError(f"{raw} holds {layout.ratings} but no {layout.movies}, from which titles are read")
-        self._layout, self._ratings, self._movies = layout, raw / layout.ratings, movies
         self._images = images or folder_named(raw, "poster", "image", "cover")
-        self._encoding = "utf-8" if _is_utf8(movies) else "latin-1"
-        self.notes = [f"{movies.name} was read as {self._encoding}."]
+        self._encoding = encoding or ("utf-8" if _is_utf8(self._movies) else "latin-1")
+        self.notes = [f"{self._movies.name} was read as {self._encoding}."]
 
     def interactions(self, intake: Intake) -> Iterator[Row]:
         """Yield each rating."""
         rows = intake.table(self._ratings, self._layout.ratings_separator)
-        for place, row in enumerate(rows):
-            if place == 0 and self._layout.header:
-                continue
-            if len(row) != 4:
-                intake.refuse(f"{len(row)} values where user, movie, rating and timestamp are expected")
-                continue
-            rating, time = number(row[2]), number(row[3])
+        for user, item, stars, stamp in columns(rows, intake, "user", "item", "rating", "time"):
+            rating, time = number(stars), number(stamp)
             if rating is None or time is None:
-                intake.refuse(f"rating {row[2][:40]!r} or timestamp {row[3][:40]!r} is no number")
-                continue
-            yield Row(row[0], row[1], time, float(rating))
+                what, text = ("rating", stars) if rating is None else ("timestamp", stamp)
+                intake.refuse(f"{what} {text[:40]!r} {NO_NUMBER}")
+            else:
+                yield Row(user, item, time, float(rating))
 
     def items(self, intake: Intake) -> Iterator[ItemRow]:
         """Yield each movie's title as GroupLens writes it, year included, and its genres."""
         layout = self._layout
         # u.item quotes nothing, though titles hold quotes
-        rows = (
-            intake.table(self._movies, ",", self._encoding)
-            if layout.header
-            else (line.split(layout.movies_separator) for line in intake.lines(self._movies, self._encoding) if line)
-        )
-        for place, row in enumerate(rows):
-            if place == 0 and layout.header:
-                continue
-            if len(row) != layout.columns:
-                intake.refuse(f"{len(row)} values where {layout.columns} are expected")
-                continue
-            yield ItemRow(row[0], row[1], "", (" ".join(g.replace(" ", "_") for g in layout.genres(row)),))
+        rows = intake.table(self._movies, layout.movies_separator, self._encoding, quoted=not layout.flags)
+        if not layout.flags:
+            for item, title, genres in columns(rows, intake, "item", "title", "genres"):
+                listed = [] if genres.startswith("(no genres") else genres.split("|")
+                yield ItemRow(item, title, "", (_words(listed),))
+            return
+        for row in rows:
+            if len(row) == 5 + len(_GENRES):
+                flagged = [name for name, flag in zip(_GENRES, row[5:], strict=True) if flag == "1"]
+                yield ItemRow(row[0], row[1], "", (_words(flagged),))
+            else:
+                intake.refuse(f"{len(row)} values where {5 + len(_GENRES)} are expected")
 
     def images(self) -> Path | None:
         """Return the posters' folder."""
         return self._images
 
 
+def _words(genres: list[str]) -> str:
+    return " ".join(genre.replace(" ", "_") for genre in genres)
+
+
 def _is_utf8(path: Path) -> bool:
     try:
-        path.read_text(encoding="utf-8")
+        if path.is_file():  # else reading it says what is wrong
+            path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         return False
     return True

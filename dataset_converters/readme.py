@@ -22,7 +22,9 @@ def _head(job: Job, done: Converted) -> Iterator[str]:
     yield f"# {name}"
     yield ""
     yield f"Converted from {job.source.name} ({', '.join(raw.path.name for raw in done.intake.files)})."
-    options = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in job.options.items())
+    options = " ".join(
+        f"--{key.replace('_', '-')}{'' if value is True else f' {value}'}" for key, value in job.options.items()
+    )
     yield f"Options: {options or 'none'}. Protocol: {job.protocol}."
     yield ""
     yield f"Order: {done.written.order}"
@@ -38,8 +40,12 @@ def _counts(done: Converted) -> Iterator[str]:
         dropped = before - step.interactions
         yield f"| {step.name} | {step.users:,} | {step.items:,} | {step.interactions:,} | {dropped:,} |"
         before = step.interactions
+    yield "\nEvery line of the raw files is accounted for:\n"
+    yield from (f"- {raw.told()}" for raw in done.intake.files)
     if done.intake.rejected:
-        yield f"\n{done.intake.rejected:,} lines of raw input could not be read and were left out; see {REJECTED}."
+        yield f"\nRows of raw input that could not be read and were left out: {done.intake.rejected:,}; see {REJECTED}."
+    if told := done.told_times():
+        yield f"\n{told}"
     for part, count in done.written.counts.items():
         yield f"\n{part}: {count:,} users"
 

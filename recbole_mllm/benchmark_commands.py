@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from itertools import count
+from dataclasses import replace
 from pathlib import Path
 
 from recbole_mllm import ranks
 from recbole_mllm.errors import UserError
+from recbole_mllm.files import BENCHMARK, check_folder, set_folder_aside
 from recbole_mllm.options import Options, config_of, with_preset
 
 DEMO_MODELS = "quick"
@@ -30,18 +31,19 @@ def benchmark(
     tune: int = 0,
 ) -> int:
     """Run every model on the same candidates and write the leaderboard; 1 if not one run has finished."""
+    folder = Path(output or f"results/{dataset}")
+    check_folder(folder, BENCHMARK, "--output_dir")
     from recbole_mllm.benchmark.field import expand
     from recbole_mllm.benchmark.jobs import BenchmarkPlan
     from recbole_mllm.benchmark.launched import follow
     from recbole_mllm.benchmark.records import RECORDS, latest, read_records
     from recbole_mllm.benchmark.report import format_leaderboard
     from recbole_mllm.benchmark.run import benchmark as run_benchmark
+    from recbole_mllm.benchmark.worker import digests_of
     from recbole_mllm.config import config_paths
 
     labels = expand(models)
-    _check_models(labels, dataset, options)
     keys = dict(options.overrides)
-    folder = Path(output or f"results/{dataset}")
     plan = BenchmarkPlan(
         dataset=dataset,
         labels=labels,
@@ -54,22 +56,28 @@ def benchmark(
         jobs=jobs,
         force=force,
         tune=tune,
+        quick=options.quick,
         embed_images=options.embed_images,
     )
+    _check_models(labels, dataset, options)
     if not ranks.is_main():
         return follow()
-    html = run_benchmark(plan)
+    html = run_benchmark(plan, digests=digests_of)
     print(format_leaderboard(folder), f"report: {html}", sep="\n")
     return 0 if any(record.ok for record in latest(read_records(folder / RECORDS)).values()) else 1
 
 
 def _check_models(labels: tuple[str, ...], dataset: str, options: Options) -> None:
-    """Refuse what could not run before hours are spent on the rest."""
+    """Refuse what could not run, with the settings that each run will have, before hours are spent on the rest."""
     from recbole_mllm.benchmark.field import resolve
+    from recbole_mllm.config import benchmark_defaults, check_training
 
-    for model in dict.fromkeys(resolve(label).model for label in labels):
+    for entry in map(resolve, labels):
         with suppress(ModuleNotFoundError):  # a model that lacks its library gets a row that says so
-            config_of(model, dataset, options)
+            given = config_of(entry.model, dataset, options).external_config_dict
+            defaults = {k: v for k, v in {**benchmark_defaults(), **entry.defaults}.items() if k not in given}
+            settings = {**defaults, **options.overrides, **entry.overrides}
+            check_training(config_of(entry.model, dataset, replace(options, overrides=settings)))
 
 
 def _seeds(text: str | None, seed: int | None) -> tuple[int, ...]:
@@ -94,8 +102,8 @@ def report(directory: str, embed_images: bool = True) -> int:
     from recbole_mllm.benchmark.report import format_leaderboard, render
 
     folder = Path(directory)
-    if not (folder / "runs.jsonl").is_file():
-        raise UserError(f"{folder} holds no runs.jsonl; give the folder a benchmark wrote")
+    if BENCHMARK.outputs(folder) is None:
+        raise UserError(f"{folder} holds no runs.jsonl of a benchmark; give the folder a benchmark wrote")
     render(folder, embed_images=embed_images)
     print(format_leaderboard(folder))
     return 0
@@ -130,9 +138,8 @@ def _set_aside(folder: Path, world: str) -> None:
     """Move the results of another world out of the way: one leaderboard holds one set of candidates."""
     from recbole_mllm.benchmark.records import RECORDS, read_records
 
+    check_folder(folder, BENCHMARK, "the results folder")
     others = {record.dataset for record in read_records(folder / RECORDS)} - {world}
     if others:
-        taken = (folder.with_name(f"{folder.name}.{n}") for n in count(1))
-        old = next(path for path in taken if not path.exists())
-        folder.replace(old)
+        old = set_folder_aside(folder)
         print(f"the results of {', '.join(sorted(others))} are now in {old}")

@@ -62,6 +62,7 @@ def _run(words: list[str]) -> int:
         config_files=tuple(str(known.config_files or "").split()),
         seed=known.seed,
         embed_images=getattr(known, "embed_images", "on") == "on",
+        quick=getattr(known, "quick", False),
     )
     if known.command == "summarize":
         return commands.summarize(_dataset(known), known.stage, known.dry_run, known.since, options)
@@ -139,6 +140,9 @@ def _parser() -> Parser:
     benchmark.add_argument("--output_dir", help="default: results/<dataset>")
     benchmark.add_argument("--force", action="store_true", help="run again what is finished")
     benchmark.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    benchmark.add_argument(
+        "--quick", action="store_true", help="baselines train for a few epochs: a first look, marked"
+    )
     benchmark.add_argument("--tune", type=int, default=0, metavar="N", help="configurations each model may try first")
     _add_embed_images(benchmark)
     inspect = add("inspect", help="a dataset's health, as text and as a page")
@@ -211,8 +215,8 @@ def _overrides(words: Sequence[str]) -> dict[str, Any]:
             raise UserError(f"cannot read {word!r}; settings are written --key=value")
         try:
             out[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise UserError(f"cannot read the value of --{key}: {value!r} is no valid YAML") from None
+        except (yaml.YAMLError, ValueError, RecursionError):  # YAML reads 2026-02-30 as a date, and is surprised
+            raise UserError(f"cannot read the value of --{key}: {value[:80]!r} is no valid YAML") from None
     return out
 
 

@@ -1,81 +1,46 @@
-"""The border to RecBole's Config: which keys exist, and a clear word about one that does not."""
+"""The border to RecBole's Config: what it reads is held against the keys and values there are before it does."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from recbole_mllm.compat.ranked import two_launchers
+from recbole_mllm import ranks
 from recbole_mllm.errors import UserError
+from recbole_mllm.keys import check_known, checked_file, is_model, nearest_model
+from recbole_mllm.progress import tell_once
+from recbole_mllm.ranges import COUNT, SEED, Range, WrongValue
 from recbole_mllm.refusals import told_in_a_line
 from recbole_mllm.resources import PROPERTIES, named, resource
-from recbole_mllm.settings import known_keys
+from recbole_mllm.settings import RankingSettings, check_value
+from recbole_mllm.yamlfile import line_of, read_mapping
 
-# Keys RecBole reads but lists neither in its argument tables nor in a YAML file, and fields of its command line
-_UNLISTED = {
-    "model",
-    "dataset",
-    "config_files",
-    "data_path",
-    "device",
-    "single_spec",
-    "MODEL_TYPE",
-    "eval_type",
-    "local_rank",
-}
 _LEARNERS = ("adam", "adamw", "sgd", "adagrad", "rmsprop", "sparse_adam")
-_NUMBERS: dict[str, tuple[Any, int]] = {
-    "epochs": (int, 0), "stopping_step": (int, 0), "eval_step": (int, 0), "train_batch_size": (int, 1),
-    "eval_batch_size": (int, 1), "MAX_ITEM_LIST_LENGTH": (int, 1), "learning_rate": (int | float, 0),
-    "weight_decay": (int | float, 0), "metric_decimal_place": (int, 0),
+_WHOLE, _FROM_0, _POSITIVE = Range(int, least=0), Range(float, least=0), Range(float, above=0)
+# RecBole's own numbers; it finds out late, or never
+_NUMBERS = {
+    "epochs": _WHOLE, "stopping_step": _WHOLE, "eval_step": _WHOLE, "train_batch_size": COUNT, "eval_batch_size": COUNT,
+    "learning_rate": _POSITIVE, "weight_decay": _FROM_0, "metric_decimal_place": _WHOLE,
+    "loss_decimal_place": _WHOLE, "worker": _WHOLE, "seed": SEED,
 }  # fmt: skip
-# Keys within keys that RecBole passes over in silence where it does not know them
-_INNER = {
-    "eval_args": ("split", "order", "group_by", "mode"),
-    "train_neg_sample_args": ("distribution", "sample_num", "alpha", "dynamic", "candidate_num"),
-    "clip_grad_norm": ("max_norm", "norm_type", "error_if_nonfinite", "foreach"),
-}
+_OF_SOME = {"MAX_ITEM_LIST_LENGTH": COUNT}  # only some models have it
+# Keys within keys that RecBole passes over in silence where it does not know them, and the ranges of their numbers
+_INNER: dict[str, dict[str, Range | None]] = {
+    "eval_args": dict.fromkeys(("split", "order", "group_by", "mode")),
+    "train_neg_sample_args": {
+        "distribution": None, "sample_num": COUNT, "alpha": _FROM_0, "dynamic": None,
+        "candidate_num": _WHOLE,
+    },
+    "clip_grad_norm": {
+        "max_norm": _POSITIVE, "norm_type": _FROM_0, "error_if_nonfinite": None, "foreach": None,
+    },
+}  # fmt: skip
+_MODE = re.compile(r"full|labeled|(uni|pop)0*[1-9][0-9]*")
+_DEVICE = re.compile(r"cpu|cuda(:[0-9]+)?")
 _WITHOUT_PLACES = ("gauc", "auc", "mae", "rmse", "logloss")
-
-
-@lru_cache(maxsize=1)
-def every_key() -> frozenset[str]:
-    """Return all keys that RecBole or this project knows: argument tables, YAML files, settings."""
-    import recbole
-    from recbole.utils import argument_list
-
-    tables = [getattr(argument_list, name) for name in dir(argument_list) if name.endswith("_arguments")]
-    keys = {key for table in tables for key in table} | known_keys() | _UNLISTED
-    folders = (Path(recbole.__file__).parent / "properties", PROPERTIES)
-    for path in (path for folder in folders for path in sorted(folder.rglob("*.yaml"))):
-        if path.parent.name not in ("prompt", "accelerate") and path.name not in ("baselines.yaml", "devices.yaml"):
-            keys |= set(_mapping(path))
-    return frozenset(keys)
-
-
-def check_keys(keys: Iterable[str], where: str) -> None:
-    """Refuse a key nobody reads; RecBole would pass it over in silence.
-
-    Raises:
-        UserError: Names the key, where it stands, and the nearest key there is.
-    """
-    for key in keys:
-        if key == "nproc":
-            raise two_launchers(where)
-        _check_known(key, every_key(), where, "see properties/ for the keys there are")
-
-
-def _check_known(key: str, known: Iterable[str], where: str, otherwise: str) -> None:
-    known = list(known)
-    if key not in known:
-        near = difflib.get_close_matches(key, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else otherwise
-        raise UserError(f"unknown key {key!r} in {where}; {hint}")
 
 
 def config_path(name: str) -> Path:
@@ -86,6 +51,8 @@ def config_path(name: str) -> Path:
     """
     if Path(name).is_file():
         return Path(name)
+    if Path(name).is_dir():
+        raise UserError(f"config file {name!r} is a folder; give a YAML file in it")
     found = resource("quick_start_config", name.removesuffix(".yaml"))
     if found is None:
         raise UserError(
@@ -98,20 +65,8 @@ def config_paths(names: Sequence[str]) -> list[str]:
     """Return the files of `names` in order, each with keys that exist."""
     paths = [config_path(name) for name in names]
     for path in paths:
-        check_keys(_mapping(path), str(path))
+        checked_file(path)
     return [str(path) for path in paths]
-
-
-def _mapping(path: Path) -> Mapping[str, Any]:
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is no valid YAML: {str(error).splitlines()[0]}") from error
-    if found is None:
-        return {}
-    if not isinstance(found, dict):
-        raise UserError(f"{path} must hold `key: value` lines")
-    return {str(key): value for key, value in found.items()}
 
 
 def per_model(files: Sequence[str], model: str) -> dict[str, Any]:
@@ -120,64 +75,160 @@ def per_model(files: Sequence[str], model: str) -> dict[str, Any]:
     Raises:
         UserError: A section is no mapping of models to known keys.
     """
-    out: dict[str, Any] = {}
-    for file in files:
-        own = _sections(file).get(model, {})
-        check_keys(own, f"{file}, per_model, {model}")
-        out |= own
-    return out
-
-
-def _sections(file: str) -> dict[str, dict[str, Any]]:
-    found = _mapping(Path(file)).get("per_model") or {}
-    if not isinstance(found, dict) or not all(isinstance(keys, dict) for keys in found.values()):
-        raise UserError(f"per_model in {file} must hold a model's name, and below it `key: value` lines")
-    return found
+    return sections(files).get(model, {})
 
 
 def file_keys(name: str) -> dict[str, Any]:
     """Return the keys and values of a config file or preset, but for its ``per_model`` sections."""
-    return {key: value for key, value in _mapping(config_path(name)).items() if key != "per_model"}
+    return {key: value for key, value in read_mapping(config_path(name)).items() if key != "per_model"}
 
 
 def keys_for(name: str, model: str) -> set[str]:
     """Return the keys that the config file or preset `name` sets for `model`."""
     path = config_path(name)
-    return set(_mapping(path)) | set(per_model([str(path)], model))
+    return set(read_mapping(path)) | set(per_model([str(path)], model))
 
 
 def sections(files: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Return the ``per_model`` sections of all `files`, a later file's keys winning; keys are checked when used.
+    """Return the ``per_model`` sections of all `files`, a later file's keys winning.
 
     Raises:
-        UserError: A section is no mapping.
+        UserError: A section is no mapping of models to known keys.
     """
     out: dict[str, dict[str, Any]] = {}
     for file in files:
-        for model, keys in _sections(file).items():
+        for model, keys in (checked_file(Path(file)).get("per_model") or {}).items():
             out[model] = out.get(model, {}) | keys
     return out
+
+
+def check_values(values: Mapping[str, Any], where: Callable[[str], str] = lambda key: "") -> None:
+    """Refuse a value that no run could use, or that would do something else than it says.
+
+    Args:
+        values: Keys of RecBole's and of this project, any of them.
+        where: Says where a key's value was given, for the complaint.
+
+    Raises:
+        UserError: Names the key, the value, and what it takes.
+    """
+    for key, value in values.items():
+        try:
+            _check_value(key, value)
+        except WrongValue as error:
+            raise (error.at(place) if (place := where(key)) else error) from None
+
+
+def _check_value(key: str, value: Any) -> None:
+    if key in _NUMBERS:
+        _NUMBERS[key].checked(key, value)
+    elif key in _OF_SOME and value is not None:
+        _OF_SOME[key].checked(key, value)
+    elif key in _INNER:
+        _check_inner(key, value)
+    elif key == "topk" and value is not None:
+        places = value if isinstance(value, list) else [value]
+        if not places or any(COUNT.read(place) is None for place in places):
+            raise WrongValue(key, value, "whole numbers, at least 1, such as [5, 10]")
+    elif key == "metrics":
+        names = [value] if isinstance(value, str) else value
+        if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+            raise WrongValue(key, value, "a list of metrics, such as [Hit, NDCG]")
+    elif key == "valid_metric" and not isinstance(value, str):
+        raise WrongValue(key, value, "a metric, such as NDCG@10")
+    elif key == "device" and not _DEVICE.fullmatch(str(value)):
+        raise WrongValue(key, value, "cpu, cuda or cuda:N")
+    else:
+        check_value(key, value)
+
+
+def _check_inner(name: str, value: Any) -> None:
+    """Check the keys within `name`, some of which take numbers."""
+    known = _INNER[name]
+    if value is None or value == "None":  # RecBole's words for none at all
+        return
+    if not isinstance(value, dict):
+        raise WrongValue(name, value, f"{{key: value}} pairs; it takes {', '.join(known)}")
+    drawn = name != "train_neg_sample_args" or value.get("distribution", "uniform") in ("uniform", "popularity")
+    for key, inner in value.items():
+        check_known(str(key), known, name, f"it takes {', '.join(known)}")
+        if (limits := known[key]) is not None and drawn:
+            limits.checked(f"{name}.{key}", inner)
+    if name == "eval_args":
+        modes = value.get("mode", "full")
+        for mode in modes.values() if isinstance(modes, dict) else [modes]:
+            if not isinstance(mode, str) or not _MODE.fullmatch(mode):
+                wanted = "full, or uniN or popN with a number above 0, such as uni20 (labeled, with labels)"
+                raise WrongValue("eval_args.mode", mode, wanted)
+        parts = (value.get("split") or {}).get("RS") if isinstance(value.get("split"), dict) else None
+        if isinstance(parts, list) and (any(_FROM_0.read(part) is None for part in parts) or not sum(parts)):
+            raise WrongValue("eval_args.split.RS", parts, "shares of the rows, none below 0, such as [0.8, 0.1, 0.1]")
+
+
+def check_files(files: Sequence[str | Path], model: str) -> None:
+    """Refuse what `check_values` refuses, in what `files` say of `model`; the complaint names file and line."""
+    for file in files:
+        said = checked_file(Path(file))
+        check_values((said.pop("per_model", None) or {}).get(model, {}), partial(_place, file, "per_model", model))
+        check_values(said, partial(_place, file))
+
+
+def check_dataset_file(path: Path) -> None:
+    """Refuse a key or value in a dataset's ``dataset.yaml`` that `check_files` would refuse."""
+    check_values(checked_file(path, of_dataset=True), partial(_place, path))
+
+
+def _place(file: str | Path, *keys: str) -> str:
+    return f"{file}:{line_of(Path(file), *keys) or 1}"
 
 
 def recbole_config(model: str, dataset: str, files: list[str], keys: dict[str, Any]) -> Any:
     """Return RecBole's Config; the caller sees to it that ``sys.argv`` holds nothing else.
 
     Raises:
-        UserError: RecBole refuses it, or would pass over a key in silence.
+        UserError: RecBole refuses it, or would pass over a key in silence, or a value is none that a run could use.
     """
+    check_files(files, model)
+    # a text may become a number in RecBole's hands (configurator.py:124-147): it is checked behind them
+    check_values({key: value for key, value in keys.items() if not isinstance(value, str)})
     with told_in_a_line("read the configuration"):
-        try:
-            made = _config({"model": model, "dataset": dataset, "config_file_list": files}, keys)
-        except ValueError as error:
-            if "invalid literal for int()" not in str(error):  # configurator.py:557
-                raise
-            raise UserError("eval_args.mode must be full, or uniN or popN with a number, such as uni20") from error
-    for name, known in _INNER.items():
-        if not isinstance(made[name] or {}, dict):
-            raise UserError(f"{name}: {made[name]!r} must be {{key: value}} pairs; it takes {', '.join(known)}")
-        for key in made[name] or ():
-            _check_known(str(key), known, name, f"it takes {', '.join(known)}")
+        made = _config({"model": model, "dataset": dataset, "config_file_list": files}, keys)
+    check_values(made.final_config_dict)
+    _take_device(made)
     return made
+
+
+def _take_device(config: Any) -> None:
+    """Obey `device` and ``use_gpu: false``, which RecBole passes over (configurator.py:477-492).
+
+    Raises:
+        UserError: The device is not there.
+    """
+    import torch
+
+    given = config.external_config_dict
+    if ranks.is_launched() or not (given.get("device") or given.get("use_gpu") is False):
+        return
+    check_values({"device": given.get("device") or "cpu"})
+    wanted = torch.device(str(given.get("device") or "cpu"))
+    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
+        raise WrongValue("device", str(wanted), f"cpu here: torch sees {torch.cuda.device_count()} GPUs")
+    config["device"] = wanted
+
+
+def tell_missing_gpus(config: Any) -> None:
+    """Say in the log that GPUs the user has named are not there, where RecBole quietly takes fewer, or the CPU."""
+    import torch
+
+    given, device = config.external_config_dict, str(config["device"])
+    ids = [name for name in str(given.get("gpu_id", "")).split(",") if name.strip()]
+    if ranks.is_launched() or given.get("device") or given.get("use_gpu") is False:
+        return
+    if device == "cpu" and (ids or given.get("use_gpu") is True):
+        told = f"gpu_id {','.join(ids)}" if ids else "use_gpu"
+        tell_once(f"{told}: torch sees no such GPU here, so this run is on the CPU")
+    elif len(ids) > (seen := torch.cuda.device_count()):
+        tell_once(f"gpu_id {','.join(ids)}: torch sees {seen} of these GPUs here")
 
 
 def _config(parts: dict[str, Any], keys: dict[str, Any]) -> Any:
@@ -199,19 +250,10 @@ def check_training(config: Any) -> None:
     """Refuse what RecBole would only find out in training, once an epoch is over, or pass over with a warning.
 
     Raises:
-        UserError: `valid_metric` is not measured, `learner` is not known (trainer.py:177-201), or what should be a
-            number is none.
+        UserError: `valid_metric` is not measured, `learner` is not known (trainer.py:177-201), or a value is none that
+            a run could use.
     """
-    for key, (kind, least) in _NUMBERS.items():
-        value = config[key]
-        if value is None and key == "MAX_ITEM_LIST_LENGTH":  # only sequential models have it
-            continue
-        if not isinstance(value, kind) or isinstance(value, bool) or value < least:
-            what = "a whole number" if kind is int else "a number"
-            raise UserError(f"{key}: {value!r} must be {what}, at least {least}")
-    drawn = config["train_neg_sample_args"] or {}
-    if drawn.get("distribution", "none") != "none" and not (isinstance(n := drawn["sample_num"], int) and n >= 1):
-        raise UserError(f"train_neg_sample_args.sample_num: {n!r} must be a whole number, at least 1")
+    check_values(config.final_config_dict)
     name, at, k = str(config["valid_metric"]).lower().partition("@")
     measured, places = [metric.lower() for metric in config["metrics"]], [str(place) for place in config["topk"]]
     if name not in measured or (k not in places if at else name not in _WITHOUT_PLACES):
@@ -221,8 +263,22 @@ def check_training(config: Any) -> None:
         )
     if str(config["learner"]).lower() not in _LEARNERS:
         raise UserError(f"learner: {config['learner']} is not known; take one of {', '.join(_LEARNERS)}")
+    modes = config["eval_args"]["mode"]
+    if config["model"] == "MLLMMSR":
+        ranking = RankingSettings.from_config(config)
+        ranking.check_modes(modes)
+        if ranking.retriever and not is_model(ranking.retriever):
+            hint = nearest_model(ranking.retriever)
+            raise UserError(f"retriever {ranking.retriever!r} cannot be had: it is no model of RecBole's{hint}")
+        if (config["train_neg_sample_args"] or {}).get("dynamic"):
+            raise UserError("train_neg_sample_args.dynamic asks an MLLM about every candidate; set it to false")
+    if config["frozen_candidates"] is True and "labeled" in modes.values():
+        raise UserError(
+            f"eval_args.mode {modes} has no candidates to freeze; use uniN or popN, e.g. uni20, or full (a model by "
+            "itself is also evaluated on labels, with frozen_candidates: false)"
+        )
 
 
 def benchmark_defaults() -> dict[str, Any]:
     """Return what every model of a benchmark is evaluated with unless the user says otherwise."""
-    return dict(_mapping(PROPERTIES / "overall.yaml")["benchmark_defaults"])
+    return dict(read_mapping(PROPERTIES / "overall.yaml")["benchmark_defaults"])

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from recbole_mllm import ranks
-from recbole_mllm.errors import UserError
+from recbole_mllm.arguments import in_a_line, usable_streams
 
 
 def exit_code(run: Callable[[list[str]], int], words: Sequence[str]) -> int:
@@ -23,22 +23,25 @@ def exit_code(run: Callable[[list[str]], int], words: Sequence[str]) -> int:
     if not ranks.is_main():
         warnings.simplefilter("ignore")  # the main process has shown them
     debug = "--debug" in words
-    try:
-        code = run([word for word in words if word != "--debug"])
-        ranks.stop()
-        return code
-    except KeyboardInterrupt:
-        return end(1, "recbole-mllm: stopped; what was finished is kept")
-    except Exception as error:
-        told = ranks.lost_another(error) or (error if isinstance(error, UserError) else None)
-        code = 2 if told is error and not isinstance(error, ranks.LostProcess) else 1
-        return end(code, traceback.format_exc() if debug or not told else f"recbole-mllm: {told}")
+    with usable_streams():
+        try:
+            code = run([word for word in words if word != "--debug"])
+            sys.stdout.flush()
+            ranks.stop()
+            return code
+        except KeyboardInterrupt:
+            return end(1, "recbole-mllm: stopped; what was finished is kept")
+        except Exception as error:
+            lost = ranks.lost_another(error)
+            told = (1, str(lost)) if lost else in_a_line(error)
+            code, line = told or (1, "")
+            return end(code, traceback.format_exc() if debug or not told else line and f"recbole-mllm: {line}")
 
 
 def end(code: int, words: str) -> int:
     """Print `words` if this process is the first to fail; return the exit code to leave with."""
     if ranks.report_failure(code):
-        print(words.rstrip(), file=sys.stderr, flush=True)
+        print(words.rstrip(), end="\n" * bool(words), file=sys.stderr, flush=True)
     else:
         code = ranks.failure_code(code)
     return abandon(code)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from functools import lru_cache
 from types import TracebackType
 from typing import Self
 
@@ -60,3 +61,9 @@ class Progress:
 def log_to_terminal() -> None:
     """Show log lines of a command that runs without RecBole, which has a logger of its own."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+
+
+@lru_cache
+def tell_once(line: str) -> None:
+    """Log `line` as a warning, the first time it is told."""
+    logging.getLogger().warning(line)

@@ -6,10 +6,13 @@ import re
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Self
 
 from recbole_mllm.errors import UserError
+from recbole_mllm.resources import named, resource
+from recbole_mllm.yamlfile import read_mapping
 
 IMAGE = "<image>"
 # Private-use characters that no title can hold (``data.atomic.clean`` removes them). They mark where text that is not
@@ -66,27 +69,53 @@ class Style:
     text_summary_length: str = ""
 
     @classmethod
-    def from_mapping(cls, name: str, wording: Mapping[str, Any]) -> Self:
-        """Check that every wording is there, is text, and names only the fields it is filled with.
+    def from_mapping(cls, name: str, wording: Mapping[str, Any], path: Path | None = None) -> Self:
+        """Check that every wording is there, is text, and names only the fields it is filled with, as plain {field}.
+
+        Args:
+            name: The style's.
+            wording: What the style's file holds.
+            path: That file, for complaints.
 
         Raises:
-            UserError: A wording is missing, unknown, not text, or names another field.
+            UserError: A wording is missing, unknown, not text, or names another field, or one with a format.
         """
+        where = str(path) if path else f"prompt style {name!r}"
         known = {f.name for f in fields(cls)} - {"name"}
         wording = {"text_summary_length": "", **wording}
-        if wrong := sorted(known.symmetric_difference(wording)):
-            raise UserError(
-                f"prompt style {name!r}: missing or unknown wording {', '.join(wrong)}; see docs/prompts.md"
-            )
+        for key in wording.keys() - known:
+            near = get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else "see docs/prompts.md"
+            raise UserError(f"{where}: there is no wording {key!r}; {hint}")
+        if missing := sorted(known - wording.keys()):
+            raise UserError(f"{where}: missing wording {', '.join(missing)}; see docs/prompts.md")
         for key, text in wording.items():
             if key == "text_summary_length" and text == "":
                 continue
-            if not isinstance(text, str) or _names(text) != _FIELDS.get(key, frozenset()):
-                wanted = ", ".join(f"{{{n}}}" for n in sorted(_FIELDS.get(key, ()))) or "no field"
-                raise UserError(f"prompt style {name!r}: {key} must be a text with {wanted} in it; see docs/prompts.md")
+            wanted = ", ".join(f"{{{n}}}" for n in sorted(_FIELDS.get(key, ()))) or "no field"
+            if not isinstance(text, str):
+                raise UserError(f"{where}: {key} must be a text with {wanted} in it; see docs/prompts.md")
+            if (wrong := _wrong_fields(text)) is not None:
+                raise UserError(f"{where}: {key} holds {wrong}; write plain {{field}} alone, with {wanted} in it")
+            if _names(text) != _FIELDS.get(key, frozenset()):
+                raise UserError(f"{where}: {key} must be a text with {wanted} in it; see docs/prompts.md")
             if text.count(IMAGE) != _marks(key):
-                raise UserError(f"prompt style {name!r}: {key} must hold {_marks(key)} {IMAGE}; see docs/prompts.md")
+                raise UserError(f"{where}: {key} must hold {_marks(key)} {IMAGE}; see docs/prompts.md")
+            if OPEN in text or CLOSE in text:
+                raise UserError(f"{where}: {key} holds a private-use character (U+E001 or U+E002); remove it")
         return cls(name=name, **{key: text.strip("\n") for key, text in wording.items()})
+
+
+def read_style(name: str) -> Style:
+    """Return the style called `name`: one in properties/prompt, or a YAML file's path.
+
+    Raises:
+        UserError: There is none, or it is not complete.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else resource("prompt", name)
+    if path is None or not path.is_file():
+        raise UserError(f"prompt_style {name!r} is unknown; give a YAML file or one of {', '.join(named('prompt'))}")
+    return Style.from_mapping(path.stem, read_mapping(path), path)
 
 
 _FIELDS = {
@@ -103,6 +132,17 @@ _FIELDS = {
     "recommend_user_first": frozenset({"preference", "title"}),
     "recommend_user_first_without_image": frozenset({"preference", "title"}),
 }
+
+
+def _wrong_fields(template: str) -> str | None:
+    """Return a field of `template` that is not plain ``{name}``, or what is wrong with its braces; else None."""
+    try:
+        for _, name, form, conversion in string.Formatter().parse(template):
+            if name is not None and (form or conversion or not name.isidentifier()):
+                return f"{{{name}{'!' + conversion if conversion else ''}{':' + form if form else ''}}}"
+    except ValueError as error:
+        return f"unpaired braces ({error}; a brace that is meant is written twice)"
+    return None
 
 
 def _names(template: str) -> frozenset[str]:

@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from recbole.data import create_dataset, data_preparation
+from recbole.evaluator.register import metrics_dict
 from recbole.trainer import TraditionalTrainer
 from recbole.utils import get_model, get_trainer, init_logger, init_seed
 
 from recbole_mllm import ranks
-from recbole_mllm.config import check_keys, check_training, per_model, recbole_config, sections
+from recbole_mllm.config import check_training, per_model, recbole_config, sections
+from recbole_mllm.data.checking import nothing_left
 from recbole_mllm.data.schema import isum_file, usum_file
 from recbole_mllm.errors import UserError
 from recbole_mllm.evaluation.exchange import write
 from recbole_mllm.evaluation.metrics import has_several_rows, joined, per_user, pooled_auc
 from recbole_mllm.evaluation.protocol import protocol_line
+from recbole_mllm.files import check_place
+from recbole_mllm.fitting import Fit
+from recbole_mllm.keys import check_keys
 from recbole_mllm.refusals import told_in_a_line
 from recbole_mllm.settings import Settings
-
-NAMES = {"hit": "Hit", "mrr": "MRR", "ndcg": "NDCG", "recall": "Recall", "gauc": "GAUC", "auc": "AUC"}
 
 
 @dataclass(slots=True)
@@ -32,6 +36,9 @@ class Outcome:
 
     Under full ranking it holds each user's best items and target, with ``among``, how many were ranked, and ``answer``,
     the log-odds of an MLLM that was asked about the pair; `pairs_scored` counts all.
+
+    `train_s` holds no validation and no test, and is None where nothing was trained; `converged` says whether
+    validation had stopped rising when training ended, None where that is no question (one pass, zero-shot).
 
     `retrieval`, where all items were ranked, says by what: ``retriever``, ``top_k``, ``recall`` (the share of test
     targets among its best, a ceiling) and ``fusion`` (the MLLM's share). `scores_reused` is how many of the test scores
@@ -49,11 +56,12 @@ class Outcome:
     users: dict[str, Any]
     pairs: dict[str, Any] | None
     summarize_s: float
-    train_s: float
+    train_s: float | None
     score_s: float
     retrieval: dict[str, Any] | None = None
     scores_reused: int = 0
     world_size: int = 1
+    converged: bool | None = None
 
     @property
     def pairs_scored(self) -> int:
@@ -67,9 +75,9 @@ class Outcome:
 
 
 def metric_name(key: str) -> str:
-    """Return RecBole's lower-case ``hit@5`` as ``Hit@5``."""
+    """Return RecBole's lower-case ``averagepopularity@5`` as its class is called, ``AveragePopularity@5``."""
     name, at, k = key.partition("@")
-    return NAMES.get(name, name) + at + k
+    return (metrics_dict[name].__name__ if name in metrics_dict else name) + at + k
 
 
 @dataclass(slots=True)
@@ -82,21 +90,35 @@ class _Trained:
     score: float
     valid: Any
     summarize_s: float
-    train_s: float
+    train_s: float | None
+    converged: bool | None
 
 
-def _train(config: Any, saved: bool) -> _Trained:
+Check = Callable[[Any, Any], None]
+"""Called with the dataset and its test loader once it is split, before anything is trained; may raise."""
+
+
+def _train(config: Any, saved: bool, check: Check | None = None) -> _Trained:
     init_seed(config["seed"], config["reproducibility"])
     init_logger(config)
     log = logging.getLogger()
     check_keys(config.external_config_dict, "the configuration")
     check_training(config)
+    for key in ("checkpoint_dir", "retriever_dir"):
+        if config[key]:
+            check_place(Path(str(config[key])), f"{key}:")
     refused = config["model"], config["dataset"]
     with told_in_a_line("read the dataset", *refused):
         dataset = create_dataset(config)
     log.info(dataset)
     with told_in_a_line("split the dataset", *refused):
         train, valid, test = data_preparation(config, dataset)
+    if not saved and not len(valid):
+        raise nothing_left(dataset, "validate on")
+    if check is not None:
+        check(dataset, test)
+    for phase in ("valid", "test"):  # what RecBole's lines below are results of
+        log.info(f"{phase}: {protocol_line(config, phase=phase)}")
     started = time.perf_counter()
     init_seed(config["seed"] + config["local_rank"], config["reproducibility"])
     with told_in_a_line(f"make the model {config['model']}", *refused):
@@ -105,15 +127,33 @@ def _train(config: Any, saved: bool) -> _Trained:
     made = time.perf_counter()
     with told_in_a_line("make the trainer", *refused):
         trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
-    if isinstance(trainer, TraditionalTrainer):  # one epoch whatever `epochs` says, so an eval_step of 2 saves nothing
+    one_pass = isinstance(trainer, TraditionalTrainer)
+    if one_pass:  # one epoch whatever `epochs` says, so an eval_step of 2 saves nothing
         trainer.eval_step = min(trainer.eval_step, trainer.epochs)
+    fit = Fit(trainer)
     with told_in_a_line("train", *refused):
-        score, best = trainer.fit(train, valid, saved=saved, show_progress=config["show_progress"])
+        score, best = fit.run(train, valid, saved=saved, show_progress=config["show_progress"])
     reranker = getattr(model, "reranker", None)
     waited, learnt = (getattr(reranker, name, 0.0) for name in ("seconds", "train_s"))
+    trained = _train_seconds(config["model"], trainer, fit, made - started if one_pass else 0.0)
     # A retriever's training is training, whichever run did it: what many runs share each of them would have paid
-    seconds = made - started - waited, time.perf_counter() - made + learnt
-    return _Trained(dataset, train, test, model, trainer, score, best, *seconds)
+    train_s = (trained or 0.0) + learnt if trained is not None or learnt else None
+    converged = None if one_pass else fit.converged
+    return _Trained(dataset, train, test, model, trainer, score, best, made - started - waited, train_s, converged)
+
+
+def _train_seconds(name: str, trainer: Any, fit: Fit, making: float) -> float | None:
+    """Return what a run's own model took to train, None if nothing of it was.
+
+    Args:
+        name: RecBole's name of the model; `Random` learns nothing.
+        trainer: Ours counts the seconds itself, those before a run was resumed included.
+        fit: What RecBole's spent.
+        making: What making the model took, where that is its training (ItemKNN, EASE: all but Pop of the one-pass).
+    """
+    if not trainer.epochs or name == "Random":
+        return None
+    return float(getattr(trainer, "train_s", making + fit.seconds))
 
 
 def validate(config: Any) -> float:
@@ -121,9 +161,9 @@ def validate(config: Any) -> float:
     return float(_train(config, saved=False).score)
 
 
-def run(config: Any) -> Outcome:
+def run(config: Any, check: Check | None = None) -> Outcome:
     """Run what `config` says, as RecBole's ``run_recbole`` does (quick_start.py:94-178)."""
-    done = _train(config, saved=True)
+    done = _train(config, saved=True, check=check)
     trainer, started = done.trainer, time.perf_counter()
     trainer.score_log = []
     reused = getattr(done.model, "scores_reused", 0)
@@ -136,7 +176,8 @@ def run(config: Any) -> Outcome:
     if pairs:
         targets = np.unique(pairs["user_id"][pairs["label"] > 0], return_counts=True)[1]
         _agree(metrics, users, targets, config["metric_decimal_place"])
-        if "among" not in pairs:  # all of a user's pairs are there
+        # ours, as RecBole has it only beside no top-k; where all of a user's pairs are there
+        if "among" not in pairs and "GAUC" in metrics:
             metrics["AUC"] = pooled_auc(pairs["label"], pairs["score"])
     return Outcome(
         config,
@@ -155,6 +196,7 @@ def run(config: Any) -> Outcome:
         _retrieval(trainer),
         getattr(done.model, "scores_reused", 0) - reused,
         getattr(done.model, "processes", 1),
+        done.converged,
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from recbole_mllm._importhook import after_import
 from recbole_mllm.compat.patching import wrap
+from recbole_mllm.files import CONVERTED, recover
 from recbole_mllm.resources import PROPERTIES, resource
 
 if TYPE_CHECKING:
@@ -38,9 +40,12 @@ def register() -> None:
     after_import("recbole.config.configurator", read_our_files)
     after_import("recbole.data.dataset", offer_dataset)
     after_import("recbole.data.dataset.dataset", _listed("ask_for_lists"))
+    after_import("recbole.data.dataset.dataset", keep_facts)
     after_import("recbole.data.dataset.dataset", _listed("learn_from_histories"))
+    after_import("recbole.data.dataset.dataset", check_files)
     after_import("recbole.data.dataset.sequential_dataset", _listed("show_latest_items"))
     after_import("recbole.data.utils", prepare_our_way)
+    after_import("recbole.evaluator.collector", count_training)
     after_import("recbole.model.general_recommender.pop", count_popularity)
     after_import("recbole.model.general_recommender.random", score_by_pair)
     after_import("recbole.model.layers", read_vectors)
@@ -49,11 +54,21 @@ def register() -> None:
     after_import("recbole.trainer.trainer", break_ties)
 
 
+def keep_facts(dataset_module: ModuleType) -> None:
+    """Let a dataset keep what candidates are drawn from, and stand in exact order (data/dataset/dataset.py:159-178)."""
+    importlib.import_module("recbole_mllm.data.facts").keep_facts(dataset_module)
+
+
 def _listed(name: str) -> Callable[[ModuleType], None]:
     def arm(module: ModuleType) -> None:
         getattr(importlib.import_module("recbole_mllm.data.listed"), name)(module)
 
     return arm
+
+
+def check_files(module: ModuleType) -> None:
+    """Let a damaged atomic file be one line before RecBole reads it (data/dataset/dataset.py:427)."""
+    importlib.import_module("recbole_mllm.data.checking").check_as_read(module)
 
 
 class _ModelFinder(Loader):
@@ -105,6 +120,14 @@ def read_our_files(configurator: ModuleType) -> None:
     The user's files, dictionary and command line win over all of them (:319-323).
     """
 
+    def make_files(stock: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+        def _load_config_files(self: Any, file_list: Sequence[Any] | None) -> dict[str, Any]:
+            readable = importlib.import_module("recbole_mllm.yamlfile").check_readable
+            self.config_files = [str(file) for file in file_list or ()]
+            return stock(self, [file for file in self.config_files if readable(Path(file))])
+
+        return _load_config_files
+
     def make(stock: Callable[..., None]) -> Callable[..., None]:
         def _load_internal_config_dict(self: Any, model: str, model_class: Any, dataset: str) -> None:
             stock(self, model, model_class, dataset)
@@ -113,7 +136,7 @@ def read_our_files(configurator: ModuleType) -> None:
             self.internal_config_dict.update(recbole_says)
             _load_times(self)
             if any(resource("model", kind.__name__) for kind in model_class.__mro__):
-                _check_keys(self)
+                _check(self, model)
             home = Path(configurator.__file__ or "").parent.parent / "properties"
             for path in (*_model_files(model_class, home, dataset), *_dataset_files(self, dataset)):
                 self._update_internal_config_dict(path)
@@ -121,6 +144,7 @@ def read_our_files(configurator: ModuleType) -> None:
 
         return _load_internal_config_dict
 
+    wrap(configurator.Config, "_load_config_files", make_files)
     wrap(configurator.Config, "_load_internal_config_dict", make)
 
 
@@ -145,11 +169,12 @@ def _load_own_fields(config: Any) -> None:
         config.internal_config_dict["load_col"] = {"inter": [name for name in names if name]}
 
 
-def _check_keys(config: Any) -> None:
-    """Refuse keys nobody reads, where the user wrote them for us; a script's own ``--words`` are not ours to judge."""
-    check = importlib.import_module("recbole_mllm.config").check_keys
-    check(config.file_config_dict, "a config file")
-    check(config.variable_config_dict, "config_dict")
+def _check(config: Any, model: str) -> None:
+    """Refuse what nobody reads, where the user wrote it for us; a script's own ``--words`` are not ours to judge."""
+    values = importlib.import_module("recbole_mllm.config")
+    values.check_files(config.config_files, model)
+    importlib.import_module("recbole_mllm.keys").check_keys(config.variable_config_dict, "config_dict")
+    values.check_values(config.variable_config_dict)
 
 
 def _model_files(model_class: Any, home: Path, dataset: str) -> Iterator[Path]:
@@ -180,10 +205,13 @@ def _dataset_files(config: Any, dataset: str) -> Iterator[Path]:
     folder = Path(known["data_path"]) / dataset
     _build(folder)
     if (folder / "dataset.yaml").is_file():
+        importlib.import_module("recbole_mllm.config").check_dataset_file(folder / "dataset.yaml")
         yield folder / "dataset.yaml"
 
 
 def _build(folder: Path) -> None:
+    with suppress(OSError):  # a folder that is only read
+        recover(folder, CONVERTED)
     importlib.import_module("recbole_mllm.demo.builtin").ensure_builtin(folder)
 
 
@@ -197,24 +225,30 @@ def prepare_our_way(utils: ModuleType) -> None:
     def make_create(stock: Callable[..., Any]) -> Callable[..., Any]:
         def create_dataset(config: Any) -> Any:
             _build(Path(config["data_path"]))
+            importlib.import_module("recbole_mllm.config").tell_missing_gpus(config)
             if config["item_features"]:
                 importlib.import_module("recbole_mllm.features.prepare").offer_features(config)
-            dataset = stock(config)
+            with importlib.import_module("recbole_mllm.data.checking").told_what_is_left(config):
+                dataset = stock(config)
             importlib.import_module("recbole_mllm.data.saved").use_now(dataset, config)
+            importlib.import_module("recbole_mllm.data.facts").tell(dataset)
             return dataset
 
         return create_dataset
 
     def make_prepare(stock: Callable[..., Any]) -> Callable[..., Any]:
         def data_preparation(config: Any, dataset: Any) -> Any:
-            train, *rest = stock(config, dataset)
+            checking = importlib.import_module("recbole_mllm.data.checking")
+            with checking.told_what_is_left(config, dataset):
+                train, *rest = stock(config, dataset)
             if hasattr(getattr(train, "_dataset", None), "histories"):  # our dataset, whose rows know their places
                 train = importlib.import_module("recbole_mllm.data.training").SeededTrainDataLoader.of(train)
             loaders = (train, *rest)
-            if config["frozen_candidates"] is not True:
-                return loaders
-            candidates = importlib.import_module("recbole_mllm.evaluation.candidates")
-            return candidates.freeze(config, dataset, *loaders)
+            if config["frozen_candidates"] is True:
+                candidates = importlib.import_module("recbole_mllm.evaluation.candidates")
+                loaders = candidates.freeze(config, dataset, *loaders)
+            checking.check_parts(config, dataset, *loaders)
+            return loaders
 
         return data_preparation
 
@@ -230,6 +264,11 @@ def read_vectors(layers: ModuleType) -> None:
 def count_popularity(pop: ModuleType) -> None:
     """Let Pop count every interaction of a batch (model/general_recommender/pop.py:47)."""
     importlib.import_module("recbole_mllm.evaluation.counting").count_all(pop)
+
+
+def count_training(collector: ModuleType) -> None:
+    """Let metrics of popularity count the training split alike for every model (evaluator/collector.py:79-94)."""
+    importlib.import_module("recbole_mllm.evaluation.counting").count_training(collector)
 
 
 def score_by_pair(module: ModuleType) -> None:

@@ -5,51 +5,63 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
+from functools import lru_cache
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 from recbole_mllm.endpoints import is_server, parse_endpoint
 from recbole_mllm.errors import UserError
 from recbole_mllm.placement import check_placement
+from recbole_mllm.ranges import Count, Range, Seed, Share, WrongValue
 
 
 class _FromConfig:
-    """Reads each field of a dataclass from the key of the same name."""
+    """Reads each field of a dataclass from the key of the same name; its type says which values it takes."""
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
         """Read and check every field.
 
         Raises:
-            UserError: A key's value has the wrong type or is none of the allowed words.
+            WrongValue: A key's value has the wrong type, is out of its range, or is none of the allowed words.
         """
-        hints = get_type_hints(cls)
+        hints = get_type_hints(cls, include_extras=True)
         values = {f.name: _checked(f.name, config[f.name], hints[f.name]) for f in fields(cls)}  # type: ignore[arg-type]
         return cls(**values)
 
 
 def _checked(key: str, value: Any, hint: Any) -> Any:
-    """Return `value` as `hint` asks; integers pass as floats, and a whole float as an integer."""
-    words = next((get_args(part) for part in (hint, *get_args(hint)) if get_origin(part) is Literal), ())
-    if words and not (value is None and type(None) in get_args(hint)):
-        # YAML 1.1 reads a bare `off` as False
-        value = "off" if value is False else value
-        if value not in words:
-            raise UserError(f"{key} is {value!r}; it must be one of {', '.join(words)}")
-        return value
-    kinds = get_args(hint) or (hint,)
-    if value is None and type(None) in kinds:
-        return None
+    """Return `value` as one of the alternatives of `hint` has it; integers pass as floats, whole floats as integers."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     for kind in kinds:
-        if kind is bool and isinstance(value, bool):
+        words = get_args(kind) if get_origin(kind) is Literal else ()
+        # YAML 1.1 reads a bare `off` as False
+        word = "off" if value is False and "off" in words else value
+        if isinstance(word, str) and word in words:
+            return word
+        if (kind is NoneType and value is None) or (kind is bool and isinstance(value, bool)):
             return value
-        if kind is int and isinstance(value, int | float) and not isinstance(value, bool) and value == int(value):
-            return int(value)
-        if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-        if (kind is str or get_origin(kind) in (list, dict)) and isinstance(value, get_origin(kind) or kind):
+        if isinstance(limits := _range_of(kind), Range) and (number := limits.read(value)) is not None:
+            return number
+        if kind is str and isinstance(value, str) and value.strip() and "\0" not in value:
             return value
-    wanted = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
-    raise UserError(f"{key} is {value!r}; it must be {wanted}")
+        if get_origin(kind) in (list, dict) and isinstance(value, get_origin(kind)):
+            return value
+    raise WrongValue(key, value, ", or ".join(_told(kind, value) for kind in kinds))
+
+
+def _range_of(kind: Any) -> Range | None:
+    """Return the range that a field's type carries."""
+    return get_args(kind)[1] if get_origin(kind) is Annotated else None
+
+
+def _told(kind: Any, value: Any) -> str:
+    if get_origin(kind) is Literal:
+        words = get_args(kind)
+        return f"one of {', '.join(words)}" if len(words) > 1 else str(words[0])
+    names = {NoneType: "null", bool: "true or false", str: "a text", list: "a list", dict: "{key: value} pairs"}
+    limits = _range_of(kind)
+    return limits.told(value) if limits else names[get_origin(kind) or kind]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +73,7 @@ class MLLMSettings(_FromConfig):
     user_summarizer: str | None
     trust_remote_code: bool
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
-    max_text_tokens: int
+    max_text_tokens: Count
     device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = None
     max_memory: dict[int | str, int | str] | None = None
     offload_folder: str | None = None
@@ -79,16 +91,13 @@ class MLLMSettings(_FromConfig):
 class ServerSettings(_FromConfig):
     """How servers are asked; nothing here but `server_thinking` changes a text."""
 
-    server_concurrency: int
-    server_timeout: float
-    server_patience: float
+    server_concurrency: Annotated[int, Range(int, least=1, most=4096)]  # each is a thread
+    server_timeout: Annotated[float, Range(float, above=0, most=10**6)]  # longer ones overflow the socket's clock
+    server_patience: Annotated[float, Range(float, above=0, most=10**6)]
     server_key_env: str | None
     server_thinking: Literal["auto", "off"] = "auto"
 
     def __post_init__(self) -> None:
-        for key in ("server_concurrency", "server_timeout", "server_patience"):
-            if not getattr(self, key) > 0:
-                raise UserError(f"{key} is {getattr(self, key)}; it must be above 0")
         if self.server_key_env is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", self.server_key_env):
             # not repeated, as it may be the key itself
             raise UserError("server_key_env must name an environment variable in capitals, such as OPENAI_API_KEY")
@@ -99,26 +108,18 @@ class SummarySettings(_FromConfig):
     """What the summaries are made of; everything here but `summarize` and the batch size changes their text."""
 
     summary_mode: Literal["recurrent", "direct", "none"]
-    block_size: int
+    block_size: Count
     partial_block: bool
-    max_history: int | None
-    history_titles: int
+    max_history: Count | None
+    history_titles: Count
     item_summary: Literal["image", "text", "fused", "none"]
     summarize: Literal["auto", "off"]
-    summarize_batch_size: int | None
-    item_summary_tokens: int
-    user_summary_tokens: int
-    summary_temperature: float
-    summary_top_p: float
-    summary_seed: int
-
-    def __post_init__(self) -> None:
-        if self.summary_temperature < 0 or not 0 < self.summary_top_p <= 1:
-            raise UserError("summary_temperature must be at least 0 (greedy), and summary_top_p above 0 and at most 1")
-        for key in ("block_size", "summarize_batch_size", "item_summary_tokens", "user_summary_tokens"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise UserError(f"{key} is {value}; it must be at least 1")
+    summarize_batch_size: Count | None
+    item_summary_tokens: Count
+    user_summary_tokens: Count
+    summary_temperature: Annotated[float, Range(float, least=0)]
+    summary_top_p: Annotated[float, Range(float, above=0, most=1)]
+    summary_seed: Seed
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,16 +138,10 @@ class LoraSettings(_FromConfig):
     """How the backbone is adapted."""
 
     finetune: Literal["lora", "qlora", "full", "none"]
-    lora_r: int
-    lora_alpha: int
-    lora_dropout: float
+    lora_r: Count
+    lora_alpha: Count
+    lora_dropout: Annotated[float, Range(float, least=0, below=1)]
     lora_target: Literal["language", "all"]
-
-    def __post_init__(self) -> None:
-        if self.lora_r < 1:
-            raise UserError(f"lora_r is {self.lora_r}; it must be at least 1")
-        if not 0 <= self.lora_dropout < 1:
-            raise UserError(f"lora_dropout is {self.lora_dropout}; it must be at least 0 and below 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,23 +149,16 @@ class TrainSettings(_FromConfig):
     """How the adapter is trained, beside RecBole's own keys."""
 
     loss_on: Literal["answer", "all"]
-    train_last_k: int | None
-    gradient_accumulation_steps: int
-    warmup_ratio: float
+    train_last_k: Count | None
+    gradient_accumulation_steps: Count
+    warmup_ratio: Share
     lr_scheduler: Literal["cosine", "linear", "constant"]
-    micro_batch_size: int | None
+    micro_batch_size: Count | None
     share_prefix: Literal["auto", "off"]
     group_by_item: Literal["auto", "off"]
     gradient_checkpointing: bool
-    checkpoint_every_steps: int | None
+    checkpoint_every_steps: Count | None
     resume: str | None
-
-    def __post_init__(self) -> None:
-        for key in ("gradient_accumulation_steps", "micro_batch_size", "checkpoint_every_steps", "train_last_k"):
-            if (value := getattr(self, key)) is not None and value < 1:
-                raise UserError(f"{key} is {value}; it must be at least 1")
-        if not 0 <= self.warmup_ratio <= 1:
-            raise UserError(f"warmup_ratio is {self.warmup_ratio}; it must be between 0 and 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,18 +168,13 @@ class RankingSettings(_FromConfig):
     retriever: str | None
     retriever_checkpoint: str | None
     retriever_dir: str | None
-    top_k: int
-    fusion: str | float | None
+    top_k: Count
+    fusion: Literal["auto"] | Share | None
     full_sort: Literal["rerank", "brute"]
     score_cache: bool
-    score_cache_mb: int
+    score_cache_mb: Count
 
     def __post_init__(self) -> None:
-        for key in ("top_k", "score_cache_mb"):
-            if getattr(self, key) < 1:
-                raise UserError(f"{key} is {getattr(self, key)}; it must be at least 1")
-        if self.fusion is not None and self.fusion != "auto" and not (_is_share(self.fusion)):
-            raise UserError(f"fusion is {self.fusion!r}; it must be null, auto, or a number between 0 and 1")
         if self.retriever and self.retriever_checkpoint:
             raise UserError("retriever and retriever_checkpoint are both set; the checkpoint names its model, drop one")
         if self.retriever == "MLLMMSR":
@@ -221,18 +204,14 @@ class RankingSettings(_FromConfig):
             raise UserError("fusion: auto is chosen on validation; set eval_args.mode full for valid too, or a number")
 
 
-def _is_share(value: object) -> bool:
-    return isinstance(value, float) and 0 <= value <= 1
-
-
 @dataclass(frozen=True, slots=True)
 class EvaluationSettings(_FromConfig):
     """Which pairs every model is asked for."""
 
     frozen_candidates: bool | None
-    candidate_seed: int
+    candidate_seed: Seed
     candidates_file: str | None
-    limit_users: int | None
+    limit_users: Count | None
     exclude_seen: bool | None
 
 
@@ -242,14 +221,12 @@ class FeatureSettings(_FromConfig):
 
     item_features: list[str] | str | None
     feature_encoder: str | None
-    feature_size: int | None
+    feature_size: Count | None
 
     def __post_init__(self) -> None:
         for kind in self.kinds:
             if kind not in ("text", "image"):
                 raise UserError(f"item_features names {kind!r}; it must be of text and image, e.g. [text, image]")
-        if self.feature_size is not None and self.feature_size < 1:
-            raise UserError(f"feature_size is {self.feature_size}; it must be at least 1")
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -291,10 +268,27 @@ class Settings:
         )
 
 
+_GROUPS = (
+    MLLMSettings, ServerSettings, SummarySettings, RecommendSettings, LoraSettings, TrainSettings, RankingSettings,
+    EvaluationSettings, FeatureSettings,
+)  # fmt: skip
+
+
+@lru_cache(maxsize=1)
+def _hints() -> dict[str, Any]:
+    return {key: hint for group in _GROUPS for key, hint in get_type_hints(group, include_extras=True).items()}
+
+
+def check_value(key: str, value: Any) -> None:
+    """Refuse a value that `key` does not take; a key that is not this project's takes any.
+
+    Raises:
+        WrongValue: Names the key, the value, and what it takes.
+    """
+    if key in _hints():
+        _checked(key, value, _hints()[key])
+
+
 def known_keys() -> frozenset[str]:
     """Return every key of this project."""
-    groups = (
-        MLLMSettings, ServerSettings, SummarySettings, RecommendSettings, LoraSettings, TrainSettings, RankingSettings,
-        EvaluationSettings, FeatureSettings,
-    )  # fmt: skip
-    return frozenset(f.name for group in groups for f in fields(group)) | {"benchmark_defaults", "note", "per_model"}
+    return frozenset(_hints()) | {"benchmark_defaults", "note", "per_model"}

@@ -11,11 +11,10 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
-import yaml
-
 from recbole_mllm.benchmark.records import Kind
 from recbole_mllm.errors import UserError
 from recbole_mllm.resources import PROPERTIES
+from recbole_mllm.yamlfile import read_mapping
 
 MLLM = "MLLMMSR"
 
@@ -133,8 +132,14 @@ def _preset(label: str, preset: str) -> Mapping[str, Any]:
 
 def baseline_defaults(model: str) -> dict[str, Any]:
     """Return what properties/baselines.yaml says of the model."""
-    found = yaml.safe_load((PROPERTIES / "baselines.yaml").read_text(encoding="utf-8"))
+    found = read_mapping(PROPERTIES / "baselines.yaml")
     return {**({} if model in UNTRAINED else found["every"]), **found.get(model, {})}
+
+
+def quick_look(model: str) -> dict[str, Any]:
+    """Return the few epochs that baselines.yaml gives a model for a first look; nothing if it needs no training."""
+    found = read_mapping(PROPERTIES / "baselines.yaml")["quick"]
+    return {} if model in UNTRAINED else {**found["every"], **found.get(model, {})}
 
 
 def known_variants() -> str:

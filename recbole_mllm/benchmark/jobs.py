@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from recbole_mllm import ranks
-from recbole_mllm.benchmark.field import Entry, resolve
+from recbole_mllm.benchmark.field import MLLM, Entry, quick_look, resolve
 from recbole_mllm.benchmark.portable import DECISIVE_FILES
 from recbole_mllm.benchmark.records import plain_json
 from recbole_mllm.config import file_keys
 from recbole_mllm.errors import UserError
+from recbole_mllm.ranges import COUNT, SEED, Range
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,7 @@ class BenchmarkPlan:
         embed_images: Whether the report's case studies show thumbnails.
         limit_users: Evaluate a seeded sample of this many users.
         tune: How many configurations each model may try on validation first; 0 = none.
+        quick: Whether baselines train for a few epochs alone (baselines.yaml, `quick`): a first look.
         note: A sentence about the data that every report must carry.
     """
 
@@ -43,22 +45,23 @@ class BenchmarkPlan:
     embed_images: bool = True
     limit_users: int | None = None
     tune: int = 0
+    quick: bool = False
     note: str = ""
 
     def __post_init__(self) -> None:
         """Refuse a plan that could not run, before anything does."""
         if not self.labels or not self.seeds:
             raise UserError("a benchmark needs at least one model and one seed: --models Pop,SASRec --seeds 2024")
-        if self.jobs < 1:
-            raise UserError(f"--jobs {self.jobs}: at least one run must be at work at a time")
+        COUNT.checked("--jobs", self.jobs)
         if self.jobs > 1 and ranks.is_launched():
             raise UserError(
                 f"--jobs {self.jobs}: under a launcher its processes share one run at a time; leave --jobs out"
             )
-        if self.tune < 0:
-            raise UserError(f"--tune {self.tune}: give how many configurations each model may try, or 0")
-        if self.limit_users is not None and self.limit_users < 1:
-            raise UserError(f"--limit_users {self.limit_users}: at least one user must be evaluated")
+        Range(int, least=0).checked("--tune", self.tune)
+        if self.limit_users is not None:
+            COUNT.checked("--limit_users", self.limit_users)
+        for seed in self.seeds:
+            SEED.checked("--seeds", seed)
         for label in self.labels:
             resolve(label)
 
@@ -94,7 +97,7 @@ class Job:
             "dataset": self.plan.dataset,
             "config_files": list(self.plan.config_files),
             "defaults": dict(self.entry.defaults),
-            "overrides": {**self.plan.overrides, **self.entry.overrides},
+            "overrides": {**_few_epochs(self.entry, self.plan), **self.plan.overrides, **self.entry.overrides},
             "output_dir": str(self.plan.output_dir),
             "limit_users": self.plan.limit_users,
             "tune": self.plan.tune,
@@ -119,10 +122,16 @@ def run_id(entry: Entry, seed: int, plan: BenchmarkPlan) -> str:
     files = [*plan.config_files, *_files_named(plan)]
     contents = [hashlib.sha256(Path(f).read_bytes()).hexdigest() if Path(f).is_file() else f for f in files]
     keys = {key: value for key, value in plan.overrides.items() if str(value) not in files or key not in DECISIVE_FILES}
-    decisive = [entry.model, plan.dataset, entry.defaults, {**keys, **entry.overrides}, contents, plan.limit_users]
+    settings = {**_few_epochs(entry, plan), **keys, **entry.overrides}
+    decisive = [entry.model, plan.dataset, entry.defaults, settings, contents, plan.limit_users]
     text = json.dumps(plain_json([*decisive, *([plan.tune] if plan.tune else [])]), sort_keys=True)
     readable = re.sub(r"[^A-Za-z0-9]+", "-", entry.label)
     return f"{readable}-{seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def _few_epochs(entry: Entry, plan: BenchmarkPlan) -> dict[str, Any]:
+    """Return what a quick look changes of a baseline; the command line wins over it, and it over config files."""
+    return quick_look(entry.model) if plan.quick and entry.model != MLLM else {}
 
 
 def _files_named(plan: BenchmarkPlan) -> list[str]:

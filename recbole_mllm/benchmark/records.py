@@ -20,8 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recbole_mllm.errors import UserError
+from recbole_mllm.files import whole_file
+from recbole_mllm.progress import tell_once
 
 RECORDS = "runs.jsonl"
+CANDIDATE_RULES = 2
+"""How candidates are worked out; 1 read a model's own rows, which changed them on benchmark files and under popN."""
+
 OK = "ok"
 
 Kind = Literal["baseline", "mllm"]
@@ -48,10 +53,18 @@ class RunRecord:
         label: The row's name, e.g. ``MLLMMSR:direct``; `model` is RecBole's name for it.
         protocol: How it was evaluated, in one line for people.
         candidates: Digest of the frozen candidates.
+        candidate_rules: By which rules they were worked out, see `CANDIDATE_RULES`.
         per_user: Path of the per-user arrays (`USER_COLUMNS`), relative to the results folder.
         scores: Path of the pair scores (`PAIR_COLUMNS`), relative to the results folder.
         status: ``ok``, or what went wrong, in one line.
         started: Local time in ISO format.
+        metrics: On the test split.
+        valid: On the validation split, of the state that was tested; None of a run recorded before this was kept,
+            whose `train_s` includes validating and whose `summarize_s` loading.
+        load_s: What loading the models took; `summarize_s` is without it.
+        summarize_reused: How many summaries the store had already; `summarize_s` has the seconds they took then.
+        train_s: Without validation and test; None where nothing was trained.
+        converged: Whether validation had stopped rising when training ended; None where that is no question.
         retrieval: Under full ranking, whose best `top_k` items an MLLM re-ranked, which share of the targets is among
             them (``recall``, a ceiling), and ``fusion``, the MLLM's share of the score.
         features_s: What making the item features took, whichever run made them; None of a model that reads none.
@@ -69,13 +82,17 @@ class RunRecord:
     started: str
     protocol: str = ""
     candidates: str = ""
+    candidate_rules: int = 1
     n_users: int = 0
     config_digest: str = ""
     config: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
+    valid: Mapping[str, float] | None = None
     per_user: str | None = None
     scores: str | None = None
+    load_s: float | None = None
     summarize_s: float | None = None
+    summarize_reused: int = 0
     features_s: float | None = None
     train_s: float | None = None
     score_s: float | None = None
@@ -90,6 +107,7 @@ class RunRecord:
     tuning: Mapping[str, Any] | None = None
     retrieval: Mapping[str, Any] | None = None
     scores_reused: int = 0
+    converged: bool | None = None
 
     def __post_init__(self) -> None:
         """Refuse a success without finite metrics, and a status that would break the one-line-a-run rule."""
@@ -112,7 +130,14 @@ class RunRecord:
     def from_line(cls, line: str) -> RunRecord:
         """Read a line; fields that a later version has added are left out."""
         values = json.loads(line)
-        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
+        if not isinstance(values, dict):
+            raise ValueError("no JSON object")
+        record = cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
+        texts = (record.run_id, record.model, record.label, record.dataset, record.status, record.candidates)
+        numbers = (record.seed, record.n_users)
+        if not all(isinstance(text, str) for text in texts) or not all(type(number) is int for number in numbers):
+            raise ValueError("a name is no text, or the seed or the number of users no whole number")
+        return record
 
 
 def append(path: Path, record: RunRecord) -> None:
@@ -131,11 +156,35 @@ def append(path: Path, record: RunRecord) -> None:
 
 
 def read_records(path: Path) -> list[RunRecord]:
-    """Return every record in `path`, oldest first; none if there is no such file."""
+    """Return every record in `path`, oldest first; none if there is no such file.
+
+    A line that is no record is left out, and a warning says so: it must not cost the others.
+    """
     if not path.exists():
         return []
     lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline was torn, or is being written
-    return [_read_line(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    read = (_read_line(path, number, line) for number, line in enumerate(lines, start=1) if line.strip())
+    return [record for record in read if record is not None]
+
+
+def different_candidates(sets: Mapping[str, Iterable[str]], older: Iterable[str] = ()) -> UserError:
+    """Return the error about runs that no leaderboard may hold together.
+
+    Args:
+        sets: The runs of each digest.
+        older: Digests of runs that are recorded under older rules.
+    """
+    told = "; ".join(f"{digest or '(none)'}: {', '.join(runs)}" for digest, runs in sets.items())
+    past = ", ".join(digest for digest in older if digest in sets)
+    why = (
+        f"{past} was drawn by the rules of an older version, so run those models again with --force, or "
+        if past
+        else ""
+    )
+    return UserError(
+        f"these runs ranked different candidates and cannot share a leaderboard ({told}); {why}"
+        "give one of them another --output_dir"
+    )
 
 
 def latest(records: Iterable[RunRecord]) -> dict[str, RunRecord]:
@@ -145,16 +194,10 @@ def latest(records: Iterable[RunRecord]) -> dict[str, RunRecord]:
 
 def write_arrays(path: Path, arrays: Arrays) -> None:
     """Write an ``.npz``, whole or not at all; texts become unicode arrays, so that nothing is pickled."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     plain = {name: np.asarray(values) for name, values in arrays.items()}
     plain = {name: values.astype(str) if values.dtype == object else values for name, values in plain.items()}
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with scratch.open("wb") as file:
-            np.savez_compressed(file, allow_pickle=False, **plain)
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    with whole_file(path, binary=True) as file:
+        np.savez_compressed(file, allow_pickle=False, **plain)
 
 
 def read_arrays(path: Path, required: Iterable[str]) -> dict[str, NDArray[Any]]:
@@ -172,11 +215,13 @@ def read_arrays(path: Path, required: Iterable[str]) -> dict[str, NDArray[Any]]:
     return arrays
 
 
-def _read_line(path: Path, number: int, line: bytes) -> RunRecord:
+def _read_line(path: Path, number: int, line: bytes) -> RunRecord | None:
     try:
         return RunRecord.from_line(line.decode())
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}, line {number}, is no run record ({error}); delete that line") from error
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        why = " ".join(str(error).split())[:120]
+        tell_once(f"{path}:{number}: this line is no run record ({why}) and is left out; delete it")
+        return None
 
 
 def _cut_torn_end(descriptor: int) -> None:

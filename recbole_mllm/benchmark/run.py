@@ -12,10 +12,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from recbole_mllm import ranks
 from recbole_mllm.benchmark.child import LOG, Stopped, claim, failure, run_child
@@ -24,14 +25,33 @@ from recbole_mllm.benchmark.launched import Orders
 from recbole_mllm.benchmark.leaderboard import VALID_METRIC
 from recbole_mllm.benchmark.portable import said_anywhere
 from recbole_mllm.benchmark.progress import Progress
-from recbole_mllm.benchmark.records import RECORDS, RunRecord, append, latest, plain_json, read_records
+from recbole_mllm.benchmark.records import (
+    CANDIDATE_RULES,
+    RECORDS,
+    RunRecord,
+    append,
+    different_candidates,
+    latest,
+    plain_json,
+    read_records,
+)
 from recbole_mllm.benchmark.report import HTML, render, write_note
 from recbole_mllm.benchmark.tuning import TRIALS
+from recbole_mllm.errors import UserError
+from recbole_mllm.files import BENCHMARK, check_folder, remove_file, write_text
 
 WORKER = (sys.executable, "-m", "recbole_mllm.benchmark.worker")
 
 
-def benchmark(plan: BenchmarkPlan, worker: Sequence[str] = WORKER, tell: Callable[[str], None] | None = None) -> Path:
+Digests = Callable[[Sequence[Mapping[str, Any]], bool], Mapping[str, str]]
+
+
+def benchmark(
+    plan: BenchmarkPlan,
+    worker: Sequence[str] = WORKER,
+    tell: Callable[[str], None] | None = None,
+    digests: Digests | None = None,
+) -> Path:
     """Run what is not finished yet and return the path of the HTML report; the other forms lie beside it.
 
     A run that fails gets a row that says why. Ctrl-C and SIGTERM end the runs at work, keep the finished ones and leave
@@ -41,12 +61,19 @@ def benchmark(plan: BenchmarkPlan, worker: Sequence[str] = WORKER, tell: Callabl
         plan: What to run and where.
         worker: The command that gets the path of a ``job.json``; it appends the run's record and exits with 0.
         tell: Where each line for the user goes; default: standard output, live on a terminal.
+        digests: Which candidates runs will meet (`worker.digests_of`), so that none starts in vain; None asks nobody.
+
+    Raises:
+        UserError: The runs, and those of before, could not share a leaderboard.
     """
+    check_folder(plan.output_dir, BENCHMARK, "--output_dir")
+    jobs = jobs_of(plan)
+    expected = _refuse_other_candidates(plan, jobs, digests)
     plan.output_dir.mkdir(parents=True, exist_ok=True)
+    (plan.output_dir / RECORDS).touch()  # which makes the folder ours, should this end before its first record
     if plan.note:
         write_note(plan.output_dir, plan.note)
-    jobs = jobs_of(plan)
-    bench = _Bench(plan, tuple(worker), Progress(len(jobs), live=plan.jobs == 1, tell=tell))
+    bench = _Bench(plan, tuple(worker), Progress(len(jobs), live=plan.jobs == 1, tell=tell), expected)
     try:
         with _terminable():
             bench.run_all(jobs)
@@ -60,13 +87,41 @@ def benchmark(plan: BenchmarkPlan, worker: Sequence[str] = WORKER, tell: Callabl
     return plan.output_dir / HTML
 
 
+def _refuse_other_candidates(plan: BenchmarkPlan, jobs: Sequence[Job], digests: Digests | None) -> Mapping[str, str]:
+    """Refuse a leaderboard of two datasets or two sets of candidates; return the runs' digests where they are known."""
+    ours = {job.run_id for job in jobs}
+    done = {run: record for run, record in latest(read_records(plan.output_dir / RECORDS)).items() if record.ok}
+    kept = {run: record for run, record in done.items() if not (plan.force and run in ours)}
+    for run, record in kept.items():
+        if record.dataset != plan.dataset:
+            raise UserError(
+                f"{plan.output_dir} holds runs of dataset {record.dataset} ({run}), and a leaderboard is of one; give "
+                f"this one of {plan.dataset} another --output_dir"
+            )
+    due = [job.order() for job in jobs if job.run_id not in kept]
+    if digests is None or not due:
+        return {}
+    found = digests(due, bool(kept))
+    sets: dict[str, list[str]] = {}
+    for run, digest in [*((run, record.candidates) for run, record in kept.items()), *found.items()]:
+        sets.setdefault(digest, []).append(run)
+    if len(sets) > 1:
+        raise different_candidates(
+            sets, {record.candidates for record in kept.values() if record.candidate_rules < CANDIDATE_RULES}
+        )
+    return found
+
+
 class _Bench:
     """The state that the jobs at work share."""
 
-    def __init__(self, plan: BenchmarkPlan, worker: tuple[str, ...], progress: Progress) -> None:
+    def __init__(
+        self, plan: BenchmarkPlan, worker: tuple[str, ...], progress: Progress, expected: Mapping[str, str]
+    ) -> None:
         self.plan = plan
         self.worker = worker
         self.progress = progress
+        self.expected = expected
         self.records = plan.output_dir / RECORDS
         self.stop = threading.Event()
         self.rendering = threading.Lock()
@@ -109,25 +164,26 @@ class _Bench:
             raise Stopped
         order = job.folder / "job.json"
         if self.plan.force:
-            (job.folder / TRIALS).unlink(missing_ok=True)
-        order.write_text(json.dumps(plain_json(job.order()), indent=2))
+            remove_file(job.folder / TRIALS)
+        told = plain_json({**job.order(), "candidates": self.expected.get(job.run_id)})
+        write_text(order, json.dumps(told, indent=2))
         started, clock = datetime.now().astimezone(), time.monotonic()
         known = self._records_of(job)
         self.progress.start(job.number, job.name)
-        reason = self._child(job, order, lock)
+        reason = self._child(job, order, told, lock)
         if len(self._records_of(job)) == len(known):
             append(self.records, _failed(job, reason or failure(job.folder / LOG, 0), started))
         record = self._records_of(job)[-1]
         self.progress.end(job.number, job.name, f"{time.monotonic() - clock:.0f} s {_headline(record)}")
 
-    def _child(self, job: Job, order: Path, lock: int) -> str:
+    def _child(self, job: Job, order: Path, told: Mapping[str, Any], lock: int) -> str:
         """Run the job in a child, under a launcher in one of each process for MLLMMSR; return why it failed, or ""."""
 
         def tick(seconds: float, line: str) -> None:
             self.progress.tick(job.number, job.name, seconds, line)
 
         if ranks.is_launched() and job.entry.kind == "mllm":
-            _, reason = self.orders.run(self.worker, plain_json(job.order()), job.folder, lock, self.stop, tick)
+            _, reason = self.orders.run(self.worker, told, job.folder, lock, self.stop, tick)
             return reason
         code = run_child([*self.worker, str(order)], job.folder, lock, self.stop, tick)
         return failure(job.folder / LOG, code) if code else ""
@@ -159,7 +215,9 @@ def _headline(record: RunRecord) -> str:
     if not record.ok:
         return f"failed: {record.status}"
     metric = VALID_METRIC if VALID_METRIC in record.metrics else next(iter(record.metrics))
-    return f"{metric} {record.metrics[metric]:.3f}"
+    mode = (record.config.get("eval_args") or {}).get("mode", "")
+    told = mode.get("test", "") if isinstance(mode, Mapping) else mode
+    return f"{metric} {record.metrics[metric]:.3f} on test" + (f" ({told})" if told else "")
 
 
 @contextlib.contextmanager

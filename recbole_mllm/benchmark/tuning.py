@@ -17,12 +17,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from recbole_mllm import ranks
 from recbole_mllm.benchmark.portable import said_anywhere
 from recbole_mllm.errors import UserError
 from recbole_mllm.resources import resource
+from recbole_mllm.yamlfile import read_mapping
 
 Settings = dict[str, Any]
 
@@ -36,9 +35,9 @@ def space_of(model: str, fixed: Container[str] = ()) -> dict[str, list[Any]]:
     Raises:
         UserError: The file does not hold a list of choices for each key.
     """
-    path = resource("tuning", model) or resource("tuning", "default")
-    found = yaml.safe_load(Path(str(path)).read_text(encoding="utf-8"))
-    if not isinstance(found, dict) or not all(isinstance(choices, list) and choices for choices in found.values()):
+    path = Path(str(resource("tuning", model) or resource("tuning", "default")))
+    found = read_mapping(path)
+    if not all(isinstance(choices, list) and choices for choices in found.values()):
         raise UserError(f"{path} must hold `key: [choice, …]` lines")
     return {str(key): list(choices) for key, choices in found.items() if key not in fixed}
 
@@ -56,6 +55,7 @@ def search(
     bigger: bool,
     tell: Callable[[str], None] = print,
     journal: Path | None = None,
+    measure: str = "validation",
 ) -> dict[str, Any]:
     """Try each of `settings`; return what was tried, with which validation score, and what won (the first of equals).
 
@@ -76,7 +76,7 @@ def search(
             if journal is not None and ranks.is_main():
                 _note(journal, entry)
         tried.append(entry)
-        said = entry.get("error") if entry["valid"] is None else entry["valid"]
+        said = entry.get("error") if entry["valid"] is None else f"{measure} {entry['valid']}"
         tell(f"trial {number}/{len(settings)} {chosen or 'defaults'}: {said}{kept}")
     done = [entry for entry in tried if entry["valid"] is not None]
     if not done:

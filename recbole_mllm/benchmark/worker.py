@@ -10,10 +10,13 @@ import resource
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
@@ -23,11 +26,12 @@ from recbole_mllm import ranks
 from recbole_mllm.benchmark.cases import write_cases, write_titles
 from recbole_mllm.benchmark.field import baseline_defaults
 from recbole_mllm.benchmark.portable import config_digest
-from recbole_mllm.benchmark.records import RECORDS, RunRecord, append, plain_json, write_arrays
+from recbole_mllm.benchmark.records import CANDIDATE_RULES, RECORDS, RunRecord, append, plain_json, write_arrays
 from recbole_mllm.benchmark.tuning import TRIALS, search, space_of, trials
 from recbole_mllm.config import benchmark_defaults, config_paths, keys_for
 from recbole_mllm.data.texts import read_items
 from recbole_mllm.errors import UserError
+from recbole_mllm.files import write_text
 from recbole_mllm.launched import child_code
 from recbole_mllm.refusals import reason_of
 
@@ -37,6 +41,10 @@ _PATHS = (
 )
 _FOLDERS_MADE = ("checkpoint_dir", "retriever_dir")  # where they are not there yet
 RETRIEVERS = "retrievers"
+NO_ONE_RANKING = (
+    "this protocol leaves no ranking to compare models by: use eval_args.mode uniN, popN or full, with one target a "
+    "user (split LS)"
+)
 NOTHING_TO_TUNE = ("Pop", "Random")
 _NO_CACHE = {"save_dataset": False, "save_dataloaders": False, "dataset_save_path": None, "dataloaders_save_path": None}
 
@@ -66,32 +74,94 @@ def main() -> int:
 
 def run_job(job: dict[str, Any]) -> None:
     """Run `job` (see `jobs.Job.order`) and append its record."""
-    from recbole_mllm.quick_start import make_config, run
+    from recbole_mllm.quick_start import run
 
     started = datetime.now().astimezone()
     output = Path(job["output_dir"]).resolve()
-    folder = output / "runs" / job["run_id"]
+    folder, home = output / "runs" / job["run_id"], Path.cwd()
     defaults = folder / ("defaults.yaml" if ranks.is_main() else f"defaults.{ranks.rank()}.yaml")
-    kept = {"retriever_dir": str(output / RETRIEVERS)}  # trained once for all runs that rank by it
-    defaults.write_text(yaml.safe_dump(benchmark_defaults() | kept | _negatives(job["model"]) | job["defaults"]))
-    files, home = [str(defaults), *config_paths(job["config_files"])], Path.cwd()
 
     def configured(tuned: dict[str, Any]) -> Any:
         """Make a Config where the user stood, and run it in the run's folder: RecBole writes ``log/`` where it is."""
         os.chdir(home)
-        config = make_config(job["model"], job["dataset"], files, {**tuned, **_overrides(job, folder)})
-        _make_absolute(config)
+        config = _config(job, defaults, tuned)
         _train_as_baseline(config)
         os.chdir(folder)
         return config
 
     tuning = _tune(job, configured, folder)
-    outcome = run(configured(tuning["chosen"] if tuning else {}))
+    check = partial(_check_split, job)
+    outcome = run(configured(tuning["chosen"] if tuning else {}), check)
     peak = max(ranks.gather_objects(_peak_memory(outcome.config["device"])))
     if not ranks.is_main():
         return
     evidence = _write_evidence(outcome, output, folder)
     append(output / RECORDS, _record(job, outcome, started.isoformat(timespec="seconds"), evidence, tuning, peak))
+
+
+def _config(job: dict[str, Any], defaults: Path, tuned: dict[str, Any]) -> Any:
+    """Return the Config of `job`, whose defaults are written to the file `defaults` in the run's folder."""
+    from recbole_mllm.quick_start import make_config
+
+    kept = {
+        "retriever_dir": str(Path(job["output_dir"]).resolve() / RETRIEVERS)
+    }  # trained once for all that rank by it
+    write_text(defaults, yaml.safe_dump(benchmark_defaults() | kept | _negatives(job["model"]) | job["defaults"]))
+    files = [str(defaults), *config_paths(job["config_files"])]
+    config = make_config(job["model"], job["dataset"], files, {**tuned, **_overrides(job, defaults.parent)})
+    _make_absolute(config)
+    return config
+
+
+def _check_split(job: dict[str, Any], dataset: Any, test: Any) -> None:
+    """Refuse, before training, a run that could not stand beside the others of its benchmark."""
+    expected = job.get("candidates")
+    if expected and dataset.candidates_digest != expected:
+        raise UserError(
+            f"its candidates are {dataset.candidates_digest}, and were {expected} when the benchmark began; the "
+            "dataset's files have changed since: start the benchmark again, into another --output_dir"
+        )
+    users = test._dataset.inter_feat[dataset.uid_field].numpy()
+    full = "full" in test.config["eval_args"]["mode"].values()
+    if full and getattr(test, "is_sequential", False) and len(set(users.tolist())) < len(users):
+        raise UserError(NO_ONE_RANKING)
+
+
+def digests_of(jobs: Sequence[Mapping[str, Any]], compared: bool) -> dict[str, str]:
+    """Return the digest of the candidates each job will meet, by run id, before any of them is started.
+
+    The dataset is read once for all jobs that its settings make the same for; not at all where that is all of them,
+    unless they are to be `compared` with runs of before. A job that cannot be read is left to say so itself.
+
+    Args:
+        jobs: What workers are told (see `jobs.Job.order`).
+        compared: Whether there are such runs.
+    """
+    from recbole.utils import init_seed
+
+    from recbole_mllm.evaluation.candidates import decisive_keys, digest_of
+
+    made: dict[str, Any] = {}  # one Config a label: seeds share it
+    keys: dict[str, tuple[str, int | None]] = {}
+    with TemporaryDirectory() as folder:
+        for job in jobs:
+            with suppress(UserError, ImportError, ValueError):
+                label = job["label"]
+                made[label] = made.get(label) or _config(dict(job), Path(folder) / "defaults.yaml", {})
+                key, by_seed = decisive_keys(made[label])
+                keys[job["run_id"]] = key, job["seed"] if by_seed else None
+        if len(set(keys.values())) < 2 and not compared:
+            return {}
+        digests: dict[Any, str] = {}
+        for job in (job for job in jobs if job["run_id"] in keys):
+            what = keys[job["run_id"]]
+            if what not in digests:
+                config = made[job["label"]]
+                config["seed"] = job["seed"]
+                init_seed(job["seed"], config["reproducibility"])
+                with suppress(UserError):
+                    digests[what] = digest_of(config)
+    return {run: digests[what] for run, what in keys.items() if what in digests}
 
 
 def _negatives(model: str) -> dict[str, Any]:
@@ -137,7 +207,11 @@ def _tune(job: dict[str, Any], configured: Callable[[dict[str, Any]], Any], fold
     space = {} if job["model"] in NOTHING_TO_TUNE else space_of(job["model"], given | set(job["overrides"]))
     tried = trials(space, budget, job["seed"], {key: default[key] for key in space})
     found = search(
-        tried, lambda tuned: validate(configured(tuned)), default["valid_metric_bigger"], journal=folder / TRIALS
+        tried,
+        lambda tuned: validate(configured(tuned)),
+        default["valid_metric_bigger"],
+        journal=folder / TRIALS,
+        measure=f"validation {default['valid_metric']}",
     )
     return {"budget": budget, "seed": job["seed"], "metric": default["valid_metric"], "space": space, **found}
 
@@ -147,10 +221,7 @@ def _write_evidence(outcome: Any, output: Path, folder: Path) -> dict[str, str]:
     from recbole_mllm.evaluation.protocol import user_columns
 
     if outcome.pairs is None:
-        raise UserError(
-            "this protocol leaves no ranking to compare models by: use eval_args.mode uniN, popN or full, with one "
-            "target a user (split LS)"
-        )
+        raise UserError(NO_ONE_RANKING)
     config, data, pairs = outcome.config, outcome.dataset, outcome.pairs
     tokens = {
         name: data.field2id_token[field].astype(str)
@@ -206,17 +277,19 @@ def _record(
         started=started,
         protocol=protocol_line(outcome.config, users),
         candidates=outcome.dataset.candidates_digest,
+        candidate_rules=CANDIDATE_RULES,
         n_users=users,
         config_digest=config_digest(config),
         config=plain_json(config),
         metrics=outcome.test,
+        valid=outcome.valid,
         per_user=evidence["per_user"],
         scores=evidence["scores"],
         summarize_s=outcome.summarize_s if is_mllm else None,
         features_s=_features_s(outcome.config),
         train_s=outcome.train_s,
         score_s=outcome.score_s,
-        pairs_per_s=outcome.pairs_scored / outcome.score_s,
+        pairs_per_s=max(0, outcome.pairs_scored - outcome.scores_reused) / outcome.score_s or None,
         tokens=getattr(outcome.model, "tokens_read", None),
         parameters_trained=_parameters_trained(outcome.model),
         peak_memory_mb=peak,
@@ -227,6 +300,7 @@ def _record(
         tuning=tuning,
         retrieval=outcome.retrieval,
         scores_reused=outcome.scores_reused,
+        converged=outcome.converged,
     )
 
 

@@ -42,6 +42,7 @@ class MLLMMSRDataset(SequentialDataset):  # type: ignore[misc]  # RecBole is unt
             self.set_field_property(field, FeatureType.TOKEN, FeatureSource.INTERACTION, 1)
         self.inter_feat.update(Interaction(numbers))
 
+    exact_order = True  # whatever the configuration says (`facts.wants_exact_order`)
     whole_lists: list[Any] | None = None
     row_times: Any = None
 

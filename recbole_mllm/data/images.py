@@ -226,11 +226,14 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return deep.point(lambda value: value * scale + (0.5 - low * scale)).convert("L")
 
 
+MISSING_HEADER = b"item_id\tpath\treason\n"
+
+
 def write_report(path: Path, rows: Iterable[tuple[str, str, str]]) -> int:
     """Write ``item_id, path, reason`` of each missing image, tab-separated, whole or not at all; return how many."""
     count = 0
     with whole_file(path) as file:
-        file.write("item_id\tpath\treason\n")
+        file.write(MISSING_HEADER.decode())
         for row in rows:
             file.write("\t".join(" ".join(value.split()) for value in row).encode(errors="replace").decode() + "\n")
             count += 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from recbole_mllm.data.facts import wants_exact_order
 from recbole_mllm.errors import UserError
 
 _ATOMIC = (".inter", ".item", ".user", ".kg", ".link", ".net")
@@ -14,7 +15,8 @@ def use_now(dataset: Any, config: Any) -> None:
     """Let a `dataset` that was taken up again be split as `config` says; its own configuration is the one it had then.
 
     Raises:
-        UserError: The dataset's files have changed since it was saved, which RecBole does not see.
+        UserError: The dataset's files have changed since it was saved, which RecBole does not see, or what candidates
+            and order are worked out from was not saved with it.
     """
     if dataset.config is config:
         return
@@ -25,3 +27,5 @@ def use_now(dataset: Any, config: Any) -> None:
         if path.suffix in _ATOMIC and path.stat().st_mtime > file.stat().st_mtime:
             raise UserError(f"{path} is newer than {file}, the dataset as RecBole saved it; delete that file")
     dataset.config = config
+    if dataset.facts is None and wants_exact_order(dataset):
+        raise UserError(f"{file}, the dataset as RecBole saved it, was saved by an older version; delete that file")

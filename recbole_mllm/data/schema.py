@@ -6,6 +6,7 @@ from collections.abc import Container
 from pathlib import Path
 
 USER, ITEM, TIME = "user_id", "item_id", "timestamp"
+EXACT_TIME = "exact_time"  # the source's own time, where `convert` had to make TIME a place in the order
 TITLE, IMAGE, SUMMARY = "title", "image", "summary"
 SEEN, HISTORY = "seen", "history"
 

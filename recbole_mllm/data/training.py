@@ -7,7 +7,7 @@ is also what lets a run go on in the middle of one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -130,23 +130,37 @@ class SeededTrainDataLoader(TrainDataLoader):  # type: ignore[misc]  # RecBole i
         return self._negatives.draw(users, rng)
 
     def _make_negatives(self, users: Any) -> Negatives:
-        """Read off the training split who met what.
+        """Read off the training split who met what."""
+        return _negatives(self.neg_sample_args, self._dataset, users)
 
-        Raises:
-            UserError: A user has met every item there is, or negatives are asked for that a model must choose.
-        """
-        how = self.neg_sample_args
-        if how.get("dynamic", False):
-            raise UserError("train_neg_sample_args.dynamic asks an MLLM about every candidate; set it to false")
-        popular = how["distribution"] == "popularity"
-        negatives = Negatives(training_pairs(self._dataset), float(how.get("alpha", 1.0)) if popular else 0.0)
-        if len(full := negatives.exhausted(users)):
-            name = self._dataset.field2id_token[self.uid_field][full[0]]
-            raise UserError(
-                f"user {name} has met all {len(negatives.items)} items that occur in training, so no negative is left; "
-                "filter such users (user_inter_num_interval)"
-            )
-        return negatives
+
+def check_negatives(config: Any, train: Any) -> None:
+    """Refuse a training split in which somebody leaves no negative to draw, before anything is made for it.
+
+    Args:
+        config: RecBole's.
+        train: The training part, with `histories`.
+
+    Raises:
+        UserError: A user has met every item there is, or negatives are asked for that a model must choose.
+    """
+    how = config["train_neg_sample_args"]
+    if how["distribution"] != "none":
+        _negatives(how, train, train.inter_feat[train.uid_field].numpy())
+
+
+def _negatives(how: Mapping[str, Any], train: Any, users: Any) -> Negatives:
+    if how.get("dynamic", False):
+        raise UserError("train_neg_sample_args.dynamic asks an MLLM about every candidate; set it to false")
+    popular = how["distribution"] == "popularity"
+    negatives = Negatives(training_pairs(train), float(how.get("alpha", 1.0)) if popular else 0.0)
+    if len(full := negatives.exhausted(users)):
+        name = train.field2id_token[train.uid_field][full[0]]
+        raise UserError(
+            f"user {name} has met all {len(negatives.items)} items that occur in training, so no negative is left; "
+            "filter such users (user_inter_num_interval)"
+        )
+    return negatives
 
 
 def training_pairs(train: Any) -> Any:

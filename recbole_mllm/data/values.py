@@ -9,7 +9,14 @@ character are kept.
 from __future__ import annotations
 
 import re
+import time
 import unicodedata
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
 
 MAX_CHARACTERS = 16_777_216  # what RecBole's reader is let take (compat/frames.py); a longer value is no text
 MAX_ID_CHARACTERS = 1_000  # RecBole keeps ids in a numpy array, where each takes the room of the longest
@@ -24,6 +31,9 @@ _JOINED = re.compile(f"[{_JOINERS}]{{2,}}")
 _JOINED_SPACES = re.compile(rf"[{_JOINERS}]?\s[\s{_JOINERS}]*")
 _QUOTES = "\"'"
 _EDGES = ("", " ", *_QUOTES)
+_UNITS = (1.0, 1e3, 1e6, 1e9)  # a second in seconds, milliseconds, microseconds, nanoseconds
+_A_DATE = 1e8  # seconds since 1970: March 1973; less is a small number rather than a date
+_DAY = 86_400.0
 _ORDINARY_ID = re.compile(r"[!#-Z\\-~][!-~]{0,999}")
 
 
@@ -93,3 +103,27 @@ def value_problem(text: str) -> str | None:
     except UnicodeEncodeError:
         return "holds a lone surrogate, which UTF-8 cannot write"
     return None
+
+
+def impossible_times(times: ArrayLike) -> tuple[int, int]:
+    """Return how many of `times` are at or before the first second of 1970, and how many lie after tomorrow.
+
+    Args:
+        times: ``[N]`` numbers since 1970, in seconds, milliseconds or finer: what most of them are is told by their
+            size. NaN counts as neither. Places in an order (whole numbers from 0 to at most N) are no dates: (0, 0).
+    """
+    early, late = find_impossible_times(times)
+    return int(early.sum()), int(late.sum())
+
+
+def find_impossible_times(times: ArrayLike) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return two masks ``[N]`` of `times`: those at or before 1970, those after tomorrow (see `impossible_times`)."""
+    values = np.asarray(times, np.float64)
+    early = values <= 0
+    positive = values[values > 0]
+    if not positive.size or (not (values < 0).any() and positive.max() <= len(values)):
+        none = np.zeros(len(values), bool)
+        return (none if positive.size else early), none
+    typical = float(np.median(positive))
+    unit = next((unit for unit in reversed(_UNITS) if typical >= unit * _A_DATE), 1.0)
+    return early, values > (time.time() + _DAY) * unit

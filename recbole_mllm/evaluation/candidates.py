@@ -1,29 +1,35 @@
 """Frozen candidates inside RecBole: an evaluation loader whose negatives no model, epoch or process can change.
 
 RecBole's own sampler draws from numpy's global generator, which training consumes, and excludes only the target
-(sampler.py:235,396,426). Here candidates are drawn once by raw id and laid into RecBole's loader.
+(sampler.py:235,396,426). Here candidates are worked out by raw id from the dataset's `facts`, which no model has cut or
+thinned, and laid into RecBole's loader.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from recbole.utils import ModelType
 
 from recbole_mllm.data.sampling import hashes64, limited_users, tie_keys
 from recbole_mllm.errors import UserError
 from recbole_mllm.evaluation.allitems import AllItems, RankedBatches
 from recbole_mllm.evaluation.draw import Pool, candidates_digest, draw_negatives
-from recbole_mllm.evaluation.exchange import read
+from recbole_mllm.evaluation.exchange import in_drawn_order, read
 from recbole_mllm.evaluation.loader import FrozenEvalDataLoader, UserRows
 from recbole_mllm.evaluation.protocol import training_counts
-from recbole_mllm.fastdata.listcolumn import entries
 from recbole_mllm.fastdata.pairs import Pairs
+from recbole_mllm.refusals import told_in_a_line
 from recbole_mllm.settings import EvaluationSettings
 
+_PHASES = ("valid", "test")
+# Settings of the dataset that come after `facts` are taken, or add to it
+_NO_MATTER = ("MAX_ITEM_LIST_LENGTH", "additional_feat_suffix", "preload_weight", "unused_col")
 _DENSE = 2**26  # scores a batch of a full ranking holds: a quarter of a gigabyte
 _MODE = re.compile(r"(uni|pop)(\d+)")
 
@@ -42,88 +48,247 @@ def freeze(config: Any, dataset: Any, train: Any, valid: Any, test: Any) -> tupl
     Raises:
         UserError: The mode is ``labeled``, a user leaves too few items, or ``candidates_file`` does not fit the split.
     """
-    settings = EvaluationSettings.from_config(config)
-    users, items = (np.asarray(dataset.field2id_token[f]).astype(str) for f in (dataset.uid_field, dataset.iid_field))
-    lengths, parts = _lengths(config, dataset), [loader._dataset for loader in (train, valid, test)]
-    owners = _owners(config, dataset, lengths, parts[1:])
-    kept = limited_users(users, owners, settings.limit_users, settings.candidate_seed)
-    met = _met(dataset, len(items), lengths)
-    keys, hashes = tie_keys(users, items, settings.candidate_seed), hashes64(items, "item")
-    given = read(Path(settings.candidates_file)) if settings.candidates_file else None
-
-    def negatives_of(phase: str, mode: str, rows: UserRows, targets: Any, known: Any) -> Any:
-        count = _count(mode)
-        if given:
-            given.refuse_others(phase, known, users)
-            return given.negatives(phase, rows, targets, count, users, items)
-        popular = _popularity(config, lengths, parts, len(items)) if mode.startswith("pop") else None
-        pool = Pool.uniform(met.keys % met.width, items) if popular is None else Pool.popular(popular, items)
-        return draw_negatives(pool, met, rows.users, rows.counts * count, users, phase, settings.candidate_seed)
-
-    loaders, drawn = [train], {}
-    for phase, loader, chosen, known in zip(("valid", "test"), (valid, test), kept, owners, strict=True):
-        mode = str(config["eval_args"]["mode"][phase])
+    asked = Candidates(config, dataset, [loader._dataset for loader in (train, valid, test)])
+    loaders = [train]
+    for phase, loader in (("valid", valid), ("test", test)):
+        part = _of_users(loader._dataset, asked.kept[phase])
+        asked.refuse_other_rows(phase, part)
+        mode = asked.modes[phase]
         if mode == "full":
-            whole = _limited(config, loader, chosen, given and given.phases[phase])
-            rows = whole._dataset.inter_feat
-            every = AllItems(_occurring(met), met if settings.exclude_seen else None, keys, len(rows))
-            whole.collate_fn = RankedBatches(whole.collate_fn, every)
+            whole = _fitting(config, loader, part)
+            whole.collate_fn = RankedBatches(whole.collate_fn, asked.ranking(phase))
             loaders.append(whole)
-            owner, target = (rows[field].numpy() for field in (dataset.uid_field, dataset.iid_field))
-            drawn[f"{phase} {every.name(hashes, loader.is_sequential)}"] = every.digested(users, owner, target, hashes)
             continue
-        part = _of_users(loader._dataset, chosen)
         part.sort(by=part.uid_field, ascending=True)
-        rows, targets = UserRows.of(part.inter_feat[part.uid_field].numpy()), part.inter_feat[part.iid_field].numpy()
-        negatives = negatives_of(phase, mode, rows, targets, known)
-        drawn[phase] = rows.digested(users, hashes[targets], hashes[negatives])
-        loaders.append(FrozenEvalDataLoader(config, part, loader._sampler, rows, _count(mode), negatives, keys))
-    dataset.candidates_digest = candidates_digest(drawn)
-    if given and settings.limit_users is None:
-        given.confirm(dataset.candidates_digest)
-    dataset.evaluated_users = int(kept[1].sum())
+        rows, negatives = UserRows.of(asked.targets(phase)[0]), asked.negatives(phase)
+        loaders.append(FrozenEvalDataLoader(config, part, loader._sampler, rows, _count(mode), negatives, asked.keys))
+    dataset.candidates_digest = asked.digest()
+    dataset.evaluated_users = int(asked.kept["test"].sum())
     return loaders[0], loaders[1], loaders[2]
 
 
-def _occurring(met: Pairs) -> Any:
-    """Return ``[items]`` whether an item occurs in any interaction."""
-    return np.bincount(met.keys % met.width, minlength=met.width) > 0
+def digest_of(config: Any) -> str:
+    """Return the digest that a run of `config` will have; the dataset is read for it, and nothing trained.
 
-
-def _lengths(config: Any, dataset: Any) -> Any:
-    """Return how many interactions each user has where a sequential model would be given fewer rows, else None.
-
-    Leaving one out, RecBole gives a sequential model a row less for each user, as nothing precedes the first item
-    (sequential_dataset.py:77-152): a user of one interaction is unknown there, one of two never tested, one of three
-    never validated. The same users, and the same candidates, for every model is what they are frozen for, so general
-    models are asked about no others.
+    Raises:
+        UserError: As `freeze`, or RecBole cannot read or split the dataset.
     """
-    listed = dataset.iid_field + config["LIST_SUFFIX"] in dataset.inter_feat
-    if listed or "LS" not in (config["eval_args"]["split"] or {}) or config["benchmark_filename"]:
-        return None
-    return np.bincount(dataset.inter_feat[dataset.uid_field].numpy(), minlength=dataset.user_num)
+    from recbole.data import create_dataset, data_preparation
+
+    with told_in_a_line("read and split the dataset"):
+        dataset = create_dataset(config)
+        if dataset.facts is not None and dataset.facts.split(config) is not None:
+            return Candidates(config, dataset).digest()
+        data_preparation(config, dataset)
+        return str(dataset.candidates_digest)
 
 
-def _owners(config: Any, dataset: Any, lengths: Any, parts: list[Any]) -> list[Any]:
-    """Return the users of the rows of each of `parts` (validation, test) that every model has."""
-    owners = [part.inter_feat[dataset.uid_field].numpy() for part in parts]
-    if lengths is None:
-        return owners
-    least = (4 if config["eval_args"]["split"]["LS"] == "valid_and_test" else 3, 3)
-    return [users[lengths[users] >= length] for users, length in zip(owners, least, strict=True)]
+def decisive_keys(config: Any) -> tuple[str, bool]:
+    """Return what decides the candidates besides the dataset's files, as one text, and whether `seed` does as well."""
+    from recbole.utils.argument_list import dataset_arguments
+
+    settings, arguments = EvaluationSettings.from_config(config), config["eval_args"]
+    by_data = bool(config["benchmark_filename"]) or ("LS" in (arguments["split"] or {}) and arguments["order"] == "TO")
+    by_rule = "full" in arguments["mode"].values() and not settings.exclude_seen  # RecBole's, which differs by model
+    kind = None if by_data and not by_rule else config["MODEL_TYPE"]
+    keys = {key: config[key] for key in dataset_arguments if key not in _NO_MATTER}
+    return repr((config["data_path"], keys, arguments, settings, kind)), not by_data
 
 
-def _popularity(config: Any, lengths: Any, parts: list[Any], width: int) -> Any:
-    """Return how often each item is trained on, as a sequential model counts it (parts: training, validation, test)."""
-    if lengths is None:
-        return training_counts(parts[0], 0, width)[0]
-    both = config["eval_args"]["split"]["LS"] == "valid_and_test"
-    trained = ((lengths >= 2), (lengths == 2) | ((lengths == 3) & both), (lengths == 2))
-    counts = np.zeros(width, np.int64)
-    for part, whose in zip(parts, trained, strict=True):
-        kept = whose[part.inter_feat[part.uid_field].numpy()]
-        counts += np.bincount(part.inter_feat[part.iid_field].numpy()[kept], minlength=width)
-    return counts
+class Candidates:
+    """What every model of a protocol is asked about: which users, with which targets, among which items.
+
+    A function of the dataset's `facts` and the settings. Where a split is random or by shares, the rows that are held
+    out are those that RecBole's split has made.
+
+    Args:
+        config: RecBole's.
+        dataset: RecBole's whole dataset, split or not.
+        parts: Its training, validation and test part; None where `facts` know what is held out.
+
+    Attributes:
+        kept: For each phase ``[users]``, whether a user is evaluated.
+        modes: For each phase ``eval_args.mode``.
+        keys: ``tie_keys`` of RecBole's users and items.
+    """
+
+    def __init__(self, config: Any, dataset: Any, parts: Sequence[Any] | None = None) -> None:
+        facts = dataset.facts
+        if facts is None:
+            raise UserError(
+                f"frozen candidates need interactions as RecBole reads them, which {type(dataset).__name__} does not "
+                "keep (it passes over Dataset._set_label_by_threshold); set frozen_candidates: false"
+            )
+        self.settings = settings = EvaluationSettings.from_config(config)
+        self.modes = {phase: str(config["eval_args"]["mode"][phase]) for phase in _PHASES}
+        self._users, self._items = (
+            np.asarray(dataset.field2id_token[f]).astype(str) for f in (dataset.uid_field, dataset.iid_field)
+        )
+        self._config, self._parts = config, parts
+        self._hashes = hashes64(self._items, "item")
+        self.keys = tie_keys(self._users, self._items, settings.candidate_seed)
+        self._split = facts.split(config) or RandomSplit.of(config, dataset, parts)
+        owners, items = self._split.met()
+        self._met = Pairs(owners, items, len(self._items))
+        self._every = {phase: self._split.targets(phase) for phase in _PHASES}
+        held_out = [users for users, _ in self._every.values()]
+        kept = limited_users(self._users, held_out, settings.limit_users, settings.candidate_seed)
+        # whom only a general model could be validated on is nobody's, though tested
+        held = [np.bincount(users, minlength=len(self._users)) > 0 for users in held_out]
+        self.kept = {phase: own & there for phase, own, there in zip(_PHASES, kept, held, strict=True)}
+        self._drawn: dict[str, Any] = {}
+        if settings.candidates_file:
+            self._read(Path(settings.candidates_file), dataset.dataset_name)
+
+    def targets(self, phase: str, chosen: Any = None) -> tuple[Any, Any]:
+        """Return (users, items) of the held-out rows of `chosen` ``[users]``, those evaluated; sorted by user."""
+        users, items = self._every[phase]
+        rows = np.flatnonzero((self.kept[phase] if chosen is None else chosen)[users])
+        rows = rows[np.argsort(users[rows], kind="stable")]
+        return users[rows], items[rows]
+
+    def refuse_other_rows(self, phase: str, part: Any) -> None:
+        """Refuse a `part` that RecBole has split in another way.
+
+        Raises:
+            UserError: Its rows are not those that are held out.
+        """
+        owner, item = (part.inter_feat[field].numpy() for field in (part.uid_field, part.iid_field))
+        order = np.argsort(owner, kind="stable")
+        users, targets = self.targets(phase)
+        if not (np.array_equal(owner[order], users) and np.array_equal(item[order], targets)):
+            raise UserError(
+                f"the {phase} rows are not those that the exact order of this dataset holds out; if RecBole has loaded "
+                f"saved dataloaders, delete them (in {self._config['checkpoint_dir']})"
+            )
+
+    def ranking(self, phase: str) -> AllItems:
+        """Return what a full ranking ranks."""
+        pool = np.bincount(self._met.keys % self._met.width, minlength=self._met.width) > 0
+        met = self._met if self.settings.exclude_seen else None
+        return AllItems(pool, met, self.keys, len(self.targets(phase)[0]))
+
+    def negatives(self, phase: str) -> Any:
+        """Return ``[rows * count]`` internal item ids, one user after the other."""
+        if phase not in self._drawn:
+            self._drawn[phase] = self._draw(phase, self.targets(phase)[0], self.settings.candidate_seed)
+        return self._drawn[phase]
+
+    def _draw(self, phase: str, owners: Any, seed: int) -> Any:
+        mode, rows = self.modes[phase], UserRows.of(owners)
+        if mode.startswith("pop"):
+            pool = Pool.popular(self._split.popularity(len(self._items)), self._items)
+        else:
+            pool = Pool.uniform(self._met.keys % self._met.width, self._items)
+        return draw_negatives(pool, self._met, rows.users, rows.counts * _count(mode), self._users, phase, seed)
+
+    def digest(self) -> str:
+        """Return the digest of everything that is asked.
+
+        Raises:
+            UserError: As `freeze`.
+        """
+        return candidates_digest(dict(self._asked(phase) for phase in _PHASES))
+
+    def _asked(self, phase: str, chosen: Any = None, negatives: Any = None) -> tuple[str, Any]:
+        """Return a phase's name in the digest, and what the digest reads of it."""
+        users, targets = self.targets(phase, chosen)
+        if self.modes[phase] == "full":
+            ranking = self.ranking(phase)
+            name = f"{phase} {ranking.name(self._hashes, self._config['MODEL_TYPE'] == ModelType.SEQUENTIAL)}"
+            return name, ranking.digested(self._users, users, targets, self._hashes)
+        drawn = self.negatives(phase) if negatives is None else negatives
+        return phase, UserRows.of(users).digested(self._users, self._hashes[targets], self._hashes[drawn])
+
+    def _read(self, path: Path, dataset: str) -> None:
+        """Take the candidates of a file, each user's in the order in which they would be drawn, whatever the file's.
+
+        Raises:
+            UserError: It is of another dataset, does not fit the split, or was edited.
+        """
+        given = read(path)
+        given.refuse_other_dataset(dataset)
+        written, ordered, listed = {}, {}, {}
+        for phase in _PHASES:
+            if self.modes[phase] == "full":
+                if given.phases[phase]:
+                    raise UserError("candidates_file has candidates for a phase whose eval_args.mode is full; use uniN")
+                continue
+            count = _count(self.modes[phase])
+            given.refuse_others(phase, self._every[phase][0], self._users)
+            given.require(phase, self._users[np.unique(self.targets(phase)[0])])
+            listed[phase] = np.isin(self._users, list(given.phases[phase]))
+            users, targets = self.targets(phase, listed[phase])
+            rows = UserRows.of(users)
+            written[phase] = given.negatives(phase, rows, targets, count, self._users, self._items, self._met)
+            try:
+                drawn = self._draw(phase, users, given.seed if given.seed is not None else self.settings.candidate_seed)
+            except UserError:  # other rules drew them: with fewer items to choose from there is no order to follow
+                drawn = None
+            owner = np.repeat(np.arange(len(rows.users)), rows.counts * count)
+            ordered[phase] = in_drawn_order(owner, written[phase], drawn, np.argsort(np.argsort(self._items)))
+            self._drawn[phase] = ordered[phase][np.repeat(self.kept[phase][users], count)]
+        whole = [self._every[phase][0] for phase in _PHASES]
+        everybody = dict(zip(_PHASES, limited_users(self._users, whole, None, 0), strict=True))
+        # as it was exported: in the file's order or in the drawn one, a full ranking beside it of all users or a sample
+        made = [
+            candidates_digest(dict(self._asked(p, listed.get(p, full[p]), lines.get(p)) for p in _PHASES))
+            for lines in (ordered, written)
+            for full in (everybody, self.kept)
+        ]
+        given.confirm(made)
+
+
+@dataclass(frozen=True, slots=True)
+class RandomSplit:
+    """A split that the data alone does not decide, from the parts that RecBole has made; see `facts.Split`.
+
+    Args:
+        facts: The dataset's.
+        train: The training part.
+        known: ``[rows]`` which interactions every model knows.
+        held: For ``valid`` and ``test`` (users, items) of the rows that every model has.
+        one_out: Whether one interaction of each user is held out for each phase.
+    """
+
+    facts: Any
+    train: Any
+    known: Any
+    held: Mapping[str, tuple[Any, Any]]
+    one_out: bool
+
+    @classmethod
+    def of(cls, config: Any, dataset: Any, parts: Sequence[Any] | None) -> RandomSplit:
+        """Read the split off its `parts`.
+
+        Leaving one out at random, only what a sequential model could be asked about is asked, as in order of time.
+        """
+        assert parts is not None, "a split that facts do not know has been made"
+        facts, split = dataset.facts, config["eval_args"]["split"] or {}
+        one_out = "LS" in split and facts.sizes is None
+        counts = np.bincount(facts.users, minlength=dataset.user_num)
+        least = (4 if split.get("LS") == "valid_and_test" else 3, 3) if one_out else (0, 0)
+        held = {}
+        for phase, part, length in zip(_PHASES, parts[1:], least, strict=True):
+            users, items = (part.inter_feat[field].numpy() for field in (part.uid_field, part.iid_field))
+            held[phase] = users[counts[users] >= length], items[counts[users] >= length]
+        return cls(facts, parts[0], counts[facts.users] >= (2 if one_out else 0), held, one_out)
+
+    def targets(self, phase: str) -> tuple[Any, Any]:
+        """Return (users, items) of the held-out rows."""
+        return self.held[phase]
+
+    def met(self) -> tuple[Any, Any]:
+        """Return (users, items) of all that the known users have met."""
+        users, items = self.facts.pairs()
+        return (users[self.known], items[self.known]) if self.one_out else (users, items)
+
+    def popularity(self, width: int) -> Any:
+        """Return ``[items]`` how often each item is trained on."""
+        if not self.one_out:
+            return training_counts(self.train, 0, width)[0]
+        held = (np.bincount(items, minlength=width) for _, items in self.held.values())
+        return np.bincount(self.facts.items[self.known], minlength=width) - sum(held)
 
 
 def _count(mode: str) -> int:
@@ -136,15 +301,13 @@ def _count(mode: str) -> int:
     return int(match.group(2))
 
 
-def _limited(config: Any, loader: Any, chosen: Any, given: Any) -> Any:
-    """Return a loader of the `chosen` users' rows, which is `loader` where those are all of its rows.
+def _fitting(config: Any, loader: Any, part: Any) -> Any:
+    """Return a loader of `part`, rows of `loader`'s, which is `loader` where those are all of its rows.
 
     A sequential model's batch counts rows (general_dataloader.py:246-249), and each becomes as many scores as there are
     items; it is lowered to what a memory holds.
     """
-    if given:
-        raise UserError("candidates_file has candidates for a phase whose eval_args.mode is full; use uniN")
-    part, size = _of_users(loader._dataset, chosen), config["eval_batch_size"]
+    size = config["eval_batch_size"]
     fitting = max(1, _DENSE // part.item_num) if loader.is_sequential else size
     if len(part) == len(loader._dataset) and size <= fitting:
         return loader
@@ -159,24 +322,3 @@ def _of_users(part: Any, chosen: Any) -> Any:
     """Return the rows of `part` whose user is `chosen`, in RecBole's order."""
     mask = chosen[part.inter_feat[part.uid_field].numpy()]
     return part.copy(part.inter_feat[mask])
-
-
-def _met(dataset: Any, width: int, lengths: Any = None) -> Pairs:
-    """Return every item each user has met in any split; users of one interaction are nobody's where `lengths` tell."""
-    rows = dataset.inter_feat
-    users, items = rows[dataset.uid_field].numpy(), rows[dataset.iid_field].numpy()
-    if lengths is not None:
-        users, items = users[lengths[users] >= 2], items[lengths[users] >= 2]
-    listed = dataset.iid_field + dataset.config["LIST_SUFFIX"]
-    if listed in rows:
-        augmented = hasattr(dataset, "item_list_length_field") and dataset.config["benchmark_filename"] is None
-        if augmented:  # a row's target stands alone, and only a user's first item is in no row but the lists
-            lengths = rows[dataset.item_list_length_field]
-            telling = (lengths == 1).nonzero()[:, 0]
-            lengths = lengths[telling]
-        else:  # ready-made rows list what no other row holds
-            lengths = (rows[listed] != 0).sum(1)
-            telling = torch.arange(len(lengths))
-        items = np.r_[items, entries(rows[listed][telling], lengths).numpy()]
-        users = np.r_[users, np.repeat(users[telling], lengths)]
-    return Pairs(users, items, width)

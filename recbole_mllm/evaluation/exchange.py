@@ -1,28 +1,31 @@
 """Frozen candidates as a file, so that others run on the same ones: JSON lines by raw ids.
 
 The first line is a header with the dataset, protocol, seed and digest; each further one is
-``{"phase", "user", "targets", "negatives"}``, sorted by phase and user. A user's negatives stand in the order in which
-they were drawn, N for each target; the digest covers that order and the targets', whatever the order of users.
+``{"phase", "user", "targets", "negatives"}``, sorted by phase and user, N negatives for each target. Neither the order
+of lines nor that within a line matters: negatives are taken in the order in which the header's seed draws them.
 """
 
 from __future__ import annotations
 
 import gzip
-import io
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from recbole_mllm.errors import UserError
+from recbole_mllm.files import whole_text
 
 FORMAT = "recbole-mllm candidates 1"
+
+
+def is_export(head: bytes) -> bool:
+    """Return whether a file that begins so is one that `write` has written, in whatever version."""
+    return head.startswith(b'{"format": "recbole-mllm candidates ')
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,42 +44,73 @@ class CandidatesFile:
     path: Path
     digest: str
     phases: Mapping[str, Mapping[str, Given]]
+    dataset: str = ""
+    seed: int | None = None
 
-    def negatives(self, phase: str, rows: Any, targets: Any, count: int, users: Any, items: Any) -> Any:
-        """Return ``[rows * count]`` internal ids of the negatives, one user after the other.
+    def negatives(self, phase: str, rows: Any, targets: Any, count: int, users: Any, items: Any, met: Any) -> Any:
+        """Return ``[rows * count]`` internal ids of the negatives, one user after the other, as the lines give them.
 
         Args:
             phase: ``valid`` or ``test``.
-            rows: The `UserRows` to be evaluated.
+            rows: The `UserRows` of users who have a line.
             targets: ``[rows]`` internal ids of the split's targets, in the order of `rows`.
             count: Negatives for each target, as ``eval_args.mode`` says.
             users: Raw id of each internal user id.
             items: Raw id of each internal item id.
+            met: `Pairs` of all that users have met in any part.
 
         Raises:
             UserError: The file does not fit the split; names file and line.
         """
         given, number = self.phases.get(phase, {}), {name: place for place, name in enumerate(items.tolist())}
         out = []
-        for user, start, many in zip(users[rows.users].tolist(), rows.starts, rows.counts, strict=True):
-            line = given.get(user)
-            if line is None:
-                raise UserError(f"{self.path}: no {phase} line for user {user}; export the candidates of this dataset")
+        for user, name, start, many in zip(
+            rows.users.tolist(), users[rows.users].tolist(), rows.starts, rows.counts, strict=True
+        ):
             own = items[targets[start : start + many]].tolist()
-            out.append(_checked(line, own, int(many) * count, phase, number))
+            found = _checked(given[name], own, int(many) * count, phase, number)
+            if (seen := met.contain(np.full(len(found), user), found)).any():
+                raise UserError(
+                    f"{given[name].where}: {_few(items[found[seen]].tolist())} is in the history of user {name} and "
+                    "cannot be a negative; export the candidates of this dataset again"
+                )
+            out.append(found)
         return np.concatenate(out) if out else np.zeros(0, np.int64)
 
-    def confirm(self, digest: str) -> None:
-        """Refuse a file whose header states another digest than its lines make with this split.
+    def confirm(self, made: Sequence[str]) -> None:
+        """Refuse a file whose header states a digest that is none of those its lines may have `made` with this split.
 
         Raises:
-            UserError: They differ.
+            UserError: It is not among them.
         """
-        if self.digest not in ("", digest):
+        if self.digest not in ("", *made):
             raise UserError(
-                f"{self.path}:1: the header's digest is {self.digest}, but the lines make {digest}; "
+                f"{self.path}:1: the header's digest is {self.digest}, but the lines make {made[0]}; "
                 "they were edited (then drop the digest), or the file is damaged"
             )
+
+    def refuse_other_dataset(self, name: str) -> None:
+        """Refuse a file whose header names another dataset than `name`.
+
+        Raises:
+            UserError: It does.
+        """
+        if self.dataset not in ("", name):
+            raise UserError(
+                f"{self.path}:1: these are candidates of dataset {self.dataset!r}, and this is {name!r}; export those "
+                "of this dataset, or drop the header's dataset if it is the same under another name"
+            )
+
+    def require(self, phase: str, users: Any) -> None:
+        """Refuse a file without a line for one of the raw ids `users`.
+
+        Raises:
+            UserError: Names the first that lacks one.
+        """
+        lines = self.phases.get(phase, {})
+        for user in users.tolist():
+            if user not in lines:
+                raise UserError(f"{self.path}: no {phase} line for user {user}; export the candidates of this dataset")
 
     def refuse_others(self, phase: str, evaluated: Any, users: Any) -> None:
         """Refuse lines of users the split does not evaluate in `phase`; `evaluated` are their internal ids.
@@ -106,6 +140,24 @@ def _checked(line: Given, own: Sequence[str], wanted: int, phase: str, number: M
     return np.array([number[item] for item in line.negatives], np.int64)
 
 
+def in_drawn_order(owner: Any, given: Any, drawn: Any, place: Any) -> Any:
+    """Return `given` in the order of `drawn`, each owner's items that were not drawn behind, by `place`.
+
+    Args:
+        owner: ``[N]`` whose item it is, non-decreasing.
+        given: ``[N]`` internal ids, distinct for an owner.
+        drawn: ``[N]`` internal ids, distinct for an owner; None where nothing could be drawn.
+        place: Of each internal id, in an order of raw ids.
+    """
+    turn = np.full(len(given), len(given))
+    if drawn is not None and len(given):
+        keys = owner * np.int64(len(place)) + drawn
+        order, asked = np.argsort(keys), owner * np.int64(len(place)) + given
+        found = order[np.minimum(np.searchsorted(keys[order], asked), len(keys) - 1)]
+        turn = np.where(keys[found] == asked, found, turn)
+    return given[np.lexsort((place[given], turn, owner))]
+
+
 def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
@@ -133,7 +185,9 @@ def read(path: Path) -> CandidatesFile:
         phases[phase][user] = Given(where, _ids(values, "targets", where), _ids(values, "negatives", where))
     if not header:
         raise UserError(f"{path} is empty; write one with `candidates export`")
-    return CandidatesFile(path, str(header.get("digest", "")), phases)
+    seed = header.get("seed")
+    seed = seed if isinstance(seed, int) else None
+    return CandidatesFile(path, str(header.get("digest") or ""), phases, str(header.get("dataset") or ""), seed)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -141,7 +195,7 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise UserError(f"candidates_file {str(path)!r} does not exist")
     number = 0
     try:
-        with _opened(path, "rt") as file:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
             for number, text in enumerate(file, start=1):
                 values = json.loads(text)
                 if not isinstance(values, dict):
@@ -168,19 +222,13 @@ def write(path: Path, header: Mapping[str, Any], loaders: Mapping[str, Any], use
         users: Raw id of each internal user id.
         items: Raw id of each internal item id.
     """
-    scratch = path.with_name(f".{os.getpid()}.{path.name}")
-    path.parent.mkdir(parents=True, exist_ok=True)
     written = 0
-    try:
-        with _opened(scratch, "wt") as file:
-            file.write(_text({"format": FORMAT, **header}))
-            for phase in sorted(loaders):
-                for line in _of_loader(phase, loaders[phase], users, items):
-                    file.write(_text(line))
-                    written += 1
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    with whole_text(path) as file:
+        file.write(_text({"format": FORMAT, **header}))
+        for phase in sorted(loaders):
+            for line in _of_loader(phase, loaders[phase], users, items):
+                file.write(_text(line))
+                written += 1
     return written
 
 
@@ -199,12 +247,3 @@ def _of_loader(phase: str, loader: Any, users: Any, items: Any) -> Iterator[dict
 
 def _text(values: Mapping[str, Any]) -> str:
     return json.dumps(values, ensure_ascii=False) + "\n"
-
-
-@contextmanager
-def _opened(path: Path, mode: str) -> Iterator[IO[Any]]:
-    with ExitStack() as stack:
-        file: Any = stack.enter_context(path.open(mode.replace("t", "b")))
-        if path.suffix == ".gz":  # without name and time, so that the same candidates are the same bytes
-            file = stack.enter_context(gzip.GzipFile("", mode.replace("t", "b"), fileobj=file, mtime=0))
-        yield stack.enter_context(io.TextIOWrapper(file, encoding="utf-8"))

@@ -34,6 +34,7 @@ def has_several_rows(log: Log) -> bool:
 def per_user(log: Log, config: Any) -> dict[str, Any]:
     """Return ``{"user": ids, "Hit@5": values, …, "GAUC": values}``, one value a user, from a `joined` log.
 
+    Of these metrics those that `config` asks for; all of them where it asks for none, as rows are ranked by one.
     Top-k values come from RecBole's metric classes (metrics.py:39-205) over the ranking without ties. A log of a full
     ranking holds each user's best items alone, and says in ``among`` how many were ranked.
     """
@@ -51,7 +52,9 @@ def per_user(log: Log, config: Any) -> dict[str, Any]:
     counts = log["among"][starts] if "among" in log else counts
     below = np.add.reduceat(np.where(log["label"] > 0, log["place"], 0), starts) - positives * (positives - 1) / 2
     out["GAUC"] = below / (positives * (counts - positives))
-    return out
+    asked = {metric.lower() for metric in config["metrics"]}
+    shown = {name: values for name, values in out.items() if name.partition("@")[0].lower() in asked}
+    return {"user": users, **shown} if shown else out
 
 
 def pooled_auc(label: Any, score: Any) -> float:

@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from recbole_mllm.data.atomic import read_columns, read_values, write_atomic
 from recbole_mllm.data.images import image_digest
 from recbole_mllm.data.texts import Items, read_items
 from recbole_mllm.errors import UserError
 from recbole_mllm.features.vectors import prepared
-from recbole_mllm.kept import made_once
+from recbole_mllm.files import made_once, write_text
 from recbole_mllm.mllm.embedding import image_vectors, sentence_vectors, text_vectors
 from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.mllm.loading import dtype_of, identity_of, source_of
@@ -34,6 +33,7 @@ from recbole_mllm.resources import PROPERTIES
 from recbole_mllm.settings import FeatureSettings, Settings, known_keys
 from recbole_mllm.summaries.prepare import export_item_summaries
 from recbole_mllm.summaries.shards import opened_store
+from recbole_mllm.yamlfile import read_mapping
 
 _EDITION = 1  # of how vectors are made
 
@@ -84,7 +84,10 @@ def seconds_of(config: Any) -> float | None:
     told = [_seconds_file(folder / f"{folder.name}.{tag}") for tag in config["additional_feat_suffix"] or []]
     if not kinds or not all(path.is_file() for path in told):
         return None
-    return sum(float(path.read_text(encoding="utf-8")) for path in told)
+    try:
+        return sum(float(path.read_text(encoding="utf-8")) for path in told)
+    except ValueError:  # a file that was cut says as little as none
+        return None
 
 
 def _seconds_file(features: Path) -> Path:
@@ -159,7 +162,7 @@ def _settings(config: Any) -> Settings:
 
     So both read the same summaries.
     """
-    ours = yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text(encoding="utf-8"))
+    ours = read_mapping(PROPERTIES / "model" / "MLLMMSR.yaml")
     said = config.final_config_dict
     return Settings.from_config({**ours, **{key: said[key] for key in known_keys() if key in said}, "finetune": "none"})
 
@@ -206,7 +209,7 @@ def _ensure(feature: Feature, folder: Path, wanted: list[str], size: int | None,
         vectors, known = feature.make()
         missing = int((~known).sum())
         vectors = prepared(vectors, known, size)
-        _seconds_file(path).write_text(f"{spent + time.perf_counter() - begun:.3f}\n", encoding="utf-8")
+        write_text(_seconds_file(path), f"{spent + time.perf_counter() - begun:.3f}\n")
         write_features(scratch, feature.columns, wanted, vectors)
 
     if made_once(path, make):

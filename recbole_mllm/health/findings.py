@@ -63,7 +63,7 @@ def _ids(health: Health) -> Iterable[Finding]:
     ids = health.ids
     yield from _told(
         ids.unfit, "id does not survive RecBole's reader", "ids do not survive RecBole's reader",
-        "rename them; RecBole drops rows whose id is empty",
+        "rename them; a run stops at an id that is empty, and RecBole alone drops its rows",
     )  # fmt: skip
     for sample, kind in ((ids.alike_users, "user"), (ids.alike_items, "item")):
         yield from _told(
@@ -94,6 +94,13 @@ def _repeats(health: Health) -> Iterable[Finding]:
 
 def _order(health: Health) -> Iterable[Finding]:
     order = health.order
+    for count, where in zip(health.impossible_times, ("at or before 1970-01-01", "after tomorrow"), strict=True):
+        if count:
+            place = "first" if where.startswith("at") else "last"
+            yield Finding(
+                f"{many(count, 'time lies', 'times lie')} {where}, so that they come {place} in their histories",
+                "check the raw times: they are to be seconds or milliseconds since 1970",
+            )
     if order is None:
         if health.layout.history is None:
             what = f"there is no usable time ({health.layout.time}), so the order is that of the file"
@@ -101,7 +108,7 @@ def _order(health: Health) -> Iterable[Finding]:
         return
     if order.missing:
         what = many(order.missing, "interaction has no time", "interactions have no time")
-        yield Finding(what, "add it: RecBole puts them at the mean of all times")
+        yield Finding(what, "add it: a run stops at the first of them")
     if order.reordered.count:
         users = many(order.reordered.count, "user's", "users'")
         yield Finding(

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from recbole_mllm.data.atomic import read_columns, read_values
+from recbole_mllm.data import schema
+from recbole_mllm.data.atomic import read_columns, read_values, unquoted
+from recbole_mllm.data.checking import Rules, check_columns, fault, is_missing, time_problem
+from recbole_mllm.data.values import impossible_times
 from recbole_mllm.errors import UserError
 from recbole_mllm.health.layout import Layout
 from recbole_mllm.health.sample import Sample
-
-_NO_TIME = {"", "na", "n/a", "nan", "null", "none", "<na>"}  # what pandas takes for a missing number
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,8 @@ class Interactions:
     Attributes:
         time: Float64, NaN where none is given; None where the dataset has no time, as benchmark files.
         row_hashes: One of each line, to find lines that are there twice.
+        impossible_times: How many times lie at or before 1970, and after tomorrow; of the source's own, where
+            `convert` wrote them beside places in the order.
         quoted: Values that start with a quote, which RecBole drops or which break its reading.
     """
 
@@ -34,6 +37,7 @@ class Interactions:
     user: NDArray[np.int32]
     item: NDArray[np.int32]
     time: NDArray[np.float64] | None
+    impossible_times: tuple[int, int]
     row_hashes: NDArray[np.int64]
     quoted: Sample
     parts: dict[str, int]
@@ -56,6 +60,7 @@ class _Reading:
     user: array[int] = field(default_factory=lambda: array("i"))
     item: array[int] = field(default_factory=lambda: array("i"))
     time: array[float] = field(default_factory=lambda: array("d"))
+    exact_time: array[float] = field(default_factory=lambda: array("d"))
     hashes: array[int] = field(default_factory=lambda: array("q"))
     quoted: Sample = field(default_factory=Sample)
 
@@ -84,7 +89,8 @@ def read_interactions(layout: Layout) -> Interactions:
         reading.item.extend(items)
     return Interactions(
         list(reading.users), list(reading.items), _numbers(reading.user, "i4"), _numbers(reading.item, "i4"),
-        _numbers(reading.time, "f8") if timed else None, _numbers(reading.hashes, "i8"),
+        _numbers(reading.time, "f8") if timed else None, impossible_times(reading.exact_time or reading.time),
+        _numbers(reading.hashes, "i8"),
         reading.quoted, parts,
     )  # fmt: skip
 
@@ -94,32 +100,44 @@ def _numbers(values: array[Any], kind: str) -> NDArray[Any]:
 
 
 def _read_rows(reading: _Reading, path: Path, layout: Layout, timed: bool) -> None:
-    columns = list(read_columns(path))
+    rules = Rules((layout.user, layout.item), layout.time)
+    columns = list(check_columns(path, rules))
     at_user, at_item = columns.index(layout.user), columns.index(layout.item)
     at_time = columns.index(layout.time) if timed else 0
+    at_exact = columns.index(schema.EXACT_TIME) if timed and schema.EXACT_TIME in columns else None
     users, items = reading.users, reading.items
     add_user, add_item, add_time = reading.user.append, reading.item.append, reading.time.append
     for number, values in read_values(path):
         add_user(users.setdefault(values[at_user], len(users)))
         add_item(items.setdefault(values[at_item], len(items)))
         if timed:
-            try:
-                add_time(float(values[at_time]))
-            except ValueError:
-                add_time(_no_time(values[at_time], path, number))
+            add_time(_time(values[at_time], path, number, rules))
+        if at_exact is not None:
+            reading.exact_time.append(_float(values[at_exact]))
         _note_row(reading, values, path, number)
 
 
-def _no_time(value: str, path: Path, number: int) -> float:
-    if value.strip().lower() in _NO_TIME:
+def _float(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
         return float("nan")
-    raise UserError(f"{path}:{number}: the time {value[:40]!r} is no number; write seconds, such as 1700000000")
+
+
+def _time(value: str, path: Path, number: int, rules: Rules) -> float:
+    """Return the time, NaN where there is none: those are counted."""
+    if is_missing(value):
+        return float("nan")
+    if (problem := time_problem(value)) is not None:
+        raise fault(path, number, str(rules.time), problem, rules)
+    return float(value)
 
 
 def _note_row(reading: _Reading, values: list[str], path: Path, number: int) -> None:
     reading.hashes.append(hash(tuple(values)))
     for value in values:
         if value[:1] == '"':
+            unquoted(path, number, "\t".join(values))  # what no run can read is no mere finding
             reading.quoted.add(f"{path.name}:{number}: {value[:60]!r}")
 
 

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from recbole_mllm.data import schema
 from recbole_mllm.data.atomic import read_columns
 from recbole_mllm.errors import UserError
+from recbole_mllm.keys import checked_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +68,7 @@ LAYOUT_KEYS = ("image_dir", "USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD", "LIS
 def _keys(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         return {}
-    try:
-        keys = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is no valid YAML: {' '.join(str(error).split())[:200]}") from None
-    return keys if isinstance(keys, dict) else {}
+    return checked_file(path, of_dataset=True)
 
 
 def _inter_files(folder: Path, keys: Mapping[str, Any]) -> tuple[Path, ...]:
@@ -82,7 +77,7 @@ def _inter_files(folder: Path, keys: Mapping[str, Any]) -> tuple[Path, ...]:
     named = keys.get("benchmark_filename")
     if isinstance(named, list) and named:
         return tuple(folder / f"{folder.name}.{part}.inter" for part in named)
-    if plain.is_file():
+    if plain.exists():
         return (plain,)
     files = [folder / f"{folder.name}.{part}.inter" for part in ("train", "valid", "test")]
     if there := tuple(path for path in files if path.is_file()):

@@ -30,6 +30,7 @@ class Health:
         parts: Rows of each file of interactions, by its part's name ("" for ``X.inter``).
         lengths, popularity: Interactions of each user and of each item that has any, ascending.
         over_time: How many interactions fall into each of `BINS` equal stretches of time.
+        impossible_times: How many times lie at or before 1970, and after tomorrow.
         pairs_twice: Interactions beyond the first of the same user with the same item.
         rows_twice: Lines that are there already.
         marked: Files that begin with a byte order mark.
@@ -45,6 +46,7 @@ class Health:
     popularity: NDArray[np.int64]
     over_time: NDArray[np.int64]
     order: Order | None
+    impossible_times: tuple[int, int]
     pairs_twice: Sample
     rows_twice: int
     quoted: Sample
@@ -82,6 +84,7 @@ def measure(folder: Path, given: Mapping[str, Any] | None = None) -> Health:
         popularity=np.sort(inter.popularity),
         over_time=_over_time(inter),
         order=measure_order(inter),
+        impossible_times=inter.impossible_times,
         pairs_twice=_pairs_twice(inter),
         rows_twice=len(inter.row_hashes) - int(np.unique(inter.row_hashes).size),
         quoted=inter.quoted,

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from recbole_mllm import ranks
 from recbole_mllm.data.images import write_report
@@ -26,8 +25,7 @@ from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.mllm.loading import TINY, dtype_of, identity_of, load_images_processor, source_of
 from recbole_mllm.mllm.processors import Size, refused_sizes
 from recbole_mllm.mllm.server import ServerModel
-from recbole_mllm.prompts import Style
-from recbole_mllm.resources import named, resource
+from recbole_mllm.prompts import Style, read_style
 from recbole_mllm.settings import Settings
 from recbole_mllm.summaries.prepare import Stage, Summarizers
 
@@ -46,10 +44,7 @@ def load_style(settings: Settings) -> Style:
     name = settings.recommend.prompt_style
     if name == "auto":
         name = "demo" if settings.mllm.mllm == TINY else settings.recommend.item_kind
-    path = Path(name) if name.endswith((".yaml", ".yml")) else resource("prompt", name)
-    if path is None or not path.is_file():
-        raise UserError(f"prompt_style {name!r} is unknown; give a YAML file or one of {', '.join(named('prompt'))}")
-    return Style.from_mapping(path.stem, yaml.safe_load(path.read_text(encoding="utf-8")))
+    return read_style(name)
 
 
 def make_stage(config: Mapping[str, Any], settings: Settings, device: torch.device) -> Stage:

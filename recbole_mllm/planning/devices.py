@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-import yaml
-
 from recbole_mllm.errors import UserError
 from recbole_mllm.resources import PROPERTIES
+from recbole_mllm.yamlfile import read_mapping
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +45,7 @@ def device(name: str) -> Device:
     Raises:
         UserError: There is none.
     """
-    table = yaml.safe_load((PROPERTIES / "devices.yaml").read_text(encoding="utf-8"))
+    table = read_mapping(PROPERTIES / "devices.yaml")
     known = {key.lower(): key for key in table["devices"]}
     key = known.get(name.lower().replace(" ", "-"))
     if key is None:

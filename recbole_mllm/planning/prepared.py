@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from recbole.utils import init_seed
 
-from recbole_mllm.config import check_keys
+from recbole_mllm.keys import check_keys
 from recbole_mllm.model.stages import make_stage
 from recbole_mllm.quick_start import read_and_split
 from recbole_mllm.settings import Settings

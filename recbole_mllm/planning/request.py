@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from recbole_mllm.errors import UserError
+from recbole_mllm.ranges import COUNT, Range
 
 LIMIT = 20_000  # prompts of a stage that are all counted; beyond, a sample stands for them
 
@@ -35,10 +36,11 @@ class Request:
             raise UserError(
                 "--device prices a device by its data sheet, --probe measures this machine; give one of them"
             )
-        for name in ("nodes", "devices_per_node", "price_per_hour", "requests_per_s"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise UserError(f"--{name} is {value}; it must be above 0")
+        whole, above_0 = COUNT, Range(float, above=0)
+        limits = {"nodes": whole, "devices_per_node": whole, "price_per_hour": above_0, "requests_per_s": above_0}
+        for name, limit in limits.items():
+            if (value := getattr(self, name)) is not None:
+                limit.checked(f"--{name}", value)
 
     @property
     def workers(self) -> int:

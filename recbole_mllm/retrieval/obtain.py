@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 from recbole.data import create_dataset, data_preparation
-from recbole.utils import get_model, get_trainer, init_seed
+from recbole.utils import ModelType, get_model, get_trainer, init_seed
 from recbole.utils.argument_list import dataset_arguments
 
-from recbole_mllm.config import check_keys, recbole_config
+from recbole_mllm.config import recbole_config
 from recbole_mllm.errors import UserError
-from recbole_mllm.kept import made_once
+from recbole_mllm.files import made_once, set_file_aside
+from recbole_mllm.fitting import Fit
+from recbole_mllm.keys import check_keys
 from recbole_mllm.randomness import undisturbed
 from recbole_mllm.retrieval.retriever import Retriever
 from recbole_mllm.settings import RankingSettings
@@ -85,30 +87,44 @@ def _trained(name: str, config: Any, ours: Any) -> Retriever:
     """Train `name`, or take it from where a run that would train the same has left it."""
     log = logging.getLogger()
     theirs = _config(name, config)
-    dataset = create_dataset(theirs)
-    train, valid, _ = data_preparation(theirs, dataset)
+    train, valid, _ = data_preparation(theirs, _dataset(theirs))
     identity = f"{name}#{_digest(theirs, train._dataset)}"
     folder = Path(config["retriever_dir"] or theirs["checkpoint_dir"])
     path = folder / f"retriever-{identity.replace('#', '-')}.pth"
     init_seed(theirs["seed"], theirs["reproducibility"])
+    started = time.perf_counter()
     model = get_model(name)(theirs, train._dataset).to(theirs["device"])
+    made = time.perf_counter() - started if model.type == ModelType.TRADITIONAL else 0.0  # then it is the training
     retriever = Retriever(model, train._dataset, identity, ours)  # refused before it is trained
 
     def fit(scratch: Path) -> None:
         log.info(f"training the retriever {identity}")
-        started = time.perf_counter()
         trainer = get_trainer(theirs["MODEL_TYPE"], name)(theirs, model)
         trainer.saved_model_file = str(scratch)
-        trainer.fit(train, valid, saved=True, show_progress=theirs["show_progress"])
-        torch.save({**_read(scratch, theirs["device"]), "train_s": time.perf_counter() - started}, scratch)
+        training = Fit(trainer)
+        training.run(train, valid, saved=True, show_progress=theirs["show_progress"])
+        torch.save({**_read(scratch, theirs["device"]), "train_s": made + training.seconds}, scratch)
 
     if not made_once(path, fit):
         log.info(f"retriever {identity} was trained before: {path}")
-    checkpoint = _read(path, theirs["device"])
+    try:
+        checkpoint = _read(path, theirs["device"])
+    except UserError as error:  # what a crash of the machine has left of it must not stop every later run
+        damaged = set_file_aside(path, "damaged")
+        log.warning(f"{error}; the retriever is trained again, and that file is now {damaged}")
+        made_once(path, fit)
+        checkpoint = _read(path, theirs["device"])
     retriever.train_s = float(checkpoint.get("train_s", 0.0))
     _fill(model, checkpoint)
     model.eval()
     return retriever
+
+
+def _dataset(config: Any) -> Any:
+    """Return the retriever's dataset, to be split in the exact order in which this run's is."""
+    dataset = create_dataset(config)
+    dataset.exact_order = True
+    return dataset
 
 
 def _digest(config: Any, train: Any) -> str:
@@ -130,10 +146,17 @@ def _loaded(path: Path, config: Any, ours: Any) -> Retriever:
         raise UserError(f"retriever_checkpoint {path} was trained with {found}; train one on this data and split")
     for key in ("data_path", "device", "checkpoint_dir"):
         theirs[key] = config[key]
+    frozen = theirs["frozen_candidates"] is True
     for key, value in _OWN.items():
         theirs[key] = value
     theirs["eval_args"]["mode"] = {"valid": "full", "test": "full"}
-    dataset = create_dataset(theirs)
+    dataset = _dataset(theirs)
+    if dataset.facts is not None and dataset.facts.reordered and not frozen:
+        raise UserError(
+            f"retriever_checkpoint {path} was trained without frozen_candidates, in the order of RecBole's float32 "
+            f"times: for {dataset.facts.reordered} users that is not the exact order, so it may have learnt their "
+            "answers; train it with frozen_candidates: true"
+        )
     train, *_ = data_preparation(theirs, dataset)
     name = theirs["model"]
     identity = f"{name}#{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"

@@ -7,6 +7,7 @@ content, a user's chain to one by the hash of the items it starts with: no promp
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import closing, contextmanager, suppress
 from functools import partial
@@ -16,6 +17,7 @@ from recbole_mllm import ranks
 from recbole_mllm.data.atomic import read_values, write_atomic
 from recbole_mllm.data.schema import USUM_TYPES, store_file, usum_file
 from recbole_mllm.errors import UserError
+from recbole_mllm.files import remove_file
 from recbole_mllm.prompts import Prompt
 from recbole_mllm.settings import SummarySettings
 from recbole_mllm.summaries.asking import Listed
@@ -151,12 +153,13 @@ def _rows(parts: Iterable[Path]) -> Iterator[list[str]]:
 
 def _parts(stage: Stage) -> list[Path]:
     path = usum_file(stage.folder, stage.tag)
-    return sorted(path.parent.glob(f"{path.name}.rank*"))
+    mine = re.compile(re.escape(path.name) + r"\.rank\d+")
+    return sorted(part for part in path.parent.iterdir() if mine.fullmatch(part.name))
 
 
 def _drop(paths: Iterable[Path]) -> None:
     for path in paths:
-        path.unlink(missing_ok=True)
+        remove_file(path)
 
 
 def _beginning(plan: Plan, name: str, settings: SummarySettings) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,8 @@ def users_since(dataset: Any, since: str) -> set[str]:
 def _moment(since: str, latest: float) -> float:
     """Return `since` in the unit of a time column whose latest value is `latest`."""
     try:
-        return float(since)
+        if isfinite(number := float(since)):
+            return number
     except ValueError:
         pass
     try:

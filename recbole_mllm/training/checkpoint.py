@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import os
+import logging
 import pickle
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
+from recbole.config import Config
 from safetensors import SafetensorError
 
 from recbole_mllm.errors import UserError
+from recbole_mllm.files import replace_file, staged, whole_file
 
 LAST = ".last.pth"
 # What another value of would make another model of, and what would make the rest of a begun epoch another one
@@ -59,16 +62,8 @@ def on_disk(path: Path) -> Iterator[None]:
 
 def write_checkpoint(state: Mapping[str, Any], path: Path) -> None:
     """Write `state` such that `path` is always a whole checkpoint, the old one or the new one."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with on_disk(path), scratch.open("wb") as file:
-            torch.save(dict(state), file, pickle_protocol=4)
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
-    finally:
-        with suppress(OSError):
-            scratch.unlink()
+    with on_disk(path), whole_file(path, binary=True) as file:
+        torch.save(dict(state), file, pickle_protocol=4)
 
 
 @contextmanager
@@ -76,25 +71,65 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty folder whose files replace those of `folder` one by one, each whole, when all are written."""
     with on_disk(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as name:
-            yield Path(name)
-            for path in sorted(Path(name).iterdir()):
-                path.replace(folder / path.name)
+        with staged(folder.parent, folder.name) as stage:
+            yield stage
+            for path in sorted(stage.iterdir()):
+                replace_file(path, folder / path.name)
 
 
-def read_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
+class _Cautious(pickle.Unpickler):
+    """Unpickles what checkpoints of ours hold, and nothing that another file might have called on the way."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return a class or function that a checkpoint needs.
+
+        Raises:
+            UnpicklingError: It is none of those.
+        """
+        if (module, name) in _FUNCTIONS or (module == "torch._utils" and name.startswith("_rebuild_")):
+            return super().find_class(module, name)
+        if module in _MODULES or module.partition(".")[0] in ("recbole", "recbole_mllm"):
+            found = super().find_class(module, name)
+            if isinstance(found, type | torch.dtype):
+                return found
+        raise pickle.UnpicklingError(f"it holds {module}.{name}, which no checkpoint of MLLMMSR does")
+
+
+def _load(file: Any, **how: Any) -> Any:
+    return _Cautious(file, **how).load()
+
+
+_MODULES = {"collections", "numpy", "numpy.dtypes", "torch", "yaml.loader", "datetime", "pathlib"}
+_FUNCTIONS = {(f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")}
+_FUNCTIONS |= {("builtins", name) for name in ("set", "frozenset", "complex", "slice", "range", "bytearray")}
+_FUNCTIONS |= {("_codecs", "encode")}
+
+
+def read_checkpoint(path: Path, device: torch.device, *, cautious: bool = False) -> dict[str, Any]:
     """Read a checkpoint of RecBole's or ours; it is unpickled, as it holds RecBole's Config.
+
+    Args:
+        path: A file.
+        device: Where its tensors go.
+        cautious: Refuse whatever `MLLMMSR` does not write: nobody has named this very file.
 
     Raises:
         UserError: There is none, or it is not whole.
     """
+    with_care = SimpleNamespace(Unpickler=_Cautious, load=_load, __name__=__name__) if cautious else None
     try:
-        found: dict[str, Any] = torch.load(path, map_location=device, weights_only=False)
+        if cautious and not is_zipfile(path):
+            raise UserError(f"{path} is no checkpoint")
+        found: dict[str, Any] = torch.load(path, map_location=device, weights_only=False, pickle_module=with_care)
     except FileNotFoundError:
         raise UserError(f"checkpoint {path} does not exist; give its path, or resume: auto") from None
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"checkpoint {path} cannot be read: {str(error).splitlines()[0]}") from error
-    if not isinstance(found, dict) or not {"config", "state_dict", "optimizer"} <= found.keys():
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # whatever unpickling a file that is none may raise
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"checkpoint {path} cannot be read: {why}") from error
+    whole = isinstance(found, dict) and {"config", "state_dict", "optimizer"} <= found.keys()
+    if not whole or not isinstance(found["config"], Config):
         raise UserError(f"{path} is no checkpoint of a training run")
     return found
 
@@ -125,12 +160,24 @@ def difference(checkpoint: Mapping[str, Any], config: Any, *, course: bool) -> s
 
 
 def newest(folder: Path, base: str, config: Any, device: torch.device) -> Path | None:
-    """Return the newest checkpoint in `folder` of a run with the same settings on the same base model."""
-    found = sorted(folder.glob(f"{config['model']}-*.pth"), key=lambda path: path.stat().st_mtime, reverse=True)
-    for path in found:
-        with suppress(UserError):  # a file that cannot be read is none to go on from
-            checkpoint = read_checkpoint(path, device)
-            same_base = (checkpoint.get("other_parameter") or {}).get("base") == base
-            if same_base and difference(checkpoint, config, course=True) is None:
-                return path
+    """Return the newest checkpoint in `folder` of a run with the same settings on the same base model.
+
+    A file that is none to go on from is passed over, with a line.
+    """
+    found = [path for path in folder.glob(f"{config['model']}-*.pth") if path.is_file()]
+    for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
+        try:
+            checkpoint = read_checkpoint(path, device, cautious=True)
+            about = checkpoint.get("other_parameter") or {}
+            if about.get("base") != base or difference(checkpoint, config, course=True) is not None:
+                continue
+            best = checkpoint.get("training", {}).get("best_valid_result")
+        except (UserError, AttributeError, TypeError) as error:
+            logging.getLogger().warning(f"resume: auto passes over {path}: {error}")
+            continue
+        if best is None or best_of(path).is_file():
+            return path
+        logging.getLogger().warning(
+            f"resume: auto passes over {path}: {best_of(path).name}, its best epoch, is missing"
+        )
     return None

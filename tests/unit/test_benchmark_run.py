@@ -12,14 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import random_world
 import yaml
+from planted_runs import CANDIDATES
 
 from recbole_mllm import preset
 from recbole_mllm.benchmark.field import PRESETS, SETS, expand, resolve
 from recbole_mllm.benchmark.jobs import BenchmarkPlan, jobs_of
 from recbole_mllm.benchmark.records import read_records
 from recbole_mllm.benchmark.run import benchmark
+from recbole_mllm.benchmark.worker import digests_of, run_job
+from recbole_mllm.config import config_paths, per_model
 from recbole_mllm.errors import UserError
+from recbole_mllm.evaluation import candidates
 from recbole_mllm.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -190,7 +195,8 @@ def test_kill_9_and_start_again_gives_the_leaderboard_it_would_have_been(tmp_pat
     benchmark(plan(tmp_path, "Pop", "SASRec", "MLLMMSR", overrides=waiting), worker, print)
     straight = tmp_path / "straight"
     straight.mkdir()
-    (straight / "go").touch()
+    for name in ("go", "runs.jsonl"):  # without the latter the folder would be somebody else's
+        (straight / name).touch()
     benchmark(plan(tmp_path, "Pop", "SASRec", "MLLMMSR", overrides=waiting, output_dir=straight), worker, print)
     assert board(tmp_path) == json.loads((straight / "leaderboard.json").read_text())
 
@@ -222,6 +228,28 @@ def test_the_order_given_to_the_worker(tmp_path):
     assert order["overrides"]["epochs"] == 7 and order["defaults"]["epochs"] == 50
     assert variant.order()["overrides"]["use_image"] is False, "a label must mean what it says"
     assert (order["model"], order["limit_users"], order["config_files"]) == ("SASRec", 5, [str(config)])
+
+
+def test_a_quick_look_shortens_baselines_alone_and_the_command_line_wins(tmp_path):
+    names = ("SASRec", "GRU4Rec", "ItemKNN", "TALLRec", "MLLMMSR")
+    slow, quick = (
+        {job.entry.label: job for job in jobs_of(plan(tmp_path, *names, quick=how))} for how in (False, True)
+    )
+    assert quick["SASRec"].order()["overrides"] == {"epochs": 3, "eval_step": 1}
+    assert quick["GRU4Rec"].order()["overrides"]["epochs"] == 4
+    for name in ("ItemKNN", "TALLRec", "MLLMMSR"):
+        assert quick[name].order() == slow[name].order() and quick[name].run_id == slow[name].run_id
+    assert quick["SASRec"].run_id != slow["SASRec"].run_id
+    (given,) = jobs_of(plan(tmp_path, "SASRec", quick=True, overrides={"epochs": 9}))
+    assert given.order()["overrides"]["epochs"] == 9
+
+
+def test_the_posters_train_until_validation_stops_rising_unless_a_quick_look_is_asked_for(tmp_path):
+    preset = str(config_paths(["ml-100k-posters"])[0])
+    cap = per_model([preset], "SASRec")
+    assert cap["epochs"] >= 50 and cap["stopping_step"] == 2 and cap["eval_step"] == 1
+    (job,) = jobs_of(plan(tmp_path, "GRU4Rec", quick=True, config_files=(preset,)))
+    assert job.order()["overrides"] == {"epochs": 4, "eval_step": 1, "train_batch_size": 1024}
 
 
 def test_the_seeds_of_one_configuration_share_the_digest_and_a_changed_file_changes_it(tmp_path):
@@ -307,3 +335,67 @@ def test_sets_of_models_are_what_the_field_is_made_of():
     for label in expand(",".join(SETS)):
         resolve(label)
     assert {"SASRecF:text", "GRU4RecF:image"} <= set(expand("features")) and len(expand("baselines")) == 11
+
+
+def test_a_board_of_two_sets_of_candidates_is_refused_before_anything_starts(tmp_path, worker):
+    def digests(jobs, compared):
+        return {job["run_id"]: "aa" if job["label"] == "Pop" else "bb" for job in jobs}
+
+    with pytest.raises(
+        UserError, match=r"aa: Pop-2024-\w+; bb: SASRec-2024-\w+\); give one of them another --output_dir"
+    ):
+        benchmark(plan(tmp_path, "Pop", "SASRec"), worker, print, digests)
+    assert not (tmp_path / "results").exists()
+
+
+def test_runs_of_before_with_other_candidates_or_another_dataset_are_named_at_once(tmp_path, worker):
+    benchmark(plan(tmp_path, "Pop"), worker, print)
+    asked: list[bool] = []
+
+    def digests(jobs, compared):
+        asked.append(compared)
+        return {job["run_id"]: "0123456789abcdef" for job in jobs}
+
+    with pytest.raises(
+        UserError, match=rf"{CANDIDATES}: Pop-.*; 0123456789abcdef: SASRec-.*{CANDIDATES} was drawn by the rules of"
+    ):
+        benchmark(plan(tmp_path, "Pop", "SASRec"), worker, print, digests)
+    with pytest.raises(
+        UserError, match="holds runs of dataset demo .Pop-.*give this one of other another --output_dir"
+    ):
+        benchmark(plan(tmp_path, "SASRec", dataset="other"), worker, print, digests)
+    assert len(started(tmp_path)) == 1 and asked == [True]
+    benchmark(plan(tmp_path, "Pop"), worker, print, digests)  # nothing is due, so nobody is asked
+    benchmark(plan(tmp_path, "Pop", force=True), worker, print, digests)  # and what runs again stands in nobody's way
+    assert len(started(tmp_path)) == 2 and asked == [True, False]
+
+
+def test_the_digests_of_a_benchmark_are_those_its_runs_will_have(tmp_path, monkeypatch):
+    random_world.write(tmp_path, "random", seed=11, users=50, items=60)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+    file = tmp_path / "own.yaml"
+    file.write_text("data_path: .\nper_model:\n  SASRec: {candidate_seed: 7}\n")
+
+    def found(*labels: str) -> dict[str, str]:
+        given = {"dataset": "random", "config_files": (str(file),), "overrides": {"mllm": "none"}}
+        jobs = [job.order() for job in jobs_of(plan(tmp_path, *labels, **given))]
+        known = digests_of(jobs, False)
+        return {job["label"]: known[job["run_id"]] for job in jobs if known}
+
+    read: list[str] = []
+    stock = candidates.digest_of
+    monkeypatch.setattr(candidates, "digest_of", lambda config: read.append(config["model"]) or stock(config))
+    assert found("Pop", "BPR", "ItemKNN", "MLLMMSR") == {} and not read  # nothing they could be told apart by
+    known = found("Pop", "BPR", "SASRec", "MLLMMSR")
+    assert known["Pop"] == known["BPR"] == known["MLLMMSR"] != known["SASRec"] and len(set(read)) == 2
+    monkeypatch.setattr(candidates, "digest_of", stock)
+    for label in ("Pop", "SASRec"):
+        (job,) = (job.order() for job in jobs_of(plan(tmp_path, label, dataset="random", config_files=(str(file),))))
+        (tmp_path / "results/runs" / job["run_id"]).mkdir(parents=True)
+        run_job({**job, "overrides": {"epochs": 1}})
+        os.chdir(tmp_path)
+        assert read_records(tmp_path / "results/runs.jsonl")[-1].candidates == known[label]
+    with pytest.raises(UserError, match=f"its candidates are {known['Pop']}, and were 00 when the benchmark began"):
+        (job,) = (job.order() for job in jobs_of(plan(tmp_path, "Pop", dataset="random", config_files=(str(file),))))
+        run_job({**job, "candidates": "00"})

@@ -1,13 +1,20 @@
 """The command line: a mistake is one line and exit code 2; what is right is passed on as it was meant."""
 
+import os
+import subprocess
 import sys
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
+import torch
 
 from recbole_mllm import benchmark_commands, commands
 from recbole_mllm.cli import main
 from recbole_mllm.errors import UserError
-from recbole_mllm.options import Options
+from recbole_mllm.options import Options, config_of
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +43,61 @@ def elsewhere(tmp_path, monkeypatch, datasets):
         ("--model SASRec --dataset demo --config_files none.yaml", "'none.yaml' does not exist and is no preset"),
         ("--model Nope --dataset demo", "[Nope] is not the name of an existing model"),
         ("--model SASRec --dataset absent", "no dataset 'absent'"),
-        ("--model MLLMMSR --dataset demo --lora_r=x", "lora_r is 'x'; it must be int"),
+        ("--model MLLMMSR --dataset demo --lora_r=x", "lora_r is 'x'; it must be a whole number, at least 1"),
         ("--model SASRec --dataset demo --limit_users many", "invalid int value"),
-        ("--model SASRec --dataset demo --epochs=many", "epochs: 'many' must be a whole number, at least 0"),
+        ("--model SASRec --dataset demo --epochs=many", "epochs is 'many'; it must be a whole number, at least 0"),
         ("--model SASRec --dataset demo --learner=adm", "learner: adm is not known; take one of adam, adamw"),
         ("--model SASRec --dataset demo --valid_metric=MRR@7", "MRR@7 is not measured (metrics: "),
         ("--model SASRec --dataset demo --metrics=[Recal]", "configuration: There is no metric named 'Recal'"),
-        ("--model BPR --dataset demo --eval_args={'mode':'unix'}", "eval_args.mode must be full, or uniN or popN"),
+        (
+            "--model BPR --dataset demo --eval_args={'mode':'unix'}",
+            "eval_args.mode is 'unix'; it must be full, or uniN",
+        ),
         ("--model BPR --dataset demo --eval_args={'mod':'uni20'}", "'mod' in eval_args; did you mean 'mode'?"),
+        ("--model MLLMMSR --dataset demo --limit_users -3", "limit_users is -3; it must be a whole number, at least 1"),
+        ("--model Pop --dataset demo --limit_users 0", "limit_users is 0; it must be a whole number, at least 1"),
+        ("--model MLLMMSR --dataset demo --max_history=-3", "max_history is -3; it must be a whole number, at least 1"),
+        ("--model MLLMMSR --dataset demo --lora_alpha=0", "lora_alpha is 0; it must be a whole number, at least 1"),
+        (
+            "--model MLLMMSR --dataset demo --summary_temperature=.nan",
+            "summary_temperature is nan; it must be a number",
+        ),
+        ("--model MLLMMSR --dataset demo --seed=-1", "seed is -1; it must be a whole number, at least 0 and at most"),
+        ("--model SASRec --dataset demo --epochs=-1", "epochs is -1; it must be a whole number, at least 0 (--epochs)"),
+        ("--model SASRec --dataset demo --epochs='-1'", "epochs is -1; it must be a whole number, at least 0"),
+        ("--model BPR --dataset demo --eval_args={'mode':'uni0'}", "eval_args.mode is 'uni0'; it must be full, or"),
+        ("--model BPR --dataset demo --topk=[]", "topk is []; it must be whole numbers, at least 1"),
+        ("--model BPR --dataset demo --MAX_ITEM_LIST_LENGTH=0", "MAX_ITEM_LIST_LENGTH is 0; it must be a whole number"),
+        ("--model BPR --dataset demo --eval_args={'mode':'labeled'}", "has no candidates to freeze"),
+        ("--model BPR --dataset demo --device=cuda:99", "device is 'cuda:99'; it must be cpu here: torch sees"),
+        ("--model BPR --dataset demo --device=gpu", "device is 'gpu'; it must be cpu, cuda or cuda:N"),
+        ("--model BPR --dataset demo --note=2026-02-30", "cannot read the value of --note"),
+        ("--model MLLMMSR --dataset demo --prompt_style=nix", "prompt_style 'nix' is unknown; give a YAML file or one"),
+        ("--model MLLMMSR --dataset demo --image_dir nix", "image_dir 'nix' does not exist"),
+        (
+            "--model MLLMMSR --dataset demo --train_neg_sample_args={'dynamic':true}",
+            "asks an MLLM about every",
+        ),
+        ("--model MLLMMSR --dataset demo --eval_args={'mode':'full','order':'TO'}", "set retriever: SASRec"),
+        ("--model SASRek --dataset demo", "[SASRek] is not the name of an existing model; did you mean SASRec?"),
+        ("--model MLLMMSR:direct --dataset demo", "variants and sets of models are for `benchmark"),
+        ("--model saved/x.pth --dataset demo", "[saved/x.pth] is a path where a model's name is wanted"),
+        ("--model Pop --dataset dataset/demo/", "not a path; for that folder write --dataset demo"),
+        ("--model Pop --dataset ../x", "not a path; it is no folder either"),
+        ("--model Pop --dataset .", "not a path; for that folder write --dataset"),
+        ("--model Pop --dataset dmeo", "no dataset 'dmeo' in dataset (did you mean demo?)"),
+        ("--model Pop --dataset demo --config_files dataset", "config file 'dataset' is a folder"),
+        ("benchmark --dataset demo --models Pop --seeds=-1", "--seeds is -1; it must be a whole number, at least 0"),
+        ("benchmark --dataset demo --models Pop --seeds=", "--seeds '' must be whole numbers"),
+        ("benchmark --dataset demo --models Pop --jobs 0", "--jobs is 0; it must be a whole number, at least 1"),
+        ("benchmark --dataset demo --models Pop --tune -1", "--tune is -1; it must be a whole number, at least 0"),
+        ("benchmark --dataset demo --models Pop,SASRec --topk=[5]", "NDCG@10 is not measured (metrics: "),
+        ("benchmark --dataset demo --models Pop,MLLMMSR --summary_top_p=2", "summary_top_p is 2; it must be a number"),
+        ("plan --dataset demo --nodes 0", "--nodes is 0; it must be a whole number, at least 1"),
+        (
+            "plan --dataset demo --device H100 --price_per_hour inf",
+            "--price_per_hour is inf; it must be a number",
+        ),
         ("report nowhere", "holds no runs.jsonl"),
         ("conver", "invalid choice"),
     ],
@@ -54,11 +108,128 @@ def test_a_mistake_is_one_line_and_exit_code_2(words, message, capsys):
     assert message in error and error.count("\n") == 1 and "Traceback" not in error
 
 
-def test_a_benchmark_of_which_nothing_finishes_exits_with_1(capsys):
+def test_a_benchmark_that_could_not_validate_is_refused_before_it_starts(capsys):
     words = ["--dataset", "demo", "--models", "Pop", "--valid_metric=MRR@7", "--output_dir", "out"]
-    assert main(["benchmark", *words]) == 1
+    assert main(["benchmark", *words]) == 2
+    assert "MRR@7 is not measured" in capsys.readouterr().err and not Path("out").exists()
+
+
+def test_a_benchmark_of_which_nothing_finishes_exits_with_1(capsys):
+    words = ["--dataset", "demo", "--models", "Pop", "--eval_args={'mode': 'uni100000', 'order': 'TO'}"]
+    assert main(["benchmark", *words, "--output_dir", "out"]) == 1
     told = capsys.readouterr().out
-    assert "No run has finished" in told and "MRR@7 is not measured" in told
+    assert "No run has finished" in told and "candidates" in told
+
+
+def test_a_value_in_a_file_is_named_with_its_line(tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text("seed: 7\nper_model:\n  MLLMMSR:\n    lora_alpha: 0\n")
+    words = ["--dataset", "demo", "--config_files", "mine.yaml"]
+    assert main(["--model", "MLLMMSR", *words]) == 2
+    said = "lora_alpha is 0; it must be a whole number, at least 1 (mine.yaml:4)"
+    assert capsys.readouterr().err == f"recbole-mllm: {said}\n"
+    (tmp_path / "mine.yaml").write_bytes("note: Übung\n".encode("latin-1"))
+    assert main(["--model", "Pop", *words]) == 2
+    assert "mine.yaml:1: it is not UTF-8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (OSError(28, "No space left on device"), 2, "could not be written: No space left on device"),
+        (PermissionError(13, "Permission denied", "results/x"), 2, "results/x: Permission denied"),
+        (NotADirectoryError(20, "Not a directory", b"a/b"), 2, "a/b: Not a directory"),
+        (OSError(18, "Invalid cross-device link", "a", None, "b"), 2, "a -> b: Invalid cross-device link"),
+        (OSError("what a\nlibrary says"), 2, "what a library says"),
+        (ConnectionResetError(104, "Connection reset by peer"), 1, "Connection reset by peer"),
+        (MemoryError(), 1, "memory ran out; smaller batches"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
+            1,
+            "ran out (CUDA out of memory)",
+        ),
+        (RecursionError("maximum"), 1, "nested too deeply"),
+        (KeyboardInterrupt(), 1, "stopped; what was finished is kept"),
+        (UserError("first\nsecond"), 2, "first second"),
+        (BrokenPipeError(32, "Broken pipe"), 1, None),
+    ],
+)
+def test_what_the_machine_refuses_is_one_line(monkeypatch, capsys, error, code, said):
+    def run(*given):
+        raise error
+
+    monkeypatch.setattr(commands, "run_model", run)
+    assert main(["--model", "Pop", "--dataset", "demo"]) == code
+    told = capsys.readouterr().err
+    assert told == "" if said is None else (said in told and told.count("\n") == 1)
+    with pytest.raises(type(error)) if code == 2 else nullcontext():  # --debug shows where
+        main(["--model", "Pop", "--dataset", "demo", *(["--debug"] if code == 2 else [])])
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(commands, "run_model", lambda *given: {}["x"])
+    with pytest.raises(KeyError):
+        main(["--model", "Pop", "--dataset", "demo"])
+
+
+PRINTS = """
+import sys
+from recbole_mllm import arguments
+sys.exit(arguments.exit_code(lambda words: [print("Für Elise \\u2192 \\udcff" * 5000) for _ in range(9)] and 0, []))
+"""
+
+
+@pytest.mark.parametrize(
+    ("place", "code", "said"),
+    [
+        (
+            "> /dev/full",
+            2,
+            "recbole-mllm: a file, or the standard output, could not be written: No space left on device\n",
+        ),
+        (">&-", 0, ""),
+        (">&- 2>&-", 0, ""),
+        ("| head -c 9 > /dev/null; exit ${PIPESTATUS[0]}", 1, ""),
+        ("> /dev/null", 0, ""),
+    ],
+)
+def test_a_standard_output_that_takes_no_more_is_no_traceback(place, code, said):
+    words = [sys.executable, "-c", PRINTS]
+    for encoding in ("ascii", "utf-8"):
+        done = subprocess.run(
+            ["bash", "-c", f'"$@" {place}', "bash", *words], capture_output=True, text=True, cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding},
+        )  # fmt: skip
+        assert (done.returncode, done.stderr) == (code, said)
+
+
+def test_a_stream_that_is_closed_leaves_its_number_to_no_file(tmp_path):
+    code = """
+import os, sys
+from recbole_mllm import arguments
+def run(words):
+    with open(sys.argv[1], "w") as file:
+        print("not for the file"), os.system("echo nor this")
+        return file.fileno() < 3
+sys.exit(arguments.exit_code(run, []))
+"""
+    words = ["bash", "-c", '"$@" <&- >&- 2>&-', "bash", sys.executable, "-c", code, tmp_path / "store"]
+    assert subprocess.run(words, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}).returncode == 0
+    assert (tmp_path / "store").read_text() == ""
+
+
+def test_a_gpu_that_is_not_there_is_a_line_in_the_log(caplog):
+    from recbole_mllm.config import tell_missing_gpus
+
+    config = config_of("Pop", "demo", Options({"gpu_id": 7}))
+    if torch.cuda.device_count() > 7:
+        pytest.skip("it is there")
+    tell_missing_gpus(config)
+    tell_missing_gpus(config)
+    assert caplog.text.count("gpu_id 7: torch sees no such GPU here, so this run is on the CPU") == 1
+    caplog.clear()
+    tell_missing_gpus(config_of("Pop", "demo", Options()))
+    tell_missing_gpus(config_of("Pop", "demo", Options({"gpu_id": 7, "device": "cpu"})))
+    assert caplog.text == ""
 
 
 def test_debug_shows_where_it_came_from():
@@ -77,6 +248,14 @@ def test_options_may_stand_before_or_behind_the_command(monkeypatch):
         assert main(words.split()) == 0
     options = Options({"lora_r": 4, "topk": [1, 5], "limit_users": 5}, (), 3)
     assert calls == [("d", "A,B", None, None, 1, False, options, 0)] * 3
+
+
+@pytest.mark.parametrize(("words", "quick"), [("--quick", True), ("", False)])
+def test_a_quick_look_is_asked_for(monkeypatch, words, quick):
+    calls = []
+    monkeypatch.setattr(benchmark_commands, "benchmark", lambda *given: calls.append(given) or 0)
+    assert main(f"benchmark --dataset d --models A {words}".split()) == 0
+    assert calls[0][6].quick is quick
 
 
 def test_config_files_are_separated_by_spaces(monkeypatch):

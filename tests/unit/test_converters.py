@@ -191,6 +191,35 @@ def test_csv_with_named_columns_and_images_by_column(tmp_path: Path) -> None:
         assert image.size == (4, 4)
 
 
+def test_images_of_the_last_conversion_are_replaced_and_others_never(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw, made = tmp_path / "raw", tmp_path / "c" / "images"
+    (raw / "pics").mkdir(parents=True)
+    (raw / "t.csv").write_text("user,item\nann,s1\nann,s2\n")
+
+    def paint(path: Path, colour: str) -> bytes:
+        path.unlink(missing_ok=True)  # not through the link that the dataset may have of it
+        Image.new("RGB", (4, 4), colour).save(path)
+        return path.read_bytes()
+
+    def again() -> int:
+        return convert("csv", raw, tmp_path / "c", "--interactions", "t.csv", "--image-dir", str(raw / "pics"))
+
+    paint(raw / "pics" / "s1.png", "red")
+    assert again() == 0
+    blue = paint(raw / "pics" / "s1.png", "blue")
+    mine = paint(made / "s2.png", "green")
+    assert again() == 0
+    assert (made / "s1.png").read_bytes() == blue and (made / "s2.png").read_bytes() == mine
+    paint(raw / "pics" / "s2.png", "white")
+    assert f"{made / 's2.png'} is another image than" in refused(capsys, again())
+    assert (made / "s2.png").read_bytes() == mine
+    made.rename(tmp_path / "elsewhere")
+    made.symlink_to(tmp_path / "elsewhere")
+    assert "images in it is a link" in refused(capsys, again())
+
+
 @pytest.mark.parametrize(("folder", "written"), [("img", "img/1.png"), ("images", "images/1.png"), ("images", "1.png")])
 def test_an_images_folder_need_not_be_given_where_a_column_names_images(
     tmp_path: Path, folder: str, written: str
@@ -415,7 +444,7 @@ def test_whatever_a_table_holds_arrives_or_is_refused_with_its_line(
         csv.writer(file).writerows([("user", "item", "title", "time"), *rows])
     errors = io.StringIO()
     with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
-        code = convert("csv", folder / "t.csv", folder / "d")
+        code = convert("csv", folder / "t.csv", folder / "d", "--multiline")
     refusals = [user for user, item, _, _ in rows if id_problem(user) or id_problem(item)]
     assert (code == 2) is bool(refusals)
     if code == 2:

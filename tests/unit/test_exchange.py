@@ -185,3 +185,67 @@ def test_missing_users_torn_files_and_full_ranking_are_refused(home):
     compressed.write_bytes(compressed.read_bytes()[:-20])
     with pytest.raises(UserError, match="cannot be read"):
         prepared(home, candidates_file=str(compressed))
+
+
+def test_the_order_within_a_line_does_not_matter(home):
+    path = export(home, "a.jsonl")
+    digest, rng = lines(path)[0]["digest"], np.random.default_rng(1)
+    every = [line | {"negatives": rng.permutation(line["negatives"]).tolist()} for line in lines(path)[1:]]
+    shuffled = [lines(path)[0], *(every[n] for n in rng.permutation(len(every)))]
+    path.write_text("".join(json.dumps(line) + "\n" for line in shuffled))
+    plain, (_, _, test) = prepared(home)
+    for keys in ({}, {"candidate_seed": 7}):
+        dataset, (_, _, mine) = prepared(home, candidates_file=str(path), **keys)
+        assert dataset.candidates_digest == digest == plain.candidates_digest
+        assert np.array_equal(mine.negatives, test.negatives)
+    sample = prepared(home, limit_users=9)[0].candidates_digest
+    assert prepared(home, limit_users=9, candidates_file=str(path))[0].candidates_digest == sample
+    # another choice, which no seed has drawn, in any order too
+    own = shuffled[1]["user"], shuffled[1]["phase"]
+    own_items = {
+        line.split("\t")[1]
+        for line in (home / "random/random.inter").read_text().splitlines()
+        if line.startswith(f"{own[0]}\t")
+    }
+    other = next(f"i{n}" for n in range(60) if f"i{n}" not in own_items and f"i{n}" not in shuffled[1]["negatives"])
+    found = set()
+    for negatives in ([other, *shuffled[1]["negatives"][1:]], [*shuffled[1]["negatives"][:0:-1], other]):
+        rewrite(rewrite(path, 0, digest=""), 1, negatives=negatives)
+        found.add(prepared(home, candidates_file=str(path))[0].candidates_digest)
+    assert len(found) == 1 and found != {digest}
+
+
+@pytest.mark.parametrize("users", [None, 3])
+def test_an_edited_file_is_refused_whoever_is_evaluated(home, users):
+    path = export(home, "a.jsonl")
+    kept = set()
+    if users:
+        dataset, (_, _, test) = prepared(home, limit_users=users)
+        kept = set(dataset.id2token("user_id", test.rows.users).tolist())
+    place = next(n for n, row in enumerate(lines(path)) if n and row["user"] not in kept)  # not even looked at
+    row = lines(path)[place]
+    met = {
+        line.split("\t")[1]
+        for line in (home / "random/random.inter").read_text().splitlines()
+        if line.startswith(f"{row['user']}\t")
+    }
+    other = next(f"i{n}" for n in range(60) if f"i{n}" not in met and f"i{n}" not in row["negatives"])
+    rewrite(path, place, negatives=[other, *row["negatives"][1:]])
+    with pytest.raises(UserError, match=r"a\.jsonl:1: the header's digest is"):
+        prepared(home, candidates_file=str(path), limit_users=users)
+
+
+def test_an_item_of_the_users_own_history_is_no_negative_and_another_dataset_is_refused(home):
+    path = export(home, "a.jsonl")
+    row = next(row for row in lines(path) if row.get("phase") == "test")
+    place = lines(path).index(row)
+    rows = [line.split("\t") for line in (home / "random/random.inter").read_text().splitlines()[1:]]
+    earlier = next(item for user, item, *_ in rows if user == row["user"] and item not in row["targets"])
+    text = path.read_text()
+    rewrite(path, place, negatives=[earlier, *row["negatives"][1:]])
+    with pytest.raises(UserError, match=rf"a\.jsonl:{place + 1}: {earlier} is in the history of user {row['user']}"):
+        prepared(home, candidates_file=str(path))
+    path.write_text(text)
+    rewrite(path, 0, dataset="others")
+    with pytest.raises(UserError, match=r"a\.jsonl:1: these are candidates of dataset 'others', and this is 'random'"):
+        prepared(home, candidates_file=str(path))

@@ -11,6 +11,7 @@ from recbole_mllm.prompts import (
     Style,
     item_line,
     preference_prompt,
+    read_style,
     recommend_prompt,
     titles_as_preference,
 )
@@ -68,9 +69,43 @@ def test_every_shipped_style_is_complete(name):
         ({"first_block": None}, "first_block must be a text"),
         ({"first_block": "no field"}, "first_block must be a text with {items}"),
         ({"image_summary": "no mark"}, "image_summary must hold 1 <image>"),
-        ({"extra": "x"}, "missing or unknown wording extra"),
+        ({"extra": "x"}, "there is no wording 'extra'"),
+        ({"first_blok": "x"}, "there is no wording 'first_blok'; did you mean first_block"),
+        ({"item_line": "{title:>9999} {summary}"}, r"item_line holds {title:>9999}; write plain {field} alone"),
+        ({"item_line": "{title!r} {summary}"}, r"item_line holds {title!r}"),
+        ({"item_line": "{title.x} {summary}"}, r"item_line holds {title\.x}"),
+        ({"item_line": "{title[0]} {summary}"}, r"item_line holds {title\[0\]}"),
+        ({"item_line": "{} {summary}"}, r"item_line holds {}"),
+        ({"item_line": "{title} {summary} {name}"}, r"item_line must be a text with {summary}, {title}"),
+        ({"image_summary": "<image> {"}, "image_summary holds unpaired braces"),
+        ({"titles": 5}, "titles must be a text with {titles}"),
+        ({"cold": "a \ue001 mark"}, "cold holds a private-use character"),
     ],
 )
 def test_a_style_says_what_is_wrong_with_it(change, message):
     with pytest.raises(UserError, match=message):
         Style.from_mapping("mine", WORDING | change)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"- a list", ":1: it must hold `key: value` lines"),
+        (b"", ": missing wording answer_no, "),
+        (bytes(range(256)), ":1: it holds a NUL byte"),
+        (b"titles: x\ntitles: y\n", ":2: titles stands there already, on line 1"),
+        (b"cold: {a: b}\n", ": missing wording"),
+    ],
+)
+def test_a_styles_file_is_named_with_what_is_wrong_in_it(tmp_path, text, said):
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(text)
+    with pytest.raises(UserError) as found:
+        read_style(str(path))
+    assert str(found.value).startswith(f"{path}{said}")
+
+
+def test_a_style_that_is_not_there_names_those_that_are():
+    for name in ("nothing", "nothing.yaml", "../demo"):
+        with pytest.raises(UserError, match="is unknown; give a YAML file or one of demo, movie"):
+            read_style(name)

@@ -55,13 +55,13 @@ def test_ours_and_want_of_memory_go_through(error):
 @pytest.mark.parametrize(
     ("model", "keys", "said"),
     [
-        ("SASRec", {"stopping_step": None}, "stopping_step: None must be a whole number"),
-        ("SASRec", {"weight_decay": None}, "weight_decay: None must be a number"),
+        ("SASRec", {"stopping_step": None}, "stopping_step is None; it must be a whole number"),
+        ("SASRec", {"weight_decay": None}, "weight_decay is None; it must be a number"),
         ("SASRec", {"eval_args": {"mode": "uni20"}}, "SASRec needs eval_args.order TO"),
-        ("BPR", {"metric_decimal_place": "many"}, "metric_decimal_place: 'many' must be a whole number"),
-        ("BPR", {"train_neg_sample_args": {"sample_num": 0}}, "sample_num: 0 must be a whole number, at least 1"),
+        ("BPR", {"metric_decimal_place": "many"}, "metric_decimal_place is 'many'; it must be a whole number"),
+        ("BPR", {"train_neg_sample_args": {"sample_num": 0}}, "sample_num is 0; it must be a whole number, at least 1"),
         ("BPR", {"train_neg_sample_args": None}, "BPR learns from drawn negatives"),
-        ("BPR", {"clip_grad_norm": 5}, "clip_grad_norm: 5 must be {key: value} pairs"),
+        ("BPR", {"clip_grad_norm": 5}, "clip_grad_norm is 5; it must be {key: value} pairs"),
         (
             "BPR",
             {"clip_grad_norm": {"maxnorm": 5}},
@@ -70,8 +70,8 @@ def test_ours_and_want_of_memory_go_through(error):
         ("BPR", {"learner": "sparse_adam"}, "SparseAdam does not support dense gradients"),
         ("BPR", {"checkpoint_dir": "dataset/steps/steps.inter/x"}, "RecBole cannot make the trainer"),
         ("BPR", {"eval_args": {"mode": "labeled"}}, "frozen_candidates: false"),
-        ("bpr", {}, "Did you mean BPR?"),
-        ("mllmmsr", {}, "Did you mean MLLMMSR?"),
+        ("bpr", {}, "did you mean BPR?"),
+        ("mllmmsr", {}, "did you mean MLLMMSR?"),
     ],
 )
 def test_a_wrong_option_is_one_line(model, keys, said, tmp_path, monkeypatch):

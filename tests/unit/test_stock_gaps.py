@@ -30,9 +30,9 @@ def test_metrics_that_count_items_are_measured(keys: dict[str, Any]) -> None:
     )
     found = run(config).test
     # the best 60 of 60 items are all of them, which RecBole counts 61 with the padding, each as often as the others
-    assert found["itemcoverage@60"] == pytest.approx(60 / 61, abs=1e-4)
-    assert found["giniindex@60"] == pytest.approx(1 / 61, abs=1e-4)
-    assert found["averagepopularity@60"] > 0
+    assert found["ItemCoverage@60"] == pytest.approx(60 / 61, abs=1e-4)
+    assert found["GiniIndex@60"] == pytest.approx(1 / 61, abs=1e-4)
+    assert found["AveragePopularity@60"] > 0
 
 
 def test_a_saved_dataset_is_split_as_this_run_says(keys: dict[str, Any]) -> None:

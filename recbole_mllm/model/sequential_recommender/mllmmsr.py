@@ -14,8 +14,10 @@ from recbole.utils import InputType
 from torch import Tensor
 
 from recbole_mllm import ranks
+from recbole_mllm.config import check_training
 from recbole_mllm.data.peruser import user_of
 from recbole_mllm.data.schema import HISTORY_NUMBER, POSITION
+from recbole_mllm.data.training import check_negatives
 from recbole_mllm.endpoints import is_server, parse_endpoint
 from recbole_mllm.errors import UserError
 from recbole_mllm.mllm import dispatching, splitting, zero3
@@ -25,7 +27,7 @@ from recbole_mllm.mllm.served import ServedScorer
 from recbole_mllm.mllm.sft import example_loss, micro_batches
 from recbole_mllm.mllm.tuning import check_finetune, load_trained_state, save_trained, trained_state, tune
 from recbole_mllm.model.questions import deals_by_item, question, shares_in_training
-from recbole_mllm.model.stages import make_stage
+from recbole_mllm.model.stages import load_style, make_stage
 from recbole_mllm.model.team import Team
 from recbole_mllm.progress import Progress
 from recbole_mllm.prompts import Prompt
@@ -50,19 +52,22 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
         self.settings = Settings.from_config(config)
-        modes = config["eval_args"]["mode"]
-        self.settings.ranking.check_modes(modes)
+        # all that can be refused is, before a retriever is trained, a summary is paid for or a model is loaded
+        check_training(config)
+        load_style(self.settings)
+        if self.is_trained:
+            check_negatives(config, dataset)
         check_finetune(self.settings.lora, self.device)
         dispatching.check_dispatch(self.settings.mllm)
         name = self.settings.mllm.mllm
         if not is_server(name) and (why := splitting.why_not(name, self.settings.mllm)):
             raise why
-        ranks_all = "full" in modes.values()
+        stage = make_stage(config, self.settings, self.device)  # a damaged .item stops before a retriever is trained
+        ranks_all = "full" in config["eval_args"]["mode"].values()
         # trained, and written, by the main process alone; the others then find what it has left
         self.reranker = (
             ranks.main_first(lambda: Reranker(config, self.settings.ranking, dataset)) if ranks_all else None
         )
-        stage = make_stage(config, self.settings, self.device)
         self.preferences = make_preferences(stage, Plan(dataset.histories, dataset.positions))
         self.items, self.style = stage.items, stage.style
         self.history_names = dataset.history_names

@@ -1,0 +1,276 @@
+"""A dataset's interactions as every model has them, and the exact order in which they happened.
+
+RecBole cuts lists at ``MAX_ITEM_LIST_LENGTH``, gives sequential models a row less for each user, and keeps time as
+float32. What candidates, popularity and order are worked out from is taken before all that: once rows are filtered and
+ids are numbered (data/dataset/dataset.py:159-178), which is the same for every model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from logging import getLogger
+from typing import Any
+
+import numpy as np
+import torch
+
+from recbole_mllm.compat.patching import wrap
+from recbole_mllm.data.values import impossible_times
+
+_DATES = 1e8  # times that all lie between 0 and this are places or steps, not moments
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """The interactions of every part of a dataset, in the order of its files.
+
+    Args:
+        users: ``[rows]`` int32 internal ids.
+        items: ``[rows]`` int32 internal ids.
+        order: ``[rows]`` int32 row numbers by exact time (float64), then place in the file; None without times, and for
+            benchmark files, whose rows say themselves what precedes them.
+        lists: ``[entries]`` int32 items of the rows' own histories, one row after the other; None where rows have none.
+        lengths: ``[rows]`` int32 how many of `lists` are a row's.
+        sizes: Rows of each benchmark file: training, validation, test; None without benchmark files.
+        reordered: Users whose items RecBole's float32 times would put in another order.
+        impossible: Times not after 1970, and after tomorrow.
+    """
+
+    users: Any
+    items: Any
+    order: Any = None
+    lists: Any = None
+    lengths: Any = None
+    sizes: tuple[int, ...] | None = None
+    reordered: int = 0
+    impossible: tuple[int, int] = (0, 0)
+
+    @property
+    def n_items(self) -> int:
+        """How many items occur, in rows or in their histories."""
+        parts = [self.items] if self.lists is None else [self.items, self.lists]
+        return int(np.count_nonzero(sum(np.bincount(part, minlength=self._width) for part in parts)))
+
+    @property
+    def _width(self) -> int:
+        return 1 + max(int(part.max(initial=0)) for part in (self.items, self.lists) if part is not None)
+
+    def pairs(self) -> tuple[Any, Any]:
+        """Return (users, items) of everything anybody has met in any part; a pair may occur several times."""
+        if self.lists is None:
+            return self.users, self.items
+        return np.r_[self.users, np.repeat(self.users, self.lengths)], np.r_[self.items, self.lists]
+
+    def by_user(self) -> Any:
+        """Return ``[rows]`` row numbers, each user's together and in exact order."""
+        return self.order[np.argsort(self.users[self.order], kind="stable")]
+
+    def split(self, config: Any) -> Split | None:
+        """Return what is held out; None where the split, and not the data alone, decides that."""
+        if self.sizes is not None:
+            return self._split_of_files(self.sizes) if len(self.sizes) == 3 else None
+        arguments = config["eval_args"]
+        how = (arguments["split"] or {}).get("LS")
+        if how is None or arguments["order"] != "TO" or self.order is None:
+            return None
+        return self._leave_one_out(how)
+
+    def _split_of_files(self, sizes: tuple[int, ...]) -> Split:
+        train, valid, test = np.split(np.arange(len(self.users)), np.cumsum(sizes)[:-1])
+        return Split(self, np.ones(len(self.users), bool), train, valid, test)
+
+    def _leave_one_out(self, how: str) -> Split:
+        """Hold out what RecBole holds out for sequential models, of which every other model can be asked too.
+
+        They have a row less for each user, as nothing precedes the first item (sequential_dataset.py:77-152): a user of
+        one interaction is unknown there, one of two never tested, one of three never validated.
+        """
+        rows = self.by_user()
+        counts = np.bincount(self.users)
+        many = counts[self.users[rows]]
+        from_end = np.cumsum(counts)[self.users[rows]] - 1 - np.arange(len(rows))
+        last, last_but_one = (from_end == 0) & (many >= 3), (from_end == 1) & (many >= 4)
+        nothing = np.zeros(len(rows), bool)
+        valid = {"valid_and_test": last_but_one, "valid_only": last}.get(how, nothing)
+        test = nothing if how == "valid_only" else last
+        known = many >= 2
+        return Split(self, (counts >= 2)[self.users], *(rows[part] for part in (known & ~valid & ~test, valid, test)))
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Which rows of `facts` are trained on and held out, for every model alike.
+
+    Args:
+        facts: The dataset's.
+        known: ``[rows]`` whether the row's user is known to every model.
+        train: Row numbers; so are `valid` and `test`.
+    """
+
+    facts: Facts
+    known: Any
+    train: Any
+    valid: Any
+    test: Any
+
+    def targets(self, phase: str) -> tuple[Any, Any]:
+        """Return (users, items) of the rows that are held out for ``valid`` or ``test``."""
+        rows = getattr(self, phase)
+        return self.facts.users[rows], self.facts.items[rows]
+
+    def met(self) -> tuple[Any, Any]:
+        """Return (users, items) of all that the known users have met in any part."""
+        if self.facts.lists is not None:
+            return self.facts.pairs()
+        return self.facts.users[self.known], self.facts.items[self.known]
+
+    def trained(self) -> tuple[Any, Any, Any]:
+        """Return (users, items, times): how often each user takes each item in training.
+
+        With benchmark files that is what any row's history says, and the targets of training rows; rows of one user
+        overlap, so an item counts as often as the row that has it most often says.
+        """
+        facts = self.facts
+        if facts.lists is None:
+            users, items = facts.users[self.train], facts.items[self.train]
+            return users, items, np.ones(len(users), np.int64)
+        rows = np.r_[np.repeat(np.arange(len(facts.users)), facts.lengths), self.train]
+        width = facts._width
+        items = np.r_[facts.lists, facts.items[self.train]]
+        keys, times = np.unique(rows * np.int64(width) + items, return_counts=True)
+        row, items = np.divmod(keys, width)
+        keys = facts.users[row] * np.int64(width) + items
+        order = np.argsort(keys, kind="stable")
+        first = np.flatnonzero(np.r_[True, np.diff(keys[order]) > 0]) if len(keys) else order
+        most = np.maximum.reduceat(times[order], first) if len(keys) else times
+        return *np.divmod(keys[order][first], width), most
+
+    def popularity(self, width: int) -> Any:
+        """Return ``[width]`` how often each item is trained on."""
+        _, items, times = self.trained()
+        return np.bincount(items, times, width).astype(np.int64)
+
+
+def wants_exact_order(dataset: Any) -> bool:
+    """Return whether the rows of RecBole's `dataset` are to stand by exact time, as they do in every run of ours."""
+    return bool(dataset.exact_order or dataset.config["frozen_candidates"] is True)
+
+
+def keep_facts(module: Any) -> None:
+    """Let RecBole's ``Dataset`` keep its `facts`, and sort by exact time where `wants_exact_order` (dataset.py:1796).
+
+    RecBole's other sorts are stable, and by a time that is rounded but never reversed: they leave that order alone.
+    """
+
+    def make_label(stock: Callable[[Any], None]) -> Callable[[Any], None]:
+        def _set_label_by_threshold(self: Any) -> None:  # the first step after missing values are filled in
+            self.facts = _facts_of(self)
+            stock(self)
+
+        return _set_label_by_threshold
+
+    def make_sort(stock: Callable[..., None]) -> Callable[..., None]:
+        def sort(self: Any, by: Any, ascending: Any = True) -> None:
+            order = _exact_order(self, by) if ascending is True and wants_exact_order(self) else None
+            if order is None:
+                stock(self, by, ascending)
+            else:
+                self.inter_feat._reindex(torch.from_numpy(order.astype(np.int64)))
+
+        return sort
+
+    def make_removal(stock: Callable[[Any], None]) -> Callable[[Any], None]:
+        def _remove_duplication(self: Any) -> None:
+            keep, frame = self.config["rm_dup_inter"], self.inter_feat
+            if keep is None or self.time_field not in frame or not wants_exact_order(self):
+                stock(self)
+                return
+            # RecBole's sort is not stable (dataset.py:853), and leaves equal times in an order of its own
+            ordered = frame.sort_values(by=[self.time_field], kind="stable")
+            kept = ordered.drop_duplicates(subset=[self.uid_field, self.iid_field], keep=keep)
+            self.inter_feat = kept.sort_index()
+
+        return _remove_duplication
+
+    module.Dataset.exact_order, module.Dataset.facts = False, None
+    wrap(module.Dataset, "_set_label_by_threshold", make_label)
+    wrap(module.Dataset, "sort", make_sort)
+    wrap(module.Dataset, "_remove_duplication", make_removal)
+
+
+def _facts_of(dataset: Any) -> Facts | None:
+    frame, listed = dataset.inter_feat, f"{dataset.iid_field}{dataset.config['LIST_SUFFIX']}"
+    if dataset.uid_field not in frame or dataset.iid_field not in frame:
+        return None
+    users, items = (frame[field].to_numpy().astype(np.int32) for field in (dataset.uid_field, dataset.iid_field))
+    times = frame[dataset.time_field].to_numpy() if dataset.time_field in frame else None
+    times = times if times is not None and times.dtype.kind in "iuf" else None
+    impossible = (0, 0)
+    if times is not None and len(times) and (times.max() >= _DATES or times.min() < 0):
+        impossible = impossible_times(times)
+    if dataset.config["benchmark_filename"] is not None:
+        sizes = tuple(dataset.file_size_list)
+        one_numbering = any({dataset.iid_field, listed} <= set(group) for group in dataset.alias.values())
+        if listed not in frame or not one_numbering:
+            return Facts(users, items, sizes=sizes, impossible=impossible)
+        rows = frame[listed].tolist()
+        lengths = np.fromiter(map(len, rows), np.int32, len(rows))
+        lists = np.concatenate([*rows, np.empty(0, np.int32)]).astype(np.int32)
+        return Facts(users, items, None, lists, lengths, sizes, impossible=impossible)
+    if times is None:
+        return Facts(users, items)
+    order = np.argsort(times, kind="stable").astype(np.int32)
+    return Facts(users, items, order, reordered=_reordered(users, items, times, order), impossible=impossible)
+
+
+def _reordered(users: Any, items: Any, times: Any, order: Any) -> int:
+    """Return how many users' items stand in another order by float32 times than in exact `order`."""
+    rounded = times.astype(np.float32)
+    same, back = rounded[order[1:]] == rounded[order[:-1]], order[1:] < order[:-1]
+    if not (same & back).any():
+        return 0
+    theirs = np.argsort(rounded, kind="stable")
+    one, two = (rows[np.argsort(users[rows], kind="stable")] for rows in (order, theirs))
+    return len(np.unique(users[one][items[one] != items[two]]))
+
+
+def _exact_order(dataset: Any, by: Any) -> Any:
+    """Return the order in which the rows are to stand that are asked for by time, or by user and time; else None.
+
+    They are the rows of `facts`, or those that augmentation has left of them: all but each user's first.
+    """
+    facts, rows = dataset.facts, dataset.inter_feat
+    by_time, by_user = by in (dataset.time_field, [dataset.time_field]), by == [dataset.uid_field, dataset.time_field]
+    if facts is None or facts.order is None or not (by_time or by_user):
+        return None
+    users, items = (rows[field].numpy() for field in (dataset.uid_field, dataset.iid_field))
+    if np.array_equal(users, facts.users) and np.array_equal(items, facts.items):
+        return facts.order if by_time else facts.by_user()
+    own = facts.by_user()
+    own = own[1:][facts.users[own][1:] == facts.users[own][:-1]]
+    if by_user or not np.array_equal(users, facts.users[own]) or not np.array_equal(items, facts.items[own]):
+        return None
+    place = np.empty(len(facts.order), np.int32)
+    place[facts.order] = np.arange(len(place))
+    return np.argsort(place[own])
+
+
+def tell(dataset: Any) -> None:
+    """Say in the log how RecBole alone would have ordered a dataset, and which of its times cannot be."""
+    facts: Facts | None = dataset.facts
+    if facts is None or not wants_exact_order(dataset):
+        return
+    log = getLogger()
+    if facts.reordered and dataset.config["eval_args"]["order"] == "TO":
+        users = len(np.unique(facts.users))
+        log.info(
+            f"order: by exact time, then place in the file; RecBole alone, whose times are float32, would have put the "
+            f"items of {facts.reordered} of {users} users in another order"
+        )
+    early, late = facts.impossible
+    if early or late:
+        log.info(
+            f"times: {early} of {len(facts.users)} interactions lie at or before 1970, {late} after tomorrow; they "
+            "stand where their time says, first or last"
+        )

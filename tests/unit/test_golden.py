@@ -1,0 +1,90 @@
+"""Names that users' paid work is found again by: tags, answer keys, digests. They change only with a note of migration.
+
+These are the only golden values: a renamed settings field or label must not orphan summaries, candidates or records.
+"""
+
+import numpy as np
+import pytest
+import torch
+from recbole.utils import init_seed
+
+from recbole_mllm.benchmark.field import resolve
+from recbole_mllm.benchmark.jobs import BenchmarkPlan, run_id
+from recbole_mllm.benchmark.portable import config_digest
+from recbole_mllm.config import benchmark_defaults, config_paths
+from recbole_mllm.data.sampling import hash64, hashes64, tie_keys
+from recbole_mllm.mllm.base import Decoding
+from recbole_mllm.model.stages import make_stage
+from recbole_mllm.prompts import Prompt
+from recbole_mllm.quick_start import make_config, read_and_split
+from recbole_mllm.settings import Settings
+from recbole_mllm.summaries.chains import history_digest
+from recbole_mllm.summaries.store import answer_key
+
+SERVED = {"mllm": "server:Qwen/Qwen2.5-VL-7B-Instruct@http://127.0.0.1:8000/v1", "finetune": "none"}
+KEYS = [
+    "839b941f827e2bb9f241147989a7907229e3de993b9c96312a3260d89950b122",
+    "c49591ed58a4f1164e4e9de44db17a54e40953c470c81cb2b5bcb29558bf2fed",
+]
+HASH = 3478875734941408580
+HASHES = [18324990846983751329, 13709337986934891695]
+TIES = [3646065456416007886, 1098657949066830774]
+HISTORY = "be2a79a6fc0c9479"
+CONFIG = "3f6df1f32eab99b4"
+RUN = "MLLMMSR-no-image-2024-7038c836"
+
+
+@pytest.fixture(scope="module")
+def demo_config(tmp_path_factory):
+    """Return a function that configures a model on the demo world, which is built once."""
+    data = tmp_path_factory.mktemp("dataset")
+
+    def configured(model="MLLMMSR", **keys):
+        own = {"data_path": str(data), "state": "ERROR", "frozen_candidates": True, "use_gpu": False}
+        return make_config(model, "demo", list(config_paths(["demo"])), own | keys)
+
+    return configured
+
+
+@pytest.mark.parametrize(
+    ("keys", "tag"),
+    [
+        ({}, "tiny-recurrent-b4-image-3e9d094e"),
+        (
+            {**SERVED, "summary_temperature": 0.7, "prompt_style": "product"},
+            "qwen2-5-vl-7b-instruct-recurrent-b4-image-0709abb8",
+        ),
+    ],
+    ids=["tiny", "server"],
+)
+def test_the_tag_of_a_run_of_yesterday(demo_config, keys, tag):
+    config = demo_config(**keys)
+    assert make_stage(config, Settings.from_config(config), torch.device("cpu")).tag == tag
+
+
+def test_the_key_of_an_answer(tmp_path):
+    image = tmp_path / "a.png"
+    image.write_bytes(b"bytes")
+    asked = Prompt("<image>\nWhat is it?", (image,))
+    found = [answer_key("m", Prompt("A text"), Decoding(24)), answer_key("m", asked, Decoding(8, 0.5, 0.9, 7))]
+    assert found == KEYS
+
+
+def test_hashes_that_seed_draws():
+    assert hash64("user", 2024, "u1") == HASH
+    assert hashes64(np.array(["a", "b"]), "candidates", 2024, "test").tolist() == HASHES
+    assert tie_keys(np.array(["u"]), np.array(["i", "j"]), 2024)(np.array([0, 0]), np.array([0, 1])).tolist() == TIES
+    assert history_digest(["i1", "i2"]) == HISTORY
+
+
+@pytest.mark.parametrize("model", ["MLLMMSR", "Pop"])
+def test_the_candidates_of_the_demo(demo_config, model):
+    config = demo_config(model, **benchmark_defaults())
+    init_seed(config["seed"], config["reproducibility"])
+    assert read_and_split(config)[0].candidates_digest == "0a57ba62ee57cf48"
+
+
+def test_the_digest_of_a_configuration_and_the_name_of_a_run(tmp_path):
+    assert config_digest({"model": "SASRec", "epochs": 3, "data_path": "anywhere", "topk": [5, 10]}) == CONFIG
+    plan = BenchmarkPlan("demo", ("SASRec",), (2024,), tmp_path, overrides={"epochs": 3})
+    assert run_id(resolve("MLLMMSR:no-image"), 2024, plan) == RUN
