@@ -112,7 +112,7 @@ def test_image_tokens_and_the_answer_count_against_the_models_positions(narrow, 
     ],
 )
 def test_where_positions_are_too_few_the_error_says_what_helps(narrow, picture, room, images, helps, useless):
-    prompt = Prompt("Describe this. " + "<image>" * images, (picture,) * images)
+    prompt = Prompt("Describe this as well as you can. " * 3 + "<image>" * images, (picture,) * images)
     with pytest.raises(UserError, match=f"model's 512 positions, .*{helps}") as caught:
         narrow.encoder(prompt, room=room)
     assert useless not in str(caught.value) and "max_text_tokens" not in str(caught.value)
