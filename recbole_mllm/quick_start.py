@@ -17,11 +17,14 @@ from recbole.utils import get_model, get_trainer, init_logger, init_seed
 
 from recbole_mllm import ranks
 from recbole_mllm.config import check_training, per_model, recbole_config, sections
+from recbole_mllm.data.checking import nothing_left
 from recbole_mllm.data.schema import isum_file, usum_file
 from recbole_mllm.errors import UserError
 from recbole_mllm.evaluation.exchange import write
 from recbole_mllm.evaluation.metrics import has_several_rows, joined, per_user, pooled_auc
 from recbole_mllm.evaluation.protocol import protocol_line
+from recbole_mllm.files import check_place
+from recbole_mllm.fitting import Fit
 from recbole_mllm.keys import check_keys
 from recbole_mllm.refusals import told_in_a_line
 from recbole_mllm.settings import Settings
@@ -34,6 +37,9 @@ class Outcome:
     Under full ranking it holds each user's best items and target, with ``among``, how many were ranked, and ``answer``,
     the log-odds of an MLLM that was asked about the pair; `pairs_scored` counts all.
 
+    `train_s` holds no validation and no test, and is None where nothing was trained; `converged` says whether
+    validation had stopped rising when training ended, None where that is no question (one pass, zero-shot).
+
     `retrieval`, where all items were ranked, says by what: ``retriever``, ``top_k``, ``recall`` (the share of test
     targets among its best, a ceiling) and ``fusion`` (the MLLM's share). `scores_reused` is how many of the test scores
     earlier evaluations had left, `world_size` how many processes worked on it.
@@ -45,6 +51,7 @@ class Outcome:
     config: Any
     dataset: Any
     train_data: Any
+    test_data: Any
     model: Any
     checkpoint: Path
     valid: dict[str, float]
@@ -52,11 +59,12 @@ class Outcome:
     users: dict[str, Any]
     pairs: dict[str, Any] | None
     summarize_s: float
-    train_s: float
+    train_s: float | None
     score_s: float
     retrieval: dict[str, Any] | None = None
     scores_reused: int = 0
     world_size: int = 1
+    converged: bool | None = None
     load_s: float | None = None
     summarize_reused: int = 0
 
@@ -87,7 +95,8 @@ class _Trained:
     score: float
     valid: Any
     spent: Any  # on summaries, none of a baseline
-    train_s: float
+    train_s: float | None
+    converged: bool | None
 
 
 Check = Callable[[Any, Any], None]
@@ -100,14 +109,22 @@ def _train(config: Any, saved: bool, check: Check | None = None) -> _Trained:
     log = logging.getLogger()
     check_keys(config.external_config_dict, "the configuration")
     check_training(config)
+    for key in ("checkpoint_dir", "retriever_dir"):
+        if config[key]:
+            check_place(Path(str(config[key])), f"{key}:")
     refused = config["model"], config["dataset"]
     with told_in_a_line("read the dataset", *refused):
         dataset = create_dataset(config)
     log.info(dataset)
     with told_in_a_line("split the dataset", *refused):
         train, valid, test = data_preparation(config, dataset)
+    if not saved and not len(valid):
+        raise nothing_left(dataset, "validate on")
     if check is not None:
         check(dataset, test)
+    for phase in ("valid", "test"):  # what RecBole's lines below are results of
+        log.info(f"{phase}: {protocol_line(config, phase=phase)}")
+    started = time.perf_counter()
     init_seed(config["seed"] + config["local_rank"], config["reproducibility"])
     with told_in_a_line(f"make the model {config['model']}", *refused):
         model = get_model(config["model"])(config, train._dataset).to(config["device"])
@@ -115,16 +132,34 @@ def _train(config: Any, saved: bool, check: Check | None = None) -> _Trained:
     made = time.perf_counter()
     with told_in_a_line("make the trainer", *refused):
         trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
-    if isinstance(trainer, TraditionalTrainer):  # one epoch whatever `epochs` says, so an eval_step of 2 saves nothing
+    one_pass = isinstance(trainer, TraditionalTrainer)
+    if one_pass:  # one epoch whatever `epochs` says, so an eval_step of 2 saves nothing
         trainer.eval_step = min(trainer.eval_step, trainer.epochs)
+    fit = Fit(trainer)
     with told_in_a_line("train", *refused):
-        score, best = trainer.fit(train, valid, saved=saved, show_progress=config["show_progress"])
+        score, best = fit.run(train, valid, saved=saved, show_progress=config["show_progress"])
     reranker = getattr(model, "reranker", None)
     learnt = getattr(reranker, "train_s", 0.0)
+    trained = _train_seconds(config["model"], trainer, fit, made - started if one_pass else 0.0)
     # A retriever's training is training, whichever run did it: what many runs share each of them would have paid
-    train_s = time.perf_counter() - made + learnt
+    train_s = (trained or 0.0) + learnt if trained is not None or learnt else None
+    converged = None if one_pass else fit.converged
     spent = getattr(model, "summaries_spent", None)
-    return _Trained(dataset, train, test, model, trainer, score, best, spent, train_s)
+    return _Trained(dataset, train, test, model, trainer, score, best, spent, train_s, converged)
+
+
+def _train_seconds(name: str, trainer: Any, fit: Fit, making: float) -> float | None:
+    """Return what a run's own model took to train, None if nothing of it was.
+
+    Args:
+        name: RecBole's name of the model; `Random` learns nothing.
+        trainer: Ours counts the seconds itself, those before a run was resumed included.
+        fit: What RecBole's spent.
+        making: What making the model took, where that is its training (ItemKNN, EASE: all but Pop of the one-pass).
+    """
+    if not trainer.epochs or name == "Random":
+        return None
+    return float(getattr(trainer, "train_s", making + fit.seconds))
 
 
 def validate(config: Any) -> float:
@@ -154,6 +189,7 @@ def run(config: Any, check: Check | None = None) -> Outcome:
         config,
         done.dataset,
         done.train,
+        done.test,
         done.model,
         Path(trainer.saved_model_file),
         {metric_name(key): float(value) for key, value in (done.valid or {}).items()},
@@ -166,6 +202,7 @@ def run(config: Any, check: Check | None = None) -> Outcome:
         _retrieval(trainer),
         getattr(done.model, "scores_reused", 0) - reused,
         getattr(done.model, "processes", 1),
+        done.converged,
         load_s=getattr(done.model, "load_s", None),
         summarize_reused=done.spent.reused if done.spent else 0,
     )

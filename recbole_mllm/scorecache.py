@@ -1,6 +1,6 @@
 """Scores that finished evaluations left, by state of the model and prompt, in an SQLite file that may be lost.
 
-Nothing here can stop a run: a file that cannot be read is thrown away, one that cannot be written is done without.
+Nothing here can stop a run: a file that cannot be read is put aside, one that cannot be written is done without.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 from recbole_mllm import ranks
 from recbole_mllm.data.images import image_digest
 from recbole_mllm.data.schema import score_file
+from recbole_mllm.files import set_file_aside
 from recbole_mllm.prompts import Prompt
 from recbole_mllm.settings import RankingSettings
 from recbole_mllm.summaries.table import log_ahead
@@ -147,9 +148,12 @@ class ScoreCache:
                 return action(self._db)
             except (sqlite3.Error, OSError) as error:
                 self.close()
-                if attempt == 1 and getattr(error, "sqlite_errorcode", 0) & 0xFF in _DAMAGE:
-                    self._log.warning(f"the kept scores in {self.path} are damaged ({error}); they are begun anew")
-                    _remove(self.path)
+                damaged = attempt == 1 and getattr(error, "sqlite_errorcode", 0) & 0xFF in _DAMAGE
+                if damaged and (aside := _put_aside(self.path)):
+                    self._log.warning(
+                        f"the kept scores in {self.path} are damaged, or something else's ({error}); they are begun "
+                        f"anew, and the file is kept as {aside.name}"
+                    )
                     continue
                 self._log.warning(f"scores cannot be kept in {self.path} ({error}); going on without")
                 self._tried = lambda action: None  # type: ignore[method-assign]
@@ -166,6 +170,11 @@ _PATIENCE_S = 10  # with others that are at the file
 def _connect(path: Path) -> sqlite3.Connection:
     db = sqlite3.connect(path, timeout=_PATIENCE_S)
     try:
+        tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE name NOT LIKE 'sqlite_%'")}
+        if others := tables - {"models", "scores"}:
+            error = sqlite3.DatabaseError(f"it holds {', '.join(sorted(others)[:5])}")
+            error.sqlite_errorcode = sqlite3.SQLITE_NOTADB
+            raise error
         db.execute("PRAGMA auto_vacuum=INCREMENTAL")  # of a new file
         log_ahead(db, _PATIENCE_S)
         db.execute("PRAGMA synchronous=NORMAL")
@@ -177,9 +186,12 @@ def _connect(path: Path) -> sqlite3.Connection:
     return db
 
 
-def _remove(path: Path) -> None:
-    for suffix in ("", "-wal", "-shm"):
-        path.with_name(path.name + suffix).unlink(missing_ok=True)
+def _put_aside(path: Path) -> Path | None:
+    """Rename the file, whoever made it, with its log, which would be replayed into ours; None where that cannot be."""
+    try:
+        return set_file_aside(path, "corrupt", ("-wal", "-shm"))
+    except OSError:
+        return None
 
 
 def _found(db: sqlite3.Connection, model: str, prompts: Sequence[bytes]) -> dict[bytes, float]:

@@ -2,49 +2,30 @@
 
 from __future__ import annotations
 
+import codecs
+import csv
 import errno
-import glob
-import os
+import io
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
-from typing import IO
+from typing import BinaryIO
 
 from recbole_mllm.data.values import MAX_CHARACTERS, clean, id_problem, value_problem, word_problem
 from recbole_mllm.errors import UserError
+from recbole_mllm.files import whole_file
 
 __all__ = [
-    "clean", "id_problem", "read_atomic", "read_columns", "read_numbered", "read_values", "value_problem",
-    "whole_file", "word_problem", "write_atomic",
+    "clean", "id_problem", "read_atomic", "read_columns", "read_numbered", "read_values", "unquoted",
+    "value_problem", "whole_file", "word_problem", "write_atomic",
 ]  # fmt: skip
 
 TYPES = ("token", "token_seq", "float", "float_seq")
+_LONGEST_LINE = 1 << 28  # bytes; what has no line end for so long is no table
+_UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[IO[str]]:
-    """Open `path` for writing UTF-8 text such that it appears only when all of it is written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    _sweep(path)
-    try:
-        with scratch.open("w", encoding="utf-8", newline="\n") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
-    finally:
-        with suppress(FileNotFoundError):
-            scratch.unlink()
-
-
-def _sweep(path: Path) -> None:
-    """Remove what processes that were killed had begun to write in the place of `path`."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        process = left.name.rsplit(".", 2)[1]
-        if process.isdigit() and not Path(f"/proc/{process}").exists() and Path("/proc/self").exists():
-            left.unlink(missing_ok=True)
 
 
 def write_atomic(path: Path, types: Mapping[str, str], rows: Iterable[Sequence[str]]) -> int:
@@ -123,54 +104,109 @@ def read_numbered(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         yield number, dict(zip(names, values, strict=True))
 
 
-def read_columns(path: Path) -> dict[str, str]:
+def read_columns(path: Path, separator: str = "\t", encoding: str | None = None) -> dict[str, str]:
     """Return the file's columns, ``{name: type}``, in order."""
-    for _, line in _lines(path):
-        return _columns(path, line)
+    for _, line in _lines(path, encoding):
+        return _columns(path, line, separator)
     raise UserError(f"{path} is empty; its first line must name the columns, such as user_id:token")
 
 
-def read_values(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Yield each row as its line number and its values in the order of the columns: the quickest way to read."""
-    width = len(read_columns(path))
-    lines = _lines(path)
+def read_values(
+    path: Path, separator: str = "\t", encoding: str | None = None, *, quotes: bool = False
+) -> Iterator[tuple[int, list[str]]]:
+    """Yield each row as its line number and its values in the order of the columns: the quickest way to read.
+
+    With `quotes` a value that starts with a quote is what RecBole makes of it (`unquoted`).
+    """
+    width = len(read_columns(path, separator, encoding))
+    lines = _lines(path, encoding)
     next(lines)
     for number, line in lines:
         if not line:
             continue
-        values = line.split("\t")
+        values = line.split(separator)
+        if quotes and '"' in line and any(value[:1] == '"' for value in values):
+            values = unquoted(path, number, line, separator)
         if len(values) != width:
-            raise UserError(f"{path}:{number}: {len(values)} values for {width} columns; check for stray tabs")
+            what = f"{len(values)} values for {width} columns"
+            raise UserError(f"{path}:{number}: {what}; check for stray {_name(separator)}")
         yield number, values
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    if not path.is_file():
-        raise UserError(f"{path} does not exist")
+def _name(separator: str) -> str:
+    return "tabs" if separator == "\t" else repr(separator)
+
+
+def unquoted(path: Path, number: int, line: str, separator: str = "\t") -> list[str]:
+    """Return the values of a line as RecBole's reader does, which takes quotes off that enclose a value.
+
+    Raises:
+        UserError: A quote that opens a value closes none: that reader would refuse the file, or take the lines behind
+            for a part of the value.
+    """
+    csv.field_size_limit(2**31 - 1)  # as compat/frames.py sets it for RecBole's reader
     try:
-        file = path.open("rb")
+        return next(csv.reader([line], delimiter=separator, strict=True))
+    except csv.Error:
+        value = next(value for value in line.split(separator) if value[:1] == '"')
+        raise UserError(
+            f"{path}:{number}: a value starts with a quote that does not close at its end: {value[:60]!r}; remove the "
+            "quote (one inside a value does no harm)"
+        ) from None
+
+
+def _lines(path: Path, encoding: str | None = None) -> Iterator[tuple[int, str]]:
+    """Yield each line, with its number, less its end; UTF-8 unless another `encoding` is given."""
+    if not path.is_file():
+        raise UserError(f"{path} is no file; put one in its place" if path.exists() else f"{path} does not exist")
+    try:
+        with path.open("rb") as file:
+            yield from _decoded(path, file, encoding or "utf-8")
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    with file:
-        for number, raw in enumerate(file, start=1):
-            try:
-                line = raw.decode()
-            except UnicodeDecodeError as error:
-                raise UserError(f"{path}:{number}: byte {error.start + 1} is no UTF-8; save it as UTF-8") from None
-            line = line.removesuffix("\n").removesuffix("\r")
-            if "\0" in line or "\r" in line:
-                what = "NUL byte" if "\0" in line else "carriage return"
-                raise UserError(f"{path}:{number}: a {what} inside the line; remove it")
-            yield number, line.removeprefix("\ufeff") if number == 1 else line
 
 
-def _columns(path: Path, header: str) -> dict[str, str]:
+def _decoded(path: Path, file: BinaryIO, encoding: str) -> Iterator[tuple[int, str]]:
+    """Yield the lines of `file`; it is read by bytes where that tells which line cannot be decoded."""
+    try:
+        wide = codecs.lookup(encoding).name.startswith(("utf-16", "utf-32"))
+    except LookupError:
+        raise UserError(
+            f"there is no encoding {encoding!r}; leave the key encoding out where files are UTF-8"
+        ) from None
+    text = io.TextIOWrapper(file, encoding, newline="\n") if wide else None
+    for number in count(1):
+        try:
+            raw = text.readline(_LONGEST_LINE + 1) if text else file.readline(_LONGEST_LINE + 1)
+            line = raw.decode(encoding) if isinstance(raw, bytes) else raw
+        except UnicodeDecodeError as error:
+            hint = "it looks like UTF-16; save it" if number == 1 and error.object[:2] in _UTF_16 else "save the file"
+            raise UserError(
+                f"{path}:{number}: byte {error.start + 1} is no {encoding.upper()}; {hint} as UTF-8"
+            ) from None
+        if not raw:
+            return
+        if len(raw) > _LONGEST_LINE:
+            raise UserError(f"{path}:{number}: a line of more than {_LONGEST_LINE:,} bytes; is it a table of text?")
+        line = line.removesuffix("\n").removesuffix("\r")
+        if "\0" in line:
+            hint = "it looks like UTF-16; save it as UTF-8" if number == 1 else "remove it"
+            raise UserError(f"{path}:{number}: a NUL byte inside the line; {hint}")
+        if "\r" in line:
+            hint = "remove it, or end all lines in line feeds"
+            raise UserError(f"{path}:{number}: a carriage return inside the line; {hint}")
+        yield number, line.removeprefix("\ufeff") if number == 1 else line
+
+
+def _columns(path: Path, header: str, separator: str = "\t") -> dict[str, str]:
     columns: dict[str, str] = {}
-    for column in header.split("\t"):
+    for column in header.split(separator):
         name, _, kind = column.partition(":")
         if not name or kind not in TYPES:
+            hint = f", {_name(separator)} between columns" if column == header and re.search("[\t,;|]", header) else ""
             raise UserError(
-                f"{path}:1: {column[:60]!r} is no column; write name:type, where type is one of {', '.join(TYPES)}"
+                f"{path}:1: {column[:60]!r} is no column; write name:type{hint}, where type is one of "
+                f"{', '.join(TYPES)}"
             )
         if name in columns:
             raise UserError(f"{path}:1: two columns are called {name}; RecBole needs each name once")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -52,7 +53,7 @@ def read_fast(
     import pandas as pd
 
     known = delimiter in _SEPARATORS and str(encoding or "utf-8").lower() in _ENCODINGS and engine == "python"
-    if not known or not is_plain(Path(path), delimiter):
+    if not known or not scan(Path(path), delimiter).plain:
         return None
     kinds = {name: object if kind is str else kind for name, kind in dtype.items()}
     # `high` is the Python parser's own precision; without `low_memory` equal texts are one object
@@ -74,28 +75,59 @@ def _parsed_apart(values: Any) -> bool:
     return bool(((np.abs(values) >= _EXACT) | (np.signbit(values) & (values == 0))).any())
 
 
-def is_plain(path: Path, delimiter: str) -> bool:
-    """Return whether every line has as many fields as the first, two or more, and nothing the two parsers read apart.
+class Scan(NamedTuple):
+    """What the bytes of a file say: whether it is `plain`, and the shortest and longest value of each column, in bytes.
 
-    That is quotes, carriage returns, NULs, a byte order mark, repeated names, lines that begin with a space and very
-    long ones.
+    Plain: every line has as many fields as the first, two or more, and nothing the two parsers read apart. That is
+    quotes, carriage returns, NULs, a byte order mark, repeated names, lines that begin with a space and very long ones.
     """
+
+    plain: bool
+    shortest: tuple[int, ...] = ()
+    longest: tuple[int, ...] = ()
+
+
+_KNOWN: dict[tuple[Path, str], Scan] = {}
+
+
+@contextmanager
+def known(path: Path, delimiter: str, found: Scan) -> Iterator[None]:
+    """Let `scan` answer with `found` for a while, in which `path` is read, without looking at its bytes again."""
+    _KNOWN[path, delimiter] = found
+    try:
+        yield
+    finally:
+        del _KNOWN[path, delimiter]
+
+
+def scan(path: Path, delimiter: str) -> Scan:
+    """Look at every byte of a file once, as arrays."""
+    if (path, delimiter) in _KNOWN:
+        return _KNOWN[path, delimiter]
     separator = delimiter.encode()
     with path.open("rb") as file:
-        header = file.readline().rstrip(b"\n")
+        header = file.readline(_LONGEST + 1).rstrip(b"\n")
     fields = header.split(separator)
-    if len(fields) < 2 or len(set(fields)) < len(fields) or header.startswith(b"\xef\xbb\xbf"):
-        return False
-    lines = 0
+    if len(separator) != 1 or len(fields) < 2 or len(set(fields)) < len(fields) or header.startswith(b"\xef\xbb\xbf"):
+        return Scan(False)
+    lines, bounds = 0, []
     for block in _blocks(path):
-        if not _is_plain_block(np.frombuffer(block, np.uint8), separator[0], len(fields) - 1):
-            return False
+        found = _lengths(block, separator[0], len(fields) - 1)
+        if found is None:
+            return Scan(False)
+        if lines == 0:
+            found = found[1:]  # the header's own
+        if len(found):
+            bounds.append((found.min(axis=0), found.max(axis=0)))
         lines += block.count(b"\n")
-    return lines > 1
+    if lines < 2:
+        return Scan(False)
+    low, high = (np.array(each) for each in zip(*bounds, strict=True))
+    return Scan(True, tuple(low.min(axis=0).tolist()), tuple(high.max(axis=0).tolist()))
 
 
 def _blocks(path: Path) -> Iterator[bytes]:
-    """Yield the file in blocks of whole lines."""
+    """Yield the file in blocks of whole lines; a line beyond all measure comes in parts, and nothing behind it."""
     rest = b""
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
@@ -103,21 +135,31 @@ def _blocks(path: Path) -> Iterator[bytes]:
             rest = tail
             if newline:
                 yield whole + newline
+            if len(rest) > _LONGEST:
+                break
     if rest:
         yield rest + b"\n"
 
 
-def _is_plain_block(block: Any, separator: int, separators: int) -> bool:
-    """Return whether each line of `block` has `separators` of `separator` and no byte that asks for care."""
-    control = block[block < 0x23]  # few: line ends, tabs and spaces
+def _lengths(block: bytes, separator: int, separators: int) -> Any:
+    """Return the length of each field, ``[lines, separators + 1]``; None unless each line has `separators` of them.
+
+    None too where a byte asks for care, or an id that is RecBole's own.
+    """
+    if b"[PAD]" in block:
+        return None
+    array = np.frombuffer(block, np.uint8)
+    control = array[array < 0x23]  # few: line ends, tabs and spaces
     if np.isin(control, [0x00, 0x0D, 0x22]).any():
-        return False
-    ends = np.flatnonzero(block == 0x0A)
+        return None
+    ends = np.flatnonzero(array == 0x0A)
     starts = np.r_[0, ends[:-1] + 1]
-    if (block[starts] == 0x20).any() or (ends - starts).max() > _LONGEST:
-        return False
-    places = np.flatnonzero(block == separator)
+    if (array[starts] == 0x20).any() or (ends - starts).max() > _LONGEST:
+        return None
+    places = np.flatnonzero(array == separator)
     if len(places) != separators * len(ends):
-        return False
+        return None
     table = places.reshape(-1, separators)
-    return bool((table[:, 0] >= starts).all() and (table[:, -1] < ends).all())
+    if not ((table[:, 0] >= starts).all() and (table[:, -1] < ends).all()):
+        return None
+    return np.diff(np.column_stack([starts - 1, table, ends]), axis=1) - 1

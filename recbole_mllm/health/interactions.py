@@ -12,13 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recbole_mllm.data import schema
-from recbole_mllm.data.atomic import read_columns, read_values
+from recbole_mllm.data.atomic import read_columns, read_values, unquoted
+from recbole_mllm.data.checking import Rules, check_columns, fault, is_missing, time_problem
 from recbole_mllm.data.values import impossible_times
 from recbole_mllm.errors import UserError
 from recbole_mllm.health.layout import Layout
 from recbole_mllm.health.sample import Sample
-
-_NO_TIME = {"", "na", "n/a", "nan", "null", "none", "<na>"}  # what pandas takes for a missing number
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +100,8 @@ def _numbers(values: array[Any], kind: str) -> NDArray[Any]:
 
 
 def _read_rows(reading: _Reading, path: Path, layout: Layout, timed: bool) -> None:
-    columns = list(read_columns(path))
+    rules = Rules((layout.user, layout.item), layout.time)
+    columns = list(check_columns(path, rules))
     at_user, at_item = columns.index(layout.user), columns.index(layout.item)
     at_time = columns.index(layout.time) if timed else 0
     at_exact = columns.index(schema.EXACT_TIME) if timed and schema.EXACT_TIME in columns else None
@@ -111,10 +111,7 @@ def _read_rows(reading: _Reading, path: Path, layout: Layout, timed: bool) -> No
         add_user(users.setdefault(values[at_user], len(users)))
         add_item(items.setdefault(values[at_item], len(items)))
         if timed:
-            try:
-                add_time(float(values[at_time]))
-            except ValueError:
-                add_time(_no_time(values[at_time], path, number))
+            add_time(_time(values[at_time], path, number, rules))
         if at_exact is not None:
             reading.exact_time.append(_float(values[at_exact]))
         _note_row(reading, values, path, number)
@@ -127,16 +124,20 @@ def _float(text: str) -> float:
         return float("nan")
 
 
-def _no_time(value: str, path: Path, number: int) -> float:
-    if value.strip().lower() in _NO_TIME:
+def _time(value: str, path: Path, number: int, rules: Rules) -> float:
+    """Return the time, NaN where there is none: those are counted."""
+    if is_missing(value):
         return float("nan")
-    raise UserError(f"{path}:{number}: the time {value[:40]!r} is no number; write seconds, such as 1700000000")
+    if (problem := time_problem(value)) is not None:
+        raise fault(path, number, str(rules.time), problem, rules)
+    return float(value)
 
 
 def _note_row(reading: _Reading, values: list[str], path: Path, number: int) -> None:
     reading.hashes.append(hash(tuple(values)))
     for value in values:
         if value[:1] == '"':
+            unquoted(path, number, "\t".join(values))  # what no run can read is no mere finding
             reading.quoted.add(f"{path.name}:{number}: {value[:60]!r}")
 
 

@@ -32,6 +32,10 @@ class Scored(Answer):
     missing: int = 0
 
 
+MOST_CHARACTERS = 1_000_000
+"""What an answer may have: what is longer is no answer to a prompt of ours, and would not fit into a file of texts."""
+
+
 @dataclass(frozen=True, slots=True)
 class Decoding:
     """How an answer is decoded: its length, and greedily unless `temperature` is above 0.
@@ -44,6 +48,11 @@ class Decoding:
     top_p: float = 1.0
     seed: int = 0
     rules: str = ""
+
+    @property
+    def most_characters(self) -> int:
+        """How long an answer may be, far above what so many tokens can say."""
+        return min(MOST_CHARACTERS, 10_000 + 1_000 * self.max_new_tokens)
 
     def __str__(self) -> str:
         """Return what stands for it in an answer's key."""

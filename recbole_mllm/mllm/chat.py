@@ -12,7 +12,7 @@ from PIL import Image
 
 from recbole_mllm.data.images import open_image
 from recbole_mllm.errors import UserError
-from recbole_mllm.mllm.base import Answer
+from recbole_mllm.mllm.base import MOST_CHARACTERS, Answer
 from recbole_mllm.mllm.shortening import FEWEST, SHORTER_HISTORY, lists_items, longest_text
 from recbole_mllm.prompts import IMAGE, Prompt
 
@@ -111,11 +111,11 @@ def tokens(count: Any) -> int:
     return int(count) if isinstance(count, int | float) and 0 <= count < _MOST_TOKENS else 0
 
 
-def answer_of(completion: Any) -> Answer:
+def answer_of(completion: Any, most_characters: int = MOST_CHARACTERS) -> Answer:
     """Return the text of a chat completion, less what the model thought before it, with its costs if the server tells.
 
     Raises:
-        ValueError: There is no choice in it.
+        ValueError: There is no choice in it, or its text has more than `most_characters`.
     """
     choices = getattr(completion, "choices", None)
     if not choices or getattr(choices[0], "message", None) is None:
@@ -124,6 +124,8 @@ def answer_of(completion: Any) -> Answer:
             f"the answer holds no choice{f' but {said}' * bool(said)}; is this URL an OpenAI-compatible /v1?"
         )
     usage = getattr(completion, "usage", None)
+    if len(choices[0].message.content or "") > most_characters:
+        raise ValueError(f"an answer of {len(choices[0].message.content):,} characters, where a summary was asked for")
     return Answer(
         (choices[0].message.content or "").rpartition("</think>")[2].strip(),
         tokens(getattr(usage, "prompt_tokens", 0)),

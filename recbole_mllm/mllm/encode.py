@@ -16,6 +16,7 @@ from recbole_mllm.data.images import image_digest, open_image
 from recbole_mllm.errors import UserError
 from recbole_mllm.mllm.architectures import Architecture
 from recbole_mllm.mllm.plaintext import CUT, PlainText
+from recbole_mllm.mllm.processors import REFUSALS
 from recbole_mllm.mllm.shortening import FEWEST, SHORTER_HISTORY, first_and_last, lists_items, longest_text
 from recbole_mllm.mllm.turns import Turns
 from recbole_mllm.prompts import IMAGE, Prompt
@@ -205,7 +206,7 @@ class Encoder:
         picture, options = open_image(path), {"return_tensors": "pt", "add_special_tokens": False}
         try:
             return self.processor(images=[picture], text=[self.image_token], **options)  # type: ignore[misc]
-        except ValueError as error:
+        except REFUSALS as error:
             raise UserError(
                 f"{path}: the model's image processor refuses it ({error}); mend or remove the image"
             ) from error

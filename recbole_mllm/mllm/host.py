@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import queue
 import random
 import re
 import threading
@@ -12,16 +13,17 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from enum import Enum, auto
-from typing import Any
+from typing import Any, TypeVar
 
 from recbole_mllm.errors import UserError
 from recbole_mllm.mllm.base import Answer, Decoding
 from recbole_mllm.mllm.chat import answer_of
-from recbole_mllm.mllm.client import by_proxy, make_client
+from recbole_mllm.mllm.client import UnusableReply, by_proxy, make_client
 from recbole_mllm.settings import ServerSettings
 
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
 _LIST_TIMEOUT_S = 10.0
+_GRACE_S = 1.0  # beyond the time for a request, which its client keeps unless not even the headers end
 _LONGEST_RETRY_AFTER_S = 3600.0
 _WORDS = 300  # characters of what a server says that are shown
 _AGAIN = {408, 409, 425, 429}
@@ -29,6 +31,9 @@ _NOT_THE_PROMPTS = {408, 409, 425, 429, 502, 503, 504}  # these say nothing abou
 # what reading an answer of any form can raise: a dict for a list, a number beyond all, a thousand brackets
 _UNREADABLE = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
 _TOO_LONG = re.compile(r"context|too long|max(?:imum)?[ _](?:model[ _])?(?:length|tokens)|input length", re.IGNORECASE)
+
+
+_T = TypeVar("_T")
 
 
 class Kind(Enum):
@@ -101,12 +106,14 @@ class Host:
 
     def ask(self, message: dict[str, Any], decoding: Decoding) -> Answer | Trouble:
         """Ask for one completion; what goes wrong is a value, and never holds the key."""
-        return self.call(lambda _: answer_of(self._complete(message, decoding)))
+        return self.call(lambda _: answer_of(self._complete(message, decoding), decoding.most_characters))
 
     def call(self, request: Callable[[Any], Answer], absent: Collection[int] = ()) -> Answer | Trouble:
         """Make any `request` of the server, given its client; statuses in `absent` say that it has no such path."""
         started = time.monotonic()
-        outcome = self._guarded(lambda: request(self._client), absent)
+        late: Answer | Trouble = Trouble(Kind.AGAIN_BUT_COUNT, f"no answer within {self.settings.server_timeout:g} s")
+        limit = self.settings.server_timeout + _GRACE_S
+        outcome = _in_time(limit, lambda: self._guarded(lambda: request(self._client), absent), late)
         self._note(outcome, started)
         return outcome
 
@@ -123,13 +130,16 @@ class Host:
         Raises:
             UserError: It refuses the key.
         """
+        return _in_time(_LIST_TIMEOUT_S + _GRACE_S, self._listed, [])
+
+    def _listed(self) -> list[str]:
         import openai
 
         try:
             return [str(model.id) for model in self._client.with_options(timeout=_LIST_TIMEOUT_S).models.list().data]
         except openai.APIStatusError as error:
             status = error.status_code
-        except (openai.OpenAIError, *_UNREADABLE):
+        except (openai.OpenAIError, UnusableReply, *_UNREADABLE):
             return []
         if status in (401, 403):
             raise UserError(f"server {self.url}: {self._no_entry(status)}")
@@ -156,7 +166,7 @@ class Host:
 
         try:
             return call()
-        except (openai.OpenAIError, *_UNREADABLE) as error:
+        except (openai.OpenAIError, UnusableReply, *_UNREADABLE) as error:
             caught = error
         # outside of the handler, so that no traceback chains what the client raised
         if isinstance(caught, openai.APIStatusError):
@@ -165,6 +175,9 @@ class Host:
             return self._status(caught.status_code, self._words(caught.body), caught.response.headers)
         if isinstance(caught, openai.APITimeoutError):
             return Trouble(Kind.AGAIN_BUT_COUNT, f"no answer within {self.settings.server_timeout:g} s")
+        unusable = next((e for e in (caught, caught.__cause__) if isinstance(e, UnusableReply)), None)
+        if unusable is not None:  # some versions of the client wrap what is raised below them
+            return Trouble(Kind.AGAIN_BUT_COUNT, str(unusable))
         if isinstance(caught, openai.APIConnectionError):
             return Trouble(Kind.AGAIN, self._words(str(caught.__cause__ or caught)) + by_proxy(self.url))
         return Trouble(Kind.AGAIN_BUT_COUNT, self._words(str(caught)) or "an answer that cannot be read")
@@ -240,6 +253,29 @@ class Host:
         if trouble.wait is not None:
             self._not_before = max(self._not_before, now + trouble.wait * random.uniform(1.0, 1.1))
             self._resume_at = max(self._resume_at, self._not_before)
+
+
+def _in_time(seconds: float, work: Callable[[], _T], otherwise: _T) -> _T:
+    """Return what `work` returns, or raise what it raises; `otherwise` after so many seconds.
+
+    Then its thread is left behind with its connection: headers that come a byte at a time cannot be stopped from here.
+    """
+    done: queue.SimpleQueue[_T | BaseException] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            done.put(work())
+        except BaseException as error:
+            done.put(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        found = done.get(timeout=seconds)
+    except queue.Empty:
+        return otherwise
+    if isinstance(found, BaseException):
+        raise found
+    return found
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from recbole_mllm.data.schema import store_file
 from recbole_mllm.errors import UserError
+from recbole_mllm.mllm.base import MOST_CHARACTERS
 from recbole_mllm.summaries.shards import shards_of
-from recbole_mllm.summaries.table import wal_of
+from recbole_mllm.summaries.table import check_ours, wal_of
 
 _CHUNK, _SAMPLES = 500, 512
 
@@ -38,7 +39,9 @@ class KnownTexts:
         wanted = list(dict.fromkeys(keys))
         for start in range(0, len(wanted), _CHUNK):
             chunk = wanted[start : start + _CHUNK]
-            out.update(self._rows(f"SELECT key, text FROM answers WHERE key IN ({','.join('?' * len(chunk))})", chunk))
+            marks = ",".join("?" * len(chunk))
+            right = f"length(text) <= {MOST_CHARACTERS}"  # what is longer is written anew (`Store.get`)
+            out.update(self._rows(f"SELECT key, text FROM answers WHERE key IN ({marks}) AND {right}", chunk))
         return out
 
     def add(self, *_: object) -> None:
@@ -75,6 +78,7 @@ def _opened(path: Path) -> sqlite3.Connection | None:
     how = "mode=ro" if wal_of(path).is_file() else "immutable=1"
     with _readable(path):
         db = sqlite3.connect(f"{path.resolve().as_uri()}?{how}", uri=True)
+        check_ours(db, path)
         if db.execute("SELECT 1 FROM sqlite_master WHERE name = 'answers'").fetchone():
             return db
         db.close()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from recbole_mllm.errors import UserError
+from recbole_mllm.mllm.base import MOST_CHARACTERS
 from recbole_mllm.summaries.store import Store
 
 _TABLE = (
@@ -45,6 +46,7 @@ class Leases:
             with self._store.transaction(write=True) as db:
                 db.execute(_TABLE)
                 known = _found(db, "key, text FROM answers", keys)
+                known = {key: text for key, text in known.items() if len(text) <= MOST_CHARACTERS}  # as `Store.get`
                 taken = {key for key, owner in self._others(db, keys).items() if _is_alive(owner)}
                 mine = {key for key in keys if key not in known and key not in taken}
                 until = time.time() + _LEASE_S

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Container, Mapping, Set
+from collections.abc import Mapping, Set
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 
 from recbole_mllm import ranks
 from recbole_mllm.data import schema
+from recbole_mllm.data.peruser import user_of
 from recbole_mllm.data.texts import Items, write_item_summaries
 from recbole_mllm.errors import UserError
 from recbole_mllm.prompts import Style, titles_as_preference
@@ -51,34 +52,34 @@ class Preferences:
     spent: Spent = Spent()
     load_s: float = 0.0
 
-    def of(self, user: str, position: int) -> str:
-        """Return what a row of `user` at `position` reads: nothing at or after that position.
+    def of(self, history: str, position: int) -> str:
+        """Return what a row at `position` of the `history` of this name reads: nothing at or after that position.
 
         Raises:
             UserError: No summary was made for that moment.
         """
         if self.settings.summary_mode == "none":
-            before = self.plan.histories[user][max(0, position - self.settings.history_titles) : position]
+            before = self.plan.histories[history][max(0, position - self.settings.history_titles) : position]
             return titles_as_preference(self.style, [title for item in before if (title := self.items.title(item))])
         state = state_at(position, self.settings)
         if state is None:
             return self.style.cold
         try:
-            return self.texts[user, state]
+            return self.texts[history, state]
         except KeyError:
             raise UserError(
-                f"user {user} has no summary of the first {state.seen} interactions; "
+                f"user {user_of(history)} has no summary of the first {state.seen} interactions; "
                 "run `python run_recbole_mllm.py summarize` with the same settings"
             ) from None
 
-    def chain(self, user: str, position: int) -> list[tuple[State, str]]:
-        """Return the states that led to what a row of `user` at `position` reads, oldest first, with their texts."""
+    def chain(self, history: str, position: int) -> list[tuple[State, str]]:
+        """Return the states that led to what a row at `position` of `history` reads, oldest first, with their texts."""
         if self.settings.summary_mode == "none":
             return []
         found: list[tuple[State, str]] = []
         state = state_at(position, self.settings)
         while state is not None:
-            found.append((state, self.texts[user, state]))
+            found.append((state, self.texts[history, state]))
             state = before(state, self.settings) if self.settings.summary_mode == "recurrent" else None
         return found[::-1]
 
@@ -101,7 +102,7 @@ def make_preferences(stage: Stage, plan: Plan) -> Preferences:
         return Preferences({}, plan, stage.items, stage.style, s)
     started = time.time()
     load_s = write_in_shares(stage, plan, None, only_items=False)
-    found = ranks.main_first(lambda: _refreshed(stage, plan, None, plan.positions))
+    found = ranks.main_first(lambda: _refreshed(stage, plan, None, read_all=True))
     load_s += found.load_s
     spent = ranks.main_first(lambda: _spent(stage, found, started))
     return Preferences(found.texts, plan, stage.items, stage.style, s, spent, load_s)
@@ -127,7 +128,7 @@ def refresh(stage: Stage, plan: Plan, users: Set[str] | None = None) -> list[str
     left: list[str] = []
     if stage.settings.summary_mode != "none":
         write_in_shares(stage, plan, users, only_items=False)
-        ranks.on_main(lambda: left.extend(_refreshed(stage, plan, users, ()).left))
+        ranks.on_main(lambda: left.extend(_refreshed(stage, plan, users, read_all=False).left))
     return left
 
 
@@ -139,8 +140,8 @@ class _Refreshed:
     load_s: float
 
 
-def _refreshed(stage: Stage, plan: Plan, users: Set[str] | None, read: Container[str]) -> _Refreshed:
-    """Bring the export up to date for `users` (None: all), and return the texts of those it took and of `read`."""
+def _refreshed(stage: Stage, plan: Plan, users: Set[str] | None, *, read_all: bool) -> _Refreshed:
+    """Bring the export up to date for `users` (None: all), and return the texts of those it took, or of all users."""
     s, log = stage.settings, logging.getLogger()
     with closing(opened_store(stage.folder)) as store:
         summaries, load_s = _exported(stage, store, plan.items(s))
@@ -149,12 +150,12 @@ def _refreshed(stage: Stage, plan: Plan, users: Set[str] | None, read: Container
             last = LastExport(schema.usum_file(stage.folder, stage.tag), stage.tag, store)
             survey = last.survey(plan, marker_of(stage, summaries, scribe))
             due = {user for user in survey.due if users is None or user in users}
-            wanted = plan.of({user for user in plan.positions if user in due or user in read})
-            earlier = {**last.rows(survey.holds, wanted.positions), **take_parts(stage)}
+            wanted = plan if read_all else plan.of(due)
+            earlier = {**last.rows(survey.holds, survey.holds if read_all else due), **take_parts(stage)}
             texts = preferences(scribe, stage.style, stage.items, summaries, wanted, s, earlier)
             scribe.report()
             load_s += scribe.tally.load_s
-        new = {key: text for key, text in texts.items() if key[0] in due}
+        new = {key: text for key, text in texts.items() if user_of(key[0]) in due}
         rows = last.replace(survey, due, as_rows(new, plan))
         log.info(f"{last.path}: {len(due)} users' {rows} summaries, {len(survey.kept(due))} others' kept")
     return _Refreshed(texts, [user for user in survey.due if user not in due], summaries, load_s)

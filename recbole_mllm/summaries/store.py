@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import sqlite3
 import time
 from collections import Counter
@@ -13,13 +14,15 @@ from typing import NamedTuple, TypeVar
 
 from recbole_mllm.data.images import image_digest
 from recbole_mllm.errors import UserError
-from recbole_mllm.mllm.base import Answer, Decoding
+from recbole_mllm.mllm.base import MOST_CHARACTERS, Answer, Decoding
 from recbole_mllm.prompts import Prompt
 from recbole_mllm.summaries.salvage import salvage
 from recbole_mllm.summaries.table import COLUMNS, DamagedStore, Row, connect, explained
 
 _INSERT = (
-    f"INSERT INTO answers ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))}) ON CONFLICT (key) DO NOTHING"
+    f"INSERT INTO answers ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))}) ON CONFLICT (key) DO "
+    f"UPDATE SET {', '.join(f'{name} = excluded.{name}' for name in COLUMNS[1:])} "
+    f"WHERE length(answers.text) > {MOST_CHARACTERS} AND length(excluded.text) <= {MOST_CHARACTERS}"
 )
 _CHUNK = 500  # SQLite takes a limited number of parameters a statement
 _T = TypeVar("_T")
@@ -58,10 +61,10 @@ class Store:
     def get(self, keys: Iterable[str]) -> dict[str, str]:
         """Return the texts of those `keys` that are known."""
         wanted = list(dict.fromkeys(keys))
-        return self._tried(lambda db: _texts(db, wanted))
+        return answers_of_size(self._tried(lambda db: _texts(db, wanted)), self.path)
 
     def add(self, kind: str, model: str, keys: Sequence[str], answers: Sequence[Answer], seconds: float) -> None:
-        """Keep a batch of answers in one transaction; an answer that is known already stays as it is."""
+        """Keep a batch of answers in one transaction; one that is known already stays, unless it is none (too long)."""
         each, now = seconds / max(1, len(keys)), time.time()
         rows = [
             Row(key, a.text, kind, model, a.prompt_tokens, a.new_tokens, each, now, "", int(a.truncated))
@@ -180,6 +183,17 @@ def _texts(db: sqlite3.Connection, wanted: Sequence[str]) -> dict[str, str]:
         marks = ",".join("?" * len(chunk))
         found.update(db.execute(f"SELECT key, text FROM answers WHERE key IN ({marks})", chunk).fetchall())
     return found
+
+
+def answers_of_size(found: dict[str, str], path: Path) -> dict[str, str]:
+    """Return the answers that can be one; of others a line says that they are made anew, which replaces them."""
+    sound = {key: text for key, text in found.items() if len(text) <= MOST_CHARACTERS}
+    if len(sound) < len(found):
+        logging.getLogger().warning(
+            f"the summary store {path} holds {len(found) - len(sound)} answers of more than {MOST_CHARACTERS:,} "
+            "characters, which no summary has; they are left aside and written anew"
+        )
+    return sound
 
 
 def _inserted(db: sqlite3.Connection, rows: Iterable[Row]) -> int:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_type_hints
 
 from recbole_mllm.errors import UserError
 
@@ -20,6 +20,12 @@ CREATE TABLE IF NOT EXISTS answers (
 ) WITHOUT ROWID
 """
 _ADDED = {"origin": "TEXT NOT NULL DEFAULT ''", "truncated": "INTEGER NOT NULL DEFAULT 0"}
+# what else may stand in a store (leases.py, marks.py): tables whose columns must be there
+_BESIDE = {
+    "leases": {"key", "owner", "until"},
+    "exports": {"tag", "size", "modified"},
+    "marks": {"tag", "user", "first", "seen", "content", "moments"},
+}
 _CHECKED_BYTES = 256 * 2**20  # a file up to this size is checked whole (about a second) when it was not closed properly
 _BUSY_S = 60
 PAGE = 16384  # a row of more than a quarter page spills into a page of its own: at 4096, the default, most answers do
@@ -41,6 +47,8 @@ class Row(NamedTuple):
 
 
 COLUMNS = Row._fields
+_KINDS = {str: "TEXT", int: "INTEGER", float: "REAL"}
+_BASE = {(name, _KINDS[kind]) for name, kind in get_type_hints(Row).items() if name not in _ADDED}  # of every version
 
 
 class DamagedStore(Exception):
@@ -57,14 +65,19 @@ def connect(path: Path) -> sqlite3.Connection:
 
     Raises:
         DamagedStore: It is no database, is shorter than it says, or failed its check after an unclean end.
-        UserError: It cannot be opened or written, or is newer than this program.
+        UserError: It cannot be opened or written, is newer than this program, or is something else's; then it is left
+            as it is.
     """
     with explained(path):
+        if not path.is_file() and (path.exists() or path.is_symlink()):
+            what = "a link that leads nowhere" if path.is_symlink() and not path.exists() else "no file"
+            raise UserError(f"the summary store {path} is {what}; move it away, and a new store is made")
         path.parent.mkdir(parents=True, exist_ok=True)
         wal = wal_of(path)
         unclean = wal.is_file() and wal.stat().st_size > 0  # or another process is at work: no harm in checking then
         db = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None)
         try:
+            check_ours(db, path)
             db.execute(f"PRAGMA page_size={PAGE}")  # of a new file; no effect on another
             log_ahead(db, _BUSY_S)
             db.execute("PRAGMA synchronous=NORMAL")
@@ -78,20 +91,47 @@ def connect(path: Path) -> sqlite3.Connection:
 
 
 def log_ahead(db: sqlite3.Connection, patience: float) -> None:
-    """Turn on the write-ahead log.
+    """Turn on the write-ahead log."""
+    _patiently(db, "PRAGMA journal_mode=WAL", patience)
+
+
+def _patiently(db: sqlite3.Connection, statement: str, patience: float) -> list[tuple[str, ...]]:
+    """Return the rows of `statement`, tried again until `patience` seconds are over.
 
     Of two processes that make one file at the same moment, the second is told at once that it is locked, whatever its
-    timeout (SQLite does not wait where both might); so this tries again until `patience` seconds are over.
+    timeout (SQLite does not wait where both might).
     """
     end = time.monotonic() + patience
     while True:
         try:
-            db.execute("PRAGMA journal_mode=WAL")
-            return
+            return db.execute(statement).fetchall()
         except sqlite3.OperationalError as error:
             if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > end:
                 raise
         time.sleep(0.02)
+
+
+def check_ours(db: sqlite3.Connection, path: Path) -> None:
+    """Refuse a database that something else made, before anything is written into it.
+
+    Raises:
+        UserError: It says so, or a newer version of this program wrote it.
+    """
+    _version(db, path)
+    there = _patiently(db, "SELECT name, type FROM sqlite_master WHERE name NOT LIKE 'sqlite_%'", _BUSY_S)
+    kinds: dict[str, str] = dict(there)  # type: ignore[arg-type]  # two columns each
+    ours = kinds.get("answers") == "table" and set(_columns(db, "answers")) >= _BASE
+    for name, columns in _BESIDE.items():
+        ours = ours and (name not in kinds or columns <= {column for column, _ in _columns(db, name)})
+    if there and not ours:
+        raise UserError(
+            f"{path} is an SQLite file of something else ({', '.join(sorted(kinds)[:5])}); move it away, and a new "
+            "summary store is made"
+        )
+
+
+def _columns(db: sqlite3.Connection, table: str) -> list[tuple[str, str]]:
+    return [(name, kind) for _, name, kind, *_ in db.execute(f"PRAGMA table_info({table})")]
 
 
 def _quick_check(db: sqlite3.Connection) -> None:

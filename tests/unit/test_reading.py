@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from recbole.data.dataset import dataset as dataset_module
 
 from recbole_mllm.fastdata import reading
-from recbole_mllm.fastdata.reading import is_plain, read_fast
+from recbole_mllm.fastdata.reading import Scan, read_fast, scan
 
 FLOATS = [
     "",
@@ -77,7 +77,7 @@ def asked(path, names=("a:token", "b:float", "c:token_seq")):
 def by_recbole(path):
     """RecBole's own call, on what compat makes of pandas (dataset.py:486)."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reading, "is_plain", lambda *_: False)
+        patch.setattr(reading, "scan", lambda *_: Scan(False))
         return dataset_module.pd.read_csv(path, **asked(path))
 
 
@@ -149,7 +149,8 @@ def test_lines_are_told_apart_across_blocks(tmp_path, monkeypatch):
     path, good = tmp_path / "x", as_file([(f"u{n}", str(n), "é" * (n % 7)) for n in range(200)])
     monkeypatch.setattr(reading, "_BLOCK", 64)
     path.write_bytes(good.encode())
-    assert is_plain(path, "\t")
+    found = scan(path, "\t")
+    assert found == (True, (2, 1, 0), (4, 3, 12))
     for place in range(40, len(good), 131):
         path.write_bytes((good[:place] + "\t" + good[place:]).encode())
-        assert not is_plain(path, "\t")
+        assert not scan(path, "\t").plain

@@ -85,6 +85,23 @@ def test_a_damaged_file_is_begun_anew_with_one_line(path, damage, caplog):
     cache.add("one", dict.fromkeys(_digests(3), 2.0))
     assert cache.get("one", _digests(3)) == dict.fromkeys(_digests(3), 2.0)
     assert [record.getMessage().count("begun anew") for record in caplog.records] == [1]
+    assert path.with_name(path.name + ".corrupt-1").read_bytes() == damage
+
+
+@pytest.mark.parametrize(
+    "statement", ["CREATE TABLE songs (a)", "CREATE TABLE scores (a)", "CREATE VIEW models AS SELECT 1 AS a"]
+)
+def test_a_database_of_something_else_is_put_aside_whole(path, statement, caplog):
+    with sqlite3.connect(path) as db:
+        db.execute(statement)
+    db.close()
+    cache = ScoreCache(path, 8)
+    cache.add("one", dict.fromkeys(_digests(3), 2.0))
+    assert cache.get("one", _digests(3)) == dict.fromkeys(_digests(3), 2.0)
+    assert len(caplog.records) == 1 and "kept as" in caplog.text
+    with sqlite3.connect(path.with_name(path.name + ".corrupt-1")) as db:
+        assert statement in [sql for (sql,) in db.execute("SELECT sql FROM sqlite_master")]
+    db.close()
 
 
 def test_a_file_damaged_within_costs_its_scores_and_nothing_else(path, caplog):

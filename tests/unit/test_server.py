@@ -404,9 +404,9 @@ def test_the_key_of_an_answer_knows_model_and_decoding_not_the_host():
         ("mllm", "server:m@http://a/v1", "finetune is lora, but mllm is behind a server"),
         ("item_summarizer", "server:m", "item_summarizer must read server:MODEL@"),
         ("server_concurrency", 0, "server_concurrency is 0; it must be a whole number, at least 1"),
-        ("server_patience", -1.0, "above 0"),
+        ("server_patience", -1.0, "must be a number, above 0"),
         ("server_key_env", KEY, "server_key_env must name an environment variable"),
-        ("summary_top_p", 0.0, "above 0"),
+        ("summary_top_p", 0.0, "summary_top_p is 0.0; it must be a number, above 0 and at most 1"),
         ("summary_repetition_penalty", 0, "above 0"),
     ],
 )

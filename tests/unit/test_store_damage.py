@@ -16,8 +16,10 @@ import pytest
 
 from recbole_mllm.errors import UserError
 from recbole_mllm.mllm.base import Answer
+from recbole_mllm.summaries.known import KnownTexts
+from recbole_mllm.summaries.shards import opened_store
 from recbole_mllm.summaries.store import Store
-from recbole_mllm.summaries.table import PAGE, VERSION
+from recbole_mllm.summaries.table import PAGE, VERSION, Row
 
 A_PAGE = 130  # answers one page holds, at most
 COUNT = 3000
@@ -301,3 +303,63 @@ def test_random_damage_never_ends_in_anything_but_right_answers_or_a_clear_line(
             continue
         assert len(found) > COUNT // 2
         assert sum(found[k] != text(i) for i in range(COUNT) if (k := key(i)) in found) <= 3  # bytes within a text
+
+
+FOREIGN = {
+    "another's tables": ["CREATE TABLE songs (a, b)", "INSERT INTO songs VALUES (1, 2)"],
+    "answers of another shape": ["CREATE TABLE answers (id INTEGER, body TEXT)", "INSERT INTO answers VALUES (1, 'x')"],
+    "answers of no type": [f"CREATE TABLE answers ({', '.join(Row._fields)})", "PRAGMA user_version = 1"],
+    "a view": ["CREATE TABLE t (a)", "CREATE VIEW answers AS SELECT a FROM t"],
+    "an index": ["CREATE TABLE t (a)", "CREATE INDEX answers ON t (a)"],
+}
+
+
+@pytest.mark.parametrize("what", FOREIGN)
+def test_a_database_of_something_else_is_left_as_it_is(what, tmp_path):
+    path = tmp_path / "d.mllm.sqlite"
+    with closing(sqlite3.connect(path)) as db, db:
+        for statement in FOREIGN[what]:
+            db.execute(statement)
+    before = path.read_bytes()
+    for opened in (lambda: Store(path), lambda: opened_store(tmp_path / "d"), lambda: KnownTexts(tmp_path / "d")):
+        (tmp_path / "d").mkdir(exist_ok=True)
+        (tmp_path / "d" / path.name).write_bytes(before)
+        with pytest.raises(UserError, match=r"is an SQLite file of something else \(.*\); move it away") as caught:
+            opened()
+        assert "\n" not in str(caught.value)
+    assert path.read_bytes() == (tmp_path / "d" / path.name).read_bytes() == before
+    assert not list(tmp_path.rglob("*-wal")) and not list(tmp_path.rglob("*.corrupt-*"))
+
+
+@pytest.mark.parametrize("table", ["leases", "exports", "marks"])
+def test_a_table_of_another_shape_inside_a_store_is_told(table, tmp_path):
+    store = Store(filled(tmp_path / "s", 3))
+    with store.transaction(write=True) as db:
+        db.execute(f"CREATE TABLE {table} (a, b)")
+    store.close()
+    with pytest.raises(UserError, match="is an SQLite file of something else"):
+        Store(tmp_path / "s")
+
+
+def test_a_folder_or_a_dangling_link_in_its_place_is_one_line(tmp_path):
+    (tmp_path / "s").mkdir()
+    (tmp_path / "t").symlink_to(tmp_path / "nothing")
+    with pytest.raises(UserError, match=r"s is no file; move it away, and a new store is made"):
+        Store(tmp_path / "s")
+    with pytest.raises(UserError, match=r"t is a link that leads nowhere; move it away"):
+        Store(tmp_path / "t")
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_an_empty_file_becomes_a_store_and_a_newer_one_is_refused_also_where_nothing_is_written(tmp_path):
+    folder = tmp_path / "d"
+    folder.mkdir()
+    path = folder / "d.mllm.sqlite"
+    path.write_bytes(b"")
+    assert KnownTexts(folder).get(["k"]) == {} and path.stat().st_size == 0
+    store = Store(path)
+    with store.transaction(write=True) as db:
+        db.execute(f"PRAGMA user_version = {VERSION + 1}")
+    store.close()
+    with pytest.raises(UserError, match="written by a newer version"):
+        KnownTexts(folder)
