@@ -113,7 +113,7 @@ class Generation:
     def _row(self, ask: Ask, work: Work) -> _Row | None:
         before = self.encoder.truncated
         try:
-            encoded = self.encoder(ask.prompt)
+            encoded = self.encoder(ask.prompt, room=ask.decoding.max_new_tokens)
         except OSError as error:  # an image that was there when the work was planned
             work.fail(ask.place, f"an image cannot be read any more: {error}")
             return None

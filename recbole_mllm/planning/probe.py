@@ -88,7 +88,7 @@ class Timed:
         self.seconds += time.perf_counter() - started
         self.asked += part.taken
         for prompt, answer in part.answered:
-            self.count.add(self.reader.written(prompt, answer.new_tokens))
+            self.count.add(self.reader.written(prompt, answer.new_tokens, self.decoding.max_new_tokens))
             self.samples.append((answer.text, answer.new_tokens))
 
     def measured(self) -> Measured | None:

@@ -47,7 +47,7 @@ class Counter:
                 text, new = self.made.of(ask.prompt.marked, *(path.name for path in ask.prompt.images))
                 answer = Answer(text, 0, new)
                 if ask.decoding == self.decoding:  # another is asked for once more, as its stand-in repeats its prompt
-                    cost = self.reader.written(ask.prompt, new)
+                    cost = self.reader.written(ask.prompt, new, ask.decoding.max_new_tokens)
                     self.count.add(cost)
                     answer = Answer(text, int(cost.tokens), new)
                     self.written.append(answer)
