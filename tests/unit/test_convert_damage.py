@@ -513,8 +513,9 @@ def convert_damaged(folder: Path, name: str, changes: list[tuple[int, bytes, int
         left = {line for _, line in rejects(out)}
         lines = [line.rstrip(b"\r") for line in files["log.csv"].removeprefix(b"\xef\xbb\xbf").split(b"\n")]
         there = [line.decode() for number, line in enumerate(lines, 1) if line and number not in left]
-        kept = [next(csv.reader([line])) for line in there][1:]
-        assert Counter(pairs(out)) == Counter((row[0], row[1]) for row in kept)
+        if there[0] == "user,item,time,title":  # else a damaged header may call another column so
+            kept = [next(csv.reader([line])) for line in there[1:]]
+            assert Counter(pairs(out)) == Counter((row[0], row[1]) for row in kept)
 
 
 @pytest.mark.parametrize("name", FORMATS)
