@@ -9,6 +9,7 @@ from pathlib import Path
 
 from recbole_mllm.data import schema
 from recbole_mllm.data.atomic import clean, read_atomic, read_columns, read_numbered, write_atomic
+from recbole_mllm.data.checking import id_fault
 from recbole_mllm.data.item_images import ItemImages
 from recbole_mllm.errors import UserError
 
@@ -58,6 +59,10 @@ def read_items(folder: Path, image_dir: Path | None, item_field: str = schema.IT
     title = schema.title_column(columns)
     for number, row in read_numbered(path):
         item = row[item_field]
+        if (problem := "starts with a quote" if item[:1] == '"' else id_fault(item)) is not None:
+            raise UserError(
+                f"{path}:{number}: the item's id {problem}; RecBole would know it by another, or not at all"
+            )
         if (first := lines.setdefault(item, number)) != number:
             raise UserError(f"{path}:{number}: item {item} stands in line {first} already; keep one of the two")
         titles[item] = clean(row[title]) if title else ""

@@ -125,6 +125,18 @@ def test_an_item_that_stands_twice_is_refused_with_both_lines(tmp_path):
         read_items(folder, None)
 
 
+@pytest.mark.parametrize(
+    ("item", "problem"),
+    [("", "is empty"), ('"3"', "starts with a quote"), ("[PAD]", r"is \[PAD\]"), ("i" * 1001, "has 1,001")],
+)
+def test_an_id_that_recbole_would_not_know_is_refused_and_not_left_without_a_title(item, problem, tmp_path):
+    folder = tmp_path / "shop"
+    folder.mkdir()
+    (folder / "shop.item").write_text(f"item_id:token\ttitle:token_seq\n1\ta\n{item}\tb\n")
+    with pytest.raises(UserError, match=rf"shop\.item:3: the item's id {problem}"):
+        read_items(folder, None)
+
+
 def test_no_path_leads_out_of_the_folder(tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
