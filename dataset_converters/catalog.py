@@ -5,22 +5,21 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
+from filecmp import cmp
 from pathlib import Path
 from typing import IO, NamedTuple
 
 from dataset_converters.intake import Intake
 from recbole_mllm.data import schema
 from recbole_mllm.data.atomic import write_atomic
-from recbole_mllm.data.images import SUFFIXES, problem, resolve, write_report
+from recbole_mllm.data.images import IMAGES, SUFFIXES, problem, resolve, write_report
 from recbole_mllm.data.values import clean
 from recbole_mllm.errors import UserError
+from recbole_mllm.files import bring, sweep_scratch
 
-IMAGES = "images"
 MISSING = "missing_images.tsv"
 _SAFE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
 _BLANK = re.compile(r"\s")
@@ -118,16 +117,16 @@ class ImageSource:
         """Return the file of the item's image, or None and why there is none ("" where none was promised)."""
         if self.folder is None:
             return None, ""
-        if not row.image:
-            path = self.by_id.get(row.item)
-            return (path, "") if path else (None, f"no file named by the item id in {self.folder.name}")
-        path, trouble = resolve(self.folder, row.image)
-        return (path, "") if trouble is None else (None, f"{row.image} {trouble}")
+        if not row.image and row.item not in self.by_id:
+            return None, f"no file named by the item id in {self.folder.name}"
+        name = row.image or self.by_id[row.item].name
+        path, trouble = resolve(self.folder, name)
+        return (path, "") if trouble is None else (None, f"{name} {trouble}")
 
 
 def _entries(folder: Path) -> Iterator[Path]:
     with os.scandir(folder) as entries:
-        yield from (Path(entry.path) for entry in entries if entry.is_file())
+        yield from (Path(entry.path) for entry in entries if entry.is_file() or entry.is_symlink())
 
 
 def write_items(
@@ -137,11 +136,17 @@ def write_items(
     source: ImageSource,
     home: Path,
     catalog: Catalog,
+    earlier: Set[str] = frozenset(),
 ) -> None:
-    """Write ``X.item`` into `folder`, and images that open below ``home/images``; name those that do not open."""
+    """Write ``X.item`` into `folder`, and images that open below ``home/images``; name those that do not open.
+
+    Another image of the same name there is replaced where it is one of `earlier`, which a conversion has put there.
+    """
+    if (home / IMAGES).is_dir():
+        sweep_scratch(home / IMAGES)
     types = {**schema.ITEM_TYPES, **features}
     missing: list[tuple[str, str, str]] = []
-    write_atomic(schema.item_file(folder), types, _with_images(home, rows, source, catalog, missing))
+    write_atomic(schema.item_file(folder), types, _with_images(home, rows, source, catalog, missing, earlier))
     catalog.files.append(schema.item_file(folder))
     if missing:
         write_report(folder / MISSING, missing)
@@ -149,11 +154,17 @@ def write_items(
 
 
 def _with_images(
-    home: Path, rows: Iterable[ItemRow], source: ImageSource, catalog: Catalog, missing: list[tuple[str, str, str]]
+    home: Path,
+    rows: Iterable[ItemRow],
+    source: ImageSource,
+    catalog: Catalog,
+    missing: list[tuple[str, str, str]],
+    earlier: Set[str],
 ) -> Iterator[tuple[str, ...]]:
     with ThreadPoolExecutor(_DOWNLOADS if source.fetch else os.cpu_count()) as pool:
         for batch in _batches(rows):
-            for row, (name, reason) in zip(batch, pool.map(lambda r: _place(home, r, source), batch), strict=True):
+            placed = pool.map(lambda row: _place(home, row, source, earlier), batch)
+            for row, (name, reason) in zip(batch, placed, strict=True):
                 catalog.items += 1
                 catalog.with_image += bool(name)
                 if reason:
@@ -172,8 +183,12 @@ def _batches(rows: Iterable[ItemRow]) -> Iterator[list[ItemRow]]:
     yield batch
 
 
-def _place(home: Path, row: ItemRow, source: ImageSource) -> tuple[str, str]:
-    """Put the item's image into the dataset's folder; return its name there, or "" and why it has none."""
+def _place(home: Path, row: ItemRow, source: ImageSource, earlier: Set[str]) -> tuple[str, str]:
+    """Put the item's image into the dataset's folder; return its name there, or "" and why it has none.
+
+    Raises:
+        UserError: Another image of that name is there, and not of `earlier`.
+    """
     path, reason = source.find(row)
     if path is None and row.url and source.fetch is not None:
         path, reason = source.fetch(row.url, home / IMAGES / safe_name(row.item))
@@ -184,22 +199,13 @@ def _place(home: Path, row: ItemRow, source: ImageSource) -> tuple[str, str]:
         return "", trouble
     name = f"{IMAGES}/{safe_name(row.item)}{path.suffix.lower()}"
     target = home / name
-    if not (target.exists() and path.samefile(target)):
-        _bring(path.resolve(), target)
+    there = os.path.lexists(target)
+    if there and not target.is_symlink() and (path.samefile(target) or cmp(path, target, shallow=False)):
+        return name, ""
+    if there and target.name not in earlier:
+        raise UserError(f"{target} is another image than {path}, and not of the last conversion; move it away")
+    bring(path.resolve(), target)
     return name, ""
-
-
-def _bring(path: Path, target: Path) -> None:
-    """Link `path` where the file system allows, which costs no space, else copy it; whole or not at all."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = target.with_name(f".{target.name}.tmp")
-    with suppress(FileNotFoundError):
-        scratch.unlink()
-    try:
-        os.link(path, scratch)
-    except OSError:
-        shutil.copyfile(path, scratch)
-    scratch.replace(target)
 
 
 def noting_urls(rows: Iterable[ItemRow], file: IO[str]) -> Iterator[ItemRow]:

@@ -16,6 +16,7 @@ from dataset_converters.filters import Limits
 from dataset_converters.intake import Intake
 from dataset_converters.microlens import MicroLens
 from dataset_converters.movielens import MovieLens
+from dataset_converters.output import check
 from dataset_converters.values import number
 from recbole_mllm.arguments import Parser
 from recbole_mllm.errors import UserError
@@ -46,6 +47,7 @@ def main(words: Sequence[str]) -> int:
     """
     known = _parser().parse_args(words)
     raw, folder = Path(known.raw), Path(os.path.abspath(known.out))
+    check(folder, [raw])
     source, size = _found(known, raw)
     job = Job(
         source=source,
@@ -62,7 +64,7 @@ def main(words: Sequence[str]) -> int:
             known.skip_bad_rows, lambda count: progress.update(count / 1e6), known.encoding, bool(known.multiline)
         )
         done = convert(job, read)
-    print("\n".join(_told(folder, done)))
+    print("\n".join([*source.notes, *_told(folder, done)]))
     return 0
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,11 +13,9 @@ from dataset_converters.catalog import URLS, Catalog, Fetch, ImageSource, ItemRo
 from dataset_converters.filters import Limits, Step, narrow
 from dataset_converters.intake import Intake, check_counts, check_lines
 from dataset_converters.interactions import Interactions, Row, collect, in_time_order
-from recbole_mllm.data.atomic import whole_file
 from recbole_mllm.data.values import impossible_times
 from recbole_mllm.errors import UserError
-
-STAGE = ".converting"
+from recbole_mllm.files import CONVERTED, digest, publish, whole_file
 
 
 class Source(Protocol):
@@ -83,10 +79,10 @@ def convert(job: Job, intake: Intake) -> Converted:
     """Write the dataset into `job.folder`, whose last part names the files.
 
     Raises:
-        UserError: The raw data or the options do not fit; or the folder holds a dataset that is not one of ours.
+        UserError: The raw data or the options do not fit; or the folder is none to write to (`output.check`).
     """
-    _refuse_foreign(job.folder)
-    with _staged(job.folder) as stage:
+    output.check(job.folder)
+    with output.into(job.folder) as stage:
         inter = collect(job.source.interactions(intake), intake)
         check_lines(intake.files, len(inter))
         _refuse_empty(inter, intake)
@@ -105,7 +101,7 @@ def convert(job: Job, intake: Intake) -> Converted:
         if intake.rejected:
             written.files.append(output.write_rejects(stage, intake.rejects))
         _write_words(job, stage, done)
-        _publish(stage, job.folder)
+        publish(stage, job.folder, CONVERTED)
     return done
 
 
@@ -132,7 +128,7 @@ def _write_items(job: Job, stage: Path, wanted: list[str], done: Converted) -> N
         if source.has_urls:
             rows = noting_urls(rows, stack.enter_context(whole_file(stage / URLS)))
             catalog.files.append(stage / URLS)
-        write_items(stage, rows, source.features, images, job.folder, catalog)
+        write_items(stage, rows, source.features, images, job.folder, catalog, output.images_of(job.folder))
     check_counts("items written", catalog.items, len(wanted))
     check_counts("items described or not", catalog.described + catalog.without_metadata, len(wanted))
     if described := done.intake.files[files:]:  # none where titles stand in the interactions' table, counted already
@@ -158,55 +154,7 @@ def _write_words(job: Job, folder: Path, done: Converted) -> None:
             {"file": f.path.name, "bytes": f.size, "sha256": f.digest, "lines": f.line, **f.parts(), "rows": f.rows}
             for f in done.intake.files
         ],
-        "outputs": [{"file": p.name, "bytes": p.stat().st_size, "sha256": output.digest(p)} for p in files],
+        "outputs": [{"file": p.name, "bytes": p.stat().st_size, "sha256": digest(p)} for p in files],
         "images": done.catalog.with_image,
     }
     output.write_manifest(folder, content)
-
-
-def _refuse_foreign(folder: Path) -> None:
-    """Leave a dataset of another origin alone.
-
-    Raises:
-        UserError: The folder holds interactions that no conversion wrote.
-    """
-    theirs = sorted(path.name for path in folder.glob("*.inter")) if folder.is_dir() else []
-    if theirs and not (folder / output.MANIFEST).is_file():
-        raise UserError(f"{folder} already holds {theirs[0]}, which `convert` did not write; give another --out")
-
-
-@contextmanager
-def _staged(folder: Path) -> Iterator[Path]:
-    """Give an empty folder inside `folder`, of the same name, where files wait until all of them are there."""
-    stage = folder / STAGE / folder.name
-    shutil.rmtree(stage.parent, ignore_errors=True)
-    stage.mkdir(parents=True)
-    try:
-        yield stage
-    finally:
-        shutil.rmtree(stage.parent, ignore_errors=True)
-        if not any(folder.iterdir()):
-            folder.rmdir()
-
-
-def _publish(stage: Path, folder: Path) -> None:
-    """Put the new files in the place of those an earlier conversion wrote; images and summaries stay.
-
-    The manifest comes first, as it names what may be replaced should this be cut short and run again.
-    """
-    new = {path.name for path in stage.iterdir()}
-    for name in _earlier(folder / output.MANIFEST) - new:
-        (folder / name).unlink(missing_ok=True)
-    for name in sorted(new, key=lambda name: (name != output.MANIFEST, name)):
-        (stage / name).replace(folder / name)
-
-
-def _earlier(manifest: Path) -> set[str]:
-    """Return the names of the files that an earlier conversion wrote, none of them a path."""
-    if not manifest.is_file():
-        return set()
-    try:
-        names = {str(entry["file"]) for entry in json.loads(manifest.read_text(encoding="utf-8"))["outputs"]}
-    except (ValueError, KeyError, TypeError):
-        return set()
-    return {name for name in names if Path(name).name == name}

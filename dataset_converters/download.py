@@ -6,13 +6,13 @@ import random
 import time
 import urllib.error
 import urllib.request
-from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from recbole_mllm.data.images import problem
+from recbole_mllm.files import whole_file
 
 _SUFFIXES = {"image/jpeg": ".jpg", "image/jpg": ".jpg", "image/png": ".png", "image/webp": ".webp"}
 _AGAIN = {408, 425, 429, 500, 502, 503, 504}
@@ -74,27 +74,21 @@ class Downloader:
         if kind not in _SUFFIXES:
             raise _Final(f"{url}: the server sends {kind}, not a jpeg, png or webp image")
         target = stem.with_name(stem.name + _SUFFIXES[kind])
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = target.with_name(f".{target.name}.part")
-        try:
-            self._write(url, answer, scratch)
-            trouble = problem(scratch)
+        with whole_file(target, binary=True, sweep=False) as file:
+            self._write(url, answer, file)
+            file.flush()
+            trouble = problem(Path(file.name))
             if trouble is not None:
                 raise _Final(f"{url}: {trouble}")
-            scratch.replace(target)
-        finally:
-            with suppress(FileNotFoundError):
-                scratch.unlink()
         return target
 
-    def _write(self, url: str, answer: Any, scratch: Path) -> None:
+    def _write(self, url: str, answer: Any, file: IO[bytes]) -> None:
         announced, got = answer.headers.get("Content-Length"), 0
-        with scratch.open("wb") as file:
-            while block := answer.read(_BLOCK):
-                got += len(block)
-                if got > self.max_bytes:
-                    raise _Final(f"{url}: more than {self.max_bytes:,} bytes")
-                file.write(block)
+        while block := answer.read(_BLOCK):
+            got += len(block)
+            if got > self.max_bytes:
+                raise _Final(f"{url}: more than {self.max_bytes:,} bytes")
+            file.write(block)
         if announced is not None and announced.isdigit() and got != int(announced):
             raise OSError(f"{got} bytes of {announced}")
 

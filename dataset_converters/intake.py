@@ -214,12 +214,16 @@ class Intake:
             elif '"' not in line and "\r" not in line:
                 yield line.split(separator)
             else:
+                reader = csv.reader((line, ""), delimiter=separator)
                 try:
-                    row = _Lines(line).row(separator)
-                except _Unreadable as error:
-                    self.refuse(f"{error}")
-                else:
+                    row = next(reader)
+                except csv.Error as error:
+                    self.refuse(_why_no_row(error, line))
+                    continue
+                if reader.line_num == 1:
                     yield row
+                else:
+                    self.refuse(f"{_OPEN_QUOTE} (give --multiline where fields may span lines)")
 
     def _over_lines(self, lines: Iterator[str], separator: str) -> Iterator[list[str]]:
         again: deque[tuple[int, str]] = deque()  # read as a part of a row that was none
@@ -270,6 +274,10 @@ class Intake:
             self.rejects.append(Reject(raw.path.name, raw.at, " ".join(reason.split())))
 
 
+def _why_no_row(error: csv.Error, *lines: str) -> str:
+    return _RETURN if any("\r" in line for line in lines) and "new-line" in str(error) else f"{error}"
+
+
 class _Unreadable(Exception):
     """Why a line is no row of a table."""
 
@@ -277,7 +285,7 @@ class _Unreadable(Exception):
 class _Lines:
     """The lines of one row, for a csv reader that asks for more: `further` are those beyond the first."""
 
-    def __init__(self, line: str, take: Callable[[], tuple[int, str] | None] | None = None) -> None:
+    def __init__(self, line: str, take: Callable[[], tuple[int, str] | None]) -> None:
         self._first, self._take = line, take
         self.further: list[tuple[int, str]] = []
 
@@ -293,15 +301,9 @@ class _Lines:
             if self.further and not self._open:  # a stray quote may have found its match in another row
                 next(csv.reader((f"{line}\n" for line in self._all()), delimiter=separator, strict=True))
         except csv.Error as error:
-            returns = any("\r" in line for line in self._all())
-            raise _Unreadable(_RETURN if returns and "new-line" in str(error) else f"{error}") from None
+            raise _Unreadable(_why_no_row(error, *self._all())) from None
         if self._open:
-            hint = (
-                f", nor within {_MOST_LINES:,} lines"
-                if self._take
-                else " (give --multiline where fields may span lines)"
-            )
-            raise _Unreadable(_OPEN_QUOTE + hint)
+            raise _Unreadable(f"{_OPEN_QUOTE}, nor within {_MOST_LINES:,} lines")
         return row
 
     def _all(self) -> list[str]:
@@ -309,7 +311,7 @@ class _Lines:
 
     def _each(self) -> Iterator[str]:
         yield f"{self._first}\n"
-        while self._take is not None and len(self.further) + 1 < _MOST_LINES and (more := self._take()) is not None:
+        while len(self.further) + 1 < _MOST_LINES and (more := self._take()) is not None:
             self.further.append(more)
             yield f"{more[1]}\n"
         self._open = True  # asked for more than there is

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dataset_converters.catalog import MISSING, URLS
 from dataset_converters.intake import Reject
 from dataset_converters.interactions import Column, Interactions, float32_confuses, places
 from recbole_mllm.data import schema
-from recbole_mllm.data.atomic import whole_file, write_atomic
+from recbole_mllm.data.atomic import read_atomic, read_columns, write_atomic
+from recbole_mllm.data.images import IMAGES
 from recbole_mllm.data.sampling import hash64
 from recbole_mllm.data.values import word_problem
 from recbole_mllm.errors import UserError
+from recbole_mllm.files import (
+    CONVERTED,
+    check_folder,
+    remove_empty_folder,
+    remove_file,
+    staged,
+    whole_file,
+    write_text,
+)
 
-MANIFEST = "manifest.json"
 REJECTED = "rejected.tsv"
 _EXACT_FLOAT32 = 2**24  # whole numbers up to here are float32 values
 _CHUNK = 100_000
@@ -27,6 +37,7 @@ _SHOWN = 50  # RecBole's MAX_ITEM_LIST_LENGTH
 _LIST = schema.ITEM + "_list"
 _LEFT_OUT = "users without a history, left out"
 _PARTS = ("train", "valid", "test")
+_BESIDE = ("dataset.yaml", "README.md", REJECTED, MISSING, URLS)
 
 
 @dataclass(slots=True)
@@ -163,17 +174,53 @@ def dataset_yaml(comment: str, config: Mapping[str, Any], item_kind: str) -> str
     return "\n".join([*lines, f"item_kind: {item_kind}", ""])
 
 
-def digest(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes."""
-    sha = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            sha.update(block)
-    return sha.hexdigest()
-
-
 def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
     """Write ``manifest.json``, which names every file but itself and the images."""
-    with whole_file(folder / MANIFEST) as file:
-        json.dump(content, file, indent=1, ensure_ascii=False)
-        file.write("\n")
+    write_text(folder / CONVERTED.manifest, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def check(folder: Path, inputs: Sequence[Path] = ()) -> None:
+    """Refuse a folder that holds anything but an earlier conversion and what runs have put beside it.
+
+    Args:
+        folder: The dataset's.
+        inputs: What is read.
+
+    Raises:
+        UserError: It says what is in the way (`check_folder`).
+    """
+    tables = [folder.name + end for end in (".inter", ".item", *(f".{part}.inter" for part in _PARTS))]
+    check_folder(folder, CONVERTED, "--out", inputs=inputs, writes=(*tables, *_BESIDE))
+    if (folder / IMAGES).is_symlink():
+        raise UserError(f"--out {folder}: {IMAGES} in it is a link, into which no image is put; give a new folder")
+
+
+@contextmanager
+def into(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder inside `folder`, of the same name, where files wait until all of them are there.
+
+    A new `folder` gets a manifest at once, as images are put into it while the rest is being made: so what a killed
+    conversion leaves is known as ours. One that fails leaves no folder behind that it has made, unless with images.
+    """
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    is_first = not (folder / CONVERTED.manifest).is_file()
+    if is_first:
+        write_manifest(folder, {"converter": "", "outputs": []})
+    try:
+        with staged(folder, folder.name) as stage:
+            yield stage
+    finally:
+        if is_first and [path.name for path in folder.iterdir()] == [CONVERTED.manifest]:
+            remove_file(folder / CONVERTED.manifest)
+            if is_new:
+                remove_empty_folder(folder)
+
+
+def images_of(folder: Path) -> frozenset[str]:
+    """Return the names of the images that an earlier conversion has put into ``images/``: those its items have."""
+    path = schema.item_file(folder)
+    owned = path.name in {entry.get("file") for entry in CONVERTED.outputs(folder) or []}
+    if not owned or schema.IMAGE not in read_columns(path):
+        return frozenset()
+    return frozenset(Path(row[schema.IMAGE]).name for row in read_atomic(path) if row[schema.IMAGE])

@@ -17,6 +17,8 @@ def number(text: str) -> int | float | None:
     What 64 bits do not hold is none, nor is what else Python takes for a number: ``nan``, ``inf``, ``1_000``, digits
     of other scripts.
     """
+    if text.isdigit() and text.isascii() and len(text) < 19:
+        return int(text)
     text = text.strip()
     if _DECIMAL.fullmatch(text) is None:
         return None

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import replace
-from itertools import count
 from pathlib import Path
 
 from recbole_mllm import ranks
 from recbole_mllm.errors import UserError
+from recbole_mllm.files import BENCHMARK, check_folder, set_folder_aside
 from recbole_mllm.options import Options, config_of, with_preset
 
 DEMO_MODELS = "quick"
@@ -31,6 +31,8 @@ def benchmark(
     tune: int = 0,
 ) -> int:
     """Run every model on the same candidates and write the leaderboard; 1 if not one run has finished."""
+    folder = Path(output or f"results/{dataset}")
+    check_folder(folder, BENCHMARK, "--output_dir")
     from recbole_mllm.benchmark.field import expand
     from recbole_mllm.benchmark.jobs import BenchmarkPlan
     from recbole_mllm.benchmark.launched import follow
@@ -42,7 +44,6 @@ def benchmark(
 
     labels = expand(models)
     keys = dict(options.overrides)
-    folder = Path(output or f"results/{dataset}")
     plan = BenchmarkPlan(
         dataset=dataset,
         labels=labels,
@@ -55,6 +56,7 @@ def benchmark(
         jobs=jobs,
         force=force,
         tune=tune,
+        quick=options.quick,
         embed_images=options.embed_images,
     )
     _check_models(labels, dataset, options)
@@ -100,8 +102,8 @@ def report(directory: str, embed_images: bool = True) -> int:
     from recbole_mllm.benchmark.report import format_leaderboard, render
 
     folder = Path(directory)
-    if not (folder / "runs.jsonl").is_file():
-        raise UserError(f"{folder} holds no runs.jsonl; give the folder a benchmark wrote")
+    if BENCHMARK.outputs(folder) is None:
+        raise UserError(f"{folder} holds no runs.jsonl of a benchmark; give the folder a benchmark wrote")
     render(folder, embed_images=embed_images)
     print(format_leaderboard(folder))
     return 0
@@ -136,9 +138,8 @@ def _set_aside(folder: Path, world: str) -> None:
     """Move the results of another world out of the way: one leaderboard holds one set of candidates."""
     from recbole_mllm.benchmark.records import RECORDS, read_records
 
+    check_folder(folder, BENCHMARK, "the results folder")
     others = {record.dataset for record in read_records(folder / RECORDS)} - {world}
     if others:
-        taken = (folder.with_name(f"{folder.name}.{n}") for n in count(1))
-        old = next(path for path in taken if not path.exists())
-        folder.replace(old)
+        old = set_folder_aside(folder)
         print(f"the results of {', '.join(sorted(others))} are now in {old}")

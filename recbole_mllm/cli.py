@@ -62,6 +62,7 @@ def _run(words: list[str]) -> int:
         config_files=tuple(str(known.config_files or "").split()),
         seed=known.seed,
         embed_images=getattr(known, "embed_images", "on") == "on",
+        quick=getattr(known, "quick", False),
     )
     if known.command == "summarize":
         return commands.summarize(_dataset(known), known.stage, known.dry_run, known.since, options)
@@ -139,11 +140,15 @@ def _parser() -> Parser:
     benchmark.add_argument("--output_dir", help="default: results/<dataset>")
     benchmark.add_argument("--force", action="store_true", help="run again what is finished")
     benchmark.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    benchmark.add_argument(
+        "--quick", action="store_true", help="baselines train for a few epochs: a first look, marked"
+    )
     benchmark.add_argument("--tune", type=int, default=0, metavar="N", help="configurations each model may try first")
     _add_embed_images(benchmark)
     inspect = add("inspect", help="a dataset's health, as text and as a page")
     inspect.add_argument("directory", help="a dataset's folder, or its name under data_path (default ./dataset)")
     inspect.add_argument("--image_dir", default=argparse.SUPPRESS, help="images by item id")
+    inspect.add_argument("--config_files", default=argparse.SUPPRESS, help="YAML files that name the dataset's fields")
     inspect.add_argument("--output", help="the page's file; default: inspect.html in the dataset's folder")
     report = add("report", help="render leaderboard.* again from runs.jsonl")
     report.add_argument("directory")

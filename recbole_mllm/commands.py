@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from recbole_mllm import ranks
 from recbole_mllm.errors import UserError
+from recbole_mllm.files import CONVERTED, EXPORT, check_file, check_folder, recover, write_text
 from recbole_mllm.options import OURS, Options, config_of
 
 
 def run_model(model: str, dataset: str, options: Options) -> int:
     """Train and evaluate one model, as RecBole's ``run_recbole.py`` does."""
     from recbole_mllm.config import check_training
+    from recbole_mllm.evaluation.protocol import protocol_line
     from recbole_mllm.quick_start import run
 
     if model != OURS and ranks.is_launched():
@@ -29,7 +33,9 @@ def run_model(model: str, dataset: str, options: Options) -> int:
     outcome = run(config)
     if not ranks.is_main():
         return 0
-    print(f"best valid: {_metrics(outcome.valid)}\ntest:       {_metrics(outcome.test)}")
+    users = len(outcome.users["user"]) if outcome.users else None
+    print(f"best valid: {_metrics(outcome.valid)}\n            {protocol_line(outcome.config, phase='valid')}")
+    print(f"test:       {_metrics(outcome.test)}\n            {protocol_line(outcome.config, users, 'test')}")
     print(f"checkpoint: {outcome.checkpoint}")
     return 0
 
@@ -48,43 +54,55 @@ def summarize(dataset: str, stage: str, dry: bool, since: str | None, options: O
     return 0
 
 
+def _is_plan(head: bytes) -> bool:
+    return re.match(rb'\{\s*"schema": \d+,\s*"dataset": ', head) is not None
+
+
 def plan(dataset: str, json_path: str | None, request: Mapping[str, Any], options: Options) -> int:
     """Say what a run of MLLMMSR would cost, before anything runs."""
-    from recbole_mllm.planning.plan import make_plan
+    path = Path(json_path) if json_path else None
+    if path is not None:
+        path = check_file(path, "--json", _is_plan, "a plan that --json wrote")
+        if not path.parent.is_dir():
+            raise UserError(f"--json {json_path}: there is no folder {path.parent}; make it first")
+    from recbole_mllm.planning.plan import make_plan  # loads transformers
     from recbole_mllm.planning.request import Request
     from recbole_mllm.planning.text import format_plan
 
     asked = Request(**request)
     found = make_plan(config_of(OURS, dataset, options), asked)
-    if json_path:
-        path = Path(json_path)
-        if not path.parent.is_dir():
-            raise UserError(f"--json {json_path}: there is no folder {path.parent}; make it first")
-        path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    if path is not None:
+        write_text(path, json.dumps(found, indent=2) + "\n")
     print(format_plan(found))
     return 0
 
 
 def inspect(directory: str, output: str | None, options: Options) -> int:
     """Print a dataset's health and write it as a page; a poor dataset is no error, one that cannot be read is."""
+    from recbole_mllm.config import file_keys
     from recbole_mllm.health.measure import measure
-    from recbole_mllm.health.report import write_health
+    from recbole_mllm.health.report import is_page, write_health
     from recbole_mllm.health.text import format_health
 
-    image_dir = options.overrides.get("image_dir")
-    health = measure(_dataset_folder(directory, options.overrides), Path(image_dir) if image_dir else None)
+    path = check_file(Path(output), "--output", is_page, "a page that `inspect` wrote") if output else None
+    keys = {key: value for name in options.config_files for key, value in file_keys(name).items()}
+    health = measure(_dataset_folder(directory, options.overrides), keys | dict(options.overrides))
     print(format_health(health))
-    print("", *write_health(health, Path(output) if output else None), sep="\n")
+    print("", *write_health(health, path), sep="\n")
     return 0
 
 
 def _dataset_folder(given: str, overrides: Mapping[str, Any]) -> Path:
     """Return the folder that `given` is, or names under data_path; a built-in dataset is built there."""
     from recbole_mllm.demo.builtin import ensure_builtin
+    from recbole_mllm.health.layout import LAYOUT_KEYS
 
-    if unknown := set(overrides) - {"data_path", "image_dir"}:
-        raise UserError(f"inspect takes no --{min(unknown)}; it takes --image_dir, --output and --data_path")
+    if unknown := set(overrides) - {"data_path", *LAYOUT_KEYS}:
+        takes = ", ".join(f"--{name}" for name in ("output", "data_path", "config_files", *LAYOUT_KEYS))
+        raise UserError(f"inspect takes no --{min(unknown)}; it takes {takes}")
     if Path(given).is_dir():
+        with suppress(OSError):  # a folder that is only read
+            recover(Path(given), CONVERTED)
         return Path(given)
     data_path = Path(str(overrides.get("data_path") or "dataset"))
     folder = data_path / given
@@ -102,7 +120,8 @@ def _near(data_path: Path) -> str:
 
 def export(run: str, out: str, merge: bool) -> int:
     """Write a run's model as a folder that transformers and servers load."""
-    from recbole_mllm.training.export import export as write
+    check_folder(Path(out), EXPORT, "--out")
+    from recbole_mllm.training.export import export as write  # loads transformers
 
     folder = write(run, Path(out), merge=merge)
     print(f"written: {folder}; its README.md says how to serve it")
@@ -111,12 +130,15 @@ def export(run: str, out: str, merge: bool) -> int:
 
 def export_candidates(dataset: str, out: str, options: Options) -> int:
     """Write the frozen candidates that every model meets on `dataset`."""
+    from recbole_mllm.evaluation.exchange import is_export
+
+    path = check_file(Path(out), "--out", is_export, "a file that `candidates export` wrote")
     from recbole_mllm.config import benchmark_defaults
-    from recbole_mllm.quick_start import frozen_candidates
+    from recbole_mllm.quick_start import frozen_candidates  # loads torch
 
     shown = config_of("Pop", dataset, options)
     chosen = shown.external_config_dict
     defaults = {key: value for key, value in benchmark_defaults().items() if key not in chosen}
     config = config_of("Pop", dataset, replace(options, overrides={**defaults, **options.overrides}))
-    print(frozen_candidates(config, Path(out)))
+    print(frozen_candidates(config, path))
     return 0

@@ -10,7 +10,7 @@ from typing import Any
 
 from recbole_mllm import ranks
 from recbole_mllm.errors import UserError
-from recbole_mllm.keys import check_known, checked_file
+from recbole_mllm.keys import check_known, checked_file, is_model, nearest_model
 from recbole_mllm.progress import tell_once
 from recbole_mllm.ranges import COUNT, SEED, Range, WrongValue
 from recbole_mllm.refusals import told_in_a_line
@@ -265,7 +265,11 @@ def check_training(config: Any) -> None:
         raise UserError(f"learner: {config['learner']} is not known; take one of {', '.join(_LEARNERS)}")
     modes = config["eval_args"]["mode"]
     if config["model"] == "MLLMMSR":
-        RankingSettings.from_config(config).check_modes(modes)
+        ranking = RankingSettings.from_config(config)
+        ranking.check_modes(modes)
+        if ranking.retriever and not is_model(ranking.retriever):
+            hint = nearest_model(ranking.retriever)
+            raise UserError(f"retriever {ranking.retriever!r} cannot be had: it is no model of RecBole's{hint}")
         if (config["train_neg_sample_args"] or {}).get("dynamic"):
             raise UserError("train_neg_sample_args.dynamic asks an MLLM about every candidate; set it to false")
     if config["frozen_candidates"] is True and "labeled" in modes.values():

@@ -20,12 +20,16 @@ OURS = "MLLMMSR"
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What every command takes: configuration keys, config files or presets, a seed, whether reports show images."""
+    """What every command takes: configuration keys, config files or presets, a seed.
+
+    Of a benchmark also whether its report shows images, and whether its baselines train for a few epochs alone.
+    """
 
     overrides: Mapping[str, Any] = field(default_factory=dict)
     config_files: tuple[str, ...] = ()
     seed: int | None = None
     embed_images: bool = True
+    quick: bool = False
 
     def keys(self) -> dict[str, Any]:
         """Return the overrides with the seed among them."""

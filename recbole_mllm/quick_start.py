@@ -23,6 +23,8 @@ from recbole_mllm.errors import UserError
 from recbole_mllm.evaluation.exchange import write
 from recbole_mllm.evaluation.metrics import has_several_rows, joined, per_user, pooled_auc
 from recbole_mllm.evaluation.protocol import protocol_line
+from recbole_mllm.files import check_place
+from recbole_mllm.fitting import Fit
 from recbole_mllm.keys import check_keys
 from recbole_mllm.refusals import told_in_a_line
 from recbole_mllm.settings import Settings
@@ -35,14 +37,21 @@ class Outcome:
     Under full ranking it holds each user's best items and target, with ``among``, how many were ranked, and ``answer``,
     the log-odds of an MLLM that was asked about the pair; `pairs_scored` counts all.
 
+    `train_s` holds no validation and no test, and is None where nothing was trained; `converged` says whether
+    validation had stopped rising when training ended, None where that is no question (one pass, zero-shot).
+
     `retrieval`, where all items were ranked, says by what: ``retriever``, ``top_k``, ``recall`` (the share of test
     targets among its best, a ceiling) and ``fusion`` (the MLLM's share). `scores_reused` is how many of the test scores
     earlier evaluations had left, `world_size` how many processes worked on it.
+
+    `load_s` is what loading the models took, None of a baseline; `summarize_s` is without it: the seconds that writing
+    the summaries took, of `summarize_reused` of them in an earlier run, as the store has kept them.
     """
 
     config: Any
     dataset: Any
     train_data: Any
+    test_data: Any
     model: Any
     checkpoint: Path
     valid: dict[str, float]
@@ -50,11 +59,14 @@ class Outcome:
     users: dict[str, Any]
     pairs: dict[str, Any] | None
     summarize_s: float
-    train_s: float
+    train_s: float | None
     score_s: float
     retrieval: dict[str, Any] | None = None
     scores_reused: int = 0
     world_size: int = 1
+    converged: bool | None = None
+    load_s: float | None = None
+    summarize_reused: int = 0
 
     @property
     def pairs_scored(self) -> int:
@@ -82,8 +94,9 @@ class _Trained:
     trainer: Any
     score: float
     valid: Any
-    summarize_s: float
-    train_s: float
+    spent: Any  # on summaries, none of a baseline
+    train_s: float | None
+    converged: bool | None
 
 
 Check = Callable[[Any, Any], None]
@@ -96,6 +109,9 @@ def _train(config: Any, saved: bool, check: Check | None = None) -> _Trained:
     log = logging.getLogger()
     check_keys(config.external_config_dict, "the configuration")
     check_training(config)
+    for key in ("checkpoint_dir", "retriever_dir"):
+        if config[key]:
+            check_place(Path(str(config[key])), f"{key}:")
     refused = config["model"], config["dataset"]
     with told_in_a_line("read the dataset", *refused):
         dataset = create_dataset(config)
@@ -106,6 +122,8 @@ def _train(config: Any, saved: bool, check: Check | None = None) -> _Trained:
         raise nothing_left(dataset, "validate on")
     if check is not None:
         check(dataset, test)
+    for phase in ("valid", "test"):  # what RecBole's lines below are results of
+        log.info(f"{phase}: {protocol_line(config, phase=phase)}")
     started = time.perf_counter()
     init_seed(config["seed"] + config["local_rank"], config["reproducibility"])
     with told_in_a_line(f"make the model {config['model']}", *refused):
@@ -114,15 +132,34 @@ def _train(config: Any, saved: bool, check: Check | None = None) -> _Trained:
     made = time.perf_counter()
     with told_in_a_line("make the trainer", *refused):
         trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
-    if isinstance(trainer, TraditionalTrainer):  # one epoch whatever `epochs` says, so an eval_step of 2 saves nothing
+    one_pass = isinstance(trainer, TraditionalTrainer)
+    if one_pass:  # one epoch whatever `epochs` says, so an eval_step of 2 saves nothing
         trainer.eval_step = min(trainer.eval_step, trainer.epochs)
+    fit = Fit(trainer)
     with told_in_a_line("train", *refused):
-        score, best = trainer.fit(train, valid, saved=saved, show_progress=config["show_progress"])
+        score, best = fit.run(train, valid, saved=saved, show_progress=config["show_progress"])
     reranker = getattr(model, "reranker", None)
-    waited, learnt = (getattr(reranker, name, 0.0) for name in ("seconds", "train_s"))
+    learnt = getattr(reranker, "train_s", 0.0)
+    trained = _train_seconds(config["model"], trainer, fit, made - started if one_pass else 0.0)
     # A retriever's training is training, whichever run did it: what many runs share each of them would have paid
-    seconds = made - started - waited, time.perf_counter() - made + learnt
-    return _Trained(dataset, train, test, model, trainer, score, best, *seconds)
+    train_s = (trained or 0.0) + learnt if trained is not None or learnt else None
+    converged = None if one_pass else fit.converged
+    spent = getattr(model, "summaries_spent", None)
+    return _Trained(dataset, train, test, model, trainer, score, best, spent, train_s, converged)
+
+
+def _train_seconds(name: str, trainer: Any, fit: Fit, making: float) -> float | None:
+    """Return what a run's own model took to train, None if nothing of it was.
+
+    Args:
+        name: RecBole's name of the model; `Random` learns nothing.
+        trainer: Ours counts the seconds itself, those before a run was resumed included.
+        fit: What RecBole's spent.
+        making: What making the model took, where that is its training (ItemKNN, EASE: all but Pop of the one-pass).
+    """
+    if not trainer.epochs or name == "Random":
+        return None
+    return float(getattr(trainer, "train_s", making + fit.seconds))
 
 
 def validate(config: Any) -> float:
@@ -152,18 +189,22 @@ def run(config: Any, check: Check | None = None) -> Outcome:
         config,
         done.dataset,
         done.train,
+        done.test,
         done.model,
         Path(trainer.saved_model_file),
         {metric_name(key): float(value) for key, value in (done.valid or {}).items()},
         metrics,
         users,
         pairs,
-        done.summarize_s,
+        done.spent.seconds if done.spent else 0.0,
         done.train_s,
         score_s,
         _retrieval(trainer),
         getattr(done.model, "scores_reused", 0) - reused,
         getattr(done.model, "processes", 1),
+        done.converged,
+        load_s=getattr(done.model, "load_s", None),
+        summarize_reused=done.spent.reused if done.spent else 0,
     )
 
 

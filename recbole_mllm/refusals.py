@@ -40,6 +40,11 @@ _MEANINGS = (
         r"Sample larger than population.*",
         "samples more users or items at a time than this dataset has; a smaller train_batch_size may help",
     ),
+    (
+        r".*inline_container\.cc.* unexpected pos .*",  # torch's writer of files, which does not pass on the errno
+        "could not write its checkpoint: the disk is full, or files may not grow so large; make room there, or give "
+        "another folder with --checkpoint_dir=DIR",
+    ),
 )
 
 

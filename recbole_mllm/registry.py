@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from recbole_mllm._importhook import after_import
 from recbole_mllm.compat.patching import wrap
+from recbole_mllm.files import CONVERTED, recover
 from recbole_mllm.resources import PROPERTIES, resource
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ def register() -> None:
         sys.meta_path.append(_ModelFinder())
     after_import("recbole.config.configurator", read_our_files)
     after_import("recbole.data.dataset", offer_dataset)
+    after_import("recbole.data.dataset.dataset", _listed("ask_for_lists"))
     after_import("recbole.data.dataset.dataset", keep_facts)
     after_import("recbole.data.dataset.dataset", _listed("learn_from_histories"))
     after_import("recbole.data.dataset.dataset", check_files)
@@ -47,6 +50,7 @@ def register() -> None:
     after_import("recbole.model.general_recommender.random", score_by_pair)
     after_import("recbole.model.layers", read_vectors)
     after_import("recbole.trainer", offer_trainer)
+    after_import("recbole.utils.case_study", check_users)
     after_import("recbole.trainer.trainer", break_ties)
 
 
@@ -136,11 +140,15 @@ def read_our_files(configurator: ModuleType) -> None:
             home = Path(configurator.__file__ or "").parent.parent / "properties"
             for path in (*_model_files(model_class, home, dataset), *_dataset_files(self, dataset)):
                 self._update_internal_config_dict(path)
+            _load_own_fields(self)
 
         return _load_internal_config_dict
 
     wrap(configurator.Config, "_load_config_files", make_files)
     wrap(configurator.Config, "_load_internal_config_dict", make)
+
+
+_EVERY_TIME = {"inter": ["user_id", "item_id", "timestamp"]}
 
 
 def _load_times(config: Any) -> None:
@@ -149,9 +157,16 @@ def _load_times(config: Any) -> None:
     RecBole's sample.yaml, which stands in for datasets without a file of their own, leaves them out, and then no split
     in time order can be made.
     """
-    loaded = config.internal_config_dict.get("load_col")
-    if loaded == {"inter": ["user_id", "item_id"]}:
-        config.internal_config_dict["load_col"] = {"inter": ["user_id", "item_id", "timestamp"]}
+    if config.internal_config_dict.get("load_col") == {"inter": ["user_id", "item_id"]}:
+        config.internal_config_dict["load_col"] = _EVERY_TIME
+
+
+def _load_own_fields(config: Any) -> None:
+    """Where nobody says which columns to load, load those that the dataset's own field names say."""
+    known = {**config.internal_config_dict, **config.external_config_dict}
+    if known.get("load_col") == _EVERY_TIME:
+        names = [known.get(key) for key in ("USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD")]
+        config.internal_config_dict["load_col"] = {"inter": [name for name in names if name]}
 
 
 def _check(config: Any, model: str) -> None:
@@ -195,6 +210,8 @@ def _dataset_files(config: Any, dataset: str) -> Iterator[Path]:
 
 
 def _build(folder: Path) -> None:
+    with suppress(OSError):  # a folder that is only read
+        recover(folder, CONVERTED)
     importlib.import_module("recbole_mllm.demo.builtin").ensure_builtin(folder)
 
 
@@ -257,6 +274,11 @@ def count_training(collector: ModuleType) -> None:
 def score_by_pair(module: ModuleType) -> None:
     """Give ``Random`` scores that belong to the pair; RecBole's change with the batch (random.py:38-45)."""
     importlib.import_module("recbole_mllm.model.random").score_by_pair(module.Random)
+
+
+def check_users(case_study: ModuleType) -> None:
+    """Name the users whom ``full_sort_topk`` cannot rank for (utils/case_study.py:19-83)."""
+    importlib.import_module("recbole_mllm.evaluation.loader").refuse_users_without_rows(case_study)
 
 
 def break_ties(trainer: ModuleType) -> None:

@@ -10,7 +10,6 @@ import logging
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import count
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,6 +19,7 @@ from torch import Tensor
 from recbole_mllm import ranks
 from recbole_mllm.data.images import image_digest
 from recbole_mllm.data.schema import score_file
+from recbole_mllm.files import set_file_aside
 from recbole_mllm.prompts import Prompt
 from recbole_mllm.settings import RankingSettings
 from recbole_mllm.summaries.table import log_ahead
@@ -187,16 +187,11 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 
 def _put_aside(path: Path) -> Path | None:
-    """Rename the file, whoever made it, to a name that is free; None where that cannot be."""
-    aside = next(p for n in count(1) if not (p := path.with_name(f"{path.name}.corrupt-{n}")).exists())
+    """Rename the file, whoever made it, with its log, which would be replayed into ours; None where that cannot be."""
     try:
-        path.rename(aside)
-        for suffix in ("-wal", "-shm"):  # a log left behind would be replayed into the new file
-            if (beside := path.with_name(path.name + suffix)).exists():
-                beside.rename(aside.with_name(aside.name + suffix))
+        return set_file_aside(path, "corrupt", ("-wal", "-shm"))
     except OSError:
         return None
-    return aside
 
 
 def _found(db: sqlite3.Connection, model: str, prompts: Sequence[bytes]) -> dict[bytes, float]:

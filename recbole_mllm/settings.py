@@ -120,6 +120,7 @@ class SummarySettings(_FromConfig):
     summary_temperature: Annotated[float, Range(float, least=0)]
     summary_top_p: Annotated[float, Range(float, above=0, most=1)]
     summary_seed: Seed
+    summary_repetition_penalty: Annotated[float, Range(float, above=0)] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 from recbole_mllm.data.schema import store_file
 from recbole_mllm.errors import UserError
+from recbole_mllm.files import check_file
 
 
 def add_parser(add: Any, parser_class: Any) -> None:
@@ -34,7 +35,11 @@ def add_parser(add: Any, parser_class: Any) -> None:
 
 def run(known: argparse.Namespace) -> int:
     """Do what the words say."""
+    from recbole_mllm.summaries.exchange import is_export
+
     folder = _folder(known.where)
+    if known.action == "export":
+        known.out = check_file(Path(known.out), "--out", is_export, "a file that `store export` wrote")
     if known.action == "import":
         return _import(folder, Path(known.file), known.origin)
     if not store_file(folder).is_file():
@@ -43,7 +48,7 @@ def run(known: argparse.Namespace) -> int:
         return _stats(folder)
     if known.action == "prune":
         return _prune(folder, known.model, known.older_than, known.dry_run)
-    return _export(folder, Path(known.out), known.model)
+    return _export(folder, known.out, known.model)
 
 
 def _folder(where: str) -> Path:

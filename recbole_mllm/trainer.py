@@ -102,6 +102,7 @@ class MLLMMSRTrainer(ResumableTrainer):
             for number, interaction in enumerate(train_data, self.place.batch):
                 self._train_batch(train_data, number, interaction)
                 told.update(1)
+        self.count_seconds()
         return self.place.loss
 
     def _train_batch(self, train_data: Any, number: int, interaction: Interaction) -> None:

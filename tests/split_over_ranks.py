@@ -27,7 +27,7 @@ from recbole_mllm.mllm.sft import example_loss
 from recbole_mllm.mllm.tuning import tune
 from recbole_mllm.prompts import Prompt, recommend_prompt
 
-FAMILIES = {build.__name__: build for build in (*tiny_models.FAMILIES, *tiny_models.TEXT_FAMILIES)}
+FAMILIES = {build.__name__: build for build in (*tiny_models.FAMILIES, *tiny_models.PAIRS, *tiny_models.TEXT_FAMILIES)}
 LABELS = torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0])
 LORA = replace(SETTINGS.lora, finetune="lora", lora_dropout=0.1)
 

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from recbole_mllm.data.atomic import whole_file
+from recbole_mllm.data.peruser import user_of
+from recbole_mllm.data.schema import HISTORY_NUMBER, POSITION
 
 CASES = "cases.json"
 TITLES = "titles.json"
@@ -32,11 +34,12 @@ def write_cases(outcome: Any, folder: Path, kept: int = KEPT) -> Path | None:
         return None
     data, pairs = outcome.dataset, outcome.pairs
     users, tokens = (np.asarray(data.field2id_token[f]).astype(str) for f in (data.uid_field, data.iid_field))
-    hit = pairs["label"] > 0
-    owners, answers = users[pairs["user_id"][hit]], tokens[pairs["item_id"][hit]]
-    targets = dict(zip(owners.tolist(), answers.tolist(), strict=True))
-    chosen = drawn(targets, kept)
-    told = [case_of(preferences, user, targets[user]) for user in chosen]
+    rows = outcome.test_data._dataset.inter_feat
+    owners, answers = users[rows[data.uid_field].numpy()], tokens[rows[data.iid_field].numpy()]
+    read = (rows[HISTORY_NUMBER].tolist(), rows[POSITION].tolist(), answers.tolist())
+    asked = dict(zip(owners.tolist(), zip(*read, strict=True), strict=True))
+    chosen = drawn(asked, kept)
+    told = [case_of(preferences, data.history_names.name(asked[user][0]), *asked[user][1:]) for user in chosen]
     candidates = tokens[pairs["item_id"][np.isin(pairs["user_id"], np.flatnonzero(np.isin(users, chosen)))]]
     wanted = {item for case in told for item in case["history"]} | set(candidates.tolist())
     folders = [Path(str(p)) for p in (outcome.config["data_path"], outcome.config["image_dir"]) if p]
@@ -66,32 +69,22 @@ def drawn(users: Mapping[str, Any], kept: int) -> list[str]:
     return [names[index] for index in np.random.default_rng(CASE_SEED).permutation(len(names))[:kept]]
 
 
-def case_of(preferences: Any, user: str, target: str) -> dict[str, Any]:
-    """Return what the recommender knew of `user` when it was asked for `target`.
+def case_of(preferences: Any, history: str, position: int, target: str) -> dict[str, Any]:
+    """Return what the recommender knew when it was asked for `target` at `position` of the `history` of this name.
 
     ``history`` holds items ``[start, position)`` of the whole history; each step has read items ``[since, seen)`` of it
     on top of the step before; ``read`` is the text that stood in the question.
     """
-    position = target_position(preferences.plan.histories[user], preferences.plan.positions[user], target)
     start = max(0, position - LAST_ITEMS)
     return {
-        "user": user,
+        "user": user_of(history),
         "target": target,
         "start": start,
         "position": position,
-        "history": list(preferences.plan.histories[user][start:position]),
-        "steps": [{"since": s.since, "seen": s.seen, "text": text} for s, text in preferences.chain(user, position)],
-        "read": preferences.of(user, position),
+        "history": list(preferences.plan.histories[history][start:position]),
+        "steps": [{"since": s.since, "seen": s.seen, "text": text} for s, text in preferences.chain(history, position)],
+        "read": preferences.of(history, position),
     }
-
-
-def target_position(history: Any, positions: Any, target: str) -> int:
-    """Return where the row of `target` stands: after its last occurrence's predecessors, or after a history without it.
-
-    A history of a benchmark file holds no target, so the row stands behind all of it.
-    """
-    places = [place for place in positions if place < len(history) and history[place] == target]
-    return int(max(places or positions))
 
 
 def _item(items: Any, item: str, folders: list[Path]) -> dict[str, str]:

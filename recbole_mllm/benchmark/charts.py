@@ -18,11 +18,13 @@ Tick = tuple[float, str]
 
 
 def series(board: Leaderboard) -> dict[str, int]:
-    """Return each finished row's number among the colours; the best MLLM has the first to itself."""
+    """Return each finished row's colour, in the table's order; the best MLLM has the first to itself."""
     ranked = [row for row in board.rows if row.ok]
     first = next((row.model for row in ranked if row.kind == "mllm"), None)
     ordered = sorted(ranked, key=lambda row: row.model != first)
-    return {row.model: index if index < 1 else 1 + (index - 1) % (COLOURS - 1) for index, row in enumerate(ordered)}
+    places = {row.model: index for index, row in enumerate(ordered)}
+    colours = {model: index if index < 1 else 1 + (index - 1) % (COLOURS - 1) for model, index in places.items()}
+    return {row.model: colours[row.model] for row in ranked}
 
 
 @dataclass(frozen=True, slots=True)

@@ -136,6 +136,12 @@ def baseline_defaults(model: str) -> dict[str, Any]:
     return {**({} if model in UNTRAINED else found["every"]), **found.get(model, {})}
 
 
+def quick_look(model: str) -> dict[str, Any]:
+    """Return the few epochs that baselines.yaml gives a model for a first look; nothing if it needs no training."""
+    found = read_mapping(PROPERTIES / "baselines.yaml")["quick"]
+    return {} if model in UNTRAINED else {**found["every"], **found.get(model, {})}
+
+
 def known_variants() -> str:
     """Return every named variant, for help and complaints."""
     ours = [f"{MLLM}:{name}" for name in (*PRESETS, "block-N")]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from recbole_mllm import ranks
-from recbole_mllm.benchmark.field import Entry, resolve
+from recbole_mllm.benchmark.field import MLLM, Entry, quick_look, resolve
 from recbole_mllm.benchmark.portable import DECISIVE_FILES
 from recbole_mllm.benchmark.records import plain_json
 from recbole_mllm.config import file_keys
@@ -30,6 +30,7 @@ class BenchmarkPlan:
         embed_images: Whether the report's case studies show thumbnails.
         limit_users: Evaluate a seeded sample of this many users.
         tune: How many configurations each model may try on validation first; 0 = none.
+        quick: Whether baselines train for a few epochs alone (baselines.yaml, `quick`): a first look.
         note: A sentence about the data that every report must carry.
     """
 
@@ -44,6 +45,7 @@ class BenchmarkPlan:
     embed_images: bool = True
     limit_users: int | None = None
     tune: int = 0
+    quick: bool = False
     note: str = ""
 
     def __post_init__(self) -> None:
@@ -95,7 +97,7 @@ class Job:
             "dataset": self.plan.dataset,
             "config_files": list(self.plan.config_files),
             "defaults": dict(self.entry.defaults),
-            "overrides": {**self.plan.overrides, **self.entry.overrides},
+            "overrides": {**_few_epochs(self.entry, self.plan), **self.plan.overrides, **self.entry.overrides},
             "output_dir": str(self.plan.output_dir),
             "limit_users": self.plan.limit_users,
             "tune": self.plan.tune,
@@ -120,10 +122,16 @@ def run_id(entry: Entry, seed: int, plan: BenchmarkPlan) -> str:
     files = [*plan.config_files, *_files_named(plan)]
     contents = [hashlib.sha256(Path(f).read_bytes()).hexdigest() if Path(f).is_file() else f for f in files]
     keys = {key: value for key, value in plan.overrides.items() if str(value) not in files or key not in DECISIVE_FILES}
-    decisive = [entry.model, plan.dataset, entry.defaults, {**keys, **entry.overrides}, contents, plan.limit_users]
+    settings = {**_few_epochs(entry, plan), **keys, **entry.overrides}
+    decisive = [entry.model, plan.dataset, entry.defaults, settings, contents, plan.limit_users]
     text = json.dumps(plain_json([*decisive, *([plan.tune] if plan.tune else [])]), sort_keys=True)
     readable = re.sub(r"[^A-Za-z0-9]+", "-", entry.label)
     return f"{readable}-{seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def _few_epochs(entry: Entry, plan: BenchmarkPlan) -> dict[str, Any]:
+    """Return what a quick look changes of a baseline; the command line wins over it, and it over config files."""
+    return quick_look(entry.model) if plan.quick and entry.model != MLLM else {}
 
 
 def _files_named(plan: BenchmarkPlan) -> list[str]:

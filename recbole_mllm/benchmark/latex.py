@@ -46,7 +46,8 @@ def escape(text: str) -> str:
 def _row(board: Leaderboard, row: Row, names: list[str]) -> str:
     if not row.ok:
         return rf"{escape(row.model)} & \multicolumn{{{len(names)}}}{{l}}{{failed}} \\"
-    name = escape(row.model) + (r"$^{\dagger}$" if row.model == board.best_baseline else "")
+    marks = (r"\dagger" if row.model == board.best_baseline else "") + (r"\ddagger" if row.converged is False else "")
+    name = escape(row.model) + (f"$^{{{marks}}}$" if marks else "")
     return " & ".join([name, *(_cell(board, row, metric) for metric in names)]) + r" \\"
 
 
@@ -65,12 +66,18 @@ def _caption(board: Leaderboard) -> str:
     told += rf"candidates \texttt{{{escape(board.candidates)}}}. Best value of a column in bold."
     for reason in board.absent.values():
         told += f" {escape(reason)}"
-    if board.best_baseline is not None:
+    variants = [row for row in board.rows if row.tested_against not in (None, board.best_baseline)]
+    if board.best_baseline is not None or variants:
+        full = "the full model (variants of MLLMMSR)" if variants else ""
+        best = rf"the best baseline on {board.chosen_on} ($\dagger$)" if board.best_baseline is not None else ""
+        against = " or ".join(filter(None, [best, full]))
         told += (
-            r" $\blacktriangle$ better and $\blacktriangledown$ worse than the best baseline ($\dagger$) at "
+            rf" $\blacktriangle$ better and $\blacktriangledown$ worse than {against} at "
             r"$p < .05$, paired tests over users, Holm's correction over the whole table; "
             "values without a mark do not differ significantly."
         )
+    if board.not_converged:
+        told += r" $\ddagger$ not converged: training reached its cap of epochs before validation had stopped rising."
     return told
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from recbole_mllm import ranks
 from recbole_mllm.benchmark.child import PLACE, Tick, environment_alone, failure, run_child
+from recbole_mllm.files import write_text
 
 _CHECK_S = 1.0
 
@@ -98,7 +99,7 @@ def follow() -> int:
         folder, rank = Path(order["folder"]), ranks.rank()
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"job.{rank}.json"
-        path.write_text(json.dumps(order["job"], indent=2))
+        write_text(path, json.dumps(order["job"], indent=2))
         checked = time.monotonic()
 
         def watch(seconds: float, line: str, number: int = number) -> None:

@@ -12,12 +12,12 @@ from typing import Any
 from recbole_mllm.benchmark.records import RunRecord
 
 VALID_METRIC = "NDCG@10"
-"""What rows are sorted by, and what makes a baseline the best one."""
+"""What rows are sorted by (on the test split), and what makes a baseline the best one (on validation)."""
 
 LEVEL = 0.05
-COSTS = ("summarize_s", "train_s", "score_s", "pairs_per_s", "peak_memory_mb")
+COSTS = ("load_s", "summarize_s", "train_s", "score_s", "pairs_per_s", "peak_memory_mb")
 COUNTS = ("tokens", "parameters_trained")
-ALL_COSTS = ("summarize_s", "features_s", *COSTS[1:], *COUNTS)
+ALL_COSTS = ("load_s", "summarize_s", "features_s", *COSTS[2:], *COUNTS)
 """Costs that the reports show; ``leaderboard.json`` keeps to its published `COSTS`."""
 
 SECONDS = ("summarize_s", "features_s", "train_s", "score_s")
@@ -30,17 +30,18 @@ CUTOFFS = ("10", "5", "3")
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """One metric of one row; `p` is Holm-corrected, None for the best baseline and where there is nothing to test."""
+    """One metric of one row; `p` is `p_raw` after Holm's correction, both None where there is nothing to test."""
 
     mean: float
     ci95: tuple[float, float] | None = None
     p: float | None = None
+    p_raw: float | None = None
     effect: float | None = None
     difference: float | None = None
 
     @property
     def significant(self) -> bool:
-        """Whether the difference to the best baseline may be claimed."""
+        """Whether the difference to the row it is tested against may be claimed."""
         return self.p is not None and self.p < LEVEL
 
 
@@ -75,7 +76,11 @@ class Dimension:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One model of the table: all its seeds that finished alike, or one seed that did not."""
+    """One model of the table: all its seeds that finished alike, or one seed that did not.
+
+    `tested_against` names the row that its scores are tested against: the best baseline or, for a variant of MLLMMSR,
+    the full model; None where there is none.
+    """
 
     model: str
     kind: str
@@ -87,6 +92,18 @@ class Row:
     slices: Mapping[str, Mapping[str, Part]] = field(default_factory=dict)
     curves: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     groups: Mapping[str, tuple[GroupPart, ...]] = field(default_factory=dict)
+    tested_against: str | None = None
+
+    @property
+    def converged(self) -> bool | None:
+        """Whether validation had stopped rising in all seeds; None where that is no question, or was not recorded."""
+        told = [run.converged for run in self.runs if run.converged is not None]
+        return all(told) if told else None
+
+    @property
+    def summarize_reused(self) -> int:
+        """How many summaries no run of the row wrote itself, all seeds together."""
+        return sum(run.summarize_reused for run in self.runs)
 
     @property
     def ok(self) -> bool:
@@ -115,6 +132,8 @@ class Leaderboard:
     rows: tuple[Row, ...]
     best_baseline: str | None
     note: str = ""
+    without_validation: tuple[str, ...] = ()
+    """Baselines that recorded no validation metric; where there are some, the best one was chosen on the test split."""
     dimensions: tuple[Dimension, ...] = ()
     absent: Mapping[str, str] = field(default_factory=dict)
     """For each metric that people look for and that has no value under this protocol, a sentence that says why."""
@@ -126,9 +145,19 @@ class Leaderboard:
 
     @property
     def costs(self) -> tuple[str, ...]:
-        """The costs that the pages show: making features only where a row reads some."""
-        reads = any(row.cost.get("features_s") is not None for row in self.rows)
-        return tuple(name for name in ALL_COSTS if name != "features_s" or reads)
+        """The costs that the pages show: loading and making features only where a row tells them."""
+        told = {name for row in self.rows for name in ("load_s", "features_s") if row.cost.get(name) is not None}
+        return tuple(name for name in ALL_COSTS if name not in ("load_s", "features_s") or name in told)
+
+    @property
+    def chosen_on(self) -> str:
+        """The split whose metric made a baseline the best one."""
+        return "test" if self.without_validation else "validation"
+
+    @property
+    def not_converged(self) -> tuple[str, ...]:
+        """The rows whose training ended while validation was still rising."""
+        return tuple(row.model for row in self.rows if row.ok and row.converged is False)
 
     def to_json(self) -> dict[str, Any]:
         """Return the published schema of ``leaderboard.json``; a failed row has the same keys with null values."""
@@ -138,6 +167,8 @@ class Leaderboard:
             "candidates": self.candidates,
             "n_users": self.n_users,
             "metrics": list(self.metrics),
+            "best_baseline": self.best_baseline,
+            "best_baseline_chosen_on": self.chosen_on if self.best_baseline else None,
             "rows": [self._row_json(row) for row in self.rows],
         }
 
@@ -149,16 +180,28 @@ class Leaderboard:
             "model": row.model,
             "seeds": list(row.seeds),
             "status": row.status,
-            "metrics": {name: _score_json(score) for name, score in scores.items()},
+            "tested_against": row.tested_against,
+            "metrics": {name: self._score_json(row, score) for name, score in scores.items()},
+            "converged": row.converged,
+            "summarize_reused": row.summarize_reused,
             "cost": {name: row.cost.get(name) for name in COSTS},
             "slices": {s: {m: {"mean": p.mean, "n": p.n} for m, p in by.items()} for s, by in parts.items()},
         }
 
+    def p_vs_best_baseline(self, row: Row, score: Score) -> float | None:
+        """Return the corrected p-value where it is one against the best baseline."""
+        return score.p if row.tested_against == self.best_baseline else None
 
-def _score_json(score: Score | None) -> dict[str, Any]:
-    if score is None:
-        return {"mean": None, "ci95": None, "p_vs_best_baseline": None}
-    return {"mean": score.mean, "ci95": score.ci95 and list(score.ci95), "p_vs_best_baseline": score.p}
+    def _score_json(self, row: Row, score: Score | None) -> dict[str, Any]:
+        if score is None:
+            return dict.fromkeys(("mean", "ci95", "p_vs_best_baseline", "p_raw", "p_holm"))
+        return {
+            "mean": score.mean,
+            "ci95": score.ci95 and list(score.ci95),
+            "p_vs_best_baseline": self.p_vs_best_baseline(row, score),
+            "p_raw": score.p_raw,
+            "p_holm": score.p,
+        }
 
 
 def ordered_metrics(names: set[str]) -> tuple[str, ...]:

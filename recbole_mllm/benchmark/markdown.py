@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,12 +12,13 @@ import yaml
 from recbole_mllm.benchmark.leaderboard import SLICES, Leaderboard, Row
 from recbole_mllm.benchmark.text import command, shown_config
 from recbole_mllm.benchmark.wording import (
-    COST_NOTE,
     COST_TITLES,
     MARKS,
     METHOD,
+    NOT_CONVERGED,
     NOTHING,
     WORDS,
+    cost_notes,
     finding,
     legend,
     say_cost,
@@ -30,7 +33,7 @@ def format_markdown(board: Leaderboard) -> str:
         f"# {_md(board.dataset)}: leaderboard",
         _md(finding(board)),
         *([f"> {_md(board.note)}"] if board.note else []),
-        f"- Protocol: {_md(board.protocol)}\n- Users: {board.n_users}\n- Candidates: `{_md(board.candidates)}`",
+        f"- Protocol: {_md(board.protocol)}\n- Users: {board.n_users}\n- Candidates: {_code(board.candidates)}",
         "## Quality",
         _table(["model", "seeds", *board.metrics], [_quality(board, row) for row in board.rows]),
         f"{_md(legend(board))} {METHOD}",
@@ -40,7 +43,7 @@ def format_markdown(board: Leaderboard) -> str:
         "cold: the target has no interaction in training; warm: it has; tail: it is in the long tail. (Users.)",
         "## Cost",
         _table(["model", *(COST_TITLES[name] for name in board.costs)], [_costs(board, row) for row in board.rows]),
-        COST_NOTE,
+        _md(cost_notes(board)),
         "## Configurations",
         "A run's own settings and the shared ones, in one file `<run_id>.yaml`, are its whole configuration.",
         *_configurations(board),
@@ -55,7 +58,8 @@ def _quality(board: Leaderboard, row: Row) -> list[str]:
     for name in board.metrics:
         said = say_score(board, row, name)
         cells.append(" ".join(filter(None, [said.mean, MARKS[said.verdict], said.interval])))
-    return [_md(row.model), seeds(row), *cells]
+    name = f"{_md(row.model)} {NOT_CONVERGED} not converged" if row.converged is False else _md(row.model)
+    return [name, seeds(row), *cells]
 
 
 def _slices(board: Leaderboard, row: Row) -> list[str]:
@@ -65,17 +69,21 @@ def _slices(board: Leaderboard, row: Row) -> list[str]:
 
 
 def _costs(board: Leaderboard, row: Row) -> list[str]:
-    return [_md(row.model), *(say_cost(name, row.cost.get(name)) for name in board.costs)]
+    return [_md(row.model), *(say_cost(row, name) for name in board.costs)]
 
 
 def _tests(board: Leaderboard) -> list[str]:
     """Return the tests of the ranking metric; those of all metrics are in the CSV and the page."""
     said = [(row, say_score(board, row, board.valid_metric)) for row in board.rows if row.ok]
-    rows = [[_md(row.model), s.difference, s.effect, s.p, WORDS[s.verdict]] for row, s in said if s.verdict in WORDS]
+    rows = [
+        [row.model, str(row.tested_against), s.difference, s.effect, s.p_raw, s.p, WORDS[s.verdict]]
+        for row, s in said
+        if s.verdict in WORDS
+    ]
     if not rows:
         return []
-    head = ["model", f"difference to {_md(str(board.best_baseline))}", "Cohen's d_z", "p (Holm)", "verdict"]
-    return [f"## Tests ({board.valid_metric})", _table(head, rows)]
+    head = ["model", "tested against", "difference", "Cohen's d_z", "p (raw)", "p (Holm)", "verdict"]
+    return [f"## Tests ({board.valid_metric})", _table(head, [[_md(cell) for cell in row] for row in rows])]
 
 
 def _configurations(board: Leaderboard) -> list[str]:
@@ -100,7 +108,8 @@ def _yaml(config: Mapping[str, Any]) -> str:
 
 
 def _details(title: str, body: str, line: str = "") -> str:
-    parts = [f"<details><summary>{_md(title)}</summary>", f"`{_md(line)}`" if line else "", body, "</details>"]
+    head = f"<details><summary>{html.escape(title, quote=False)}</summary>"  # a block of HTML, not of Markdown
+    parts = [head, _code(line) if line else "", body, "</details>"]
     return "\n\n".join(filter(None, parts))
 
 
@@ -110,5 +119,13 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _md(text: str) -> str:
-    """Escape what Markdown would take for a table, a tag or a new line."""
-    return " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
+    """Escape what Markdown would take for a table, a tag, an entity or a new line, and leave ``p < .001`` alone."""
+    entities = re.sub(r"&(?=#?\w+;)", "&amp;", " ".join(text.split()))
+    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", entities).replace("|", "\\|")
+
+
+def _code(text: str) -> str:
+    """Return `text` as code, in which Markdown decodes nothing."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * (longest + 1)
+    return f"{fence}{text}{fence}" if not longest else f"{fence} {text} {fence}"

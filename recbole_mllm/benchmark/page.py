@@ -17,12 +17,12 @@ from recbole_mllm.benchmark.plot import quality_versus_cost
 from recbole_mllm.benchmark.text import command, configuration
 from recbole_mllm.benchmark.thumbnails import SIDE
 from recbole_mllm.benchmark.wording import (
-    COST_NOTE,
     COST_TITLES,
     MARKS,
     METHOD,
     NOTHING,
     WORDS,
+    cost_notes,
     finding,
     legend,
     say_cost,
@@ -55,7 +55,7 @@ def page(board: Leaderboard, book: Casebook | None = None) -> str:
         method=METHOD,
         metrics=[(name, name.partition("@")[2]) for name in board.metrics],
         costs=[(name, COST_TITLES[name]) for name in board.costs],
-        cost_note=COST_NOTE,
+        cost_note=cost_notes(board),
         rows=[_row(board, row) for row in board.rows if row.ok],
         failures=[{"model": row.model, "seeds": seeds(row), "status": row.status} for row in board.rows if not row.ok],
         slices=_slices(board),
@@ -86,7 +86,8 @@ def _row(board: Leaderboard, row: Row) -> Mapping[str, Any]:
         "seeds": seeds(row),
         "reference": row.model == board.best_baseline,
         "scores": [_cell(board, row, metric) for metric in board.metrics],
-        "costs": [{"value": row.cost.get(name), "text": say_cost(name, row.cost.get(name))} for name in board.costs],
+        "not_converged": row.converged is False,
+        "costs": [{"value": row.cost.get(name), "text": say_cost(row, name)} for name in board.costs],
     }
 
 
@@ -94,14 +95,14 @@ def _cell(board: Leaderboard, row: Row, metric: str) -> Mapping[str, Any]:
     said, score = say_score(board, row, metric), row.scores.get(metric)
     highest = max((other.mean(metric) for other in board.rows if other.ok), default=None)
     told = (
-        f"{said.difference} to {board.best_baseline}, {said.p}, d_z = {said.effect}, {WORDS.get(said.verdict, '')}"
+        f"{said.difference} to {row.tested_against}, {said.p}, d_z = {said.effect}, {WORDS.get(said.verdict, '')}"
         if said.p
         else ""
     )
     return {
         "value": score.mean if score else None,
         "said": said,
-        "mark": "" if said.verdict == "reference" else MARKS[said.verdict],
+        "mark": MARKS[said.verdict],
         "told": told,
         "highest": score is not None and score.mean == highest,
     }
@@ -131,7 +132,13 @@ def _tests(board: Leaderboard) -> list[Mapping[str, Any]]:
     """Return every test of the table, for whoever wants more than a mark."""
     told = [(row, name, say_score(board, row, name)) for row in board.rows for name in board.metrics if row.ok]
     return [
-        {"model": row.model, "metric": name, "said": said, "verdict": WORDS[said.verdict]}
+        {
+            "model": row.model,
+            "against": row.tested_against,
+            "metric": name,
+            "said": said,
+            "verdict": WORDS[said.verdict],
+        }
         for row, name, said in told
         if said.verdict in WORDS
     ]

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recbole_mllm.errors import UserError
+from recbole_mllm.files import whole_file
 from recbole_mllm.progress import tell_once
 
 RECORDS = "runs.jsonl"
@@ -57,6 +58,13 @@ class RunRecord:
         scores: Path of the pair scores (`PAIR_COLUMNS`), relative to the results folder.
         status: ``ok``, or what went wrong, in one line.
         started: Local time in ISO format.
+        metrics: On the test split.
+        valid: On the validation split, of the state that was tested; None of a run recorded before this was kept,
+            whose `train_s` includes validating and whose `summarize_s` loading.
+        load_s: What loading the models took; `summarize_s` is without it.
+        summarize_reused: How many summaries the store had already; `summarize_s` has the seconds they took then.
+        train_s: Without validation and test; None where nothing was trained.
+        converged: Whether validation had stopped rising when training ended; None where that is no question.
         retrieval: Under full ranking, whose best `top_k` items an MLLM re-ranked, which share of the targets is among
             them (``recall``, a ceiling), and ``fusion``, the MLLM's share of the score.
         features_s: What making the item features took, whichever run made them; None of a model that reads none.
@@ -79,9 +87,12 @@ class RunRecord:
     config_digest: str = ""
     config: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
+    valid: Mapping[str, float] | None = None
     per_user: str | None = None
     scores: str | None = None
+    load_s: float | None = None
     summarize_s: float | None = None
+    summarize_reused: int = 0
     features_s: float | None = None
     train_s: float | None = None
     score_s: float | None = None
@@ -96,6 +107,7 @@ class RunRecord:
     tuning: Mapping[str, Any] | None = None
     retrieval: Mapping[str, Any] | None = None
     scores_reused: int = 0
+    converged: bool | None = None
 
     def __post_init__(self) -> None:
         """Refuse a success without finite metrics, and a status that would break the one-line-a-run rule."""
@@ -182,16 +194,10 @@ def latest(records: Iterable[RunRecord]) -> dict[str, RunRecord]:
 
 def write_arrays(path: Path, arrays: Arrays) -> None:
     """Write an ``.npz``, whole or not at all; texts become unicode arrays, so that nothing is pickled."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     plain = {name: np.asarray(values) for name, values in arrays.items()}
     plain = {name: values.astype(str) if values.dtype == object else values for name, values in plain.items()}
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with scratch.open("wb") as file:
-            np.savez_compressed(file, allow_pickle=False, **plain)
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    with whole_file(path, binary=True) as file:
+        np.savez_compressed(file, allow_pickle=False, **plain)
 
 
 def read_arrays(path: Path, required: Iterable[str]) -> dict[str, NDArray[Any]]:

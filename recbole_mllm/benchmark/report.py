@@ -6,7 +6,6 @@ All of them say the same, and all can be made again at any time from ``runs.json
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 from recbole_mllm.benchmark.casebook import read_casebook
@@ -18,6 +17,7 @@ from recbole_mllm.benchmark.ranking import build
 from recbole_mllm.benchmark.records import RECORDS, read_records
 from recbole_mllm.benchmark.sheets import format_csv, format_curves, format_groups
 from recbole_mllm.benchmark.text import format_table
+from recbole_mllm.files import write_text
 
 __all__ = [
     "HTML",
@@ -43,13 +43,13 @@ def render(results: Path, *, embed_images: bool = True) -> Leaderboard:
     """
     board = read_leaderboard(results)
     published = json.dumps(board.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
-    _write(results / "leaderboard.json", published + "\n")
-    _write(results / "leaderboard.csv", format_csv(board))
-    _write(results / "leaderboard-groups.csv", format_groups(board))
-    _write(results / "leaderboard-curves.csv", format_curves(board))
-    _write(results / "leaderboard.md", format_markdown(board))
-    _write(results / "leaderboard.tex", format_latex(board))
-    _write(results / HTML, page(board, read_casebook(board, results, embed_images=embed_images)))
+    write_text(results / "leaderboard.json", published + "\n")
+    write_text(results / "leaderboard.csv", format_csv(board))
+    write_text(results / "leaderboard-groups.csv", format_groups(board))
+    write_text(results / "leaderboard-curves.csv", format_curves(board))
+    write_text(results / "leaderboard.md", format_markdown(board))
+    write_text(results / "leaderboard.tex", format_latex(board))
+    write_text(results / HTML, page(board, read_casebook(board, results, embed_images=embed_images)))
     return board
 
 
@@ -67,14 +67,4 @@ def format_leaderboard(results: Path) -> str:
 
 def write_note(results: Path, note: str) -> None:
     """Keep a sentence about the data beside the runs, so that every later report carries it."""
-    _write(results / NOTE, " ".join(note.split()) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        scratch.write_text(text, encoding="utf-8")
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    write_text(results / NOTE, " ".join(note.split()) + "\n")

@@ -20,6 +20,7 @@ from recbole_mllm.benchmark.progress import HEARTBEAT_S
 from recbole_mllm.benchmark.records import RECORDS, RunRecord, latest, plain_json, read_records
 from recbole_mllm.demo.builtin import is_builtin
 from recbole_mllm.errors import UserError
+from recbole_mllm.files import write_text
 from recbole_mllm.keys import every_key
 
 WORKER = (sys.executable, "-m", "recbole_mllm.benchmark.worker")
@@ -95,7 +96,7 @@ def rerun(
             tell(f"{seconds:.0f} s  {line}")
 
     with claim(place, stop, lambda process: tell(f"process {process} is still at this; waiting for it")) as lock:
-        (place / "job.json").write_text(json.dumps(order, indent=2))
+        write_text(place / "job.json", json.dumps(order, indent=2))
         known = _records_of(output, record)
         code = run_child([*worker, str(place / "job.json")], place, lock, stop, tick)
     again = _records_of(output, record)
@@ -153,6 +154,9 @@ def compare(before: RunRecord, now: RunRecord) -> Agreement:
         )
     names = [*before.metrics, *(name for name in now.metrics if name not in before.metrics)]
     verdicts = {name: _holds(before.metrics.get(name), now.metrics.get(name), tolerance) for name in names}
+    lines.append(f"test: {before.protocol}")
+    if now.protocol != before.protocol:
+        lines.append(f"now:  {now.protocol}")
     width = max(map(len, names))
     for name, holds in verdicts.items():
         then, later = (_number(run.metrics.get(name)) for run in (before, now))

@@ -38,6 +38,7 @@ from recbole_mllm.benchmark.records import (
 from recbole_mllm.benchmark.report import HTML, render, write_note
 from recbole_mllm.benchmark.tuning import TRIALS
 from recbole_mllm.errors import UserError
+from recbole_mllm.files import BENCHMARK, check_folder, remove_file, write_text
 
 WORKER = (sys.executable, "-m", "recbole_mllm.benchmark.worker")
 
@@ -65,9 +66,11 @@ def benchmark(
     Raises:
         UserError: The runs, and those of before, could not share a leaderboard.
     """
+    check_folder(plan.output_dir, BENCHMARK, "--output_dir")
     jobs = jobs_of(plan)
     expected = _refuse_other_candidates(plan, jobs, digests)
     plan.output_dir.mkdir(parents=True, exist_ok=True)
+    (plan.output_dir / RECORDS).touch()  # which makes the folder ours, should this end before its first record
     if plan.note:
         write_note(plan.output_dir, plan.note)
     bench = _Bench(plan, tuple(worker), Progress(len(jobs), live=plan.jobs == 1, tell=tell), expected)
@@ -161,9 +164,9 @@ class _Bench:
             raise Stopped
         order = job.folder / "job.json"
         if self.plan.force:
-            (job.folder / TRIALS).unlink(missing_ok=True)
+            remove_file(job.folder / TRIALS)
         told = plain_json({**job.order(), "candidates": self.expected.get(job.run_id)})
-        order.write_text(json.dumps(told, indent=2))
+        write_text(order, json.dumps(told, indent=2))
         started, clock = datetime.now().astimezone(), time.monotonic()
         known = self._records_of(job)
         self.progress.start(job.number, job.name)
@@ -212,7 +215,9 @@ def _headline(record: RunRecord) -> str:
     if not record.ok:
         return f"failed: {record.status}"
     metric = VALID_METRIC if VALID_METRIC in record.metrics else next(iter(record.metrics))
-    return f"{metric} {record.metrics[metric]:.3f}"
+    mode = (record.config.get("eval_args") or {}).get("mode", "")
+    told = mode.get("test", "") if isinstance(mode, Mapping) else mode
+    return f"{metric} {record.metrics[metric]:.3f} on test" + (f" ({told})" if told else "")
 
 
 @contextlib.contextmanager

@@ -9,10 +9,10 @@ from typing import Any
 
 import yaml
 
-from recbole_mllm.benchmark.leaderboard import COSTS, Leaderboard, Row
+from recbole_mllm.benchmark.leaderboard import Leaderboard, Row
 from recbole_mllm.benchmark.portable import without_folders
 from recbole_mllm.benchmark.records import RunRecord, plain_json
-from recbole_mllm.benchmark.wording import MARKS, finding, legend, say_score, say_seconds, seeds
+from recbole_mllm.benchmark.wording import MARKS, NOT_CONVERGED, finding, legend, say_cost, say_score, seeds
 
 WIDTH = 120
 NAME_WIDTH = 28
@@ -28,10 +28,8 @@ def format_table(board: Leaderboard) -> str:
         if row.ok:
             said = say_score(board, row, valid)
             cells = [_score_cell(board, row, name) for name in also]
-            costs = [say_seconds(row.cost.get(name)) for name in COSTS[:3]]
-            lines.append(
-                [_cut(row.model, NAME_WIDTH), f"{said.mean} {said.interval}", MARKS[said.verdict], *cells, *costs]
-            )
+            costs = [say_cost(row, name) for name in ("summarize_s", "train_s", "score_s")]
+            lines.append([_name(row), f"{said.mean} {said.interval}", MARKS[said.verdict], *cells, *costs])
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     while sum(widths) + 2 * len(widths) - 2 > WIDTH and len(widths) > 3:  # rather lose a column than break a line
         widths.pop(3)
@@ -42,10 +40,15 @@ def format_table(board: Leaderboard) -> str:
     failed = [
         f"{_cut(row.model, NAME_WIDTH)} seed {seeds(row)} failed: {row.status}" for row in board.rows if not row.ok
     ]
-    title = f"{board.dataset}: {board.protocol} · {board.n_users} users · candidates {board.candidates}"
+    users = "" if f"{board.n_users} users" in board.protocol else f" · {board.n_users} users"
+    title = f"{board.dataset}: {board.protocol}{users} · candidates {board.candidates}"
     notes = [board.note] if board.note else []
-    fixed = [_cut(line, WIDTH) for line in [title, "", *table, *failed]]
-    return "\n".join([*fixed, "", *_wrap([legend(board), finding(board), *notes])])
+    fixed = [_cut(line, WIDTH) for line in ["", *table, *failed]]
+    return "\n".join([*_wrap([title]), *fixed, "", *_wrap([legend(board), finding(board), *notes])])
+
+
+def _name(row: Row) -> str:
+    return _cut(row.model, NAME_WIDTH) + (f" {NOT_CONVERGED}" if row.converged is False else "")
 
 
 def command(run: RunRecord) -> str:

@@ -55,6 +55,7 @@ def search(
     bigger: bool,
     tell: Callable[[str], None] = print,
     journal: Path | None = None,
+    measure: str = "validation",
 ) -> dict[str, Any]:
     """Try each of `settings`; return what was tried, with which validation score, and what won (the first of equals).
 
@@ -75,7 +76,7 @@ def search(
             if journal is not None and ranks.is_main():
                 _note(journal, entry)
         tried.append(entry)
-        said = entry.get("error") if entry["valid"] is None else entry["valid"]
+        said = entry.get("error") if entry["valid"] is None else f"{measure} {entry['valid']}"
         tell(f"trial {number}/{len(settings)} {chosen or 'defaults'}: {said}{kept}")
     done = [entry for entry in tried if entry["valid"] is not None]
     if not done:

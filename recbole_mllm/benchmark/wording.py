@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,18 +13,21 @@ Verdict = Literal["better", "worse", "n.s.", "reference", ""]
 MARKS = {"better": "▲", "worse": "▼", "n.s.": "n.s.", "reference": "ref.", "": ""}
 WORDS = {"better": "better", "worse": "worse", "n.s.": "not significant"}
 NOTHING = "–"
+NOT_CONVERGED = "‡"
 
 METHOD = (
     "Intervals are 95 % bootstrap intervals over users; metrics are averaged over a user's seeds first. Tests are "
-    "paired over users, two-sided: a t-test of the per-user differences and, for pooled AUC, a bootstrap that draws "
-    "whole users (cluster bootstrap). All p-values of the table are corrected together by Holm's method, so the chance "
-    "that it holds even one false mark is below 5 %. The effect size is Cohen's d_z, the mean of the per-user "
-    "differences over their standard deviation; pooled AUC has no per-user value and so none."
+    "paired over users, two-sided: a t-test of the per-user differences and, for pooled AUC, one with the standard "
+    "error of a bootstrap that draws whole users (cluster bootstrap). All p-values of the table are corrected together "
+    "by Holm's method, so the chance that it holds even one false mark is below 5 %; metrics that are equal for every "
+    "user, as Hit and Recall are with one target, are one question and counted once. The effect size is Cohen's d_z, "
+    "the mean of the per-user differences over their standard deviation; pooled AUC has no per-user value and so none."
 )
 COST_NOTE = (
-    "Tokens are those of the prompts scored; parameters are those trained, not those of a frozen backbone. "
-    "Memory is the GPU's where there is one, else the process's. Item features and a retriever are made once for all "
-    "runs that share them, and count in full in each."
+    "Train is without validation and test; a dash there means that nothing was trained. Tokens are those of the "
+    "prompts scored; parameters are those trained, not those of a frozen backbone. Memory is the GPU's where there is "
+    "one, else the process's. Item features and a retriever are made once for all runs that share them, and count in "
+    "full in each."
 )
 
 
@@ -37,14 +41,13 @@ class Said:
     p: str
     effect: str
     difference: str
+    p_raw: str = ""
 
 
 def verdict(board: Leaderboard, row: Row, score: Score) -> Verdict:
-    """Say how a score stands to the best baseline's."""
-    if row.model == board.best_baseline:
-        return "reference"
+    """Say how a score stands to that of the row it is tested against."""
     if score.p is None or score.difference is None:
-        return ""
+        return "reference" if row.model == board.best_baseline else ""
     if not score.significant:
         return "n.s."
     return "better" if score.difference > 0 else "worse"
@@ -60,6 +63,7 @@ def say_score(board: Leaderboard, row: Row, metric: str) -> Said:
         interval=f"[{score.ci95[0]:.3f}, {score.ci95[1]:.3f}]" if score.ci95 else "",
         verdict=verdict(board, row, score),
         p=say_p(score.p),
+        p_raw=say_p(score.p_raw),
         effect=NOTHING if score.effect is None else f"{score.effect:+.2f}",
         difference=NOTHING if score.difference is None else f"{score.difference:+.3f}",
     )
@@ -90,14 +94,39 @@ def say_number(value: float | None) -> str:
     return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
 
 
-def say_cost(name: str, value: float | None) -> str:
-    """Put one cost into words."""
+def say_cost(row: Row, name: str) -> str:
+    """Put one cost of a row into words; summaries that other runs have written are marked, see `cost_notes`."""
+    value = row.cost.get(name)
+    if name == "summarize_s" and value is not None and row.summarize_reused:
+        return f"{say_seconds(value)}*"
     if name in COUNTS and value is not None:
         return f"{value / 1e6:,.1f} M" if value >= 1e6 else f"{value:,.0f}"
     return say_seconds(value) if name.endswith("_s") and name != "pairs_per_s" else say_number(value)
 
 
+def cost_notes(board: Leaderboard) -> str:
+    """Say what the costs of this table hold."""
+    notes = [COST_NOTE]
+    if any(row.ok and row.summarize_reused for row in board.rows):
+        notes.append(
+            "* Some or all of these summaries were in the store already; they are priced by what they took then."
+        )
+    if any(run.tuning for row in board.rows for run in row.runs):
+        notes.append("What --tune tried before is not in Train; its seconds stand in each run's record.")
+    old = [row.model for row in board.rows if row.ok and any(run.valid is None for run in row.runs)]
+    if old:
+        notes.append(
+            f"Recorded by an earlier version, whose Train includes validation and Summarise loading: {_and(old)}."
+        )
+    return " ".join(notes)
+
+
+def _and(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
 COST_TITLES = {
+    "load_s": "Load",
     "summarize_s": "Summarise",
     "features_s": "Features",
     "train_s": "Train",
@@ -116,10 +145,12 @@ def finding(board: Leaderboard) -> str:
         return "No run has finished, so there is nothing to rank."
     metric, top = board.valid_metric, ranked[0]
     first = f"{top.model} has the highest {metric}, {say_score(board, top, metric).mean}."
-    rivals = [row for row in ranked if row.kind == "mllm"]
+    rivals = [row for row in ranked if row.kind == "mllm" and row.tested_against == board.best_baseline]
     if board.best_baseline is None or not rivals:
         return first
-    return f"{first} {_against(board, rivals[0])}"
+    unfinished = [name for name in (rivals[0].model, board.best_baseline) if name in board.not_converged]
+    caution = [f"{_and(unfinished)} had not converged."] if unfinished else []
+    return " ".join([first, _against(board, rivals[0]), *caution])
 
 
 def _against(board: Leaderboard, row: Row) -> str:
@@ -135,7 +166,17 @@ def _against(board: Leaderboard, row: Row) -> str:
 
 def legend(board: Leaderboard) -> str:
     """Explain the marks of this table, and what its numbers cannot say."""
-    return " ".join([_marks(board), *_ceilings(board), *board.absent.values()])
+    return " ".join([_marks(board), *_unfinished(board), *_ceilings(board), *board.absent.values()])
+
+
+def _unfinished(board: Leaderboard) -> list[str]:
+    """Say of which rows more training might have raised the numbers."""
+    if not board.not_converged:
+        return []
+    return [
+        f"{NOT_CONVERGED} Not converged, as training reached its cap of epochs before validation had stopped rising: "
+        f"{_and(board.not_converged)}."
+    ]
 
 
 def _ceilings(board: Leaderboard) -> list[str]:
@@ -152,11 +193,30 @@ def _ceilings(board: Leaderboard) -> list[str]:
 
 
 def _marks(board: Leaderboard) -> str:
-    if board.best_baseline is None:
+    variants = [row for row in board.rows if row.tested_against not in (None, board.best_baseline)]
+    full = dict.fromkeys(str(row.tested_against) for row in variants)
+    against = [
+        _and([row.model for row in variants if row.tested_against == name]) + f" against {name}" for name in full
+    ]
+    if board.best_baseline is None and not variants:
         return "No baseline has finished, so nothing is tested."
+    told = f"at p < {LEVEL:.2f} after Holm's correction; n.s. = not significant."
+    if board.best_baseline is None:
+        return f"▲ better, ▼ worse {told} No baseline has finished; tested are {'; '.join(against)}."
+    chosen = f"the best baseline by {board.valid_metric} on {board.chosen_on}"
+    marks = f"▲ better, ▼ worse than {board.best_baseline} (ref.), {chosen}, {told}"
+    if against:
+        marks += f" Variants are tested against the full model: {'; '.join(against)}."
+    return f"{marks}{_fallback(board)}"
+
+
+def _fallback(board: Leaderboard) -> str:
+    """Say why the test split had to choose the best baseline, and what that does to the tests."""
+    if not board.without_validation:
+        return ""
     return (
-        f"▲ better, ▼ worse than {board.best_baseline} (ref.), the best baseline by {board.valid_metric}, "
-        f"at p < {LEVEL:.2f} after Holm's correction; n.s. = not significant."
+        f" It was chosen on the test split because {_and(board.without_validation)} recorded no validation metric: it "
+        "may owe its place to luck, so tests against it are not exact; run those again with --force."
     )
 
 

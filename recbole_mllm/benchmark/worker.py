@@ -31,6 +31,7 @@ from recbole_mllm.benchmark.tuning import TRIALS, search, space_of, trials
 from recbole_mllm.config import benchmark_defaults, config_paths, keys_for
 from recbole_mllm.data.texts import read_items
 from recbole_mllm.errors import UserError
+from recbole_mllm.files import write_text
 from recbole_mllm.launched import child_code
 from recbole_mllm.refusals import reason_of
 
@@ -105,7 +106,7 @@ def _config(job: dict[str, Any], defaults: Path, tuned: dict[str, Any]) -> Any:
     kept = {
         "retriever_dir": str(Path(job["output_dir"]).resolve() / RETRIEVERS)
     }  # trained once for all that rank by it
-    defaults.write_text(yaml.safe_dump(benchmark_defaults() | kept | _negatives(job["model"]) | job["defaults"]))
+    write_text(defaults, yaml.safe_dump(benchmark_defaults() | kept | _negatives(job["model"]) | job["defaults"]))
     files = [str(defaults), *config_paths(job["config_files"])]
     config = make_config(job["model"], job["dataset"], files, {**tuned, **_overrides(job, defaults.parent)})
     _make_absolute(config)
@@ -206,7 +207,11 @@ def _tune(job: dict[str, Any], configured: Callable[[dict[str, Any]], Any], fold
     space = {} if job["model"] in NOTHING_TO_TUNE else space_of(job["model"], given | set(job["overrides"]))
     tried = trials(space, budget, job["seed"], {key: default[key] for key in space})
     found = search(
-        tried, lambda tuned: validate(configured(tuned)), default["valid_metric_bigger"], journal=folder / TRIALS
+        tried,
+        lambda tuned: validate(configured(tuned)),
+        default["valid_metric_bigger"],
+        journal=folder / TRIALS,
+        measure=f"validation {default['valid_metric']}",
     )
     return {"budget": budget, "seed": job["seed"], "metric": default["valid_metric"], "space": space, **found}
 
@@ -250,7 +255,7 @@ def _images(config: Any) -> Any:
 
 def _texts(config: Any) -> Any:
     image_dir = config["image_dir"]
-    return read_items(Path(config["data_path"]), Path(image_dir) if image_dir else None)
+    return read_items(Path(config["data_path"]), Path(image_dir) if image_dir else None, config["ITEM_ID_FIELD"])
 
 
 def _record(
@@ -277,13 +282,16 @@ def _record(
         config_digest=config_digest(config),
         config=plain_json(config),
         metrics=outcome.test,
+        valid=outcome.valid,
         per_user=evidence["per_user"],
         scores=evidence["scores"],
+        load_s=outcome.load_s,
         summarize_s=outcome.summarize_s if is_mllm else None,
+        summarize_reused=outcome.summarize_reused,
         features_s=_features_s(outcome.config),
         train_s=outcome.train_s,
         score_s=outcome.score_s,
-        pairs_per_s=outcome.pairs_scored / outcome.score_s,
+        pairs_per_s=max(0, outcome.pairs_scored - outcome.scores_reused) / outcome.score_s or None,
         tokens=getattr(outcome.model, "tokens_read", None),
         parameters_trained=_parameters_trained(outcome.model),
         peak_memory_mb=peak,
@@ -294,6 +302,7 @@ def _record(
         tuning=tuning,
         retrieval=outcome.retrieval,
         scores_reused=outcome.scores_reused,
+        converged=outcome.converged,
     )
 
 

@@ -5,18 +5,17 @@ from __future__ import annotations
 import codecs
 import csv
 import errno
-import glob
 import io
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import BinaryIO
 
 from recbole_mllm.data.values import MAX_CHARACTERS, clean, id_problem, value_problem, word_problem
 from recbole_mllm.errors import UserError
+from recbole_mllm.files import whole_file
 
 __all__ = [
     "clean", "id_problem", "read_atomic", "read_columns", "read_numbered", "read_values", "unquoted",
@@ -27,31 +26,6 @@ TYPES = ("token", "token_seq", "float", "float_seq")
 _LONGEST_LINE = 1 << 28  # bytes; what has no line end for so long is no table
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[IO[str]]:
-    """Open `path` for writing UTF-8 text such that it appears only when all of it is written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    _sweep(path)
-    try:
-        with scratch.open("w", encoding="utf-8", newline="\n") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
-    finally:
-        with suppress(FileNotFoundError):
-            scratch.unlink()
-
-
-def _sweep(path: Path) -> None:
-    """Remove what processes that were killed had begun to write in the place of `path`."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        process = left.name.rsplit(".", 2)[1]
-        if process.isdigit() and not Path(f"/proc/{process}").exists() and Path("/proc/self").exists():
-            left.unlink(missing_ok=True)
 
 
 def write_atomic(path: Path, types: Mapping[str, str], rows: Iterable[Sequence[str]]) -> int:

@@ -10,17 +10,22 @@ from recbole.data.dataset import SequentialDataset
 from recbole.data.interaction import Interaction
 from recbole.utils import FeatureSource, FeatureType
 
-from recbole_mllm.data.peruser import Named, PerUser
+from recbole_mllm.data.listed import shared_histories
+from recbole_mllm.data.peruser import HistoryNames, Named, PerHistory
 from recbole_mllm.data.sampling import limited_users
-from recbole_mllm.data.schema import POSITION
+from recbole_mllm.data.schema import HISTORY_NUMBER, POSITION
 from recbole_mllm.settings import EvaluationSettings, TrainSettings
 
 
 class MLLMMSRDataset(SequentialDataset):  # type: ignore[misc]  # RecBole is untyped
-    """Adds to RecBole's rows the number of interactions before them, before ``MAX_ITEM_LIST_LENGTH`` cuts.
+    """Adds to RecBole's rows the number of interactions before them, before ``MAX_ITEM_LIST_LENGTH`` cuts, and of what.
 
-    After `build`, the three parts share `histories`, each user's ordered raw item ids, and `positions`, where the
-    user's training, validation and test rows stand: all that summaries must be made for.
+    A row's history is its user's, or with benchmark files what its own list says: rows share one where one's list is
+    the beginning of the other's, and a user may have several.
+
+    After `build`, the three parts share `histories`, the ordered raw item ids of each history, and `positions`, where
+    training, validation and test rows stand in it: all that summaries must be made for. Both go by the names that
+    `names` gives to the rows' numbers of histories. `met` holds the raw ids of all items each user meets in any row.
     """
 
     def data_augmentation(self) -> None:
@@ -29,48 +34,46 @@ class MLLMMSRDataset(SequentialDataset):  # type: ignore[misc]  # RecBole is unt
         users = self.inter_feat[self.uid_field].numpy()
         first = np.flatnonzero(np.r_[True, users[1:] != users[:-1]]) if len(users) else np.array([], int)
         place = np.arange(len(users)) - np.repeat(first, np.diff(np.r_[first, len(users)])) + 1
-        self._add_positions(torch.from_numpy(place))
+        self._number_rows(place, users.copy())
 
-    def _add_positions(self, place: torch.Tensor) -> None:
-        self.set_field_property(POSITION, FeatureType.TOKEN, FeatureSource.INTERACTION, 1)
-        self.inter_feat.update(Interaction({POSITION: place}))
+    def _number_rows(self, places: Any, histories: Any) -> None:
+        numbers = {POSITION: torch.from_numpy(places), HISTORY_NUMBER: torch.from_numpy(histories)}
+        for field in numbers:
+            self.set_field_property(field, FeatureType.TOKEN, FeatureSource.INTERACTION, 1)
+        self.inter_feat.update(Interaction(numbers))
 
     exact_order = True  # whatever the configuration says (`facts.wants_exact_order`)
     whole_lists: list[Any] | None = None
+    row_times: Any = None
 
     def _benchmark_presets(self) -> None:
-        """Keep each row's whole history, of which RecBole will see only the latest items."""
+        """Keep each row's whole history and exact time, of which RecBole will see the latest items, and a float32."""
+        self.row_times = self.inter_feat[self.time_field].to_numpy() if self.time_field in self.inter_feat else None
         self.whole_lists = list(self.inter_feat[self.iid_field + self.config["LIST_SUFFIX"]])
         super()._benchmark_presets()
 
     def _change_feat_format(self) -> None:
         super()._change_feat_format()
         if self.whole_lists is not None:
-            self._add_positions(torch.tensor([len(items) for items in self.whole_lists]))
-
-    def _listed_histories(self) -> dict[str, list[str]]:
-        """Return each user's ordered raw item ids from benchmark files; the longest where a user has several rows."""
-        users, tokens = self._raw(self.uid_field)[self.inter_feat[self.uid_field].numpy()], self._raw(self.iid_field)
-        out: dict[str, list[str]] = {}
-        rows = zip(users.tolist(), self.whole_lists or [], self.inter_feat[self.iid_field].tolist(), strict=True)
-        for user, items, target in rows:
-            if len(items) >= len(out.get(user, [])):
-                out[user] = [*tokens[items].tolist(), str(tokens[target])]
-        return out
+            users = self.inter_feat[self.uid_field].numpy()
+            lengths = np.fromiter(map(len, self.whole_lists), int, len(self.whole_lists))
+            self._holders, histories = shared_histories(users, self.whole_lists)
+            self._number_rows(lengths, histories)
 
     def build(self) -> list[Any]:
         """Split, keep the rows `train_last_k` and `limit_users` allow, and say what summaries the rows will read."""
         parts = super().build()
         train = parts[0]
         train.whole_split = train.inter_feat  # popularity is the split's, whatever part of it this model trains on
-        self._limit_users(parts)
+        names = self._names()
+        histories, met = self._histories(names)
         train.inter_feat = self._last(train, TrainSettings.from_config(self.config).train_last_k)
-        histories = self._listed_histories() if self.whole_lists else self._histories()
-        rows = [(part.inter_feat[self.uid_field].numpy(), part.inter_feat[POSITION].numpy()) for part in parts]
+        self._limit_users(parts)
+        rows = [(part.inter_feat[HISTORY_NUMBER].numpy(), part.inter_feat[POSITION].numpy()) for part in parts]
         owners, places = (np.concatenate(column) for column in zip(*rows, strict=True))
-        positions = self._per_user(owners, places, set)
+        positions = PerHistory(names, owners, places, set)
         for part in (self, *parts):
-            part.histories, part.positions = histories, positions
+            part.history_names, part.histories, part.met, part.positions = names, histories, met, positions
         return list(parts)
 
     def _limit_users(self, parts: list[Any]) -> None:
@@ -88,26 +91,45 @@ class MLLMMSRDataset(SequentialDataset):  # type: ignore[misc]  # RecBole is unt
         return np.asarray(self.field2id_token[field]).astype(str)
 
     def _last(self, train: Any, last_k: int | None) -> Any:
-        """Return the rows of `train` that are among each user's `last_k` latest training positions."""
+        """Return the rows of `train`, all of that part, that are among each user's `last_k` latest ones.
+
+        A row's position says so where all read one history; where lists may be cut, time goes first.
+        """
         rows = train.inter_feat
         if last_k is None or not len(rows):
             return rows
-        users, places = rows[self.uid_field].numpy(), rows[POSITION].numpy()
-        latest = np.zeros(users.max() + 1, int)
-        np.maximum.at(latest, users, places)
-        return rows[places > latest[users] - last_k]
+        users, keys = rows[self.uid_field].numpy(), [rows[POSITION].numpy()]
+        if self.row_times is not None:
+            keys.append(self.row_times[: len(rows)])
+        order = np.lexsort((*keys, users))
+        last = np.flatnonzero(np.r_[users[order][1:] != users[order][:-1], True])
+        behind = np.repeat(last, np.diff(np.r_[-1, last])) - np.arange(len(order))
+        kept = np.zeros(len(order), bool)
+        kept[order] = behind < last_k
+        return rows[kept]
 
-    def _histories(self) -> PerUser[list[str]]:
-        """Return each user's ordered raw item ids, the targets of all rows included.
+    def _names(self) -> HistoryNames:
+        counts = None
+        if self.whole_lists is not None:
+            counts = np.bincount(self.inter_feat[self.uid_field].numpy()[self._holders], minlength=self.user_num)
+        return HistoryNames(self.field2token_id[self.uid_field], self._raw(self.uid_field), counts)
 
-        A user's first row lists the first interaction alone; the targets follow.
+    def _histories(self, names: HistoryNames) -> tuple[PerHistory[list[str]], PerHistory[list[str]]]:
+        """Return the ordered raw item ids of each history, and all that each user meets: in its rows, targets included.
+
+        Without benchmark files that is one and the same: a user's first row lists the first interaction alone, and the
+        targets follow.
         """
-        rows = self.inter_feat
+        rows, named = self.inter_feat, Named(self._raw(self.iid_field))
         users, targets = rows[self.uid_field].numpy(), rows[self.iid_field].numpy()
-        first = torch.from_numpy(np.flatnonzero(rows[POSITION].numpy() == 1))
-        listed = rows[self.item_id_list_field][first][:, 0].numpy()
-        owners, items = np.r_[users[first], users], np.r_[listed, targets]
-        return self._per_user(owners, items, Named(self._raw(self.iid_field)))
-
-    def _per_user(self, owners: Any, values: Any, make: Any) -> PerUser[Any]:
-        return PerUser(self.field2token_id[self.uid_field], self._raw(self.uid_field), owners, values, make)
+        if self.whole_lists is None:
+            first = torch.from_numpy(np.flatnonzero(rows[POSITION].numpy() == 1))
+            listed = rows[f"{self.iid_field}{self.config['LIST_SUFFIX']}"][first][:, 0].numpy()
+            histories = PerHistory(names, np.r_[users[first], users], np.r_[listed, targets], named)
+            return histories, histories
+        lists = [self.whole_lists[row] for row in self._holders]
+        owners = np.repeat(np.arange(len(lists)), [len(items) for items in lists])
+        items = np.concatenate([np.empty(0, int), *lists])
+        per_user = HistoryNames(self.field2token_id[self.uid_field], self._raw(self.uid_field))
+        met = PerHistory(per_user, np.r_[names.owners[owners], users], np.r_[items, targets], named)
+        return PerHistory(names, owners, items, named, empty=True), met

@@ -11,33 +11,44 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from recbole_mllm.data.atomic import clean, whole_file
 
+IMAGES = "images"  # the folder of a dataset that holds its images
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 MAX_PIXELS = 50_000_000  # a larger image is a decompression bomb or no product photo
 # Pillow knows many more, of which EPS would even start Ghostscript
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+_SMALL, _LONG = 64, 10  # a processor that refuses images beyond these would refuse the ordinary ones too
+MOST_LONG = 200  # times as long as wide: more is refused by Qwen-VL, and shows nothing
 _DRAFT = (64, 64)  # JPEG is decoded at an eighth of its size where only its soundness is asked
 _EASY = {"1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"}  # modes that `_rgb` never fails on
 
 
 def resolve(folder: Path, relative: str) -> tuple[Path | None, str | None]:
-    """Return the file that `relative` names below `folder`, or None and the reason why there is none."""
+    """Return the file that `relative` names below `folder`, or None and the reason why there is none.
+
+    `folder` may itself be a link, and so may the ``images`` in it; no link below them may lead out.
+    """
     if not relative:
         return None, "no path is given"
     try:
-        root = os.path.realpath(folder)
-        path = os.path.realpath(os.path.join(root, relative))
-        if path != root and not path.startswith(root.rstrip(os.sep) + os.sep):
+        parts = PurePath(relative).parts
+        roots = [folder, folder / IMAGES] if parts[:1] == (IMAGES,) and ".." not in parts else [folder]
+        path = os.path.realpath(os.path.join(folder, relative))
+        if not any(_is_below(path, os.path.realpath(root)) for root in roots):
             return None, "leads out of the folder"
         mode = os.stat(path).st_mode
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         return None, _why_no_file(error)
     return (folder / relative, None) if stat.S_ISREG(mode) else (None, "is no file")
+
+
+def _is_below(path: str, root: str) -> bool:
+    return path == root or path.startswith(root.rstrip(os.sep) + os.sep)
 
 
 def _why_no_file(error: OSError | ValueError) -> str:
@@ -51,19 +62,22 @@ def inside(folder: Path, relative: str) -> Path | None:
     return resolve(folder, relative)[0]
 
 
-def find_image(folder: Path, item: str) -> Path | None:
-    """Return the image of raw id `item` in `folder` (or its ``images`` subfolder), or None.
+def find_image(folder: Path, item: str) -> tuple[Path | None, str | None]:
+    """Return the image of raw id `item` in `folder` (or its ``images`` subfolder), or None and the reason.
 
     A link that leads out of the folder it lies in is no image; the folder itself may be a link.
     """
-    if not item or "/" in item or "\\" in item or item.startswith("."):
-        return None
-    for parent in (folder, folder / "images"):
-        for suffix in SUFFIXES:
-            path = parent / f"{item}{suffix}"
-            if os.path.lexists(path) and inside(parent, path.name) is not None:
-                return path
-    return None
+    reason = None
+    if item and "/" not in item and "\\" not in item and not item.startswith("."):
+        for parent in ("", f"{IMAGES}/"):
+            for suffix in SUFFIXES:
+                name = f"{parent}{item}{suffix}"
+                if os.path.lexists(folder / name):
+                    path, told = resolve(folder, name)
+                    if path is not None:
+                        return path, None
+                    reason = reason or f"{name} {told}"
+    return None, reason
 
 
 def open_image(path: Path) -> Image.Image:
@@ -90,6 +104,20 @@ def problem(path: Path) -> str | None:
     except OSError as error:
         return str(error).removeprefix(f"{path}: ")
     return None
+
+
+def size_of(path: Path) -> tuple[int, int] | None:
+    """Return an image's width and height in pixels, from its first bytes; None where they do not tell."""
+    try:
+        with _opened(path) as image:
+            return int(image.width), int(image.height)
+    except OSError:
+        return None
+
+
+def is_extreme(size: tuple[int, int]) -> bool:
+    """Return whether an image is so small or so long that a model's processor may refuse it."""
+    return min(size) < _SMALL or max(size) > _LONG * min(size)
 
 
 def is_readable(path: Path) -> bool:
@@ -198,11 +226,14 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return deep.point(lambda value: value * scale + (0.5 - low * scale)).convert("L")
 
 
+MISSING_HEADER = b"item_id\tpath\treason\n"
+
+
 def write_report(path: Path, rows: Iterable[tuple[str, str, str]]) -> int:
     """Write ``item_id, path, reason`` of each missing image, tab-separated, whole or not at all; return how many."""
     count = 0
     with whole_file(path) as file:
-        file.write("item_id\tpath\treason\n")
+        file.write(MISSING_HEADER.decode())
         for row in rows:
             file.write("\t".join(" ".join(value.split()) for value in row).encode(errors="replace").decode() + "\n")
             count += 1

@@ -9,6 +9,7 @@ asks only for those. The file is a convenience: where it cannot be read or writt
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -19,11 +20,12 @@ from typing import NamedTuple
 import PIL
 
 from recbole_mllm.data.atomic import whole_file
-from recbole_mllm.data.images import MAX_PIXELS, find_image, problem, resolve
+from recbole_mllm.data.images import MAX_PIXELS, find_image, is_extreme, problem, resolve, size_of
 from recbole_mllm.progress import Progress
 
 REMEMBER_FROM = 1_000  # fewer images are decoded again in a second or two, without a file
-_EDITION = f"1 pillow {PIL.__version__} pixels {MAX_PIXELS}"  # another Pillow may judge otherwise
+_EDITION = f"2 pillow {PIL.__version__} pixels {MAX_PIXELS}"  # another Pillow may judge otherwise
+_SIZE = re.compile(r"(\d+)x(\d+)")
 _State = tuple[int, int]  # size in bytes, time of change in ns
 
 
@@ -37,32 +39,40 @@ class Missing(NamedTuple):
 
 @dataclass(slots=True)
 class ItemImages:
-    """Images by raw item id; `missing` are those that were named but cannot be used, `absent` were not to be found."""
+    """Images by raw item id; `missing` are those that were named but cannot be used, `absent` were not to be found.
+
+    `extreme` holds width and height, in pixels, of those found that a model's processor may refuse (`is_extreme`).
+    """
 
     found: dict[str, Path] = field(default_factory=dict)
+    extreme: dict[str, tuple[int, int]] = field(default_factory=dict)
     missing: list[Missing] = field(default_factory=list)
     absent: list[Missing] = field(default_factory=list)
 
     def add(self, folder: Path, item: str, relative: str, image_dir: Path | None) -> None:
         """Look for an item's image at `relative` below `folder`, else by its id in `image_dir`."""
         path, reason = resolve(folder, relative) if relative else (None, None)
+        refused = None
         if path is None and image_dir is not None:
-            path = find_image(image_dir, item)
+            path, refused = find_image(image_dir, item)
         if path is not None:
             self.found[item] = path
         elif relative:
             self.missing.append(Missing(item, relative, str(reason)))
+        elif refused is not None:
+            self.missing.append(Missing(item, str(image_dir), refused))
         elif image_dir is not None:
             self.absent.append(Missing(item, "", f"no image of this id in {image_dir}"))
 
     def check(self, folder: Path) -> None:
         """Decode what was found; images that cannot be opened become missing."""
-        for item, reason in broken(folder, self.found).items():
+        reasons, self.extreme = judged(folder, self.found)
+        for item, reason in reasons.items():
             self.missing.append(Missing(item, str(self.found.pop(item)), reason))
 
 
-def broken(folder: Path, images: Mapping[str, Path]) -> dict[str, str]:
-    """Return the reason of each item whose image cannot be opened, in the order given."""
+def judged(folder: Path, images: Mapping[str, Path]) -> tuple[dict[str, str], dict[str, tuple[int, int]]]:
+    """Return the reason of each item whose image cannot be opened, and the size of each extreme one, in that order."""
     memory = folder / f".{folder.name}.images"
     known = _recall(memory)
     states = {path: _state(path) for path in dict.fromkeys(images.values())}
@@ -71,7 +81,10 @@ def broken(folder: Path, images: Mapping[str, Path]) -> dict[str, str]:
     verdicts |= dict(zip(fresh, _judge(fresh), strict=True))
     if len(fresh) >= REMEMBER_FROM or (fresh and known):
         _remember(memory, ((path, state, verdicts[path]) for path, state in states.items()))
-    return {item: reason for item, path in images.items() if (reason := verdicts[path])}
+    told = {item: verdict for item, path in images.items() if (verdict := verdicts[path])}
+    sizes = {item: found for item, verdict in told.items() if (found := _SIZE.fullmatch(verdict))}
+    reasons = {item: verdict for item, verdict in told.items() if item not in sizes}
+    return reasons, {item: (int(found[1]), int(found[2])) for item, found in sizes.items()}
 
 
 def _state(path: Path) -> _State:
@@ -83,13 +96,20 @@ def _state(path: Path) -> _State:
 
 
 def _judge(paths: list[Path]) -> list[str]:
-    """Return each image's problem, "" where there is none; Pillow decodes outside Python's lock."""
+    """Return each image's problem, its size where that is extreme, or ""; Pillow decodes outside Python's lock."""
     out = []
     with Progress(len(paths), "checking images", "image") as shown, ThreadPoolExecutor(os.cpu_count()) as pool:
-        for reason in pool.map(problem, paths):
-            out.append(reason or "")
+        for verdict in pool.map(_verdict, paths):
+            out.append(verdict)
             shown.update(1)
     return out
+
+
+def _verdict(path: Path) -> str:
+    if (reason := problem(path)) is not None:
+        return reason
+    size = size_of(path)
+    return f"{size[0]}x{size[1]}" if size is not None and is_extreme(size) else ""
 
 
 def _recall(memory: Path) -> dict[str, tuple[_State, str]]:

@@ -6,7 +6,9 @@ of any length, and a general model nothing but the targets.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +16,69 @@ import torch
 from recbole.data.interaction import Interaction
 
 from recbole_mllm.compat.patching import wrap
+from recbole_mllm.data.atomic import read_columns
+from recbole_mllm.errors import UserError
 
 _TARGETS_ALONE = {"Pop"}  # counts what users take next, which is what it is asked for
+
+
+def ask_for_lists(dataset_module: Any) -> None:
+    """Refuse benchmark files that give a sequential model no histories, once they are read (dataset.py:119)."""
+
+    def make(stock: Callable[[Any], None]) -> Callable[[Any], None]:
+        def _init_alias(self: Any) -> None:
+            if self.config["benchmark_filename"] is not None and hasattr(self, "item_list_length_field"):
+                _check_lists(self)
+            stock(self)
+
+        return _init_alias
+
+    wrap(dataset_module.Dataset, "_init_alias", make)
+
+
+def _check_lists(dataset: Any) -> None:
+    """Raise a UserError if files list no histories, `load_col` omits them, or their ids would be numbered apart."""
+    listed = f"{dataset.iid_field}{dataset.config['LIST_SUFFIX']}"
+    if listed not in dataset.inter_feat:
+        file = Path(dataset.dataset_path) / f"{dataset.dataset_name}.{dataset.config['benchmark_filename'][0]}.inter"
+        if listed in read_columns(file):
+            raise UserError(f"load_col does not name {listed}, in which the rows list their histories; add it to inter")
+        raise UserError(
+            f"{file}:1: there is no column {listed}:token_seq; benchmark files must list in it the items before each "
+            f"row, as `convert --protocol paper` writes them; or put all rows into {dataset.dataset_name}.inter and "
+            "leave benchmark_filename out, and eval_args will split them"
+        )
+    if listed not in (dataset.config["alias_of_item_id"] or []):
+        raise UserError(
+            f"the ids of {listed} would be numbered apart from those of {dataset.iid_field}; "
+            f"set alias_of_item_id: [{listed}]"
+        )
+
+
+def shared_histories(users: Any, lists: Sequence[Any]) -> tuple[Any, Any]:
+    """Return which rows' lists stand for a user's histories, user by user, and the number of each row's history.
+
+    A row shares the history of another row of its user whose list begins with its own, and no other's.
+
+    Args:
+        users: ``[rows]`` internal ids.
+        lists: ``[rows]`` arrays of internal item ids, of one type.
+    """
+    order = np.argsort(users, kind="stable").tolist()
+    holder = np.arange(len(users))
+    owner = users.tolist()
+    # as bytes, lists that begin alike stand together when sorted, the shorter one just before those that go on
+    beginnings = [items.tobytes() for items in lists]
+    for _, group in groupby(order, key=owner.__getitem__):
+        rows = sorted(group, key=beginnings.__getitem__)
+        for row, following in zip(rows[-2::-1], rows[:0:-1], strict=True):
+            if beginnings[following].startswith(beginnings[row]):
+                holder[row] = holder[following]
+    holders = np.unique(holder)
+    holders = holders[np.argsort(users[holders], kind="stable")]
+    number = np.empty(len(users), int)
+    number[holders] = np.arange(len(holders))
+    return holders, number[holder]
 
 
 def show_latest_items(sequential_dataset: Any) -> None:
@@ -30,6 +93,7 @@ def show_latest_items(sequential_dataset: Any) -> None:
             for field in _list_fields(self):
                 self.inter_feat[field] = _column([values[-longest:] for values in self.inter_feat[field]])
                 self.field2seqlen[field] = longest
+            self.item_id_list_field = self.iid_field + self.config["LIST_SUFFIX"]  # RecBole knows one name alone (:164)
             stock(self)
 
         return _benchmark_presets

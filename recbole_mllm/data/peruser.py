@@ -1,4 +1,4 @@
-"""A mapping from raw user ids to what each user has, kept as arrays until somebody asks."""
+"""Mappings from users and their histories to what each has, kept as arrays until somebody asks."""
 
 from __future__ import annotations
 
@@ -8,6 +8,47 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 Value = TypeVar("Value")
+
+_FURTHER = "\t"  # between a user's id and the number of a further history: no raw id holds a tab
+
+
+def user_of(history: str) -> str:
+    """Return the raw id of the user to whom the history of this name belongs."""
+    return history.partition(_FURTHER)[0]
+
+
+class HistoryNames:
+    """Names of histories, numbered user by user: the first bears the user's raw id, further ones a number behind it.
+
+    Args:
+        ids: Internal id of each raw user id.
+        raw: Raw id of each internal user id.
+        counts: ``[users]`` how many histories each user has; None for one each, whose number is the user's.
+    """
+
+    def __init__(self, ids: Mapping[str, int], raw: Any, counts: Any = None) -> None:
+        self._ids, self._raw = ids, raw
+        counts = np.ones(len(raw), int) if counts is None else counts
+        self._starts = np.r_[0, np.cumsum(counts)]
+        self.owners = np.repeat(np.arange(len(raw)), counts)
+
+    def __len__(self) -> int:
+        return len(self.owners)
+
+    def name(self, number: int) -> str:
+        """Return the name of a history."""
+        owner = self.owners[number]
+        further = number - self._starts[owner]
+        return f"{self._raw[owner]}{_FURTHER}{further}" if further else str(self._raw[owner])
+
+    def number(self, name: str) -> int:
+        """Return the number of the history of this name, or raise a KeyError."""
+        user, _, further = name.partition(_FURTHER)
+        place = self._ids[user]
+        number = int(self._starts[place]) + int(further or 0)
+        if number >= self._starts[place + 1]:
+            raise KeyError(name)
+        return number
 
 
 class Named:
@@ -20,38 +61,43 @@ class Named:
         return [str(name) for name in self._raw[numbers]]
 
 
-class PerUser(Mapping[str, Value], Generic[Value]):
-    """Behaves as ``{user: make(values of the user, in order)}``, users in the order in which they first appear.
+class PerHistory(Mapping[str, Value], Generic[Value]):
+    """Behaves as ``{name: make(values of the history, in order)}``, users in the order in which they first appear.
 
-    A million lists and sets of ten take gigabytes; the arrays behind them take 16 bytes a value.
+    A user's histories stand together. A million lists and sets of ten take gigabytes; the arrays behind them take 16
+    bytes a value.
 
     Args:
-        ids: Internal id of each raw user id.
-        raw: Raw id of each internal user id.
-        owners: ``[rows]`` internal user ids.
+        names: What the histories are called.
+        owners: ``[rows]`` numbers of histories.
         values: ``[rows]`` whole numbers.
-        make: Turns one user's values into what a look-up returns, anew each time.
+        make: Turns one history's values into what a look-up returns, anew each time.
+        empty: Whether a history without a value is there all the same.
     """
 
     def __init__(
-        self, ids: Mapping[str, int], raw: Any, owners: Any, values: Any, make: Callable[[list[int]], Value]
+        self, names: HistoryNames, owners: Any, values: Any, make: Callable[[list[int]], Value], *, empty: bool = False
     ) -> None:
-        self._ids, self._raw, self._make = ids, raw, make
+        self._names, self._make, self._empty = names, make, empty
         self._values = values[np.argsort(owners, kind="stable")]
-        self._bounds = np.r_[0, np.cumsum(np.bincount(owners, minlength=len(raw)))]
-        first = np.full(len(raw), len(owners))
+        self._bounds = np.r_[0, np.cumsum(np.bincount(owners, minlength=len(names)))]
+        first = np.full(len(names), len(owners))
         first[owners[::-1]] = np.arange(len(owners))[::-1]
-        self._users = np.argsort(first, kind="stable")[: int((first < len(owners)).sum())]
+        present = np.arange(len(names)) if empty else np.flatnonzero(first < len(owners))
+        users = names.owners[present]
+        begun = np.full(int(names.owners.max(initial=-1)) + 1, len(owners))
+        np.minimum.at(begun, users, first[present])
+        self._present = present[np.lexsort((present, users, begun[users]))]
 
-    def __getitem__(self, user: str) -> Value:
-        place = self._ids[user]
-        low, high = self._bounds[place], self._bounds[place + 1]
-        if low == high:
-            raise KeyError(user)
+    def __getitem__(self, name: str) -> Value:
+        number = self._names.number(name)
+        low, high = self._bounds[number], self._bounds[number + 1]
+        if low == high and not self._empty:
+            raise KeyError(name)
         return self._make(self._values[low:high].tolist())
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._raw[self._users].tolist())
+        return map(self._names.name, self._present.tolist())
 
     def __len__(self) -> int:
-        return len(self._users)
+        return len(self._present)

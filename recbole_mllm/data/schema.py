@@ -12,6 +12,7 @@ SEEN, HISTORY = "seen", "history"
 
 # Fields this project adds to RecBole's interactions; a leading underscore keeps them apart from a dataset's own.
 POSITION = "_position"
+HISTORY_NUMBER = "_history"
 TIE = "_tie"
 
 ISUM_TYPES = {ITEM: "token", SUMMARY: "token_seq"}

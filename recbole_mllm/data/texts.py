@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from recbole_mllm.data import schema
@@ -16,10 +16,14 @@ from recbole_mllm.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Items:
-    """What is known of each item, by raw id; without a readable image an item is not in `images`."""
+    """What is known of each item, by raw id; without a readable image an item is not in `images`.
+
+    `extreme` holds width and height, in pixels, of images that a model's processor may refuse.
+    """
 
     titles: Mapping[str, str]
     images: Mapping[str, Path]
+    extreme: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def title(self, item: str) -> str:
         """Return the item's title, or "" where none is known."""
@@ -30,7 +34,7 @@ class Items:
         return self.images.get(item)
 
 
-def read_items(folder: Path, image_dir: Path | None) -> Items:
+def read_items(folder: Path, image_dir: Path | None, item_field: str = schema.ITEM) -> Items:
     """Read titles from ``X.item`` and find images by its ``image`` column, else by item id in `image_dir`.
 
     Images that cannot be used count as missing, with one line in the log.
@@ -43,16 +47,18 @@ def read_items(folder: Path, image_dir: Path | None) -> Items:
     path = schema.item_file(folder)
     if not path.is_file():
         raise UserError(
-            f"{path} does not exist; MLLMMSR reads item titles from it (columns item_id:token, title:token_seq)"
+            f"{path} does not exist; MLLMMSR reads item titles from it (columns {item_field}:token, title:token_seq)"
         )
     titles, images = {}, ItemImages()
     lines: dict[str, int] = {}
     columns = read_columns(path)
-    if schema.ITEM not in columns:
-        raise UserError(f"{path}:1: there is no column {schema.ITEM}:token")
+    if item_field not in columns:
+        raise UserError(
+            f"{path}:1: there is no column {item_field}:token (ITEM_ID_FIELD); its columns are {', '.join(columns)}"
+        )
     title = schema.title_column(columns)
     for number, row in read_numbered(path):
-        item = row[schema.ITEM]
+        item = row[item_field]
         if (problem := "starts with a quote" if item[:1] == '"' else id_fault(item)) is not None:
             raise UserError(
                 f"{path}:{number}: the item's id {problem}; RecBole would know it by another, or not at all"
@@ -63,7 +69,7 @@ def read_items(folder: Path, image_dir: Path | None) -> Items:
         images.add(folder, item, row.get(schema.IMAGE, ""), image_dir)
     images.check(folder)
     _tell(images, folder)
-    return Items(titles, images.found)
+    return Items(titles, images.found, images.extreme)
 
 
 def _tell(images: ItemImages, folder: Path) -> None:

@@ -16,7 +16,7 @@ from recbole.data.dataloader import TrainDataLoader
 from recbole.data.interaction import Interaction
 
 from recbole_mllm.data.sampling import hash64
-from recbole_mllm.data.schema import POSITION
+from recbole_mllm.data.schema import HISTORY_NUMBER, POSITION
 from recbole_mllm.errors import UserError
 
 _ROWS_TOGETHER = 8  # most rows of one item that are kept together: sharing gains little beyond, and batches stay mixed
@@ -142,7 +142,7 @@ def check_negatives(config: Any, train: Any) -> None:
         train: The training part, with `histories`.
 
     Raises:
-        UserError: A user has met every item there is.
+        UserError: A user has met every item there is, or negatives are asked for that a model must choose.
     """
     how = config["train_neg_sample_args"]
     if how["distribution"] != "none":
@@ -150,6 +150,8 @@ def check_negatives(config: Any, train: Any) -> None:
 
 
 def _negatives(how: Mapping[str, Any], train: Any, users: Any) -> Negatives:
+    if how.get("dynamic", False):
+        raise UserError("train_neg_sample_args.dynamic asks an MLLM about every candidate; set it to false")
     popular = how["distribution"] == "popularity"
     negatives = Negatives(training_pairs(train), float(how.get("alpha", 1.0)) if popular else 0.0)
     if len(full := negatives.exhausted(users)):
@@ -162,19 +164,21 @@ def _negatives(how: Mapping[str, Any], train: Any, users: Any) -> Negatives:
 
 
 def training_pairs(train: Any) -> Any:
-    """Return the ``[n, 2]`` distinct (user, item) pairs of the training split, a user's first items included.
+    """Return the ``[n, 2]`` distinct (user, item) pairs of the training split: what its rows list, and their targets.
 
-    A user's history ends here at the latest training target; whole lists are read, not what RecBole's cut leaves.
+    Whole lists are read, not what RecBole's cut leaves.
     """
-    rows = getattr(train, "whole_split", train.inter_feat)
-    users, places = rows[train.uid_field].numpy(), rows[POSITION].numpy()
-    last = np.zeros(train.user_num, int)
-    np.maximum.at(last, users, places)
-    raw, ids = train.field2id_token[train.uid_field], train.field2token_id[train.iid_field]
-    owners = np.unique(users)
-    histories = (train.histories[str(raw[user])][: last[user] + 1] for user in owners)
-    items = np.fromiter((ids[item] for history in histories for item in history), dtype=np.int64)
-    return np.unique(np.c_[np.repeat(owners, last[owners] + 1), items], axis=0)
+    rows, names, ids = getattr(train, "whole_split", train.inter_feat), train.history_names, train.field2token_id
+    users, targets = rows[train.uid_field].numpy(), rows[train.iid_field].numpy()
+    numbers, places = rows[HISTORY_NUMBER].numpy(), rows[POSITION].numpy()
+    read = np.zeros(len(names), int)
+    np.maximum.at(read, numbers, places)
+    present = np.unique(numbers)
+    histories = (train.histories[names.name(n)][: read[n]] for n in present.tolist())
+    number = ids[train.iid_field]
+    items = np.fromiter((number[item] for history in histories for item in history), dtype=np.int64)
+    owners = np.repeat(names.owners[present], read[present])
+    return np.unique(np.c_[np.r_[owners, users], np.r_[items, targets]], axis=0)
 
 
 def _by_item(items: Any, most: int, rng: np.random.Generator) -> Any:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-import os
+import json
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from recbole_mllm.data.schema import INTER_TYPES
 from recbole_mllm.errors import UserError
+from recbole_mllm.files import BUILTIN, check_place, publish_new, staged, write_text
 
 DEMO_SEED = 1  # the world behind the plain name `demo`; `demo-7` is the world of seed 7
 _DEMO = re.compile(r"demo(?:-(\d+))?")
@@ -46,7 +46,7 @@ def _demo(folder: Path, seed: int) -> None:
 
     write_demo_dataset(folder, seed)
     text = dataset_yaml(DEMO_COMMENT, {"load_col": {"inter": list(INTER_TYPES)}}, "product")
-    (folder / "dataset.yaml").write_text(text, encoding="utf-8")
+    write_text(folder / "dataset.yaml", text)
 
 
 def _movies(folder: Path) -> None:
@@ -63,18 +63,16 @@ def _movies(folder: Path) -> None:
 
 def _whole(folder: Path, build: Callable[[Path], None]) -> None:
     """Build in a folder beside, then rename; another process that was faster wins."""
-    scratch = folder.parent / f".{folder.name}.{os.getpid()}" / folder.name
-    scratch.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        build(scratch)
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
+    check_place(folder.parent, "data_path")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with staged(folder.parent, folder.name) as stage:
+        build(stage)
+        about = {"builtin": folder.name, "outputs": [{"file": path.name} for path in sorted(stage.iterdir())]}
+        write_text(stage / BUILTIN.manifest, json.dumps(about, indent=1) + "\n")
         try:
-            scratch.replace(folder)
+            publish_new(stage, folder)
         except OSError:
             if not (folder / f"{folder.name}.inter").is_file():
                 raise UserError(
                     f"{folder} exists but holds no {folder.name}.inter; move it away and try again"
                 ) from None
-    finally:
-        shutil.rmtree(scratch.parent, ignore_errors=True)

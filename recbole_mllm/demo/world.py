@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ from random import Random
 from recbole_mllm.demo import texts
 from recbole_mllm.demo.attributes import FIELDS, VALUES, Item, Traits, draw_item
 from recbole_mllm.demo.render import render
+from recbole_mllm.files import publish_new, staged, write_text
 
 ITEMS, COLD_ITEMS, USERS = 600, 120, 400
 # How much a field counts, before each world changes it a little. They differ, so that counting agreeing fields, which
@@ -143,21 +142,18 @@ def write_demo_dataset(folder: Path, seed: int) -> None:
     models. Of two processes that write the same folder at once, one wins and the other's copy is dropped.
 
     Raises:
-        FileExistsError: `folder` is there already.
+        FileExistsError: `folder` is there already, and not empty.
     """
-    if folder.exists():
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists; remove it to have the demo dataset built again")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        _write(demo_world(seed), scratch, folder.name)
-        scratch.chmod(0o755)
-        scratch.rename(folder)
-    except OSError:
-        if not folder.exists():
-            raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    with staged(folder.parent, folder.name) as stage:
+        _write(demo_world(seed), stage, folder.name)
+        try:
+            publish_new(stage, folder)
+        except OSError:
+            if not (folder / f"{folder.name}.inter").is_file():
+                raise
 
 
 def _write(world: World, folder: Path, name: str) -> None:
@@ -170,11 +166,11 @@ def _write(world: World, folder: Path, name: str) -> None:
     header = "user_id:token\titem_id:token\ttimestamp:float"
     rows = (f"{user_id(u)}\t{item_id(n)}\t{time}" for time, u, n in _interactions(world))
     _write_lines(folder / f"{name}.inter", header, rows)
-    (folder / "truth.json").write_text(json.dumps(_truth(world), indent=1) + "\n", encoding="utf-8")
+    write_text(folder / "truth.json", json.dumps(_truth(world), indent=1) + "\n")
 
 
 def _write_lines(path: Path, header: str, rows: Iterator[str]) -> None:
-    path.write_text("\n".join([header, *rows]) + "\n", encoding="utf-8")
+    write_text(path, "\n".join([header, *rows]) + "\n")
 
 
 def _image(number: int) -> str:

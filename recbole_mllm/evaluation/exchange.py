@@ -8,21 +8,24 @@ of lines nor that within a line matters: negatives are taken in the order in whi
 from __future__ import annotations
 
 import gzip
-import io
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from recbole_mllm.errors import UserError
+from recbole_mllm.files import whole_text
 
 FORMAT = "recbole-mllm candidates 1"
+
+
+def is_export(head: bytes) -> bool:
+    """Return whether a file that begins so is one that `write` has written, in whatever version."""
+    return head.startswith(b'{"format": "recbole-mllm candidates ')
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +195,7 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise UserError(f"candidates_file {str(path)!r} does not exist")
     number = 0
     try:
-        with _opened(path, "rt") as file:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
             for number, text in enumerate(file, start=1):
                 values = json.loads(text)
                 if not isinstance(values, dict):
@@ -219,19 +222,13 @@ def write(path: Path, header: Mapping[str, Any], loaders: Mapping[str, Any], use
         users: Raw id of each internal user id.
         items: Raw id of each internal item id.
     """
-    scratch = path.with_name(f".{os.getpid()}.{path.name}")
-    path.parent.mkdir(parents=True, exist_ok=True)
     written = 0
-    try:
-        with _opened(scratch, "wt") as file:
-            file.write(_text({"format": FORMAT, **header}))
-            for phase in sorted(loaders):
-                for line in _of_loader(phase, loaders[phase], users, items):
-                    file.write(_text(line))
-                    written += 1
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    with whole_text(path) as file:
+        file.write(_text({"format": FORMAT, **header}))
+        for phase in sorted(loaders):
+            for line in _of_loader(phase, loaders[phase], users, items):
+                file.write(_text(line))
+                written += 1
     return written
 
 
@@ -250,12 +247,3 @@ def _of_loader(phase: str, loader: Any, users: Any, items: Any) -> Iterator[dict
 
 def _text(values: Mapping[str, Any]) -> str:
     return json.dumps(values, ensure_ascii=False) + "\n"
-
-
-@contextmanager
-def _opened(path: Path, mode: str) -> Iterator[IO[Any]]:
-    with ExitStack() as stack:
-        file: Any = stack.enter_context(path.open(mode.replace("t", "b")))
-        if path.suffix == ".gz":  # without name and time, so that the same candidates are the same bytes
-            file = stack.enter_context(gzip.GzipFile("", mode.replace("t", "b"), fileobj=file, mtime=0))
-        yield stack.enter_context(io.TextIOWrapper(file, encoding="utf-8"))

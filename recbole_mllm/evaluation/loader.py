@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from logging import getLogger
 from typing import Any
@@ -13,7 +13,9 @@ from recbole.data.dataloader import NegSampleEvalDataLoader
 from recbole.data.interaction import Interaction
 from recbole.utils import InputType
 
+from recbole_mllm.compat.patching import wrap
 from recbole_mllm.data.schema import TIE
+from recbole_mllm.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,35 @@ class UserRows:
         positive = place < np.repeat(self.counts, lengths)
         out[positive], out[~positive] = ~targets, negatives
         return raw[self.users], lengths, out
+
+
+def refuse_users_without_rows(case_study: Any) -> None:
+    """Let ``full_sort_topk`` and ``full_sort_scores`` name users of whom MLLMMSR has no row or several.
+
+    RecBole returns as many lists as there are rows, so that users and lists would not match (case_study.py:57-61).
+    """
+
+    def make(stock: Callable[..., Any]) -> Callable[..., Any]:
+        def full_sort_scores(uid_series: Any, model: Any, test_data: Any, device: Any = None) -> Any:
+            rows = test_data.dataset
+            if hasattr(rows, "history_names"):
+                own = np.bincount(rows.inter_feat[rows.uid_field].numpy(), minlength=rows.user_num)
+                for user in np.asarray(uid_series).tolist():
+                    if not 0 <= user < rows.user_num:
+                        raise UserError(f"there is no user of internal id {user}; dataset.token2id gives ids")
+                    if own[user] != 1:
+                        found = f"{own[user]} rows" if own[user] else "no row"
+                        name = rows.id2token(rows.uid_field, user)
+                        raise UserError(
+                            f"user {name} has {found} in the split that was given, and a "
+                            "ranking needs one; leave such users out (too short a history has no test row, and "
+                            "limit_users leaves users out)"
+                        )
+            return stock(uid_series, model, test_data, device)
+
+        return full_sort_scores
+
+    wrap(case_study, "full_sort_scores", make)
 
 
 class FrozenEvalDataLoader(NegSampleEvalDataLoader):  # type: ignore[misc]

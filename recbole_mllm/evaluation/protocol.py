@@ -14,16 +14,26 @@ from recbole_mllm.settings import EvaluationSettings
 HEAD_SHARE = 0.2  # the most popular fifth of the trained items is the head, the rest the long tail
 
 
-def protocol_line(config: Any, users: int) -> str:
-    """Return the protocol in one line for people."""
+def protocol_line(config: Any, users: int | None = None, phase: str | None = None) -> str:
+    """Return the protocol in one line for people.
+
+    Args:
+        config: RecBole's.
+        users: How many were evaluated; None = leave it out.
+        phase: ``valid`` or ``test``; None = both, with both modes where they differ.
+    """
     arguments, settings = config["eval_args"], EvaluationSettings.from_config(config)
     split = "benchmark files" if config["benchmark_filename"] else _split(arguments["split"])
-    limit = f", a seeded sample of {users} users" if settings.limit_users else f", {users} users"
+    sample = "a seeded sample of " if settings.limit_users else ""
+    limit = "" if users is None else f", {sample}{users} users"
     mode = arguments["mode"]
-    modes = [mode] if isinstance(mode, str) else list(dict.fromkeys(mode.values()))
-    drawn = " / ".join(each for each in modes if each != "full")
+    by_phase = mode if isinstance(mode, dict) else {"valid": mode, "test": mode}
+    modes = list(dict.fromkeys(by_phase[name] for name in by_phase if phase in (None, name)))
+    drawn = " / ".join(each for each in modes if each not in ("full", "labeled"))
     given = f"given as {Path(settings.candidates_file).name}" if settings.candidates_file else None
     told = [f"candidates {drawn} ({given or f'seed {settings.candidate_seed}'})"] if drawn else []
+    if "labeled" in modes:
+        told.append("the labelled interactions themselves")
     if "full" in modes:
         left_out = " but those the user has met" if settings.exclude_seen else ""
         told.append(f"all items{left_out} ranked (ties by seed {settings.candidate_seed})")

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
-from statsmodels.stats.multitest import multipletests
+from scipy import special, stats
 
 Floats = NDArray[np.float64]
 
@@ -92,14 +91,17 @@ def compare_paired(values: Floats, reference: Floats) -> Comparison:
         if abs(mean) <= 1e-12:
             return Comparison(0.0, 1.0, 0.0)
         return Comparison(mean, min(1.0, 2 * 0.5**difference.size), None)
-    return Comparison(mean, float(stats.ttest_rel(values, reference).pvalue), mean / spread)
+    t = mean / spread * math.sqrt(difference.size)
+    return Comparison(mean, float(2 * special.stdtr(difference.size - 1, -abs(t))), mean / spread)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """Correct the p-values of one family by Holm's method: the chance of even one false mark stays below the level."""
-    if not p_values:
-        return []
-    return [float(p) for p in multipletests(p_values, method="holm")[1]]
+    raw = np.asarray(p_values, dtype=float)
+    order = np.argsort(raw, kind="stable")
+    corrected = np.empty_like(raw)
+    corrected[order] = np.minimum(1.0, np.maximum.accumulate(raw[order] * np.arange(raw.size, 0, -1)))
+    return [float(p) for p in corrected]
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,13 +172,15 @@ def estimate_auc(runs: Sequence[Pairs], replicates: Floats, n_users: int) -> Est
     return Estimate(mean, float(low), float(high))
 
 
-def compare_auc(difference: float, replicates: Floats, reference: Floats) -> Comparison:
-    """Compare two rows' pooled AUC by replicates of the same draws.
+def compare_auc(difference: float, replicates: Floats, reference: Floats, n_users: int) -> Comparison:
+    """Compare two rows' pooled AUC by replicates of the same draws of `n_users` users.
 
-    The p-value is the normal one of difference / bootstrap standard error: a share of a few hundred replicates could
-    never be small enough to outlive Holm's correction.
+    The p-value is Student's of difference / bootstrap standard error: a share of a few hundred replicates could never
+    be small enough to outlive Holm's correction. With n users the bootstrap's variance is (n - 1) / n of the true one,
+    and the normal distribution's tails are too light: with 20 users 2 % of the tests of equal scorers came out at .01.
     """
-    error = float(np.nanstd(replicates - reference, ddof=1))
+    freedom = max(1, n_users - 1)
+    error = float(np.nanstd(replicates - reference, ddof=1)) * math.sqrt((freedom + 1) / freedom)
     if error <= 1e-12:
         return Comparison(difference, 1.0 if abs(difference) <= 1e-12 else 0.0, None)
-    return Comparison(difference, float(2 * stats.norm.sf(abs(difference) / error)), None)
+    return Comparison(difference, float(2 * stats.t.sf(abs(difference) / error, freedom)), None)

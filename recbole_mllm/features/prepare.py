@@ -24,11 +24,11 @@ from recbole_mllm.data.images import image_digest
 from recbole_mllm.data.texts import Items, read_items
 from recbole_mllm.errors import UserError
 from recbole_mllm.features.vectors import prepared
-from recbole_mllm.kept import made_once
+from recbole_mllm.files import made_once, write_text
 from recbole_mllm.mllm.embedding import image_vectors, sentence_vectors, text_vectors
 from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.mllm.loading import dtype_of, identity_of, source_of
-from recbole_mllm.model.stages import make_stage
+from recbole_mllm.model.stages import make_stage, without_refused
 from recbole_mllm.resources import PROPERTIES
 from recbole_mllm.settings import FeatureSettings, Settings, known_keys
 from recbole_mllm.summaries.prepare import export_item_summaries
@@ -125,9 +125,10 @@ def _items_of(folder: Path, config: Any) -> list[str]:
 def _feature(kind: str, config: Any, chosen: FeatureSettings, folder: Path, wanted: list[str]) -> Feature:
     settings = _settings(config)
     place = settings.recommend.image_dir
-    items = read_items(folder, Path(place) if place else None)
+    items = read_items(folder, Path(place) if place else None, config["ITEM_ID_FIELD"])
     encoder = chosen.feature_encoder if kind == "text" and chosen.feature_encoder else settings.mllm.mllm
     if kind == "image":
+        items = without_refused(items, folder, [encoder], trust_remote_code=settings.mllm.trust_remote_code)
         paths = [items.image(item) for item in wanted]
         if not any(paths):
             raise UserError("no item has an image; give --image_dir, or set item_features: [text]")
@@ -208,7 +209,7 @@ def _ensure(feature: Feature, folder: Path, wanted: list[str], size: int | None,
         vectors, known = feature.make()
         missing = int((~known).sum())
         vectors = prepared(vectors, known, size)
-        _seconds_file(path).write_text(f"{spent + time.perf_counter() - begun:.3f}\n", encoding="utf-8")
+        write_text(_seconds_file(path), f"{spent + time.perf_counter() - begun:.3f}\n")
         write_features(scratch, feature.columns, wanted, vectors)
 
     if made_once(path, make):

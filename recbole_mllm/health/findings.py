@@ -132,7 +132,8 @@ def _thin(health: Health) -> Iterable[Finding]:
 def _items(health: Health) -> Iterable[Finding]:
     items, name = health.items, health.layout.name
     if not items.exists:
-        yield Finding(f"there is no {name}.item", "write it, with columns item_id:token, title:token_seq, image:token")
+        columns = f"{health.layout.item}:token, title:token_seq, image:token"
+        yield Finding(f"there is no {name}.item", f"write it, with columns {columns}")
         return
     if not items.has_titles:
         yield Finding(f"{name}.item has no column of titles", "add title:token_seq; MLLMMSR's prompts name items by it")
@@ -160,6 +161,14 @@ def _images(health: Health) -> Iterable[Finding]:
         yield Finding(
             f"{what}, the first of item {item!r}: {clean(path)} {reason}",
             "mend or remove them; until then they count as missing (missing_images.tsv lists them)",
+        )
+    if health.items.lengthy:
+        item, path, reason = health.items.lengthy[0]
+        what = many(len(health.items.lengthy), "image is hardly one", "images are hardly any")
+        yield Finding(
+            f"{what}, the first of item {item!r}: {clean(path)} {reason}",
+            "mend or remove them: Qwen-VL's processor refuses them, and a run with it counts them as missing "
+            "(missing_images.tsv lists them)",
         )
     if not health.items.n_images and not health.items.missing:
         todo = "give --image_dir=DIR with files named after item ids, or add a column image:token to .item"

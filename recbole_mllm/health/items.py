@@ -7,6 +7,7 @@ from pathlib import Path
 
 from recbole_mllm.data import schema
 from recbole_mllm.data.atomic import clean, read_atomic, read_columns, read_numbered
+from recbole_mllm.data.images import MOST_LONG
 from recbole_mllm.data.item_images import ItemImages, Missing
 from recbole_mllm.data.values import MAX_CHARACTERS
 from recbole_mllm.errors import UserError
@@ -34,6 +35,7 @@ class Items:
     n_images: int = 0
     missing: list[Missing] = field(default_factory=list)
     absent: list[Missing] = field(default_factory=list)
+    lengthy: list[Missing] = field(default_factory=list)
 
 
 def read_items(layout: Layout, others: list[str], image_dir: Path | None) -> Items:
@@ -51,6 +53,11 @@ def read_items(layout: Layout, others: list[str], image_dir: Path | None) -> Ite
             if item not in out.lines:
                 images.add(layout.folder, item, "", image_dir)
     images.check(layout.folder)
+    out.lengthy = [
+        Missing(item, str(images.found[item]), f"is {w} x {h} pixels: more than {MOST_LONG} times as long as wide")
+        for item, (w, h) in images.extreme.items()
+        if max(w, h) > MOST_LONG * min(w, h)
+    ]
     out.n_images, out.missing, out.absent = len(images.found), images.missing, images.absent
     return out
 

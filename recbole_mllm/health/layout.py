@@ -31,8 +31,10 @@ class Layout:
         return self.folder.name
 
 
-def find_layout(folder: Path) -> Layout:
-    """Return the layout of the dataset in `folder`; its ``dataset.yaml`` may name the columns and benchmark files.
+def find_layout(folder: Path, given: Mapping[str, Any]) -> Layout:
+    """Return the layout of the dataset in `folder`.
+
+    Its ``dataset.yaml`` may name the columns, benchmark files and image folder; the keys `given` with the command win.
 
     Raises:
         UserError: There is no such folder, or it holds no interactions.
@@ -41,13 +43,16 @@ def find_layout(folder: Path) -> Layout:
         raise UserError(f"{folder} is no folder; give a dataset's folder, or its name under ./dataset")
     if not folder.name or folder.name == "..":
         folder = folder.resolve()
-    keys = _keys(folder / "dataset.yaml")
+    keys = {**_keys(folder / "dataset.yaml"), **given}
     files = _inter_files(folder, keys)
     user, item = (str(keys.get(key) or name) for key, name in _FIELDS)
     columns = read_columns(files[0])
     for name in (user, item):
         if name not in columns:
-            raise UserError(f"{files[0]}:1: there is no column {name}; its columns are {', '.join(columns)}")
+            raise UserError(
+                f"{files[0]}:1: there is no column {name}; its columns are {', '.join(columns)}; name yours with "
+                "USER_ID_FIELD and ITEM_ID_FIELD, in dataset.yaml or a config file"
+            )
     history = f"{item}{keys.get('LIST_SUFFIX') or '_list'}"
     time, images = str(keys.get("TIME_FIELD") or schema.TIME), keys.get("image_dir")
     return Layout(
@@ -56,6 +61,8 @@ def find_layout(folder: Path) -> Layout:
 
 
 _FIELDS = (("USER_ID_FIELD", schema.USER), ("ITEM_ID_FIELD", schema.ITEM))
+# The configuration keys that say where a dataset's files are and what its columns are called
+LAYOUT_KEYS = ("image_dir", "USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD", "LIST_SUFFIX", "benchmark_filename")
 
 
 def _keys(path: Path) -> Mapping[str, Any]:

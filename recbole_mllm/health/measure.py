@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,14 +61,14 @@ class Health:
         return (self.n_interactions - self.pairs_twice.count) / max(1, self.n_users * self.n_items)
 
 
-def measure(folder: Path, image_dir: Path | None = None) -> Health:
-    """Read all files of the dataset in `folder` and measure them.
+def measure(folder: Path, given: Mapping[str, Any] | None = None) -> Health:
+    """Read all files of the dataset in `folder` and measure them, with the configuration keys `given`.
 
     Raises:
         UserError: It is no dataset, a file cannot be read (file and line are named), or `image_dir` is no folder.
     """
-    layout = find_layout(folder)
-    image_dir = image_dir or layout.image_dir
+    layout = find_layout(folder, given or {})
+    image_dir = layout.image_dir
     if image_dir is not None and not image_dir.is_dir():
         raise UserError(f"image_dir {image_dir} is no folder; give the folder that holds the items' images")
     inter = read_interactions(layout)

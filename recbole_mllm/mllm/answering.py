@@ -56,7 +56,7 @@ class PlainGeneration:
         """Return the answer, or why there is none."""
         before = self.encoder.truncated
         try:
-            encoded = self.encoder(ask.prompt)
+            encoded = self.encoder(ask.prompt, room=ask.decoding.max_new_tokens)
             rng = stream(encoded, ask.decoding)
             new = plain_answer(self.body, encoded, ask.decoding, self.stop, rng)
         except OSError as error:  # an image that was there when the work was planned

@@ -1,7 +1,8 @@
 """Where a family of models truly differs from the one code path; every other family takes the generic row.
 
-A family with a row of its own is tested against transformers' own forward pass in ``tests/families``. One
-without is checked at its first use (see ``scoring``), as it may differ in a way this table knows nothing of.
+A family with a row of its own, over a language model named there, is tested against transformers' own forward pass in
+``tests/families``. Any other pair of the two is checked at its first use (see ``scoring``), as it may differ in a way
+this table knows nothing of.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from torch import nn
 class Architecture:
     """How one family differs."""
 
-    # Tested: no check at first use
-    known: bool = True
+    # The families of its language model (``model_type`` of its text settings) that it is tested with
+    texts: frozenset[str] = frozenset()
+    # Tested with the language model at hand: no check at first use
+    known: bool = False
     # False: a prefix-LM reads the whole prompt in both directions, so no part of it can be computed without the rest
     shares_prefix: bool = True
     # Where `token_type_ids` are 1: nowhere; at images, read in both directions; at the answer, read in one
@@ -28,30 +31,33 @@ class Architecture:
     positions_in_three_axes: bool = False
     # Without a chat template: <bos> stands behind the last image and a newline ends the prompt
     bos_behind_image: bool = False
-    # Logits are capped where the text settings name a cap; not so in a family whose forward pass passes it over
-    caps_logits: bool = True
     # The name of the language model among the modules; None: asked of the model
     language: str | None = "language_model"
 
 
-_QWEN_VL = Architecture(positions_in_three_axes=True)
-_IDEFICS = Architecture(language="text_model")
-_GENERIC = Architecture(known=False, language=None)
+def _row(*texts: str, **differs: Any) -> Architecture:
+    return Architecture(frozenset(texts), **differs)
+
+
+_GENERIC = Architecture(language=None)
 
 _FAMILIES = {
-    "llama": Architecture(language="model"),
-    "llava": Architecture(),
-    "llava_next": Architecture(),
-    "internvl": Architecture(),
-    "qwen2_vl": _QWEN_VL,
-    "qwen2_5_vl": _QWEN_VL,
-    "qwen3_vl": _QWEN_VL,
-    "idefics3": _IDEFICS,
-    "smolvlm": _IDEFICS,
+    "llama": _row("llama", language="model"),
+    "llava": _row("llama", "mistral", "qwen2", "granite", "cohere"),
+    "llava_next": _row("llama", "mistral", "qwen2", "granite"),
+    "aya_vision": _row("cohere", "cohere2"),
+    "internvl": _row("qwen2", "qwen3", "llama"),
+    "qwen2_vl": _row("qwen2_vl_text", positions_in_three_axes=True),
+    "qwen2_5_vl": _row("qwen2_5_vl_text", positions_in_three_axes=True),
+    "qwen3_vl": _row("qwen3_vl_text", positions_in_three_axes=True),
+    "idefics3": _row("llama", language="text_model"),
+    "smolvlm": _row("llama", language="text_model"),
     # Its mask code reads token types by absolute position: those of a cached prefix must stand in front
-    "gemma3": Architecture(token_types="image", caps_logits=False),
+    "gemma3": _row("gemma3_text", token_types="image"),
     # Its own positions begin at 1
-    "paligemma": Architecture(shares_prefix=False, token_types="answer", first_position=1, bos_behind_image=True),
+    "paligemma": _row(
+        "gemma", "gemma2", shares_prefix=False, token_types="answer", first_position=1, bos_behind_image=True
+    ),
 }
 
 
@@ -70,7 +76,7 @@ def architecture_of(model: Any) -> Architecture:
     """Return the row of the model's family; a family without one takes the generic row and what the model shows."""
     found = _FAMILIES.get(str(model.config.model_type))
     if found is not None:
-        return found
+        return replace(found, known=str(model.config.get_text_config().model_type) in found.texts)
     return replace(_GENERIC, positions_in_three_axes=hasattr(model.base_model, "get_rope_index"))
 
 

@@ -38,12 +38,16 @@ MOST_CHARACTERS = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """How an answer is decoded: its length, and greedily unless `temperature` is above 0."""
+    """How an answer is decoded: its length, and greedily unless `temperature` is above 0.
+
+    `rules` is what else is asked of its tokens, as JSON (a model's ``generation_config``, see `rules`); "" is nothing.
+    """
 
     max_new_tokens: int
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    rules: str = ""
 
     @property
     def most_characters(self) -> int:
@@ -52,9 +56,10 @@ class Decoding:
 
     def __str__(self) -> str:
         """Return what stands for it in an answer's key."""
+        rules = f":{self.rules}" if self.rules else ""
         if not self.temperature:
-            return f"greedy:{self.max_new_tokens}"
-        return f"sampled:{self.max_new_tokens}:{self.temperature}:{self.top_p}:{self.seed}"
+            return f"greedy:{self.max_new_tokens}{rules}"
+        return f"sampled:{self.max_new_tokens}:{self.temperature}:{self.top_p}:{self.seed}{rules}"
 
 
 class Ask(NamedTuple):

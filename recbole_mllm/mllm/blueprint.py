@@ -17,7 +17,7 @@ from recbole_mllm.errors import UserError
 from recbole_mllm.mllm.anatomy import Anatomy, anatomy_of
 from recbole_mllm.mllm.encode import AnswerTokens, Encoder, ImageInput, answer_tokens
 from recbole_mllm.mllm.forward import Body
-from recbole_mllm.mllm.hf import context_of
+from recbole_mllm.mllm.hf import positions_of
 from recbole_mllm.mllm.loading import UNREADABLE
 from recbole_mllm.mllm.processors import load_processor
 from recbole_mllm.mllm.sources import gguf_of, source_of
@@ -86,8 +86,8 @@ def blueprint(name: str, settings: MLLMSettings) -> Blueprint:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     body = Body(model)
-    longest = min(settings.max_text_tokens, context_of(config))
-    return Blueprint(name, body, SizedEncoder(tokenizer, processor, longest, body.architecture), anatomy_of(model))
+    limits = settings.max_text_tokens, body.architecture, positions_of(config)
+    return Blueprint(name, body, SizedEncoder(tokenizer, processor, *limits), anatomy_of(model))
 
 
 def _shapes(config: Any, sees: bool, trust: bool) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from accelerate.utils import get_max_memory
 
 from recbole_mllm import ranks
 from recbole_mllm.errors import UserError
+from recbole_mllm.files import check_place
 from recbole_mllm.settings import MLLMSettings
 
 _OFF = {"cpu", "disk"}
@@ -46,8 +48,17 @@ def placement(settings: MLLMSettings, device: torch.device) -> dict[str, Any]:
     said = {int(k) if str(k).isdecimal() else k: v for k, v in (settings.max_memory or {}).items()} or None
     if device.type == "cpu":
         said = {"cpu": (said or {}).get("cpu", get_max_memory()["cpu"])}
+    if settings.offload_folder:
+        _check_offload(Path(settings.offload_folder))
     folder = {"offload_folder": settings.offload_folder} if settings.offload_folder else {}
     return {"device_map": settings.device_map, "max_memory": said, **folder}
+
+
+def _check_offload(folder: Path) -> None:
+    check_place(folder, "offload_folder:")
+    there = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    if others := sorted(name for name in there if name != "index.json" and not name.endswith(".dat")):
+        raise UserError(f"offload_folder: {folder} holds {others[0]}, which is no weight; give a folder of its own")
 
 
 def is_dispatched(model: Any) -> bool:

@@ -16,6 +16,7 @@ from recbole_mllm.data.images import image_digest, open_image
 from recbole_mllm.errors import UserError
 from recbole_mllm.mllm.architectures import Architecture
 from recbole_mllm.mllm.plaintext import CUT, PlainText
+from recbole_mllm.mllm.processors import REFUSALS
 from recbole_mllm.mllm.shortening import FEWEST, SHORTER_HISTORY, first_and_last, lists_items, longest_text
 from recbole_mllm.mllm.turns import Turns
 from recbole_mllm.prompts import IMAGE, Prompt
@@ -23,6 +24,7 @@ from recbole_mllm.prompts import IMAGE, Prompt
 _MARK = f"{CUT}{IMAGE}{CUT}"  # an image of the style's own, in a text whose filled-in parts are guarded
 # Of preprocessed images: LLaVA-NeXT's take 7 MB each, and are of no use once their features are made
 IMAGE_BYTES = 2**28
+ROOM = 48  # positions kept for what is written behind a prompt, where it is not said how much that may be
 _NOT_IMAGE_INPUTS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels"}
 
 
@@ -52,12 +54,17 @@ class Encoded:
 
 @dataclass(slots=True)
 class Encoder:
-    """Turns prompts into `Encoded` for one model; images are preprocessed once each."""
+    """Turns prompts into `Encoded` for one model; images are preprocessed once each.
+
+    A prompt has at most `max_text_tokens` tokens of text, and with its images' tokens and the answer's at most
+    `positions`, which the model has.
+    """
 
     tokenizer: Any
     processor: Any | None
     max_text_tokens: int
     architecture: Architecture = field(default_factory=Architecture)
+    positions: int = 10**9
     truncated: int = 0
     _images: OrderedDict[str, ImageInput] = field(default_factory=OrderedDict)
     _bytes: int = 0
@@ -79,17 +86,26 @@ class Encoder:
         """What must not be read as it stands in a title or summary, the longest first."""
         return self._plain.spellings
 
-    def __call__(self, prompt: Prompt, answer: str = "") -> Encoded:
-        """Return the ids of `prompt` with the generation prompt, or with `answer` in the assistant's turn behind it."""
+    def __call__(self, prompt: Prompt, answer: str = "", room: int = ROOM) -> Encoded:
+        """Return the ids of `prompt` with the generation prompt, or with `answer` in the assistant's turn behind it.
+
+        Its longest texts are shortened until it fits, with `room` positions left for what is written behind it.
+
+        Raises:
+            UserError: It does not fit with the shortest of texts; what helps is said.
+        """
         if prompt.images and self.processor is None:
             raise UserError("this model reads no images; set use_image: false and item_summary: text or none")
         images = tuple(self.image(path) for path in prompt.images)
         pieces = prompt.pieces()
         ids = self._ids(pieces, images, answer)
-        if len(ids) > self.max_text_tokens:
+        seen = sum(len(image.ids) - 1 for image in images)  # beside its mark, which is among the text's
+        most = min(self.max_text_tokens, self.positions - seen - max(room, ROOM))
+        if len(ids) > most:
             self.truncated += 1
-            while len(ids) > self.max_text_tokens:
-                self._shorten(pieces, len(ids) - self.max_text_tokens)
+            while len(ids) > most:
+                if not self._shorten(pieces, len(ids) - most):
+                    raise UserError(self._too_long(pieces, images, most, max(room, ROOM)))
                 ids = self._ids(pieces, images, answer)
         return Encoded(self._expanded(ids, images), images)
 
@@ -99,7 +115,7 @@ class Encoder:
         ids = self._plain.ids(guarded)
         if self._plain.broken(ids, guarded):
             ids = self._plain.ids(self._plain.guard(text, every=True))
-        return [*self._plain.start, *ids][: self.max_text_tokens]
+        return [*self._plain.start, *ids][: min(self.max_text_tokens, self.positions)]
 
     def _ids(self, pieces: Sequence[str], images: Sequence[ImageInput], answer: str) -> list[int]:
         """Return ids with one image token an image; what is filled in holds no special token."""
@@ -130,25 +146,36 @@ class Encoder:
         """Return the conversation as the chat template writes it; without a template, the bare text."""
         return self.turns.render("".join(guarded).split(_MARK), answer)
 
-    def _shorten(self, pieces: list[str], excess: int) -> None:
-        """Take about `excess` tokens from the end of the longest filled-in text."""
+    def _shorten(self, pieces: list[str], excess: int) -> bool:
+        """Take about `excess` tokens from the end of the longest filled-in text; return whether there is one."""
         if (longest := longest_text(pieces)) is None:
-            raise UserError(self._too_long(pieces))
+            return False
         text = pieces[longest]
         tokens = max(1, len(self._plain.ids(self._plain.guard(text))))
         kept = min(len(text) - 1, int(len(text) * max(0, tokens - excess) / tokens))
         # half the text at most in one step: another may have become the longest by then
         pieces[longest] = text[: max(FEWEST, kept, len(text) // 2)].rstrip()
+        return True
 
-    def _too_long(self, pieces: Sequence[str]) -> str:
-        """Say what helps where nothing is left to cut: room, or a shorter history if that does."""
-        limit = f"max_text_tokens = {self.max_text_tokens}"
-        if lists_items(pieces) and len(self._ids(first_and_last(pieces), (), "")) <= self.max_text_tokens:
+    def _too_long(self, pieces: Sequence[str], images: Sequence[ImageInput], most: int, room: int) -> str:
+        """Say what helps where nothing is left to cut: a shorter history, if that does, or room for the rest."""
+        ids, shown = len(self._ids(pieces, images, "")), sum(len(image.ids) for image in images)
+        free = self.positions - shown + len(images)  # for text, where nothing were written behind it
+        ways = ["lower item_summary_tokens or user_summary_tokens"] if free - room < ids <= free - ROOM else []
+        ways += ["make the images smaller"] if free - room < ids <= self.positions - room else []
+        ways += [f"take a model with more than {self.positions} positions"] if ids > free - room else []
+        ways += ["raise max_text_tokens"] if not ways else []
+        limit = f"max_text_tokens = {most} tokens"
+        if most < self.max_text_tokens:
+            taken = f"{len(images)} images take {shown}, " * bool(images)
+            left = f"{max(0, most)} ({taken}an answer up to {room})"
+            limit = f"what is left of the model's {self.positions} positions, {left}"
+        if lists_items(pieces) and len(self._ids(first_and_last(pieces), (), "")) <= most:
             return (
                 f"a prompt lists so long a history that the first letters of its {len(pieces) // 2} texts are over "
-                f"{limit} tokens; {SHORTER_HISTORY}, or raise max_text_tokens"
+                f"{limit}; {', or '.join([SHORTER_HISTORY, *ways])}"
             )
-        return f"a prompt has more than {limit} tokens of fixed wording; raise it"
+        return f"a prompt's fixed wording, {ids} tokens, is over {limit}; {', or '.join(ways)}"
 
     def image(self, path: Path) -> ImageInput:
         """Return the image at `path` as the model takes it; the same bytes are preprocessed once."""
@@ -179,7 +206,7 @@ class Encoder:
         picture, options = open_image(path), {"return_tensors": "pt", "add_special_tokens": False}
         try:
             return self.processor(images=[picture], text=[self.image_token], **options)  # type: ignore[misc]
-        except ValueError as error:
+        except REFUSALS as error:
             raise UserError(
                 f"{path}: the model's image processor refuses it ({error}); mend or remove the image"
             ) from error

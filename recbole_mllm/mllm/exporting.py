@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 from transformers.decision import DecisionConfig, label_token_ids
 
 from recbole_mllm.errors import UserError
+from recbole_mllm.files import remove_file, write_text
 from recbole_mllm.mllm.decision import decision_request
 from recbole_mllm.mllm.decision_template import decision_template, labels
 from recbole_mllm.mllm.hf import HFModel
@@ -52,7 +53,7 @@ def write_model(mllm: HFModel, source: str, folder: Path, *, merge: bool) -> str
         (mllm.model.merge_and_unload() if adapted else mllm.model).save_pretrained(str(folder))
     else:
         mllm.model.save_pretrained(str(folder))
-        (folder / "README.md").unlink(missing_ok=True)  # PEFT's, an empty form
+        remove_file(folder / "README.md")  # PEFT's, an empty form
     return "model" if whole else "adapter"
 
 
@@ -109,7 +110,7 @@ def write_decision(mllm: HFModel, question: Question, folder: Path) -> str:
             return ""
         why = why or found
     for name in _DECISION:
-        (folder / name).unlink()
+        remove_file(folder / name)
     return why
 
 
@@ -117,7 +118,7 @@ def _write_config(config: DecisionConfig, folder: Path) -> None:
     config.save_pretrained(folder)
     # also in the JSON, for servers that are given one by --decision-config (an adapter's, say)
     settings = json.loads((folder / _DECISION[0]).read_text(encoding="utf-8")) | {"chat_template": config.chat_template}
-    (folder / _DECISION[0]).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(folder / _DECISION[0], json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
 
 def difference(mllm: HFModel, question: Question, folder: Path) -> str:

@@ -18,6 +18,7 @@ from recbole_mllm.mllm.batching import Budget
 from recbole_mllm.mllm.dispatching import computes_on, input_device, present
 from recbole_mllm.mllm.dropout import Masks
 from recbole_mllm.mllm.encode import Encoded, ImageInput, pad
+from recbole_mllm.mllm.head import Head
 
 _BATCH_TOKENS = 8192  # tokens of keys and values a batch holds, padding included
 _FEATURE_BYTES = 2 * 2**30
@@ -39,6 +40,7 @@ class Body:
         self.inner = self.head_model.base_model  # what stands under the head
         self.config = self.head_model.config
         self.device = input_device(self.head_model)
+        self.head = Head(self.head_model)
         self.architecture = architecture_of(self.head_model)
         self.masks: Masks | None = getattr(model, "dropout_masks", None)
         self.way: Any = None  # how prompts are scored, found at first use (see check)
@@ -124,6 +126,11 @@ class Body:
             if (value := getattr(self.config, name, None)) is not None:
                 return int(value)
         return -1
+
+    @property
+    def logits_device(self) -> torch.device:
+        """Where logits are made."""
+        return computes_on(self.head_model.get_output_embeddings())
 
     def positions(self, encoded: Encoded) -> Tensor:
         """Return the position of every token: ``[T]``, or ``[3, T]`` where positions have three axes (Qwen-VL)."""
@@ -213,23 +220,9 @@ class Body:
 
     def logits(self, states: Tensor, tokens: Sequence[int] | None = None) -> Tensor:
         """Return float32 logits of `states` ``[N, D]``, for `tokens` only or for the vocabulary, where the head is."""
-        head = self.head_model.get_output_embeddings()
-        states = states.to(computes_on(head))
-        with torch.autocast(self.device.type, enabled=torch.is_autocast_enabled(self.device.type) and tokens is None):
-            if tokens is None:
-                out = head(states).float()
-            else:
-                with present(head):
-                    out = states.float() @ head.weight[list(tokens)].float().T
-                    if getattr(head, "bias", None) is not None:
-                        out = out + head.bias[list(tokens)].float()
-        text = self.config.get_text_config()
-        if scale := getattr(text, "logit_scale", None):  # Cohere
-            out = out * scale
-        if scale := getattr(text, "logits_scaling", None):  # Granite
-            out = out / scale
-        cap = self.architecture.caps_logits and getattr(text, "final_logit_softcapping", None)  # Gemma
-        return torch.as_tensor(torch.tanh(out / cap) * cap if cap else out)
+        autocast = torch.is_autocast_enabled(self.device.type) and tokens is None
+        with torch.autocast(self.device.type, enabled=autocast):
+            return self.head(states, tokens)
 
 
 def _joined(features: Sequence[_Features]) -> _Features:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, LogitsProcessorList
 
 from recbole_mllm.data.sampling import hash64
 from recbole_mllm.mllm.base import Answer, Ask, Decoding, Work
@@ -22,6 +22,7 @@ from recbole_mllm.mllm.batching import free_memory, out_of_memory
 from recbole_mllm.mllm.encode import Encoded, Encoder
 from recbole_mllm.mllm.forward import Body
 from recbole_mllm.mllm.plain import drawn
+from recbole_mllm.mllm.rules import processors
 
 READ_TOKENS = 4096  # read in one pass; more would fill memory with activations, and short prompts with padding
 _REFILL = 4  # new rows are read once this share of the slots (1/4) is free: each refill copies the cache
@@ -36,6 +37,8 @@ class _Row:
     shortened: bool
     position: int  # of the next token
     rng: np.random.Generator | None
+    rules: LogitsProcessorList | None
+    seen: Tensor  # [1, T], the prompt's tokens and the new ones; kept where `rules` look at them
     new: list[int] = field(default_factory=list)
     done: bool = False
     given: bool = False
@@ -110,12 +113,17 @@ class Generation:
     def _row(self, ask: Ask, work: Work) -> _Row | None:
         before = self.encoder.truncated
         try:
-            encoded = self.encoder(ask.prompt)
+            encoded = self.encoder(ask.prompt, room=ask.decoding.max_new_tokens)
         except OSError as error:  # an image that was there when the work was planned
             work.fail(ask.place, f"an image cannot be read any more: {error}")
             return None
         position = int(self.body.positions(encoded)[..., -1].max()) + 1
-        return _Row(ask, encoded, self.encoder.truncated > before, position, stream(encoded, ask.decoding))
+        how, seen = ask.decoding, torch.tensor([encoded.ids])
+        rules = None
+        if how.rules:
+            seen = seen.to(self.body.logits_device)
+            rules = processors(self.body.head_model, how.rules, seen, self.stop, how.max_new_tokens)
+        return _Row(ask, encoded, self.encoder.truncated > before, position, stream(encoded, how), rules, seen)
 
     def _step(self) -> None:
         """Write one token of every row."""
@@ -129,12 +137,17 @@ class Generation:
         self._append(self.rows, self.body.logits(states))
 
     def _append(self, rows: Sequence[_Row], logits: Tensor) -> None:
+        for i, row in enumerate(rows):
+            if row.rules and not row.done:
+                logits[i : i + 1] = row.rules(row.seen, logits[i : i + 1])
         best = logits.argmax(-1).tolist()
         for i, row in enumerate(rows):
             if row.done:
                 continue
             token = best[i] if row.rng is None else drawn(logits[i], row.ask.decoding, row.rng)
             row.new.append(token)
+            if row.rules:
+                row.seen = torch.cat([row.seen, row.seen.new_tensor([[token]])], 1)
             row.done = token in self.stop or len(row.new) >= row.ask.decoding.max_new_tokens
 
     def _hand_over(self, work: Work) -> None:

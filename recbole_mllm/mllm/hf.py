@@ -51,11 +51,10 @@ class HFModel:
         self.identity = f"{loaded.identity}:{str(dtype).removeprefix('torch.')}{':nf4' if four_bit else ''}"
         self.model: Any = loaded.model
         self.device = device
-        limit = context_of(loaded.model.config)
         self.body = Body(loaded.model)
         self.slots = slots
-        longest = min(settings.max_text_tokens, limit)
-        self.encoder = Encoder(loaded.tokenizer, loaded.processor, longest, self.body.architecture)
+        parts = loaded.tokenizer, loaded.processor, settings.max_text_tokens
+        self.encoder = Encoder(*parts, self.body.architecture, positions_of(loaded.model.config))
         self.tokens_read = 0
 
     def replace_model(self, model: Any) -> None:
@@ -144,9 +143,7 @@ def _beginning(texts: Sequence[str], i: int) -> str:
     return repr(texts[i][:200])
 
 
-def context_of(config: Any) -> int:
-    """Return how many positions the language model has, less a little room for an answer."""
+def positions_of(config: Any) -> int:
+    """Return how many positions the language model has; without a limit, more than any prompt takes."""
     text = config.get_text_config()
-    positions = getattr(text, "max_position_embeddings", None) or 10**9
-    image = getattr(config, "image_seq_length", 0) or 0
-    return max(64, positions - image - 48)
+    return int(getattr(text, "max_position_embeddings", None) or 10**9)

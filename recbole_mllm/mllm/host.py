@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import queue
 import random
@@ -152,8 +153,13 @@ class Host:
             max_tokens=decoding.max_new_tokens,
             temperature=decoding.temperature,
             **sampled,
-            **self.unthinking,
+            **self._beside(json.loads(decoding.rules) if decoding.rules else {}),
         )
+
+    def _beside(self, rules: dict[str, Any]) -> dict[str, Any]:
+        """Return `rules` (a repetition penalty) with what else is said beside OpenAI's own fields."""
+        fields = rules | self.unthinking.get("extra_body", {})
+        return {"extra_body": fields} if fields else {}
 
     def _guarded(self, call: Callable[[], Answer], absent: Collection[int]) -> Answer | Trouble:
         import openai
@@ -191,6 +197,8 @@ class Host:
             return Trouble(Kind.TOO_LONG, text)
         if "chat_template_kwargs" in words:  # a field of ours beside OpenAI's, which some refuse to know
             return Trouble(Kind.FATAL, f"{text}; set server_thinking: auto, and start the server so that it thinks not")
+        if "repetition_penalty" in words:  # likewise
+            return Trouble(Kind.FATAL, f"{text}; set summary_repetition_penalty: null, and start the server with one")
         return Trouble(Kind.REFUSED, text)
 
     def _no_entry(self, status: int) -> str:

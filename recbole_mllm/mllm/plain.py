@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from recbole_mllm.mllm.base import Decoding
 from recbole_mllm.mllm.encode import Encoded
 from recbole_mllm.mllm.forward import Body
+from recbole_mllm.mllm.processors import changed
 
 
 def plain_inputs(body: Body, prompt: Encoded) -> dict[str, Tensor]:
@@ -22,9 +24,11 @@ def plain_inputs(body: Body, prompt: Encoded) -> dict[str, Tensor]:
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     inputs |= body.pixels(prompt.images) if prompt.images else {}
     takes = inspect.signature(body.head_model.forward).parameters
+    answers = body.architecture.token_types == "answer"
+    told = torch.arange(ids.numel())[None] >= ids.numel() - prompt.answer if answers else ids == body.image_token_id
     for kinds in ("mm_token_type_ids", "token_type_ids"):
-        if kinds in takes and prompt.images:
-            inputs[kinds] = (ids == body.image_token_id).int()
+        if kinds in takes and (prompt.images or answers):
+            inputs[kinds] = told.int()
     return {name: value.to(body.device) for name, value in inputs.items()}
 
 
@@ -65,14 +69,15 @@ def plain_answer(
 ) -> list[int]:
     """Return the tokens that transformers' own ``generate`` writes behind `prompt`, the one that ends it included."""
     how = GenerationConfig(
+        **(json.loads(decoding.rules) if decoding.rules else {}),
         max_new_tokens=decoding.max_new_tokens,
         do_sample=False,
-        repetition_penalty=1.0,
         eos_token_id=sorted(stop) or None,
         pad_token_id=min(stop, default=0),
     )
     draws = LogitsProcessorList([_Drawn(decoding, rng)] if rng is not None else [])
     inputs = plain_inputs(body, prompt)
-    out = body.head_model.generate(**inputs, generation_config=how, logits_processor=draws)
+    with changed(body.head_model, "generation_config", GenerationConfig()):  # which fills in what `how` leaves open
+        out = body.head_model.generate(**inputs, generation_config=how, logits_processor=draws)
     tokens: list[int] = out[0, len(prompt.ids) :].tolist()
     return tokens

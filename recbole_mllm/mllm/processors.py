@@ -7,14 +7,29 @@ do without. So a stand-in takes the video processor's place, for the duration of
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from typing import Any
 
+from PIL import Image
 from transformers import AutoProcessor, ProcessorMixin
 
 from recbole_mllm.errors import UserError
+
+REFUSALS = (ValueError, ZeroDivisionError, OverflowError)  # what image processors raise at sizes they cannot take
+Size = tuple[int, int]
+
+
+def refused_sizes(processor: Any, sizes: Iterable[Size]) -> dict[Size, str]:
+    """Return the reason of each (width, height) of an image, in pixels, that `processor` refuses."""
+    refused: dict[Size, str] = {}
+    for size in sizes:
+        try:
+            processor.image_processor(images=[Image.new("RGB", size)], return_tensors="pt")
+        except REFUSALS as error:
+            refused[size] = " ".join(str(error).split()) or type(error).__name__
+    return refused
 
 
 class NoVideos(dict[str, Any]):

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from recbole_mllm.errors import UserError
+from recbole_mllm.files import write_text
 from recbole_mllm.mllm import splitting
 from recbole_mllm.mllm.architectures import language_part
 from recbole_mllm.mllm.dispatching import check_trainable
@@ -90,4 +91,4 @@ def save_trained(model: Any, folder: Path, identity: str) -> None:
     state = {name: tensor.contiguous().cpu() for name, tensor in trained_state(model).items()}
     save_file(state, folder / TRAINED, metadata={"format": "pt"})
     about = {"base": identity, "tensors": len(state), "parameters": sum(tensor.numel() for tensor in state.values())}
-    (folder / DESCRIPTION).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    write_text(folder / DESCRIPTION, json.dumps(about, indent=2) + "\n")

@@ -5,28 +5,33 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from recbole_mllm.data.texts import read_items
+from recbole_mllm import ranks
+from recbole_mllm.data.images import write_report
+from recbole_mllm.data.texts import Items, read_items
 from recbole_mllm.endpoints import is_server, parse_endpoint
 from recbole_mllm.errors import UserError
 from recbole_mllm.mllm import splitting
 from recbole_mllm.mllm.base import Writer
 from recbole_mllm.mllm.dispatching import check_dispatch
 from recbole_mllm.mllm.hf import HFModel
-from recbole_mllm.mllm.loading import TINY, dtype_of, identity_of, source_of
+from recbole_mllm.mllm.loading import TINY, dtype_of, identity_of, load_images_processor, source_of
+from recbole_mllm.mllm.processors import Size, refused_sizes
+from recbole_mllm.mllm.rules import own_rules, passed_over, with_penalty
 from recbole_mllm.mllm.server import ServerModel
 from recbole_mllm.prompts import Style, read_style
 from recbole_mllm.settings import Settings
 from recbole_mllm.summaries.prepare import Stage, Summarizers
 
-_NO_TEXT_CHANGE = {"summarize", "summarize_batch_size", "history_titles"}
+REFUSED = "refused_images.tsv"
+_NO_TEXT_CHANGE = {"summarize", "summarize_batch_size", "history_titles", "summary_repetition_penalty"}
 _SLOTS = {"cpu": 64, "gpu": 256}
 _SAMPLING = {"summary_temperature", "summary_top_p", "summary_seed"}
 
@@ -48,7 +53,8 @@ def make_stage(config: Mapping[str, Any], settings: Settings, device: torch.devi
     check_dispatch(settings.mllm)
     folder = Path(config["data_path"])
     image_dir = settings.recommend.image_dir
-    items = read_items(folder, Path(image_dir) if image_dir else None)
+    items = read_items(folder, Path(image_dir) if image_dir else None, config["ITEM_ID_FIELD"])
+    items = without_refused(items, folder, _image_readers(settings), trust_remote_code=settings.mllm.trust_remote_code)
     if not items.images and (settings.recommend.use_image or settings.summary.item_summary in ("image", "fused")):
         raise UserError(
             "no item has an image; give --image_dir, or set use_image: false and item_summary: text to go without"
@@ -56,6 +62,47 @@ def make_stage(config: Mapping[str, Any], settings: Settings, device: torch.devi
     style = load_style(settings)
     who = _summarizers(settings, device)
     return Stage(folder, _tag(settings, style, who), style, items, settings.summary, who)
+
+
+def _image_readers(settings: Settings) -> list[str]:
+    """Return the models that a run shows images to."""
+    summarizer = settings.mllm.item_summarizer or settings.mllm.mllm
+    names = [summarizer] if settings.summary.item_summary in ("image", "fused") else []
+    names += [settings.mllm.mllm] if settings.recommend.use_image else []
+    return list(dict.fromkeys(names))
+
+
+def without_refused(items: Items, folder: Path, models: Sequence[str], *, trust_remote_code: bool = False) -> Items:
+    """Return `items` without the images that a processor of `models` refuses, however few prompts would show them.
+
+    What a server's model refuses is not known. Refused images count as missing: one line in the log, and a list in
+    ``refused_images.tsv``. Only those of odd sizes are looked at, and without any no processor is loaded.
+    """
+    reasons: dict[Size, str] = {}
+    for name in (name for name in models if items.extreme and not is_server(name)):
+        processor = load_images_processor(name, trust_remote_code=trust_remote_code)
+        if processor is not None:
+            found = refused_sizes(processor, sorted(set(items.extreme.values())))
+            reasons |= {size: f"is refused by the image processor of {name}: {why}" for size, why in found.items()}
+    refused = {item: reasons[size] for item, size in items.extreme.items() if size in reasons}
+    if not refused:
+        return items
+    rows = [(item, str(items.images[item]), reason) for item, reason in refused.items()]
+    if ranks.is_main():
+        _tell_refused(folder / REFUSED, rows)
+    return replace(items, images={item: path for item, path in items.images.items() if item not in refused})
+
+
+def _tell_refused(path: Path, rows: Sequence[tuple[str, str, str]]) -> None:
+    try:
+        write_report(path, rows)
+        listed = f"{path} lists them"
+    except OSError as error:
+        listed = f"they are not listed, as {path} cannot be written ({error.strerror})"
+    item, image, reason = rows[0]
+    logging.getLogger().warning(
+        f"{len(rows)} images count as missing, the first of item {item}: {image} {reason}; {listed}"
+    )
 
 
 def _summarizers(settings: Settings, device: torch.device) -> Summarizers:
@@ -70,8 +117,18 @@ def _summarizers(settings: Settings, device: torch.device) -> Summarizers:
         _identity(user, settings, device),
         partial(_writer, item, "item_summarizer", settings, device),
         partial(_writer, user, "user_summarizer", settings, device),
-        *(splitting.wanted() is not None and not is_server(name) for name in (item, user)),
+        splitting.wanted() is not None and not is_server(item),
+        splitting.wanted() is not None and not is_server(user),
+        _rules(item, settings) if asked["item"] else "",
+        _rules(user, settings) if asked["user"] else "",
     )
+
+
+def _rules(name: str, settings: Settings) -> str:
+    own = settings.summary.summary_repetition_penalty
+    if is_server(name):
+        return with_penalty("", own, served=True)
+    return with_penalty(own_rules(name, trust_remote_code=settings.mllm.trust_remote_code), own)
 
 
 def _identity(name: str, settings: Settings, device: torch.device) -> str:
@@ -90,6 +147,8 @@ def _writer(name: str, key: str, settings: Settings, device: torch.device) -> Wr
     mllm = HFModel(name, settings.mllm, device, slots, to_split=split)
     if split:
         mllm.split()
+    if left := passed_over(mllm.model.generation_config):
+        logging.getLogger().warning(f"{key} {name}: its generation_config asks for {left}, which is not followed here")
     return mllm
 
 
@@ -98,6 +157,7 @@ def _tag(settings: Settings, style: Style, who: Summarizers) -> str:
     unread = _NO_TEXT_CHANGE if settings.summary.summary_temperature else _NO_TEXT_CHANGE | _SAMPLING
     kept = {key: value for key, value in asdict(settings.summary).items() if key not in unread}
     parts = [kept, asdict(style), who.item_identity, who.user_identity, settings.mllm.max_text_tokens]
+    parts += [[who.item_rules, who.user_rules]] if who.item_rules or who.user_rules else []
     digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:8]
     writer = settings.mllm.user_summarizer or settings.mllm.mllm
     model = Path(parse_endpoint(writer, "user_summarizer").model if is_server(writer) else source_of(writer)).name

@@ -90,7 +90,7 @@ class Team:
         """Cut `rows`, in item-major order, by the tokens each part reads; an item's prefix counts once a part.
 
         Args:
-            rows: (user, position, item), internal ids.
+            rows: (history, position, item), by number.
             parts: How many shares.
             exact_images: Look at the images; not where each process cuts for itself and all must agree.
         """

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from recbole_mllm.data.schema import POSITION
+from recbole_mllm.data.schema import HISTORY_NUMBER, POSITION
 from recbole_mllm.data.training import SeededTrainDataLoader
 from recbole_mllm.mllm.encode import Encoded
 from recbole_mllm.mllm.forward import _FEATURE_BYTES as FEATURE_BYTES
@@ -85,13 +85,11 @@ class Asking:
     sampled: set[str] = field(default_factory=set)
 
     def prompts(self, rows: Iterable[Row]) -> list[Prompt]:
-        """Return the question of each (user, position, item), internal ids."""
-        p, style = self.p, self.p.stage.style
+        """Return the question of each (history, position, item), by number."""
+        p, style, of = self.p, self.p.stage.style, self.preferences.of
         return [
-            question(
-                style, p.settings.recommend, p.stage.items, self.preferences.of(str(p.users[u]), at), str(p.items[i])
-            )
-            for u, at, i in rows
+            question(style, p.settings.recommend, p.stage.items, of(p.history_names.name(h), at), str(p.items[i]))
+            for h, at, i in rows
         ]
 
     def score(self, name: str, pairs: Pairs, times: int = 1) -> Count:
@@ -137,7 +135,7 @@ class Asking:
         own, label = loader._dataset, self.p.config["LABEL_FIELD"]
         loader.set_epoch(0)
         for batch in loader:
-            columns = (batch[f].tolist() for f in (own.uid_field, POSITION, own.iid_field))
+            columns = (batch[f].tolist() for f in (HISTORY_NUMBER, POSITION, own.iid_field))
             yield list(zip(*columns, strict=True)), batch[label].tolist()
 
     def batch(self, prompts: Sequence[Prompt], labels: Sequence[float]) -> Count:

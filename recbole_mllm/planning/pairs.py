@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from recbole_mllm.data.schema import POSITION
+from recbole_mllm.data.schema import HISTORY_NUMBER, POSITION
 from recbole_mllm.evaluation.protocol import training_counts
 from recbole_mllm.planning.prepared import Prepared
 
@@ -17,7 +17,7 @@ _DENSE = 2**25  # scores drawn at a time for a retriever that is not trained yet
 
 
 class Pairs(Protocol):
-    """(user, position, item) of a split, item by item."""
+    """(history, position, item) of a split, item by item."""
 
     @property
     def total(self) -> int:
@@ -36,8 +36,8 @@ class Pairs(Protocol):
 class Listed:
     """Pairs that are known one by one."""
 
-    def __init__(self, users: Any, positions: Any, items: Any) -> None:
-        rows = np.unique(np.c_[items, users, positions], axis=0)
+    def __init__(self, histories: Any, positions: Any, items: Any) -> None:
+        rows = np.unique(np.c_[items, histories, positions], axis=0)
         self.rows = rows
 
     @property
@@ -47,7 +47,7 @@ class Listed:
 
     def span(self, start: int, stop: int) -> list[Row]:
         """Return the pairs at places ``[start, stop)``."""
-        return [(u, p, i) for i, u, p in self.rows[start:stop].tolist()]
+        return [(h, p, i) for i, h, p in self.rows[start:stop].tolist()]
 
     def items(self) -> Any:
         """Return the distinct items among them."""
@@ -58,7 +58,7 @@ class Listed:
 class Crossed:
     """Every row with every item, in batches of `batch` rows, each of which is scored item by item."""
 
-    users: Any
+    histories: Any
     positions: Any
     count: int
     batch: int
@@ -66,7 +66,7 @@ class Crossed:
     @property
     def total(self) -> int:
         """How many pairs there are."""
-        return len(self.users) * self.count
+        return len(self.histories) * self.count
 
     def span(self, start: int, stop: int) -> list[Row]:
         """Return the pairs at places ``[start, stop)``."""
@@ -74,9 +74,9 @@ class Crossed:
 
     def _at(self, place: int) -> Row:
         first = place // (self.batch * self.count) * self.batch
-        rows = min(self.batch, len(self.users) - first)
+        rows = min(self.batch, len(self.histories) - first)
         item, row = divmod(place - first * self.count, rows)
-        return int(self.users[first + row]), int(self.positions[first + row]), item + 1
+        return int(self.histories[first + row]), int(self.positions[first + row]), item + 1
 
     def items(self) -> Any:
         """Return all items."""
@@ -91,17 +91,19 @@ def pairs_of(p: Prepared, phase: str) -> Pairs:
     loader = p.loaders[phase]
     part = loader._dataset
     feat = part.inter_feat
-    users, places, targets = (feat[f].numpy() for f in (part.uid_field, POSITION, part.iid_field))
+    histories, places, targets = (feat[f].numpy() for f in (HISTORY_NUMBER, POSITION, part.iid_field))
     if hasattr(loader, "negatives"):
         rows = np.r_[np.arange(len(targets)), np.repeat(np.arange(len(targets)), loader.count)]
-        return Listed(users[rows], places[rows], np.r_[targets, loader.negatives])
+        return Listed(histories[rows], places[rows], np.r_[targets, loader.negatives])
     ranking = p.settings.ranking
     if ranking.full_sort == "brute":
-        return Crossed(users, places, int(part.item_num) - 1, max(1, min(len(users), int(loader.batch_size or 1))))
+        return Crossed(
+            histories, places, int(part.item_num) - 1, max(1, min(len(histories), int(loader.batch_size or 1)))
+        )
     top = min(ranking.top_k, int(part.item_num) - 1)
     rng = np.random.default_rng(p.config["seed"])
-    drawn = np.concatenate(list(_popular(p, len(users), top, rng)), axis=0)
-    return Listed(np.repeat(users, top), np.repeat(places, top), drawn.ravel())
+    drawn = np.concatenate(list(_popular(p, len(histories), top, rng)), axis=0)
+    return Listed(np.repeat(histories, top), np.repeat(places, top), drawn.ravel())
 
 
 def _popular(p: Prepared, rows: int, top: int, rng: np.random.Generator) -> Iterator[Any]:

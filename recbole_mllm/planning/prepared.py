@@ -27,7 +27,7 @@ class Prepared:
     plan: Plan
     dataset: Any
     loaders: dict[str, Any]
-    users: Any
+    history_names: Any
     items: Any
     device: torch.device
 
@@ -50,7 +50,7 @@ def prepare(config: Any, device: torch.device) -> Prepared:
     check_keys(config.external_config_dict, "the configuration")
     dataset, (train, valid, test) = read_and_split(config)
     own = train._dataset
-    users, items = (np.asarray(own.field2id_token[f]).astype(str) for f in (own.uid_field, own.iid_field))
+    items, names = np.asarray(own.field2id_token[own.iid_field]).astype(str), own.history_names
     stage = make_stage(config, settings, device)
     loaders = {"train": train, "valid": valid, "test": test}
-    return Prepared(config, settings, stage, Plan(own.histories, own.positions), dataset, loaders, users, items, device)
+    return Prepared(config, settings, stage, Plan(own.histories, own.positions), dataset, loaders, names, items, device)

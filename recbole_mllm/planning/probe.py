@@ -25,7 +25,7 @@ from recbole_mllm.summaries.items import summarize_items
 from recbole_mllm.summaries.known import NothingKnown
 from recbole_mllm.summaries.prepare import item_scribe, user_scribe
 from recbole_mllm.summaries.store import Store
-from recbole_mllm.summaries.users import Plan, preferences
+from recbole_mllm.summaries.users import preferences
 
 _FIRST = 4  # prompts that say how many more there is time for; they also warm the model up
 _SECONDS = 60.0  # a stage's probe should not take much longer
@@ -88,7 +88,7 @@ class Timed:
         self.seconds += time.perf_counter() - started
         self.asked += part.taken
         for prompt, answer in part.answered:
-            self.count.add(self.reader.written(prompt, answer.new_tokens))
+            self.count.add(self.reader.written(prompt, answer.new_tokens, self.decoding.max_new_tokens))
             self.samples.append((answer.text, answer.new_tokens))
 
     def measured(self) -> Measured | None:
@@ -142,7 +142,7 @@ def probe_summaries(p: Prepared, models: Models, probed: Probed, *, stages: Sequ
         scribe.write_alone(lambda: cast(Writer, timed))
         scribe.may_write = True
         chosen = sample(list(p.plan.positions), models.slots + _FIRST)
-        part = Plan({u: p.plan.histories[u] for u in chosen}, {u: p.plan.positions[u] for u in chosen})
+        part = p.plan.reading(chosen)
         shown = Texts(texts, StandIns(probed.samples.get("item") or [("", 1)], [], 0, 0))
         preferences(scribe, p.stage.style, p.stage.items, shown, part, s)
         _keep(probed, "users", "user", timed)

@@ -18,8 +18,8 @@ CHARACTERS = 4  # of a token, where only a server has the tokeniser
 class Reader(Protocol):
     """Counts what a model would read."""
 
-    def written(self, prompt: Prompt, new: float) -> Count:
-        """Return the cost of answering `prompt` with `new` tokens."""
+    def written(self, prompt: Prompt, new: float, room: int = 0) -> Count:
+        """Return the cost of answering `prompt` with `new` tokens, of up to `room` that it may have."""
         ...
 
     def tokens(self, text: str) -> int:
@@ -34,10 +34,10 @@ class LocalReader:
     blueprint: Blueprint
     _flops: dict[int, float] = field(default_factory=dict)
 
-    def written(self, prompt: Prompt, new: float) -> Count:
-        """Return the cost of answering `prompt` with `new` tokens."""
+    def written(self, prompt: Prompt, new: float, room: int = 0) -> Count:
+        """Return the cost of answering `prompt` with `new` tokens, of up to `room` that it may have."""
         anatomy = self.blueprint.anatomy
-        count = self.read(self.blueprint.encoder(prompt))
+        count = self.read(self.blueprint.encoder(prompt, room=room))
         length = count.longest
         count.computed, count.new_tokens = length, new
         count.prompt_flops = read_flops(anatomy, [Pass(1, 0, length, length, 0)])
@@ -73,7 +73,7 @@ class LocalReader:
 class ServerReader:
     """Guesses the text's tokens from its length; what images become there is not known here."""
 
-    def written(self, prompt: Prompt, new: float) -> Count:
+    def written(self, prompt: Prompt, new: float, room: int = 0) -> Count:
         """Return what a server would be asked."""
         text = self.tokens(prompt.text)
         return Count(

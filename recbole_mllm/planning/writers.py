@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
+from recbole_mllm.data.peruser import user_of
 from recbole_mllm.data.sampling import hash64
 from recbole_mllm.mllm.base import Answer, Decoding, Work, Writer
 from recbole_mllm.planning.counts import Count
@@ -17,7 +18,7 @@ from recbole_mllm.summaries.items import summarize_items
 from recbole_mllm.summaries.known import KnownTexts
 from recbole_mllm.summaries.prepare import item_scribe, user_scribe
 from recbole_mllm.summaries.store import Store
-from recbole_mllm.summaries.users import Plan, preferences
+from recbole_mllm.summaries.users import preferences
 from recbole_mllm.summaries.writing import Scribe
 
 _AT_A_TIME = 4096
@@ -46,7 +47,7 @@ class Counter:
                 text, new = self.made.of(ask.prompt.marked, *(path.name for path in ask.prompt.images))
                 answer = Answer(text, 0, new)
                 if ask.decoding == self.decoding:  # another is asked for once more, as its stand-in repeats its prompt
-                    cost = self.reader.written(ask.prompt, new)
+                    cost = self.reader.written(ask.prompt, new, ask.decoding.max_new_tokens)
                     self.count.add(cost)
                     answer = Answer(text, int(cost.tokens), new)
                     self.written.append(answer)
@@ -95,18 +96,18 @@ def count_users(
     s = p.settings.summary
     if s.summary_mode == "none":
         return Written(Count(), Texts({}, made), [], 0, 0)
-    chains = {user: steps(states, s) for user, states in p.plan.states(s).items()}
-    sizes = {user: sum(map(len, levels)) for user, levels in chains.items()}
+    chains = {name: steps(states, s) for name, states in p.plan.states(s).items()}
+    sizes = {name: sum(map(len, levels)) for name, levels in chains.items()}
     total, chosen, sampled = sum(sizes.values()), list[str](), 0
-    for user in shuffled(list(sizes)) if total > limit else sizes:
+    for name in shuffled(list(sizes)) if total > limit else sizes:
         if sampled > limit:
             break
-        chosen.append(user)
-        sampled += sizes[user]
-    part = Plan({u: p.plan.histories[u] for u in chosen}, {u: p.plan.positions[u] for u in chosen})
+        chosen.append(name)
+        sampled += sizes[name]
+    part = p.plan.reading(chosen)
     scribe, counter = _counting(user_scribe(p.stage, cast(Store, known)), reader, made)
     texts = preferences(scribe, p.stage.style, p.stage.items, items, part, s)
-    size = sum(len(_row(user, state, text)) for (user, state), text in texts.items())
+    size = sum(len(_row(user_of(name), state, text)) for (name, state), text in texts.items())
     return Written(
         _with_known(counter, scribe).times(total / max(1, sampled)),
         Texts(dict(texts), made),

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from recbole.data import create_dataset, data_preparation
-from recbole.utils import get_model, get_trainer, init_seed
+from recbole.utils import ModelType, get_model, get_trainer, init_seed
 from recbole.utils.argument_list import dataset_arguments
 
 from recbole_mllm.config import recbole_config
 from recbole_mllm.errors import UserError
-from recbole_mllm.kept import made_once
+from recbole_mllm.files import made_once, set_file_aside
+from recbole_mllm.fitting import Fit
 from recbole_mllm.keys import check_keys
 from recbole_mllm.randomness import undisturbed
 from recbole_mllm.retrieval.retriever import Retriever
@@ -91,25 +92,26 @@ def _trained(name: str, config: Any, ours: Any) -> Retriever:
     folder = Path(config["retriever_dir"] or theirs["checkpoint_dir"])
     path = folder / f"retriever-{identity.replace('#', '-')}.pth"
     init_seed(theirs["seed"], theirs["reproducibility"])
+    started = time.perf_counter()
     model = get_model(name)(theirs, train._dataset).to(theirs["device"])
+    made = time.perf_counter() - started if model.type == ModelType.TRADITIONAL else 0.0  # then it is the training
     retriever = Retriever(model, train._dataset, identity, ours)  # refused before it is trained
 
     def fit(scratch: Path) -> None:
         log.info(f"training the retriever {identity}")
-        started = time.perf_counter()
         trainer = get_trainer(theirs["MODEL_TYPE"], name)(theirs, model)
         trainer.saved_model_file = str(scratch)
-        trainer.fit(train, valid, saved=True, show_progress=theirs["show_progress"])
-        torch.save({**_read(scratch, theirs["device"]), "train_s": time.perf_counter() - started}, scratch)
+        training = Fit(trainer)
+        training.run(train, valid, saved=True, show_progress=theirs["show_progress"])
+        torch.save({**_read(scratch, theirs["device"]), "train_s": made + training.seconds}, scratch)
 
     if not made_once(path, fit):
         log.info(f"retriever {identity} was trained before: {path}")
     try:
         checkpoint = _read(path, theirs["device"])
     except UserError as error:  # what a crash of the machine has left of it must not stop every later run
-        damaged = path.with_name(f"{path.name}.damaged")
+        damaged = set_file_aside(path, "damaged")
         log.warning(f"{error}; the retriever is trained again, and that file is now {damaged}")
-        path.replace(damaged)
         made_once(path, fit)
         checkpoint = _read(path, theirs["device"])
     retriever.train_s = float(checkpoint.get("train_s", 0.0))

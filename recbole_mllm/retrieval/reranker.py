@@ -38,7 +38,7 @@ class Reranker:
         self._keys = tie_keys(users, items, EvaluationSettings.from_config(config).candidate_seed)
         self._depth = max(config["topk"])
         self.count = self._items - 1 if self.is_brute else settings.top_k
-        self._histories = dataset.histories if EvaluationSettings.from_config(config).exclude_seen else None
+        self._met = dataset.met if EvaluationSettings.from_config(config).exclude_seen else None
         self._users, self._item, self._numbers = users, dataset.iid_field, dataset.field2token_id[dataset.iid_field]
         self._share = None if settings.fusion == "auto" else 1.0 if settings.fusion is None else float(settings.fusion)
 
@@ -84,10 +84,10 @@ class Reranker:
 
     def _leave_out_met(self, scores: Any, rows: Any) -> None:
         """Set to -inf, in place, what a row's user has met in any split but for the target, where that is asked for."""
-        if self._histories is None:
+        if self._met is None:
             return
         for row, (user, target) in enumerate(zip(rows[self._user].tolist(), rows[self._item].tolist(), strict=True)):
-            met = {self._numbers[item] for item in self._histories[str(self._users[user])]} - {target}
+            met = {self._numbers[item] for item in self._met[str(self._users[user])]} - {target}
             scores[row, list(met)] = -torch.inf
 
     def state(self) -> dict[str, Any]:

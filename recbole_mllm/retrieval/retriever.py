@@ -11,7 +11,7 @@ from recbole.model.abstract_recommender import AbstractRecommender
 from recbole.utils import ModelType
 from torch import Tensor
 
-from recbole_mllm.data.schema import POSITION
+from recbole_mllm.data.schema import HISTORY_NUMBER, POSITION
 from recbole_mllm.errors import UserError
 
 
@@ -78,9 +78,9 @@ class Retriever:
     def _met(self, rows: Interaction) -> list[list[int]]:
         """Return the items each row's user met before it but for the target, which may be met again."""
         ours = self.ours
-        ids, raw = ours.field2token_id[ours.iid_field], ours.field2id_token[ours.uid_field]
-        columns = zip(*(rows[f].tolist() for f in (ours.uid_field, POSITION, ours.iid_field)), strict=True)
-        return [list({ids[i] for i in ours.histories[str(raw[u])][:place]} - {target}) for u, place, target in columns]
+        ids, name = ours.field2token_id[ours.iid_field], ours.history_names.name
+        columns = zip(*(rows[f].tolist() for f in (HISTORY_NUMBER, POSITION, ours.iid_field)), strict=True)
+        return [list({ids[i] for i in ours.histories[name(h)][:place]} - {target}) for h, place, target in columns]
 
 
 def _places(ours: Any, theirs: Any, field: str, their_field: str, complaint: str) -> Tensor:

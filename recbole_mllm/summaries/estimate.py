@@ -1,4 +1,7 @@
-"""What summarising would cost, before it is done: the same walk with a model that answers a few prompts and no more."""
+"""What summarising would cost, before it is done: the same walk with a model that answers a few prompts and no more.
+
+A model behind a server is asked nothing, as each of its answers may cost money: its prompts are counted.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 
+from recbole_mllm.endpoints import is_server
 from recbole_mllm.errors import UserError
 from recbole_mllm.mllm.base import Answer, Ask, Batch, Work, Writer
 from recbole_mllm.summaries.items import summarize_items
@@ -21,9 +25,12 @@ _AT_A_TIME = 4096
 
 @dataclass(slots=True)
 class Probe:
-    """A `Writer` that answers the first few prompts with the real model, and all others with an answer like theirs."""
+    """A `Writer` that answers the first few prompts with the real model, and all others with an answer like theirs.
 
-    load: Callable[[], Writer]
+    Without a model to `load` all are answered with a stand-in, of which only the number of prompts is told.
+    """
+
+    load: Callable[[], Writer] | None
     identity: str
     answers: list[Answer] = field(default_factory=list)
     characters: list[int] = field(default_factory=list)
@@ -33,6 +40,9 @@ class Probe:
 
     def write(self, work: Work) -> None:
         """Take everything; time the first few."""
+        if self.load is None:
+            self._count(work)
+            return
         if asks := work.take(max(0, _PROBED - len(self.answers))):
             self._probe(asks, work)
         while asks := work.take(_AT_A_TIME):
@@ -40,7 +50,14 @@ class Probe:
             self.more_characters += sum(len(ask.prompt.text) for ask in asks)
             work.give([(ask.place, self.answers[n % len(self.answers)]) for n, ask in enumerate(asks)])
 
+    def _count(self, work: Work) -> None:
+        while asks := work.take(_AT_A_TIME):
+            work.give([(a.place, Answer(f"summary {self.prompts + n}", 0, 0)) for n, a in enumerate(asks)])
+            self.prompts += len(asks)
+            self.more_characters += sum(len(ask.prompt.text) for ask in asks)
+
     def _probe(self, asks: Sequence[Ask], work: Work) -> None:
+        assert self.load is not None
         model = self.load()
         batch = Batch([ask.prompt for ask in asks], asks[0].decoding)
         started = time.perf_counter()
@@ -58,8 +75,14 @@ class Probe:
     def line(self, scribe: Scribe) -> str:
         """Return the counts and what they would take, for people."""
         head = f"{scribe.kind} summaries: {scribe.tally.asked:,} prompts, {scribe.tally.known:,} known"
-        if not self.answers:
+        if not self.prompts:
             return f"{head}, nothing to write"
+        if self.load is None:
+            return (
+                f"{head}, {self.prompts:,} to write, by {self.identity}: {self.more_characters:,} characters to read "
+                "beside images and earlier answers; its tokens, price and time are not known, as a dry run sends "
+                "nothing to a server"
+            )
         probed = len(self.answers)
         share = self.prompts / probed
         # tokens grow with the prompts' characters, images included in the probe's own ratio
@@ -94,7 +117,8 @@ def estimate(stage: Stage, plan: Plan, which: str) -> list[str]:
 
 def _probe_for(scribe: Scribe) -> Probe:
     """Return what answers for `scribe` from now on."""
-    probe = Probe(_refuse if scribe.in_step else scribe.load, scribe.identity)
+    load = None if is_server(scribe.identity) else _refuse if scribe.in_step else scribe.load
+    probe = Probe(load, scribe.identity)
     scribe.write_alone(lambda: probe)
     return probe
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import io
 import json
 import math
 import re
@@ -14,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from recbole_mllm.data.atomic import clean, whole_file
+from recbole_mllm.data.atomic import clean
 from recbole_mllm.errors import UserError
+from recbole_mllm.files import whole_text
 from recbole_mllm.summaries.store import Store
 from recbole_mllm.summaries.table import COLUMNS, Row
 
@@ -25,6 +25,11 @@ _LONGEST = 2**22  # characters of a line; an answer is a paragraph
 _WORDS = ("text", "kind", "model", "origin")
 _COUNTS = ("prompt_tokens", "new_tokens")
 _NUMBERS = ("seconds", "created")
+
+
+def is_export(head: bytes) -> bool:
+    """Return whether a file that begins so is one that `export` has written, in whatever version."""
+    return head.startswith(b'{"format": "recbole-mllm answers"')
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,16 +76,8 @@ def _line(row: tuple[Any, ...]) -> str:
 @contextmanager
 def _writing(out: Path) -> Iterator[IO[str]]:
     try:
-        with whole_file(out) as file:
-            if out.suffix != ".gz":
-                yield file
-                return
-            # no name and time in it: the same answers make the same file
-            with (
-                gzip.GzipFile(filename="", mode="wb", fileobj=file.buffer, mtime=0) as packed,  # type: ignore[attr-defined]
-                io.TextIOWrapper(packed, encoding="utf-8", newline="\n") as text,
-            ):
-                yield text
+        with whole_text(out) as file:
+            yield file
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror or error}); give a writable --out") from error
 

@@ -42,14 +42,16 @@ class LastExport:
     def survey(self, plan: Plan, marker: Marker) -> Survey:
         """Hold each user's history and item texts against what the rows had read: a digest a user, no prompt."""
         found = Survey(set(), {})
-        for user, places in plan.positions.items():
-            history, known = plan.histories[user], self._marks.get(user)
-            mark = marker.mark(history, places)
+        for user, names in plan.by_user():
+            known, histories = self._marks.get(user), [plan.histories[name] for name in names]
+            mark = marker.mark_of([(h, plan.positions[name]) for h, name in zip(histories, names, strict=True)])
             if known == mark:
                 found.holds.add(user)
                 continue
             found.due[user] = mark
-            if known is not None and known.content == marker.content(history[known.first : known.seen]):
+            if known is None or len(histories) > 1:  # of several, the mark does not say which has changed
+                continue
+            if known.content == marker.content(histories[0][known.first : known.seen]):
                 found.holds.add(user)
         return found
 

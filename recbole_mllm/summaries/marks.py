@@ -58,8 +58,16 @@ class Marker:
         self._basis = blake2b(repr((writer, asdict(style), shape)).encode(), digest_size=16).digest()
         self._lines: dict[str, bytes] = {}
 
+    def mark_of(self, histories: Sequence[tuple[Sequence[str], Iterable[int]]]) -> Mark:
+        """Return the mark of a user with these histories and positions of rows in them, in any order."""
+        marks = sorted(self.mark(history, positions) for history, positions in histories)
+        if len(marks) == 1:
+            return marks[0]
+        content, moments = (repr([mark[part] for mark in marks]).encode() for part in (slice(0, 3), 3))
+        return Mark(0, 0, blake2b(content, digest_size=16).digest(), blake2b(moments, digest_size=8).digest())
+
     def mark(self, history: Sequence[str], positions: Iterable[int]) -> Mark:
-        """Return the mark of a user whose rows stand at `positions` of `history` (raw item ids in order)."""
+        """Return the mark of one whose rows stand at `positions` of `history` (raw item ids in order)."""
         places = sorted(positions)
         last = state_at(places[-1], self._settings) if places else None
         most = self._settings.max_history

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import sqlite3
-import tempfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from itertools import count, pairwise
 from pathlib import Path
 
+from recbole_mllm.files import remove_file, replace_file, staged
 from recbole_mllm.summaries.table import COLUMNS, PAGE, SCHEMA, VERSION, Row, explained, wal_of
 
 _PAGES = (PAGE, 4096)  # older stores have SQLite's default
@@ -32,15 +33,15 @@ def salvage(path: Path, seen: int | None, why: str) -> None:
     with explained(path), _alone(path):
         if not path.is_file() or path.stat().st_ino != seen:
             return
-        with tempfile.TemporaryDirectory(prefix=".salvage-", dir=path.parent) as scratch:
-            fresh = Path(scratch) / "fresh"
-            saved = _rebuilt(path, fresh, Path(scratch))
+        with staged(path.parent, f"{path.name}.salvage") as scratch:
+            fresh = scratch / "fresh"
+            saved = _rebuilt(path, fresh, scratch)
             aside = _kept_aside(path)
             # a log of the bad file beside the fresh one would be replayed into it
             for suffix in ("-wal", "-shm"):
-                path.with_name(path.name + suffix).unlink(missing_ok=True)
+                remove_file(path.with_name(path.name + suffix))
             shutil.copymode(path, fresh)
-            fresh.replace(path)
+            replace_file(fresh, path)
     logging.getLogger().warning(
         f"the summary store {path} was damaged ({why}): {saved} answers were saved, what is missing will be written "
         f"again; the bad file is kept as {aside.name}"
@@ -61,7 +62,7 @@ def _alone(path: Path) -> Iterator[None]:
 
 def _kept_aside(path: Path) -> Path:
     """Copy the store (and its log) under a name that is free."""
-    aside = next(p for n in count(1) if not (p := path.with_name(f"{path.name}.corrupt-{n}")).exists())
+    aside = next(p for n in count(1) if not os.path.lexists(p := path.with_name(f"{path.name}.corrupt-{n}")))
     if wal_of(path).is_file():
         shutil.copy2(wal_of(path), wal_of(aside))
     shutil.copy2(path, aside)
@@ -78,7 +79,7 @@ def _rebuilt(path: Path, fresh: Path, scratch: Path) -> int:
         for head, trusted in _heads(path, scratch):
             copy = scratch / "copy"
             shutil.copyfile(path, copy)
-            wal_of(copy).unlink(missing_ok=True)
+            remove_file(wal_of(copy))
             if wal_of(path).is_file():
                 shutil.copyfile(wal_of(path), wal_of(copy))
             if head:

@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import count
 from pathlib import Path
 
 from recbole_mllm.data.schema import store_file
+from recbole_mllm.files import remove_file
 from recbole_mllm.mllm.base import Answer
 from recbole_mllm.summaries.leases import Leases
 from recbole_mllm.summaries.store import Store
@@ -77,7 +79,7 @@ def merge_shards(store: Store, folder: Path) -> int:
                 continue
             added = sum(store.insert(rows) for rows in _batches(shard))
         for gone in (path, wal_of(path), path.with_name(f"{path.name}-shm"), path.with_name(f".{path.name}.lock")):
-            gone.unlink(missing_ok=True)
+            remove_file(gone)
         if added:
             logging.getLogger().info(f"{path}: {added} answers merged into {store.path.name}")
         moved += added
@@ -87,7 +89,8 @@ def merge_shards(store: Store, folder: Path) -> int:
 def shards_of(folder: Path) -> list[Path]:
     """Return the shards beside the dataset's store."""
     main = store_file(folder)
-    return sorted(main.parent.glob(f"{main.stem}.rank*{main.suffix}"))
+    name = re.compile(rf"{re.escape(main.stem)}\.rank\d+(-\d+)?{re.escape(main.suffix)}")
+    return sorted(path for path in main.parent.glob(f"*{main.suffix}") if name.fullmatch(path.name))
 
 
 def _batches(shard: Store) -> Iterator[list[Row]]:

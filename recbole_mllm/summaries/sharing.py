@@ -7,6 +7,7 @@ content, a user's chain to one by the hash of the items it starts with: no promp
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import closing, contextmanager, suppress
 from functools import partial
@@ -16,10 +17,12 @@ from recbole_mllm import ranks
 from recbole_mllm.data.atomic import read_values, write_atomic
 from recbole_mllm.data.schema import USUM_TYPES, store_file, usum_file
 from recbole_mllm.errors import UserError
+from recbole_mllm.files import remove_file
 from recbole_mllm.prompts import Prompt
+from recbole_mllm.settings import SummarySettings
 from recbole_mllm.summaries.asking import Listed
 from recbole_mllm.summaries.items import summarize_items
-from recbole_mllm.summaries.lastexport import LastExport, Survey, by_user, line_of
+from recbole_mllm.summaries.lastexport import LastExport, by_user, line_of
 from recbole_mllm.summaries.shards import ShardStore, opened_store
 from recbole_mllm.summaries.stage import MakeScribe, Stage, item_scribe, marker_of, one_model, user_scribe
 from recbole_mllm.summaries.store import Store, answer_key
@@ -41,6 +44,7 @@ class Shares:
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._rank, self._size = folder, ranks.rank(), ranks.world_size()
+        self.load_s = 0.0  # what loading models took
         self._merge()
 
     def is_mine(self, content: str) -> bool:
@@ -53,6 +57,7 @@ class Shares:
             scribe = make(store)
             scribe.whose = f" (the share of process {self._rank} of {self._size})"
             work(scribe)
+            self.load_s += scribe.tally.load_s
             scribe.report()
         self._merge()
 
@@ -89,15 +94,15 @@ class SharedAnswers:
             return self._make(store).answer(prompts)
 
 
-def write_in_shares(stage: Stage, plan: Plan, users: Set[str] | None, *, only_items: bool) -> None:
+def write_in_shares(stage: Stage, plan: Plan, users: Set[str] | None, *, only_items: bool) -> float:
     """Write what `plan`'s rows lack, of `users` (None: all), each process its share; afterwards the store has it all.
 
     Nothing is done in a run of one process, or where nothing may be written. Each process's rows are left beside the
-    export until `take_parts`.
+    export until `take_parts`. Returns the seconds that loading models took.
     """
     s = stage.settings
     if not ranks.is_launched() or s.summarize == "off":
-        return
+        return 0.0
     ranks.on_main(lambda: _drop(_parts(stage)))  # of a run that was killed
     shares = Shares(stage.folder)
     with _led(partial(item_scribe, stage)) as make:
@@ -106,6 +111,7 @@ def write_in_shares(stage: Stage, plan: Plan, users: Set[str] | None, *, only_it
     if not only_items:
         with _led(partial(user_scribe, stage)) as make:
             _write_users(stage, plan, users, shares, summaries, make)
+    return shares.load_s
 
 
 def _write_users(
@@ -116,9 +122,9 @@ def _write_users(
         last = LastExport(usum_file(stage.folder, stage.tag), stage.tag, store)
         survey = last.survey(plan, marker_of(stage, summaries, make(store)))
     due = plan.of({user for user in survey.due if users is None or user in users})
-    earlier = last.rows(survey.holds, due.positions)
+    earlier = last.rows(survey.holds, survey.due)
     shares.answer(make, openings(stage.style, stage.items, summaries, due, s, earlier))
-    mine = due.of({user for user in due.positions if shares.is_mine(_beginning(due, user, survey, s.block_size))})
+    mine = due.reading(name for name in due.positions if shares.is_mine(_beginning(due, name, s)))
     shares.write(make, lambda scribe: _write_chains(scribe, stage, summaries, mine, earlier))
 
 
@@ -150,18 +156,21 @@ def _rows(parts: Iterable[Path]) -> Iterator[list[str]]:
 
 def _parts(stage: Stage) -> list[Path]:
     path = usum_file(stage.folder, stage.tag)
-    return sorted(path.parent.glob(f"{path.name}.rank*"))
+    mine = re.compile(re.escape(path.name) + r"\.rank\d+")
+    return sorted(part for part in path.parent.iterdir() if mine.fullmatch(part.name))
 
 
 def _drop(paths: Iterable[Path]) -> None:
     for path in paths:
-        path.unlink(missing_ok=True)
+        remove_file(path)
 
 
-def _beginning(plan: Plan, user: str, survey: Survey, block: int) -> str:
-    """Return what decides who writes a user's chain: the items it starts with, as other chains may start so too."""
-    first = survey.due[user].first
-    return "\n".join(plan.histories[user][first : first + block])
+def _beginning(plan: Plan, name: str, settings: SummarySettings) -> str:
+    """Return what decides who writes a history's chain: the items it starts with, as other chains may start so too."""
+    first, most = 0, settings.max_history
+    if most is not None and plan.positions[name]:
+        first = max(0, min(plan.positions[name]) - most)
+    return "\n".join(plan.histories[name][first : first + settings.block_size])
 
 
 @contextmanager

@@ -31,6 +31,8 @@ class Summarizers:
     load_user: Callable[[], Writer]
     item_is_split: bool = False
     user_is_split: bool = False
+    item_rules: str = ""  # what their generation_config asks of a text (see mllm.rules)
+    user_rules: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,7 @@ class Stage:
 def item_scribe(stage: Stage, store: Store) -> Scribe:
     """Return who answers for item summaries."""
     s, who = stage.settings, stage.who
-    decoding = _decoding(s, s.item_summary_tokens)
+    decoding = _decoding(s, s.item_summary_tokens, who.item_rules)
     may = s.summarize == "auto"
     return Scribe("item", who.load_item, who.item_identity, store, decoding, may, who.item_is_split)
 
@@ -56,7 +58,7 @@ def item_scribe(stage: Stage, store: Store) -> Scribe:
 def user_scribe(stage: Stage, store: Store) -> Scribe:
     """Return who answers for user summaries."""
     s, who = stage.settings, stage.who
-    decoding = _decoding(s, s.user_summary_tokens)
+    decoding = _decoding(s, s.user_summary_tokens, who.user_rules)
     may = s.summarize == "auto"
     return Scribe("user", who.load_user, who.user_identity, store, decoding, may, who.user_is_split)
 
@@ -105,5 +107,5 @@ def marker_of(stage: Stage, summaries: Mapping[str, str], scribe: Scribe) -> Mar
     return Marker(stage.style, stage.items, summaries, stage.settings, f"{scribe.identity}:{scribe.decoding}")
 
 
-def _decoding(settings: SummarySettings, length: int) -> Decoding:
-    return Decoding(length, settings.summary_temperature, settings.summary_top_p, settings.summary_seed)
+def _decoding(settings: SummarySettings, length: int, rules: str) -> Decoding:
+    return Decoding(length, settings.summary_temperature, settings.summary_top_p, settings.summary_seed, rules)

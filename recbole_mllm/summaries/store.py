@@ -6,10 +6,11 @@ import hashlib
 import logging
 import sqlite3
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from recbole_mllm.data.images import image_digest
 from recbole_mllm.errors import UserError
@@ -25,6 +26,13 @@ _INSERT = (
 )
 _CHUNK = 500  # SQLite takes a limited number of parameters a statement
 _T = TypeVar("_T")
+
+
+class Spent(NamedTuple):
+    """The seconds that writing some summaries took, whichever run did it; `reused` of them an earlier one had left."""
+
+    seconds: float = 0.0
+    reused: int = 0
 
 
 def answer_key(identity: str, prompt: Prompt, decoding: Decoding) -> str:
@@ -63,6 +71,19 @@ class Store:
             for key, a in zip(keys, answers, strict=True)
         ]
         self._tried(lambda db: _inserted(db, rows))
+
+    def seconds(self, kind: str, model: str, texts: Iterable[str], since: float) -> Spent:
+        """Return what writing `texts` took when they were written, and how many of them are older than moment `since`.
+
+        A text that several prompts led to counts as often as it is given, and as it was written, whichever is less.
+        """
+        wanted, seconds, reused = Counter(texts), 0.0, 0
+        query = "SELECT text, seconds, created FROM answers WHERE kind = ? AND model = ? ORDER BY created DESC"
+        for text, took, created in self._tried(lambda db: db.execute(query, (kind, model)).fetchall()):
+            if wanted[text] > 0:
+                wanted[text] -= 1
+                seconds, reused = seconds + took, reused + (created < since)
+        return Spent(seconds, reused)
 
     def insert(self, rows: Iterable[Row]) -> int:
         """Keep `rows`, all or none, beside what is there; return how many were new."""

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, get_type_hints
+from typing import NamedTuple, get_type_hints
 
 from recbole_mllm.errors import UserError
 
@@ -95,7 +95,7 @@ def log_ahead(db: sqlite3.Connection, patience: float) -> None:
     _patiently(db, "PRAGMA journal_mode=WAL", patience)
 
 
-def _patiently(db: sqlite3.Connection, statement: str, patience: float) -> list[Any]:
+def _patiently(db: sqlite3.Connection, statement: str, patience: float) -> list[tuple[str, ...]]:
     """Return the rows of `statement`, tried again until `patience` seconds are over.
 
     Of two processes that make one file at the same moment, the second is told at once that it is locked, whatever its
@@ -119,7 +119,7 @@ def check_ours(db: sqlite3.Connection, path: Path) -> None:
     """
     _version(db, path)
     there = _patiently(db, "SELECT name, type FROM sqlite_master WHERE name NOT LIKE 'sqlite_%'", _BUSY_S)
-    kinds: dict[str, str] = dict(there)
+    kinds: dict[str, str] = dict(there)  # type: ignore[arg-type]  # two columns each
     ours = kinds.get("answers") == "table" and set(_columns(db, "answers")) >= _BASE
     for name, columns in _BESIDE.items():
         ours = ours and (name not in kinds or columns <= {column for column, _ in _columns(db, name)})

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Container, Hashable, Iterator, Mapping, Sequence, Set
+from collections.abc import Container, Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 from typing import cast
 
+from recbole_mllm.data.peruser import user_of
 from recbole_mllm.data.texts import Items, UserSummary
 from recbole_mllm.prompts import Prompt, Style, item_line, preference_prompt
 from recbole_mllm.settings import SummarySettings
@@ -19,23 +20,31 @@ from recbole_mllm.summaries.writing import Scribe
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Whose summaries are needed: each user's ordered raw item ids, and the positions their rows stand at."""
+    """Whose summaries are needed: the ordered raw item ids of each history, and the positions that rows stand at in it.
+
+    Histories go by name (`HistoryNames`), as a user may have several; a user's stand together in `positions`.
+    """
 
     histories: Mapping[str, Sequence[str]]
     positions: Mapping[str, Set[int]]
 
     def states(self, settings: SummarySettings) -> dict[str, set[State]]:
-        """Return the states some row reads, by user."""
+        """Return the states some row reads, by history."""
         return {
-            user: {state for p in places if (state := state_at(p, settings)) is not None}
-            for user, places in self.positions.items()
+            name: {state for p in places if (state := state_at(p, settings)) is not None}
+            for name, places in self.positions.items()
         }
 
+    def by_user(self) -> Iterator[tuple[str, list[str]]]:
+        """Yield each user with the names of the histories that rows read."""
+        for user, names in groupby(self.positions, user_of):
+            yield user, list(names)
+
     def items(self, settings: SummarySettings) -> list[str]:
-        """Return the raw ids of all items some state has read, users in order, each one's items oldest first."""
+        """Return the raw ids of all items some state has read, users in order, each history's items oldest first."""
         seen: dict[str, None] = {}
-        for user, places in self.positions.items():
-            history = self.histories[user]
+        for name, places in self.positions.items():
+            history = self.histories[name]
             # the states of one chain read what its last does; where max_history moves the start, each is looked at
             for place in sorted(places) if settings.max_history is not None else [max(places)] if places else []:
                 if (state := state_at(place, settings)) is not None:
@@ -44,7 +53,11 @@ class Plan:
 
     def of(self, users: Container[str]) -> Plan:
         """Return the part of the plan that is about `users`."""
-        return Plan(self.histories, {user: places for user, places in self.positions.items() if user in users})
+        return self.reading(name for name in self.positions if user_of(name) in users)
+
+    def reading(self, names: Iterable[str]) -> Plan:
+        """Return the part of the plan that is about the histories of these `names`."""
+        return Plan(self.histories, {name: self.positions[name] for name in names})
 
 
 # The rows an export holds of each user: texts by how many interactions they have read, and the digest of those
@@ -76,8 +89,8 @@ def openings(
     style: Style, items: Items, summaries: Mapping[str, str], plan: Plan, settings: SummarySettings, earlier: Earlier
 ) -> Iterator[Prompt]:
     """Yield the prompts of `preferences` that wait for no other: users who began alike ask the same."""
-    for user, places in plan.positions.items():
-        chains = _Chains(style, items, summaries, Plan(plan.histories, {user: places}), settings, earlier)
+    for name in plan.positions:
+        chains = _Chains(style, items, summaries, plan.reading([name]), settings, earlier)
         for question in chains.ready(chains.total):
             yield question.prompt
 
@@ -100,23 +113,23 @@ class _Chains:
         self.waiting: deque[tuple[str, State]] = deque()
         self.after: dict[tuple[str, State], list[State]] = {}
         self.total = 0
-        for user, states in plan.states(settings).items():
-            rows = earlier.get(user, {})
-            history = plan.histories[user] if rows else []
+        for name, states in plan.states(settings).items():
+            rows = earlier.get(user_of(name), {})
+            history = plan.histories[name] if rows else []
             for state in (state for level in steps(states, settings) for state in level):
                 if rows and (text := rows.get(read_by(state, history))) is not None:
-                    self.texts[user, state] = text
+                    self.texts[name, state] = text
                 else:
-                    self._add(user, state)
+                    self._add(name, state)
 
-    def _add(self, user: str, state: State) -> None:
+    def _add(self, name: str, state: State) -> None:
         """Note that a state must be asked for: now, or once the one before it is there."""
         self.total += 1
         earlier = self._before(state)
-        if earlier is None or (user, earlier) in self.texts:
-            self.waiting.append((user, state))
+        if earlier is None or (name, earlier) in self.texts:
+            self.waiting.append((name, state))
         else:
-            self.after.setdefault((user, earlier), []).append(state)
+            self.after.setdefault((name, earlier), []).append(state)
 
     def _before(self, state: State) -> State | None:
         return before(state, self.settings) if self.settings.summary_mode == "recurrent" else None
@@ -125,23 +138,23 @@ class _Chains:
         """Return the next states' prompts."""
         return [self._question(*self.waiting.popleft()) for _ in range(min(count, len(self.waiting)))]
 
-    def _question(self, user: str, state: State) -> Question:
+    def _question(self, name: str, state: State) -> Question:
         earlier = self._before(state)
-        previous = self.texts[user, earlier] if earlier is not None else None
-        block = self.plan.histories[user][state.since : state.seen]
+        previous = self.texts[name, earlier] if earlier is not None else None
+        block = self.plan.histories[name][state.since : state.seen]
         prompt = preference_prompt(self.style, [self._line(item) for item in block], previous)
-        return Question((user, state), prompt, previous or "")
+        return Question((name, state), prompt, previous or "")
 
     def _line(self, item: str) -> str:
         if item not in self.lines:
             self.lines[item] = item_line(self.style, self.items.title(item), self.summaries.get(item, ""))
         return self.lines[item]
 
-    def told(self, name: Hashable, text: str) -> None:
+    def told(self, asked: Hashable, text: str) -> None:
         """Keep a state's text, and let those that continue it be asked."""
-        user, state = cast("tuple[str, State]", name)
-        self.texts[user, state] = text
-        self.waiting.extend((user, later) for later in self.after.pop((user, state), []))
+        name, state = cast("tuple[str, State]", asked)
+        self.texts[name, state] = text
+        self.waiting.extend((name, later) for later in self.after.pop((name, state), []))
 
 
 def read_by(state: State, history: Sequence[str]) -> tuple[int, str]:
@@ -150,8 +163,15 @@ def read_by(state: State, history: Sequence[str]) -> tuple[int, str]:
 
 
 def as_rows(texts: Mapping[tuple[str, State], str], plan: Plan) -> Iterator[UserSummary]:
-    """Yield `texts` as rows of ``X.<tag>.usum``, by user and moment."""
-    for user, states in groupby(sorted(texts), key=itemgetter(0)):
-        history = plan.histories[user]
-        for _, state in states:
-            yield UserSummary(user, *read_by(state, history), texts[user, state])
+    """Yield `texts` as rows of ``X.<tag>.usum``, by user and moment; what several histories begin with stands once."""
+    ordered = sorted((user_of(name), state, name) for name, state in texts)
+    for user, keys in groupby(ordered, key=itemgetter(0)):
+        histories: dict[str, Sequence[str]] = {}
+        written: set[tuple[int, str]] = set()
+        for _, state, name in keys:
+            if name not in histories:
+                histories[name] = plan.histories[name]
+            read = read_by(state, histories[name])
+            if read not in written:
+                written.add(read)
+                yield UserSummary(user, *read, texts[name, state])

@@ -39,6 +39,7 @@ class Tally:
     prompt_tokens: int = 0
     new_tokens: int = 0
     seconds: float = 0.0
+    load_s: float = 0.0
     words: list[int] = field(default_factory=list)
 
 
@@ -109,7 +110,9 @@ class Scribe:
                 "run `python run_recbole_mllm.py summarize` with the same settings, or set summarize: auto"
             )
         if any(ranks.gather_objects(must)) if self.in_step else must:
+            started = time.perf_counter()
             writer = self.load()
+            self.tally.load_s += time.perf_counter() - started
             if must:
                 self._write(writer)
         if self._failed:
@@ -152,7 +155,8 @@ class Scribe:
         for job in self._claimed[:count]:
             self._place += 1
             self._under_way[self._place] = job
-            again = replace(_AGAIN, max_new_tokens=self.decoding.max_new_tokens, seed=self.decoding.seed + 1)
+            own = self.decoding
+            again = replace(_AGAIN, max_new_tokens=own.max_new_tokens, seed=own.seed + 1, rules=own.rules)
             out.append(Ask(self._place, job.question.prompt, again if job.again else self.decoding))
         del self._claimed[:count]
         return out

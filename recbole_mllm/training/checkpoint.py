@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
 import pickle
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 from zipfile import is_zipfile
@@ -19,6 +17,7 @@ from recbole.config import Config
 from safetensors import SafetensorError
 
 from recbole_mllm.errors import UserError
+from recbole_mllm.files import replace_file, staged, whole_file
 
 LAST = ".last.pth"
 # What another value of would make another model of, and what would make the rest of a begun epoch another one
@@ -63,16 +62,8 @@ def on_disk(path: Path) -> Iterator[None]:
 
 def write_checkpoint(state: Mapping[str, Any], path: Path) -> None:
     """Write `state` such that `path` is always a whole checkpoint, the old one or the new one."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with on_disk(path), scratch.open("wb") as file:
-            torch.save(dict(state), file, pickle_protocol=4)
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
-    finally:
-        with suppress(OSError):
-            scratch.unlink()
+    with on_disk(path), whole_file(path, binary=True) as file:
+        torch.save(dict(state), file, pickle_protocol=4)
 
 
 @contextmanager
@@ -80,10 +71,10 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty folder whose files replace those of `folder` one by one, each whole, when all are written."""
     with on_disk(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as name:
-            yield Path(name)
-            for path in sorted(Path(name).iterdir()):
-                path.replace(folder / path.name)
+        with staged(folder.parent, folder.name) as stage:
+            yield stage
+            for path in sorted(stage.iterdir()):
+                replace_file(path, folder / path.name)
 
 
 class _Cautious(pickle.Unpickler):

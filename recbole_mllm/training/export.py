@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
+import os
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import torch
 
 from recbole_mllm.endpoints import is_server
 from recbole_mllm.errors import UserError
+from recbole_mllm.files import EXPORT, check_folder, outputs_of, publish, publish_new, remove_file, staged, write_text
 from recbole_mllm.mllm.exporting import CONFIGS, Question, write_decision, write_model
 from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.mllm.quantization import dequantized
@@ -25,7 +24,7 @@ from recbole_mllm.settings import MLLMSettings, Settings
 from recbole_mllm.training.checkpoint import LAST, read_checkpoint
 from recbole_mllm.training.exported import readme
 
-MARKER, _WRITER = "export.json", "recbole-mllm"
+_WRITER = "recbole-mllm"
 _CPU = torch.device("cpu")
 
 
@@ -45,26 +44,25 @@ def export(run: str, out: Path, *, merge: bool) -> Path:
 
     Args:
         run: A checkpoint (``.pth``), the folder beside it, a benchmark run's folder, or its id under ``results/``.
-        out: The folder; an earlier export there is replaced, anything else is left alone.
+        out: The folder; the files of an earlier export there are replaced, all others stay.
         merge: Whether an adapter is merged into its base model, so that the folder stands alone.
 
     Raises:
-        UserError: There is no such checkpoint, its base model is not the one found now, or `out` is something else.
+        UserError: There is no such checkpoint, its base model is not the one found now, or `out` is
+            something else (`check_folder`).
     """
-    _check_target(out)
-    found = _read(find_checkpoint(run))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        _write(found, scratch, merge)
-        scratch.chmod(0o755)
-        old = scratch.with_name(f"{scratch.name}.old")
-        if out.exists():
-            out.rename(old)
-        scratch.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    path = find_checkpoint(run)
+    check_folder(out, EXPORT, "--out", inputs=(path,))
+    found = _read(path)
+    folder = Path(os.path.realpath(out))
+    is_new = not folder.exists()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with staged(folder.parent if is_new else folder, folder.name) as stage:
+        _write(found, stage, merge)
+        if is_new:
+            publish_new(stage, folder)
+        else:
+            publish(stage, folder, EXPORT)
     return out
 
 
@@ -148,7 +146,7 @@ def _write(run: _Run, folder: Path, merge: bool) -> None:
     why = write_decision(mllm, question, folder)
     if kind == "adapter":  # with a config.json, transformers would look for whole weights here
         for config in CONFIGS:
-            (folder / config).unlink(missing_ok=True)
+            remove_file(folder / config)
     if why:
         logging.getLogger().warning(
             f"no decision_template.jinja: {why}; servers that give logprobs score it all the same"
@@ -166,17 +164,5 @@ def _write(run: _Run, folder: Path, merge: bool) -> None:
         "use_image": recommend.use_image,
         "decision_template": not why,
     }
-    (folder / "README.md").write_text(readme(about, question.style, why), encoding="utf-8")
-    (folder / MARKER).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-
-
-def _check_target(out: Path) -> None:
-    if not out.exists():
-        return
-    with suppress(OSError, ValueError, AttributeError):
-        if not any(out.iterdir()):
-            return
-        about = json.loads((out / MARKER).read_text(encoding="utf-8"))
-        if str(about.get("written_by", "")).startswith(_WRITER):
-            return
-    raise UserError(f"{out} is there already and is no export; give another --out, or remove it")
+    write_text(folder / "README.md", readme(about, question.style, why))
+    write_text(folder / EXPORT.manifest, json.dumps(about | {"outputs": outputs_of(folder)}, indent=2) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,8 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         self.place, self._resumed = Place(), False
         self._valid_result: Any = None
         self._random: dict[str, Any] | None = None
+        self.train_s = 0.0  # in batches alone, those before a resumed run was killed included
+        self._counted = time.perf_counter()
 
     def begin_epoch(self, epoch: int) -> None:
         """Stand at the epoch's start, or where in it a resumed run stood, with the random numbers it had."""
@@ -59,11 +62,19 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
             self._random = None
         if self.model.is_trained:
             copy_from_main(p for p in self.model.parameters() if p.requires_grad)
+        self._counted = time.perf_counter()
+
+    def count_seconds(self) -> None:
+        """Add to `train_s` what has passed since it was last added to, or since the epoch began."""
+        now = time.perf_counter()
+        self.train_s, self._counted = self.train_s + now - self._counted, now
 
     def note_step(self, steps: int) -> None:
         """Save the newest state where `steps` of the optimizer make it due."""
         if self.every and steps % self.every == 0:
+            self.count_seconds()
             self.save_last()
+            self._counted = time.perf_counter()
 
     def _valid_epoch(self, valid_data: Any, show_progress: bool = False) -> Any:
         found = super()._valid_epoch(valid_data, show_progress)
@@ -112,6 +123,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
                 "random": random_state(),
                 "scaler": self.precision.scaler.state_dict(),
                 "best_valid_result": valid_result,
+                "train_s": self.train_s,
                 "stopped": self.cur_step > self.stopping_step,  # early (utils/utils.py:113-154)
             },
         }
@@ -152,6 +164,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         self.saved_model_file = str(best_of(path))
         self.cur_step, self.best_valid_score = checkpoint["cur_step"], checkpoint["best_valid_score"]
         self.best_valid_result = training.get("best_valid_result")
+        self.train_s = float(training.get("train_s", 0.0))
         if scaler := training.get("scaler"):
             self.precision.scaler.load_state_dict(scaler)
         self.place, self._random, self._resumed = place, training.get("random"), True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import json
 import re
 import shutil
@@ -163,3 +164,21 @@ def test_a_picture_can_be_taken_in_light_and_dark(page, mode):
     picture = page.with_name(f"page{len(mode)}.png")
     _, console = browse(page, *mode, "--window-size=1280,1600", f"--screenshot={picture}")
     assert console == [] and picture.stat().st_size > 20_000
+
+
+@pytest.mark.parametrize(("width", "cut"), [(1280, False), (390, True)])
+def test_what_a_window_cuts_off_is_named_above_the_table(page, width, cut):
+    """Measured by the script of a reader: which heads of the board end beyond the window's table."""
+    script = """
+      const board = document.querySelector("#board"), region = board.parentElement;
+      const edge = region.getBoundingClientRect().right + 1, heads = [...board.tHead.rows[0].cells];
+      const beyond = heads.filter(h => !h.hidden && h.getBoundingClientRect().right > edge);
+      document.body.dataset.beyond = beyond.map(h => h.textContent.trim()).join(", ");
+    """
+    dom, console = browse(with_script(page, f"cut-{width}.html", script), "--dump-dom", f"--window-size={width},900")
+    beyond = html.unescape(re.search(r'data-beyond="([^"]*)"', dom)[1])  # type: ignore[index]
+    told = re.search(r'<p class="more"([^>]*)>([^<]*)</p>\s*<div class="scroll"[^>]*aria-label="Leaderboard', dom)
+    assert told and not console
+    assert bool(beyond) == ("hidden" not in told[1])
+    assert not beyond or told[2] == f"More to the right: {beyond} →"
+    assert beyond or not cut

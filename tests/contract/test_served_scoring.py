@@ -1,5 +1,6 @@
 """A fine-tuned model exported, served by a real `transformers serve`, and asked there: the scores of this process."""
 
+import json
 import os
 import shutil
 import socket
@@ -201,13 +202,20 @@ def test_an_export_replaces_an_export_and_nothing_else(merged, trained, tmp_path
     foreign.mkdir()
     (foreign / "thesis.tex").write_text("text")
     assert main(["export", str(trained), "--out", str(foreign)]) == 2
-    assert "is there already and is no export" in capsys.readouterr().err
+    assert "already holds thesis.tex and is not an export" in capsys.readouterr().err
     assert os.listdir(foreign) == ["thesis.tex"]
     copy = tmp_path / "copy"
     shutil.copytree(merged, copy)
-    (copy / "stale.txt").write_text("")
-    assert main(["export", str(trained), "--out", str(copy), "--merge"]) == 0
-    assert set(os.listdir(copy)) == set(os.listdir(merged))
+    (copy / "notes.txt").write_text("the user's own")
+    assert main(["export", str(trained), "--out", str(copy)]) == 0  # an adapter, where a whole model was
+    named = {entry["file"] for entry in json.loads((copy / "export.json").read_text())["outputs"]}
+    assert set(os.listdir(copy)) == named | {"export.json", "notes.txt"}
+    assert "adapter_config.json" in named and not named & {"config.json", "model.safetensors"}
+    (copy / "README.md").write_text("served on host 7")
+    capsys.readouterr()
+    assert main(["export", str(trained), "--out", str(copy)]) == 2
+    assert "README.md was changed after it was written" in capsys.readouterr().err
+    assert (copy / "README.md").read_text() == "served on host 7" and (copy / "notes.txt").is_file()
 
 
 def test_what_names_no_checkpoint_is_one_line(trained, tmp_path, monkeypatch, capsys):

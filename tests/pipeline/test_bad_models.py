@@ -88,11 +88,11 @@ def test_the_tests_of_the_table_are_those_of_scipy_on_the_per_user_arrays(result
         with np.load(results / str(runs[label].per_user)) as kept:
             order = np.argsort(kept["user"])
             arrays[label] = {name: kept[name][order] for name in kept.files}
-    best = max(GOOD, key=lambda label: arrays[label]["NDCG@10"].mean())
+    best = max(GOOD, key=lambda label: (runs[label].valid or {})["NDCG@10"])  # never by the test split
     (other,) = (label for label in GOOD if label != best)
     assert board.best_baseline == best
     row = next(row for row in board.rows if row.model == other)
-    names = [name for name in row.scores if name != "AUC"]
+    names = [name for name in row.scores if name != "AUC" and not name.startswith("Recall")]  # Recall is Hit here
     mine = {name: stats.ttest_rel(arrays[other][name], arrays[best][name]).pvalue for name in names}
     for name in names:
         assert row.scores[name].mean == pytest.approx(arrays[other][name].mean())

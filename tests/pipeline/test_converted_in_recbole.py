@@ -165,7 +165,8 @@ def test_pop_counts_every_target_and_nothing_else(
 def test_mllmmsr_knows_the_whole_history_behind_a_cut_list(paper: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, (_, _, test) = dataset(paper, "MLLMMSR", monkeypatch, MAX_ITEM_LIST_LENGTH=5)
     everything = {u: items for name in ("train", "valid", "test") for u, items in lists_of(paper, name).items()}
-    assert whole.histories == everything
+    assert whole.histories == {user: items[:-1] for user, items in everything.items()}
+    assert {user: set(items) for user, items in whole.met.items()} == {u: set(i) for u, i in everything.items()}
     users = raw(whole, "user_id", test.inter_feat["user_id"])
     assert dict(zip(users, test.inter_feat["_position"].tolist(), strict=True)) == {
         u: len(everything[u]) - 1 for u in users

@@ -3,8 +3,10 @@
 import hashlib
 import re
 import shutil
+import socket
 import sqlite3
-from contextlib import closing
+import threading
+from contextlib import closing, contextmanager
 
 import small_world
 
@@ -78,3 +80,55 @@ def test_what_a_killed_run_of_several_processes_left_counts_as_written_and_stays
     assert told.count(" to write: about") == 2 and " 0 known" not in told
     del before["steps.mllm.rank1.sqlite"]
     assert _kept(folder) == before
+
+
+@contextmanager
+def listening():
+    """Yield a port of this machine, and the list of whoever has connected to it."""
+    met = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def accept():
+            while True:
+                try:
+                    connection, address = server.accept()
+                except OSError:
+                    return
+                met.append(address)
+                connection.close()
+
+        threading.Thread(target=accept, daemon=True).start()
+        yield server.getsockname()[1], met
+
+
+def test_neither_a_dry_run_nor_a_plan_sends_anything_to_a_server(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["x"])
+    small_world.write(tmp_path / "dataset")
+    few = [
+        "--dataset",
+        "steps",
+        "--limit_users=6",
+        "--block_size=2",
+        "--item_summary_tokens=4",
+        "--user_summary_tokens=4",
+    ]
+    with listening() as (port, met):
+        name = f"server:dear/model@http://127.0.0.1:{port}/v1"
+        served = [f"--{key}={name}" for key in ("mllm", "item_summarizer", "user_summarizer")] + ["--finetune=none"]
+        assert main(["summarize", *few, *served, "--dry-run"]) == 0
+        told = capsys.readouterr().out
+        assert main(["plan", *few, *served]) == 0
+        capsys.readouterr()
+        assert main(["summarize", *few, f"--user_summarizer={name}", "--dry-run"]) == 0  # items by the bundled model
+        mixed = capsys.readouterr().out.splitlines()
+        assert main(["plan", *few, f"--user_summarizer={name}", "--probe"]) == 0
+        assert not met
+        socket.create_connection(("127.0.0.1", port)).close()  # else nothing was shown
+        assert len(met) == 1
+    counted = [int(n.replace(",", "")) for n in re.findall(r"([\d,]+) to write, by server:dear/model", told)]
+    assert told.count("a dry run sends nothing to a server") == 2 and "probe" not in told
+    assert "probe: " in mixed[0] and "sends nothing to a server" in mixed[1]
+    assert main(["summarize", *few]) == 0
+    made = tmp_path / "dataset" / "steps" / "steps.mllm.sqlite"
+    assert counted[0] == _answers(made, "SELECT COUNT(*) FROM answers WHERE kind = 'item'")

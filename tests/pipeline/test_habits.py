@@ -20,7 +20,8 @@ from recbole.utils import get_trainer, init_seed
 from recbole.utils.case_study import full_sort_topk
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from recbole_mllm.data.schema import POSITION
+from recbole_mllm.data.schema import HISTORY_NUMBER, POSITION
+from recbole_mllm.errors import UserError
 from recbole_mllm.model.sequential_recommender.mllmmsr import MLLMMSR
 from recbole_mllm.quick_start import make_config, run
 
@@ -62,12 +63,24 @@ def test_full_sort_topk_gives_the_order_of_predict_on_all_items(settings: dict[s
         every = torch.arange(1, small_world.ITEMS + 1)
         pairs = Interaction({
             "user_id": torch.full_like(every, int(user)), "item_id": every,
-            POSITION: torch.full_like(every, int(row[POSITION])),
+            **{field: torch.full_like(every, int(row[field])) for field in (POSITION, HISTORY_NUMBER)},
         })  # fmt: skip
         predicted = model.predict(pairs)
         assert set(own.tolist()) == set(every.tolist())
         assert torch.allclose(predicted[own - 1], own_scores, atol=1e-5)
         assert bool((own_scores.diff() <= 0).all())
+
+
+def test_full_sort_topk_names_a_user_without_a_test_row(settings: dict[str, Any]) -> None:
+    model, (*_, test), _ = made(settings | {"finetune": "none", "limit_users": 2})
+    rows = test._dataset
+    left_out = next(u for u in range(1, rows.user_num) if u not in rows.inter_feat["user_id"].tolist())
+    name = rows.id2token("user_id", left_out)
+    asked = [int(rows.inter_feat["user_id"][0]), left_out]
+    with pytest.raises(UserError, match=f"^user {name} has no row in the split that was given"):
+        full_sort_topk(asked, model, test, k=3)
+    with pytest.raises(UserError, match="no user of internal id 999"):
+        full_sort_topk([999], model, test, k=3)
 
 
 def test_tensorboard_shows_losses_and_validation_by_step_and_epoch(settings: dict[str, Any]) -> None:

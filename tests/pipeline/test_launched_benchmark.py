@@ -107,7 +107,7 @@ def test_the_leaderboard_is_that_of_one_process(tmp_path):
     for count in (1, 2):
         folder = tmp_path / f"n{count}"
         folder.mkdir()
-        done = launched(count, [ROOT / "run_recbole_mllm.py", *words, f"--output_dir={folder}"], folder)
+        done = launched(count, [ROOT / "run_recbole_mllm.py", *words, f"--output_dir={folder}"], tmp_path)
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.count("report: ") == 1
         found[count] = {r.label: r for r in read_records(folder / "runs.jsonl")}, folder

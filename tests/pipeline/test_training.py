@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from recbole.quick_start import load_data_and_model
 from recbole.utils import get_trainer, init_logger, init_seed
 
 from recbole_mllm.errors import UserError
+from recbole_mllm.fitting import Fit
 from recbole_mllm.model.sequential_recommender.mllmmsr import MLLMMSR
 from recbole_mllm.training.checkpoint import _COURSE, _MODEL, last_of, newest, read_checkpoint
 
@@ -108,14 +110,17 @@ def test_a_run_killed_in_an_epoch_goes_on_to_the_same_adapter_bit_for_bit(settin
     (last,) = (tmp_path / "saved").glob("*.last.pth")
     assert read_checkpoint(last, CPU)["training"]["place"][:2] == (1, 4)  # the sixth of 2 * 4 steps was never taken
 
-    losses = {}
+    before = read_checkpoint(last, CPU)["training"]["train_s"]
+    losses, seconds = {}, {}
     for name, more in (
         ("straight", {"checkpoint_dir": str(tmp_path / "straight")}),
         ("resumed", {"resume": "auto", "checkpoint_every_steps": 3}),
     ):
         trainer = _fit(settings, **more)
+        seconds[name] = trainer.train_s
         losses[name] = (trainer.train_loss_dict[1], trainer.best_valid_score, trainer.best_valid_result)
         losses[name] += (trainer.model.state_dict(), trainer.optimizer.state_dict()["state"], trainer.saved_model_file)
+    assert 0 < before < seconds["resumed"]  # what the killed run had spent counts
     straight, resumed = losses["straight"], losses["resumed"]
     assert straight[:3] == resumed[:3] and _same(straight[3], resumed[3])
     assert all(_same(straight[4][n], resumed[4][n]) for n in straight[4])
@@ -141,6 +146,7 @@ def test_a_finished_run_is_not_trained_again(settings):
     trainer, train, valid, test = _made(settings | {"resume": "auto", "checkpoint_every_steps": 2})
     assert trainer.fit(train, valid, verbose=False) == (first.best_valid_score, first.best_valid_result)
     assert trainer.train_loss_dict == {} and trainer.saved_model_file == first.saved_model_file
+    assert trainer.train_s == first.train_s > 0
     assert trainer.evaluate(test) == first.evaluate(test)
     _, model, *_ = load_data_and_model(str(last_of(Path(first.saved_model_file))))  # RecBole's own way of reloading
     assert _same(model.state_dict(), _state(last_of(Path(first.saved_model_file))))
@@ -153,7 +159,9 @@ def test_a_run_that_stopped_early_is_finished_however_many_epochs_are_asked_for(
     trainer.fit(train, valid, verbose=False)
     again, train, valid, _ = _made(settings | {"epochs": 9, "stopping_step": 0})
     again.resume_checkpoint(last_of(Path(trainer.saved_model_file)))
-    assert again.fit(train, valid, verbose=False)[0] == 0.5 and again.train_loss_dict == {}
+    fit = Fit(again)
+    assert fit.run(train, valid, verbose=False)[0] == 0.5 and again.train_loss_dict == {}
+    assert fit.scores == [] and fit.converged
 
 
 def test_auto_finds_nothing_of_a_run_with_other_settings(settings):
@@ -164,6 +172,42 @@ def test_auto_finds_nothing_of_a_run_with_other_settings(settings):
     for key, value in {"seed": 8, "lora_r": 4, "learning_rate": 0.1, "train_last_k": None}.items():
         config = {name: trainer.config[name] for name in (*_MODEL, *_COURSE)} | {key: value}
         assert newest(folder, base, config, CPU) is None
+
+
+class Calls:
+    """Something that would act when it is unpickled."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+def test_auto_passes_over_what_others_have_left_and_unpickles_none_of_it(settings, tmp_path, caplog):
+    trainer = _fit(settings, epochs=1, checkpoint_every_steps=3)
+    ours, base = Path(trainer.saved_model_file), trainer.model.other_parameter()["base"]
+    last, folder, marker = last_of(ours), ours.parent, tmp_path / "called"
+    whole = read_checkpoint(last, CPU)
+    assert newest(folder, base, trainer.config, CPU) == last
+    torch.save(whole | {"training": Calls(marker)}, folder / "MLLMMSR-calls.pth", pickle_protocol=4)
+    torch.save(Calls(marker), folder / "MLLMMSR-old.pth", _use_new_zipfile_serialization=False)
+    torch.save({"state_dict": {}}, folder / "MLLMMSR-other.pth")
+    torch.save(whole | {"config": {"model": "MLLMMSR"}}, folder / "MLLMMSR-dict.pth")
+    torch.save(whole | {"other_parameter": [1]}, folder / "MLLMMSR-list.pth")
+    (folder / "MLLMMSR-cut.pth").write_bytes(last.read_bytes()[:-4000])
+    (folder / "MLLMMSR-text.pth").write_text("hello")
+    (folder / "MLLMMSR-empty.pth").touch()
+    shutil.copy(last, folder / "MLLMMSR-alone.last.pth")  # without its best epoch beside it
+    foreign = sorted(path.name for path in folder.glob("MLLMMSR-[a-z]*.pth"))
+    (folder / "MLLMMSR-folder.pth").mkdir()
+    (folder / "MLLMMSR-nowhere.pth").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(folder / "MLLMMSR-pipe.pth")  # to open it would wait for ever
+    assert newest(folder, base, trainer.config, CPU) == last and not marker.exists()
+    told = [line for line in caplog.messages if "resume: auto passes over" in line]
+    assert len(told) == len(foreign) == 9 and all(any(name in line for line in told) for name in foreign)
+    with pytest.raises(UserError, match=r"MLLMMSR-cut\.pth cannot be read"):
+        read_checkpoint(folder / "MLLMMSR-cut.pth", CPU)
 
 
 def test_other_settings_within_an_epoch_are_refused(settings):

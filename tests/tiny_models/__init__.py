@@ -3,6 +3,7 @@
 from tiny_models.gemma import gemma3, paligemma
 from tiny_models.idefics import idefics3, smolvlm
 from tiny_models.llava import internvl, llama, llava, llava_next
+from tiny_models.pairs import PAIRS
 from tiny_models.qwen import qwen2_5_vl, qwen2_vl, qwen3_vl
 from tiny_models.text import TEXT_FAMILIES
 
@@ -20,4 +21,4 @@ FAMILIES = (
     internvl,
 )
 
-__all__ = ["FAMILIES", "TEXT_FAMILIES", *(build.__name__ for build in FAMILIES)]
+__all__ = ["FAMILIES", "PAIRS", "TEXT_FAMILIES", *(build.__name__ for build in FAMILIES)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from transformers import (
     Gemma3Config,
@@ -55,15 +56,15 @@ def gemma3(folder: Path, seed: int = 0) -> Path:
     )
 
 
-def paligemma(folder: Path, seed: int = 0) -> Path:
+def paligemma(folder: Path, seed: int = 0, text: Any = GemmaConfig, **shape: Any) -> Path:
     """Write a PaliGemma; it has no chat template."""
     words = gemma_sentencepiece(None)
     words.add_special_tokens({"additional_special_tokens": ["<image>"]})
     words.add_tokens([f"<loc{i:0>4}>" for i in range(1024)] + [f"<seg{i:0>3}>" for i in range(128)])
-    text = TEXT | {"head_dim": 16, "vocab_size": len(words), "pad_token_id": 0}
+    sizes = TEXT | {"head_dim": 16, "vocab_size": len(words), "pad_token_id": 0}
     config = PaliGemmaConfig(
         vision_config=SiglipVisionConfig(**VISION, vision_use_head=False),
-        text_config=GemmaConfig(**text),
+        text_config=text(**sizes | shape),
         **ids(words, image_token_index="<image>"),
         projection_dim=64,
         hidden_size=64,

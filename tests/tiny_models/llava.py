@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from transformers import (
     CLIPVisionConfig,
@@ -38,10 +39,10 @@ def llama(folder: Path, seed: int = 0, **shape: int) -> Path:
     return write(folder, LlamaForCausalLM, config, words, seed=seed)
 
 
-def llava(folder: Path, seed: int = 0, side: int = 32) -> Path:
+def llava(folder: Path, seed: int = 0, side: int = 32, text: Any = LlamaConfig, **shape: Any) -> Path:
     """Write a Llava of a SigLIP tower and a Llama with a SentencePiece tokeniser, which puts <s> in front itself.
 
-    `side` is that of an image in pixels, always cut into 16 patches.
+    `side` is that of an image in pixels, always cut into 16 patches; `text` another language model, with its `shape`.
     """
     words = llama_sentencepiece(templates.LLAVA)
     words.add_special_tokens({"pad_token": "<pad>", "additional_special_tokens": ["<image>"]})
@@ -49,7 +50,7 @@ def llava(folder: Path, seed: int = 0, side: int = 32) -> Path:
         vision_config=SiglipVisionConfig(
             **VISION | {"image_size": side, "patch_size": side // 4}, vision_use_head=False
         ),
-        text_config=LlamaConfig(vocab_size=len(words), **TEXT, bos_token_id=1, eos_token_id=2),
+        text_config=text(**TEXT | {"vocab_size": len(words), "bos_token_id": 1, "eos_token_id": 2} | shape),
         image_token_index=words.convert_tokens_to_ids("<image>"),
         image_seq_length=16,
         vision_feature_layer=-1,
@@ -70,13 +71,22 @@ def llava(folder: Path, seed: int = 0, side: int = 32) -> Path:
     )
 
 
-def llava_next(folder: Path, seed: int = 0, layers: int = 3, width: int = 64, tile: int = 32) -> Path:
+def llava_next(
+    folder: Path,
+    seed: int = 0,
+    layers: int = 3,
+    width: int = 64,
+    tile: int = 32,
+    text: Any = LlamaConfig,
+    **shape: Any,
+) -> Path:
     """Write a LLaVA-NeXT whose images are an overview and up to four tiles; `tile` is the side of one in pixels."""
     words = byte_level(_MISTRAL, templates.LLAVA_NEXT, **_NAMED)
     sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers}
+    sizes |= {"vocab_size": len(words), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     config = LlavaNextConfig(
         vision_config=CLIPVisionConfig(**VISION | _TOWER | {"image_size": tile}),
-        text_config=LlamaConfig(vocab_size=len(words), **TEXT | sizes, pad_token_id=0, bos_token_id=1, eos_token_id=2),
+        text_config=text(**TEXT | sizes | shape),
         image_token_index=words.convert_tokens_to_ids("<image>"),
         image_grid_pinpoints=_grids(tile),
         vision_feature_layer=-2,
@@ -104,7 +114,7 @@ def _grids(tile: int) -> list[list[int]]:
     return [[64, 64]] + [[32, 64], [64, 32]] if tile == 32 else [[2 * tile, 2 * tile]]
 
 
-def internvl(folder: Path, seed: int = 0) -> Path:
+def internvl(folder: Path, seed: int = 0, text: Any = Qwen2Config, **shape: Any) -> Path:
     """Write an InternVL with a Qwen2, byte-level BPE, images cut into up to three tiles."""
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>"]
     marks = {"start_image_token": "<img>", "end_image_token": "</img>"}
@@ -113,7 +123,9 @@ def internvl(folder: Path, seed: int = 0) -> Path:
     words = byte_level(special, templates.INTERNVL, **named)
     config = InternVLConfig(
         vision_config=InternVLVisionConfig(**VISION | {"image_size": [32, 32], "patch_size": [8, 8]}),
-        text_config=Qwen2Config(vocab_size=len(words), **TEXT, bos_token_id=None, eos_token_id=2, pad_token_id=0),
+        text_config=text(
+            **TEXT | {"vocab_size": len(words), "bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0} | shape
+        ),
         **ids(words, image_token_id="<IMG_CONTEXT>"),
         image_seq_length=4,
     )

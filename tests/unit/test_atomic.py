@@ -143,25 +143,34 @@ def test_no_path_leads_out_of_the_folder(tmp_path):
     (tmp_path / "secret.png").write_bytes(b"x")
     (folder / "link.png").symlink_to(tmp_path / "secret.png")
     assert inside(folder, "../secret.png") is None and inside(folder, "link.png") is None
-    assert find_image(folder, "../secret") is None
+    assert find_image(folder, "../secret") == (None, None)
 
 
 def test_images_by_id_are_found_in_the_folder_or_its_images(tmp_path):
     (tmp_path / "images").mkdir()
     Image.new("RGB", (2, 2)).save(tmp_path / "images" / "7.jpg")
-    assert find_image(tmp_path, "7") == tmp_path / "images" / "7.jpg" and find_image(tmp_path, "8") is None
+    assert find_image(tmp_path, "7") == (tmp_path / "images" / "7.jpg", None) and find_image(tmp_path, "8") == (
+        None,
+        None,
+    )
 
 
 def test_what_a_killed_process_had_begun_to_write_is_swept_away(tmp_path):
     path = tmp_path / "x.item"
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    (tmp_path / f".x.item.{ended.pid}.tmp").write_text("half")
-    (tmp_path / f".x.item.{os.getppid()}.tmp").write_text("of a process that is still at it")
-    (tmp_path / f".y.item.{ended.pid}.tmp").write_text("of another file")
+    (tmp_path / f".x.item.{ended.pid}.0a1b2c3d.tmp").write_text("half")
+    others = [
+        f".x.item.{os.getppid()}.0a1b2c3d.tmp",  # of a process that is still at it
+        f".y.item.{ended.pid}.0a1b2c3d.tmp",  # of another file
+        f".x.item.b.{ended.pid}.0a1b2c3d.tmp",
+        f".x.item.{ended.pid}.tmp",  # of another make
+        f".x.item.{ended.pid}.mine.tmp",
+    ]
+    for name in others:
+        (tmp_path / name).write_text("stays")
     write_atomic(path, {"item_id": "token"}, [("1",)])
-    left = sorted(file.name for file in tmp_path.iterdir())
-    assert left == sorted([f".x.item.{os.getppid()}.tmp", f".y.item.{ended.pid}.tmp", "x.item"])
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted([*others, "x.item"])
 
 
 def test_a_full_disk_is_one_line_and_the_earlier_file_stays(tmp_path):

@@ -22,6 +22,7 @@ from recbole_mllm.benchmark.jobs import BenchmarkPlan, jobs_of
 from recbole_mllm.benchmark.records import read_records
 from recbole_mllm.benchmark.run import benchmark
 from recbole_mllm.benchmark.worker import digests_of, run_job
+from recbole_mllm.config import config_paths, per_model
 from recbole_mllm.errors import UserError
 from recbole_mllm.evaluation import candidates
 from recbole_mllm.settings import Settings
@@ -194,7 +195,8 @@ def test_kill_9_and_start_again_gives_the_leaderboard_it_would_have_been(tmp_pat
     benchmark(plan(tmp_path, "Pop", "SASRec", "MLLMMSR", overrides=waiting), worker, print)
     straight = tmp_path / "straight"
     straight.mkdir()
-    (straight / "go").touch()
+    for name in ("go", "runs.jsonl"):  # without the latter the folder would be somebody else's
+        (straight / name).touch()
     benchmark(plan(tmp_path, "Pop", "SASRec", "MLLMMSR", overrides=waiting, output_dir=straight), worker, print)
     assert board(tmp_path) == json.loads((straight / "leaderboard.json").read_text())
 
@@ -226,6 +228,28 @@ def test_the_order_given_to_the_worker(tmp_path):
     assert order["overrides"]["epochs"] == 7 and order["defaults"]["epochs"] == 50
     assert variant.order()["overrides"]["use_image"] is False, "a label must mean what it says"
     assert (order["model"], order["limit_users"], order["config_files"]) == ("SASRec", 5, [str(config)])
+
+
+def test_a_quick_look_shortens_baselines_alone_and_the_command_line_wins(tmp_path):
+    names = ("SASRec", "GRU4Rec", "ItemKNN", "TALLRec", "MLLMMSR")
+    slow, quick = (
+        {job.entry.label: job for job in jobs_of(plan(tmp_path, *names, quick=how))} for how in (False, True)
+    )
+    assert quick["SASRec"].order()["overrides"] == {"epochs": 3, "eval_step": 1}
+    assert quick["GRU4Rec"].order()["overrides"]["epochs"] == 4
+    for name in ("ItemKNN", "TALLRec", "MLLMMSR"):
+        assert quick[name].order() == slow[name].order() and quick[name].run_id == slow[name].run_id
+    assert quick["SASRec"].run_id != slow["SASRec"].run_id
+    (given,) = jobs_of(plan(tmp_path, "SASRec", quick=True, overrides={"epochs": 9}))
+    assert given.order()["overrides"]["epochs"] == 9
+
+
+def test_the_posters_train_until_validation_stops_rising_unless_a_quick_look_is_asked_for(tmp_path):
+    preset = str(config_paths(["ml-100k-posters"])[0])
+    cap = per_model([preset], "SASRec")
+    assert cap["epochs"] >= 50 and cap["stopping_step"] == 2 and cap["eval_step"] == 1
+    (job,) = jobs_of(plan(tmp_path, "GRU4Rec", quick=True, config_files=(preset,)))
+    assert job.order()["overrides"] == {"epochs": 4, "eval_step": 1, "train_batch_size": 1024}
 
 
 def test_the_seeds_of_one_configuration_share_the_digest_and_a_changed_file_changes_it(tmp_path):

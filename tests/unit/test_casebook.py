@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from recbole_mllm.benchmark.casebook import SHOWN, Casebook, Place, choose, read_casebook
-from recbole_mllm.benchmark.cases import case_of, drawn, target_position
+from recbole_mllm.benchmark.cases import case_of, drawn
 from recbole_mllm.benchmark.ranking import build
 from recbole_mllm.benchmark.records import append, read_arrays
 from recbole_mllm.benchmark.report import render
@@ -111,9 +111,8 @@ def test_a_case_holds_nothing_at_or_after_the_target():
     preferences = SimpleNamespace(
         plan=plan, chain=lambda user, at: asked.append(at) or [], of=lambda user, at: f"read at {at}"
     )
-    told = case_of(preferences, "u", "a")
+    told = case_of(preferences, "u", 2, "a")
     assert (told["history"], told["position"], told["read"], asked) == (["a", "b"], 2, "read at 2", [2])
-    assert target_position(["a", "b"], {2}, "c") == 2, "a benchmark file's history does not hold its target"
 
 
 def test_texts_are_shown_after_their_blocks_with_what_changed(runs, tmp_path):

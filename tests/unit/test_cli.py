@@ -250,6 +250,14 @@ def test_options_may_stand_before_or_behind_the_command(monkeypatch):
     assert calls == [("d", "A,B", None, None, 1, False, options, 0)] * 3
 
 
+@pytest.mark.parametrize(("words", "quick"), [("--quick", True), ("", False)])
+def test_a_quick_look_is_asked_for(monkeypatch, words, quick):
+    calls = []
+    monkeypatch.setattr(benchmark_commands, "benchmark", lambda *given: calls.append(given) or 0)
+    assert main(f"benchmark --dataset d --models A {words}".split()) == 0
+    assert calls[0][6].quick is quick
+
+
 def test_config_files_are_separated_by_spaces(monkeypatch):
     calls = []
     monkeypatch.setattr(commands, "run_model", lambda *given: calls.append(given) or 0)

@@ -149,6 +149,27 @@ def test_csv_with_usual_names_and_any_separator(tmp_path: Path, separator: str) 
     assert titles(tmp_path / "c") == {"NA": "null", "b": "None"}
 
 
+@pytest.mark.parametrize("by", ["id", "column"])
+def test_a_link_that_leaves_the_raw_images_folder_brings_no_image(tmp_path: Path, by: str) -> None:
+    raw, photos = tmp_path / "raw", tmp_path / "photos"
+    raw.mkdir()
+    photos.mkdir()
+    (raw / "images").symlink_to(photos)  # the folder itself may be elsewhere
+    Image.new("RGB", (4, 4), "red").save(photos / "1.png")
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "secret.png")
+    (photos / "2.png").symlink_to(tmp_path / "secret.png")
+    (photos / "3.png").symlink_to("1.png")
+    named = (lambda n: f"{n}.png") if by == "column" else (lambda n: "")
+    (raw / "log.csv").write_text("user,item,time\nann,1,1\nann,2,2\nann,3,3\n")
+    (raw / "items.csv").write_text("item,title,image\n" + "".join(f"{n},t{n},{named(n)}\n" for n in (1, 2, 3)))
+    named_files = ["--interactions", "log.csv", "--items", "items.csv", "--image-dir", str(raw / "images")]
+    assert convert("csv", raw, tmp_path / "c", *named_files) == 0
+    found = {row["item_id"]: row["image"] for row in read_atomic(tmp_path / "c" / "c.item")}
+    assert found == {"1": "images/1.png", "2": "", "3": "images/3.png"}
+    assert sorted(path.name for path in (tmp_path / "c" / "images").iterdir()) == ["1.png", "3.png"]
+    assert "2.png leads out of the folder" in (tmp_path / "c" / "missing_images.tsv").read_text()
+
+
 def test_csv_with_named_columns_and_images_by_column(tmp_path: Path) -> None:
     raw = tmp_path / "raw"
     (raw / "pics").mkdir(parents=True)
@@ -165,9 +186,38 @@ def test_csv_with_named_columns_and_images_by_column(tmp_path: Path) -> None:
         ("s2", "Boot", ""),
     ]
     missing = (tmp_path / "c" / "missing_images.tsv").read_text()
-    assert "s2\t../../secret.png\t" in missing and "out of the" in missing
+    assert "s2\t../../secret.png\t" in missing and "leads out of the folder" in missing
     with Image.open(tmp_path / "c" / "images" / "s1.png") as image:
         assert image.size == (4, 4)
+
+
+def test_images_of_the_last_conversion_are_replaced_and_others_never(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw, made = tmp_path / "raw", tmp_path / "c" / "images"
+    (raw / "pics").mkdir(parents=True)
+    (raw / "t.csv").write_text("user,item\nann,s1\nann,s2\n")
+
+    def paint(path: Path, colour: str) -> bytes:
+        path.unlink(missing_ok=True)  # not through the link that the dataset may have of it
+        Image.new("RGB", (4, 4), colour).save(path)
+        return path.read_bytes()
+
+    def again() -> int:
+        return convert("csv", raw, tmp_path / "c", "--interactions", "t.csv", "--image-dir", str(raw / "pics"))
+
+    paint(raw / "pics" / "s1.png", "red")
+    assert again() == 0
+    blue = paint(raw / "pics" / "s1.png", "blue")
+    mine = paint(made / "s2.png", "green")
+    assert again() == 0
+    assert (made / "s1.png").read_bytes() == blue and (made / "s2.png").read_bytes() == mine
+    paint(raw / "pics" / "s2.png", "white")
+    assert f"{made / 's2.png'} is another image than" in refused(capsys, again())
+    assert (made / "s2.png").read_bytes() == mine
+    made.rename(tmp_path / "elsewhere")
+    made.symlink_to(tmp_path / "elsewhere")
+    assert "images in it is a link" in refused(capsys, again())
 
 
 @pytest.mark.parametrize(("folder", "written"), [("img", "img/1.png"), ("images", "images/1.png"), ("images", "1.png")])

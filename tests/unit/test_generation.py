@@ -1,15 +1,24 @@
 """Answers written side by side equal those written alone, whatever leaves or joins the batch, or runs out of memory."""
 
+import json
+
 import pytest
 import tiny_models
 import torch
+import yaml
 from PIL import Image
+from transformers import GenerationConfig
 
 from recbole_mllm.data.sampling import hash64
+from recbole_mllm.mllm.answering import PlainGeneration
 from recbole_mllm.mllm.base import Ask, Batch, Decoding, answers_of
 from recbole_mllm.mllm.hf import HFModel
+from recbole_mllm.mllm.rules import own_rules, passed_over, with_penalty
+from recbole_mllm.model.stages import make_stage
 from recbole_mllm.prompts import Prompt
-from recbole_mllm.settings import MLLMSettings
+from recbole_mllm.resources import PROPERTIES
+from recbole_mllm.settings import MLLMSettings, Settings
+from recbole_mllm.summaries.prepare import item_scribe, user_scribe
 
 COLORS = ("red", "green", "blue")
 LONG = Decoding(24)
@@ -189,3 +198,82 @@ def test_an_image_that_vanished_fails_alone(model, prompts, tmp_path):
 
 def test_hashes_name_streams_apart():
     assert len({hash64("write", 0, *ids) for ids in ((1, 2), (12,), (2, 1), (1, 2, 3))}) == 4
+
+
+RULES = [
+    {"repetition_penalty": 1.3},
+    {"repetition_penalty": 1.05, "no_repeat_ngram_size": 2},
+    {"suppress_tokens": [*range(60, 300)], "begin_suppress_tokens": [*range(300, 340)], "min_new_tokens": 9},
+    {"bad_words_ids": [[50], [51, 52]], "forced_eos_token_id": 2, "encoder_repetition_penalty": 1.2},
+    {"sequence_bias": [[[70], 4.0]], "exponential_decay_length_penalty": [3, 1.5], "encoder_no_repeat_ngram_size": 3},
+]
+
+
+@pytest.fixture
+def ruled(model, monkeypatch, request):
+    """The model with a `generation_config` on disk, as its folder would have one, and what is read off that."""
+    mllm, folder = model
+    path = folder / "generation_config.json"
+    before = path.read_text()
+    path.write_text(json.dumps(json.loads(before) | request.param))
+    monkeypatch.setattr(mllm.model, "generation_config", GenerationConfig.from_pretrained(folder))
+    yield mllm, own_rules(str(folder))
+    path.write_text(before)
+
+
+@pytest.mark.parametrize("ruled", RULES, indirect=True)
+def test_a_generation_config_is_followed_as_transformers_own_generate_follows_it(ruled, prompts, model):
+    mllm, rules = ruled
+    mllm.slots = 4
+    expected = [stock(mllm, prompt, 12) for prompt in prompts]
+    assert [answer.text for answer in answers_of(mllm, prompts, Decoding(12, rules=rules))] == expected
+    assert expected != [answer.text for answer in answers_of(mllm, prompts, Decoding(12))]
+    work = Batch(prompts, Decoding(12, rules=rules))
+    PlainGeneration(mllm.body, mllm.encoder, frozenset({2})).run(work)  # as a family that cannot be written in flight
+    assert [work.answers[place].text for place in range(len(prompts))] == expected
+    # a nucleus of next to nothing is the greedy choice, of the same logits
+    assert [a.text for a in answers_of(mllm, prompts, Decoding(12, 0.9, 1e-9, rules=rules))] == expected
+
+
+@pytest.mark.parametrize("ruled", [{"repetition_penalty": 1.3, "num_beams": 4, "top_k": 1}], indirect=True)
+def test_an_own_penalty_wins_and_another_way_of_decoding_is_named(ruled, prompts):
+    mllm, rules = ruled
+    assert json.loads(rules) == {"repetition_penalty": 1.3} and with_penalty(rules, 1.0) == ""
+    assert json.loads(with_penalty(rules, 1.5)) == {"repetition_penalty": 1.5}
+    assert passed_over(mllm.model.generation_config) == "num_beams: 4"
+    mllm.model.generation_config.num_beams, mllm.model.generation_config.repetition_penalty = 1, 1.5
+    expected = [stock(mllm, prompt, 12) for prompt in prompts]
+    texts = [a.text for a in answers_of(mllm, prompts, Decoding(12, rules=with_penalty(rules, 1.5)))]
+    assert texts == expected
+    mllm.model.generation_config.repetition_penalty = 1.0
+    expected = [stock(mllm, prompt, 12) for prompt in prompts]
+    assert [a.text for a in answers_of(mllm, prompts, Decoding(12))] == expected != texts
+
+
+def test_a_key_knows_of_rules_only_where_there_are_any():
+    assert str(Decoding(9)) == "greedy:9" and str(Decoding(9, rules="x")) == "greedy:9:x"
+    assert with_penalty("", None) == with_penalty("", 1.0) == "" != with_penalty("", 1.0, served=True)
+
+
+def test_the_summaries_of_a_run_take_a_models_own_rules_into_their_key_and_tag(tmp_path):
+    models = {name: tmp_path / name for name in ("plain", "penalised")}
+    for name, folder in models.items():
+        folder.mkdir()
+        own = {"repetition_penalty": 1.05 if name == "penalised" else 1.0, "eos_token_id": 2, "do_sample": True}
+        (folder / "generation_config.json").write_text(json.dumps(own))
+        (folder / "config.json").write_text("{}")
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "data.item").write_text("item_id:token\ttitle:token_seq\n1\ta\n")
+    base = yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text())
+
+    def made(name, **keys):
+        own = {"mllm": str(models[name]), "use_image": False, "item_summary": "text"}
+        stage = make_stage({"data_path": str(data)}, Settings.from_config(base | own | keys), torch.device("cpu"))
+        return str(item_scribe(stage, None).decoding), str(user_scribe(stage, None).decoding), stage.tag
+
+    penalty = '{"repetition_penalty": 1.05}'
+    assert made("plain")[:2] == ("greedy:200", "greedy:256") == made("penalised", summary_repetition_penalty=1)[:2]
+    assert made("penalised")[:2] == (f"greedy:200:{penalty}", f"greedy:256:{penalty}")
+    assert made("plain")[2] == made("plain", summary_repetition_penalty=1)[2]
+    assert len({made("penalised", summary_repetition_penalty=p)[2] for p in (None, 1, 1.3)}) == 3

@@ -13,7 +13,7 @@ from PIL import Image
 
 from recbole_mllm.data import item_images
 from recbole_mllm.data.images import find_image, inside, open_image, problem, resolve, write_report
-from recbole_mllm.data.item_images import ItemImages, Missing, broken
+from recbole_mllm.data.item_images import ItemImages, Missing, judged
 
 RED = (255, 0, 0)
 
@@ -199,9 +199,39 @@ def test_an_image_by_id_stays_in_the_folder_which_may_itself_be_a_link(tmp_path)
     folder = shop(tmp_path)
     (tmp_path / "link").symlink_to(folder)
     for parent in (folder, tmp_path / "link", folder / "images"):
-        assert find_image(parent, "1") and find_image(parent, "3")
-        assert find_image(parent, "2") is None and find_image(parent, "loop") is None
-    assert find_image(folder / "images", "../../secret") is None
+        (one, why), (three, _) = find_image(parent, "1"), find_image(parent, "3")
+        assert one is not None and one.is_file() and three is not None and why is None
+        none, reason = find_image(parent, "2")
+        assert none is None and str(reason).endswith("2.png leads out of the folder")
+        assert find_image(parent, "loop")[0] is None
+    assert find_image(folder / "images", "../../secret") == (None, None)
+
+
+def test_the_images_folder_of_a_dataset_may_be_a_link_and_links_may_stay_inside(tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    Image.new("RGB", (2, 2)).save(photos / "1.png")
+    Image.new("RGB", (2, 2)).save(tmp_path / "secret.png")
+    (photos / "2.png").symlink_to(tmp_path / "secret.png")
+    folder = tmp_path / "shop"
+    (folder / "own").mkdir(parents=True)
+    Image.new("RGB", (2, 2)).save(folder / "own" / "1.png")
+    (folder / "images").symlink_to(photos)
+    assert resolve(folder, "images/1.png") == (folder / "images/1.png", None)
+    assert resolve(folder, "images/2.png") == resolve(folder, "images/../../secret.png")
+    assert resolve(folder, "images/2.png") == (None, "leads out of the folder")
+    (folder / "images").unlink()
+    (folder / "images").mkdir()
+    (folder / "images" / "1.png").symlink_to("../own/1.png")
+    assert resolve(folder, "images/1.png") == (folder / "images/1.png", None)
+
+
+def test_a_link_by_id_that_leads_out_is_listed_as_missing(tmp_path):
+    folder, images = shop(tmp_path), ItemImages()
+    for item in ("1", "2", "9"):
+        images.add(folder, item, "", folder / "images")
+    assert set(images.found) == {"1"} and [lost.item for lost in images.absent] == ["9"]
+    assert images.missing == [Missing("2", str(folder / "images"), "2.png leads out of the folder")]
 
 
 def test_each_item_without_an_image_is_in_the_report(tmp_path):
@@ -230,11 +260,11 @@ def test_verdicts_are_remembered_until_the_file_changes(tmp_path, monkeypatch):
     paths["1"].write_bytes(b"")
     asked = []
     monkeypatch.setattr(item_images, "problem", lambda path: asked.append(path.name) or problem(path))
-    assert broken(tmp_path, paths) == {"1": "is empty"} and sorted(asked) == ["0.png", "1.png", "2.png"]
+    assert _broken(tmp_path, paths) == {"1": "is empty"} and sorted(asked) == ["0.png", "1.png", "2.png"]
     asked.clear()
-    assert broken(tmp_path, paths) == {"1": "is empty"} and asked == []
+    assert _broken(tmp_path, paths) == {"1": "is empty"} and asked == []
     paths["2"].write_bytes(b"<html>")
-    assert broken(tmp_path, paths) == {"1": "is empty", "2": "is no image (HTML page)"} and asked == ["2.png"]
+    assert _broken(tmp_path, paths) == {"1": "is empty", "2": "is no image (HTML page)"} and asked == ["2.png"]
 
 
 @pytest.mark.parametrize("memory", [b"", b"\xff\xfe", b"another edition\nx\ty\n", None])
@@ -243,9 +273,24 @@ def test_a_damaged_or_unwritable_memory_does_no_harm(tmp_path, monkeypatch, memo
     Image.new("RGB", (4, 4)).save(tmp_path / "0.png")
     beside = tmp_path / f".{tmp_path.name}.images"
     beside.mkdir() if memory is None else beside.write_bytes(memory)
-    assert broken(tmp_path, {"0": tmp_path / "0.png"}) == {}
+    assert _broken(tmp_path, {"0": tmp_path / "0.png"}) == {}
 
 
 def test_a_few_images_leave_no_file_behind(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "0.png")
-    assert broken(tmp_path, {"0": tmp_path / "0.png"}) == {} and len(list(tmp_path.iterdir())) == 1
+    assert _broken(tmp_path, {"0": tmp_path / "0.png"}) == {} and len(list(tmp_path.iterdir())) == 1
+
+
+def _broken(folder, images):
+    return judged(folder, images)[0]
+
+
+@pytest.mark.parametrize("remembered", [False, True])
+def test_odd_sizes_are_told_and_remembered(tmp_path, monkeypatch, remembered):
+    monkeypatch.setattr(item_images, "REMEMBER_FROM", 1 if remembered else 100)
+    sizes = {"ordinary": (300, 200), "long": (2, 300), "small": (3, 3), "tall poster": (100, 900)}
+    for name, size in sizes.items():
+        Image.new("RGB", size).save(tmp_path / f"{name}.png")
+    paths = {name: tmp_path / f"{name}.png" for name in sizes}
+    for _ in range(2):
+        assert judged(tmp_path, paths) == ({}, {"long": (2, 300), "small": (3, 3)})

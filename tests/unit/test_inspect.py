@@ -16,6 +16,7 @@ from recbole_mllm.errors import UserError
 from recbole_mllm.health.findings import findings
 from recbole_mllm.health.measure import measure
 from recbole_mllm.health.page import page
+from recbole_mllm.health.report import write_health
 from recbole_mllm.health.text import format_health
 
 INTER = "user_id:token\titem_id:token\ttimestamp:float\n"
@@ -47,7 +48,9 @@ def sound(folder: Path) -> Path:
 
 
 def told(folder: Path, image_dir: Path | None = None) -> str:
-    return "\n".join(f"{finding.what} {finding.todo}" for finding in findings(measure(folder, image_dir)))
+    return "\n".join(
+        f"{finding.what} {finding.todo}" for finding in findings(measure(folder, {"image_dir": image_dir}))
+    )
 
 
 def test_a_sound_dataset_has_nothing_to_warn_of(tmp_path):
@@ -183,7 +186,7 @@ def test_dataset_yaml_names_columns_files_and_images(tmp_path):
     with pytest.raises(UserError, match=r"x\.gone\.inter does not exist"):
         measure(folder)
     (folder / "dataset.yaml").write_text("a: [\n")
-    with pytest.raises(UserError, match=r"dataset\.yaml.* is no valid YAML"):
+    with pytest.raises(UserError, match=r"dataset\.yaml:2: it is no valid YAML"):
         measure(folder)
 
 
@@ -215,7 +218,8 @@ def test_a_dataset_is_given_by_folder_or_by_name(tmp_path, capsys):
     for words in (["s"], ["dataset/s"], ["dataset/s/"], [str(tmp_path / "dataset/s")], ["s", "--data_path=dataset"]):
         assert main(["inspect", *words]) == 0
     assert (tmp_path / "dataset" / "s" / "inspect.html").is_file()
-    assert main(["inspect", "s", "--output", "out/page.html"]) == 0
+    for _ in range(2):  # the second time over its own page
+        assert main(["inspect", "s", "--output", "out/page.html"]) == 0
     assert (tmp_path / "out" / "page.html").is_file() and "page: out/page.html" in capsys.readouterr().out
 
 
@@ -277,3 +281,13 @@ def test_inspect_starts_without_torch_recbole_or_pandas(tmp_path):
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": str(root)})
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+def test_an_image_that_qwens_processor_would_refuse_is_found(tmp_path):
+    folder = sound(tmp_path / "s")
+    Image.new("RGB", (1, 201)).save(folder / "images" / "0.png")
+    Image.new("RGB", (1, 200)).save(folder / "images" / "1.png")
+    said = told(folder)
+    assert "1 image is hardly one" in said and "1 x 201 pixels" in said
+    write_health(measure(folder), None)
+    assert "0.png\tis 1 x 201 pixels" in (folder / "missing_images.tsv").read_text()

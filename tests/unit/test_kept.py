@@ -9,14 +9,14 @@ import sys
 import time
 from pathlib import Path
 
-from recbole_mllm.kept import made_once
+from recbole_mllm.files import made_once
 
 ROOT = Path(__file__).resolve().parents[2]
 MAKER = f"""
 import sys, time
 from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
-from recbole_mllm.kept import made_once
+from recbole_mllm.files import made_once
 path, pause = Path(sys.argv[1]), float(sys.argv[2])
 def make(scratch):
     with (path.parent / "made.txt").open("a") as file:
@@ -43,14 +43,15 @@ def test_after_kill_9_the_next_one_makes_it_and_clears_up(tmp_path):
     path = tmp_path / "retriever-x.pth"
     maker = start(path, 60)
     deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("*.part-*")):
+    while not list(tmp_path.glob(".retriever-x.pth.*.tmp/*/retriever-x.pth")):
         assert time.monotonic() < deadline and maker.poll() is None
         time.sleep(0.02)
     os.kill(maker.pid, signal.SIGKILL)
     maker.wait()
     assert not path.exists()
     assert made_once(path, lambda scratch: scratch.write_text("whole") and None)
-    assert path.read_text() == "whole" and not list(tmp_path.glob("*.part-*"))
+    assert path.read_text() == "whole"
+    assert sorted(left.name for left in tmp_path.iterdir()) == [".retriever-x.pth.lock", "made.txt", path.name]
     assert not made_once(path, lambda scratch: scratch.unlink())
 
 
@@ -70,9 +71,11 @@ def test_one_that_fails_leaves_nothing_that_counts(tmp_path):
 
 
 def test_what_a_killed_one_left_is_removed_and_another_files_scratch_is_not(tmp_path):
-    ours, others = ("x.part-99.tag-a", ".x.part-99.tag-a.99.tmp"), ("x.part-99.tag-b", "x.tag-b", "y.part-9.tag-a")
-    for name in (*ours, *others):
-        (tmp_path / name).write_text("half")
+    mark = '{"written_by": "recbole-mllm", "folder": "x.tag-a"}'
+    for name, content in (("x.tag-a", mark), ("x.tag-ab", mark.replace("tag-a", "tag-ab")), ("x.tag-a.mine", "{}")):
+        (tmp_path / f".{name}.0.tmp" / name).mkdir(parents=True)
+        (tmp_path / f".{name}.0.tmp" / "staged.json").write_text(content)
+    (tmp_path / "x.part-99.tag-a").write_text("of the user")
     assert made_once(tmp_path / "x.tag-a", lambda scratch: scratch.write_text("whole") and None)
-    assert not any((tmp_path / name).exists() for name in ours)
-    assert all((tmp_path / name).read_text() == "half" for name in others)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"x.tag-a", ".x.tag-a.lock", ".x.tag-ab.0.tmp", ".x.tag-a.mine.0.tmp", "x.part-99.tag-a"}

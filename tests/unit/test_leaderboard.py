@@ -15,9 +15,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from recbole_mllm.benchmark.leaderboard import COSTS, SLICES, Leaderboard
+from recbole_mllm.benchmark.charts import group_charts, series
+from recbole_mllm.benchmark.evidence import Evidence
+from recbole_mllm.benchmark.leaderboard import COSTS, SLICES, Leaderboard, Row, Score
+from recbole_mllm.benchmark.page import page
 from recbole_mllm.benchmark.plot import quality_versus_cost
-from recbole_mllm.benchmark.ranking import build
+from recbole_mllm.benchmark.ranking import Contender, build, compare_rows
 from recbole_mllm.benchmark.records import RunRecord, append, read_arrays
 from recbole_mllm.benchmark.report import (
     format_csv,
@@ -28,7 +31,8 @@ from recbole_mllm.benchmark.report import (
     write_note,
 )
 from recbole_mllm.errors import UserError
-from tests.planted_runs import CANDIDATES, plant_run
+from recbole_mllm.evaluation.significance import auc_replicates, draw_users, sort_pairs
+from tests.planted_runs import CANDIDATES, plant_run, user_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 EVIL = '<script>alert("1")</script>|&'
@@ -41,7 +45,7 @@ def field(tmp_path) -> list[RunRecord]:
         plant_run(tmp_path, "Pop", 0.1),
         plant_run(tmp_path, "SASRec", 1.0),
         plant_run(tmp_path, "MLLMMSR", 2.2, "mllm"),
-        plant_run(tmp_path, "MLLMMSR:direct", 1.0, "mllm"),
+        plant_run(tmp_path, "[Twin]", 1.0, "mllm"),
     ]
 
 
@@ -66,39 +70,52 @@ def test_the_planted_order_comes_out_and_the_best_baseline_is_the_reference(boar
     assert all(score["p_vs_best_baseline"] is None for score in row_of(board, "SASRec")["metrics"].values())
     assert row_of(board, "MLLMMSR")["metrics"]["NDCG@10"]["p_vs_best_baseline"] < 0.001
     assert row_of(board, "Pop")["metrics"]["AUC"]["p_vs_best_baseline"] < 0.001
-    assert row_of(board, "MLLMMSR:direct")["metrics"]["NDCG@10"]["p_vs_best_baseline"] > 0.05
+    twin = row_of(board, "[Twin]")["metrics"]["NDCG@10"]
+    assert twin["p_vs_best_baseline"] > 0.05 and twin["p_vs_best_baseline"] >= twin["p_raw"]
 
 
 def test_the_published_schema_to_the_letter(board):
     told = json.loads(json.dumps(board.to_json(), allow_nan=False))
-    assert list(told) == ["dataset", "protocol", "candidates", "n_users", "metrics", "rows"]
+    about = ["dataset", "protocol", "candidates", "n_users", "metrics", "best_baseline", "best_baseline_chosen_on"]
+    assert list(told) == [*about, "rows"]
+    assert (told["best_baseline"], told["best_baseline_chosen_on"]) == ("SASRec", "validation")
     assert (told["dataset"], told["candidates"], told["n_users"]) == ("demo", CANDIDATES, 120)
     assert {"Hit@5", "MRR@5", "NDCG@5", "Recall@5", "NDCG@3", "NDCG@10", "GAUC", "AUC"} <= set(told["metrics"])
     for row in told["rows"]:
-        assert list(row) == ["model", "seeds", "status", "metrics", "cost", "slices"]
-        assert list(row["cost"]) == list(COSTS) and list(row["slices"]) == list(SLICES)
+        own = ["tested_against", "metrics", "converged", "summarize_reused", "cost", "slices"]
+        assert list(row) == ["model", "seeds", "status", *own]
+        assert list(row["cost"]) == ["load_s", "summarize_s", "train_s", "score_s", "pairs_per_s", "peak_memory_mb"]
+        assert list(row["slices"]) == list(SLICES)
         assert list(row["metrics"]) == told["metrics"]
         for score in row["metrics"].values():
-            assert list(score) == ["mean", "ci95", "p_vs_best_baseline"]
+            assert list(score) == ["mean", "ci95", "p_vs_best_baseline", "p_raw", "p_holm"]
             assert score["ci95"][0] <= score["mean"] <= score["ci95"][1]
         for part in row["slices"].values():
             assert list(part) == told["metrics"] and all(list(cell) == ["mean", "n"] for cell in part.values())
 
 
 def test_every_p_value_recomputed_from_the_arrays(field, tmp_path):
-    """t-tests and Holm's correction written out, without pooled AUC, which has no per-user values to recompute from."""
+    """t-tests and Holm's correction written out, without pooled AUC, which has no per-user values to recompute from.
+
+    With one target Recall is Hit, so the family holds one of the two.
+    """
     board = build([replace(record, scores=None) for record in field], tmp_path)
     by_label = {record.label: record for record in field}
     raw: dict[tuple[str, str], float] = {}
-    for label in ("Pop", "MLLMMSR", "MLLMMSR:direct"):
-        for metric in board.metrics:
+    for label in ("Pop", "MLLMMSR", "[Twin]"):
+        for metric in (name for name in board.metrics if not name.startswith("Recall")):
             mine, best = (per_user(tmp_path, by_label[name], metric) for name in (label, "SASRec"))
             raw[label, metric] = float(stats.ttest_rel(mine, best).pvalue)
             assert row_of(board, label)["metrics"][metric]["mean"] == pytest.approx(mine.mean())
     corrected = 0.0
     for place, (label, metric) in enumerate(sorted(raw, key=raw.__getitem__)):
         corrected = max(corrected, min(1.0, (len(raw) - place) * raw[label, metric]))
-        assert row_of(board, label)["metrics"][metric]["p_vs_best_baseline"] == pytest.approx(corrected)
+        told = row_of(board, label)["metrics"]
+        assert told[metric]["p_raw"] == pytest.approx(raw[label, metric])
+        assert told[metric]["p_holm"] == told[metric]["p_vs_best_baseline"] == pytest.approx(corrected)
+        if metric.startswith("Hit"):
+            same = told[metric.replace("Hit", "Recall")]
+            assert (same["p_raw"], same["p_holm"]) == (told[metric]["p_raw"], told[metric]["p_holm"])
 
 
 def test_slices_recomputed_from_the_arrays(field, board, tmp_path):
@@ -146,7 +163,7 @@ def test_a_failed_run_costs_one_row_and_keeps_the_schema(field, tmp_path):
     board = build([*field, failed], tmp_path)
     row = row_of(board, "NGCF")
     assert board.rows[-1].model == "NGCF" and row["status"] == "boom"
-    assert row["metrics"]["AUC"] == {"mean": None, "ci95": None, "p_vs_best_baseline": None}
+    assert row["metrics"]["AUC"] == dict.fromkeys(("mean", "ci95", "p_vs_best_baseline", "p_raw", "p_holm"))
     assert row["slices"]["tail"]["AUC"] == {"mean": None, "n": 0}
     assert "NGCF seed 2024 failed: boom" in format_table(board)
 
@@ -192,7 +209,7 @@ def test_two_configurations_of_a_model_are_two_rows_with_names_of_their_own(fiel
 def test_without_scores_auc_has_no_interval_and_the_rest_stands(field, tmp_path):
     records = [replace(record, scores=None, metrics={**record.metrics, "AUC": 0.7}) for record in field]
     row = row_of(build(records, tmp_path), "MLLMMSR")
-    assert row["metrics"]["AUC"] == {"mean": 0.7, "ci95": None, "p_vs_best_baseline": None}
+    assert {name: value for name, value in row["metrics"]["AUC"].items() if value is not None} == {"mean": 0.7}
     assert row["metrics"]["GAUC"]["ci95"] is not None
 
 
@@ -215,7 +232,10 @@ def test_every_form_says_the_same_numbers(field, tmp_path):
         score = row["metrics"]["NDCG@10"]
         assert (line["model"], float(line["NDCG@10"])) == (row["model"], score["mean"])
         assert [float(line["NDCG@10 low"]), float(line["NDCG@10 high"])] == score["ci95"]
-        assert line["NDCG@10 p"] == ("" if score["p_vs_best_baseline"] is None else str(score["p_vs_best_baseline"]))
+        told_p = [score[key] for key in ("p_vs_best_baseline", "p_raw", "p_holm")]
+        assert [line[f"NDCG@10 {end}"] for end in ("p", "p_raw", "p_holm")] == [
+            "" if p is None else str(p) for p in told_p
+        ]
         assert float(line["cold AUC"]) == row["slices"]["cold"]["AUC"]["mean"]
         for text in (markdown, page, format_leaderboard(tmp_path)):
             assert f"{score['mean']:.3f}" in text and row["model"] in text
@@ -309,3 +329,170 @@ def test_reports_need_neither_torch_nor_recbole():
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_variant_is_tested_against_its_full_model_and_not_against_a_baseline(field, tmp_path):
+    direct = plant_run(tmp_path, "MLLMMSR:direct", 1.0, "mllm")
+    board = build([*field, direct], tmp_path)
+    row = row_of(board, "MLLMMSR:direct")
+    assert row["tested_against"] == "MLLMMSR" and row_of(board, "MLLMMSR")["tested_against"] == "SASRec"
+    mine, full = per_user(tmp_path, direct, "NDCG@10"), per_user(tmp_path, field[2], "NDCG@10")
+    score = row["metrics"]["NDCG@10"]
+    assert score["p_raw"] == pytest.approx(stats.ttest_rel(mine, full).pvalue)
+    assert score["p_raw"] < score["p_holm"] < 0.05 and score["p_vs_best_baseline"] is None
+    assert "▼" in next(line for line in format_table(board).split("\n") if line.startswith("MLLMMSR:direct"))
+    for text in (format_table(board), format_markdown(board), page(board)):
+        assert "MLLMMSR:direct against MLLMMSR" in " ".join(text.split())
+    assert board.rows[0].model == "MLLMMSR" and "MLLMMSR is" in format_markdown(board)  # whom the first sentence is of
+    alone = build([field[2], direct], tmp_path)
+    assert row_of(alone, "MLLMMSR:direct")["metrics"]["NDCG@10"]["p_raw"] == score["p_raw"]
+    assert "No baseline has finished; tested are MLLMMSR:direct against MLLMMSR." in format_markdown(alone)
+
+
+def test_of_two_full_models_a_variant_is_tested_against_the_one_that_differs_least(field, tmp_path):
+    other = plant_run(tmp_path, "MLLMMSR", 2.0, "mllm", digest="ffffffff", config={"epochs": 9, "seed": 2024})
+    variant = plant_run(
+        tmp_path, "MLLMMSR:direct", 1.0, "mllm", config={"epochs": 9, "seed": 2024, "summary_mode": "direct"}
+    )
+    row = row_of(build([*field, other, variant], tmp_path), "MLLMMSR:direct")
+    assert row["tested_against"] == "MLLMMSR (ffffffff)"
+
+
+def test_the_best_baseline_is_the_best_on_validation_not_the_luckiest_on_test(field, tmp_path):
+    lucky = plant_run(tmp_path, "BPR", 1.6, valid={"NDCG@10": 0.2})
+    board = build([*field, lucky], tmp_path)
+    assert row_of(board, "BPR")["metrics"]["NDCG@10"]["mean"] > row_of(board, "SASRec")["metrics"]["NDCG@10"]["mean"]
+    assert board.best_baseline == "SASRec" and row_of(board, "BPR")["tested_against"] == "SASRec"
+    assert "the best baseline by NDCG@10 on validation" in format_markdown(board)
+
+
+def test_records_without_validation_fall_back_to_test_and_say_so(field, tmp_path):
+    """What an earlier version recorded: no validation metric, no loading seconds, nothing about convergence."""
+    lines = [json.loads(record.to_line()) for record in field]
+    for line in lines:
+        for name in ("valid", "converged", "load_s", "summarize_reused"):
+            del line[name]
+    (tmp_path / "runs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    board = render(tmp_path)
+    told = json.loads((tmp_path / "leaderboard.json").read_text())
+    assert (told["best_baseline"], told["best_baseline_chosen_on"]) == ("SASRec", "test")
+    assert all(row["converged"] is None and row["cost"]["load_s"] is None for row in told["rows"])
+    for text in (format_table(board), *((tmp_path / f"leaderboard.{end}").read_text() for end in ("md", "html"))):
+        assert "chosen on the test split because" in " ".join(text.split()) and "Pop" in text
+    assert "Recorded by an earlier version" in (tmp_path / "leaderboard.md").read_text()
+    assert "on test" in (tmp_path / "leaderboard.tex").read_text()
+
+
+def test_what_had_not_converged_is_marked_in_every_form(field, tmp_path):
+    stopped = plant_run(tmp_path, "GRU4Rec", 0.9, converged=False)
+    for record in (*field, stopped, replace(stopped, run_id="GRU4Rec-2025-0a1b2c3d", seed=2025, converged=True)):
+        append(tmp_path / "runs.jsonl", record)
+    board = render(tmp_path)
+    told = {row["model"]: row["converged"] for row in json.loads((tmp_path / "leaderboard.json").read_text())["rows"]}
+    assert told == {"GRU4Rec": False, "SASRec": True, "Pop": None, "MLLMMSR": True, "[Twin]": True}
+    table = csv.DictReader(io.StringIO((tmp_path / "leaderboard.csv").read_text()))
+    assert {line["model"]: line["converged"] for line in table if line["model"] in ("GRU4Rec", "SASRec", "Pop")} == {
+        "GRU4Rec": "false",
+        "SASRec": "true",
+        "Pop": "",
+    }
+    assert "| GRU4Rec ‡ not converged |" in (tmp_path / "leaderboard.md").read_text()
+    assert (tmp_path / "leaderboard.html").read_text().count("‡ not converged</b>") == 1
+    tex = (tmp_path / "leaderboard.tex").read_text()
+    assert r"GRU4Rec$^{\ddagger}$" in tex and r"$\ddagger$ not converged" in tex and r"SASRec$^{\dagger}$" in tex
+    assert "GRU4Rec ‡" in format_table(board) and "Not converged" in format_table(board)
+
+
+def test_reused_summaries_are_priced_with_a_mark(field, tmp_path):
+    reader = replace(field[2], summarize_reused=7, load_s=3.0, train_s=None)
+    for record in (*field[:2], reader):
+        append(tmp_path / "runs.jsonl", record)
+    board = render(tmp_path)
+    row = row_of(board, "MLLMMSR")
+    assert (row["summarize_reused"], row["cost"]["load_s"], row["cost"]["train_s"]) == (7, 3.0, None)
+    for text in (format_table(board), format_markdown(board), page(board)):
+        assert "12 s*" in text
+    assert "--tune" not in format_markdown(board)
+    tuned = build([*field[:2], replace(reader, tuning={"seconds": 60.0})], tmp_path)
+    assert "What --tune tried before is not in Train" in format_markdown(tuned)
+    assert "in the store already" in format_markdown(board) and "| 3 s | 12 s* | – | 3 s |" in format_markdown(board)
+    told = {r["model"]: r for r in csv.DictReader(io.StringIO(format_csv(board)))}
+    assert (told["MLLMMSR"]["summarize_reused"], told["MLLMMSR"]["load_s"], told["MLLMMSR"]["train_s"]) == (
+        "7",
+        "3.0",
+        "",
+    )
+
+
+def test_the_groups_stand_in_the_order_of_the_key_also_where_a_baseline_leads(tmp_path):
+    powers = {"SASRec": 2.0, "GRU4Rec": 1.4, "MLLMMSR": 1.0, "Pop": 0.1}
+    records = [
+        plant_run(tmp_path, name, power, "mllm" if name == "MLLMMSR" else "baseline") for name, power in powers.items()
+    ]
+    board = build(records, tmp_path)
+    assert [row.model for row in board.rows] == list(powers)
+    assert series(board) == {"SASRec": 1, "GRU4Rec": 2, "MLLMMSR": 0, "Pop": 3}
+    for chart in group_charts(board):
+        for band in chart.bands:
+            downwards = [mark.told.partition(",")[0] for mark in sorted(band.marks, key=lambda mark: mark.y)]
+            assert downwards == list(series(board)) == [model for model, _ in chart.table]
+    key = re.search(r'<ol class="keys">(.*?)</ol>', page(board), re.S)
+    assert key and re.findall(r"</svg>([^<]+)</li>", key[1]) == list(powers)
+
+
+def test_markdown_escapes_what_would_be_a_tag_and_nothing_else(field, tmp_path):
+    command = plant_run(tmp_path, "A&lt;B", 0.5, run_id="odd-1", dataset="a<b && c")
+    text = format_markdown(build([*field, command], tmp_path))
+    assert "p < .001" in text and "p < 0.05" in text
+    assert "| A&amp;lt;B |" in text, "an entity in a name is not decoded"
+    assert "--dataset 'a<b && c'" in text, "code decodes nothing"
+    assert "<summary>A&amp;lt;B, seed 2024</summary>" in text
+
+
+def test_the_terminal_names_the_whole_digest_and_the_users_once(field, tmp_path):
+    protocol = "leave-one-out (valid_and_test), order TO, candidates uni20 (seed 2024), a seeded sample of 120 users"
+    told = " ".join(format_table(build([replace(record, protocol=protocol) for record in field], tmp_path)).split())
+    assert f"{protocol} · candidates {CANDIDATES}" in told
+
+
+def equal_scorers(
+    rng: np.random.Generator, n_users: int, draws: np.ndarray | None
+) -> tuple[list[Row], list[Contender]]:
+    """Return 12 models that see the target equally well: ten baselines, MLLMMSR and a variant of it."""
+    names = [*(f"Twin{number}" for number in range(10)), "MLLMMSR", "MLLMMSR:direct"]
+    user, label = np.repeat(np.arange(n_users), 21), np.tile([1.0] + [0.0] * 20, n_users)
+    contenders, rows = [], []
+    for name in names:
+        scores = rng.normal(size=(2, n_users, 21))
+        scores[:, :, 0] += 1.0
+        valid, values = (user_metrics(part) for part in scores)
+        run = RunRecord(
+            run_id=name, model=name.partition(":")[0], label=name, kind="mllm" if "MLLM" in name else "baseline",
+            seed=1, dataset="null", status="ok", started="", metrics={"NDCG@10": 0.0},
+            valid={"NDCG@10": float(valid["NDCG@10"].mean())},
+        )  # fmt: skip
+        pairs = () if draws is None else (sort_pairs(user, label, scores[1].ravel()),)
+        evidence = Evidence(np.arange(n_users).astype(str), values, {}, pairs)
+        contenders.append(Contender(name, (run,), evidence, None if draws is None else auc_replicates(pairs, draws)))
+        means = {metric: Score(float(column.mean())) for metric, column in values.items()}
+        rows.append(Row(name, run.kind, (1,), "ok", (run,), means | ({"AUC": Score(0.5)} if pairs else {})))
+    return rows, contenders
+
+
+@pytest.mark.parametrize(
+    ("n_users", "repetitions", "pooled"),
+    [(40, 80, False), *(pytest.param(n, 1000, n < 100, marks=pytest.mark.slow) for n in (30, 60, 300))],
+)
+def test_a_table_of_equal_scorers_holds_a_false_mark_in_at_most_one_of_twenty(n_users, repetitions, pooled):
+    rng = np.random.default_rng(n_users)
+    draws = draw_users(n_users, 10**6, seed=1) if pooled else None
+    false = by_luck = 0
+    for _ in range(repetitions):
+        rows, contenders = equal_scorers(rng, n_users, draws)
+        tested, best, lacking = compare_rows(rows, contenders, "NDCG@10")
+        assert best is not None and not lacking
+        false += any(score.significant for row in tested for score in row.scores.values())
+        lucky = max(rows[:10], key=lambda row: row.mean("NDCG@10")).model
+        by_luck += lucky != best
+    assert by_luck > repetitions / 2  # the choice on validation is another one
+    assert stats.binomtest(false, repetitions, 0.05, alternative="greater").pvalue > 0.025

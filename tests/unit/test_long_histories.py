@@ -5,15 +5,19 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
+from PIL import Image
 from planned_server import Planned, error, serving
 
 from recbole_mllm.data.texts import Items
 from recbole_mllm.endpoints import Endpoint
 from recbole_mllm.errors import UserError
-from recbole_mllm.mllm.base import Batch, Decoding
+from recbole_mllm.mllm.base import Batch, Decoding, answers_of
+from recbole_mllm.mllm.blueprint import blueprint
+from recbole_mllm.mllm.encode import ROOM
 from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.mllm.server import ServerModel
-from recbole_mllm.prompts import Style
+from recbole_mllm.planning.readers import LocalReader
+from recbole_mllm.prompts import Prompt, Style, recommend_prompt
 from recbole_mllm.resources import PROPERTIES
 from recbole_mllm.settings import ServerSettings, Settings
 from recbole_mllm.summaries.users import Plan, openings
@@ -52,7 +56,7 @@ def test_a_history_too_long_for_the_model_is_told_the_setting_that_shortens_it(b
 
 def test_where_no_history_is_short_enough_only_room_helps(bundled, monkeypatch):
     monkeypatch.setattr(bundled.encoder, "max_text_tokens", 9)
-    with pytest.raises(UserError, match="tokens of fixed wording; raise it"):
+    with pytest.raises(UserError, match="fixed wording, .*over max_text_tokens = 9 tokens; raise max_text_tokens"):
         bundled.encoder(asked(summary_mode="direct", max_history=9))
 
 
@@ -63,3 +67,58 @@ def test_a_server_that_finds_a_history_too_long_is_told_of_both_ways_out():
         ServerModel(Endpoint("m", (planned.url,)), settings).write(
             Batch([asked(summary_mode="direct", max_history=3)], Decoding(9))
         )
+
+
+@pytest.fixture
+def narrow(bundled, monkeypatch):
+    """The bundled model, of 512 positions, with all the text tokens one could ask for."""
+    monkeypatch.setattr(bundled.encoder, "max_text_tokens", 10**6)
+    assert bundled.encoder.positions == bundled.model.config.get_text_config().max_position_embeddings == 512
+    return bundled
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    path = tmp_path_factory.mktemp("images") / "red.png"
+    Image.new("RGB", (40, 30), "red").save(path)
+    return path
+
+
+def test_image_tokens_and_the_answer_count_against_the_models_positions(narrow, picture):
+    image = narrow.encoder.image(picture)
+    long = recommend_prompt(STYLE, "word " * 600, "a mug", picture)
+    asked_now = narrow.encode([long])[0]
+    assert len(asked_now.ids) <= 512 - ROOM and asked_now.ids.count(image.ids[0]) == len(image.ids)
+    assert len(asked_now.ids) > 512 - ROOM - 8  # and all that there is is used
+    example = narrow.examples([long], torch.ones(1), narrow.answers(STYLE))[0]
+    assert len(example.ids) <= 512
+    written = answers_of(narrow, [long], Decoding(200))[0]
+    assert written.shortened and written.prompt_tokens + 200 <= 512
+    planned = LocalReader(blueprint("tiny", replace(SETTINGS.mllm, max_text_tokens=10**6)))
+    assert planned.written(long, 1, 200).longest == written.prompt_tokens
+    assert planned.written(long, 1).longest == len(asked_now.ids)
+
+
+@pytest.mark.parametrize(
+    ("room", "images", "helps", "useless"),
+    [
+        (
+            500,
+            0,
+            "lower item_summary_tokens or user_summary_tokens, or take a model with more than 512",
+            "images smaller",
+        ),
+        (48, 40, "make the images smaller, or take a model with more than 512 positions", "summary_tokens"),
+    ],
+)
+def test_where_positions_are_too_few_the_error_says_what_helps(narrow, picture, room, images, helps, useless):
+    prompt = Prompt("Describe this as well as you can. " * 3 + "<image>" * images, (picture,) * images)
+    with pytest.raises(UserError, match=f"model's 512 positions, .*{helps}") as caught:
+        narrow.encoder(prompt, room=room)
+    assert useless not in str(caught.value) and "max_text_tokens" not in str(caught.value)
+
+
+def test_a_history_too_long_for_the_positions_is_not_told_to_raise_max_text_tokens(narrow):
+    with pytest.raises(UserError, match=r"history .*512 positions.*smaller max_history.*more than 512") as caught:
+        narrow.encoder(asked(summary_mode="direct"))
+    assert "max_text_tokens" not in str(caught.value)

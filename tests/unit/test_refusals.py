@@ -83,3 +83,20 @@ def test_a_wrong_option_is_one_line(model, keys, said, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=re.escape(said)) as found:
         run(config_of(model, "steps", options))
     assert "\n" not in str(found.value)
+
+
+def test_a_full_disk_is_named_where_torch_speaks_of_its_own_file(tmp_path, monkeypatch):
+    import resource
+
+    monkeypatch.setattr("sys.argv", ["run"])
+    monkeypatch.chdir(tmp_path)
+    small_world.write(tmp_path / "dataset", images=False)
+    load = {"inter": ["user_id", "item_id", "timestamp"]}
+    config = config_of("BPR", "steps", Options({"epochs": 1, "load_col": load, "show_progress": False}))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, before[1]))  # as a full disk, for files that grow beyond it
+    try:
+        with pytest.raises(UserError, match=r"^BPR could not write its checkpoint: the disk is full"):
+            run(config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

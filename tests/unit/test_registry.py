@@ -58,18 +58,6 @@ def test_a_datasets_own_yaml_is_read_for_every_model(config, tmp_path, model):
     assert config(model, "mine", train_neg_sample_args=None, TIME_FIELD="t")["TIME_FIELD"] == "t"
 
 
-def test_candidates_are_frozen_where_the_configuration_says_so(monkeypatch):
-    stand_in = ModuleType("recbole_mllm.evaluation.candidates")
-    stand_in.freeze = lambda config, dataset, *loaders: ("frozen", dataset, *loaders)
-    monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)
-    utils = ModuleType("utils")
-    utils.create_dataset = lambda config: "dataset"
-    utils.data_preparation = lambda config, dataset: (1, 2, 3)
-    registry.prepare_our_way(utils)
-    assert utils.data_preparation({"frozen_candidates": True}, "data") == ("frozen", "data", 1, 2, 3)
-    assert utils.data_preparation({"frozen_candidates": None}, "data") == (1, 2, 3)
-
-
 def test_a_class_of_ours_that_cannot_be_imported_is_no_silent_fallback(monkeypatch):
     package = ModuleType("recbole_like")
     monkeypatch.setitem(sys.modules, "ours_broken", ModuleType("ours_broken"))

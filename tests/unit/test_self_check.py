@@ -58,7 +58,7 @@ UNKNOWN = {
         "flat",
         False,
     ),
-    # a recurrence that padding disturbs
+    # a recurrence, and logits capped by a setting of another name
     "recurrent_gemma": (
         RecurrentGemmaForCausalLM,
         RecurrentGemmaConfig(
@@ -69,7 +69,7 @@ UNKNOWN = {
             attention_window_size=16,
             block_types=["recurrent", "recurrent", "attention"],
         ),
-        "plain",
+        "flat",
         False,
     ),
 }

@@ -21,6 +21,7 @@ from recbole_mllm.errors import UserError
 from recbole_mllm.mllm.base import Answer, Batch, Decoding
 from recbole_mllm.mllm.chat import message
 from recbole_mllm.mllm.host import Host
+from recbole_mllm.mllm.rules import with_penalty
 from recbole_mllm.mllm.server import ServerModel
 from recbole_mllm.model.stages import make_stage
 from recbole_mllm.prompts import CLOSE, OPEN, Prompt
@@ -345,6 +346,13 @@ def test_an_image_that_cannot_be_read_is_refused_by_its_path_and_the_others_go_o
     assert len(work.answers) == 12
 
 
+def test_a_penalty_of_the_users_own_is_sent_and_none_otherwise():
+    with serving(Planned()) as planned:
+        ask([planned.url], PROMPTS[:1])
+        ask([planned.url], PROMPTS[:1], decoding=Decoding(9, rules=with_penalty("", 1.1, served=True)))
+        assert [body.get("repetition_penalty") for body in planned.bodies] == [None, 1.1]
+
+
 def test_nothing_is_asked_any_more_once_the_reader_stops():
     with serving(Planned(delay=0.05)) as planned:
         work = Batch([Prompt(str(n)) for n in range(200)], GREEDY)
@@ -396,9 +404,10 @@ def test_the_key_of_an_answer_knows_model_and_decoding_not_the_host():
         ("mllm", "server:m@http://a/v1", "finetune is lora, but mllm is behind a server"),
         ("item_summarizer", "server:m", "item_summarizer must read server:MODEL@"),
         ("server_concurrency", 0, "server_concurrency is 0; it must be a whole number, at least 1"),
-        ("server_patience", -1.0, "must be above 0"),
+        ("server_patience", -1.0, "must be a number, above 0"),
         ("server_key_env", KEY, "server_key_env must name an environment variable"),
-        ("summary_top_p", 0.0, "summary_top_p above 0"),
+        ("summary_top_p", 0.0, "summary_top_p is 0.0; it must be a number, above 0 and at most 1"),
+        ("summary_repetition_penalty", 0, "above 0"),
     ],
 )
 def test_a_wrong_setting_is_one_line_before_anything_runs(key, value, message):
@@ -420,4 +429,5 @@ def test_sampling_and_thinking_change_the_tag_only_where_they_are_set(tmp_path):
 
     assert tag(**both) == tag(**both, summary_seed=5, server_concurrency=2) != tag(**both, summary_temperature=0.6)
     assert tag(**both) != tag(**both, server_thinking=False), "YAML's off"
+    assert tag(**both) == tag(**both, summary_repetition_penalty=None) != tag(**both, summary_repetition_penalty=1.1)
     assert tag(**both).startswith("m-recurrent-b3-text-")

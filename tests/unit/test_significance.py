@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from scipy import stats
+from statsmodels.stats.multitest import multipletests
 
 from recbole_mllm.evaluation import significance as sig
 
@@ -76,6 +77,8 @@ def test_holm_as_in_the_textbook():
     p = [0.01, 0.04, 0.03, 0.005]
     assert sig.holm(p) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert sig.holm([]) == []
+    many = np.random.default_rng(6).random(200) ** 4
+    assert sig.holm(many.tolist()) == pytest.approx(multipletests(many, method="holm")[1].tolist())
 
 
 def test_pooled_auc_counts_every_pair_and_half_of_each_tie():
@@ -109,13 +112,51 @@ def test_a_planted_gain_in_auc_is_found_and_none_is_invented():
     (weak, weak_drawn), (strong, strong_drawn), (twin, twin_drawn) = run(0.3), run(1.3), run(0.3)
     everyone = np.ones(200)
     gain = sig.pooled_auc(strong, everyone) - sig.pooled_auc(weak, everyone)
-    assert sig.compare_auc(gain, strong_drawn, weak_drawn).p < 1e-6
+    assert sig.compare_auc(gain, strong_drawn, weak_drawn, 200).p < 1e-6
     luck = sig.pooled_auc(twin, everyone) - sig.pooled_auc(weak, everyone)
-    assert sig.compare_auc(luck, twin_drawn, weak_drawn).p > 0.01
-    assert sig.compare_auc(0.0, weak_drawn, weak_drawn).p == 1.0
+    assert sig.compare_auc(luck, twin_drawn, weak_drawn, 200).p > 0.01
+    assert sig.compare_auc(0.0, weak_drawn, weak_drawn, 200).p == 1.0
 
 
 def test_where_there_is_no_difference_one_test_in_twenty_says_there_is():
     rng = np.random.default_rng(9)
     p = [sig.compare_paired(*(rng.random((2, 100)) < 0.4).astype(float)).p for _ in range(400)]
     assert 0.02 < np.mean(np.array(p) < 0.05) < 0.09
+
+
+@pytest.mark.parametrize("n_users", [15, 120])
+def test_targets_far_down_a_long_ranking_give_no_more_false_marks(n_users):
+    """Of 1,000 items few targets are among the best ten, so most users differ in nothing."""
+    rng = np.random.default_rng(4)
+    hits = np.floor(1000 * rng.random((500, 2, n_users)) ** 1.5) < 10
+    p = [sig.compare_paired(*pair).p for pair in hits.astype(float)]
+    assert stats.binomtest(sum(value < 0.05 for value in p), len(p), 0.05, alternative="greater").pvalue > 0.01
+
+
+def auc_p_values(n_users: int, repetitions: int) -> np.ndarray:
+    """Return p-values of equal scorers, whose users differ in how high they score everything."""
+    rng = np.random.default_rng(8)
+    user, label = np.repeat(np.arange(n_users), 6), np.tile([1.0] + [0.0] * 5, n_users)
+    draws = sig.draw_users(n_users, 10**6, seed=3)
+    found = []
+    for _ in range(repetitions):
+        runs = [
+            sig.sort_pairs(user, label, (rng.normal(size=(n_users, 6)) + rng.normal(size=(n_users, 1))).ravel() + label)
+            for _ in range(2)
+        ]
+        one, two = (sig.auc_replicates([run], draws) for run in runs)
+        difference = np.subtract(*(sig.pooled_auc(run, np.ones(n_users)) for run in runs))
+        found.append(sig.compare_auc(float(difference), one, two, n_users).p)
+    return np.array(found)
+
+
+@pytest.mark.parametrize(
+    ("n_users", "repetitions"),
+    [(20, 150), pytest.param(20, 3000, marks=pytest.mark.slow), pytest.param(100, 1500, marks=pytest.mark.slow)],
+)
+def test_the_bootstrap_of_few_users_invents_no_difference_in_auc(n_users, repetitions):
+    p = auc_p_values(n_users, repetitions)
+    for level in (0.05, 0.01):
+        hits = int((p < level).sum())
+        assert stats.binomtest(hits, p.size, level, alternative="greater").pvalue > 0.01
+    assert (p < 0.2).any()

@@ -1,5 +1,6 @@
 """An epoch's training rows: negatives nobody met, the same rows grouped or not, known by seed and epoch alone."""
 
+import re
 import sys
 from collections import Counter
 
@@ -135,3 +136,37 @@ def test_negatives_a_model_must_choose_are_refused(settings):
     how = {"distribution": "uniform", "sample_num": 1, "alpha": 1.0, "dynamic": True, "candidate_num": 2}
     with pytest.raises(UserError, match="dynamic asks an MLLM about every candidate"):
         list(_loader(settings, train_neg_sample_args=how))
+
+
+EARLY = {
+    "dynamic": ({"train_neg_sample_args": {"dynamic": True}}, "dynamic asks an MLLM about every candidate"),
+    "no negative left": ({}, "user all has met all 60 items that occur in training, so no negative is left"),
+    "style": ({"prompt_style": "nothing"}, "prompt_style 'nothing' is unknown"),
+    "metric": ({"valid_metric": "MRR@7"}, "MRR@7 is not measured"),
+    "labels": ({"eval_args": {"mode": "labeled", "order": "TO"}}, "has no candidates to freeze"),
+    "retriever": ({"retriever": "SASRek"}, "'SASRek' cannot be had: it is no model of RecBole's; did you mean SASRec?"),
+}
+
+
+@pytest.mark.parametrize("case", EARLY)
+def test_what_no_training_could_do_is_refused_before_a_summary_or_a_model_is_made(
+    settings, tmp_path, monkeypatch, case
+):
+    from recbole_mllm.model.sequential_recommender import mllmmsr
+
+    def made(*given):
+        pytest.fail("summaries would be made, or a model loaded")
+
+    for name in ("make_stage", "HFModel", "Reranker"):
+        monkeypatch.setattr(mllmmsr, name, made)
+    folder = small_world.write(tmp_path, images=False)
+    everything = [f"all\t{small_world.item(n)}\t{n + 1}\n" for n in range(small_world.ITEMS + 2)]
+    with (folder / "steps.inter").open("a") as file:
+        file.writelines(everything if case == "no negative left" else ())
+    keys, said = EARLY[case]
+    config = Config(model="MLLMMSR", dataset="steps", config_dict={**settings, "data_path": str(tmp_path)} | keys)
+    config["frozen_candidates"] = None  # how the candidates are drawn is not the point
+    train, *_ = data_preparation(config, create_dataset(config))
+    config["frozen_candidates"] = True
+    with pytest.raises(UserError, match=re.escape(said)):
+        mllmmsr.MLLMMSR(config, train._dataset)

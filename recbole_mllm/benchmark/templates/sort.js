@@ -32,6 +32,24 @@ for (const table of document.querySelectorAll("table.sortable")) {
   });
 }
 
+// Name the columns that a narrow window cuts off, above the table they are of.
+function tellMore(region) {
+  const edge = region.getBoundingClientRect().right, table = region.querySelector("table");
+  const cut = [...table.tHead.rows[0].cells].filter((head) => !head.hidden && head.getBoundingClientRect().right > edge + 1);
+  const line = region.previousElementSibling;
+  const names = cut.map((head) => head.firstChild.textContent.trim() || head.textContent.trim());
+  line.hidden = region.scrollWidth <= region.clientWidth;
+  line.textContent = names.length ? "More to the right: " + names.join(", ") + " →" : "\u00a0";
+}
+
+const regions = [...document.querySelectorAll(".scroll")];
+for (const region of regions) {
+  region.insertAdjacentHTML("beforebegin", '<p class="more" hidden></p>');
+  region.addEventListener("scroll", () => tellMore(region), { passive: true });
+  region.closest("details")?.addEventListener("toggle", () => tellMore(region));
+}
+window.addEventListener("resize", () => regions.forEach(tellMore));
+
 // Show the metrics of one cut-off, beside those that have none; without JavaScript all of them stand there.
 const cuts = document.querySelector(".cuts");
 
@@ -40,6 +58,7 @@ function showCut(cut) {
   for (const cell of document.querySelectorAll("#board [data-cut]")) {
     cell.hidden = cut !== "all" && cell.dataset.cut !== "" && cell.dataset.cut !== cut;
   }
+  regions.forEach(tellMore);
 }
 
 for (const button of cuts.children) {
@@ -51,3 +70,4 @@ if (first.dataset.cut !== "all") {
   cuts.hidden = false;
   showCut(first.dataset.cut);
 }
+regions.forEach(tellMore);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from recbole_mllm import ranks
 from recbole_mllm.config import check_training
-from recbole_mllm.data.schema import POSITION
+from recbole_mllm.data.peruser import user_of
+from recbole_mllm.data.schema import HISTORY_NUMBER, POSITION
 from recbole_mllm.data.training import check_negatives
 from recbole_mllm.endpoints import is_server, parse_endpoint
 from recbole_mllm.errors import UserError
@@ -69,9 +71,11 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
         )
         self.preferences = make_preferences(stage, Plan(dataset.histories, dataset.positions))
         self.items, self.style = stage.items, stage.style
-        self.users = np.asarray(dataset.field2id_token[self.USER_ID]).astype(str)
+        self.history_names = dataset.history_names
         self.tokens = np.asarray(dataset.field2id_token[self.ITEM_ID]).astype(str)
+        self.summaries_spent, started = self.preferences.spent, time.perf_counter()
         self.mllm: Any = self._made_mllm(config["seed"])
+        self.load_s = self.preferences.load_s + time.perf_counter() - started
         self.answers = self.mllm.answers(self.style)
         self.backbone = getattr(self.mllm, "model", None)  # none where a server has it
         self.label_field = config["LABEL_FIELD"]
@@ -96,16 +100,16 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
         return mllm
 
     def prompts_of(self, rows: Iterable[Row]) -> list[Prompt]:
-        """Return the question of each (user, position, item), internal ids; training and scoring both ask it."""
+        """Return the question of each (history, position, item), by number; training and scoring both ask it."""
         out = []
-        for user, position, item in rows:
-            preference = self.preferences.of(str(self.users[user]), position)
+        for history, position, item in rows:
+            preference = self.preferences.of(self.history_names.name(history), position)
             out.append(question(self.style, self.settings.recommend, self.items, preference, str(self.tokens[item])))
         return out
 
     def rows_of(self, interaction: Interaction) -> list[Row]:
-        """Return (user, position, item) of each row, internal ids."""
-        columns = (interaction[self.USER_ID], interaction[POSITION], interaction[self.ITEM_ID])
+        """Return (history, position, item) of each row, by number."""
+        columns = (interaction[HISTORY_NUMBER], interaction[POSITION], interaction[self.ITEM_ID])
         return list(zip(*(column.tolist() for column in columns), strict=True))
 
     def calculate_loss(self, interaction: Interaction) -> Tensor:
@@ -156,7 +160,8 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
         """Return the raw user, raw item, position and label of each row, for people to read."""
         labels = interaction[self.label_field].tolist()
         rows = zip(self.rows_of(interaction), labels, strict=True)
-        return [(str(self.users[u]), str(self.tokens[i]), p, int(label)) for (u, p, i), label in rows]
+        name = self.history_names.name
+        return [(user_of(name(h)), str(self.tokens[i]), p, int(label)) for (h, p, i), label in rows]
 
     def predict(self, interaction: Interaction) -> Tensor:
         """Return ``[B]`` float32 log-odds of Yes: monotone in P(Yes) (paper, eq. 1), without its ties near 0 and 1."""
@@ -177,18 +182,18 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
         return short.ranked(logodds, self.reranker.share).to(self.device).view(-1)
 
     def _all_asked(self, interaction: Interaction) -> Tensor:
-        users = list(zip(interaction[self.USER_ID].tolist(), interaction[POSITION].tolist(), strict=True))
-        asked = self._known([(*user, item) for user in users for item in range(1, self.n_items)])
-        scores = torch.full((len(users), self.n_items), float("-inf"))
-        scores[:, 1:] = torch.tensor(asked).view(len(users), -1)
+        moments = list(zip(interaction[HISTORY_NUMBER].tolist(), interaction[POSITION].tolist(), strict=True))
+        asked = self._known([(*moment, item) for moment in moments for item in range(1, self.n_items)])
+        scores = torch.full((len(moments), self.n_items), float("-inf"))
+        scores[:, 1:] = torch.tensor(asked).view(len(moments), -1)
         return scores.to(self.device).view(-1)
 
     def rows_asked(self, interaction: Interaction, short: Shortlist) -> list[Row]:
-        """Return (user, position, item) of each pair that `short`, made of `interaction`, asks about, row by row."""
-        users, places = interaction[self.USER_ID].tolist(), interaction[POSITION].tolist()
+        """Return (history, position, item) of each pair that `short`, made of `interaction`, asks about, row by row."""
+        histories, places = interaction[HISTORY_NUMBER].tolist(), interaction[POSITION].tolist()
         rows, columns = np.nonzero(short.asked)
         items = short.asked[rows, columns].tolist()
-        return [(users[row], places[row], item) for row, item in zip(rows.tolist(), items, strict=True)]
+        return [(histories[row], places[row], item) for row, item in zip(rows.tolist(), items, strict=True)]
 
     def _known(self, rows: Sequence[Row]) -> list[float]:
         """Return the log-odds of `rows`; what has not been scored ahead is scored item by item, and forgotten."""

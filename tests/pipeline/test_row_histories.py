@@ -1,0 +1,290 @@
+"""What each row's prompt has read is that row's own list: told by a server that answers with the items it was shown."""
+
+import random
+import re
+from collections import Counter
+
+import pytest
+from planned_server import Planned, completion, serving
+
+from recbole_mllm.errors import UserError
+from recbole_mllm.quick_start import make_config
+
+pytest.importorskip("openai")
+
+EVALUATION = {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "uni3"}
+
+
+def shown(text):
+    """Return the items whose titles stand in `text`, in order."""
+    return re.findall(r"item-(\w+)", text)
+
+
+def read(text):
+    """Return the items a recommender's prompt has read: the first it names is the candidate."""
+    return shown(text)[1:]
+
+
+@pytest.fixture(scope="module")
+def url():
+    with serving(Planned(lambda n, text: completion(" ".join(f"item-{item}" for item in shown(text))))) as planned:
+        yield planned.url
+
+
+def walks(users=8, length=9):
+    """Users' items in order; users have items in common, none stands twice in a walk."""
+    return {f"u{user}": [f"i{user * 2 + place}" for place in range(length)] for user in range(users)}
+
+
+def rows_of(world, seed=0):
+    """Return the rows of each part as (user, target, list)."""
+    rng = random.Random(seed)
+    parts = {"train": [], "valid": [], "test": []}
+    for user, walk in walks().items():
+        last = len(walk) - 1
+        for place in range(1, len(walk)):
+            part = {last: "test", last - 1: "valid"}.get(place, "train")
+            if world in ("windows", "shuffled"):
+                parts[part].append((user, walk[place], walk[max(0, place - 3) : place]))
+            elif world == "beginnings":
+                parts[part].append((user, walk[place], walk[:place]))
+            elif world == "sessions":  # the second begins with the last item of the first, and then as the first did
+                second = [walk[3], walk[0], *walk[4:]]
+                own, at = (walk[:4], place) if place < 4 else (second, place - 3 + 1)
+                parts[part].append((user, own[at] if at < len(own) else walk[last], own[:at]))
+            elif world == "one a user" and place == last:
+                parts[("train", "valid", "test")[int(user[1:]) % 3]].append((user, walk[last], walk[:last]))
+    if world == "odd":
+        for user, walk in walks().items():
+            parts["train"] += [
+                (user, walk[5], walk[:3]),  # one list twice, with two targets
+                (user, walk[6], walk[:3]),
+                (user, walk[0], walk[:1]),  # an item taken again
+                (user, walk[2], [walk[0], walk[3], walk[2]]),
+                (user, walk[1], [walk[0], walk[0]]),
+            ]
+            parts["valid"].append((user, walk[7], [*walk[:3], walk[6]]))
+            parts["test"].append((user, walk[8], [walk[1], *walk[:3]]))
+    if world == "shuffled":
+        for rows in parts.values():
+            rng.shuffle(rows)
+    return parts
+
+
+def write_listed(folder, parts, user="user_id", item="item_id"):
+    folder.mkdir(parents=True)
+    for part, rows in parts.items():
+        lines = [f"{user}:token\t{item}:token\t{item}_list:token_seq"]
+        lines += [f"{user}\t{target}\t{' '.join(listed)}" for user, target, listed in rows]
+        (folder / f"{folder.name}.{part}.inter").write_text("\n".join(lines) + "\n")
+    write_items(folder, {own for rows in parts.values() for _, t, listed in rows for own in (t, *listed)}, item)
+
+
+def write_items(folder, items, field="item_id"):
+    lines = [f"{field}:token\ttitle:token_seq", *(f"{item}\titem-{item}" for item in sorted(items))]
+    (folder / f"{folder.name}.item").write_text("\n".join(lines) + "\n")
+
+
+def write_ties(folder, names):
+    folder.mkdir(parents=True)
+    user, item, time = names
+    lines = [f"{user}:token\t{item}:token\t{time}:float"]
+    lines += [f"{owner}\t{one}\t1700000000" for owner, walk in walks().items() for one in walk]
+    (folder / f"{folder.name}.inter").write_text("\n".join(lines) + "\n")
+    write_items(folder, {one for walk in walks().values() for one in walk}, item)
+
+
+LISTED = {
+    "benchmark_filename": ["train", "valid", "test"],
+    "alias_of_item_id": ["item_id_list"],
+    "load_col": {"inter": ["user_id", "item_id", "item_id_list"]},
+}
+
+
+def prompts_of(folder, url, monkeypatch, **keys):
+    """Return (user, target, prompt) of the target's row, for all rows of the three parts, as a run makes them."""
+    from recbole.data import create_dataset, data_preparation
+    from recbole.utils import get_model
+
+    monkeypatch.setattr("sys.argv", ["x"])
+    base = {
+        "data_path": str(folder.parent), "mllm": f"server:m@{url}", "finetune": "none", "use_image": False,
+        "item_summary": "none", "prompt_style": "demo", "eval_args": EVALUATION, "show_progress": False,
+        "MAX_ITEM_LIST_LENGTH": 2, "block_size": 2, "summary_temperature": 0.0,
+    }  # fmt: skip
+    config = make_config("MLLMMSR", folder.name, [], base | keys)
+    dataset = create_dataset(config)
+    loaders = data_preparation(config, dataset)
+    model = get_model("MLLMMSR")(config, loaders[0]._dataset)
+    found = []
+    for loader in loaders:
+        rows = loader._dataset.inter_feat
+        users, items = (
+            dataset.id2token(field, rows[field].numpy()) for field in (dataset.uid_field, dataset.iid_field)
+        )
+        texts = [prompt.text for prompt in model.prompts_of(model.rows_of(rows))]
+        found += zip(map(str, users), map(str, items), texts, strict=True)
+    return found
+
+
+def told(rows):
+    return Counter((user, target, tuple(items)) for user, target, items in rows)
+
+
+MODES = {
+    "recurrent": ({}, lambda own: own),
+    "the last two": ({"max_history": 2}, lambda own: own[-2:]),
+    "full blocks": ({"partial_block": False}, lambda own: own[: len(own) // 2 * 2]),
+    "direct": ({"summary_mode": "direct"}, lambda own: own),
+    "titles": ({"summary_mode": "none", "history_titles": 3}, lambda own: own[-3:]),
+}
+WORLDS = {
+    "windows": MODES, "shuffled": ["recurrent"], "sessions": ["recurrent", "direct"], "beginnings": ["the last two"],
+    "one a user": ["recurrent"], "odd": ["recurrent", "titles"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_prompt_has_read_its_own_rows_list_and_nothing_else(tmp_path, monkeypatch, url, world):
+    parts = rows_of(world)
+    write_listed(tmp_path / "win", parts)
+    for mode in WORLDS[world]:
+        keys, expected = MODES[mode]
+        found = prompts_of(tmp_path / "win", url, monkeypatch, **LISTED, **keys)
+        truth = told((user, target, expected(own)) for rows in parts.values() for user, target, own in rows)
+        assert told((user, target, read(text)) for user, target, text in found) == truth, mode
+
+
+def test_leaving_one_out_a_prompt_has_read_what_stands_before_its_target_in_the_file(tmp_path, monkeypatch, url):
+    """All times are equal, so that the order is the file's alone."""
+    write_ties(tmp_path / "ties", ("user_id", "item_id", "timestamp"))
+    truth = told((user, item, walk[:n]) for user, walk in walks().items() for n, item in enumerate(walk) if n)
+    for mode in ("recurrent", "full blocks"):
+        keys, expected = MODES[mode]
+        found = prompts_of(tmp_path / "ties", url, monkeypatch, **keys)
+        assert told((user, target, read(text)) for user, target, text in found) == Counter(
+            {(user, item, tuple(expected(list(own)))): n for (user, item, own), n in truth.items()}
+        ), mode
+
+
+def test_the_export_names_each_state_once_and_a_refresh_asks_nothing(tmp_path, monkeypatch, url):
+    from recbole_mllm.data.texts import read_user_summaries
+    from recbole_mllm.summaries.chains import history_digest
+
+    parts = rows_of("sessions")
+    write_listed(tmp_path / "win", parts)
+    prompts_of(tmp_path / "win", url, monkeypatch, **LISTED)
+    (path,) = (tmp_path / "win").glob("*.usum")
+    rows = read_user_summaries(path)
+    names = [(row.user, row.seen, row.history) for row in rows]
+    assert len(set(names)) == len(names) and [row.user for row in rows] == sorted(row.user for row in rows)
+    wanted = {(user, len(own), history_digest(own)) for own_rows in parts.values() for user, _, own in own_rows}
+    assert wanted <= set(names)
+    assert all(row.history == history_digest(shown(row.text)) for row in rows)
+    before = path.read_bytes()
+    truth = prompts_of(tmp_path / "win", url, monkeypatch, **LISTED, summarize="off")
+    assert path.read_bytes() == before and len(truth) == sum(map(len, parts.values()))
+
+
+def test_the_latest_training_rows_and_the_items_met_are_each_users_whatever_the_lists_show(tmp_path, monkeypatch):
+    from recbole.data import create_dataset
+
+    from recbole_mllm.data.training import training_pairs
+
+    parts = rows_of("shuffled")
+    write_listed(tmp_path / "win", parts)
+    for path in (tmp_path / "win").glob("*.inter"):  # seconds apart, which float32 cannot tell
+        header, *lines = path.read_text().splitlines()
+        rows = (line.split("\t") for line in lines)
+        timed = [f"{user}\t{item}\t{listed}\t{1_700_000_000 + int(item[1:])}" for user, item, listed in rows]
+        path.write_text("\n".join([f"{header}\ttimestamp:float", *timed]) + "\n")
+    monkeypatch.setattr("sys.argv", ["x"])
+    keys = LISTED | {"load_col": {"inter": ["user_id", "item_id", "item_id_list", "timestamp"]}, "train_last_k": 2}
+    dataset = create_dataset(
+        make_config("MLLMMSR", "win", [], {"data_path": str(tmp_path), "eval_args": EVALUATION, **keys})
+    )
+    train, *_ = dataset.build()
+    users, items = dataset.field2id_token["user_id"], dataset.field2id_token["item_id"]
+    rows = zip(*(train.inter_feat[field].tolist() for field in ("user_id", "item_id")), strict=True)
+    assert {(users[u], items[i]) for u, i in rows} == {(u, w[n]) for u, w in walks().items() for n in (5, 6)}
+    met = {(users[u], items[i]) for u, i in training_pairs(train).tolist()}
+    assert met == {(user, item) for user, walk in walks().items() for item in walk[:-2]}
+    assert {user: set(items) for user, items in train.met.items()} == {u: set(w) for u, w in walks().items()}
+
+
+def dataset_of(model, folder, monkeypatch, **keys):
+    from recbole.data import create_dataset
+
+    monkeypatch.setattr("sys.argv", ["x"])
+    base = {"data_path": str(folder.parent), "eval_args": EVALUATION, "train_neg_sample_args": None}
+    return create_dataset(make_config(model, folder.name, [], base | keys))
+
+
+@pytest.mark.parametrize("model", ["MLLMMSR", "SASRec"])
+@pytest.mark.parametrize(
+    ("columns", "keys", "words"),
+    [
+        (2, {}, r"win\.train\.inter:1: there is no column item_id_list:token_seq; benchmark files must list in it"),
+        (3, {"load_col": {"inter": ["user_id", "item_id"]}}, "load_col does not name item_id_list"),
+        (3, {"alias_of_item_id": None}, r"numbered apart .* set alias_of_item_id: \[item_id_list\]"),
+    ],
+)
+def test_benchmark_files_without_usable_lists_say_what_they_need(tmp_path, monkeypatch, model, columns, keys, words):
+    write_listed(tmp_path / "win", rows_of("windows"))
+    for path in (tmp_path / "win").glob("*.inter"):
+        rows = (line.split("\t")[:columns] for line in path.read_text().splitlines())
+        path.write_text("".join("\t".join(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=words):
+        dataset_of(model, tmp_path / "win", monkeypatch, **(LISTED | keys))
+
+
+def test_files_that_are_split_and_list_nothing_do_for_a_general_model(tmp_path, monkeypatch):
+    write_listed(tmp_path / "win", rows_of("windows"))
+    keys = LISTED | {"load_col": {"inter": ["user_id", "item_id"]}, "alias_of_item_id": None}
+    assert dataset_of("BPR", tmp_path / "win", monkeypatch, **keys).inter_num == 8 * 8
+
+
+OWN = {"USER_ID_FIELD": "userID", "ITEM_ID_FIELD": "business_id", "TIME_FIELD": "date"}
+
+
+@pytest.mark.parametrize("place", ["dataset.yaml", "keys"])
+def test_a_datasets_own_field_names_do_wherever_they_are_given(tmp_path, monkeypatch, url, place):
+    write_ties(tmp_path / "ties", OWN.values())
+    keys = OWN
+    if place == "dataset.yaml":
+        (tmp_path / "ties/dataset.yaml").write_text("".join(f"{key}: {name}\n" for key, name in OWN.items()))
+        keys = {}
+    found = prompts_of(tmp_path / "ties", url, monkeypatch, **keys)
+    truth = {(user, item): walk[:n] for user, walk in walks().items() for n, item in enumerate(walk) if n}
+    assert {(user, target): read(text) for user, target, text in found} == truth
+    assert all(shown(text)[0] == target for _, target, text in found)
+    for model in ("SASRec", "BPR"):
+        made = dataset_of(model, tmp_path / "ties", monkeypatch, **keys)
+        assert made.inter_num == 8 * 9 and made.time_field in made.inter_feat
+
+
+@pytest.mark.parametrize("model", ["MLLMMSR", "SASRec", "BPR"])
+def test_own_field_names_do_in_benchmark_files(tmp_path, monkeypatch, url, model):
+    parts = rows_of("one a user")
+    write_listed(tmp_path / "own", parts, "userID", "business_id")
+    load = {"load_col": {"inter": ["userID", "business_id", "business_id_list"]}}
+    keys = OWN | load | {"benchmark_filename": [*parts], "alias_of_item_id": ["business_id_list"]}
+    if model == "MLLMMSR":
+        found = prompts_of(tmp_path / "own", url, monkeypatch, **keys)
+        truth = told(row for rows in parts.values() for row in rows)
+        assert told((user, target, read(text)) for user, target, text in found) == truth
+    else:
+        assert dataset_of(model, tmp_path / "own", monkeypatch, **keys).build()[0].inter_num == len(parts["train"])
+
+
+def test_inspect_takes_field_names_from_config_files_and_keys(tmp_path, capsys):
+    from recbole_mllm.cli import main
+
+    write_ties(tmp_path / "ties", OWN.values())
+    folder, page = str(tmp_path / "ties"), f"--output={tmp_path / 'page.html'}"
+    assert main(["inspect", folder, page]) == 2
+    assert "name yours with USER_ID_FIELD and ITEM_ID_FIELD" in capsys.readouterr().err
+    (tmp_path / "own.yaml").write_text("".join(f"{key}: {name}\n" for key, name in OWN.items()))
+    for words in (["--config_files", str(tmp_path / "own.yaml")], [f"--{key}={name}" for key, name in OWN.items()]):
+        assert main(["inspect", folder, page, *words]) == 0
+        assert re.search(r"interactions +72;", capsys.readouterr().out)

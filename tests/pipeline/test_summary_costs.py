@@ -1,0 +1,46 @@
+"""What a run says its summaries took is what writing them took, whichever run wrote them; loading is told apart."""
+
+import sqlite3
+from contextlib import closing
+
+import pytest
+import small_world
+
+from recbole_mllm.quick_start import make_config, run
+
+
+@pytest.fixture
+def outcome(tmp_path, monkeypatch):
+    """Run MLLMMSR as it is on a small world, whose store is as the last run left it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["x"])
+    folder = small_world.write(tmp_path / "dataset")
+    keys = {"data_path": str(tmp_path / "dataset"), "limit_users": 4, "finetune": "none", "epochs": 0, "use_gpu": False}
+    keys |= {"item_summary_tokens": 4, "user_summary_tokens": 5, "metrics": ["Hit"], "topk": 5, "valid_metric": "Hit@5"}
+    keys |= {"eval_args": {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "uni5", "group_by": "user"}}
+    keys |= {"frozen_candidates": True, "state": "ERROR"}
+    return folder, lambda: run(make_config("MLLMMSR", "steps", [], dict(keys)))
+
+
+def _store(folder, query):
+    with closing(sqlite3.connect(folder / "steps.mllm.sqlite")) as db:
+        found = db.execute(query).fetchone()
+        db.commit()
+    return found and found[0]
+
+
+def test_a_run_from_a_full_store_tells_the_seconds_of_the_one_that_filled_it(outcome):
+    folder, again = outcome
+    first = again()
+    count, took = (_store(folder, f"SELECT {what} FROM answers") for what in ("COUNT(*)", "SUM(seconds)"))
+    assert first.summarize_s == pytest.approx(took) and first.summarize_reused == 0 and first.load_s > 0
+    second = again()  # users' texts come from the export, items' from the store
+    assert second.summarize_s == pytest.approx(first.summarize_s) and second.summarize_reused == count
+    for path in folder.glob("*.usum"):
+        path.unlink()
+    _store(folder, "DELETE FROM answers WHERE kind = 'item'")
+    _store(folder, "UPDATE answers SET seconds = 100")
+    third = again()  # users' texts come from the store, items' from the model
+    users = _store(folder, "SELECT COUNT(*) FROM answers WHERE kind = 'user'")
+    assert third.summarize_reused == users < count and 100 * users < third.summarize_s < 100 * users + 60
+    assert third.load_s > second.load_s / 10

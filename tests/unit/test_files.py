@@ -1,0 +1,332 @@
+"""Nothing that is not ours is written over or removed, whatever path is given; what is ours is whole or absent."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import stat
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from recbole_mllm.errors import UserError
+from recbole_mllm.files import (
+    BENCHMARK,
+    BUILTIN,
+    CONVERTED,
+    EXPORT,
+    check_file,
+    check_folder,
+    outputs_of,
+    publish,
+    recover,
+    set_folder_aside,
+    staged,
+    whole_file,
+    whole_text,
+    write_text,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+
+REMOVERS = {
+    *("rmtree", "unlink", "rmdir", "removedirs", "renames", "move", "copyfile", "copytree", "copy2", "copymode"),
+    *("write_text", "write_bytes", "symlink_to", "hardlink_to", "truncate"),
+}
+"""Names that mean files whatever they are called on; `_meant` knows those that may mean something else."""
+
+ELSEWHERE = {
+    ("recbole_mllm/arguments.py", "open"),  # of the standard output, by its number
+    ("recbole_mllm/benchmark/child.py", "open"),  # a child's log, in its run's own folder
+    ("recbole_mllm/summaries/salvage.py", "copy2"),  # the damaged store, under a free name
+    ("recbole_mllm/summaries/salvage.py", "copyfile"),  # into a folder of `staged`, as the next two
+    ("recbole_mllm/summaries/salvage.py", "copymode"),
+    ("recbole_mllm/mllm/exporting.py", "copyfile"),
+}
+
+
+def calls(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the line and name of each call in a module that removes, renames or overwrites a file."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module in ("os", "shutil"):
+            yield from ((node.lineno, name.name) for name in node.names if name.name in REMOVERS | AMBIGUOUS)
+        if isinstance(node, ast.Call) and (name := meant(node)):
+            yield node.lineno, name
+
+
+AMBIGUOUS = {"replace", "rename", "remove", "copy", "link", "symlink"}
+
+
+def meant(call: ast.Call) -> str | None:
+    """Return the name of a call that changes files. Of ``a.replace(b, c)`` only ``os.replace`` is one, of
+    ``a.replace(b)`` any: a text takes two arguments, a date and a dataclass names them."""
+    function = call.func
+    name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+    if isinstance(function, ast.Attribute) and name in REMOVERS:
+        return name
+    if isinstance(function, ast.Attribute) and name in AMBIGUOUS:
+        module = getattr(function.value, "id", "") in ("os", "shutil")
+        alone = name in ("replace", "rename") and len(call.args) == 1 and not call.keywords
+        return name if module or alone else None
+    if name == "open":
+        given = [*call.args, *(k.value for k in call.keywords if k.arg == "mode")]
+        modes = [a.value for a in given if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+        return name if any(set(mode) & {"w", "x"} and set(mode) <= set("wxbt+") for mode in modes) else None
+    return None
+
+
+def test_no_other_module_removes_renames_or_overwrites_files():
+    modules = [*(ROOT / "recbole_mllm").rglob("*.py"), *(ROOT / "dataset_converters").rglob("*.py")]
+    names = {path: str(path.relative_to(ROOT)) for path in modules}
+    found = {(names[path], name): line for path in modules for line, name in calls(path)}
+    others = {place: line for place, line in found.items() if place[0] != "recbole_mllm/files.py"}
+    assert set(others) == ELSEWHERE, {place: line for place, line in others.items() if place not in ELSEWHERE}
+    assert {name for place, name in found if place == "recbole_mllm/files.py"} >= {"rmtree", "unlink", "replace"}
+
+
+@pytest.mark.parametrize(
+    ("code", "name"),
+    [
+        ("path.unlink()", "unlink"), ("shutil.rmtree(x)", "rmtree"), ("from os import remove", "remove"),
+        ("path.replace(other)", "replace"), ("os.replace(a, b)", "replace"), ("a.rename(b)", "rename"),
+        ("open(p, 'wb')", "open"), ("p.open(mode='x')", "open"), ("p.write_text('')", "write_text"),
+        ("text.replace('a', 'b')", None), ("date.replace(year=1)", None), ("names.remove('x')", None),
+        ("frame.rename(columns={})", None), ("open(p, 'a')", None), ("gzip.open(p, 'rt')", None),
+    ],
+)  # fmt: skip
+def test_the_walk_knows_files_from_texts(tmp_path, code, name):
+    (tmp_path / "m.py").write_text(code)
+    assert [found for _, found in calls(tmp_path / "m.py")] == ([name] if name else [])
+
+
+def test_a_file_is_as_open_as_the_umask_says_and_a_link_is_not_followed(tmp_path):
+    (tmp_path / "of-the-user").write_text("mine")
+    (tmp_path / "x").symlink_to(tmp_path / "of-the-user")
+    before = os.umask(0o027)
+    try:
+        write_text(tmp_path / "x", "ours")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "of-the-user").read_text() == "mine" and not (tmp_path / "x").is_symlink()
+    assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o640
+
+
+def test_offloaded_weights_go_into_a_folder_of_their_own(tmp_path):
+    from recbole_mllm.mllm.dispatching import _check_offload
+
+    for name in ("index.json", "lm_head.weight.dat"):  # as accelerate leaves it
+        (tmp_path / name).write_text("")
+    _check_offload(tmp_path)
+    _check_offload(tmp_path / "new")
+    (tmp_path / "thesis.dat.tex").write_text("mine")
+    with pytest.raises(UserError, match=r"holds thesis\.dat\.tex"):
+        _check_offload(tmp_path)
+
+
+def test_a_compressed_text_has_one_form(tmp_path):
+    for name in ("a.jsonl.gz", "b.jsonl.gz"):
+        with whole_text(tmp_path / name) as file:
+            file.write("one\n")
+    assert (tmp_path / "a.jsonl.gz").read_bytes() == (tmp_path / "b.jsonl.gz").read_bytes()
+
+
+def test_a_full_disk_is_told_with_the_file_it_met():
+    script = """
+        import resource, sys, tempfile
+        from pathlib import Path
+        from recbole_mllm.files import whole_file
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))  # as a full disk, for files beyond it
+        with tempfile.TemporaryDirectory() as name:
+            path = Path(name) / "x"
+            try:
+                with whole_file(path, binary=True) as file:
+                    file.write(bytes(100_000))
+            except OSError as error:
+                print(error.filename == str(path), list(Path(name).iterdir()))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "True []", done.stderr
+
+
+def fill(folder: Path, files: Mapping[str, str]) -> Path:
+    """Write `files` with a manifest as `convert` leaves it."""
+    folder.mkdir(exist_ok=True)
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    listed = [entry for entry in outputs_of(folder) if entry["file"] in files]
+    (folder / "manifest.json").write_text(json.dumps({"converter": "csv", "outputs": listed}))
+    return folder
+
+
+def test_an_output_of_ours_is_taken_again_and_what_is_not_is_named(tmp_path):
+    ours = fill(tmp_path / "d", {"d.inter": "old", "dataset.yaml": "a: 1"})
+    (ours / "d.mllm.sqlite").write_text("summaries cost days")
+    check_folder(ours, CONVERTED, "--out")
+    for kind, word in ((EXPORT, "it is a dataset that `convert` wrote"), (BENCHMARK, "not a benchmark's results")):
+        with pytest.raises(UserError, match=word):
+            check_folder(ours, kind, "--out")
+    with pytest.raises(UserError, match=r"holds d\.item, which is not of the earlier output"):
+        (ours / "d.item").write_text("the user's")
+        check_folder(ours, CONVERTED, "--out", writes=["d.item"])
+    with pytest.raises(UserError, match=r"dataset\.yaml was changed after it was written"):
+        (ours / "dataset.yaml").write_text("a: 2")
+        check_folder(ours, CONVERTED, "--out")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("manifest.json", '{"manifest_version": 3, "name": "an extension of a browser"}'), ("manifest.json", "[1]"),
+        ("manifest.json", "[" * 100_000), ("manifest.json", '{"converter": 1, "outputs": "all"}'),
+        ("manifest.json", ""), ("manifest.json", "\0\xff"),
+        ("runs.jsonl", '{"epoch": 1}\n{"epoch": 2}\n'), ("export.json", '{"written_by": "somebody"}'),
+        ("README.md", "# mine"), ("dataset.yaml", "mine: true"), ("note.txt", "mine"), (".hidden", ""),
+    ],
+)  # fmt: skip
+def test_a_folder_that_only_looks_like_ours_is_refused(tmp_path, name, content):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / name).write_text(content, encoding="utf-8")
+    for kind in (CONVERTED, BUILTIN, EXPORT, BENCHMARK):
+        with pytest.raises(UserError, match="already holds"):
+            check_folder(tmp_path / "d", kind, "--out")
+
+
+@pytest.mark.parametrize("content", ["", '{"run_id": "a"}\n', 'torn\n{"run_id": "a"}\n', '{"candidates": "12ab", "com'])
+def test_results_are_known_by_their_records_the_first_of_which_may_be_torn(tmp_path, content):
+    (tmp_path / "runs.jsonl").write_text(content)
+    (tmp_path / "note.txt").write_text("ours")
+    check_folder(tmp_path, BENCHMARK, "--output_dir")
+
+
+def test_a_manifest_that_names_other_places_removes_nothing_there(tmp_path):
+    for place in ("victim", "d/sub/victim"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).write_text("mine")
+    ours, outside = tmp_path / "d", tmp_path / "outside"
+    outside.mkdir()
+    (outside / "victim").write_text("mine")
+    (ours / "link").symlink_to(outside)
+    fill(ours, {"d.inter": "old"})
+    about = json.loads((ours / "manifest.json").read_text())
+    about["outputs"] += [{"file": name} for name in ("../victim", str(tmp_path / "victim"), "sub/victim", "..", "", 7)]
+    about["outputs"] += [{"file": "sub"}, {"file": "link", "outputs": [{"file": "victim"}]}, 3, None]
+    (ours / "manifest.json").write_text(json.dumps(about))
+    with staged(ours, "d") as stage:
+        fill(stage, {"d.inter": "new"})
+        publish(stage, ours, CONVERTED)
+    assert (ours / "d.inter").read_text() == "new"
+    for place in ("victim", "d/sub/victim", "outside/victim"):
+        assert (tmp_path / place).read_text() == "mine"
+
+
+def killed_at(step: int, work: Callable[[], None]) -> bool:
+    """Do `work` in a process that ends, as under ``kill -9``, before its change number `step` of a folder; say whether
+    it did."""
+    child = os.fork()
+    if child:
+        return bool(os.waitpid(child, 0)[1])
+    left = step
+
+    def mortal(real: Callable[..., object]) -> Callable[..., object]:
+        def call(*args: object, **kwargs: object) -> object:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                os._exit(9)
+            return real(*args, **kwargs)
+
+        return call
+
+    for name in ("replace", "unlink", "rename", "rmdir", "mkdir"):
+        setattr(os, name, mortal(getattr(os, name)))
+    try:
+        work()
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
+def test_what_a_killed_process_was_making_is_removed_by_the_next_and_what_a_living_one_makes_is_not(tmp_path):
+    def make() -> None:
+        with staged(tmp_path, "d") as stage:
+            (stage / "half").write_text("")
+            os._exit(9)
+
+    assert killed_at(100, make) and len(list(tmp_path.iterdir())) == 1
+    with staged(tmp_path, "d") as stage:
+        assert list(tmp_path.iterdir()) == [stage.parent]
+        (stage / "half").write_text("")
+        with staged(tmp_path, "d"):
+            assert (stage / "half").is_file()
+        (stage.parent / "of the user").write_text("")
+    assert [path.name for path in stage.parent.iterdir()] == ["of the user"]
+
+
+def test_results_that_make_room_take_a_free_name(tmp_path):
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "note.txt").write_text("old")
+    (tmp_path / "demo.1").mkdir()
+    (tmp_path / "demo.2").symlink_to(tmp_path / "nowhere")
+    assert set_folder_aside(tmp_path / "demo") == tmp_path / "demo.3"
+    assert (tmp_path / "demo.3" / "note.txt").read_text() == "old" and not (tmp_path / "demo").exists()
+    (tmp_path / "demo").symlink_to(tmp_path / "demo.3")
+    with pytest.raises(UserError, match="is a link"):
+        set_folder_aside(tmp_path / "demo")
+
+
+def test_a_file_is_taken_where_it_is_new_empty_or_of_its_kind(tmp_path):
+    def check(name: str) -> Path:
+        return check_file(tmp_path / name, "--out", lambda head: head.startswith(b"ours"), "ours")
+
+    (tmp_path / "empty").touch()
+    (tmp_path / "ours").write_text("ours")
+    with whole_text(tmp_path / "ours.gz") as file:
+        file.write("ours, packed")
+    (tmp_path / "link").symlink_to("ours")
+    for name in ("new", "deep/down/new", "empty", "ours", "ours.gz"):
+        assert check(name) == tmp_path / name
+    assert check("link") == tmp_path / "ours"
+    with whole_file(tmp_path / "theirs.gz", binary=True) as file:
+        file.write(b"\x1f\x8b no gzip at all")
+    with pytest.raises(UserError, match="there already and is not ours"):
+        check("theirs.gz")
+
+
+OLD = {"d.inter": "old", "d.item": "old", "dataset.yaml": "old"}
+NEW = {"d.inter": "new", "rejected.tsv": "new", "dataset.yaml": "new"}
+
+
+def test_an_output_cut_short_anywhere_is_old_or_absent_and_the_next_run_makes_it_new(tmp_path):
+    seen, there = [], dict[str, str]()
+
+    def look(folder: Path) -> dict[str, str]:
+        return {name: (folder / name).read_text() for name in OLD | NEW if (folder / name).exists()}
+
+    def replace() -> None:
+        with staged(ours, "d") as stage:
+            fill(stage, NEW)
+            publish(stage, ours, CONVERTED)
+
+    for step in range(100):
+        ours = tmp_path / f"{step}" / "d"
+        ours.mkdir(parents=True)
+        fill(ours, OLD)
+        (ours / "mine.txt").write_text("mine")
+        ended = not killed_at(step, replace)
+        there = look(ours)
+        state = "old" if there == OLD else "new" if there == NEW else "absent"
+        assert state != "absent" or "d.inter" not in there, (step, there)
+        recover(ours, CONVERTED)
+        assert look(ours) == (OLD if state == "old" and there == look(ours) else NEW)
+        check_folder(ours, CONVERTED, "--out")
+        others = {path.name for path in ours.iterdir() if not path.name.startswith(".")} - set(look(ours))
+        assert others == {"manifest.json", "mine.txt"} and (ours / "mine.txt").read_text() == "mine"
+        seen.append(state)
+        if ended:
+            break
+    assert list(dict.fromkeys(seen)) == ["old", "absent", "new"]
