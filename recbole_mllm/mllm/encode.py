@@ -167,7 +167,7 @@ class Encoder:
         ways += ["raise max_text_tokens"] if not ways else []
         limit = f"max_text_tokens = {most} tokens"
         if most < self.max_text_tokens:
-            taken = f"{len(images)} images take {shown}, " * bool(images)
+            taken = f"{len(images)} {'image takes' if len(images) == 1 else 'images take'} {shown}, " * bool(images)
             left = f"{max(0, most)} ({taken}an answer up to {room})"
             limit = f"what is left of the model's {self.positions} positions, {left}"
         if lists_items(pieces) and len(self._ids(first_and_last(pieces), (), "")) <= most:

@@ -12,17 +12,17 @@ from recbole_mllm.planning.stages import Counted
 
 def assumptions(p: Prepared, models: Models, counted: Counted, request: Request, named: Device | None) -> list[str]:
     """Return a line for each thing that is assumed."""
-    return [*_texts(p, counted), *_rows(p, counted), *_servers(models, request), *_machine(p, models, request, named)]
+    texts, servers = _texts(p, models, counted), _servers(models, counted, request)
+    return [*texts, *_rows(p, counted), *servers, *_machine(p, models, request, named)]
 
 
-def _texts(p: Prepared, counted: Counted) -> list[str]:
+def _texts(p: Prepared, models: Models, counted: Counted) -> list[str]:
     out = []
     for kind, stage in (("item", "items"), ("user", "users")):
         if kind in counted.summaries.assumed and counted.counts[stage].prompts:
             most = getattr(p.settings.summary, f"{kind}_summary_tokens")
-            out.append(
-                f"{kind} summaries are {most} tokens long, their limit, as none is written yet; --probe measures them"
-            )
+            better = "" if models.blueprint(stage) is None else "; --probe measures them"  # which asks no server
+            out.append(f"{kind} summaries are {most} tokens long, their limit, as none is written yet{better}")
         elif counted.counts[stage].prompts:
             out.append(f"{kind} summaries not yet written are as long as those in the store, or as the probe's")
     return out
@@ -44,8 +44,8 @@ def _rows(p: Prepared, counted: Counted) -> list[str]:
     return out
 
 
-def _servers(models: Models, request: Request) -> list[str]:
-    served = [stage for stage in STAGES if models.blueprint(stage) is None]
+def _servers(models: Models, counted: Counted, request: Request) -> list[str]:
+    served = [stage for stage in STAGES if models.blueprint(stage) is None and counted.counts[stage].prompts]
     if not served:
         return []
     hours = (

@@ -167,7 +167,8 @@ def test_servers_are_counted_and_priced_by_their_rate(keys):
     plan = _plan(keys | served, "--requests_per_s", "10")
     users = plan["stages"]["users"]
     assert users["seconds"] == users["prompts"] / 10 and users["text_tokens"] > 10 * users["prompts"]
-    assert any("servers" in line for line in plan["assumptions"])
+    assert any(line.startswith("items, users ask servers") for line in plan["assumptions"])
+    assert not any("--probe" in line for line in plan["assumptions"])  # it asks no server
     assert _plan(keys | served)["stages"]["users"]["seconds"] is None
 
 
