@@ -55,7 +55,7 @@ def reason_of(error: BaseException, model: str, dataset: str) -> str | None:
         package = str(error.name).partition(".")[0]
         return f"{model} needs the Python package {package!r}, which is not installed"
     if isinstance(error, KeyError) and place and error.args and isinstance(error.args[0], str):
-        return f"{model} {_field(error.args[0])}"
+        return f"{model} {_field(str(error.args[0]))}"  # str: numpy's is shown as np.str_(…)
     said = str(error).partition("\n")[0].strip()
     for pattern, meaning in _MEANINGS:
         if place and (found := re.fullmatch(pattern, said)):
