@@ -97,8 +97,10 @@ def check_columns(path: Path, rules: Rules) -> dict[str, str]:
     columns = read_columns(path, rules.separator, rules.encoding)
     for name in rules.ids:
         if name not in columns:
-            key = "USER_ID_FIELD and ITEM_ID_FIELD say what the columns of ids are called"
-            raise UserError(f"{path}:1: there is no column {name}; its columns are {', '.join(columns)} ({key})")
+            raise UserError(
+                f"{path}:1: there is no column {name}; its columns are {', '.join(columns)}; name yours with "
+                "USER_ID_FIELD and ITEM_ID_FIELD, in dataset.yaml or a config file"
+            )
         if columns[name] != "token":
             raise UserError(f"{path}:1: {name} must be a token, not {columns[name]}; write {name}:token")
     if rules.ordered and rules.time is None:

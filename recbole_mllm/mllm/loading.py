@@ -62,21 +62,17 @@ def family_of(name: str, *, trust_remote_code: bool = False) -> str | None:
 
 
 def load_images_processor(name: str, *, trust_remote_code: bool = False) -> Any:
-    """Return the processor of `name`, without its weights; None for a model of text alone.
-
-    Raises:
-        UserError: It cannot be read.
-    """
-    source = source_of(name)
-    if gguf_of(source) is not None:
-        return None
+    """Return the processor of `name`, without its weights; None for a model of text alone or one that cannot be had."""
     try:
+        source = source_of(name)
+        if gguf_of(source) is not None:
+            return None
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         if config.model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
             return None
         return load_processor(source, trust_remote_code=trust_remote_code)
-    except UNREADABLE as error:
-        raise UserError(f"model {name!r} cannot be loaded: {_reason(error, Path(source))}") from error
+    except (UserError, *UNREADABLE):  # said when it is loaded
+        return None
 
 
 def load(

@@ -178,5 +178,5 @@ def test_a_datasets_own_file_is_checked_in_every_run_and_by_inspect(tmp_path, mo
     assert said.format(path) in str(found.value)
     if "must be a whole" not in said:  # `inspect` reads names and places alone
         with pytest.raises(UserError) as told:
-            find_layout(Path(path.parent))
+            find_layout(Path(path.parent), {})
         assert str(told.value) == str(found.value)
