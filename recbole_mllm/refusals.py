@@ -41,7 +41,8 @@ _MEANINGS = (
         "samples more users or items at a time than this dataset has; a smaller train_batch_size may help",
     ),
     (
-        r".*inline_container\.cc.* unexpected pos .*",  # torch's writer of files, which does not pass on the errno
+        # torch's writers of files, which do not pass on the errno
+        r".*inline_container\.cc.* unexpected pos .*|basic_ios::clear: iostream error",
         "could not write its checkpoint: the disk is full, or files may not grow so large; make room there, or give "
         "another folder with --checkpoint_dir=DIR",
     ),
