@@ -53,7 +53,7 @@ def test_what_is_wrong_with_a_file_is_one_line(tmp_path, monkeypatch, data, said
 def test_a_file_that_is_not_there_or_a_folder_says_so(tmp_path):
     with pytest.raises(UserError, match=r"my\.yaml cannot be read: No such file"):
         read_mapping(tmp_path / "my.yaml")
-    with pytest.raises(UserError, match="cannot be read: Is a directory"):
+    with pytest.raises(UserError, match="is no file; put a YAML file in its place"):
         read_mapping(tmp_path)
 
 
@@ -130,6 +130,26 @@ def test_a_models_own_keys_are_known_where_only_its_source_reads_them(tmp_path):
     assert checked_file(path)["per_model"]["AutoInt"] == {"has_residual": True}
     assert {"use_filter", "lora_r", "train_batch_size", "USER_ID_FIELD", "data_path"} <= every_key()
     assert is_model("MLLMMSR") and is_model("KD_DAGFM") and not is_model("sasrec") and not is_model("../SASRec")
+
+
+@pytest.mark.parametrize("what", ["folder", "link"])
+def test_a_dataset_yaml_that_is_no_file_is_not_passed_over(tmp_path, monkeypatch, what):
+    from recbole_mllm.health.layout import find_layout
+
+    monkeypatch.setattr(sys, "argv", ["run"])
+    path = tmp_path / "mine" / "dataset.yaml"
+    path.parent.mkdir()
+    (path.parent / "mine.inter").write_text("user_id:token\titem_id:token\ttimestamp:float\nu\ti\t1\n")
+    if what == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("nowhere")
+    for read in (
+        lambda: Config(model="BPR", dataset="mine", config_dict={"data_path": str(tmp_path)}),
+        lambda: find_layout(tmp_path / "mine", {}),
+    ):
+        with pytest.raises(UserError, match=r"dataset\.yaml is (no file|a link that leads nowhere); put a YAML file"):
+            read()
 
 
 @pytest.mark.parametrize(
