@@ -30,6 +30,7 @@ class Facts:
         items: ``[rows]`` int32 internal ids.
         order: ``[rows]`` int32 row numbers by exact time (float64), then place in the file; None without times, and for
             benchmark files, whose rows say themselves what precedes them.
+        moments: ``[rows]`` int32 exact times as ranks, equal times alike; None where `order` is.
         lists: ``[entries]`` int32 items of the rows' own histories, one row after the other; None where rows have none.
         lengths: ``[rows]`` int32 how many of `lists` are a row's.
         sizes: Rows of each benchmark file: training, validation, test; None without benchmark files.
@@ -40,6 +41,7 @@ class Facts:
     users: Any
     items: Any
     order: Any = None
+    moments: Any = None
     lists: Any = None
     lengths: Any = None
     sizes: tuple[int, ...] | None = None
@@ -225,11 +227,14 @@ def _facts_of(dataset: Any) -> Facts | None:
         rows = frame[listed].tolist()
         lengths = np.fromiter(map(len, rows), np.int32, len(rows))
         lists = np.concatenate([*rows, np.empty(0, np.int32)]).astype(np.int32)
-        return Facts(users, items, None, lists, lengths, sizes, impossible=impossible)
+        return Facts(users, items, lists=lists, lengths=lengths, sizes=sizes, impossible=impossible)
     if times is None:
         return Facts(users, items)
     order = np.argsort(times, kind="stable").astype(np.int32)
-    return Facts(users, items, order, reordered=_reordered(users, items, times, order), impossible=impossible)
+    moments = np.empty(len(times), np.int32)
+    moments[order] = np.cumsum(np.r_[False, times[order[1:]] != times[order[:-1]]][: len(times)])
+    reordered = _reordered(users, items, times, order)
+    return Facts(users, items, order, moments, reordered=reordered, impossible=impossible)
 
 
 def _reordered(users: Any, items: Any, times: Any, order: Any) -> int:
@@ -246,7 +251,8 @@ def _reordered(users: Any, items: Any, times: Any, order: Any) -> int:
 def _exact_order(dataset: Any, by: Any) -> Any:
     """Return the order in which the rows are to stand that are asked for by time, or by user and time; else None.
 
-    They are the rows of `facts`, or those that augmentation has left of them: all but each user's first.
+    They are the rows of `facts`, or those that augmentation has left of them: all but each user's first. These stand by
+    user, and RecBole leaves equal times as they stand: so do we, or training batches would not be RecBole's own.
     """
     facts, rows = dataset.facts, dataset.inter_feat
     by_time, by_user = by in (dataset.time_field, [dataset.time_field]), by == [dataset.uid_field, dataset.time_field]
@@ -259,9 +265,7 @@ def _exact_order(dataset: Any, by: Any) -> Any:
     own = own[1:][facts.users[own][1:] == facts.users[own][:-1]]
     if by_user or not np.array_equal(users, facts.users[own]) or not np.array_equal(items, facts.items[own]):
         return None
-    place = np.empty(len(facts.order), np.int32)
-    place[facts.order] = np.arange(len(place))
-    return np.argsort(place[own])
+    return np.argsort(facts.moments[own], kind="stable")
 
 
 def tell(dataset: Any) -> None:
