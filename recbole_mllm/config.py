@@ -169,8 +169,12 @@ def _check_value(key: str, value: Any) -> None:
 
 
 def _are_intervals(value: Any) -> bool:
-    """Whether RecBole reads `value` as intervals; it passes over what it cannot read, and so does not filter."""
-    found = [_INTERVALS.fullmatch(part) for part in value.split(";")] if isinstance(value, str) else []
+    """Whether RecBole reads `value` as intervals; it passes over what it cannot read, and so does not filter.
+
+    It reads an unquoted ``[0, 5]``, a list to YAML, as the interval that it looks like (data/dataset/dataset.py:994).
+    """
+    parts = str(value).split(";") if isinstance(value, str | list | tuple) else []
+    found = [_INTERVALS.fullmatch(part) for part in parts]
     return value is None or (bool(found) and all(one is not None and _are_ends(*one.groups()) for one in found))
 
 
