@@ -131,6 +131,9 @@ def _write_items(job: Job, stage: Path, wanted: list[str], done: Converted) -> N
         write_items(stage, rows, source.features, images, job.folder, catalog, output.images_of(job.folder))
     check_counts("items written", catalog.items, len(wanted))
     check_counts("items described or not", catalog.described + catalog.without_metadata, len(wanted))
+    for raw in done.intake.files[files:]:
+        if not raw.line:
+            raise UserError(f"{raw.path} is empty; the items' titles are read from it: fetch the file again")
     if described := done.intake.files[files:]:  # none where titles stand in the interactions' table, counted already
         check_lines(described, catalog.described + catalog.unused + catalog.repeated)
 

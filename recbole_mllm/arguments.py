@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -65,6 +66,8 @@ def in_a_line(error: BaseException, place: str = "") -> tuple[int, str] | None:
         line = f"{' -> '.join(names) or place or 'a file, or the standard output, could not be written'}: {why}"
         # a server that is gone is nothing the user has given; a full disk, or a folder that is a file, is
         return (1 if isinstance(error, ConnectionError | TimeoutError) else 2), " ".join(line.split())
+    if type(error).__name__ == "SafetensorError" and "I/O error" in str(error):  # no OSError, though it means one
+        return 2, f"weights could not be written: {' '.join(str(error).split())}; make room on the disk there"
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         what = str(error).partition("\n")[0].partition(". ")[0]
         return 1, f"memory ran out{f' ({what})' if what else ''}; smaller batches, or fewer --jobs, need less"
@@ -90,11 +93,13 @@ def usable_streams() -> Iterator[None]:
             setattr(sys, name, open(number, "w", encoding="utf-8", closefd=False))  # noqa: SIM115
     streams = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, io.TextIOWrapper)]
     strict = [stream for stream in streams if stream.errors == "strict"]
+    raises, logging.raiseExceptions = logging.raiseExceptions, False  # a full disk costs a log its lines, and no more
     for stream in strict:
         stream.reconfigure(errors="replace")
     try:
         yield
     finally:
+        logging.raiseExceptions = raises
         for stream in strict:
             with suppress(OSError, ValueError):  # full, or closed meanwhile
                 stream.reconfigure(errors="strict")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from recbole_mllm import ranks
 from recbole_mllm.errors import UserError
-from recbole_mllm.files import BENCHMARK, check_folder, set_folder_aside
+from recbole_mllm.files import BENCHMARK, check_folder, check_place, set_folder_aside
 from recbole_mllm.options import Options, config_of, with_preset
 
 DEMO_MODELS = "quick"
@@ -104,6 +104,7 @@ def report(directory: str, embed_images: bool = True) -> int:
     folder = Path(directory)
     if BENCHMARK.outputs(folder) is None:
         raise UserError(f"{folder} holds no runs.jsonl of a benchmark; give the folder a benchmark wrote")
+    check_place(folder, "report")
     render(folder, embed_images=embed_images)
     print(format_leaderboard(folder))
     return 0

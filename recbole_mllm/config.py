@@ -27,6 +27,15 @@ _NUMBERS = {
     "loss_decimal_place": _WHOLE, "worker": _WHOLE, "seed": SEED,
 }  # fmt: skip
 _OF_SOME = {"MAX_ITEM_LIST_LENGTH": COUNT}  # only some models have it
+_SWITCHES = {
+    "reproducibility", "show_progress", "use_gpu", "save_dataset", "save_dataloaders", "shuffle", "enable_amp",
+    "enable_scaler", "normalize_all", "filter_inter_by_user_or_item",
+}  # fmt: skip
+_TEXTS = {"checkpoint_dir", "data_path", "field_separator", "seq_separator"}
+_INTERVALS = re.compile(r"\s*[(\[]\s*([^,;\s]+)\s*,\s*([^,;\s]+)\s*[)\]]\s*")
+_OF_INTERVALS = {
+    "user_inter_num_interval", "item_inter_num_interval", "entity_kg_num_interval", "relation_kg_num_interval",
+}  # fmt: skip
 # Keys within keys that RecBole passes over in silence where it does not know them, and the ranges of their numbers
 _INNER: dict[str, dict[str, Range | None]] = {
     "eval_args": dict.fromkeys(("split", "order", "group_by", "mode")),
@@ -138,8 +147,54 @@ def _check_value(key: str, value: Any) -> None:
         raise WrongValue(key, value, "a metric, such as NDCG@10")
     elif key == "device" and not _DEVICE.fullmatch(str(value)):
         raise WrongValue(key, value, "cpu, cuda or cuda:N")
+    elif key in _SWITCHES and not isinstance(value, bool | None):
+        raise WrongValue(key, value, "true or false")
+    elif key in _TEXTS and not (isinstance(value, str) and value):
+        raise WrongValue(key, value, "a text")
+    elif key in _OF_INTERVALS and not _are_intervals(value):
+        raise WrongValue(key, value, "intervals, such as '[5,inf)' or '[0,1];(3,4]'")
+    elif key == "val_interval" and value is not None:
+        wanted = list(value.values()) if isinstance(value, dict) else [None]
+        if not all(isinstance(one, list) or (one and _are_intervals(one)) for one in wanted):
+            told = "the intervals of each field, such as {rating: '[3,inf)'}, or the tokens that stay, as a list"
+            raise WrongValue(key, value, told)
+    elif key == "rm_dup_inter" and value not in (None, "first", "last"):
+        raise WrongValue(key, value, "first, last or null")
+    elif key in ("load_col", "unload_col") and value is not None:
+        _check_columns(key, value)
+    elif key == "benchmark_filename" and not (value is None or (value and _are_names(value))):
+        raise WrongValue(key, value, "a list of parts, such as [train, valid, test]")
     else:
         check_value(key, value)
+
+
+def _are_intervals(value: Any) -> bool:
+    """Whether RecBole reads `value` as intervals; it passes over what it cannot read, and so does not filter.
+
+    It reads an unquoted ``[0, 5]``, a list to YAML, as the interval that it looks like (data/dataset/dataset.py:994).
+    """
+    parts = str(value).split(";") if isinstance(value, str | list | tuple) else []
+    found = [_INTERVALS.fullmatch(part) for part in parts]
+    return value is None or (bool(found) and all(one is not None and _are_ends(*one.groups()) for one in found))
+
+
+def _are_ends(low: str, high: str) -> bool:
+    try:
+        return float(low) <= float(high)
+    except ValueError:
+        return False
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _check_columns(key: str, value: Any) -> None:
+    """Check which columns of which files are loaded; RecBole loads nothing of a file that `load_col` does not name."""
+    if not isinstance(value, dict) or not all(columns == "*" or _are_names(columns) for columns in value.values()):
+        raise WrongValue(key, value, "the columns of each file, such as {inter: [user_id, item_id, timestamp]}")
+    if key == "load_col" and not value.get("inter"):
+        raise WrongValue(key, value, "columns of inter, at least, such as {inter: [user_id, item_id, timestamp]}")
 
 
 def _check_inner(name: str, value: Any) -> None:

@@ -575,6 +575,8 @@ def check_place(path: Path, option: str) -> None:
 
 
 def _resolved(path: Path, option: str) -> Path:
+    if str(path).startswith("~"):  # a folder of that name is removed as ``rm -r ~``
+        raise UserError(f"{option} {path}: the shell has left ~ as it is; write the folder in full, or ./{path}")
     for part in (path, *path.parents):
         if os.path.islink(part) and not os.path.exists(part):
             raise UserError(f"{option} {path}: {part} is a link that leads nowhere; remove it, or give another name")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import string
 from collections.abc import Mapping, Sequence
@@ -113,6 +114,8 @@ def read_style(name: str) -> Style:
         UserError: There is none, or it is not complete.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else resource("prompt", name)
+    if path is not None and os.path.lexists(path) and not path.is_file():
+        raise UserError(f"prompt_style {name!r} is no file; give a YAML file or one of {', '.join(named('prompt'))}")
     if path is None or not path.is_file():
         raise UserError(f"prompt_style {name!r} is unknown; give a YAML file or one of {', '.join(named('prompt'))}")
     return Style.from_mapping(path.stem, read_mapping(path), path)

@@ -41,7 +41,8 @@ _MEANINGS = (
         "samples more users or items at a time than this dataset has; a smaller train_batch_size may help",
     ),
     (
-        r".*inline_container\.cc.* unexpected pos .*",  # torch's writer of files, which does not pass on the errno
+        # torch's writers of files, which do not pass on the errno
+        r".*inline_container\.cc.* unexpected pos .*|basic_ios::clear: iostream error",
         "could not write its checkpoint: the disk is full, or files may not grow so large; make room there, or give "
         "another folder with --checkpoint_dir=DIR",
     ),
@@ -55,7 +56,7 @@ def reason_of(error: BaseException, model: str, dataset: str) -> str | None:
         package = str(error.name).partition(".")[0]
         return f"{model} needs the Python package {package!r}, which is not installed"
     if isinstance(error, KeyError) and place and error.args and isinstance(error.args[0], str):
-        return f"{model} {_field(error.args[0])}"
+        return f"{model} {_field(str(error.args[0]))}"  # str: numpy's is shown as np.str_(…)
     said = str(error).partition("\n")[0].strip()
     for pattern, meaning in _MEANINGS:
         if place and (found := re.fullmatch(pattern, said)):

@@ -6,6 +6,7 @@ Nothing is imported before RecBole asks: what stands above this module is named 
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -204,7 +205,7 @@ def _dataset_files(config: Any, dataset: str) -> Iterator[Path]:
     known = {**config.internal_config_dict, **config.external_config_dict}
     folder = Path(known["data_path"]) / dataset
     _build(folder)
-    if (folder / "dataset.yaml").is_file():
+    if os.path.lexists(folder / "dataset.yaml"):
         importlib.import_module("recbole_mllm.config").check_dataset_file(folder / "dataset.yaml")
         yield folder / "dataset.yaml"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -110,7 +111,8 @@ def _import(folder: Path, path: Path, origin: str | None) -> int:
     from recbole_mllm.summaries.exchange import import_answers
 
     if not path.is_file():
-        raise UserError(f"{path} does not exist; give a file that `store export` wrote")
+        what = "is no file" if os.path.lexists(path) else "does not exist"
+        raise UserError(f"{path} {what}; give a file that `store export` wrote")
     with _store(folder) as store:
         done = import_answers(store, path, origin)
     print(f"{store_file(folder)}: {done.added} answers added, {done.known} known already and kept as they were")

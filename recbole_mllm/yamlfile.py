@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,6 +100,9 @@ def _mapping_node(path: Path) -> Any:
 
 
 def _text(path: Path) -> str:
+    if os.path.lexists(path) and not path.is_file():
+        what = "a link that leads nowhere" if path.is_symlink() and not path.is_dir() else "no file"
+        raise UserError(f"{path} is {what}; put a YAML file in its place, or remove it")
     try:
         data = path.read_bytes()
     except OSError as error:

@@ -34,6 +34,7 @@ from recbole_mllm.summaries.users import Plan  # noqa: E402
 def write(folder: Path, pause: float, killed: int, after: int) -> None:
     """Make all summaries of the world: half of its users begin like another one."""
     rank, notes = int(os.environ.get("RANK", "0")), folder.with_name(f"{folder.name}.asked")
+    folder.mkdir(exist_ok=True)
     notes.mkdir(exist_ok=True)
     asked = [0]
 

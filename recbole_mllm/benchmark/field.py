@@ -125,8 +125,8 @@ def _preset(label: str, preset: str) -> Mapping[str, Any]:
         return {"block_size": int(block[1])}
     if preset not in PRESETS:
         near = get_close_matches(preset, [*PRESETS, *(f"block-{n}" for n in range(1, 6))], n=1)
-        hint = f"; did you mean {MLLM}:{near[0]}?" if near else ""
-        raise UserError(f"unknown variant {label!r}{hint} Known: {known_variants()}")
+        hint = f"did you mean {MLLM}:{near[0]}? Known" if near else "known"
+        raise UserError(f"unknown variant {label!r}; {hint}: {known_variants()}")
     return PRESETS[preset]
 
 

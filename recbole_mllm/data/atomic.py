@@ -6,6 +6,7 @@ import codecs
 import csv
 import errno
 import io
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -108,7 +109,8 @@ def read_columns(path: Path, separator: str = "\t", encoding: str | None = None)
     """Return the file's columns, ``{name: type}``, in order."""
     for _, line in _lines(path, encoding):
         return _columns(path, line, separator)
-    raise UserError(f"{path} is empty; its first line must name the columns, such as user_id:token")
+    first = "item_id" if path.suffix == ".item" else "user_id"
+    raise UserError(f"{path} is empty; its first line must name the columns, such as {first}:token")
 
 
 def read_values(
@@ -158,7 +160,8 @@ def unquoted(path: Path, number: int, line: str, separator: str = "\t") -> list[
 def _lines(path: Path, encoding: str | None = None) -> Iterator[tuple[int, str]]:
     """Yield each line, with its number, less its end; UTF-8 unless another `encoding` is given."""
     if not path.is_file():
-        raise UserError(f"{path} is no file; put one in its place" if path.exists() else f"{path} does not exist")
+        there = os.path.lexists(path)
+        raise UserError(f"{path} is no file; put one in its place" if there else f"{path} does not exist")
     try:
         with path.open("rb") as file:
             yield from _decoded(path, file, encoding or "utf-8")

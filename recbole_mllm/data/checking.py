@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,6 +60,8 @@ def is_missing(value: str) -> bool:
 def number_problem(value: str) -> str | None:
     """Return why `value` is no number, or None; infinity is one."""
     try:
+        if "_" in value:  # Python alone takes 1_000 for a number
+            raise ValueError
         float(value)
     except ValueError:
         return f"{value[:40]!r} is no number"
@@ -94,10 +97,14 @@ def check_columns(path: Path, rules: Rules) -> dict[str, str]:
     columns = read_columns(path, rules.separator, rules.encoding)
     for name in rules.ids:
         if name not in columns:
-            key = "USER_ID_FIELD and ITEM_ID_FIELD say what the columns of ids are called"
-            raise UserError(f"{path}:1: there is no column {name}; its columns are {', '.join(columns)} ({key})")
+            raise UserError(
+                f"{path}:1: there is no column {name}; its columns are {', '.join(columns)}; name yours with "
+                "USER_ID_FIELD and ITEM_ID_FIELD, in dataset.yaml or a config file"
+            )
         if columns[name] != "token":
             raise UserError(f"{path}:1: {name} must be a token, not {columns[name]}; write {name}:token")
+    if rules.ordered and rules.time is None:
+        raise UserError(f"{path}:1: rows are ordered by time, and TIME_FIELD is null; name the column of times in it")
     if rules.ordered and (rules.time not in columns or not rules.loaded(str(rules.time))):
         where = "load_col leaves it out" if rules.time in columns else f"the columns are {', '.join(columns)}"
         raise UserError(
@@ -173,10 +180,8 @@ def check_as_read(dataset: ModuleType) -> None:
 
     def make_load(stock: Callable[..., Any]) -> Callable[..., Any]:
         def _load_data(self: Any, token: str, dataset_path: str) -> Any:
-            if _is_ours(self.config):
-                for name in _files(self, token):
-                    if (path := Path(dataset_path) / name).exists() and not path.is_file():
-                        raise UserError(f"{path} is no file; put one in its place, or remove it")
+            if _is_ours(self.config) and Path(dataset_path).is_dir():  # else RecBole may know where to fetch it
+                _check_files(self, token, Path(dataset_path))
             return stock(self, token, dataset_path)
 
         return _load_data
@@ -266,10 +271,17 @@ def _is_ours(config: Any) -> bool:
     return config["frozen_candidates"] is True or config["model"] == "MLLMMSR"
 
 
-def _files(dataset: Any, token: str) -> list[str]:
+def _check_files(dataset: Any, token: str, folder: Path) -> None:
+    """Refuse a folder, a device or a link that leads nowhere in a file's place, and want of interactions."""
     parts = dataset.benchmark_filename_list
     inter = [f"{token}.inter"] if parts is None else [f"{token}.{part}.inter" for part in parts]
-    return [*inter, f"{token}.item", f"{token}.user"]
+    for name in (*inter, f"{token}.item", f"{token}.user"):
+        path = folder / name
+        if os.path.lexists(path) and not path.is_file():
+            raise UserError(f"{path} is no file; put one in its place, or remove it")
+        if name in inter and not path.exists():
+            named = "a file is named after its folder" if parts is None else f"benchmark_filename names {parts}"
+            raise UserError(f"{path} does not exist; interactions are read from it ({named})")
 
 
 def _rules(dataset: Any, source: Any) -> Rules | None:

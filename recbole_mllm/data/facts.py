@@ -131,7 +131,8 @@ class Split:
         """Return (users, items, times): how often each user takes each item in training.
 
         With benchmark files that is what any row's history says, and the targets of training rows; rows of one user
-        overlap, so an item counts as often as the row that has it most often says.
+        overlap, so an item counts as often as the row that has it most often says. A held-out row's history may also
+        list what another row holds out, as a test row lists the validation target: that is no training.
         """
         facts = self.facts
         if facts.lists is None:
@@ -143,6 +144,13 @@ class Split:
         keys, times = np.unique(rows * np.int64(width) + items, return_counts=True)
         row, items = np.divmod(keys, width)
         keys = facts.users[row] * np.int64(width) + items
+        rows = np.r_[self.valid, self.test]
+        held, many = np.unique(facts.users[rows] * np.int64(width) + facts.items[rows], return_counts=True)
+        if len(held):
+            place = np.minimum(np.searchsorted(held, keys), len(held) - 1)
+            others = np.where(held[place] == keys, many[place], 0) - (facts.items[row] == items)
+            times = np.where(np.isin(row, rows), times - np.maximum(others, 0), times)
+            keys, times = keys[times > 0], times[times > 0]
         order = np.argsort(keys, kind="stable")
         first = np.flatnonzero(np.r_[True, np.diff(keys[order]) > 0]) if len(keys) else order
         most = np.maximum.reduceat(times[order], first) if len(keys) else times

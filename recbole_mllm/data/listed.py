@@ -141,7 +141,8 @@ def _negatives(dataset: Any) -> torch.Tensor:
 def learn_from_histories(dataset_module: Any) -> None:
     """Where ``train_on_histories`` asks for it, give general models all users' histories and the train users' targets.
 
-    Targets of validation and test users are in no training row. `Pop` learns from the train users' targets alone.
+    Each interaction is a row once, however many rows of its user list it, and no validation or test target is one,
+    though another row's history may list it (`facts.Split.trained`). `Pop` learns from the train users' targets alone.
     """
 
     def make_build(stock: Callable[[Any], list[Any]]) -> Callable[[Any], list[Any]]:
@@ -150,32 +151,20 @@ def learn_from_histories(dataset_module: Any) -> None:
             listed = f"{self.iid_field}{self.config['LIST_SUFFIX']}"
             if self.config["train_on_histories"] is not True or hasattr(self, "item_list_length_field"):
                 return parts
-            train, *rest = parts
-            pairs = [] if self.config["model"] in _TARGETS_ALONE else [_pairs(part, listed) for part in parts]
+            split = self.facts.split(self.config)
+            if split is not None and self.config["model"] not in _TARGETS_ALONE:
+                users, items, times = split.trained()
+                columns = {self.uid_field: np.repeat(users, times), self.iid_field: np.repeat(items, times)}
+                learnt = {field: torch.from_numpy(values.astype(np.int64)) for field, values in columns.items()}
+                parts[0].inter_feat = Interaction(learnt)
             for part in parts:
-                part.inter_feat = _targets(part, listed)
-            train.inter_feat = _joined([train.inter_feat, *pairs])
-            return [train, *rest]
+                part.inter_feat = _without(part, listed)
+            return parts
 
         return build
 
     wrap(dataset_module.Dataset, "build", make_build)
 
 
-def _pairs(part: Any, listed: str) -> Interaction:
-    """Return one row for each item of each history; 0 pads a list."""
-    lists = part.inter_feat[listed]
-    row, place = torch.nonzero(lists, as_tuple=True)
-    return Interaction({part.uid_field: part.inter_feat[part.uid_field][row], part.iid_field: lists[row, place]})
-
-
-def _targets(part: Any, listed: str) -> Interaction:
+def _without(part: Any, listed: str) -> Interaction:
     return Interaction({name: column for name, column in part.inter_feat.interaction.items() if name != listed})
-
-
-def _joined(rows: list[Interaction]) -> Interaction:
-    """Return all rows, with the columns they share."""
-    shared = set.intersection(*(set(part.interaction) for part in rows))
-    return Interaction(
-        {name: torch.cat([part[name] for part in rows]) for name in rows[0].interaction if name in shared}
-    )

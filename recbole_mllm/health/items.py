@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def read_items(layout: Layout, others: list[str], image_dir: Path | None) -> Ite
     """
     out, images = Items(), ItemImages()
     path = schema.item_file(layout.folder)
-    if path.is_file():
+    if os.path.lexists(path):
         _read_file(out, images, path, layout, image_dir)
     if image_dir is not None:
         for item in others:

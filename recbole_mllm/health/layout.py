@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +67,7 @@ LAYOUT_KEYS = ("image_dir", "USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD", "LIS
 
 
 def _keys(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {}
     return checked_file(path, of_dataset=True)
 
@@ -77,7 +78,7 @@ def _inter_files(folder: Path, keys: Mapping[str, Any]) -> tuple[Path, ...]:
     named = keys.get("benchmark_filename")
     if isinstance(named, list) and named:
         return tuple(folder / f"{folder.name}.{part}.inter" for part in named)
-    if plain.exists():
+    if os.path.lexists(plain):
         return (plain,)
     files = [folder / f"{folder.name}.{part}.inter" for part in ("train", "valid", "test")]
     if there := tuple(path for path in files if path.is_file()):

@@ -24,6 +24,9 @@ from recbole_mllm.prompts import IMAGE, Prompt
 _MARK = f"{CUT}{IMAGE}{CUT}"  # an image of the style's own, in a text whose filled-in parts are guarded
 # Of preprocessed images: LLaVA-NeXT's take 7 MB each, and are of no use once their features are made
 IMAGE_BYTES = 2**28
+# Characters a token spells, at most, of any text met in the wild: what lies beyond the limit by this is cut at once, as
+# a text of megabytes takes a minute to be shortened in steps
+_LETTERS = 64
 ROOM = 48  # positions kept for what is written behind a prompt, where it is not said how much that may be
 _NOT_IMAGE_INPUTS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels"}
 
@@ -97,7 +100,8 @@ class Encoder:
         if prompt.images and self.processor is None:
             raise UserError("this model reads no images; set use_image: false and item_summary: text or none")
         images = tuple(self.image(path) for path in prompt.images)
-        pieces = prompt.pieces()
+        bound = self.max_text_tokens * _LETTERS
+        pieces = [text[:bound] if place % 2 else text for place, text in enumerate(prompt.pieces())]
         ids = self._ids(pieces, images, answer)
         seen = sum(len(image.ids) - 1 for image in images)  # beside its mark, which is among the text's
         most = min(self.max_text_tokens, self.positions - seen - max(room, ROOM))
@@ -111,6 +115,7 @@ class Encoder:
 
     def text_ids(self, text: str) -> list[int]:
         """Return the ids of a text by itself, not of a question; no special token but the tokeniser's own in front."""
+        text = text[: self.max_text_tokens * _LETTERS]
         guarded = self._plain.guard(text)
         ids = self._plain.ids(guarded)
         if self._plain.broken(ids, guarded):

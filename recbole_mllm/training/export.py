@@ -73,6 +73,8 @@ def find_checkpoint(run: str) -> Path:
         UserError: There is none.
     """
     given = Path(run)
+    if not run.strip():
+        raise UserError("export wants a checkpoint (FILE.pth), a run's folder, or its id under results/; it got ''")
     if given.is_file():
         return given
     if given.is_dir():

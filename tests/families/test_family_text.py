@@ -22,9 +22,10 @@ def special(mllm):
 @pytest.fixture
 def limit(mllm):
     """Give the encoder room, or take it."""
-    before = mllm.encoder.max_text_tokens
+    before = mllm.encoder.max_text_tokens, mllm.encoder.positions
+    mllm.encoder.positions = 10**9
     yield lambda tokens: setattr(mllm.encoder, "max_text_tokens", tokens)
-    mllm.encoder.max_text_tokens = before
+    mllm.encoder.max_text_tokens, mllm.encoder.positions = before
 
 
 @pytest.mark.parametrize("item_first", [True, False])

@@ -6,6 +6,7 @@ import shutil
 import socket
 import sqlite3
 import threading
+import time
 from contextlib import closing, contextmanager
 
 import small_world
@@ -123,8 +124,9 @@ def test_neither_a_dry_run_nor_a_plan_sends_anything_to_a_server(tmp_path, monke
         assert main(["summarize", *few, f"--user_summarizer={name}", "--dry-run"]) == 0  # items by the bundled model
         mixed = capsys.readouterr().out.splitlines()
         assert main(["plan", *few, f"--user_summarizer={name}", "--probe"]) == 0
-        assert not met
-        socket.create_connection(("127.0.0.1", port)).close()  # else nothing was shown
+        socket.create_connection(("127.0.0.1", port)).close()  # behind whoever came before; else nothing were shown
+        while not met:
+            time.sleep(0.01)
         assert len(met) == 1
     counted = [int(n.replace(",", "")) for n in re.findall(r"([\d,]+) to write, by server:dear/model", told)]
     assert told.count("a dry run sends nothing to a server") == 2 and "probe" not in told

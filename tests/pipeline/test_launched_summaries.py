@@ -125,7 +125,7 @@ def test_a_family_that_cannot_be_split_is_told_before_anything_is_loaded(world, 
 
     settings = Settings.from_config(yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text()))
     settings = replace(settings, mllm=replace(settings.mllm, user_summarizer=str(other)))
-    make_stage({"data_path": str(world / "data" / "steps")}, settings, torch.device("cpu"))
+    make_stage({"data_path": str(world / "data" / "steps"), "ITEM_ID_FIELD": "item_id"}, settings, torch.device("cpu"))
     (line,) = [text for text in caplog.messages if "family gpt_neox" in text]
     assert line.startswith("user_summarizer: ") and line.endswith("only summaries that are there already will do")
 
@@ -227,7 +227,9 @@ def test_beside_a_server_a_split_model_is_loaded_by_all_for_its_own_summaries_al
     settings = replace(settings, mllm=replace(settings.mllm, item_summarizer="server:m@http://localhost:9/v1"))
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", **FSDP}.items():
         monkeypatch.setenv(name, value)
-    stage = make_stage({"data_path": str(world / "data" / "steps")}, settings, torch.device("cpu"))
+    stage = make_stage(
+        {"data_path": str(world / "data" / "steps"), "ITEM_ID_FIELD": "item_id"}, settings, torch.device("cpu")
+    )
     assert isinstance(stage.who.load_item(), ServerModel)
     assert (stage.who.item_is_split, stage.who.user_is_split) == (False, True)
     with pytest.raises(UserError, match="summaries that all processes had just written are gone"):
@@ -259,6 +261,7 @@ def test_what_one_process_does_alone_waits_for_no_other_where_models_are_to_be_s
 
 def test_a_dry_run_does_not_try_a_model_that_is_split(world, tmp_path, monkeypatch):
     keys = {"mllm": str(world / "llama"), "data_path": str(world / "data" / "steps"), "item_summary": "text"}
+    keys |= {"ITEM_ID_FIELD": "item_id"}
     given = yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text()) | keys | {"use_image": False}
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", **FSDP}.items():
         monkeypatch.setenv(name, value)

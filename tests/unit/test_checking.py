@@ -212,6 +212,36 @@ def test_a_folder_in_a_files_place_is_one_line():
         (folder / f"x.{kind}").rmdir()
 
 
+@pytest.mark.parametrize("kind", ["inter", "item"])
+def test_a_link_that_leads_nowhere_is_no_file(kind):
+    path = plant() / f"x.{kind}"
+    path.unlink()
+    path.symlink_to("nowhere")
+    with pytest.raises(UserError, match=rf"x\.{kind} is no file; put one in its place"):
+        load()
+    assert main(["inspect", "x"]) == 2
+
+
+def test_interactions_that_are_not_there_are_named_in_our_words():
+    (plant() / "x.inter").unlink()
+    with pytest.raises(UserError, match=r"^x/x\.inter does not exist; interactions are read from it"):
+        load()
+    with pytest.raises(UserError, match=r"x\.train\.inter does not exist; .*filename names \['train', 'test'\]"):
+        load(benchmark_filename=["train", "test"])
+
+
+def test_no_name_of_a_column_of_times_is_told_as_that():
+    plant()
+    with pytest.raises(UserError, match=r"x\.inter:1: rows are ordered by time, and TIME_FIELD is null; name the"):
+        load("MLLMMSR", TIME_FIELD=None)
+
+
+def test_an_empty_file_is_told_the_column_that_it_needs():
+    plant(item=b"")
+    with pytest.raises(UserError, match=r"x\.item is empty; .* such as item_id:token"):
+        load()
+
+
 def test_a_file_that_may_not_be_read_is_one_line():
     script = """
         import os, sys

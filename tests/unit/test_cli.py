@@ -1,5 +1,6 @@
 """The command line: a mistake is one line and exit code 2; what is right is passed on as it was meant."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from recbole_mllm import benchmark_commands, commands
 from recbole_mllm.cli import main
@@ -147,6 +149,11 @@ def test_a_value_in_a_file_is_named_with_its_line(tmp_path, capsys):
             1,
             "ran out (CUDA out of memory)",
         ),
+        (
+            SafetensorError("Error while serializing: I/O error: File too large (os error 27)"),
+            2,
+            "weights could not be written: Error while serializing: I/O error: File too large",
+        ),
         (RecursionError("maximum"), 1, "nested too deeply"),
         (KeyboardInterrupt(), 1, "stopped; what was finished is kept"),
         (UserError("first\nsecond"), 2, "first second"),
@@ -163,6 +170,29 @@ def test_what_the_machine_refuses_is_one_line(monkeypatch, capsys, error, code, 
     assert told == "" if said is None else (said in told and told.count("\n") == 1)
     with pytest.raises(type(error)) if code == 2 else nullcontext():  # --debug shows where
         main(["--model", "Pop", "--dataset", "demo", *(["--debug"] if code == 2 else [])])
+
+
+def test_a_log_that_cannot_be_written_costs_no_traceback(monkeypatch, capsys):
+    def run(*given):
+        log = logging.getLogger("of a full disk")
+        log.addHandler(logging.StreamHandler(open("/dev/full", "w", buffering=1)))  # noqa: SIM115
+        log.warning("a line")
+        return 0
+
+    monkeypatch.setattr(commands, "run_model", run)
+    before = logging.raiseExceptions
+    assert main(["--model", "Pop", "--dataset", "demo"]) == 0
+    assert "Traceback" not in capsys.readouterr().err and logging.raiseExceptions == before
+    logging.getLogger("of a full disk").handlers.clear()
+
+
+@pytest.mark.parametrize("words", [["export", "", "--out", "out"], ["export", "x.pth", "--out", "~/out"]])
+def test_a_path_that_is_empty_or_that_no_shell_has_expanded_is_a_line(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and ("it got ''" in told or "write the folder in full" in told)
+    assert [path.name for path in tmp_path.iterdir()] == ["dataset"]  # a link that the fixture has laid
 
 
 def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):

@@ -292,6 +292,21 @@ def test_no_interaction_is_no_dataset(tmp_path: Path, what: str) -> None:
     assert next(iter(files)) in line and ("no interaction" in line or "is empty" in line)
 
 
+@pytest.mark.parametrize(
+    ("name", "rows", "items"),
+    [
+        ("movielens", ("ratings.csv", "1,2,3,1000\n"), "movies.csv"),
+        ("microlens", ("X_pairs.csv", "1,2,1000\n"), "X_titles.csv"),
+        ("amazon2023", ("C.jsonl", '{"user_id": "u", "asin": "i", "timestamp": 1, "rating": 3}\n'), "meta_C.jsonl"),
+    ],
+)  # fmt: skip
+def test_an_empty_file_of_items_is_an_error(tmp_path: Path, name: str, rows: tuple[str, str], items: str) -> None:
+    """Of no byte at all, as a download that failed leaves it; every title would be missing."""
+    table(tmp_path / "raw", rows[1], rows[0])
+    table(tmp_path / "raw", "", items)
+    assert f"{items} is empty" in refused(name, "--raw", tmp_path / "raw", out=tmp_path / "d")
+
+
 def test_filters_that_leave_nothing_are_an_error(tmp_path: Path) -> None:
     raw = movielens(tmp_path / "raw", "1,2,3,1000\n1,3,3,1001\n")
     for option in (["--min-rating", "4"], ["--k-core", "5,5"]):

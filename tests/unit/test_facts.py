@@ -110,10 +110,13 @@ class Expected:
     def listed(cls, parts: list[list[Listed]]) -> Expected:
         out = cls()
         most: dict[tuple[str, str], int] = defaultdict(int)
+        held = Counter((user, target) for rows in parts[1:] for user, _, target in rows)
         for name, rows in zip(("train", "valid", "test"), parts, strict=True):
             for user, own, target in rows:
                 out.met[user] |= {*own, target}
                 learnt = Counter([*own, target] if name == "train" else own)
+                if name != "train":  # the last item but one stands in the test row's list, and is no training
+                    learnt -= Counter({item: held[user, item] - (item == target) for item in learnt})
                 for item, times in learnt.items():
                     most[user, item] = max(most[user, item], times)
                 if name != "train":
@@ -262,6 +265,19 @@ def test_rows_stand_by_exact_time_then_place_in_the_file(home: Path, model: str)
     assert whole == expected
     if model != "BPR":  # every row's history is what precedes it, in each part
         assert {row for loader in loaders for row in rows_of(dataset, loader._dataset)} <= set(expected)
+
+
+@pytest.mark.parametrize("kind", [paper, windows])
+def test_general_models_learn_each_interaction_once_and_none_that_is_held_out(home: Path, kind: Any) -> None:
+    parts = kind(world(6))
+    keys = write_listed(home, "world", parts) | {"eval_args": LOO | {"mode": "uni5"}}
+    _, dataset, (train, *_) = prepared(home, "BPR", keys)
+    learnt = Counter(rows_of(dataset, train._dataset))
+    assert Counter(item for _, item in learnt.elements()) == Expected.listed(parts).trained
+    if kind is windows:  # of whose rows nothing may be learnt but what leaving one out trains on
+        own = histories(world(6)).items()
+        allowed = Counter((user, item) for user, items in own for item in items[:-2] or items[:1])
+        assert not learnt - allowed, learnt - allowed
 
 
 def test_training_rows_are_recboles_own_in_its_order_where_float32_holds_the_times(home: Path) -> None:

@@ -269,7 +269,8 @@ def test_the_summaries_of_a_run_take_a_models_own_rules_into_their_key_and_tag(t
 
     def made(name, **keys):
         own = {"mllm": str(models[name]), "use_image": False, "item_summary": "text"}
-        stage = make_stage({"data_path": str(data)}, Settings.from_config(base | own | keys), torch.device("cpu"))
+        config = {"data_path": str(data), "ITEM_ID_FIELD": "item_id"}
+        stage = make_stage(config, Settings.from_config(base | own | keys), torch.device("cpu"))
         return str(item_scribe(stage, None).decoding), str(user_scribe(stage, None).decoding), stage.tag
 
     penalty = '{"repetition_penalty": 1.05}'

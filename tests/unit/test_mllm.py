@@ -133,6 +133,18 @@ def test_special_tokens_in_a_title_stay_plain_text(mllm, folder):
     assert mllm.encoder.tokenizer.decode(hostile).count(HOSTILE) == 2
 
 
+def test_a_text_of_megabytes_is_cut_before_it_is_tokenised(mllm, folder):
+    tokenised = []
+    stock = mllm.encoder._plain._encode
+    mllm.encoder._plain._encode = lambda text: tokenised.append(len(text)) or stock(text)
+    long = mllm.encoder(recommend_prompt(STYLE, "a preference", "x" * 2_000_000, folder / "red.png"))
+    assert mllm.encoder.truncated == 1 and max(tokenised) < 100 * mllm.encoder.max_text_tokens
+    assert len(mllm.encoder.text_ids("y" * 2_000_000)) == mllm.encoder.max_text_tokens
+    assert max(tokenised) < 100 * mllm.encoder.max_text_tokens
+    again = mllm.encoder(recommend_prompt(STYLE, "a preference", "x" * 20_000, folder / "red.png"))
+    assert len(long.ids) == len(again.ids)
+
+
 def test_truncation_takes_the_longest_text_and_leaves_image_question_and_answer(mllm, folder):
     mllm.encoder.max_text_tokens = 120
     prompt = recommend_prompt(STYLE, "word " * 400, "a short title", folder / "red.png")

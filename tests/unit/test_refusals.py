@@ -68,7 +68,7 @@ def test_ours_and_want_of_memory_go_through(error):
             "unknown key 'maxnorm' in clip_grad_norm; did you mean 'max_norm'?",
         ),
         ("BPR", {"learner": "sparse_adam"}, "SparseAdam does not support dense gradients"),
-        ("BPR", {"checkpoint_dir": "dataset/steps/steps.inter/x"}, "RecBole cannot make the trainer"),
+        ("BPR", {"checkpoint_dir": "dataset/steps/steps.inter/x"}, "steps.inter is no folder; give another name"),
         ("BPR", {"eval_args": {"mode": "labeled"}}, "frozen_candidates: false"),
         ("bpr", {}, "did you mean BPR?"),
         ("mllmmsr", {}, "did you mean MLLMMSR?"),

@@ -425,7 +425,7 @@ def test_sampling_and_thinking_change_the_tag_only_where_they_are_set(tmp_path):
 
     def tag(**keys):
         settings = Settings.from_config(base | keys)
-        return make_stage({"data_path": str(tmp_path)}, settings, torch.device("cpu")).tag
+        return make_stage({"data_path": str(tmp_path), "ITEM_ID_FIELD": "item_id"}, settings, torch.device("cpu")).tag
 
     assert tag(**both) == tag(**both, summary_seed=5, server_concurrency=2) != tag(**both, summary_temperature=0.6)
     assert tag(**both) != tag(**both, server_thinking=False), "YAML's off"

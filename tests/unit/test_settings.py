@@ -97,6 +97,15 @@ WRONG = {
         {"split": {"RS": [0.8, -0.1, 0.3]}}, {"split": {"RS": [0, 0, 0]}}, {"split": {"RS": ["a"]}},
     ),
     "train_neg_sample_args": ({"sample_num": 0}, {"sample_num": True}, {"alpha": NAN}, {"candidate_num": -1}),
+    "show_progress": ("False", "maybe", 2),
+    "use_gpu": ("maybe",),
+    "checkpoint_dir": ("", None, 5),
+    "field_separator": ("",),
+    "user_inter_num_interval": (5, "[x,inf)", "5", "[5,inf", "[3,1]", ""),
+    "val_interval": ("[3,inf)", {"rating": "3"}, {"rating": 3}, {"rating": None}),
+    "rm_dup_inter": ("middle", False, True),
+    "load_col": ([], ["user_id"], {"iter": ["user_id"]}, {"inter": "user_id"}, {"inter": []}, {"inter": None}),
+    "benchmark_filename": ("train", [], [1, 2]),
     "clip_grad_norm": (5, {"max_norm": 0}, {"max_norm": NAN}, {"max_norm": True}),
 }  # fmt: skip
 
@@ -109,6 +118,19 @@ def test_a_number_out_of_its_range_names_key_value_range_and_place(key):
         words = str(found.value)
         assert words.startswith(key) and "; it must be " in words and words.endswith(" (my.yaml:3)"), value
         assert "\n" not in words and len(words) < 300
+
+
+def test_what_recboles_own_documentation_writes_is_taken():
+    """From its guide and its published configurations; a stricter check must not refuse what has always run."""
+    check_values(
+        {
+            "load_col": {"inter": ["user_id", "item_id"], "kg": ["head_id"], "item": "*", "user": []},
+            "unload_col": {"inter": ["timestamp"]}, "user_inter_num_interval": "[0,1];(10, inf)",
+            "item_inter_num_interval": None, "rm_dup_inter": "last", "benchmark_filename": ["train", "valid", "test"],
+            "val_interval": {"rating": "[3,inf)", "timestamp": "[1356969600, 1404144000)", "genre": ["Drama"]},
+            "field_separator": "\t", "show_progress": False, "normalize_all": None, "checkpoint_dir": "saved",
+        }
+    )  # fmt: skip
 
 
 def test_every_number_of_ours_has_a_range_and_every_default_is_in_it():

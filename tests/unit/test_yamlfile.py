@@ -53,7 +53,7 @@ def test_what_is_wrong_with_a_file_is_one_line(tmp_path, monkeypatch, data, said
 def test_a_file_that_is_not_there_or_a_folder_says_so(tmp_path):
     with pytest.raises(UserError, match=r"my\.yaml cannot be read: No such file"):
         read_mapping(tmp_path / "my.yaml")
-    with pytest.raises(UserError, match="cannot be read: Is a directory"):
+    with pytest.raises(UserError, match="is no file; put a YAML file in its place"):
         read_mapping(tmp_path)
 
 
@@ -132,6 +132,26 @@ def test_a_models_own_keys_are_known_where_only_its_source_reads_them(tmp_path):
     assert is_model("MLLMMSR") and is_model("KD_DAGFM") and not is_model("sasrec") and not is_model("../SASRec")
 
 
+@pytest.mark.parametrize("what", ["folder", "link"])
+def test_a_dataset_yaml_that_is_no_file_is_not_passed_over(tmp_path, monkeypatch, what):
+    from recbole_mllm.health.layout import find_layout
+
+    monkeypatch.setattr(sys, "argv", ["run"])
+    path = tmp_path / "mine" / "dataset.yaml"
+    path.parent.mkdir()
+    (path.parent / "mine.inter").write_text("user_id:token\titem_id:token\ttimestamp:float\nu\ti\t1\n")
+    if what == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("nowhere")
+    for read in (
+        lambda: Config(model="BPR", dataset="mine", config_dict={"data_path": str(tmp_path)}),
+        lambda: find_layout(tmp_path / "mine", {}),
+    ):
+        with pytest.raises(UserError, match=r"dataset\.yaml is (no file|a link that leads nowhere); put a YAML file"):
+            read()
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -158,5 +178,5 @@ def test_a_datasets_own_file_is_checked_in_every_run_and_by_inspect(tmp_path, mo
     assert said.format(path) in str(found.value)
     if "must be a whole" not in said:  # `inspect` reads names and places alone
         with pytest.raises(UserError) as told:
-            find_layout(Path(path.parent))
+            find_layout(Path(path.parent), {})
         assert str(told.value) == str(found.value)
