@@ -71,6 +71,9 @@ class Probe:
                 work.give([(ask.place, batch.answers[place])])
             else:
                 work.fail(ask.place, batch.failures.get(place, "no answer"))
+        if not self.answers:  # nothing to judge the others by
+            reason = batch.failures.get(0, "no answer")
+            raise UserError(f"{self.identity} answered none of the first {len(asks)} prompts ({reason})")
 
     def line(self, scribe: Scribe) -> str:
         """Return the counts and what they would take, for people."""

@@ -9,9 +9,14 @@ import threading
 import time
 from contextlib import closing, contextmanager
 
+import pytest
 import small_world
 
 from recbole_mllm.cli import main
+from recbole_mllm.errors import UserError
+from recbole_mllm.mllm.base import Batch, Decoding
+from recbole_mllm.prompts import Prompt
+from recbole_mllm.summaries.estimate import Probe
 
 
 def test_a_dry_run_counts_what_the_run_then_does(tmp_path, monkeypatch, capsys, caplog):
@@ -134,3 +139,19 @@ def test_neither_a_dry_run_nor_a_plan_sends_anything_to_a_server(tmp_path, monke
     assert main(["summarize", *few]) == 0
     made = tmp_path / "dataset" / "steps" / "steps.mllm.sqlite"
     assert counted[0] == _answers(made, "SELECT COUNT(*) FROM answers WHERE kind = 'item'")
+
+
+class Failing:
+    """A model that can answer nothing."""
+
+    identity = "failing"
+
+    def write(self, work):
+        while asks := work.take(8):
+            for ask in asks:
+                work.fail(ask.place, "no room")
+
+
+def test_a_model_that_answers_no_probed_prompt_is_one_line():
+    with pytest.raises(UserError, match=r"failing answered none of the first 16 prompts \(no room\)"):
+        Probe(Failing, "failing").write(Batch([Prompt(f"text {n}") for n in range(40)], Decoding(8)))
