@@ -73,6 +73,8 @@ def id_problem(text: str) -> str | None:
         return f"is {PAD}, which RecBole reserves"
     if (problem := value_problem(text)) is not None:
         return problem
+    if text[0] == "\ufeff":  # files strung together: the same id would be two
+        return "starts with a byte order mark"
     if text != text.strip():
         return "starts or ends with white space"
     control = next((c for c in text if unicodedata.category(c) == "Cc"), None)

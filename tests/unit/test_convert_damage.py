@@ -91,6 +91,7 @@ CELLS = {
     "open quote before the title": (lambda line: line.replace("Title", '"Title'), "quoted field does not end"),
     "a carriage return": (lambda line: line.replace("i", "i\r", 1), "carriage return"),
     "a NUL in an id": (lambda line: line.replace("i", "i\0", 1), "NUL"),
+    "a byte order mark": (lambda line: "\ufeff" + line, "byte order mark"),
     "nan": (lambda line: re.sub("1[0-9]{3}", "nan", line), "'nan'"),
     "inf": (lambda line: re.sub("1[0-9]{3}", "-inf", line), "'-inf'"),
     "1e300": (lambda line: re.sub("1[0-9]{3}", "1e300", line), "'1e300'"),
@@ -405,7 +406,7 @@ def test_impossible_times_are_told_and_are_never_the_earliest_copy(tmp_path: Pat
     raw = tmp_path / "raw"
     rows = [review("A", "p1", 0), review("A", "p1", good + 5), review("A", "p1", good + 9), review("A", "p2", good + 1)]
     jsonl(raw / "T.jsonl", [*rows, review("B", "p1", -3), review("B", "p2", good), review("B", "p3", ahead)])
-    jsonl(raw / "meta_T.jsonl", [])
+    jsonl(raw / "meta_T.jsonl", [{"parent_asin": "p1", "title": "One"}])
     out = tmp_path / "d"
     assert run("amazon2023", "--raw", raw, "--out", out)[0] == 0
     assert [(*pair, row["exact_time"]) for pair, row in zip(pairs(out), read_atomic(out / "d.inter"), strict=True)] == [
