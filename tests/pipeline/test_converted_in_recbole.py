@@ -64,7 +64,7 @@ def test_the_exact_order_survives_recboles_own_sort(tmp_path: Path, unit: int, m
     (folder / "ratings.dat").write_text(
         "".join("::".join(map(str, row)) + "\n" for row in [(u, i, s, t) for u, i, t, s in rows])
     )
-    (folder / "movies.dat").write_text("")
+    (folder / "movies.dat").write_text("0::A title::Drama\n")
     assert main(["convert", "movielens", "--raw", str(folder), "--out", str(tmp_path / "m")]) == 0
     _, (_, _, test) = whole_and_parts = dataset(tmp_path / "m", "SASRec", monkeypatch)
     whole = whole_and_parts[0]

@@ -270,7 +270,7 @@ def test_a_sample_of_users_keeps_each_whole_and_depends_on_the_seed_alone(tmp_pa
 def test_confusing_times_become_places_and_stay_readable(tmp_path: Path) -> None:
     raw = tmp_path / "raw"
     jsonl(raw / "T.jsonl", [review("A", "late", 1_700_000_000_002), review("A", "soon", 1_700_000_000_001)])
-    jsonl(raw / "meta_T.jsonl", [])
+    jsonl(raw / "meta_T.jsonl", [{"parent_asin": "late", "title": "One"}])
     assert convert("amazon2023", raw, tmp_path / "t") == 0
     rows = list(read_atomic(tmp_path / "t" / "t.inter"))
     assert [(r["item_id"], r["timestamp"], r["exact_time"]) for r in rows] == [
