@@ -208,10 +208,10 @@ def test_an_image_gone_for_one_process_ends_all_that_share_a_split_model(world, 
 import sys
 from recbole_mllm.mllm.encode import Encoder
 stock = Encoder.__call__
-def encode(self, prompt):
+def encode(self, prompt, **options):
     if any(str(path) == GONE for path in prompt.images):
         raise OSError(f"{GONE}: gone")
-    return stock(self, prompt)
+    return stock(self, prompt, **options)
 Encoder.__call__ = encode
 from recbole_mllm.cli import main
 sys.exit(main())
