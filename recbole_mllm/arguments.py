@@ -41,7 +41,7 @@ def exit_code(run: Callable[[list[str]], int], words: Sequence[str]) -> int:
         except KeyboardInterrupt:
             _say("stopped; what was finished is kept")
             return 1
-        except Exception as error:
+        except Exception as error:  # the outermost place; what is no line of its own is raised again
             told = in_a_line(error, "standard output" if _leave_stdout() else "")
             if debug or told is None:
                 raise
@@ -90,7 +90,7 @@ def usable_streams() -> Iterator[None]:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free, which is this one
     for name, number in (("stdout", 1), ("stderr", 2)):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(number, "w", encoding="utf-8", closefd=False))  # noqa: SIM115
+            setattr(sys, name, open(number, "w", encoding="utf-8", closefd=False))  # noqa: SIM115  # stays open
     streams = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, io.TextIOWrapper)]
     strict = [stream for stream in streams if stream.errors == "strict"]
     raises, logging.raiseExceptions = logging.raiseExceptions, False  # a full disk costs a log its lines, and no more

@@ -325,7 +325,7 @@ def _read(path: Path, rules: Rules, read: Callable[[], Any]) -> Any:
             frame = read()
     except UserError:
         raise
-    except Exception:
+    except Exception:  # whatever pandas or RecBole raise for a file: the exact reader may know its place
         if plain:
             check_file(path, rules)
         raise
