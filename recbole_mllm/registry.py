@@ -5,6 +5,7 @@ Nothing is imported before RecBole asks: what stands above this module is named 
 
 from __future__ import annotations
 
+import copy
 import importlib
 import os
 import sys
@@ -159,7 +160,7 @@ def _load_times(config: Any) -> None:
     in time order can be made.
     """
     if config.internal_config_dict.get("load_col") == {"inter": ["user_id", "item_id"]}:
-        config.internal_config_dict["load_col"] = _EVERY_TIME
+        config.internal_config_dict["load_col"] = copy.deepcopy(_EVERY_TIME)  # what a run changes is its own
 
 
 def _load_own_fields(config: Any) -> None:
