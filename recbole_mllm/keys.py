@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib.util
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
@@ -20,6 +21,9 @@ from recbole_mllm.errors import UserError
 from recbole_mllm.resources import PROPERTIES
 from recbole_mllm.settings import known_keys
 from recbole_mllm.yamlfile import line_of, read_mapping
+
+WITHDRAWN: dict[str, str] = {}
+"""Keys of earlier versions, with why they have no effect: old files and records that hold one are read, with one warning."""
 
 # Fields of RecBole's command line, and what its Config keeps beside what it is given
 _UNLISTED = {
@@ -64,7 +68,15 @@ def check_keys(keys: Iterable[str], where: str) -> None:
     for key in keys:
         if key == "nproc":
             raise two_launchers(where)
+        if key in WITHDRAWN:
+            _warn_withdrawn(str(key))
+            continue
         check_known(str(key), every_key(), where, "see properties/ for the keys there are")
+
+
+@lru_cache(maxsize=None)
+def _warn_withdrawn(key: str) -> None:
+    logging.getLogger().warning(f"{key} is ignored: {WITHDRAWN[key]}")
 
 
 def check_known(key: str, known: Iterable[str], where: str, otherwise: str) -> None:
