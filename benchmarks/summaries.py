@@ -35,8 +35,8 @@ from recbole_mllm.resources import PROPERTIES
 from recbole_mllm.settings import Settings
 from recbole_mllm.summaries.quality import cut_at_sentence
 from recbole_mllm.summaries.store import Store
-from recbole_mllm.summaries.users import Plan, preferences
-from recbole_mllm.summaries.writing import Scribe
+from recbole_mllm.summaries.user_summaries import Plan, preferences
+from recbole_mllm.summaries.generator import Scribe
 
 STYLE = Style.from_mapping("video", yaml.safe_load((PROPERTIES / "prompt" / "video.yaml").read_text()))
 SETTINGS = Settings.from_config(yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text()))

@@ -135,6 +135,11 @@ def bring(path: Path, target: Path) -> None:
             os.unlink(scratch)
 
 
+def copy_file(path: Path, target: Path) -> None:
+    """Copy a file's bytes to `target`, which lies in a folder of `staged`."""
+    shutil.copyfile(path, target)
+
+
 def replace_file(fresh: Path, path: Path) -> None:
     """Put `fresh`, which was made in a folder of `staged`, in the place of `path`."""
     os.replace(fresh, path)

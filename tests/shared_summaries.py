@@ -27,8 +27,9 @@ from recbole_mllm.data.texts import Items  # noqa: E402
 from recbole_mllm.prompts import Prompt, Style  # noqa: E402
 from recbole_mllm.resources import PROPERTIES  # noqa: E402
 from recbole_mllm.settings import SummarySettings  # noqa: E402
-from recbole_mllm.summaries.prepare import Stage, Summarizers, make_preferences  # noqa: E402
-from recbole_mllm.summaries.users import Plan  # noqa: E402
+from recbole_mllm.summaries.generator import Stage, Summarizers  # noqa: E402
+from recbole_mllm.summaries.preferences import make_preferences  # noqa: E402
+from recbole_mllm.summaries.user_summaries import Plan  # noqa: E402
 
 
 def write(folder: Path, pause: float, killed: int, after: int) -> None:

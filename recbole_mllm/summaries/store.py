@@ -1,38 +1,102 @@
-"""Every answer an MLLM gave, kept in one SQLite file a dataset: nothing is generated twice, a crash loses one batch."""
+"""Every answer of an MLLM, in one SQLite file a dataset: nothing is generated twice, a crash loses one batch.
+
+Several processes may have the file open at once (WAL); leases say which of them generates what. A damaged file is
+replaced by a fresh one with every answer that can still be read.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import hashlib
 import logging
+import os
+import re
+import socket
 import sqlite3
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
+from itertools import count, pairwise
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, get_type_hints
+
+import psutil  # type: ignore[import-untyped]
 
 from recbole_mllm.data.images import image_digest
+from recbole_mllm.data.schema import store_file
 from recbole_mllm.errors import UserError
+from recbole_mllm.files import bring, copy_file, remove_file, replace_file, staged
 from recbole_mllm.mllm.base import MOST_CHARACTERS, Answer, Decoding
 from recbole_mllm.prompts import Prompt
-from recbole_mllm.summaries.salvage import salvage
-from recbole_mllm.summaries.table import COLUMNS, DamagedStore, Row, connect, explained
 
+T = TypeVar("T")
+
+VERSION = 1  # of the table, in the file's user_version; 0 has neither origin nor truncated
+PAGE = 16384  # a row of more than a quarter page spills into a page of its own: at 4096, the default, most answers do
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS answers (
+    key TEXT PRIMARY KEY, text TEXT NOT NULL, kind TEXT NOT NULL, model TEXT NOT NULL,
+    prompt_tokens INTEGER NOT NULL, new_tokens INTEGER NOT NULL, seconds REAL NOT NULL, created REAL NOT NULL,
+    origin TEXT NOT NULL DEFAULT '', truncated INTEGER NOT NULL DEFAULT 0
+) WITHOUT ROWID
+"""
+_ADDED = {"origin": "TEXT NOT NULL DEFAULT ''", "truncated": "INTEGER NOT NULL DEFAULT 0"}
+_LEASES = (
+    "CREATE TABLE IF NOT EXISTS leases (key TEXT PRIMARY KEY, owner TEXT NOT NULL, until REAL NOT NULL) WITHOUT ROWID"
+)
+_CHUNK = 500  # SQLite takes a limited number of parameters a statement
+_BUSY_S = 60
+_LEASE_S = 900.0  # after which a process that says nothing is no longer waited for
+_RENEW_S = 60.0
+_SAMPLES = 512
+# Keys are hex digests: an unreadable page hides its own few answers, not those of other ranges
+_RANGES = ("", *(f"{n:02x}" for n in range(256)), "g", "\U0010ffff")
+
+
+class Row(NamedTuple):
+    """One stored answer; `origin` is empty where this dataset's own runs generated it."""
+
+    key: str
+    text: str
+    kind: str
+    model: str
+    prompt_tokens: int
+    new_tokens: int
+    seconds: float
+    created: float
+    origin: str = ""
+    truncated: int = 0
+
+
+COLUMNS = Row._fields
+_TYPES = get_type_hints(Row)
+_KINDS = {str: "TEXT", int: "INTEGER", float: "REAL"}
+_BASE = {(name, _KINDS[kind]) for name, kind in _TYPES.items() if name not in _ADDED}  # of every version
 _INSERT = (
     f"INSERT INTO answers ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))}) ON CONFLICT (key) DO "
     f"UPDATE SET {', '.join(f'{name} = excluded.{name}' for name in COLUMNS[1:])} "
     f"WHERE length(answers.text) > {MOST_CHARACTERS} AND length(excluded.text) <= {MOST_CHARACTERS}"
 )
-_CHUNK = 500  # SQLite takes a limited number of parameters a statement
-_T = TypeVar("_T")
 
 
 class Spent(NamedTuple):
-    """The seconds that writing some summaries took, whichever run did it; `reused` of them an earlier one had left."""
+    """The seconds that generating some summaries took, whichever run did it; `reused` of them earlier ones."""
 
     seconds: float = 0.0
     reused: int = 0
+
+
+class AnswerStore(Protocol):
+    """What `CachedGenerator` needs of a store."""
+
+    def get(self, keys: Iterable[str]) -> dict[str, str]:
+        """Return the texts of those `keys` that are known."""
+        ...
+
+    def add(self, kind: str, model: str, keys: Sequence[str], answers: Sequence[Answer], seconds: float) -> None:
+        """Store a batch of answers, all or none, that took so many seconds together."""
+        ...
 
 
 def answer_key(identity: str, prompt: Prompt, decoding: Decoding) -> str:
@@ -41,13 +105,24 @@ def answer_key(identity: str, prompt: Prompt, decoding: Decoding) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-class Store:
-    """The answers of one dataset. Several processes may hold it open at once (WAL).
+def wal_of(path: Path) -> Path:
+    """Return the file that holds what is committed and not yet in `path` itself."""
+    return path.with_name(f"{path.name}-wal")
 
-    A damaged file is noticed when it is opened or read; what is readable goes on in a fresh one (`salvage`).
+
+def shard_files(folder: Path) -> list[Path]:
+    """Return the stores of single processes (see `work_shares`) beside the dataset's store."""
+    main = store_file(folder)
+    name = re.compile(rf"{re.escape(main.stem)}\.rank\d+(-\d+)?{re.escape(main.suffix)}")
+    return sorted(path for path in main.parent.glob(f"*{main.suffix}") if name.fullmatch(path.name))
+
+
+class Store:
+    """The answers of one dataset. Several processes may hold it open at once.
 
     Raises:
-        UserError: The folder or the file cannot be written, the disk is full, or a newer version wrote the file.
+        UserError: The folder or the file cannot be written, the disk is full, a newer version wrote the file, or it is
+            a database of something else, which is left as it is.
     """
 
     def __init__(self, path: Path) -> None:
@@ -59,12 +134,19 @@ class Store:
         self._db.close()
 
     def get(self, keys: Iterable[str]) -> dict[str, str]:
-        """Return the texts of those `keys` that are known."""
+        """Return the texts of those `keys` that are known; a text too long to be an answer is not."""
         wanted = list(dict.fromkeys(keys))
-        return answers_of_size(self._tried(lambda db: _texts(db, wanted)), self.path)
+        found: dict[str, str] = dict(self._tried(lambda db: _select(db, "key, text", wanted)))
+        sound = {key: text for key, text in found.items() if len(text) <= MOST_CHARACTERS}
+        if len(sound) < len(found):
+            logging.getLogger().warning(
+                f"the summary store {self.path} holds {len(found) - len(sound)} answers of more than "
+                f"{MOST_CHARACTERS:,} characters, which no summary has; they are ignored and generated again"
+            )
+        return sound
 
     def add(self, kind: str, model: str, keys: Sequence[str], answers: Sequence[Answer], seconds: float) -> None:
-        """Keep a batch of answers in one transaction; one that is known already stays, unless it is none (too long)."""
+        """Store a batch of answers in one transaction; a known one stays, unless it is too long to be one."""
         each, now = seconds / max(1, len(keys)), time.time()
         rows = [
             Row(key, a.text, kind, model, a.prompt_tokens, a.new_tokens, each, now, "", int(a.truncated))
@@ -72,28 +154,21 @@ class Store:
         ]
         self._tried(lambda db: _inserted(db, rows))
 
-    def seconds(self, kind: str, model: str, texts: Iterable[str], since: float) -> Spent:
-        """Return what writing `texts` took when they were written, and how many of them are older than moment `since`.
-
-        A text that several prompts led to counts as often as it is given, and as it was written, whichever is less.
-        """
-        wanted, seconds, reused = Counter(texts), 0.0, 0
-        query = "SELECT text, seconds, created FROM answers WHERE kind = ? AND model = ? ORDER BY created DESC"
-        for text, took, created in self._tried(lambda db: db.execute(query, (kind, model)).fetchall()):
-            if wanted[text] > 0:
-                wanted[text] -= 1
-                seconds, reused = seconds + took, reused + (created < since)
-        return Spent(seconds, reused)
+    def spent(self, keys: Iterable[str], since: float) -> Spent:
+        """Return the seconds that generating the answers of `keys` took, and how many are older than moment `since`."""
+        wanted = list(dict.fromkeys(keys))
+        rows = self._tried(lambda db: _select(db, "seconds, created", wanted))
+        return Spent(sum(seconds for seconds, _ in rows), sum(created < since for _, created in rows))
 
     def insert(self, rows: Iterable[Row]) -> int:
-        """Keep `rows`, all or none, beside what is there; return how many were new."""
-        with self._mended():
+        """Store `rows`, all or none, beside what is there; return how many were new."""
+        with self._repairing():
             return _inserted(self._db, rows)
 
     @contextmanager
     def transaction(self, *, write: bool = False) -> Iterator[sqlite3.Connection]:
         """Give the connection for several reads of one moment's state, or to `write`: all or nothing."""
-        with self._mended(), _transaction(self._db, "BEGIN IMMEDIATE" if write else "BEGIN"):
+        with self._repairing(), _transaction(self._db, "BEGIN IMMEDIATE" if write else "BEGIN"):
             yield self._db
 
     def compact(self) -> None:
@@ -102,7 +177,7 @@ class Store:
         Raises:
             UserError: Another process uses the store.
         """
-        with self._mended():
+        with self._repairing():
             self._db.execute("VACUUM")
             self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
@@ -110,51 +185,41 @@ class Store:
         return self._tried(lambda db: int(db.execute("SELECT COUNT(*) FROM answers").fetchone()[0]))
 
     def _opened(self) -> sqlite3.Connection:
-        for attempt in (1, 2):
-            self._file = _inode(self.path)
+        for _ in range(2):
+            inode = _inode(self.path)
             try:
-                db = connect(self.path)
+                db = _connected(self.path)
                 self._file = _inode(self.path)
                 return db
             except DamagedStore as error:
-                if attempt == 2:
-                    raise UserError(f"the summary store {self.path} is damaged ({error}); move it away") from error
-                salvage(self.path, self._file, str(error))
-        raise AssertionError("unreachable")
-
-    def _follow(self) -> None:
-        """Go on with the file that stands in the store's place now, should another process have mended it."""
-        if _inode(self.path) != self._file:
-            self._db.close()
-            self._db = self._opened()
-
-    def _tried(self, action: Callable[[sqlite3.Connection], _T]) -> _T:
-        """Return what `action` does; on a damaged file, do it again on what could be saved of it."""
-        self._follow()
-        try:
-            with explained(self.path):
-                return action(self._db)
-        except DamagedStore as error:
-            self._db.close()
-            salvage(self.path, self._file, str(error))
-            self._db = self._opened()
-        with explained(self.path):
-            return action(self._db)
+                _salvage(self.path, inode, str(error))
+        raise UserError(f"the summary store {self.path} is damaged; move it away")
 
     @contextmanager
-    def _mended(self) -> Iterator[None]:
-        """Do what cannot simply be done again; a damaged file is mended, and the user asked to repeat."""
-        self._follow()
+    def _repairing(self) -> Iterator[None]:
+        """Replace a damaged file, and say so with a `RepairedStore`: whether to repeat is the caller's to know."""
+        if _inode(self.path) != self._file:  # another process has replaced it
+            self._db.close()
+            self._db = self._opened()
         try:
-            with explained(self.path):
+            with _explained(self.path):
                 yield
         except DamagedStore as error:
             self._db.close()
-            salvage(self.path, self._file, str(error))
+            _salvage(self.path, self._file, str(error))
             self._db = self._opened()
-            raise UserError(
-                f"the summary store {self.path} was damaged and is mended now; repeat the command"
+            raise RepairedStore(
+                f"the summary store {self.path} was damaged and has been repaired; repeat the command"
             ) from error
+
+    def _tried(self, action: Callable[[sqlite3.Connection], T]) -> T:
+        """Return what `action` does, repeated once where the file had to be replaced."""
+        try:
+            with self._repairing():
+                return action(self._db)
+        except RepairedStore:
+            with self._repairing():
+                return action(self._db)
 
 
 def _inode(path: Path) -> int | None:
@@ -176,24 +241,13 @@ def _transaction(db: sqlite3.Connection, begin: str) -> Iterator[None]:
     db.execute("COMMIT")
 
 
-def _texts(db: sqlite3.Connection, wanted: Sequence[str]) -> dict[str, str]:
-    found = dict[str, str]()
-    for start in range(0, len(wanted), _CHUNK):
-        chunk = wanted[start : start + _CHUNK]
-        marks = ",".join("?" * len(chunk))
-        found.update(db.execute(f"SELECT key, text FROM answers WHERE key IN ({marks})", chunk).fetchall())
+def _select(db: sqlite3.Connection, columns: str, keys: Sequence[str], where: str = "answers WHERE") -> list[Any]:
+    """Return `columns` of the rows with one of `keys`."""
+    found: list[Any] = []
+    for start in range(0, len(keys), _CHUNK):
+        chunk = keys[start : start + _CHUNK]
+        found += db.execute(f"SELECT {columns} FROM {where} key IN ({','.join('?' * len(chunk))})", chunk).fetchall()
     return found
-
-
-def answers_of_size(found: dict[str, str], path: Path) -> dict[str, str]:
-    """Return the answers that can be one; of others a line says that they are made anew, which replaces them."""
-    sound = {key: text for key, text in found.items() if len(text) <= MOST_CHARACTERS}
-    if len(sound) < len(found):
-        logging.getLogger().warning(
-            f"the summary store {path} holds {len(found) - len(sound)} answers of more than {MOST_CHARACTERS:,} "
-            "characters, which no summary has; they are left aside and written anew"
-        )
-    return sound
 
 
 def _inserted(db: sqlite3.Connection, rows: Iterable[Row]) -> int:
@@ -201,3 +255,351 @@ def _inserted(db: sqlite3.Connection, rows: Iterable[Row]) -> int:
         before = db.total_changes
         db.executemany(_INSERT, rows)
         return db.total_changes - before
+
+
+# The file
+
+
+class DamagedStore(Exception):
+    """The file is no database, or parts of it cannot be read."""
+
+
+class RepairedStore(UserError):
+    """A damaged file was replaced while something was done that cannot simply be done again."""
+
+
+def _connected(path: Path) -> sqlite3.Connection:
+    """Open the store at `path`, created if absent, brought to the newest version if older.
+
+    Raises:
+        DamagedStore: It is no database, or is shorter than it says.
+        UserError: It cannot be opened or written, is newer than this program, or is something else's.
+    """
+    with _explained(path):
+        if not path.is_file() and (path.exists() or path.is_symlink()):
+            what = "a link that leads nowhere" if path.is_symlink() and not path.exists() else "no file"
+            raise UserError(f"the summary store {path} is {what}; move it away, and a new store is made")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        db = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None)
+        try:
+            _check_ours(db, path)
+            db.execute(f"PRAGMA page_size={PAGE}")  # of a new file; no effect on another
+            log_ahead(db, _BUSY_S)
+            db.execute("PRAGMA synchronous=NORMAL")
+            _migrate(db, path)
+        except BaseException:
+            db.close()
+            raise
+        return db
+
+
+def log_ahead(db: sqlite3.Connection, patience: float) -> None:
+    """Turn on the write-ahead log, trying for `patience` seconds."""
+    _patiently(db, "PRAGMA journal_mode=WAL", patience)
+
+
+def _patiently(db: sqlite3.Connection, statement: str, patience: float) -> list[Any]:
+    """Return the rows of `statement`, tried again until `patience` seconds are over.
+
+    Of two processes that create one file at the same moment, the second gets an error at once, whatever its timeout
+    (SQLite does not wait where both might).
+    """
+    end = time.monotonic() + patience
+    while True:
+        try:
+            return db.execute(statement).fetchall()
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > end:
+                raise
+        time.sleep(0.02)
+
+
+def _check_ours(db: sqlite3.Connection, path: Path) -> None:
+    """Refuse a database that something else made, or a newer version of this program, before anything is written."""
+    _version(db, path)
+    kinds = dict(_patiently(db, "SELECT name, type FROM sqlite_master WHERE name NOT LIKE 'sqlite_%'", _BUSY_S))
+    ours = kinds.get("answers") == "table" and _columns(db, "answers") >= _BASE
+    leases = {name for name, _ in _columns(db, "leases")}
+    if kinds and not (ours and (not leases or leases >= {"key", "owner", "until"})):
+        raise UserError(
+            f"{path} is an SQLite file of something else ({', '.join(sorted(kinds)[:5])}); move it away, and a new "
+            "summary store is made"
+        )
+
+
+def _columns(db: sqlite3.Connection, table: str) -> set[tuple[str, str]]:
+    return {(name, kind) for _, name, kind, *_ in db.execute(f"PRAGMA table_info({table})")}
+
+
+def _version(db: sqlite3.Connection, path: Path) -> int:
+    version = int(db.execute("PRAGMA user_version").fetchone()[0])
+    if version > VERSION:
+        raise UserError(f"the summary store {path} was written by a newer version of recbole-mllm; upgrade this one")
+    return version
+
+
+def _migrate(db: sqlite3.Connection, path: Path) -> None:
+    if _version(db, path) == VERSION and _columns(db, "answers"):
+        return
+    with _transaction(db, "BEGIN IMMEDIATE"):
+        _version(db, path)  # another process may have been first
+        db.execute(SCHEMA)
+        there = {name for name, _ in _columns(db, "answers")}
+        for name, kind in _ADDED.items():
+            if name not in there:
+                db.execute(f"ALTER TABLE answers ADD COLUMN {name} {kind}")
+        db.execute(f"PRAGMA user_version = {VERSION}")
+
+
+_DAMAGE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+_ADVICE = {  # by SQLite's code: what went wrong and what to do about it, where it is the machine's trouble and no bug
+    (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR): (
+        "cannot be written", "make room on the disk (or raise the quota) and repeat: what was finished is kept"
+    ),
+    (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM, sqlite3.SQLITE_AUTH): (
+        "cannot be opened for writing", "make its folder writable, or copy the dataset to one that is"
+    ),
+    (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL): (
+        f"has been in use by another process for {_BUSY_S} s", "wait for that process, or stop it"
+    ),
+}  # fmt: skip
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn what SQLite and the disk say into a `DamagedStore`, or a `UserError` that says what to do."""
+    try:
+        yield
+    except sqlite3.DatabaseError as error:
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        if code in _DAMAGE or "Could not decode to UTF-8" in str(error):
+            raise DamagedStore(str(error)) from error
+        for codes, (what, advice) in _ADVICE.items():
+            if code in codes:
+                raise UserError(f"the summary store {path} {what} ({error}); {advice}") from error
+        raise
+    except OSError as error:
+        raise UserError(
+            f"the summary store {path} cannot be opened ({error.strerror or error}); check the folder"
+        ) from error
+
+
+# A damaged file
+
+
+def _salvage(path: Path, seen: int | None, why: str) -> None:
+    """Put a fresh store with every readable answer of `path` in its place; the bad file stays as ``….corrupt-N``.
+
+    Args:
+        path: The store.
+        seen: The inode that was found damaged; where `path` is another file by now, another process was first.
+        why: What SQLite said.
+
+    Raises:
+        UserError: There is no room, or the folder is not writable; the store is left as it was.
+    """
+    with _explained(path), path.with_name(f".{path.name}.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if _inode(path) != seen or seen is None:
+            return
+        with staged(path.parent, f"{path.name}.salvage") as scratch:
+            fresh, copy = scratch / "fresh", scratch / "copy"
+            for own, other in ((path, copy), (wal_of(path), wal_of(copy))):
+                if own.is_file():
+                    copy_file(own, other)
+            with closing(sqlite3.connect(fresh, isolation_level=None)) as db:
+                db.execute(f"PRAGMA page_size={PAGE}")
+                _migrate(db, fresh)
+                saved = _inserted(db, _readable(copy))
+            aside = next(p for n in count(1) if not os.path.lexists(p := path.with_name(f"{path.name}.corrupt-{n}")))
+            if wal_of(path).is_file():
+                bring(wal_of(path), wal_of(aside))
+            bring(path, aside)
+            for suffix in ("-wal", "-shm"):  # a log of the bad file beside the fresh one would be replayed into it
+                remove_file(path.with_name(path.name + suffix))
+            fresh.chmod(path.stat().st_mode)
+            replace_file(fresh, path)
+    logging.getLogger().warning(
+        f"the summary store {path} was damaged ({why}): {saved} answers were saved, what is missing will be generated "
+        f"again; the bad file is kept as {aside.name}"
+    )
+
+
+def _readable(copy: Path) -> Iterator[Row]:
+    """Yield each answer that can be read, possibly twice; nothing where the file is no database of ours."""
+    with (
+        closing(sqlite3.connect(copy, isolation_level=None)) as db,
+        suppress(sqlite3.DatabaseError, UnicodeDecodeError),
+    ):
+        db.execute("PRAGMA writable_schema = ON")  # so that SQLite opens a file that is shorter than it says
+        there = {name for name, _ in _columns(db, "answers")}
+        columns = ", ".join(name for name in COLUMNS if name in there)
+        db.text_factory = bytes
+        for low, high in pairwise(_RANGES) if columns else ():
+            for order in ("ASC", "DESC"):  # from both ends of what is unreadable
+                query = f"SELECT {columns} FROM answers WHERE key >= ? AND key < ? ORDER BY key {order}"
+                with suppress(sqlite3.DatabaseError):
+                    yield from filter(None, map(_sound, db.execute(query, (low, high))))
+                    break
+
+
+def _sound(values: tuple[object, ...]) -> Row | None:
+    """Return the row, or None where a value is not what its column holds."""
+    try:
+        row = Row(*(value.decode() if isinstance(value, bytes) else value for value in values))  # type: ignore[arg-type]
+    except (UnicodeDecodeError, TypeError):
+        return None
+    typed = all(isinstance(value, kind) for value, kind in zip(row, _TYPES.values(), strict=True))
+    return row if typed and "\0" not in row.text else None
+
+
+# Who generates what
+
+
+class Claimed(NamedTuple):
+    """What came of a claim: keys that are this process's to generate, and texts that others have stored meanwhile."""
+
+    mine: set[str]
+    known: dict[str, str]
+
+
+class Leases:
+    """This process's claims on a store. One of a process that has ended, seen on its own machine, counts for nothing.
+
+    A lease saves work and guards nothing: where the table cannot be written, all is this process's to generate.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._owner = owner_of(os.getpid())
+        self._renewed = time.time()
+
+    def claim(self, keys: Sequence[str]) -> Claimed:
+        """Claim those of `keys` that nobody has answered or is about to."""
+        now = time.time()
+        try:
+            with self._store.transaction(write=True) as db:
+                db.execute(_LEASES)
+                known = dict(_select(db, "key, text", keys, f"answers WHERE length(text) <= {MOST_CHARACTERS} AND"))
+                owners = dict(_select(db, "key, owner", keys, f"leases WHERE until > {now} AND"))
+                taken = {key for key, owner in owners.items() if owner != self._owner and _is_alive(owner)}
+                mine = set(keys) - known.keys() - taken
+                values = ((key, self._owner, now + _LEASE_S) for key in mine)
+                db.executemany("INSERT OR REPLACE INTO leases VALUES (?, ?, ?)", values)
+                return Claimed(mine, known)
+        except UserError:
+            return Claimed(set(keys), {})
+
+    def release(self, keys: Iterable[str]) -> None:
+        """Give back leases on what has been stored."""
+        self._quietly("DELETE FROM leases WHERE key = ? AND owner = ?", [(key, self._owner) for key in keys])
+        self.renew()
+
+    def renew(self) -> None:
+        """Say from time to time that this process is still at work on what it has claimed."""
+        if time.time() - self._renewed > _RENEW_S:
+            self._renewed = time.time()
+            self._quietly("UPDATE leases SET until = ? WHERE owner = ?", [(time.time() + _LEASE_S, self._owner)])
+
+    def release_all(self) -> None:
+        """Give back all leases."""
+        self._quietly("DELETE FROM leases WHERE owner = ?", [(self._owner,)])
+
+    def _quietly(self, statement: str, values: Sequence[tuple[object, ...]]) -> None:
+        with suppress(UserError), self._store.transaction(write=True) as db:  # else they lapse
+            db.execute(_LEASES)
+            db.executemany(statement, values)
+
+
+def owner_of(process: int) -> str:
+    """Return what names a process of this machine in a lease; its start tells it from a later one of its number."""
+    return f"{socket.gethostname()}:{process}:{_started(process)}"
+
+
+def _is_alive(owner: str) -> bool:
+    """Return whether a process still runs; of another machine's, only the lease's end tells."""
+    host, process, _ = owner.rsplit(":", 2)
+    return host != socket.gethostname() or owner_of(int(process)) == owner
+
+
+def _started(process: int) -> float | None:
+    """Return when a process of this machine started; None: it has ended."""
+    try:
+        found = psutil.Process(process)
+        return None if found.status() == psutil.STATUS_ZOMBIE else found.create_time()
+    except psutil.NoSuchProcess:
+        return None
+
+
+# Without a trace
+
+
+class KnownTexts:
+    """A dataset's store for reading alone: no file is created or touched. Unmerged stores of processes are part of it.
+
+    Raises:
+        UserError: A file cannot be read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        files = {path: _opened_to_read(path) for path in (store_file(folder), *shard_files(folder)) if path.is_file()}
+        self._files = {path: db for path, db in files.items() if db is not None}
+
+    def close(self) -> None:
+        """Close the files."""
+        for db in self._files.values():
+            db.close()
+
+    def get(self, keys: Iterable[str]) -> dict[str, str]:
+        """Return the texts of those `keys` that are known."""
+        wanted = list(dict.fromkeys(keys))
+        right = f"answers WHERE length(text) <= {MOST_CHARACTERS} AND"  # what is longer is generated anew (`Store.get`)
+        return dict(self._read(lambda db: _select(db, "key, text", wanted, right)))
+
+    def add(self, *_: object) -> None:
+        """Store nothing."""
+
+    def samples(self, kind: str, model: str) -> list[tuple[str, int]]:
+        """Return some texts of `kind` (``item`` or ``user``) that `model` wrote in any precision, with their tokens."""
+        query = "SELECT text, new_tokens FROM answers WHERE kind = ? AND model GLOB ? AND new_tokens > 0 LIMIT ?"
+        like = f"{glob.escape(model.rpartition(':')[0])}:*"
+        return self._read(lambda db: db.execute(query, (kind, like, _SAMPLES)).fetchall())
+
+    def _read(self, query: Callable[[sqlite3.Connection], list[Any]]) -> list[Any]:
+        found: list[Any] = []
+        for path, db in self._files.items():
+            with _to_read(path):
+                found += query(db)
+        return found
+
+
+class NothingKnown:
+    """A store without answers that keeps none."""
+
+    def get(self, keys: Iterable[str]) -> dict[str, str]:
+        """Return nothing."""
+        return {}
+
+    def add(self, *_: object) -> None:
+        """Store nothing."""
+
+
+def _opened_to_read(path: Path) -> sqlite3.Connection | None:
+    """Open a file; None where a process that has just begun it, or was killed then, has created no table yet."""
+    # `ro` alone leaves a -shm file behind; a file that another process writes must be read with its journal
+    how = "mode=ro" if wal_of(path).is_file() else "immutable=1"
+    with _to_read(path):
+        db = sqlite3.connect(f"{path.resolve().as_uri()}?{how}", uri=True)
+        _check_ours(db, path)
+        if _columns(db, "answers"):
+            return db
+        db.close()
+        return None
+
+
+@contextmanager
+def _to_read(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise UserError(f"the summary store {path} cannot be read ({error}); `summarize` repairs it") from error

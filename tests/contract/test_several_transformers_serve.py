@@ -16,7 +16,7 @@ from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.mllm.server import ServerModel
 from recbole_mllm.prompts import item_line, preference_prompt, text_summary_prompt
 from recbole_mllm.settings import Settings
-from recbole_mllm.summaries.asking import Question
+from recbole_mllm.summaries.generator import Request
 from recbole_mllm.summaries.store import Store
 from recbole_mllm.summaries.writing import Scribe
 
@@ -37,9 +37,9 @@ class Chains:
 
     def ready(self, count):
         out, self.waiting = self.waiting[:count], self.waiting[count:]
-        return [Question(key, prompt(*key), key[2]) for key in out]
+        return [Request(key, prompt(*key), key[2]) for key in out]
 
-    def told(self, name, text):
+    def receive(self, name, text):
         chain, step, _ = name
         self.texts[chain, step] = text
         if step + 1 < STEPS:
@@ -99,7 +99,7 @@ def test_a_slow_one_and_one_killed_and_started_again_change_no_text(servers, tmp
     chains, store = Chains(), Store(tmp_path / "store.sqlite")
     chains.at = {12: killed.kill, 30: killed.start}
     with Slow(slow.process):
-        Scribe("user", lambda: model, "server:tiny", store, LENGTH).serve(chains)
+        Scribe("user", lambda: model, "server:tiny", store, LENGTH).generate(chains)
     assert not chains.at and "set aside" in caplog.text and f":{killed.port}" in caplog.text
     assert killed.process.poll() is None and len(store) == CHAINS * STEPS
     store.close()

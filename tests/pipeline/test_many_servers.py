@@ -17,7 +17,7 @@ from recbole_mllm.mllm.base import Decoding
 from recbole_mllm.mllm.server import ServerModel
 from recbole_mllm.prompts import Prompt
 from recbole_mllm.settings import ServerSettings
-from recbole_mllm.summaries.asking import Question
+from recbole_mllm.summaries.generator import Request
 from recbole_mllm.summaries.store import Store
 from recbole_mllm.summaries.writing import Scribe
 
@@ -33,13 +33,13 @@ class Chains:
 
     def ready(self, count):
         out, self.waiting = self.waiting[:count], self.waiting[count:]
-        return [Question(key, self.prompt(*key), key[2]) for key in out]
+        return [Request(key, self.prompt(*key), key[2]) for key in out]
 
     @staticmethod
     def prompt(chain, step, previous):
         return Prompt(f"chain {chain} step {step} after {previous}")
 
-    def told(self, name, text):
+    def receive(self, name, text):
         chain, step, _ = name
         self.texts[chain, step] = text
         if step + 1 < self.steps:
@@ -60,7 +60,7 @@ def run(folder, servers, chains, settings=SETTINGS):
     model = ServerModel(Endpoint("m", tuple(server.url for server in servers)), settings)
     store = Store(folder / "store.sqlite")
     started = time.monotonic()
-    Scribe("user", lambda: model, "server:m", store, Decoding(9)).serve(chains)
+    Scribe("user", lambda: model, "server:m", store, Decoding(9)).generate(chains)
     took = time.monotonic() - started
     assert chains.texts == chains.truth() and len(store) == len(chains.texts)
     store.close()
@@ -145,7 +145,7 @@ scribe = Scribe("user", lambda: model, "server:m", store, Decoding(9), leases=Le
 chains = Chains(60, 4)
 print("ready", flush=True)
 sys.stdin.readline()
-scribe.serve(chains)
+scribe.generate(chains)
 assert chains.texts == chains.truth()
 print(scribe.tally.written)
 """

@@ -13,10 +13,10 @@ from recbole_mllm.prompts import Style
 from recbole_mllm.resources import PROPERTIES
 from recbole_mllm.settings import SummarySettings
 from recbole_mllm.summaries.chains import State, before, history_digest, state_at, steps
-from recbole_mllm.summaries.prepare import Preferences
+from recbole_mllm.summaries.generator import Scribe
+from recbole_mllm.summaries.preferences import Preferences
 from recbole_mllm.summaries.store import Decoding, Store
-from recbole_mllm.summaries.users import Plan, as_rows, preferences
-from recbole_mllm.summaries.writing import Scribe
+from recbole_mllm.summaries.user_summaries import Plan, as_rows, preferences
 
 BASE = SummarySettings.from_config(yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text()))
 STYLE = Style.from_mapping("demo", yaml.safe_load((PROPERTIES / "prompt" / "demo.yaml").read_text()))

@@ -11,10 +11,9 @@ from recbole_mllm.mllm.base import Decoding
 from recbole_mllm.mllm.server import ServerModel
 from recbole_mllm.prompts import Prompt
 from recbole_mllm.settings import ServerSettings
-from recbole_mllm.summaries import leases as leases_module
-from recbole_mllm.summaries.leases import Leases
-from recbole_mllm.summaries.store import Store
-from recbole_mllm.summaries.writing import Scribe
+from recbole_mllm.summaries import store as store_module
+from recbole_mllm.summaries.generator import Scribe
+from recbole_mllm.summaries.store import Leases, Store
 
 PROMPTS = [Prompt(f"p{n}") for n in range(4)]
 
@@ -63,5 +62,5 @@ def test_claims_are_renewed_while_nothing_arrives(hanging, monkeypatch):
 
     assert until(lambda: len(lapses()) == 1)  # p3's alone
     before = lapses()[0][0]
-    monkeypatch.setattr(leases_module, "_RENEW_S", 0.1)
+    monkeypatch.setattr(store_module, "_RENEW_S", 0.1)
     assert until(lambda: lapses()[0][0] > before)

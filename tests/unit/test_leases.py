@@ -1,7 +1,6 @@
 """Claims on a store: one writer an answer, none for the dead, none for what is answered."""
 
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -10,17 +9,15 @@ from planted_writers import Planted
 
 from recbole_mllm.mllm.base import Answer, Decoding
 from recbole_mllm.prompts import Prompt
-from recbole_mllm.summaries.asking import Question
-from recbole_mllm.summaries.leases import Leases, _born
-from recbole_mllm.summaries.store import Store
-from recbole_mllm.summaries.writing import Scribe
+from recbole_mllm.summaries.generator import Request, Scribe
+from recbole_mllm.summaries.store import Leases, Store, owner_of
 
 
 def other_process(path, keys):
     """Let another process claim `keys` and say which it got; it then waits for a line."""
     code = (
         "import os, sys\nfrom pathlib import Path\n"
-        "from recbole_mllm.summaries.leases import Leases\nfrom recbole_mllm.summaries.store import Store\n"
+        "from recbole_mllm.summaries.store import Leases, Store\n"
         f"print(*sorted(Leases(Store(Path(sys.argv[1]))).claim({keys!r}).mine), flush=True)\nsys.stdin.readline()"
     )
     words = [sys.executable, "-c", code, str(path)]
@@ -51,7 +48,7 @@ def test_a_lease_ends_with_time_and_when_it_is_given_back(tmp_path, monkeypatch)
     other.stdout.readline()
     mine = Leases(store)
     assert mine.claim(["a"]).mine == set()
-    monkeypatch.setattr("recbole_mllm.summaries.leases.time.time", lambda: 4e9)
+    monkeypatch.setattr("recbole_mllm.summaries.store.time.time", lambda: 4e9)
     assert mine.claim(["a"]).mine == {"a"}
     mine.release(["a"])
     with store.transaction() as db:
@@ -69,9 +66,9 @@ class InTurn:
         if not self.left or not self.free:
             return []
         self.free = False
-        return [Question(self.left[0], Prompt(self.left.pop(0)))]
+        return [Request(self.left[0], Prompt(self.left.pop(0)))]
 
-    def told(self, name, text):
+    def receive(self, name, text):
         self.texts[name], self.free = text, True
 
 
@@ -87,8 +84,8 @@ def test_two_who_wait_for_each_others_last_answer_both_get_it(tmp_path):
         store = Store(tmp_path / "s")
         leases = Leases(store)
         if owner == "two":  # as another process that lives
-            leases._owner = f"{socket.gethostname()}:{os.getppid()}:{_born(os.getppid())}"
-        Scribe("user", lambda: Planted(reply), "m", store, Decoding(9), leases=leases).serve(asker)
+            leases._owner = owner_of(os.getppid())
+        Scribe("user", lambda: Planted(reply), "m", store, Decoding(9), leases=leases).generate(asker)
 
     threads = [
         threading.Thread(target=write, args=each, daemon=True) for each in zip(askers, ("one", "two"), strict=True)

@@ -5,10 +5,9 @@ from planted_writers import Planted
 
 from recbole_mllm.mllm.base import Answer, Decoding, Work
 from recbole_mllm.prompts import Prompt
-from recbole_mllm.summaries.asking import Listed, Question
+from recbole_mllm.summaries.generator import FixedRequests, Request, Scribe
 from recbole_mllm.summaries.quality import asked_start, cut_at_sentence, repeats_prompt
 from recbole_mllm.summaries.store import Store
-from recbole_mllm.summaries.writing import Scribe
 
 WORDING = (
     "A user watched these, oldest first:\n- one\n\nBased on the content and visual style of the items above, summarize "
@@ -109,13 +108,13 @@ def test_known_answers_are_looked_at_too(tmp_path):
 def test_equal_questions_of_one_asker_are_written_once_however_they_arrive(tmp_path):
     writer = Planted(lambda prompt: prompt.text.upper(), size=1)
 
-    class Later(Listed):
-        def told(self, name, text):
-            super().told(name, text)
+    class Later(FixedRequests):
+        def receive(self, name, text):
+            super().receive(name, text)
             if name == 0:
-                self.waiting += [Question(9, Prompt("a")), Question(10, Prompt("b"))]
+                self.waiting += [Request(9, Prompt("a")), Request(10, Prompt("b"))]
 
     asker = Later([(0, Prompt("a")), (1, Prompt("b")), (2, Prompt("a"))])
-    Scribe("item", lambda: writer, "m", Store(tmp_path / "s"), Decoding(5)).serve(asker)
+    Scribe("item", lambda: writer, "m", Store(tmp_path / "s"), Decoding(5)).generate(asker)
     assert asker.texts == {0: "A", 1: "B", 2: "A", 9: "A", 10: "B"}
     assert sorted(sum(writer.batches, [])) == ["a", "b"]

@@ -18,10 +18,11 @@ from recbole_mllm.errors import UserError
 from recbole_mllm.prompts import Style
 from recbole_mllm.resources import PROPERTIES
 from recbole_mllm.settings import SummarySettings
-from recbole_mllm.summaries.prepare import Stage, Summarizers, make_preferences, refresh
+from recbole_mllm.summaries.generator import Stage, Summarizers
+from recbole_mllm.summaries.preferences import make_preferences, refresh
 from recbole_mllm.summaries.store import Store
-from recbole_mllm.summaries.upkeep import prune
-from recbole_mllm.summaries.users import Plan
+from recbole_mllm.summaries.store_tools import prune
+from recbole_mllm.summaries.user_summaries import Plan
 
 STYLE = Style.from_mapping("demo", yaml.safe_load((PROPERTIES / "prompt" / "demo.yaml").read_text()))
 BASE = replace(
@@ -169,19 +170,6 @@ def test_which_settings_keep_a_refresh_below_three_percent():
     # as docs/refresh.md says: few rows a user, each of which must read what is new
     for name in ("block_size: 10", "max_history: 10", "summary_mode: direct"):
         assert 3 < found[1][name]["1"] < 8
-
-
-def test_a_chain_goes_on_from_its_last_state_and_not_from_its_start(tmp_path):
-    world = World(tmp_path / "a", {"u": [f"i{n}" for n in range(31)], "v": ["i1", "i2", "i3"]})
-    world.refresh()
-    with Store(store_file(world.folder)).transaction(write=True) as db:  # nothing else could tell it of earlier steps
-        db.execute("DELETE FROM answers WHERE kind = 'user'")
-    world.histories["u"].append("i5")
-    assert world.refresh() == (0 + 1, 1, [])  # the former last item is read for the first time
-    [asked] = [text for batch in world.user.batches for text in batch]
-    last = {row.seen: row.text for row in read_user_summaries(usum_file(world.folder, "t")) if row.user == "u"}[30]
-    assert last in asked and "i30" in asked and "i29" not in asked
-    assert world.file() == world.scratch(tmp_path / "b").file()
 
 
 def test_users_left_out_are_named_and_what_they_have_stays_right(tmp_path):

@@ -13,8 +13,9 @@ from recbole_mllm.prompts import Style
 from recbole_mllm.resources import PROPERTIES
 from recbole_mllm.settings import SummarySettings
 from recbole_mllm.summaries.chains import history_digest
-from recbole_mllm.summaries.prepare import Stage, Summarizers, make_preferences
-from recbole_mllm.summaries.users import Plan
+from recbole_mllm.summaries.generator import Stage, Summarizers
+from recbole_mllm.summaries.preferences import make_preferences
+from recbole_mllm.summaries.user_summaries import Plan
 
 STYLE = Style.from_mapping("demo", yaml.safe_load((PROPERTIES / "prompt" / "demo.yaml").read_text()))
 BASE = SummarySettings.from_config(yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text()))

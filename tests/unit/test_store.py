@@ -12,9 +12,8 @@ from planted_writers import Planted
 from recbole_mllm.errors import UserError
 from recbole_mllm.mllm.base import Answer, Decoding
 from recbole_mllm.prompts import Prompt
-from recbole_mllm.summaries.store import Store, answer_key
-from recbole_mllm.summaries.table import log_ahead
-from recbole_mllm.summaries.writing import Scribe
+from recbole_mllm.summaries.generator import Scribe
+from recbole_mllm.summaries.store import Store, answer_key, log_ahead
 
 
 def _add(path: Path, start: int) -> None:

@@ -13,8 +13,8 @@ from recbole_mllm.cli import main
 from recbole_mllm.data.schema import store_file
 from recbole_mllm.mllm.base import Decoding
 from recbole_mllm.prompts import Prompt
+from recbole_mllm.summaries.generator import Scribe
 from recbole_mllm.summaries.store import Store
-from recbole_mllm.summaries.writing import Scribe
 
 PROMPTS = [Prompt(f"p{n}") for n in range(5)]
 

@@ -1,0 +1,410 @@
+"""Answers prompts through the store: what it knows is read, the rest is generated and stored as it arrives.
+
+Prompts come from a `RequestSource`, which may have more once it has received an answer: so no user waits for another's
+chain.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from recbole_mllm import ranks
+from recbole_mllm.data.atomic import clean
+from recbole_mllm.data.texts import Items
+from recbole_mllm.errors import UserError
+from recbole_mllm.mllm.base import Answer, Ask, Decoding, Writer
+from recbole_mllm.progress import Progress
+from recbole_mllm.prompts import Prompt, Style
+from recbole_mllm.settings import SummarySettings
+from recbole_mllm.summaries.quality import Findings, cut_at_sentence, repeats_prompt, table
+from recbole_mllm.summaries.store import AnswerStore, Leases, Store, answer_key
+
+_AT_A_TIME = 4096  # prompts rendered and looked up at once
+_STORE_COUNT, _STORE_S = 32, 1.0  # answers, or seconds, after which what arrived is committed
+_CLAIMED = 32  # prompts claimed at once, so that other processes at the same store leave them alone
+_HELD_S = 0.5  # seconds between two looks at what other processes have claimed
+_RETRY = Decoding(0, 0.6, 0.9)  # how an answer that repeats its prompt is tried once more
+
+
+class Request(NamedTuple):
+    """A prompt with the name its source knows it by, and the preference it continues, if any."""
+
+    name: Hashable
+    prompt: Prompt
+    previous: str = ""
+
+
+class RequestSource(Protocol):
+    """Has requests, some of them only when others have been answered."""
+
+    def ready(self, count: int) -> list[Request]:
+        """Return up to `count` requests that can be answered now, each once."""
+        ...
+
+    def receive(self, name: Hashable, text: str) -> None:
+        """Take the answer to the request of this `name`."""
+        ...
+
+
+class FixedRequests:
+    """Requests that are all known from the start."""
+
+    def __init__(self, prompts: Iterable[tuple[Hashable, Prompt]]) -> None:
+        self.waiting = [Request(name, prompt) for name, prompt in prompts]
+        self.texts: dict[Hashable, str] = {}
+
+    def ready(self, count: int) -> list[Request]:
+        """Return the next ones."""
+        out = self.waiting[:count]
+        del self.waiting[:count]
+        return out
+
+    def receive(self, name: Hashable, text: str) -> None:
+        """Keep the text."""
+        self.texts[name] = text
+
+
+@dataclass(slots=True)
+class Tally:
+    """What a generator did."""
+
+    asked: int = 0
+    known: int = 0
+    written: int = 0
+    new_tokens: int = 0
+    seconds: float = 0.0
+    load_s: float = 0.0
+    words: list[int] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Job:
+    """A prompt on its way to the model, and the requests that wait for its answer."""
+
+    key: str
+    request: Request
+    names: list[Hashable]
+    retried: bool = False
+
+
+@dataclass(slots=True)
+class Scribe:
+    """Answers requests with one model through a store. The model is loaded only when something must be generated.
+
+    Attributes:
+        kind: ``item`` or ``user``.
+        load: Loads the model.
+        identity: Names everything about the model that changes an answer.
+        store: What is known, and where answers go.
+        decoding: How answers are decoded.
+        may_write: Whether the model may be loaded at all.
+        in_step: The model is split among the processes of a run: they all must call `generate`, each as often as the
+            others, and all load it if one must.
+        leases: With them, what another process is generating is waited for, behind everything else.
+        whose: Follows the name of what is generated wherever it is reported, where several processes report.
+        keys: The store's keys of all answers so far.
+    """
+
+    kind: str
+    load: Callable[[], Writer]
+    identity: str
+    store: AnswerStore
+    decoding: Decoding
+    may_write: bool = True
+    in_step: bool = False
+    leases: Leases | None = None
+    whose: str = ""
+    tally: Tally = field(default_factory=Tally)
+    findings: Findings = field(default_factory=Findings)
+    keys: set[str] = field(default_factory=set)
+    _source: RequestSource = field(default_factory=lambda: FixedRequests([]))
+    _jobs: dict[str, _Job] = field(default_factory=dict)  # all that have no answer yet, by key: in one of the next four
+    _waiting: list[_Job] = field(default_factory=list)
+    _claimed: list[_Job] = field(default_factory=list)
+    _held: list[_Job] = field(default_factory=list)  # by other processes
+    _under_way: dict[int, _Job] = field(default_factory=dict)  # at the model
+    _unstored: list[tuple[str, Answer]] = field(default_factory=list)
+    _failed: list[str] = field(default_factory=list)
+    _place: int = 0
+    _held_at: float = 0.0
+    _started: float = 0.0
+    _stored_at: float = 0.0
+    _progress: Progress | None = None
+
+    def answer(self, prompts: Sequence[Prompt]) -> list[str]:
+        """Return the answers, each one line; equal prompts are answered once."""
+        source = FixedRequests(enumerate(prompts))
+        self.generate(source)
+        return [source.texts[place] for place in range(len(prompts))]
+
+    def look_up(self, source: RequestSource) -> None:
+        """Answer what the store knows; what it lacks is left out, and so is what continues it."""
+        self._source = source
+        self._look_up(sys.maxsize)
+        self._waiting.clear()
+        self._jobs.clear()
+
+    def generate(self, source: RequestSource) -> None:
+        """Answer all requests of `source`.
+
+        Raises:
+            UserError: `may_write` is false and an answer is missing; or, with all others answered and stored, some
+                could not be: an image is gone, or a prompt is too large for this machine.
+        """
+        self._source = source
+        self._look_up(1 if self.may_write else sys.maxsize)
+        must = bool(self._waiting)
+        if must and not self.may_write:
+            raise UserError(
+                f"{len(self._waiting)} {self.kind} summaries are missing or stale and summarize is off; "
+                "run `python run_recbole_mllm.py summarize` with the same settings, or set summarize: auto"
+            )
+        if any(ranks.gather_objects(must)) if self.in_step else must:
+            started = time.perf_counter()
+            writer = self.load()
+            self.tally.load_s += time.perf_counter() - started
+            if must:
+                self._write(writer)
+        if self._failed:
+            raise UserError(
+                f"{len(self._failed)} {self.kind} summaries cannot be written, the first for this: {self._failed[0]}; "
+                "all others are kept, and the same command goes on from there"
+            )
+
+    def write_alone(self, load: Callable[[], Writer]) -> None:
+        """Take the model of `load`, in this process by itself: no other one generates in step with it."""
+        self.load, self.in_step = load, False
+
+    def _write(self, writer: Writer) -> None:
+        self._stored_at = self._started = time.perf_counter()
+        try:
+            writer.write(self)
+            if self._held:
+                logging.getLogger().info(f"{len(self._held)} {self.kind} summaries: waiting for another process")
+            while self._held:
+                self._store()  # or those who hold them may wait for ours
+                time.sleep(_HELD_S)
+                self._claim(1)
+                if self._claimed:
+                    writer.write(self)
+        finally:
+            self._store()
+            if self.leases is not None:
+                self.leases.release_all()
+            self.tally.seconds += time.perf_counter() - self._started
+
+    # What the model sees (`mllm.base.Work`)
+
+    def take(self, count: int) -> list[Ask]:
+        """Return up to `count` prompts that the store cannot answer."""
+        self._claim(count)
+        out, own = [], self.decoding
+        for job in self._claimed[:count]:
+            self._place += 1
+            self._under_way[self._place] = job
+            retry = replace(_RETRY, max_new_tokens=own.max_new_tokens, seed=own.seed + 1, rules=own.rules)
+            out.append(Ask(self._place, job.request.prompt, retry if job.retried else own))
+        del self._claimed[:count]
+        return out
+
+    def give(self, arrived: Sequence[tuple[int, Answer]]) -> None:
+        """Take answers: stored soon, handed on at once; one that repeats its prompt is retried once."""
+        for place, answer in arrived:
+            job = self._under_way.pop(place)
+            answer = replace(answer, text=clean(cut_at_sentence(answer)))
+            self.tally.new_tokens += answer.new_tokens
+            if repeats_prompt(answer.text, job.request.prompt, job.request.previous):
+                if not job.retried:
+                    job.retried = True
+                    self._claimed.insert(0, job)
+                    continue
+                self.findings.note("repeats its prompt", answer.text)
+            self.tally.written += 1
+            self.findings.look_at_new(answer)
+            self._unstored.append((job.key, answer))
+            del self._jobs[job.key]
+            self._hand_on(job.names, answer.text, job.request.prompt)
+        if self._unstored and (len(self._unstored) >= _STORE_COUNT or time.perf_counter() - self._stored_at > _STORE_S):
+            self._store()
+        elif self.leases is not None:
+            self.leases.renew()
+
+    def fail(self, place: int, reason: str) -> None:
+        """Note that a prompt cannot be answered; the others are."""
+        del self._jobs[self._under_way.pop(place).key]
+        self._failed.append(reason)
+
+    # From a request to the model, and back
+
+    def _claim(self, count: int) -> None:
+        """Have up to `count` prompts ready that are ours to generate; look now and then at those others generate."""
+        while len(self._claimed) < count:
+            self._look_up(count)
+            if batch := self._waiting[: max(count, _CLAIMED)]:
+                del self._waiting[: len(batch)]
+            elif self._held and time.perf_counter() - self._held_at >= _HELD_S:
+                batch, self._held = self._held, []
+                self._held_at = time.perf_counter()
+            else:
+                return
+            mine, known = {job.key for job in batch}, dict[str, str]()
+            if self.leases is not None:
+                mine, known = self.leases.claim([job.key for job in batch])
+            for job in batch:
+                if job.key in known:
+                    del self._jobs[job.key]
+                    self.tally.known += len(job.names)
+                    self._hand_on(job.names, known[job.key], job.request.prompt)
+                else:
+                    (self._claimed if job.key in mine else self._held).append(job)
+
+    def _look_up(self, count: int) -> None:
+        """Take requests until `count` wait for the model; what the store knows is handed on at once."""
+        while len(self._waiting) < count and (fresh := self._source.ready(_AT_A_TIME)):
+            keyed = [(key, request) for request in fresh if (key := self._key(request)) is not None]
+            known = self.store.get([key for key, _ in keyed]) | {key: a.text for key, a in self._unstored}
+            batch: list[_Job] = []
+            self.tally.asked += len(fresh)
+            for key, request in keyed:
+                if key in known:
+                    self.tally.known += 1
+                    self._hand_on([request.name], known[key], request.prompt)
+                elif key in self._jobs:
+                    self._jobs[key].names.append(request.name)
+                else:
+                    self._jobs[key] = job = _Job(key, request, [request.name])
+                    batch.append(job)
+            # Prompts of like length waste little on padding; the key settles ties, so a re-run takes the same order
+            self._waiting += sorted(batch, key=lambda job: (len(job.request.prompt.marked), job.key))
+
+    def _key(self, request: Request) -> str | None:
+        try:
+            key = answer_key(self.identity, request.prompt, self.decoding)
+        except OSError as error:
+            self._failed.append(f"an image cannot be read any more: {error}")
+            return None
+        self.keys.add(key)
+        return key
+
+    def _hand_on(self, names: Sequence[Hashable], text: str, prompt: Prompt) -> None:
+        self.findings.look(text, prompt)
+        self.tally.words.append(len(text.split()))
+        for name in names:
+            self._source.receive(name, text)
+        if self._progress is not None:
+            seconds = time.perf_counter() - self._started
+            rate = f", {self.tally.new_tokens / seconds:.0f} tokens/s" if self._started and seconds > 0 else ""
+            self._progress.update(len(names), f"{self.tally.known} known{rate}")
+
+    def _store(self) -> None:
+        """Commit what arrived since the last time."""
+        now = time.perf_counter()
+        if self._unstored:
+            keys, answers = [key for key, _ in self._unstored], [answer for _, answer in self._unstored]
+            self.store.add(self.kind, self.identity, keys, answers, now - self._stored_at)
+            if self.leases is not None:
+                self.leases.release(keys)
+            self._unstored = []
+        self._stored_at = now
+
+    # What people see
+
+    def progress(self, total: int) -> Progress:
+        """Return what shows how many of `total` requests are answered, by the store or the model."""
+        self._progress = Progress(total, f"{self.kind} summaries{self.whose}", "summary")
+        return self._progress
+
+    def report(self) -> None:
+        """Log what was done, and a table of what people should look at, if anything."""
+        log, t = logging.getLogger(), self.tally
+        if not t.asked:
+            return
+        rate = f"{t.written / t.seconds:.1f}/s, {t.new_tokens / t.seconds:.0f} tokens/s" if t.seconds else "-"
+        log.info(
+            f"{self.kind} summaries{self.whose}: {t.asked} asked, {t.known} known, {t.written} written in "
+            f"{t.seconds:.1f} s ({rate}); words: {_spread(t.words)}"
+        )
+        if lines := table(self.findings, self.kind, len(t.words)):
+            log.warning("\n".join([f"{self.kind} summaries{self.whose} to look at:", *lines]))
+
+
+def _spread(numbers: Sequence[int]) -> str:
+    ordered = sorted(numbers)
+    if not ordered:
+        return "none"
+    return f"{ordered[0]} to {ordered[-1]}, half of them up to {ordered[len(ordered) // 2]}"
+
+
+@dataclass(frozen=True, slots=True)
+class Summarizers:
+    """The two models that generate summaries; `load_*` are called only when something must be generated.
+
+    One that is split among the processes (`*_is_split`) is loaded by all of them together, whoever needs it.
+    """
+
+    item_identity: str
+    user_identity: str
+    load_item: Callable[[], Writer]
+    load_user: Callable[[], Writer]
+    item_is_split: bool = False
+    user_is_split: bool = False
+    item_rules: str = ""  # what their generation_config asks of a text (see mllm.rules)
+    user_rules: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Everything the summaries of one dataset are made from."""
+
+    folder: Path
+    tag: str
+    style: Style
+    items: Items
+    settings: SummarySettings
+    who: Summarizers
+
+
+def item_scribe(setup: Stage, store: AnswerStore, load: Callable[[], Writer] | None = None) -> Scribe:
+    """Return what generates item summaries; its model is loaded once, by `load` if given, and goes with it."""
+    who, length = setup.who, setup.settings.item_summary_tokens
+    decoding = _decoding(setup.settings, length, who.item_rules)
+    may = setup.settings.summarize == "auto"
+    return Scribe(
+        "item", load or cache(who.load_item), who.item_identity, store, decoding, may, in_step=who.item_is_split
+    )
+
+
+def user_scribe(setup: Stage, store: AnswerStore, load: Callable[[], Writer] | None = None) -> Scribe:
+    """Return what generates user summaries; its model is loaded once, by `load` if given, and goes with it."""
+    who, length = setup.who, setup.settings.user_summary_tokens
+    decoding = _decoding(setup.settings, length, who.user_rules)
+    may = setup.settings.summarize == "auto"
+    return Scribe(
+        "user", load or cache(who.load_user), who.user_identity, store, decoding, may, in_step=who.user_is_split
+    )
+
+
+def _decoding(settings: SummarySettings, length: int, rules: str) -> Decoding:
+    return Decoding(length, settings.summary_temperature, settings.summary_top_p, settings.summary_seed, rules)
+
+
+def claiming(generator: Scribe, store: Store) -> Scribe:
+    """Return `generator`, which from now on leaves alone what other processes at its `store` are generating.
+
+    It works in one process by itself. A model that is split has generated everything before, or cannot.
+    """
+    generator.leases = Leases(store)
+    if generator.in_step:
+        generator.write_alone(_refuse)
+    return generator
+
+
+def _refuse() -> Writer:
+    raise UserError("summaries that all processes had just written are gone from the store; start the command again")

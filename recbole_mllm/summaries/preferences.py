@@ -1,0 +1,162 @@
+"""The preprocessing step: generate what summaries are missing, export them, and say which one a row reads."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Set
+from contextlib import closing
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from recbole_mllm import ranks
+from recbole_mllm.data import schema
+from recbole_mllm.data.peruser import user_of
+from recbole_mllm.data.texts import Items, write_item_summaries, write_user_summaries
+from recbole_mllm.errors import UserError
+from recbole_mllm.prompts import Style, titles_as_preference
+from recbole_mllm.settings import SummarySettings
+from recbole_mllm.summaries.chains import State, before, state_at
+from recbole_mllm.summaries.generator import Stage, claiming, item_scribe, user_scribe
+from recbole_mllm.summaries.item_summaries import summarize_items
+from recbole_mllm.summaries.store import Spent, Store
+from recbole_mllm.summaries.user_summaries import Plan, as_rows, preferences
+from recbole_mllm.summaries.work_shares import generate_in_shares, opened_store
+
+
+@dataclass(frozen=True, slots=True)
+class Preferences:
+    """What stands for the user in the recommender's question, for each row.
+
+    `spent` is what generating the summaries took, whichever run did it; `load_s` what this one took to load their
+    models.
+    """
+
+    texts: Mapping[tuple[str, State], str]
+    plan: Plan
+    items: Items
+    style: Style
+    settings: SummarySettings
+    spent: Spent = Spent()
+    load_s: float = 0.0
+
+    def of(self, history: str, position: int) -> str:
+        """Return what a row at `position` of the `history` of this name reads: nothing at or after that position.
+
+        Raises:
+            UserError: There is no summary for that moment.
+        """
+        if self.settings.summary_mode == "none":
+            before = self.plan.histories[history][max(0, position - self.settings.history_titles) : position]
+            return titles_as_preference(self.style, [title for item in before if (title := self.items.title(item))])
+        state = state_at(position, self.settings)
+        if state is None:
+            return self.style.cold
+        try:
+            return self.texts[history, state]
+        except KeyError:
+            raise UserError(
+                f"user {user_of(history)} has no summary of the first {state.seen} interactions; "
+                "run `python run_recbole_mllm.py summarize` with the same settings"
+            ) from None
+
+    def chain(self, history: str, position: int) -> list[tuple[State, str]]:
+        """Return the states that led to what a row at `position` of `history` reads, oldest first, with their texts."""
+        if self.settings.summary_mode == "none":
+            return []
+        found: list[tuple[State, str]] = []
+        state = state_at(position, self.settings)
+        while state is not None:
+            found.append((state, self.texts[history, state]))
+            state = before(state, self.settings) if self.settings.summary_mode == "recurrent" else None
+        return found[::-1]
+
+
+def make_item_summaries(setup: Stage, requests: Plan) -> None:
+    """Generate the summaries of all items that some row of `requests` reads, and export them."""
+    generate_in_shares(setup, requests, None, only_items=True)
+
+    def export() -> None:
+        with closing(opened_store(setup.folder)) as store:
+            export_item_summaries(setup, store, requests.items(setup.settings))
+
+    ranks.on_main(export)
+
+
+def make_preferences(setup: Stage, requests: Plan) -> Preferences:
+    """Generate every summary that some row of `requests` reads, item summaries first, and export both."""
+    s = setup.settings
+    if s.summary_mode == "none":
+        return Preferences({}, requests, setup.items, setup.style, s)
+    started = time.time()
+    load_s = generate_in_shares(setup, requests, None)
+    found = ranks.main_first(lambda: _refreshed(setup, requests, None, started))
+    return Preferences(found.texts, requests, setup.items, setup.style, s, found.spent, load_s + found.load_s)
+
+
+def refresh(setup: Stage, requests: Plan, users: Set[str] | None = None) -> list[str]:
+    """Generate and export the summaries that the rows of `requests` read, those of `users` alone if given.
+
+    Of other users what the store knows is exported: nothing is generated that it has, so a refresh costs what has
+    changed.
+
+    Returns:
+        The users among the others whose rows still lack a summary; in the main process alone.
+    """
+    left: list[str] = []
+    if setup.settings.summary_mode != "none":
+        generate_in_shares(setup, requests, users)
+        ranks.on_main(lambda: left.extend(_refreshed(setup, requests, users, time.time()).left))
+    return left
+
+
+class _Refreshed(NamedTuple):
+    texts: dict[tuple[str, State], str]
+    left: list[str]
+    spent: Spent
+    load_s: float
+
+
+def _refreshed(setup: Stage, requests: Plan, users: Set[str] | None, started: float) -> _Refreshed:
+    """Export the summaries of all users, those of `users` (None: all) complete."""
+    s = setup.settings
+    with closing(opened_store(setup.folder)) as store:
+        items = _exported_items(setup, store, requests.items(s))
+        generator = claiming(user_scribe(setup, store), store)
+        given = generator, setup.style, setup.items, items.texts
+        texts = preferences(*given, requests if users is None else requests.of(users), s)
+        others = requests.of(users if users is not None else requests.positions, others=True)
+        texts |= preferences(*given, others, s, known_only=True)
+        generator.report()
+        if ranks.is_main():
+            path = schema.usum_file(setup.folder, setup.tag)
+            rows = write_user_summaries(path, as_rows(texts, requests))
+            logging.getLogger().info(f"{path}: {rows} summaries")
+        spent = store.spent(items.keys | generator.keys, started)
+    lacking = (name for name, states in others.states(s).items() if any((name, state) not in texts for state in states))
+    left = list(dict.fromkeys(map(user_of, lacking)))
+    return _Refreshed(texts, left, spent, items.load_s + generator.tally.load_s)
+
+
+def export_item_summaries(setup: Stage, store: Store, wanted: list[str]) -> dict[str, str]:
+    """Generate the summaries of `wanted` items that are missing, export all of them, and return them."""
+    return _exported_items(setup, store, wanted).texts
+
+
+class _Exported(NamedTuple):
+    texts: dict[str, str]
+    keys: set[str]
+    load_s: float
+
+
+def _exported_items(setup: Stage, store: Store, wanted: list[str]) -> _Exported:
+    """Return what `export_item_summaries` does, with the answers' keys and the seconds that loading the model took."""
+    generator = claiming(item_scribe(setup, store), store)
+    with generator.progress(len(wanted)):
+        found = summarize_items(generator, setup.style, setup.items, wanted, setup.settings.item_summary)
+    generator.report()
+    if setup.settings.item_summary != "none" and ranks.is_main():
+        path = schema.isum_file(setup.folder, setup.tag)
+        rows = write_item_summaries(path, found)
+        logging.getLogger().info(f"{path}: {rows} summaries")
+    return _Exported(found, generator.keys, generator.tally.load_s)

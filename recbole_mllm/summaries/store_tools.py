@@ -1,0 +1,238 @@
+"""What people do to a store: look into it, make it smaller, publish it as JSON lines and take in published ones."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import re
+import time
+import zlib
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from recbole_mllm.data.atomic import clean
+from recbole_mllm.errors import UserError
+from recbole_mllm.files import whole_text
+from recbole_mllm.summaries.store import COLUMNS, Row, Store, wal_of
+
+_DAY_S = 86400.0
+_EVER = 1e6  # days
+_LIKE = "(model = ? OR model GLOB ?)"
+
+
+class Group(NamedTuple):
+    """The answers of one model to one kind of prompt from one origin (empty: this dataset's own runs)."""
+
+    model: str
+    kind: str
+    origin: str
+    answers: int
+    prompt_tokens: int
+    new_tokens: int
+    seconds: float
+    truncated: int
+    empty: int
+
+
+class Pruned(NamedTuple):
+    """What went, or would go: how many answers of each model, how many stay, and the bytes the file became smaller."""
+
+    gone: dict[str, int]
+    left: int
+    freed: int
+
+
+def groups(store: Store) -> list[Group]:
+    """Return what the store holds, by model, kind and origin."""
+    query = """
+        SELECT model, kind, origin, COUNT(*), SUM(prompt_tokens), SUM(new_tokens), SUM(seconds), SUM(truncated),
+               SUM(text = '') FROM answers GROUP BY model, kind, origin ORDER BY model, kind, origin
+    """
+    with store.transaction() as db:
+        return [Group(*row) for row in db.execute(query)]
+
+
+def size(store: Store) -> int:
+    """Return the bytes on disk, with what is not yet in the main file."""
+    return sum(path.stat().st_size for path in (store.path, wal_of(store.path)) if path.is_file())
+
+
+def prune(store: Store, model: str | None, older_than: float | None, *, dry_run: bool) -> Pruned:
+    """Delete the answers of models like the pattern `model` that are older than `older_than` days.
+
+    Raises:
+        UserError: Neither is given, or another process keeps the file from being compacted (the answers are gone).
+    """
+    if model is None and older_than is None:
+        raise UserError("say what to prune: --model PATTERN, --older-than DAYS, or both; --dry-run shows what would go")
+    if older_than is not None and not 0 <= older_than < _EVER:
+        raise UserError(f"--older-than {older_than:g} must be a number of days, at least 0")
+    parts, given = ["1"], list[str | float]()
+    if model is not None:
+        parts.append(_LIKE)
+        given += [model, model]
+    if older_than is not None:
+        parts.append("created < ?")
+        given.append(time.time() - older_than * _DAY_S)
+    where = " AND ".join(parts)
+    before = size(store)
+    with store.transaction(write=not dry_run) as db:
+        query = f"SELECT model, COUNT(*) FROM answers WHERE {where} GROUP BY model ORDER BY model"
+        gone = {str(name): int(answers) for name, answers in db.execute(query, given)}
+        if gone and not dry_run:
+            db.execute(f"DELETE FROM answers WHERE {where}", given)
+        left = int(db.execute("SELECT COUNT(*) FROM answers").fetchone()[0])
+    if gone and not dry_run:
+        store.compact()
+        return Pruned(gone, left, before - size(store))
+    return Pruned(gone, left - sum(gone.values()), 0)
+
+
+# Published answers
+
+FORMAT, FORMAT_VERSION = "recbole-mllm answers", 1
+_KEY = re.compile(r"[0-9a-f]{64}")
+_LONGEST = 2**22  # characters of a line; an answer is a paragraph
+_WORDS = ("text", "kind", "model", "origin")
+_COUNTS = ("prompt_tokens", "new_tokens")
+_NUMBERS = ("seconds", "created")
+
+
+def is_export(head: bytes) -> bool:
+    """Return whether a file that begins so is one that `export` has written, in whatever version."""
+    return head.startswith(b'{"format": "recbole-mllm answers"')
+
+
+class Imported(NamedTuple):
+    """What an import did with the file's answers."""
+
+    added: int
+    known: int
+
+
+def export(store: Store, dataset: str, out: Path, model: str | None) -> int:
+    """Write the answers (of models like the pattern `model`) to `out`, whole or not at all; return how many.
+
+    The first line says what follows; each other line is one answer, ordered by key. ``.gz`` compresses.
+    """
+    chosen = f"WHERE {_LIKE}" if model else ""
+    given = (model, model) if model else ()
+    with store.transaction() as db:
+        models: dict[str, int] = dict(
+            db.execute(f"SELECT model, COUNT(*) FROM answers {chosen} GROUP BY model ORDER BY model", given)
+        )
+        total = sum(models.values())
+        if not total:
+            raise UserError(f"{store.path} holds no answer{f' of a model like {model}' if model else ''} to export")
+        head = {"format": FORMAT, "version": FORMAT_VERSION, "dataset": dataset, "answers": total, "models": models}
+        rows = map(Row._make, db.execute(f"SELECT {', '.join(COLUMNS)} FROM answers {chosen} ORDER BY key", given))
+        answers = (row._asdict() | {"truncated": bool(row.truncated)} for row in rows)
+        try:
+            with whole_text(out) as file:
+                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in chain([head], answers))
+        except OSError as error:
+            raise UserError(f"{out} cannot be written ({error.strerror or error}); give a writable --out") from error
+    return total
+
+
+def import_answers(store: Store, path: Path, origin: str | None) -> Imported:
+    """Add the answers of an exported file to `store`, all or none; what is known already stays as it is.
+
+    Args:
+        store: Where they go.
+        path: A file `export` wrote.
+        origin: What marks them; default: each answer's own origin, else the file's name.
+
+    Raises:
+        UserError: The file is no export, is cut short, or a line is not what it should be (file and line are named);
+            nothing is changed then.
+    """
+    numbers = [0]
+    added = store.insert(_rows(path, origin, numbers))
+    return Imported(added, numbers[0] - added)
+
+
+def _rows(path: Path, origin: str | None, numbers: list[int]) -> Iterator[Row]:
+    """Yield the file's answers, each checked; count them in `numbers`."""
+    lines = _lines(path)
+    promised = _head(path, next(lines, (1, "")))
+    seen: set[str] = set()
+    for number, line in lines:
+        row = _row(line, f"{path}:{number}")
+        if row.key in seen:
+            raise UserError(f"{path}:{number}: the key {row.key[:12]}… stands twice; take the file as it was exported")
+        seen.add(row.key)
+        numbers[0] += 1
+        yield row._replace(origin=origin or row.origin or path.name)
+    if numbers[0] != promised:
+        raise UserError(f"{path}: {numbers[0]} answers where its first line says {promised}; it was cut, get it again")
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    number = 0
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+            while line := file.readline(_LONGEST + 1):
+                number += 1
+                if len(line) > _LONGEST:
+                    raise UserError(f"{path}:{number}: more than {_LONGEST} characters; this is no exported answer")
+                yield number, line
+    except UnicodeDecodeError:
+        raise UserError(f"{path}:{number + 1}: not UTF-8; take the file as it was exported") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: cannot be read behind line {number} ({error}); get it again") from error
+
+
+def _head(path: Path, first: tuple[int, str]) -> int:
+    """Return how many answers the first line promises."""
+    head = _object(first[1], f"{path}:1")
+    if head.get("format") != FORMAT:
+        raise UserError(f"{path}:1: this is no file `store export` wrote; its first line names no {FORMAT!r}")
+    if head.get("version") != FORMAT_VERSION:
+        raise UserError(
+            f"{path}:1: format version {head.get('version')!r} is not {FORMAT_VERSION}; upgrade this program"
+        )
+    return _count(head.get("answers"), "answers", f"{path}:1")
+
+
+def _row(line: str, where: str) -> Row:
+    answer = _object(line, where)
+    if wrong := sorted(set(answer).symmetric_difference(COLUMNS)):
+        raise UserError(f"{where}: missing or unknown: {', '.join(wrong)[:200]}")
+    if not isinstance(answer["key"], str) or not _KEY.fullmatch(answer["key"]):
+        raise UserError(f"{where}: key is not 64 hexadecimal digits")
+    for name in _WORDS:
+        if not isinstance(answer[name], str):
+            raise UserError(f"{where}: {name} is no text")
+    if clean(answer["text"]) != answer["text"]:
+        raise UserError(f"{where}: text holds a tab, a line's end, a control character or a leading quote")
+    if not answer["kind"] or not answer["model"]:
+        raise UserError(f"{where}: kind and model must not be empty")
+    if not isinstance(answer["truncated"], bool):
+        raise UserError(f"{where}: truncated is neither true nor false")
+    for name in _COUNTS:
+        _count(answer[name], name, where)
+    for name in _NUMBERS:
+        if type(answer[name]) not in (int, float) or not 0 <= answer[name] < math.inf:
+            raise UserError(f"{where}: {name} is no number of at least 0")
+        answer[name] = float(answer[name])
+    return Row(**answer | {"truncated": int(answer["truncated"])})
+
+
+def _object(line: str, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: no JSON object")
+    return value
+
+
+def _count(value: object, name: str, where: str) -> int:
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise UserError(f"{where}: {name} is no whole number of at least 0")
+    return value
