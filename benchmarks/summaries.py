@@ -26,17 +26,17 @@ import torch
 import yaml
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from recbole_mllm.common.settings import Settings
+from recbole_mllm.common.yaml_files import PROPERTIES
 from recbole_mllm.data.atomic import clean
 from recbole_mllm.data.texts import Items
 from recbole_mllm.mllm.base import Answer, Decoding
 from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.prompts import Style, item_line, preference_prompt
-from recbole_mllm.resources import PROPERTIES
-from recbole_mllm.settings import Settings
+from recbole_mllm.summaries.generator import Scribe
 from recbole_mllm.summaries.quality import cut_at_sentence
 from recbole_mllm.summaries.store import Store
 from recbole_mllm.summaries.user_summaries import Plan, preferences
-from recbole_mllm.summaries.generator import Scribe
 
 STYLE = Style.from_mapping("video", yaml.safe_load((PROPERTIES / "prompt" / "video.yaml").read_text()))
 SETTINGS = Settings.from_config(yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text()))

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from recbole_mllm.settings import SummarySettings
+from recbole_mllm.common.settings import SummarySettings
 
 
 @dataclass(frozen=True, slots=True, order=True)

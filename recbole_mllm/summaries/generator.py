@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from recbole_mllm import ranks
+from recbole_mllm.common.settings import SummarySettings
 from recbole_mllm.data.atomic import clean
 from recbole_mllm.data.texts import Items
 from recbole_mllm.errors import UserError
 from recbole_mllm.mllm.base import Answer, Ask, Decoding, Writer
 from recbole_mllm.progress import Progress
 from recbole_mllm.prompts import Prompt, Style
-from recbole_mllm.settings import SummarySettings
 from recbole_mllm.summaries.quality import Findings, cut_at_sentence, repeats_prompt, table
 from recbole_mllm.summaries.store import AnswerStore, Leases, Store, answer_key
 

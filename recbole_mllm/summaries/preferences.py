@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from recbole_mllm import ranks
+from recbole_mllm.common.settings import SummarySettings
 from recbole_mllm.data import schema
 from recbole_mllm.data.peruser import user_of
 from recbole_mllm.data.texts import Items, write_item_summaries, write_user_summaries
 from recbole_mllm.errors import UserError
 from recbole_mllm.prompts import Style, titles_as_preference
-from recbole_mllm.settings import SummarySettings
 from recbole_mllm.summaries.chains import State, before, state_at
 from recbole_mllm.summaries.generator import Stage, claiming, item_scribe, user_scribe
 from recbole_mllm.summaries.item_summaries import summarize_items

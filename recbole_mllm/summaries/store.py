@@ -23,10 +23,10 @@ from typing import Any, NamedTuple, Protocol, TypeVar, get_type_hints
 
 import psutil  # type: ignore[import-untyped]
 
+from recbole_mllm.common.files import bring, copy_file, remove_file, replace_file, staged
 from recbole_mllm.data.images import image_digest
 from recbole_mllm.data.schema import store_file
 from recbole_mllm.errors import UserError
-from recbole_mllm.files import bring, copy_file, remove_file, replace_file, staged
 from recbole_mllm.mllm.base import MOST_CHARACTERS, Answer, Decoding
 from recbole_mllm.prompts import Prompt
 

@@ -9,10 +9,10 @@ from itertools import groupby
 from operator import itemgetter
 from typing import cast
 
+from recbole_mllm.common.settings import SummarySettings
 from recbole_mllm.data.peruser import user_of
 from recbole_mllm.data.texts import Items, UserSummary
 from recbole_mllm.prompts import Prompt, Style, item_line, preference_prompt
-from recbole_mllm.settings import SummarySettings
 from recbole_mllm.summaries.chains import State, before, history_digest, state_at, steps
 from recbole_mllm.summaries.generator import Request, Scribe
 

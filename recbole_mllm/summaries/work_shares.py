@@ -18,11 +18,11 @@ from itertools import count
 from pathlib import Path
 
 from recbole_mllm import ranks
+from recbole_mllm.common.files import remove_file
+from recbole_mllm.common.settings import SummarySettings
 from recbole_mllm.data.schema import store_file
-from recbole_mllm.files import remove_file
 from recbole_mllm.mllm.base import Answer, Writer
 from recbole_mllm.prompts import Prompt
-from recbole_mllm.settings import SummarySettings
 from recbole_mllm.summaries.generator import FixedRequests, Scribe, Stage, item_scribe, user_scribe
 from recbole_mllm.summaries.item_summaries import summarize_items
 from recbole_mllm.summaries.store import COLUMNS, Leases, Row, Store, answer_key, shard_files, wal_of

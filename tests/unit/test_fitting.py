@@ -10,7 +10,7 @@ import small_world
 from recbole.trainer import Trainer
 
 from recbole_mllm.cli import main
-from recbole_mllm.fitting import Fit, validations_since_best
+from recbole_mllm.common.fitting import Fit, validations_since_best
 from recbole_mllm.quick_start import make_config, run
 
 PAUSE = 0.3

@@ -9,14 +9,14 @@ import sys
 import time
 from pathlib import Path
 
-from recbole_mllm.files import made_once
+from recbole_mllm.common.files import made_once
 
 ROOT = Path(__file__).resolve().parents[2]
 MAKER = f"""
 import sys, time
 from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
-from recbole_mllm.files import made_once
+from recbole_mllm.common.files import made_once
 path, pause = Path(sys.argv[1]), float(sys.argv[2])
 def make(scratch):
     with (path.parent / "made.txt").open("a") as file:

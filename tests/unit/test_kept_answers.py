@@ -6,11 +6,11 @@ import time
 import pytest
 from planned_server import Planned, serving
 
+from recbole_mllm.common.settings import ServerSettings
 from recbole_mllm.endpoints import Endpoint
 from recbole_mllm.mllm.base import Decoding
 from recbole_mllm.mllm.server import ServerModel
 from recbole_mllm.prompts import Prompt
-from recbole_mllm.settings import ServerSettings
 from recbole_mllm.summaries import store as store_module
 from recbole_mllm.summaries.generator import Scribe
 from recbole_mllm.summaries.store import Leases, Store

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from planted_writers import Planted
 
 from benchmarks import refresh as refresh_benchmark
+from recbole_mllm.common.settings import SummarySettings
+from recbole_mllm.common.yaml_files import PROPERTIES
 from recbole_mllm.data.schema import store_file, usum_file
 from recbole_mllm.data.texts import Items, read_user_summaries
 from recbole_mllm.errors import UserError
 from recbole_mllm.prompts import Style
-from recbole_mllm.resources import PROPERTIES
-from recbole_mllm.settings import SummarySettings
 from recbole_mllm.summaries.generator import Stage, Summarizers
 from recbole_mllm.summaries.preferences import make_preferences, refresh
 from recbole_mllm.summaries.store import Store

@@ -3,11 +3,10 @@
 import pytest
 import yaml
 
-from recbole_mllm.config import benchmark_defaults, check_values, config_paths, per_model
+from recbole_mllm.common.config import benchmark_defaults, check_keys, check_values, config_paths, per_model
+from recbole_mllm.common.settings import Settings, known_keys
+from recbole_mllm.common.yaml_files import PROPERTIES, named, resource
 from recbole_mllm.errors import UserError
-from recbole_mllm.keys import check_keys
-from recbole_mllm.resources import PROPERTIES, named, resource
-from recbole_mllm.settings import Settings, known_keys
 
 BASE = yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text())
 PRESETS = {"demo", "ml-100k-posters", "microlens", "amazon2023", "paper", "llava-1.6-mistral-7b", "qwen2.5-vl-7b"}
@@ -137,7 +136,7 @@ def test_every_number_of_ours_has_a_range_and_every_default_is_in_it():
     from dataclasses import fields
     from typing import Annotated, get_args, get_origin, get_type_hints
 
-    from recbole_mllm import settings
+    from recbole_mllm.common import settings
 
     for group in settings._GROUPS:
         for key, hint in get_type_hints(group, include_extras=True).items():

@@ -7,11 +7,11 @@ import yaml
 from PIL import Image
 from planted_writers import Planted
 
+from recbole_mllm.common.settings import SummarySettings
+from recbole_mllm.common.yaml_files import PROPERTIES
 from recbole_mllm.data.texts import Items, read_user_summaries
 from recbole_mllm.errors import UserError
 from recbole_mllm.prompts import Style
-from recbole_mllm.resources import PROPERTIES
-from recbole_mllm.settings import SummarySettings
 from recbole_mllm.summaries.chains import history_digest
 from recbole_mllm.summaries.generator import Stage, Summarizers
 from recbole_mllm.summaries.preferences import make_preferences

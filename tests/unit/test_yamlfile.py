@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from recbole.config import Config
 
+from recbole_mllm.common.config import checked_file, every_key, is_model
+from recbole_mllm.common.yaml_files import check_readable, line_of, read_mapping
 from recbole_mllm.errors import UserError
-from recbole_mllm.keys import checked_file, every_key, is_model
-from recbole_mllm.yamlfile import check_readable, line_of, read_mapping
 
 UNREADABLE = {
     "latin-1": ("a: 1\nb: é\n".encode("latin-1"), ":2: it is not UTF-8 (byte 0xe9), maybe Latin-1"),

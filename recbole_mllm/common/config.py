@@ -1,0 +1,484 @@
+"""The border to RecBole's Config: keys and values are checked before RecBole reads them, with file and line.
+
+RecBole answers None for a misspelt key, so whatever a user has written is compared with the keys that somebody reads.
+RecBole's own are read off its files: nothing here imports it before a Config is made.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib.util
+import logging
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from recbole_mllm import ranks
+from recbole_mllm.common.settings import COUNT, SEED, Range, RankingSettings, WrongValue, check_value, known_keys
+from recbole_mllm.common.yaml_files import PROPERTIES, line_of, named, read_mapping, resource
+from recbole_mllm.compat.ranked import two_launchers
+from recbole_mllm.errors import UserError
+from recbole_mllm.progress import tell_once
+from recbole_mllm.refusals import told_in_a_line
+
+WITHDRAWN: dict[str, str] = {}
+"""Keys of earlier versions, with why they have no effect: old files and records may hold one, and get one warning."""
+
+# Fields of RecBole's command line, and what its Config keeps beside what it is given
+_UNLISTED = {
+    "model", "dataset", "config_files", "data_path", "device", "single_spec", "MODEL_TYPE", "eval_type", "local_rank",
+}  # fmt: skip
+_READ = re.compile(r"""config\[\s*["'](\w+)["']\s*\]|config\.get\(\s*["'](\w+)["']""")
+_PACKAGES = ("general", "context_aware", "sequential", "knowledge_aware", "exlib")
+_WITHOUT_FILE = {"Random", "MLLMMSR"}  # models for which RecBole has no YAML file
+_MODEL_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+
+
+def recbole_home() -> Path:
+    """Return the folder of the installed RecBole, which is not imported."""
+    spec = importlib.util.find_spec("recbole")
+    if spec is None or spec.origin is None:
+        raise UserError("RecBole is not installed; install it with `pip install --no-deps recbole==1.2.1`")
+    return Path(spec.origin).parent
+
+
+@cache
+def every_key() -> frozenset[str]:
+    """Return all keys that RecBole or this project knows: argument tables, YAML files, settings, what models read."""
+    home = recbole_home()
+    tables = ast.parse((home / "utils" / "argument_list.py").read_text(encoding="utf-8")).body
+    keys = {str(key) for table in tables if isinstance(table, ast.Assign) for key in ast.literal_eval(table.value)}
+    keys |= known_keys() | _UNLISTED
+    for path in sorted(home.rglob("*.py")):
+        keys |= {one or other for one, other in _READ.findall(path.read_text(encoding="utf-8"))}
+    files = (path for folder in (home / "properties", PROPERTIES) for path in sorted(folder.rglob("*.yaml")))
+    for path in files:
+        if path.parent.name not in ("prompt", "accelerate") and path.name not in ("baselines.yaml", "devices.yaml"):
+            keys |= set(read_mapping(path))
+    return frozenset(keys)
+
+
+def check_keys(keys: Iterable[str], where: str) -> None:
+    """Refuse a key nobody reads; RecBole would pass it over in silence.
+
+    Raises:
+        UserError: Names the key, where it stands, and the nearest key there is.
+    """
+    for key in keys:
+        if key == "nproc":
+            raise two_launchers(where)
+        if key in WITHDRAWN:
+            _warn_withdrawn(str(key))
+            continue
+        check_known(str(key), every_key(), where, "see properties/ for the keys there are")
+
+
+@cache
+def _warn_withdrawn(key: str) -> None:
+    logging.getLogger().warning(f"{key} is ignored: {WITHDRAWN[key]}")
+
+
+def check_known(key: str, known: Iterable[str], where: str, otherwise: str) -> None:
+    """Refuse a `key` that is none of `known`, and name the nearest or say what there is `otherwise`."""
+    known = list(known)
+    if key not in known:
+        near = difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else otherwise
+        raise UserError(f"unknown key {key!r} in {where}; {hint}")
+
+
+def checked_file(path: Path, *, of_dataset: bool = False) -> dict[str, Any]:
+    """Return what the config file at `path` says; every key in it, and below ``per_model``, is one that is read.
+
+    Args:
+        path: A YAML file.
+        of_dataset: It is a dataset's own ``dataset.yaml``, which has no sections.
+
+    Raises:
+        UserError: It cannot be read, or a key or a model's name is none; the line says where.
+    """
+    found = read_mapping(path)
+    for key, value in found.items():
+        check_keys([key], _at(path, key))
+        if key == "benchmark_defaults":
+            if isinstance(value, Mapping):
+                for inner in value:
+                    check_keys([str(inner)], f"{_at(path, key, str(inner))}, {key}")
+            raise UserError(
+                f"{_at(path, key)}: {key} is read from properties/overall.yaml alone; write its keys as they are: they "
+                "win over it"
+            )
+        if key == "per_model":
+            if of_dataset:
+                raise UserError(f"{_at(path, key)}: {key} is not read here; put it into a file for --config_files")
+            _check_sections(path, value)
+    return found
+
+
+def _check_sections(path: Path, sections: Any) -> None:
+    if sections is None:
+        return
+    if not isinstance(sections, dict) or not all(isinstance(keys, dict) for keys in sections.values()):
+        raise UserError(
+            f"{_at(path, 'per_model')}: per_model must hold a model's name, and below it `key: value` lines"
+        )
+    for model, keys in sections.items():
+        at = _at(path, "per_model", str(model))
+        if ":" in str(model):
+            raise UserError(f"{at}: per_model names models, not variants such as {model}; write {model.split(':')[0]}")
+        if not is_model(str(model)):
+            raise UserError(f"{at}: per_model names {str(model)!r}, which is no model{nearest_model(str(model))}")
+        for key in keys:
+            check_keys([str(key)], f"{_at(path, 'per_model', str(model), str(key))}, per_model, {model}")
+
+
+def _at(path: Path, *keys: str) -> str:
+    line = line_of(path, *keys)
+    return str(path) if line is None else f"{path}:{line}"
+
+
+def model_names() -> set[str]:
+    """Return the names of RecBole's models and ours."""
+    return {path.stem for path in (recbole_home() / "properties" / "model").glob("*.yaml")} | _WITHOUT_FILE
+
+
+def is_model(name: str) -> bool:
+    """Return whether `name` is a model's: one that is known, or that has a module where RecBole looks for models."""
+    if name in model_names():
+        return True
+    small, known = name.lower(), {known.lower() for known in model_names()}
+    if not _MODEL_NAME.fullmatch(name) or small in known:  # written in another case, RecBole does not find it
+        return False
+    folders = (recbole_home() / "model" / f"{kind}_recommender" for kind in _PACKAGES)
+    return any((folder / f"{small}.py").is_file() for folder in folders)
+
+
+def nearest_model(name: str, others: Iterable[str] = ()) -> str:
+    """Return a hint of which model, or which of `others`, `name` may mean, "" where nothing is near."""
+    small = {known.lower(): known for known in sorted({*model_names(), *others})}
+    near = difflib.get_close_matches(name.lower(), small, n=1, cutoff=0.5)
+    return f"; did you mean {small[near[0]]}?" if near and small[near[0]] != name else ""
+
+
+# Values
+
+_LEARNERS = ("adam", "adamw", "sgd", "adagrad", "rmsprop", "sparse_adam")
+_WITHOUT_PLACES = ("gauc", "auc", "mae", "rmse", "logloss")
+_WHOLE, _FROM_0, _POSITIVE = Range(int, least=0), Range(float, least=0), Range(float, above=0)
+# RecBole's own numbers; it finds out late, or never
+_NUMBERS = {
+    "epochs": _WHOLE, "stopping_step": _WHOLE, "eval_step": _WHOLE, "train_batch_size": COUNT, "eval_batch_size": COUNT,
+    "learning_rate": _POSITIVE, "weight_decay": _FROM_0, "metric_decimal_place": _WHOLE,
+    "loss_decimal_place": _WHOLE, "worker": _WHOLE, "seed": SEED,
+}  # fmt: skip
+# Keys within keys that RecBole passes over in silence where it does not know them, and the ranges of their numbers
+_INNER: dict[str, dict[str, Range | None]] = {
+    "eval_args": dict.fromkeys(("split", "order", "group_by", "mode")),
+    "train_neg_sample_args": {
+        "distribution": None, "sample_num": COUNT, "alpha": _FROM_0, "dynamic": None, "candidate_num": _WHOLE,
+    },
+    "clip_grad_norm": {"max_norm": _POSITIVE, "norm_type": _FROM_0, "error_if_nonfinite": None, "foreach": None},
+}  # fmt: skip
+_MODE = re.compile(r"full|labeled|(uni|pop)0*[1-9][0-9]*")
+_INTERVALS = re.compile(r"\s*[(\[]\s*([^,;\s]+)\s*,\s*([^,;\s]+)\s*[)\]]\s*")
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _are_places(value: Any) -> bool:
+    places = value if isinstance(value, list) else [value]
+    return value is None or (bool(places) and all(COUNT.read(place) is not None for place in places))
+
+
+def _are_intervals(value: Any) -> bool:
+    """Whether RecBole reads `value` as intervals; it passes over what it cannot read, and so does not filter.
+
+    It reads an unquoted ``[0, 5]``, a list to YAML, as the interval that it looks like (data/dataset/dataset.py:994).
+    """
+    parts = str(value).split(";") if isinstance(value, str | list | tuple) else []
+    found = [_INTERVALS.fullmatch(part) for part in parts]
+    return value is None or (bool(found) and all(one is not None and _are_ends(*one.groups()) for one in found))
+
+
+def _are_ends(low: str, high: str) -> bool:
+    try:
+        return float(low) <= float(high)
+    except ValueError:
+        return False
+
+
+def _are_filters(value: Any) -> bool:
+    wanted = list(value.values()) if isinstance(value, dict) else [None]
+    return value is None or all(isinstance(one, list) or (one and _are_intervals(one)) for one in wanted)
+
+
+def _are_columns(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, dict) and all(columns == "*" or _are_names(columns) for columns in value.values())
+    )
+
+
+# Other keys of RecBole's: what a value must pass, and what the user is told that it must be
+_Rule = tuple[Callable[[Any], bool], str]
+_INTERVAL: _Rule = (_are_intervals, "intervals, such as '[5,inf)' or '[0,1];(3,4]'")
+_SWITCH: _Rule = (lambda value: isinstance(value, bool | None), "true or false")
+_TEXT: _Rule = (lambda value: isinstance(value, str) and bool(value), "a text")
+_COLUMNS: _Rule = (_are_columns, "the columns of each file, such as {inter: [user_id, item_id, timestamp]}")
+_RULES: dict[str, _Rule] = {
+    "topk": (_are_places, "whole numbers, at least 1, such as [5, 10]"),
+    "metrics": (lambda value: isinstance(value, str) or (_are_names(value) and bool(value)),
+                "a list of metrics, such as [Hit, NDCG]"),
+    "valid_metric": (lambda value: isinstance(value, str), "a metric, such as NDCG@10"),
+    "device": (lambda value: bool(re.fullmatch(r"cpu|cuda(:[0-9]+)?", str(value))), "cpu, cuda or cuda:N"),
+    "val_interval": (_are_filters, "the intervals of each field, such as {rating: '[3,inf)'}, or the tokens that stay, "
+                     "as a list"),
+    "rm_dup_inter": (lambda value: value in (None, "first", "last"), "first, last or null"),
+    "MAX_ITEM_LIST_LENGTH": (lambda value: value is None or COUNT.read(value) is not None, str(COUNT)),
+    "load_col": _COLUMNS, "unload_col": _COLUMNS,
+    "benchmark_filename": (lambda value: value is None or (_are_names(value) and bool(value)),
+                           "a list of parts, such as [train, valid, test]"),
+    "user_inter_num_interval": _INTERVAL, "item_inter_num_interval": _INTERVAL,
+    "entity_kg_num_interval": _INTERVAL, "relation_kg_num_interval": _INTERVAL,
+    "checkpoint_dir": _TEXT, "data_path": _TEXT, "field_separator": _TEXT, "seq_separator": _TEXT,
+    "reproducibility": _SWITCH, "show_progress": _SWITCH, "use_gpu": _SWITCH, "save_dataset": _SWITCH,
+    "save_dataloaders": _SWITCH, "shuffle": _SWITCH, "enable_amp": _SWITCH, "enable_scaler": _SWITCH,
+    "normalize_all": _SWITCH, "filter_inter_by_user_or_item": _SWITCH,
+}  # fmt: skip
+
+
+def config_path(name: str) -> Path:
+    """Return the file that `name` means: a path, or a preset's name.
+
+    Raises:
+        UserError: There is neither.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    if Path(name).is_dir():
+        raise UserError(f"config file {name!r} is a folder; give a YAML file in it")
+    found = resource("quick_start_config", name.removesuffix(".yaml"))
+    if found is None:
+        raise UserError(
+            f"config file {name!r} does not exist and is no preset; presets: {', '.join(named('quick_start_config'))}"
+        )
+    return found
+
+
+def config_paths(names: Sequence[str]) -> list[str]:
+    """Return the files of `names` in order, each with keys that exist."""
+    paths = [config_path(name) for name in names]
+    for path in paths:
+        checked_file(path)
+    return [str(path) for path in paths]
+
+
+def per_model(files: Sequence[str], model: str) -> dict[str, Any]:
+    """Return what the ``per_model`` sections of `files` say of `model`; a later file wins.
+
+    Raises:
+        UserError: A section is no mapping of models to known keys.
+    """
+    return sections(files).get(model, {})
+
+
+def file_keys(name: str) -> dict[str, Any]:
+    """Return the keys and values of a config file or preset, but for its ``per_model`` sections."""
+    return {key: value for key, value in read_mapping(config_path(name)).items() if key != "per_model"}
+
+
+def keys_for(name: str, model: str) -> set[str]:
+    """Return the keys that the config file or preset `name` sets for `model`."""
+    path = config_path(name)
+    return set(read_mapping(path)) | set(per_model([str(path)], model))
+
+
+def sections(files: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return the ``per_model`` sections of all `files`, a later file's keys winning.
+
+    Raises:
+        UserError: A section is no mapping of models to known keys.
+    """
+    out: dict[str, dict[str, Any]] = {}
+    for file in files:
+        for model, keys in (checked_file(Path(file)).get("per_model") or {}).items():
+            out[model] = out.get(model, {}) | keys
+    return out
+
+
+def check_values(values: Mapping[str, Any], where: Callable[[str], str] = lambda key: "") -> None:
+    """Refuse a value that no run could use, or that would do something else than it says.
+
+    Args:
+        values: Keys of RecBole's and of this project, any of them.
+        where: Says where a key's value was given, for the complaint.
+
+    Raises:
+        UserError: Names the key, the value, and what it takes.
+    """
+    for key, value in values.items():
+        try:
+            _check_value(key, value)
+        except WrongValue as error:
+            raise (error.at(place) if (place := where(key)) else error) from None
+
+
+def _check_value(key: str, value: Any) -> None:
+    if key in _NUMBERS:
+        _NUMBERS[key].checked(key, value)
+    elif key in _INNER:
+        _check_inner(key, value)
+    elif key in _RULES:
+        passes, wanted = _RULES[key]
+        if not passes(value):
+            raise WrongValue(key, value, wanted)
+        if key == "load_col" and value is not None and not value.get("inter"):  # RecBole loads no file it does not name
+            raise WrongValue(key, value, "columns of inter, at least, such as {inter: [user_id, item_id, timestamp]}")
+    else:
+        check_value(key, value)
+
+
+def _check_inner(name: str, value: Any) -> None:
+    """Check the keys within `name`, some of which take numbers."""
+    known = _INNER[name]
+    if value is None or value == "None":  # RecBole's words for none at all
+        return
+    if not isinstance(value, dict):
+        raise WrongValue(name, value, f"{{key: value}} pairs; it takes {', '.join(known)}")
+    drawn = name != "train_neg_sample_args" or value.get("distribution", "uniform") in ("uniform", "popularity")
+    for key, inner in value.items():
+        check_known(str(key), known, name, f"it takes {', '.join(known)}")
+        if (limits := known[key]) is not None and drawn:
+            limits.checked(f"{name}.{key}", inner)
+    if name == "eval_args":
+        modes = value.get("mode", "full")
+        for mode in modes.values() if isinstance(modes, dict) else [modes]:
+            if not isinstance(mode, str) or not _MODE.fullmatch(mode):
+                wanted = "full, or uniN or popN with a number above 0, such as uni20 (labeled, with labels)"
+                raise WrongValue("eval_args.mode", mode, wanted)
+        parts = (value.get("split") or {}).get("RS") if isinstance(value.get("split"), dict) else None
+        if isinstance(parts, list) and (any(_FROM_0.read(part) is None for part in parts) or not sum(parts)):
+            raise WrongValue("eval_args.split.RS", parts, "shares of the rows, none below 0, such as [0.8, 0.1, 0.1]")
+
+
+def check_files(files: Sequence[str | Path], model: str) -> None:
+    """Refuse what `check_values` refuses, in what `files` say of `model`; the complaint names file and line."""
+    for file in files:
+        said = checked_file(Path(file))
+        check_values((said.pop("per_model", None) or {}).get(model, {}), partial(_place, file, "per_model", model))
+        check_values(said, partial(_place, file))
+
+
+def check_dataset_file(path: Path) -> None:
+    """Refuse a key or value in a dataset's ``dataset.yaml`` that `check_files` would refuse."""
+    check_values(checked_file(path, of_dataset=True), partial(_place, path))
+
+
+def _place(file: str | Path, *keys: str) -> str:
+    return f"{file}:{line_of(Path(file), *keys) or 1}"
+
+
+def recbole_config(model: str, dataset: str, files: list[str], keys: dict[str, Any]) -> Any:
+    """Return RecBole's Config; the caller sees to it that ``sys.argv`` holds nothing else.
+
+    Raises:
+        UserError: RecBole refuses it, or would pass over a key in silence, or a value is none that a run could use.
+    """
+    check_files(files, model)
+    # a text may become a number in RecBole's hands (configurator.py:124-147): it is checked behind them
+    check_values({key: value for key, value in keys.items() if not isinstance(value, str)})
+    with told_in_a_line("read the configuration"):
+        made = _config({"model": model, "dataset": dataset, "config_file_list": files}, keys)
+    check_values(made.final_config_dict)
+    _take_device(made)
+    return made
+
+
+def _take_device(config: Any) -> None:
+    """Obey `device` and ``use_gpu: false``, which RecBole passes over (configurator.py:477-492).
+
+    Raises:
+        UserError: The device is not there.
+    """
+    import torch
+
+    given = config.external_config_dict
+    if ranks.is_launched() or not (given.get("device") or given.get("use_gpu") is False):
+        return
+    check_values({"device": given.get("device") or "cpu"})
+    wanted = torch.device(str(given.get("device") or "cpu"))
+    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
+        raise WrongValue("device", str(wanted), f"cpu here: torch sees {torch.cuda.device_count()} GPUs")
+    config["device"] = wanted
+
+
+def tell_missing_gpus(config: Any) -> None:
+    """Say in the log that GPUs the user has named are not there, where RecBole quietly takes fewer, or the CPU."""
+    import torch
+
+    given, device = config.external_config_dict, str(config["device"])
+    ids = [name for name in str(given.get("gpu_id", "")).split(",") if name.strip()]
+    if ranks.is_launched() or given.get("device") or given.get("use_gpu") is False:
+        return
+    if device == "cpu" and (ids or given.get("use_gpu") is True):
+        told = f"gpu_id {','.join(ids)}" if ids else "use_gpu"
+        tell_once(f"{told}: torch sees no such GPU here, so this run is on the CPU")
+    elif len(ids) > (seen := torch.cuda.device_count()):
+        tell_once(f"gpu_id {','.join(ids)}: torch sees {seen} of these GPUs here")
+
+
+def _config(parts: dict[str, Any], keys: dict[str, Any]) -> Any:
+    """Return the Config, with the ``train_neg_sample_args: null`` that RecBole demands where the loss is cross-entropy.
+
+    It does not set it itself (configurator.py:343-352).
+    """
+    from recbole.config import Config
+
+    try:
+        return Config(config_dict=keys, **parts)
+    except ValueError as error:
+        if "should be None when the loss_type is CE" not in str(error):
+            raise
+    return Config(config_dict={**keys, "train_neg_sample_args": None}, **parts)
+
+
+def check_training(config: Any) -> None:
+    """Refuse what RecBole would only find out in training, once an epoch is over, or pass over with a warning.
+
+    Raises:
+        UserError: `valid_metric` is not measured, `learner` is not known (trainer.py:177-201), or a value is none that
+            a run could use.
+    """
+    check_values(config.final_config_dict)
+    name, at, k = str(config["valid_metric"]).lower().partition("@")
+    measured, places = [metric.lower() for metric in config["metrics"]], [str(place) for place in config["topk"]]
+    if name not in measured or (k not in places if at else name not in _WITHOUT_PLACES):
+        raise UserError(
+            f"valid_metric: {config['valid_metric']} is not measured (metrics: {', '.join(config['metrics'])}; topk: "
+            f"{', '.join(places) or 'none'}); set valid_metric to one of these, such as NDCG@10"
+        )
+    if str(config["learner"]).lower() not in _LEARNERS:
+        raise UserError(f"learner: {config['learner']} is not known; take one of {', '.join(_LEARNERS)}")
+    modes = config["eval_args"]["mode"]
+    if config["model"] == "MLLMMSR":
+        ranking = RankingSettings.from_config(config)
+        ranking.check_modes(modes)
+        if ranking.retriever and not is_model(ranking.retriever):
+            hint = nearest_model(ranking.retriever)
+            raise UserError(f"retriever {ranking.retriever!r} cannot be had: it is no model of RecBole's{hint}")
+        if (config["train_neg_sample_args"] or {}).get("dynamic"):
+            raise UserError("train_neg_sample_args.dynamic asks an MLLM about every candidate; set it to false")
+    if config["frozen_candidates"] is True and "labeled" in modes.values():
+        raise UserError(
+            f"eval_args.mode {modes} has no candidates to freeze; use uniN or popN, e.g. uni20, or full (a model by "
+            "itself is also evaluated on labels, with frozen_candidates: false)"
+        )
+
+
+def benchmark_defaults() -> dict[str, Any]:
+    """Return what every model of a benchmark is evaluated with unless the user says otherwise."""
+    return dict(read_mapping(PROPERTIES / "overall.yaml")["benchmark_defaults"])

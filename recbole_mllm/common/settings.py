@@ -1,0 +1,362 @@
+"""Every key of properties/model/MLLMMSR.yaml and overall.yaml, parsed once into values that cannot be wrong."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cache
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin, get_type_hints
+
+from recbole_mllm.endpoints import is_server, parse_endpoint
+from recbole_mllm.errors import UserError
+from recbole_mllm.placement import check_placement
+
+_SHOWN = 80  # characters of a value that an error repeats
+_LARGEST = 2**53  # what floats count exactly; a number beyond it is a slip, and arrays of it would not fit anywhere
+
+
+class WrongValue(UserError):
+    """A setting's value is none it takes; `where` is where the value was given, once that is known."""
+
+    def __init__(self, key: str, value: object, wanted: object, where: str = "") -> None:
+        self.key, self.value, self.wanted, self.where = key, value, wanted, where
+        told = repr(value)[:_SHOWN] + "…" * (len(repr(value)) > _SHOWN)
+        super().__init__(f"{key} is {told}; it must be {wanted}" + (f" ({where})" if where else ""))
+
+    def at(self, where: str) -> WrongValue:
+        """Return the same complaint with the place that the value comes from."""
+        return WrongValue(self.key, self.value, self.wanted, where)
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """The numbers of a setting: of a `kind`, finite, from `least` (or more than `above`) to `most` (or under `below`).
+
+    A truth value is no number, and a whole float is an integer.
+    """
+
+    kind: type[int] | type[float]
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+
+    def __str__(self) -> str:
+        return self.told(None)
+
+    def told(self, value: object) -> str:
+        """Return the range in words; the bound that every number has is only told where `value` is beyond it."""
+        beyond = isinstance(value, int | float) and value > _LARGEST
+        most = _LARGEST if self.most is None and beyond else self.most
+        bounds = {"at least": self.least, "above": self.above, "at most": most, "below": self.below}
+        told = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if bound is not None)
+        return ("a whole number" if self.kind is int else "a number") + (f", {told}" if told else "")
+
+    def read(self, value: Any) -> int | float | None:
+        """Return `value` as a number of this kind, or None where it is none of them."""
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return None
+        if isinstance(value, float) and not math.isfinite(value):
+            return None
+        if self.kind is int and value != int(value):
+            return None
+        inside = (
+            (self.least is None or value >= self.least)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+            and value <= (_LARGEST if self.most is None else self.most)
+        )
+        return self.kind(value) if inside else None
+
+    def checked(self, key: str, value: Any) -> int | float:
+        """Return `value` as a number of this kind.
+
+        Raises:
+            WrongValue: It is none of them.
+        """
+        found = self.read(value)
+        if found is None:
+            raise WrongValue(key, value, self.told(value))
+        return found
+
+
+COUNT = Range(int, least=1)
+SEED = Range(int, least=0, most=2**32 - 1)  # what numpy takes
+Count = Annotated[int, COUNT]
+Seed = Annotated[int, SEED]
+Share = Annotated[float, Range(float, least=0, most=1)]
+
+
+class _FromConfig:
+    """Reads each field of a dataclass from the key of the same name; its type says which values it takes."""
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """Read and check every field.
+
+        Raises:
+            WrongValue: A key's value has the wrong type, is out of its range, or is none of the allowed words.
+        """
+        hints = get_type_hints(cls, include_extras=True)
+        values = {f.name: _checked(f.name, config[f.name], hints[f.name]) for f in fields(cls)}  # type: ignore[arg-type]
+        return cls(**values)
+
+
+def _checked(key: str, value: Any, hint: Any) -> Any:
+    """Return `value` as one of the alternatives of `hint` has it; integers pass as floats, whole floats as integers."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    for kind in kinds:
+        words = get_args(kind) if get_origin(kind) is Literal else ()
+        # YAML 1.1 reads a bare `off` as False
+        word = "off" if value is False and "off" in words else value
+        if isinstance(word, str) and word in words:
+            return word
+        if (kind is NoneType and value is None) or (kind is bool and isinstance(value, bool)):
+            return value
+        if isinstance(limits := _range_of(kind), Range) and (number := limits.read(value)) is not None:
+            return number
+        if kind is str and isinstance(value, str) and value.strip() and "\0" not in value:
+            return value
+        if get_origin(kind) in (list, dict) and isinstance(value, get_origin(kind)):
+            return value
+    raise WrongValue(key, value, ", or ".join(_told(kind, value) for kind in kinds))
+
+
+def _range_of(kind: Any) -> Range | None:
+    """Return the range that a field's type carries."""
+    return get_args(kind)[1] if get_origin(kind) is Annotated else None
+
+
+def _told(kind: Any, value: Any) -> str:
+    if get_origin(kind) is Literal:
+        words = get_args(kind)
+        return f"one of {', '.join(words)}" if len(words) > 1 else str(words[0])
+    names = {NoneType: "null", bool: "true or false", str: "a text", list: "a list", dict: "{key: value} pairs"}
+    limits = _range_of(kind)
+    return limits.told(value) if limits else names[get_origin(kind) or kind]
+
+
+@dataclass(frozen=True, slots=True)
+class MLLMSettings(_FromConfig):
+    """Which models are loaded and how."""
+
+    mllm: str
+    item_summarizer: str | None
+    user_summarizer: str | None
+    trust_remote_code: bool
+    dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    max_text_tokens: Count
+    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = None
+    max_memory: dict[int | str, int | str] | None = None
+    offload_folder: str | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("mllm", "item_summarizer", "user_summarizer"):
+            if is_server(name := getattr(self, key)):
+                parse_endpoint(name, key)
+        used = (self.mllm, self.item_summarizer or self.mllm, self.user_summarizer or self.mllm)
+        served = all(map(is_server, used))
+        check_placement(self.device_map, self.max_memory, self.offload_folder, all_served=served)
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSettings(_FromConfig):
+    """How servers are asked; nothing here but `server_thinking` changes a text."""
+
+    server_concurrency: Annotated[int, Range(int, least=1, most=4096)]  # each is a thread
+    server_timeout: Annotated[float, Range(float, above=0, most=10**6)]  # longer ones overflow the socket's clock
+    server_patience: Annotated[float, Range(float, above=0, most=10**6)]
+    server_key_env: str | None
+    server_thinking: Literal["auto", "off"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.server_key_env is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", self.server_key_env):
+            # not repeated, as it may be the key itself
+            raise UserError("server_key_env must name an environment variable in capitals, such as OPENAI_API_KEY")
+
+
+@dataclass(frozen=True, slots=True)
+class SummarySettings(_FromConfig):
+    """What the summaries are made of; everything here but `summarize` and the batch size changes their text."""
+
+    summary_mode: Literal["recurrent", "direct", "none"]
+    block_size: Count
+    partial_block: bool
+    max_history: Count | None
+    history_titles: Count
+    item_summary: Literal["image", "text", "fused", "none"]
+    summarize: Literal["auto", "off"]
+    summarize_batch_size: Count | None
+    item_summary_tokens: Count
+    user_summary_tokens: Count
+    summary_temperature: Annotated[float, Range(float, least=0)]
+    summary_top_p: Annotated[float, Range(float, above=0, most=1)]
+    summary_seed: Seed
+    summary_repetition_penalty: Annotated[float, Range(float, above=0)] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RecommendSettings(_FromConfig):
+    """What the recommender's question holds."""
+
+    prompt_style: str
+    item_kind: str
+    prompt_order: Literal["item-first", "user-first"]
+    use_image: bool
+    image_dir: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSettings(_FromConfig):
+    """How the backbone is adapted."""
+
+    finetune: Literal["lora", "qlora", "full", "none"]
+    lora_r: Count
+    lora_alpha: Count
+    lora_dropout: Annotated[float, Range(float, least=0, below=1)]
+    lora_target: Literal["language", "all"]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainSettings(_FromConfig):
+    """How the adapter is trained, beside RecBole's own keys."""
+
+    loss_on: Literal["answer", "all"]
+    train_last_k: Count | None
+    gradient_accumulation_steps: Count
+    warmup_ratio: Share
+    lr_scheduler: Literal["cosine", "linear", "constant"]
+    micro_batch_size: Count | None
+    share_prefix: Literal["auto", "off"]
+    group_by_item: Literal["auto", "off"]
+    gradient_checkpointing: bool
+    checkpoint_every_steps: Count | None
+    resume: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class RankingSettings(_FromConfig):
+    """How all items are ranked (``eval_args.mode: full``), and which scores are kept."""
+
+    retriever: str | None
+    retriever_checkpoint: str | None
+    retriever_dir: str | None
+    top_k: Count
+    fusion: Literal["auto"] | Share | None
+    full_sort: Literal["rerank", "brute"]
+    score_cache: bool
+    score_cache_mb: Count
+
+    def __post_init__(self) -> None:
+        if self.retriever and self.retriever_checkpoint:
+            raise UserError("retriever and retriever_checkpoint are both set; the checkpoint names its model, drop one")
+        if self.retriever == "MLLMMSR":
+            raise UserError("retriever is MLLMMSR itself; name a model that ranks all items cheaply, e.g. SASRec")
+
+    @property
+    def retrieves(self) -> bool:
+        """Whether another model ranks the items first."""
+        return bool(self.retriever or self.retriever_checkpoint)
+
+    def check_modes(self, modes: Mapping[str, str]) -> None:
+        """Refuse a full ranking that lacks what it needs, before anything is loaded.
+
+        Args:
+            modes: ``eval_args.mode``, by phase.
+        """
+        if "full" not in modes.values():
+            return
+        if not self.retrieves and self.full_sort != "brute":
+            raise UserError(
+                "eval_args.mode full re-ranks the best top_k items of another model: set retriever: SASRec (or "
+                "retriever_checkpoint: PATH; full_sort: brute asks about every item), or eval_args.mode: uniN"
+            )
+        if self.fusion is not None and not self.retrieves:
+            raise UserError("fusion mixes in a retriever's scores; set retriever: SASRec, or fusion: null")
+        if self.fusion == "auto" and modes.get("valid") != "full":
+            raise UserError("fusion: auto is chosen on validation; set eval_args.mode full for valid too, or a number")
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationSettings(_FromConfig):
+    """Which pairs every model is asked for."""
+
+    frozen_candidates: bool | None
+    candidate_seed: Seed
+    candidates_file: str | None
+    limit_users: Count | None
+    exclude_seen: bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureSettings(_FromConfig):
+    """What RecBole's feature models read of an item; what the vectors are made of are MLLMMSR's keys."""
+
+    item_features: list[str] | str | None
+    feature_encoder: str | None
+    feature_size: Count | None
+
+    def __post_init__(self) -> None:
+        for kind in self.kinds:
+            if kind not in ("text", "image"):
+                raise UserError(f"item_features names {kind!r}; it must be of text and image, e.g. [text, image]")
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The features wanted, each once."""
+        named = [self.item_features] if isinstance(self.item_features, str) else self.item_features or []
+        return tuple(dict.fromkeys(str(kind) for kind in named))
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """All of MLLMMSR's keys."""
+
+    mllm: MLLMSettings
+    server: ServerSettings
+    summary: SummarySettings
+    recommend: RecommendSettings
+    lora: LoraSettings
+    train: TrainSettings
+    ranking: RankingSettings
+
+    def __post_init__(self) -> None:
+        if is_server(self.mllm.mllm) and self.lora.finetune != "none":
+            raise UserError(
+                f"finetune is {self.lora.finetune}, but mllm is behind a server, which is scored and not trained; set "
+                "finetune: none, or give a hub id or a local folder"
+            )
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """Parse a complete mapping of keys (the border between RecBole's Config and this project)."""
+        return cls(**{name: group.from_config(config) for name, group in get_type_hints(cls).items()})
+
+
+_GROUPS = (
+    MLLMSettings, ServerSettings, SummarySettings, RecommendSettings, LoraSettings, TrainSettings, RankingSettings,
+    EvaluationSettings, FeatureSettings,
+)  # fmt: skip
+
+
+@cache
+def _hints() -> dict[str, Any]:
+    return {key: hint for group in _GROUPS for key, hint in get_type_hints(group, include_extras=True).items()}
+
+
+def check_value(key: str, value: Any) -> None:
+    """Refuse a value that `key` does not take; a key that is not this project's takes any.
+
+    Raises:
+        WrongValue: Names the key, the value, and what it takes.
+    """
+    if key in _hints():
+        _checked(key, value, _hints()[key])
+
+
+def known_keys() -> frozenset[str]:
+    """Return every key of this project."""
+    return frozenset(_hints()) | {"benchmark_defaults", "note", "per_model"}

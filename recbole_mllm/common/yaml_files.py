@@ -1,0 +1,190 @@
+"""The one reader of YAML files: what is wrong with one is told as file, line and what to write instead."""
+
+from __future__ import annotations
+
+import codecs
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from recbole_mllm.errors import UserError
+
+_HERE = Path(__file__).resolve().parents[1]
+PROPERTIES = next(
+    (folder for folder in (_HERE / "properties", _HERE.parent / "properties") if folder.is_dir()), _HERE / "properties"
+)
+
+
+def resource(kind: str, name: str) -> Path | None:
+    """Return ``properties/<kind>/<name>.yaml``, or None where there is none."""
+    path = PROPERTIES / kind / f"{name}.yaml"
+    return path if path.is_file() else None
+
+
+def named(kind: str) -> list[str]:
+    """Return the names that `resource` knows for `kind`."""
+    return sorted(path.stem for path in (PROPERTIES / kind).glob("*.yaml"))
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """Reads numbers as RecBole does (config/configurator.py:105-122): YAML 1.1 takes 1e-3 for a text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+_MERGE = "tag:yaml.org,2002:merge"
+_KINDS = {yaml.SequenceNode: "a list", yaml.ScalarNode: "a single value"}
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Return the keys and values of the YAML file at `path`; an empty file has none.
+
+    Raises:
+        UserError: It cannot be read, is not UTF-8, no valid YAML or no mapping, names a key twice, or holds a tag that
+            would make a Python object.
+    """
+    node = _mapping_node(path)
+    if node is None:
+        return {}
+    for nested in _nodes(path, node):
+        if isinstance(nested, yaml.MappingNode):
+            _refuse_twice(path, nested)
+    found: dict[str, Any] = {}
+    loader = _Loader("")
+    try:
+        loader.flatten_mapping(node)
+        for key, value in node.value:
+            name = key.value if isinstance(key, yaml.ScalarNode) else loader.construct_object(key, deep=True)
+            found[str(name)] = _constructed(loader, path, value)
+    except yaml.YAMLError as error:
+        raise _complaint(path, error) from error
+    finally:
+        loader.dispose()
+    return found
+
+
+def check_readable(path: Path) -> bool:
+    """Refuse a file that no reader of YAML could take for a mapping; return whether it holds anything.
+
+    Unlike `read_mapping` it lets keys that are named twice and Python's tags pass: stock RecBole reads them.
+
+    Raises:
+        UserError: Says what is wrong, and where.
+    """
+    return _mapping_node(path) is not None
+
+
+def line_of(path: Path, *keys: str) -> int | None:
+    """Return the line on which the last of nested `keys` stands; None where the file does not have it so."""
+    try:
+        node, line = _mapping_node(path), None
+    except UserError:
+        return None
+    for key in keys:
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        found = [(name.start_mark.line + 1, value) for name, value in pairs if str(name.value) == key]
+        if not found:
+            return None
+        line, node = found[-1]
+    return line
+
+
+def _mapping_node(path: Path) -> Any:
+    """Return the file's content as a mapping of YAML nodes, None for an empty file."""
+    text = _text(path)
+    try:
+        node = yaml.compose(text, _Loader)
+    except yaml.reader.ReaderError as error:
+        line, code = text.count("\n", 0, error.position) + 1, int(error.character)
+        raise UserError(f"{path}:{line}: it holds a control character (code {code}); remove it") from error
+    except yaml.YAMLError as error:
+        raise _complaint(path, error) from error
+    except RecursionError:
+        raise UserError(f"{path} is nested too deeply to be read; it must hold `key: value` lines") from None
+    if node is None or (isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:null"):
+        return None
+    if not isinstance(node, yaml.MappingNode):
+        raise UserError(
+            f"{path}:{node.start_mark.line + 1}: it must hold `key: value` lines, and here is {_KINDS[type(node)]}"
+        )
+    return node
+
+
+def _text(path: Path) -> str:
+    if os.path.lexists(path) and not path.is_file():
+        what = "a link that leads nowhere" if path.is_symlink() and not path.is_dir() else "no file"
+        raise UserError(f"{path} is {what}; put a YAML file in its place, or remove it")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or (b"\0" in data and _is_utf16(data)):
+        raise UserError(f"{path} is UTF-16; save it as UTF-8")
+    if (place := data.find(b"\0")) >= 0:
+        raise UserError(f"{path}:{_line(data, place)}: it holds a NUL byte, so it is no text file; give a YAML file")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}:{_line(data, error.start)}: it is not UTF-8 (byte 0x{data[error.start]:02x}), maybe Latin-1; save "
+            "it as UTF-8"
+        ) from error
+
+
+def _is_utf16(data: bytes) -> bool:
+    """Whether every other byte of the beginning is NUL, as in English text."""
+    head = data[:64]
+    return len(head) > 1 and any(not head[first::2].strip(b"\0") for first in (0, 1))
+
+
+def _line(data: bytes, place: int) -> int:
+    return data.count(b"\n", 0, place) + 1
+
+
+def _nodes(path: Path, root: Any) -> Iterator[Any]:
+    """Yield each node once (an alias is another way to one) and refuse tags; no recursion, as a file may be deep."""
+    waiting, seen = [root], set[int]()
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if not node.tag.startswith("tag:yaml.org,2002:") or node.tag.startswith("tag:yaml.org,2002:python"):
+            tag = node.tag.replace("tag:yaml.org,2002:", "!!")
+            raise UserError(f"{path}:{node.start_mark.line + 1}: the tag {tag} is not read; write a plain value")
+        yield node
+        if isinstance(node, yaml.MappingNode):
+            waiting += [part for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            waiting += node.value
+
+
+def _refuse_twice(path: Path, node: Any) -> None:
+    lines: dict[str, int] = {}
+    for key, _ in node.value:
+        line = key.start_mark.line + 1
+        if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE:
+            if key.value in lines:
+                first = lines[key.value]
+                raise UserError(f"{path}:{line}: {key.value} stands there already, on line {first}; keep one of them")
+            lines[key.value] = line
+
+
+def _constructed(loader: Any, path: Path, node: Any) -> Any:
+    try:
+        return loader.construct_object(node, deep=True)
+    except (ValueError, OverflowError, RecursionError) as error:  # a date that is none, a number of 5,000 digits
+        why = str(error).partition(";")[0] or type(error).__name__
+        raise UserError(f"{path}:{node.start_mark.line + 1}: the value cannot be read ({why})") from error
+
+
+def _complaint(path: Path, error: Any) -> UserError:
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    place = f"{path}:{mark.line + 1}: it" if mark is not None else str(path)
+    what = " ".join(filter(None, (getattr(error, "context", None), getattr(error, "problem", None)))) or error
+    return UserError(f"{place} is no valid YAML: {' '.join(str(what).split())}")
