@@ -78,6 +78,7 @@ class Tally:
     asked: int = 0
     known: int = 0
     written: int = 0
+    prompt_tokens: int = 0
     new_tokens: int = 0
     seconds: float = 0.0
     load_s: float = 0.0
@@ -219,6 +220,7 @@ class Scribe:
         for place, answer in arrived:
             job = self._under_way.pop(place)
             answer = replace(answer, text=clean(cut_at_sentence(answer)))
+            self.tally.prompt_tokens += answer.prompt_tokens
             self.tally.new_tokens += answer.new_tokens
             if repeats_prompt(answer.text, job.request.prompt, job.request.previous):
                 if not job.retried:
