@@ -17,13 +17,13 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from itertools import count, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar, get_type_hints
 
 import psutil  # type: ignore[import-untyped]
 
-from recbole_mllm.common.files import bring, copy_file, remove_file, replace_file, staged
+from recbole_mllm.common.files import copy_file, replace_file, set_file_aside, staged
 from recbole_mllm.data.images import image_digest
 from recbole_mllm.data.schema import store_file
 from recbole_mllm.errors import UserError
@@ -411,13 +411,9 @@ def _salvage(path: Path, seen: int | None, why: str) -> None:
                 db.execute(f"PRAGMA page_size={PAGE}")
                 _migrate(db, fresh)
                 saved = _inserted(db, _readable(copy))
-            aside = next(p for n in count(1) if not os.path.lexists(p := path.with_name(f"{path.name}.corrupt-{n}")))
-            if wal_of(path).is_file():
-                bring(wal_of(path), wal_of(aside))
-            bring(path, aside)
-            for suffix in ("-wal", "-shm"):  # a log of the bad file beside the fresh one would be replayed into it
-                remove_file(path.with_name(path.name + suffix))
             fresh.chmod(path.stat().st_mode)
+            # with its log, which would be replayed into the fresh one
+            aside = set_file_aside(path, "corrupt", ("-wal", "-shm"))
             replace_file(fresh, path)
     logging.getLogger().warning(
         f"the summary store {path} was damaged ({why}): {saved} answers were saved, what is missing will be generated "
