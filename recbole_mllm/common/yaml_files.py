@@ -1,11 +1,10 @@
-"""The one reader of YAML files: what is wrong with one is told as file, line and what to write instead."""
+"""YAML files: where the shipped ones lie, and their one reader, whose errors name the file and the line."""
 
 from __future__ import annotations
 
 import codecs
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,6 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
-_MERGE = "tag:yaml.org,2002:merge"
 _KINDS = {yaml.SequenceNode: "a list", yaml.ScalarNode: "a single value"}
 
 
@@ -51,20 +49,19 @@ def read_mapping(path: Path) -> dict[str, Any]:
     node = _mapping_node(path)
     if node is None:
         return {}
-    for nested in _nodes(path, node):
-        if isinstance(nested, yaml.MappingNode):
-            _refuse_twice(path, nested)
+    _check_nodes(path, node)
     found: dict[str, Any] = {}
-    loader = _Loader("")
+    loader, at = _Loader(""), node
     try:
         loader.flatten_mapping(node)
-        for key, value in node.value:
+        for key, at in node.value:
             name = key.value if isinstance(key, yaml.ScalarNode) else loader.construct_object(key, deep=True)
-            found[str(name)] = _constructed(loader, path, value)
+            found[str(name)] = loader.construct_object(at, deep=True)
     except yaml.YAMLError as error:
         raise _complaint(path, error) from error
-    finally:
-        loader.dispose()
+    except (ValueError, OverflowError, RecursionError) as error:  # a date that is none, a number of 5,000 digits
+        why = str(error).partition(";")[0] or type(error).__name__
+        raise UserError(f"{path}:{at.start_mark.line + 1}: the value cannot be read ({why})") from error
     return found
 
 
@@ -146,9 +143,9 @@ def _line(data: bytes, place: int) -> int:
     return data.count(b"\n", 0, place) + 1
 
 
-def _nodes(path: Path, root: Any) -> Iterator[Any]:
-    """Yield each node once (an alias is another way to one) and refuse tags; no recursion, as a file may be deep."""
-    waiting, seen = [root], set[int]()
+def _check_nodes(path: Path, root: Any) -> None:
+    """Refuse tags that are not plain, and keys that stand twice; no recursion, as a file may be deep."""
+    waiting, seen = [root], set[int]()  # an alias is another way to a node
     while waiting:
         node = waiting.pop()
         if id(node) in seen:
@@ -157,30 +154,19 @@ def _nodes(path: Path, root: Any) -> Iterator[Any]:
         if not node.tag.startswith("tag:yaml.org,2002:") or node.tag.startswith("tag:yaml.org,2002:python"):
             tag = node.tag.replace("tag:yaml.org,2002:", "!!")
             raise UserError(f"{path}:{node.start_mark.line + 1}: the tag {tag} is not read; write a plain value")
-        yield node
-        if isinstance(node, yaml.MappingNode):
-            waiting += [part for pair in node.value for part in pair]
-        elif isinstance(node, yaml.SequenceNode):
+        if isinstance(node, yaml.SequenceNode):
             waiting += node.value
-
-
-def _refuse_twice(path: Path, node: Any) -> None:
-    lines: dict[str, int] = {}
-    for key, _ in node.value:
-        line = key.start_mark.line + 1
-        if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE:
-            if key.value in lines:
-                first = lines[key.value]
-                raise UserError(f"{path}:{line}: {key.value} stands there already, on line {first}; keep one of them")
-            lines[key.value] = line
-
-
-def _constructed(loader: Any, path: Path, node: Any) -> Any:
-    try:
-        return loader.construct_object(node, deep=True)
-    except (ValueError, OverflowError, RecursionError) as error:  # a date that is none, a number of 5,000 digits
-        why = str(error).partition(";")[0] or type(error).__name__
-        raise UserError(f"{path}:{node.start_mark.line + 1}: the value cannot be read ({why})") from error
+        lines: dict[str, int] = {}
+        for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+            waiting += [key, value]
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                line = key.start_mark.line + 1
+                if key.value in lines:
+                    first = lines[key.value]
+                    raise UserError(
+                        f"{path}:{line}: {key.value} stands there already, on line {first}; keep one of them"
+                    )
+                lines[key.value] = line
 
 
 def _complaint(path: Path, error: Any) -> UserError:
