@@ -223,7 +223,7 @@ def _are_columns(value: Any) -> bool:
     )
 
 
-# Other keys of RecBole's: what a value must pass, and what the user is told that it must be
+# Other keys of RecBole's: the check of a value, and what it must be in words
 _Rule = tuple[Callable[[Any], bool], str]
 _INTERVAL: _Rule = (_are_intervals, "intervals, such as '[5,inf)' or '[0,1];(3,4]'")
 _SWITCH: _Rule = (lambda value: isinstance(value, bool | None), "true or false")
@@ -392,10 +392,10 @@ def recbole_config(model: str, dataset: str, files: list[str], keys: dict[str, A
     # a text may become a number in RecBole's hands (configurator.py:124-147): it is checked behind them
     check_values({key: value for key, value in keys.items() if not isinstance(value, str)})
     with told_in_a_line("read the configuration"):
-        made = _config({"model": model, "dataset": dataset, "config_file_list": files}, keys)
-    check_values(made.final_config_dict)
-    _take_device(made)
-    return made
+        config = _config({"model": model, "dataset": dataset, "config_file_list": files}, keys)
+    check_values(config.final_config_dict)
+    _take_device(config)
+    return config
 
 
 def _take_device(config: Any) -> None:
@@ -425,8 +425,8 @@ def tell_missing_gpus(config: Any) -> None:
     if ranks.is_launched() or given.get("device") or given.get("use_gpu") is False:
         return
     if device == "cpu" and (ids or given.get("use_gpu") is True):
-        told = f"gpu_id {','.join(ids)}" if ids else "use_gpu"
-        tell_once(f"{told}: torch sees no such GPU here, so this run is on the CPU")
+        what = f"gpu_id {','.join(ids)}" if ids else "use_gpu"
+        tell_once(f"{what}: torch sees no such GPU here, so this run is on the CPU")
     elif len(ids) > (seen := torch.cuda.device_count()):
         tell_once(f"gpu_id {','.join(ids)}: torch sees {seen} of these GPUs here")
 

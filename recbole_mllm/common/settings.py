@@ -23,8 +23,8 @@ class WrongValue(UserError):
 
     def __init__(self, key: str, value: object, wanted: object, where: str = "") -> None:
         self.key, self.value, self.wanted, self.where = key, value, wanted, where
-        told = repr(value)[:_SHOWN] + "…" * (len(repr(value)) > _SHOWN)
-        super().__init__(f"{key} is {told}; it must be {wanted}" + (f" ({where})" if where else ""))
+        shown = repr(value)[:_SHOWN] + "…" * (len(repr(value)) > _SHOWN)
+        super().__init__(f"{key} is {shown}; it must be {wanted}" + (f" ({where})" if where else ""))
 
     def at(self, where: str) -> WrongValue:
         """Return the same complaint with the place that the value comes from."""
@@ -45,15 +45,15 @@ class Range:
     below: float | None = None
 
     def __str__(self) -> str:
-        return self.told(None)
+        return self.described(None)
 
-    def told(self, value: object) -> str:
-        """Return the range in words; the bound that every number has is only told where `value` is beyond it."""
+    def described(self, value: object) -> str:
+        """Return the range in words; the bound that every number has is only named where `value` is beyond it."""
         beyond = isinstance(value, int | float) and value > _LARGEST
         most = _LARGEST if self.most is None and beyond else self.most
         bounds = {"at least": self.least, "above": self.above, "at most": most, "below": self.below}
-        told = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if bound is not None)
-        return ("a whole number" if self.kind is int else "a number") + (f", {told}" if told else "")
+        words = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if bound is not None)
+        return ("a whole number" if self.kind is int else "a number") + (f", {words}" if words else "")
 
     def read(self, value: Any) -> int | float | None:
         """Return `value` as a number of this kind, or None where it is none of them."""
@@ -79,7 +79,7 @@ class Range:
         """
         found = self.read(value)
         if found is None:
-            raise WrongValue(key, value, self.told(value))
+            raise WrongValue(key, value, self.described(value))
         return found
 
 
@@ -122,7 +122,7 @@ def _checked(key: str, value: Any, hint: Any) -> Any:
             return value
         if get_origin(kind) in (list, dict) and isinstance(value, get_origin(kind)):
             return value
-    raise WrongValue(key, value, ", or ".join(_told(kind, value) for kind in kinds))
+    raise WrongValue(key, value, ", or ".join(_described(kind, value) for kind in kinds))
 
 
 def _range_of(kind: Any) -> Range | None:
@@ -130,13 +130,13 @@ def _range_of(kind: Any) -> Range | None:
     return get_args(kind)[1] if get_origin(kind) is Annotated else None
 
 
-def _told(kind: Any, value: Any) -> str:
+def _described(kind: Any, value: Any) -> str:
     if get_origin(kind) is Literal:
         words = get_args(kind)
         return f"one of {', '.join(words)}" if len(words) > 1 else str(words[0])
     names = {NoneType: "null", bool: "true or false", str: "a text", list: "a list", dict: "{key: value} pairs"}
     limits = _range_of(kind)
-    return limits.told(value) if limits else names[get_origin(kind) or kind]
+    return limits.described(value) if limits else names[get_origin(kind) or kind]
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,7 +109,7 @@ class Scribe:
         in_step: The model is split among the processes of a run: they all must call `generate`, each as often as the
             others, and all load it if one must.
         leases: With them, what another process is generating is waited for, behind everything else.
-        whose: Follows the name of what is generated wherever it is reported, where several processes report.
+        label: Follows the name of what is generated wherever it is reported, where several processes report.
         keys: The store's keys of all answers so far.
     """
 
@@ -121,7 +121,7 @@ class Scribe:
     may_write: bool = True
     in_step: bool = False
     leases: Leases | None = None
-    whose: str = ""
+    label: str = ""
     tally: Tally = field(default_factory=Tally)
     findings: Findings = field(default_factory=Findings)
     keys: set[str] = field(default_factory=set)
@@ -176,7 +176,7 @@ class Scribe:
         if self._failed:
             raise UserError(
                 f"{len(self._failed)} {self.kind} summaries cannot be written, the first for this: {self._failed[0]}; "
-                "all others are kept, and the same command goes on from there"
+                "all others are kept, and the same command resumes from there"
             )
 
     def write_alone(self, load: Callable[[], Writer]) -> None:
@@ -320,7 +320,7 @@ class Scribe:
 
     def progress(self, total: int) -> Progress:
         """Return what shows how many of `total` requests are answered, by the store or the model."""
-        self._progress = Progress(total, f"{self.kind} summaries{self.whose}", "summary")
+        self._progress = Progress(total, f"{self.kind} summaries{self.label}", "summary")
         return self._progress
 
     def report(self) -> None:
@@ -330,11 +330,11 @@ class Scribe:
             return
         rate = f"{t.written / t.seconds:.1f}/s, {t.new_tokens / t.seconds:.0f} tokens/s" if t.seconds else "-"
         log.info(
-            f"{self.kind} summaries{self.whose}: {t.asked} asked, {t.known} known, {t.written} written in "
+            f"{self.kind} summaries{self.label}: {t.asked} asked, {t.known} known, {t.written} written in "
             f"{t.seconds:.1f} s ({rate}); words: {_spread(t.words)}"
         )
         if lines := table(self.findings, self.kind, len(t.words)):
-            log.warning("\n".join([f"{self.kind} summaries{self.whose} to look at:", *lines]))
+            log.warning("\n".join([f"{self.kind} summaries{self.label} to look at:", *lines]))
 
 
 def _spread(numbers: Sequence[int]) -> str:

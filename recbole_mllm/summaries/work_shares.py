@@ -165,7 +165,7 @@ class _Shares:
         """Let every process do its `work` with a generator that has a store of its own; then merge all stores."""
         with closing(ShardStore(self._folder, self._rank)) as store:
             generator = self._make(store)
-            generator.whose = f" (the share of process {self._rank} of {self._size})"
+            generator.label = f" (the share of process {self._rank} of {self._size})"
             work(generator)
             self.load_s += generator.tally.load_s
             generator.report()
@@ -180,7 +180,7 @@ class _Shares:
         for prompt in prompts:
             try:
                 key = answer_key(generator.identity, prompt, generator.decoding)
-            except OSError:  # an image that is gone: told when its answer is missed
+            except OSError:  # an image that is gone: reported when its answer is missed
                 continue
             if key not in seen and self.is_mine(key):
                 seen.add(key)
