@@ -107,14 +107,6 @@ def test_no_partial_block_means_a_cold_start_before_the_first_full_one():
     assert state_at(5, settings) == State(0, 0, 3)
 
 
-def test_a_second_run_asks_nothing(tmp_path):
-    histories, items = _world({"u1": 9})
-    plan, echo = Plan(histories, {"u1": {3, 8}}), Echo()
-    first = _run(tmp_path, plan, items, BASE, echo)
-    asked = echo.asked
-    assert _run(tmp_path, plan, items, BASE, echo) == first and echo.asked == asked
-
-
 def test_rows_name_the_history_they_have_read(tmp_path):
     histories, items = _world({"u1": 5})
     plan = Plan(histories, {"u1": {4}})

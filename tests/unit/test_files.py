@@ -89,21 +89,6 @@ def test_no_other_module_removes_renames_or_overwrites_files():
     assert {name for place, name in found if place == "recbole_mllm/common/files.py"} >= {"rmtree", "unlink", "replace"}
 
 
-@pytest.mark.parametrize(
-    ("code", "name"),
-    [
-        ("path.unlink()", "unlink"), ("shutil.rmtree(x)", "rmtree"), ("from os import remove", "remove"),
-        ("path.replace(other)", "replace"), ("os.replace(a, b)", "replace"), ("a.rename(b)", "rename"),
-        ("open(p, 'wb')", "open"), ("p.open(mode='x')", "open"), ("p.write_text('')", "write_text"),
-        ("text.replace('a', 'b')", None), ("date.replace(year=1)", None), ("names.remove('x')", None),
-        ("frame.rename(columns={})", None), ("open(p, 'a')", None), ("gzip.open(p, 'rt')", None),
-    ],
-)  # fmt: skip
-def test_the_walk_knows_files_from_texts(tmp_path, code, name):
-    (tmp_path / "m.py").write_text(code)
-    assert [found for _, found in calls(tmp_path / "m.py")] == ([name] if name else [])
-
-
 def test_a_file_is_as_open_as_the_umask_says_and_a_link_is_not_followed(tmp_path):
     (tmp_path / "of-the-user").write_text("mine")
     (tmp_path / "x").symlink_to(tmp_path / "of-the-user")
