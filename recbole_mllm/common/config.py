@@ -369,17 +369,13 @@ def check_files(files: Sequence[str | Path], model: str) -> None:
     """Refuse what `check_values` refuses, in what `files` say of `model`; the complaint names file and line."""
     for file in files:
         said = checked_file(Path(file))
-        check_values((said.pop("per_model", None) or {}).get(model, {}), partial(_place, file, "per_model", model))
-        check_values(said, partial(_place, file))
+        check_values((said.pop("per_model", None) or {}).get(model, {}), partial(_at, Path(file), "per_model", model))
+        check_values(said, partial(_at, Path(file)))
 
 
 def check_dataset_file(path: Path) -> None:
     """Refuse a key or value in a dataset's ``dataset.yaml`` that `check_files` would refuse."""
-    check_values(checked_file(path, of_dataset=True), partial(_place, path))
-
-
-def _place(file: str | Path, *keys: str) -> str:
-    return f"{file}:{line_of(Path(file), *keys) or 1}"
+    check_values(checked_file(path, of_dataset=True), partial(_at, path))
 
 
 def recbole_config(model: str, dataset: str, files: list[str], keys: dict[str, Any]) -> Any:
