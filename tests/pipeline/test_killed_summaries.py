@@ -58,7 +58,7 @@ def test_kills_lose_nothing_that_was_stored_and_change_no_byte(tmp_path: Path) -
     rng, asked, kills = random.Random(5), 0, 0
     folder = tmp_path / "killed"
     while kills < 10:
-        process = start(folder, 0.003)
+        process = start(folder, 0.006)
         assert process.stdout is not None
         assert process.stdout.readline() in ("answered\n", "finished\n")
         time.sleep(rng.uniform(0.0, 0.35))
