@@ -19,11 +19,13 @@ RUN = "MLLMMSR-2024-872bcd12"
 DIGEST = "c6440b0ca5bd4184"
 TAG = "tiny-recurrent-b4-image-3e9d094e"
 KEYS = {"limit_users": 12, "lora_r": 2, "lora_dropout": 0, "epochs": 1}
-RECORD_FIELDS = """
-candidate_rules candidates commit config config_digest converged dataset device features_s kind label load_s metrics model
-n_users pairs_per_s parameters_trained peak_memory_mb per_user protocol retrieval run_id score_s scores scores_reused seed
-started status summarize_reused summarize_s tokens train_s tuning valid versions world_size
-""".split()
+RECORD_FIELDS = [
+    "candidate_rules", "candidates", "commit", "config", "config_digest", "converged", "dataset", "device",
+    "features_s", "kind", "label", "load_s", "metrics", "model", "n_users", "pairs_per_s", "parameters_trained",
+    "peak_memory_mb", "per_user", "protocol", "retrieval", "run_id", "score_s", "scores", "scores_reused", "seed",
+    "started", "status", "summarize_reused", "summarize_s", "tokens", "train_s", "tuning", "valid", "versions",
+    "world_size",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +90,9 @@ def test_the_checkpoint_scores_as_it_did(home):
     trainer = get_trainer(config["MODEL_TYPE"], "MLLMMSR")(config, model)
     (checkpoint,) = (home / "results" / "runs" / RUN / "saved").glob("*.pth")
     found = trainer.evaluate(test, load_best_model=True, model_file=str(checkpoint), show_progress=False)
-    (record,) = [r for r in map(json.loads, open(home / "results" / "runs.jsonl")) if r["run_id"] == RUN]
+    (record,) = [
+        r for r in map(json.loads, (home / "results" / "runs.jsonl").read_text().splitlines()) if r["run_id"] == RUN
+    ]
     metrics = {name.lower(): value for name, value in record["metrics"].items()}
     assert {name: round(float(value), 6) for name, value in found.items()} == {
         name: pytest.approx(metrics[name.lower()], abs=2e-6) for name in found
@@ -104,7 +108,7 @@ def test_a_record_is_rerun_and_agrees(home, capsys):
     for field in ("user", "item", "label", "place"):
         assert (before[field] == again[field]).all()
     np.testing.assert_allclose(again["score"], before["score"], atol=1e-5)
-    (record,) = map(json.loads, open(home / "results" / "reruns" / "runs.jsonl"))
+    (record,) = map(json.loads, (home / "results" / "reruns" / "runs.jsonl").read_text().splitlines())
     assert sorted(record) == RECORD_FIELDS
     assert record["candidates"] == DIGEST
 
