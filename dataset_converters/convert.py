@@ -203,10 +203,6 @@ def _write_words(job: Job, folder: Path, done: Converted) -> None:
     output.write_manifest(folder, content)
 
 
-if TYPE_CHECKING:
-    from .convert import Converted, Job
-
-
 def readme(job: Job, done: Converted) -> str:
     """Return the README; it holds no path and no date, so that the same input gives the same bytes."""
     return "\n".join([*_head(job, done), *_counts(done), *_items(done.catalog), *_use(job), ""])
