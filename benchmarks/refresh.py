@@ -21,8 +21,8 @@ sys.path[:0] = [str(ROOT)]
 import numpy as np
 import yaml
 
+from recbole_mllm.common.resources import PROPERTIES
 from recbole_mllm.common.settings import SummarySettings
-from recbole_mllm.common.yaml_files import PROPERTIES
 from recbole_mllm.summaries.chains import State, state_at, steps
 
 DEFAULT = SummarySettings.from_config(yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text()))

@@ -26,8 +26,8 @@ import torch
 import yaml
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from recbole_mllm.common.resources import PROPERTIES
 from recbole_mllm.common.settings import Settings
-from recbole_mllm.common.yaml_files import PROPERTIES
 from recbole_mllm.data.atomic import clean
 from recbole_mllm.data.texts import Items
 from recbole_mllm.mllm.base import Answer, Decoding

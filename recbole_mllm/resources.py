@@ -1,6 +1,6 @@
-# SHIM * -> recbole_mllm.common.yaml_files
+# SHIM * -> recbole_mllm.common.resources
 import sys
 
-from recbole_mllm.common.yaml_files import *  # noqa: F403
+from recbole_mllm.common.resources import *  # noqa: F403
 
-sys.modules[__name__] = sys.modules["recbole_mllm.common.yaml_files"]
+sys.modules[__name__] = sys.modules["recbole_mllm.common.resources"]

@@ -23,8 +23,8 @@ sys.path[:0] = [str(ROOT), str(ROOT.parent)]
 from planted_writers import Planted  # noqa: E402
 
 from recbole_mllm import launched  # noqa: E402
+from recbole_mllm.common.resources import PROPERTIES  # noqa: E402
 from recbole_mllm.common.settings import SummarySettings  # noqa: E402
-from recbole_mllm.common.yaml_files import PROPERTIES  # noqa: E402
 from recbole_mllm.data.texts import Items  # noqa: E402
 from recbole_mllm.prompts import Prompt, Style  # noqa: E402
 from recbole_mllm.summaries.generator import Stage, Summarizers  # noqa: E402

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from recbole_mllm import ranks
+from recbole_mllm.common.resources import PROPERTIES, named, resource
 from recbole_mllm.common.settings import COUNT, SEED, Range, RankingSettings, WrongValue, check_value, known_keys
-from recbole_mllm.common.yaml_files import PROPERTIES, line_of, named, read_mapping, resource
+from recbole_mllm.common.yaml_files import line_of, read_mapping
 from recbole_mllm.compat.ranked import two_launchers
 from recbole_mllm.errors import UserError
 from recbole_mllm.progress import tell_once

@@ -1,4 +1,4 @@
-"""YAML files: where the shipped ones lie, and their one reader, whose errors name the file and the line."""
+"""The one reader of YAML files; its errors name the file, the line and what to write instead."""
 
 from __future__ import annotations
 
@@ -11,22 +11,6 @@ from typing import Any
 import yaml
 
 from recbole_mllm.errors import UserError
-
-_HERE = Path(__file__).resolve().parents[1]
-PROPERTIES = next(
-    (folder for folder in (_HERE / "properties", _HERE.parent / "properties") if folder.is_dir()), _HERE / "properties"
-)
-
-
-def resource(kind: str, name: str) -> Path | None:
-    """Return ``properties/<kind>/<name>.yaml``, or None where there is none."""
-    path = PROPERTIES / kind / f"{name}.yaml"
-    return path if path.is_file() else None
-
-
-def named(kind: str) -> list[str]:
-    """Return the names that `resource` knows for `kind`."""
-    return sorted(path.stem for path in (PROPERTIES / kind).glob("*.yaml"))
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]

@@ -17,7 +17,7 @@ import yaml
 from planted_writers import Planted
 from recbole_mllm.data.texts import Items
 from recbole_mllm.prompts import Style
-from recbole_mllm.common.yaml_files import PROPERTIES
+from recbole_mllm.common.resources import PROPERTIES
 from recbole_mllm.common.settings import SummarySettings
 from recbole_mllm.summaries.generator import Stage, Summarizers
 from recbole_mllm.summaries.preferences import make_preferences

@@ -8,8 +8,8 @@ from hypothesis import settings as settings_
 from hypothesis import strategies as st
 from planted_writers import Planted
 
+from recbole_mllm.common.resources import PROPERTIES
 from recbole_mllm.common.settings import SummarySettings
-from recbole_mllm.common.yaml_files import PROPERTIES
 from recbole_mllm.data.texts import Items
 from recbole_mllm.prompts import Style
 from recbole_mllm.summaries.chains import State, before, history_digest, state_at, steps

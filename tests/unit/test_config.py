@@ -20,8 +20,9 @@ from recbole_mllm.common.config import (
     is_model,
     per_model,
 )
+from recbole_mllm.common.resources import PROPERTIES, named, resource
 from recbole_mllm.common.settings import Settings, known_keys
-from recbole_mllm.common.yaml_files import PROPERTIES, check_readable, line_of, named, read_mapping, resource
+from recbole_mllm.common.yaml_files import check_readable, line_of, read_mapping
 from recbole_mllm.errors import UserError
 from recbole_mllm.health.layout import find_layout
 

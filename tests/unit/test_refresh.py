@@ -13,8 +13,8 @@ from PIL import Image
 from planted_writers import Planted
 
 from benchmarks import refresh as refresh_benchmark
+from recbole_mllm.common.resources import PROPERTIES
 from recbole_mllm.common.settings import SummarySettings
-from recbole_mllm.common.yaml_files import PROPERTIES
 from recbole_mllm.data.schema import store_file, usum_file
 from recbole_mllm.data.texts import Items, read_user_summaries
 from recbole_mllm.errors import UserError
