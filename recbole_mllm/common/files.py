@@ -1,7 +1,7 @@
 """Everything that writes, replaces or removes files goes through here: whole or absent, and never anybody else's.
 
-A file, or a folder of files, is made under a fresh unique name beside its place and then renamed. What is removed was
-made here under such a name, or is named by the manifest that an earlier output has in its folder, and is unchanged
+A file, or a folder of files, is created under a unique name beside its place and then renamed. What is removed was
+created here under such a name, or is named by the manifest that an earlier output has in its folder, and is unchanged
 since. A path that a user gives for an output is looked at before any work begins (`check_file`, `check_folder`); no
 link is followed into what was not looked at.
 """
@@ -99,8 +99,8 @@ def whole_text(path: Path) -> Iterator[IO[str]]:
 def made_once(path: Path, make: Callable[[Path], None]) -> bool:
     """Let `make` write `path` unless it is there; return whether it did.
 
-    Who comes while it is being made waits for it. The lock goes with the process that holds it, so after ``kill -9``
-    the next one begins anew; what the killed one left is removed.
+    Processes that come meanwhile wait. The lock ends with the process that holds it, so after ``kill -9`` the next one
+    starts again, and removes what the killed one has left.
 
     Args:
         path: Whole or absent at any time.
