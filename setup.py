@@ -43,7 +43,7 @@ setup(
     ],
     package_dir={"recbole_mllm.properties": "properties"},
     package_data={
-        "recbole_mllm": ["demo/tiny/*", "benchmark/templates/*", "health/templates/*", "pages/*.css", "py.typed"],
+        "recbole_mllm": ["demo/tiny/*", "benchmark/templates/*", "common/templates/*", "inspect/templates/*", "py.typed"],
         "recbole_mllm.properties": ["*.yaml", "*/*.yaml"],
     },
     entry_points={"console_scripts": ["recbole-mllm = recbole_mllm.cli:main"]},

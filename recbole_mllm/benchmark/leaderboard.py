@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from recbole_mllm.benchmark.records import RunRecord
+from recbole_mllm.evaluation.metrics import METRICS
 
 VALID_METRIC = "NDCG@10"
 """What rows are sorted by (on the test split), and what makes a baseline the best one (on validation)."""
@@ -24,8 +25,10 @@ SECONDS = ("summarize_s", "features_s", "train_s", "score_s")
 """What a row's whole time is the sum of."""
 
 SLICES = ("cold", "warm", "tail")
-FAMILIES = ("NDCG", "Hit", "Recall", "MRR", "GAUC", "AUC")
+FAMILIES = [metric.name for metric in METRICS]
 CUTOFFS = ("10", "5", "3")
+SHORT = {f"{metric.name}@{cut}".rstrip("@") for metric in METRICS for cut in metric.short}
+"""Metrics of the short tables; RecBole's Recall equals Hit where a user has one target."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +153,21 @@ class Leaderboard:
         return tuple(name for name in ALL_COSTS if name not in ("load_s", "features_s") or name in told)
 
     @property
+    def short_metrics(self) -> list[str]:
+        """The metrics that fit a terminal or a page of LaTeX: those of `SHORT`, or the first seven."""
+        return [name for name in self.metrics if name in SHORT] or list(self.metrics[:7])
+
+    @property
+    def ranked(self) -> list[Row]:
+        """The rows that have numbers, best first."""
+        return [row for row in self.rows if row.ok]
+
+    @property
+    def variants(self) -> list[Row]:
+        """The rows that are tested against a full model rather than the best baseline."""
+        return [row for row in self.rows if row.tested_against not in (None, self.best_baseline)]
+
+    @property
     def chosen_on(self) -> str:
         """The split whose metric made a baseline the best one."""
         return "test" if self.without_validation else "validation"
@@ -158,6 +176,10 @@ class Leaderboard:
     def not_converged(self) -> tuple[str, ...]:
         """The rows whose training ended while validation was still rising."""
         return tuple(row.model for row in self.rows if row.ok and row.converged is False)
+
+    def slice_of(self, row: Row, name: str, metric: str) -> Part:
+        """Return `metric` of one row on one slice of the users."""
+        return row.slices.get(name, {}).get(metric, Part(None, 0))
 
     def to_json(self) -> dict[str, Any]:
         """Return the published schema of ``leaderboard.json``; a failed row has the same keys with null values."""
@@ -174,8 +196,7 @@ class Leaderboard:
 
     def _row_json(self, row: Row) -> dict[str, Any]:
         scores = {name: row.scores.get(name) for name in self.metrics}
-        empty = Part(None, 0)
-        parts = {s: {m: row.slices.get(s, {}).get(m, empty) for m in self.metrics} for s in SLICES}
+        parts = {s: {m: self.slice_of(row, s, m) for m in self.metrics} for s in SLICES}
         return {
             "model": row.model,
             "seeds": list(row.seeds),
@@ -205,7 +226,7 @@ class Leaderboard:
 
 
 def ordered_metrics(names: set[str]) -> tuple[str, ...]:
-    """Return metric names in reading order: by cut-off, then by family; those of nobody's knowledge last, by name."""
+    """Return metric names in reading order: by cut-off, then as in `METRICS`; those that are not there last, by name."""
 
     def place(name: str) -> tuple[int, int, str]:
         family, _, cutoff = name.partition("@")

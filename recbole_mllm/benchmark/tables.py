@@ -1,0 +1,309 @@
+"""The leaderboard as text: for the terminal, for spreadsheets, and as a page of Markdown or a table of LaTeX.
+
+Every form is made of the same `Table` values, whose words come from `wording`.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+import textwrap
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from recbole_mllm.benchmark.leaderboard import ALL_COSTS, SLICES, Leaderboard, Row
+from recbole_mllm.benchmark.wording import (
+    COST_TITLES,
+    METHOD,
+    NOT_CONVERGED,
+    NOTHING,
+    command,
+    config_yaml,
+    cost_notes,
+    cost_text,
+    finding,
+    legend,
+    score_text,
+    seeds,
+    shown_config,
+)
+
+WIDTH = 120
+NAME_WIDTH = 28
+ALSO_SHOWN = 5  # metrics beside the ranking one in the terminal
+
+
+class Table(NamedTuple):
+    """A table of any form: its head, and its rows of numbers or texts; None is an empty field."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+
+    def to_csv(self) -> str:
+        """Return the table for a spreadsheet, numbers at full precision."""
+        frame = pd.DataFrame(list(self.rows), columns=list(self.head), dtype=object)
+        return str(frame.to_csv(index=False, lineterminator="\n"))
+
+    def to_markdown(self) -> str:
+        """Return the table in Markdown, every text escaped."""
+        lines = [self.head, ["---"] + ["---:"] * (len(self.head) - 1), *([_md(c) for c in row] for row in self.rows)]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def tests_table(board: Leaderboard, metrics: Sequence[str]) -> Table:
+    """Return every test of `metrics`."""
+    texts = [(row, name, score_text(board, row, name)) for row in board.ranked for name in metrics]
+    return Table(
+        ["model", "tested against", "metric", "difference", "Cohen's d_z", "p (raw)", "p (Holm)", "verdict"],
+        [[row.model, row.tested_against, name, text.difference, text.effect, text.p_raw, text.p, text.word]
+         for row, name, text in texts if text.word],
+    )  # fmt: skip
+
+
+def numbers_table(board: Leaderboard) -> Table:
+    """Return every number of the leaderboard.
+
+    Of each metric ``p`` is the corrected one against the best baseline; ``p_raw`` and ``p_holm`` are against the row of
+    ``tested_against``.
+    """
+    rows: list[dict[str, Any]] = []
+    for row in board.rows:
+        converged = None if row.converged is None else str(row.converged).lower()
+        cells: dict[str, Any] = {
+            "model": row.model, "kind": row.kind, "seeds": " ".join(map(str, row.seeds)), "status": row.status,
+            "converged": converged, "tested_against": row.tested_against,
+        }  # fmt: skip
+        for name in board.metrics:
+            score = row.scores.get(name)
+            low, high = (score and score.ci95) or (None, None)
+            cells |= {
+                name: score and score.mean, f"{name} low": low, f"{name} high": high,
+                f"{name} p": score and board.p_vs_best_baseline(row, score), f"{name} p_raw": score and score.p_raw,
+                f"{name} p_holm": score and score.p, f"{name} difference": score and score.difference,
+                f"{name} d": score and score.effect,
+            }  # fmt: skip
+        cells |= {name: row.cost.get(name) for name in ALL_COSTS} | {"summarize_reused": row.summarize_reused}
+        for part in SLICES:
+            for name in board.metrics:
+                users = board.slice_of(row, part, name)
+                cells |= {f"{part} {name}": users.mean, f"{part} {name} n": users.n}
+        rows.append(cells)
+    return Table(list(rows[0]), [list(cells.values()) for cells in rows])
+
+
+def groups_table(board: Leaderboard) -> Table:
+    """Return one line a (model, dimension, group) of users, with the ranking metric and its 95 % interval."""
+    rows = [
+        [row.model, dimension.key, label, part.n, part.mean, part.low, part.high]
+        for row in board.rows
+        for dimension in board.dimensions
+        for label, part in zip(dimension.labels, row.groups.get(dimension.key, ()), strict=False)
+    ]
+    return Table(["model", "dimension", "group", "n", board.valid_metric, "low", "high"], rows)
+
+
+def curves_table(board: Leaderboard) -> Table:
+    """Return one line a (model, metric, k)."""
+    rows = [
+        [row.model, name, k, value]
+        for row in board.rows
+        for name, values in row.curves.items()
+        for k, value in enumerate(values, start=1)
+    ]
+    return Table(["model", "metric", "k", "mean"], rows)
+
+
+# ---- the terminal
+
+
+def format_table(board: Leaderboard) -> str:
+    """Return the leaderboard for a terminal: aligned, at most 120 columns wide."""
+    valid = board.valid_metric
+    also = [name for name in board.short_metrics if name != valid]
+    also = sorted(also, key=lambda name: name.endswith("@5"))[:ALSO_SHOWN]
+    lines = [["model", f"{valid} [95 %]", "", *also, "summarise", "train", "score"]]
+    for row in board.ranked:
+        text = score_text(board, row, valid)
+        cells = [score_text(board, row, name) for name in also]
+        marked = [f"{c.mean} {c.mark if c.verdict in ('better', 'worse') else ' '}" for c in cells]
+        costs = [cost_text(row, name) for name in ("summarize_s", "train_s", "score_s")]
+        name = _cut(row.model, NAME_WIDTH) + (f" {NOT_CONVERGED}" if row.converged is False else "")
+        lines.append([name, f"{text.mean} {text.interval}", text.mark, *marked, *costs])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    while sum(widths) + 2 * len(widths) - 2 > WIDTH and len(widths) > 6:  # rather lose a column than break a line
+        for line in (widths, *lines):
+            line.pop(-4)
+    table = [
+        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
+        for line in lines
+    ]
+    table.insert(1, "─" * len(table[0]))
+    failed = [
+        f"{_cut(row.model, NAME_WIDTH)} seed {seeds(row)} failed: {row.status}" for row in board.rows if not row.ok
+    ]
+    users = "" if f"{board.n_users} users" in board.protocol else f" · {board.n_users} users"
+    title = f"{board.dataset}: {board.protocol}{users} · candidates {board.candidates}"
+    fixed = [_cut(line, WIDTH) for line in ["", *table, *failed, ""]]
+    return "\n".join([*_wrap([title]), *fixed, *_wrap([legend(board), finding(board), board.note])])
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def _wrap(paragraphs: Iterable[str]) -> list[str]:
+    return [line for paragraph in paragraphs for line in textwrap.wrap(paragraph, WIDTH)]
+
+
+# ---- Markdown
+
+
+def format_markdown(board: Leaderboard) -> str:
+    """Return a page in the manner of RecBole's result pages: tables, then every configuration."""
+    valid = board.valid_metric
+    tests = tests_table(board, [valid])
+    parts = [
+        f"# {_md(board.dataset)}: leaderboard",
+        _md(finding(board)),
+        f"> {_md(board.note)}" if board.note else "",
+        f"- Protocol: {_md(board.protocol)}\n- Users: {board.n_users}\n- Candidates: {_code(board.candidates)}",
+        "## Quality",
+        Table(["model", "seeds", *board.metrics], [_quality(board, row) for row in board.rows]).to_markdown(),
+        f"{_md(legend(board))} {METHOD}",
+        f"## Tests ({valid})\n\n{tests.to_markdown()}" if tests.rows else "",
+        f"## Slices ({valid})",
+        Table(["model", *SLICES], [_slices(board, row) for row in board.ranked]).to_markdown(),
+        "cold: the target has no interaction in training; warm: it has; tail: it is in the long tail. (Users.)",
+        "## Cost",
+        Table(
+            ["model", *(COST_TITLES[name] for name in board.costs)],
+            [[row.model, *(cost_text(row, name) for name in board.costs)] for row in board.rows],
+        ).to_markdown(),
+        _md(cost_notes(board)),
+        "## Configurations",
+        "A run's own settings and the shared ones, in one file `<run_id>.yaml`, are its whole configuration.",
+        *_configurations(board),
+    ]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _quality(board: Leaderboard, row: Row) -> list[str]:
+    if not row.ok:
+        return [row.model, seeds(row), f"failed: {row.status}"] + [""] * (len(board.metrics) - 1)
+    texts = [score_text(board, row, name) for name in board.metrics]
+    name = f"{row.model} {NOT_CONVERGED} not converged" if row.converged is False else row.model
+    return [name, seeds(row), *(" ".join(filter(None, [text.mean, text.mark, text.interval])) for text in texts)]
+
+
+def _slices(board: Leaderboard, row: Row) -> list[str]:
+    parts = [board.slice_of(row, name, board.valid_metric) for name in SLICES]
+    return [row.model, *(NOTHING if part.mean is None else f"{part.mean:.3f} ({part.n})" for part in parts)]
+
+
+def _configurations(board: Leaderboard) -> list[str]:
+    """Return the settings all runs share, once, and each run's own."""
+    runs = [run for row in board.rows for run in row.runs]
+    configs = [shown_config(run) for run in runs]
+    shared = {
+        key: value for key, value in configs[0].items() if all(key in c and c[key] == value for c in configs)
+    }  # fmt: skip
+    details = [_details("All runs share", shared)] if shared else []
+    for run, config in zip(runs, configs, strict=True):
+        own = {key: value for key, value in config.items() if key not in shared}
+        details.append(_details(f"{run.label}, seed {run.seed}", own, _code(command(run))))
+    return details
+
+
+def _details(title: str, config: dict[str, Any], line: str = "") -> str:
+    head = f"<details><summary>{html.escape(title, quote=False)}</summary>"  # a block of HTML, not of Markdown
+    body = f"~~~~~~yaml\n{config_yaml(config)}~~~~~~" if config else ""
+    return "\n\n".join(filter(None, [head, line, body, "</details>"]))
+
+
+def _md(text: object) -> str:
+    """Escape what Markdown would take for a table, a tag, an entity or a new line, and leave ``p < .001`` alone."""
+    entities = re.sub(r"&(?=#?\w+;)", "&amp;", " ".join(str(text).split()))
+    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", entities).replace("|", "\\|")
+
+
+def _code(text: str) -> str:
+    """Return `text` as code, in which Markdown decodes nothing."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * (longest + 1)
+    return f"{fence}{text}{fence}" if not longest else f"{fence} {text} {fence}"
+
+
+# ---- LaTeX
+
+_SPECIAL = {
+    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "_": r"\_", "%": r"\%",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
+    "|": r"\textbar{}", "[": "{[}", "]": "{]}", "*": "{*}", '"': r"\textquotedbl{}",
+}  # fmt: skip
+
+
+def format_latex(board: Leaderboard) -> str:
+    """Return a table for a paper, to be read by ``\\input{leaderboard.tex}``.
+
+    The best value of a column is in bold; marks of significance, protocol and digest are explained in the caption.
+    """
+    names = board.short_metrics
+    label = "".join(c if c.isascii() and c.isalnum() else "-" for c in board.dataset)
+    body = [
+        "% needs \\usepackage{booktabs,amssymb}",
+        r"\begin{table}",
+        r"\centering\small\setlength{\tabcolsep}{4pt}",  # eight columns on the page of an article
+        rf"\caption{{{_caption(board)}}}",
+        rf"\label{{tab:{label}}}",
+        rf"\begin{{tabular}}{{l{'r' * len(names)}}}",
+        r"\toprule",
+        " & ".join(["Model", *map(escape_latex, names)]) + r" \\",
+        r"\midrule",
+        *(_latex_row(board, row, names) for row in board.rows),
+        r"\bottomrule",
+        r"\end{tabular}",
+        r"\end{table}",
+    ]
+    return "\n".join(body) + "\n"
+
+
+def escape_latex(text: str) -> str:
+    """Return `text` so that LaTeX sets it as it is written, on one line."""
+    return "".join(_SPECIAL.get(character, character) for character in " ".join(text.split()))
+
+
+def _latex_row(board: Leaderboard, row: Row, names: Sequence[str]) -> str:
+    if not row.ok:
+        return rf"{escape_latex(row.model)} & \multicolumn{{{len(names)}}}{{l}}{{failed}} \\"
+    marks = (r"\dagger" if row.model == board.best_baseline else "") + (r"\ddagger" if row.converged is False else "")
+    cells = [escape_latex(row.model) + (f"$^{{{marks}}}$" if marks else "")]
+    signs = {"better": r"$^{\blacktriangle}$", "worse": r"$^{\blacktriangledown}$"}
+    for text in (score_text(board, row, name) for name in names):
+        mean = rf"\textbf{{{text.mean}}}" if text.highest else text.mean.replace(NOTHING, "--")
+        cells.append(mean + signs.get(text.verdict, ""))
+    return " & ".join(cells) + r" \\"
+
+
+def _caption(board: Leaderboard) -> str:
+    users = "" if f"{board.n_users} users" in board.protocol else f"{board.n_users} users; "
+    candidates = rf"candidates \texttt{{{escape_latex(board.candidates)}}}"
+    said = [
+        f"{escape_latex(board.dataset)}: {escape_latex(board.protocol)}; {users}{candidates}.",
+        "Best value of a column in bold.",
+        *map(escape_latex, board.absent.values()),
+    ]
+    full = "the full model (variants of MLLMMSR)" if board.variants else ""
+    best = rf"the best baseline on {board.chosen_on} ($\dagger$)" if board.best_baseline is not None else ""
+    if against := " or ".join(filter(None, [best, full])):
+        said.append(
+            rf"$\blacktriangle$ better and $\blacktriangledown$ worse than {against} at "
+            r"$p < .05$, paired tests over users, Holm's correction over the whole table; "
+            "values without a mark do not differ significantly."
+        )
+    if board.not_converged:
+        said.append(
+            r"$\ddagger$ not converged: training reached its cap of epochs before validation had stopped rising."
+        )
+    return " ".join(said)
