@@ -138,7 +138,9 @@ def place_labels(wanted: Iterable[Label]) -> list[float]:
     placed: list[Label] = []
     for label in wanted:
         y = label.y
-        while hit := [p.y for p in placed if p.left < label.right and label.left < p.right and abs(p.y - y) < LABEL_GAP - 1]:
+        while hit := [
+            p.y for p in placed if p.left < label.right and label.left < p.right and abs(p.y - y) < LABEL_GAP - 1
+        ]:
             y = max(hit) + LABEL_GAP
         placed.append(label._replace(y=y))
     return [label.y for label in placed]

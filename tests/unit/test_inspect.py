@@ -13,11 +13,9 @@ from PIL import Image
 
 from recbole_mllm.cli import main
 from recbole_mllm.errors import UserError
-from recbole_mllm.health.findings import findings
-from recbole_mllm.health.measure import measure
-from recbole_mllm.health.page import page
-from recbole_mllm.health.report import write_health
-from recbole_mllm.health.text import format_health
+from recbole_mllm.inspect.findings import findings
+from recbole_mllm.inspect.measure import measure
+from recbole_mllm.inspect.health_page import format_health, health_page, write_health
 
 INTER = "user_id:token\titem_id:token\ttimestamp:float\n"
 ITEM = "item_id:token\ttitle:token_seq\timage:token\n"
@@ -256,17 +254,17 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path, capsys):
 
 def test_an_empty_dataset_is_measured_too(tmp_path):
     health = measure(plant(tmp_path / "x", ""))
-    assert health.n_interactions == 0 and "users" in format_health(health) and "<svg" not in page(health)
+    assert health.n_interactions == 0 and "users" in format_health(health) and "<svg" not in health_page(health)
 
 
 def test_the_page_escapes_what_the_data_say(tmp_path):
     evil = "<script>alert(1)</script>"
-    html = page(measure(plant(tmp_path / "x", f"u\t{evil}\t1\nU\t{evil}\t2\n", f"a\t{evil}\t\nb\t{evil}\t\n")))
+    html = health_page(measure(plant(tmp_path / "x", f"u\t{evil}\t1\nU\t{evil}\t2\n", f"a\t{evil}\t\nb\t{evil}\t\n")))
     assert evil not in html and "&lt;script&gt;" in html and "http" not in html
 
 
 def test_the_page_draws_every_user_and_interaction(tmp_path):
-    html = page(measure(sound(tmp_path / "s")))
+    html = health_page(measure(sound(tmp_path / "s")))
     users = re.findall(r"interactions: (\d+) users?</title>", html)
     moments = re.findall(r": (\d+) interactions?</title>", html)
     assert sum(map(int, users)) == 4 and sum(map(int, moments)) == 16 and html.count("<polyline") == 1

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from recbole_mllm.benchmark.latex import escape, format_latex
+from recbole_mllm.benchmark.tables import escape_latex, format_latex
 from recbole_mllm.benchmark.ranking import build
 from tests.planted_runs import CANDIDATES, plant_run
 
@@ -25,7 +25,7 @@ def table(tmp_path) -> str:
 
 
 def test_special_characters_are_escaped():
-    assert escape("a_b & 50% {#$} ~^ \\x\n<y>") == (
+    assert escape_latex("a_b & 50% {#$} ~^ \\x\n<y>") == (
         r"a\_b \& 50\% \{\#\$\} \textasciitilde{}\textasciicircum{} \textbackslash{}x \textless{}y\textgreater{}"
     )
 

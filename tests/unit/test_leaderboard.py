@@ -15,23 +15,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from recbole_mllm.benchmark.charts import group_charts, series
 from recbole_mllm.benchmark.evidence import Evidence
 from recbole_mllm.benchmark.leaderboard import COSTS, SLICES, Leaderboard, Row, Score
-from recbole_mllm.benchmark.page import page
-from recbole_mllm.benchmark.plot import quality_versus_cost
+from recbole_mllm.benchmark.html import group_charts, page, quality_versus_cost, series
 from recbole_mllm.benchmark.ranking import Contender, build, compare_rows
 from recbole_mllm.benchmark.records import RunRecord, append, read_arrays
-from recbole_mllm.benchmark.report import (
-    format_csv,
-    format_leaderboard,
-    format_markdown,
-    format_table,
-    render,
-    write_note,
-)
+from recbole_mllm.benchmark.report import format_leaderboard, render, write_note
+from recbole_mllm.benchmark.significance import auc_replicates, draw_users, sort_pairs
+from recbole_mllm.benchmark.tables import format_markdown, format_table, numbers_table
 from recbole_mllm.errors import UserError
-from recbole_mllm.evaluation.significance import auc_replicates, draw_users, sort_pairs
 from tests.planted_runs import CANDIDATES, plant_run, user_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -269,7 +261,7 @@ def test_texts_are_escaped(tmp_path):
     table = [line for line in format_markdown(board).split("\n") if line.startswith("|")]
     assert all("<script" not in line for line in table)
     assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table if "alert" in line or "NDCG@5" in line}) <= 3
-    assert next(csv.DictReader(io.StringIO(format_csv(board))))["model"] == EVIL
+    assert next(csv.DictReader(io.StringIO(numbers_table(board).to_csv())))["model"] == EVIL
 
 
 def test_the_page_asks_nothing_of_the_network(field, tmp_path):
@@ -282,8 +274,8 @@ def test_the_page_asks_nothing_of_the_network(field, tmp_path):
 def test_labels_of_rows_that_are_alike_do_not_overlap(field, tmp_path):
     records = [replace(field[1], run_id=f"run-{number}", label=f"Twin{number}") for number in range(6)]
     plot = quality_versus_cost(build(records, tmp_path))
-    assert plot is not None and len(plot.points) == 6
-    heights = sorted(point.label_y for point in plot.points)
+    assert plot is not None and len(plot.marks) == 6
+    heights = sorted(mark.label_y for mark in plot.marks)
     assert min(np.diff(heights)) > 12
 
 
@@ -294,12 +286,12 @@ def test_marks_of_a_large_field_carry_their_number_in_the_table_and_a_key_names_
     built = render(tmp_path)
     plot = quality_versus_cost(built)
     assert plot is not None
-    assert [(point.label, point.name) for point in plot.key] == [
+    assert [(mark.label, mark.name) for mark in plot.more["key"]] == [
         (str(number), row.model) for number, row in enumerate(built.rows, start=1)
     ]
     page = (tmp_path / "leaderboard.html").read_text()
     assert re.search(r'<li class="baseline" value="7"><span class="model">Twin06</span>', page)
-    assert quality_versus_cost(build(records[:8], tmp_path)).key == ()  # type: ignore[union-attr]
+    assert quality_versus_cost(build(records[:8], tmp_path)).more["key"] == []  # type: ignore[union-attr]
 
 
 def test_a_column_for_making_features_stands_where_a_row_reads_some(field, tmp_path):
@@ -416,7 +408,7 @@ def test_reused_summaries_are_priced_with_a_mark(field, tmp_path):
     tuned = build([*field[:2], replace(reader, tuning={"seconds": 60.0})], tmp_path)
     assert "What --tune tried before is not in Train" in format_markdown(tuned)
     assert "in the store already" in format_markdown(board) and "| 3 s | 12 s* | – | 3 s |" in format_markdown(board)
-    told = {r["model"]: r for r in csv.DictReader(io.StringIO(format_csv(board)))}
+    told = {r["model"]: r for r in csv.DictReader(io.StringIO(numbers_table(board).to_csv()))}
     assert (told["MLLMMSR"]["summarize_reused"], told["MLLMMSR"]["load_s"], told["MLLMMSR"]["train_s"]) == (
         "7",
         "3.0",
@@ -431,11 +423,11 @@ def test_the_groups_stand_in_the_order_of_the_key_also_where_a_baseline_leads(tm
     ]
     board = build(records, tmp_path)
     assert [row.model for row in board.rows] == list(powers)
-    assert series(board) == {"SASRec": 1, "GRU4Rec": 2, "MLLMMSR": 0, "Pop": 3}
+    assert series(board) == {"SASRec": "s1", "GRU4Rec": "s2", "MLLMMSR": "s0", "Pop": "s3"}
     for chart in group_charts(board):
-        for band in chart.bands:
-            downwards = [mark.told.partition(",")[0] for mark in sorted(band.marks, key=lambda mark: mark.y)]
-            assert downwards == list(series(board)) == [model for model, _ in chart.table]
+        for band in chart.marks:
+            downwards = [mark.name for mark in sorted(band.marks, key=lambda mark: mark.y)]
+            assert downwards == list(series(board)) == [model for model, _ in chart.more["table"]]
     key = re.search(r'<ol class="keys">(.*?)</ol>', page(board), re.S)
     assert key and re.findall(r"</svg>([^<]+)</li>", key[1]) == list(powers)
 

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
-from recbole_mllm.evaluation import significance as sig
+from recbole_mllm.benchmark import significance as sig
 
 
 def brute_auc(label: np.ndarray, score: np.ndarray) -> float:
@@ -105,7 +105,7 @@ def test_a_planted_gain_in_auc_is_found_and_none_is_invented():
     label = np.tile([1.0] + [0.0] * 20, 200)
     draws = sig.draw_users(200, user.size, seed=1)
 
-    def run(power: float) -> tuple[sig.Pairs, np.ndarray]:
+    def run(power: float) -> tuple[sig.SortedPairs, np.ndarray]:
         pairs = sig.sort_pairs(user, label, rng.normal(size=user.size) + power * label)
         return pairs, sig.auc_replicates([pairs], draws)
 

@@ -11,13 +11,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from recbole_mllm.benchmark.casebook import SHOWN, Casebook, Place, choose, read_casebook
-from recbole_mllm.benchmark.cases import case_of, drawn
+from recbole_mllm.benchmark.cases import (
+    BUDGET,
+    SHOWN,
+    Candidate,
+    Casebook,
+    Piece,
+    case_of,
+    choose,
+    drawn,
+    read_casebook,
+    thumbnails,
+    word_changes,
+)
 from recbole_mllm.benchmark.ranking import build
 from recbole_mllm.benchmark.records import append, read_arrays
 from recbole_mllm.benchmark.report import render
-from recbole_mllm.benchmark.thumbnails import BUDGET, thumbnails
-from recbole_mllm.benchmark.wordiff import Piece
 from tests.planted_cases import TEXTS, plant_cases, plant_images
 from tests.planted_runs import plant_run
 
@@ -66,7 +75,7 @@ def test_rankings_recomputed_from_the_scores(runs, tmp_path):
         for ranked, arrays in ((case.mine, mine), (case.theirs, theirs)):
             own = arrays["user"] == case.user
             order = np.argsort(-arrays["score"][own])
-            assert [one.shown.item for one in ranked] == arrays["item"][own][order].tolist()
+            assert [one.item for one in ranked] == arrays["item"][own][order].tolist()
             assert [one.rank for one in ranked] == list(range(1, 22))
             assert [one.hit for one in ranked] == (arrays["label"][own][order] > 0).tolist()
         assert [one.p for one in case.mine] == pytest.approx([1 / (1 + np.exp(-one.score)) for one in case.mine])
@@ -80,12 +89,12 @@ def test_places_decide_where_scores_are_tied(runs, tmp_path):
     np.savez(path, **(arrays | {"score": np.zeros(len(place)), "place": place}))
     case = book_of(runs, tmp_path).cases[0]
     own = arrays["user"] == case.user
-    assert [one.shown.item for one in case.mine] == arrays["item"][own][np.argsort(-place[own])].tolist()
+    assert [one.item for one in case.mine] == arrays["item"][own][np.argsort(-place[own])].tolist()
 
 
 def test_the_two_chosen_are_the_furthest_apart_one_each_way():
     def order(rank):
-        return [Place(f"i{place}", 0.0, place == rank, place, 21, None) for place in range(1, 22)]
+        return [Candidate(f"i{place}", 0.0, place == rank, place, 21, None) for place in range(1, 22)]
 
     names = [f"u{n}" for n in range(SHOWN + 4)]
     mine = {name: order(rank) for name, rank in zip(names, [21] * SHOWN + [1, 2, 9, 5], strict=True)}
@@ -117,8 +126,8 @@ def test_a_case_holds_nothing_at_or_after_the_target():
 
 def test_texts_are_shown_after_their_blocks_with_what_changed(runs, tmp_path):
     first, second = book_of(runs, tmp_path).cases[0].blocks
-    assert [shown.item for shown in first.items] == ["h0", "h1", "h2"] and (second.first, second.last) == (4, 6)
-    assert first.text == (Piece("same", TEXTS[0]),)
+    assert list(first.shown) == ["h0", "h1", "h2"] and (second.first, second.last) == (4, 6)
+    assert first.text == [Piece("same", TEXTS[0])]
     assert second.text is not None and Piece("gone", "red") in second.text and Piece("new", "green") in second.text
 
 
@@ -129,15 +138,16 @@ def test_a_model_without_a_chain_shows_what_it_read_once(runs, tmp_path):
         case["steps"] = []
     path.write_text(json.dumps(kept))
     (block,) = book_of(runs, tmp_path).cases[0].blocks
-    assert len(block.items) == 6 and block.text == (Piece("same", TEXTS[-1]),)
+    assert len(block.shown) == 6 and block.text == [Piece("same", TEXTS[-1])]
 
 
 def test_thumbnails_are_small_and_missing_images_leave_a_blank(runs, tmp_path):
-    shown = book_of(runs, tmp_path).cases[0].blocks[0].items
+    book = book_of(runs, tmp_path)
+    shown = [book.show(item) for item in book.cases[0].blocks[0].shown]
     assert [bool(one.image) for one in shown] == [True, True, False]
     picture = Image.open(io.BytesIO(base64.b64decode(shown[0].image.partition(",")[2])))
     assert picture.size == (96, 48)
-    assert not any(one.image for one in book_of(runs, tmp_path, embed_images=False).cases[0].blocks[0].items)
+    assert not any(one.image for one in book_of(runs, tmp_path, embed_images=False).items.values())
 
 
 def test_an_image_outside_the_datasets_folder_is_not_shown(tmp_path):

@@ -13,15 +13,14 @@ from hypothesis import strategies as st
 from recbole.config import Config
 
 import recbole_mllm  # noqa: F401 - RecBole's Config on today's numpy
-from recbole_mllm.benchmark.charts import curve_charts, group_charts
-from recbole_mllm.benchmark.curves import metric_curves, target_ranks
-from recbole_mllm.benchmark.groups import bands, measure, partitions
-from recbole_mllm.benchmark.plot import tick_texts
+from recbole_mllm.benchmark.evidence import bands, measure, metric_curves, partitions, target_ranks
+from recbole_mllm.benchmark.html import curve_charts, group_charts
 from recbole_mllm.benchmark.ranking import build
 from recbole_mllm.benchmark.records import read_arrays
-from recbole_mllm.benchmark.sheets import format_curves, format_groups
+from recbole_mllm.benchmark.significance import estimate_means
+from recbole_mllm.benchmark.tables import curves_table, groups_table
+from recbole_mllm.common.svg import tick_texts
 from recbole_mllm.evaluation.metrics import per_user
-from recbole_mllm.evaluation.significance import estimate_means
 from tests.planted_runs import plant_run
 
 
@@ -68,14 +67,14 @@ def test_a_rows_curve_meets_its_table_at_the_configured_k(tmp_path):
             for k in (3, 5, 10):
                 assert values[k - 1] == pytest.approx(row.mean(f"{name}@{k}"))
     chart = curve_charts(board)[0]
-    assert [line.name for line in chart.lines] == ["MLLMMSR", "SASRec"]
+    assert [mark.name for mark in chart.marks] == ["MLLMMSR", "SASRec"]
     assert f"NDCG@10 {board.rows[0].mean('NDCG@10'):.3f}" in chart.summary
 
 
 def test_names_of_equal_curves_do_not_overlap(tmp_path):
     records = [plant_run(tmp_path, f"Model{n}", 50.0) for n in range(9)]
     for chart in curve_charts(build(records, tmp_path)):
-        heights = [line.label_y for line in chart.lines]
+        heights = [mark.label_y for mark in chart.marks]
         assert min(np.diff(heights)) > 12 and heights[0] > 0 and heights[-1] <= chart.height
 
 
@@ -114,7 +113,7 @@ def test_groups_recomputed_from_the_arrays(tmp_path):
         assert all(part.low <= part.mean <= part.high for part in parts)
     quarters = row.groups["history"]
     assert len(quarters) == 4 and quarters[0].n == (arrays["history_length"] <= _last(board, "history", 0)).sum()
-    few = [band.few for chart in group_charts(board) for band in chart.bands if chart.dimension.key == "image"]
+    few = [band.few for chart in group_charts(board) for band in chart.marks if chart.more["dimension"].key == "image"]
     assert few == [bool(image.sum() < 30), bool((~image).sum() < 30)] == [False, True]
 
 
@@ -130,8 +129,8 @@ def test_a_dimension_of_one_group_is_named_but_not_drawn():
 
 def test_the_sheets_hold_what_the_page_draws(tmp_path):
     board = build([plant_run(tmp_path, "SASRec", 1.0), plant_run(tmp_path, "Pop", 0.1)], tmp_path)
-    groups = list(csv.DictReader(io.StringIO(format_groups(board))))
-    curves = list(csv.DictReader(io.StringIO(format_curves(board))))
+    groups = list(csv.DictReader(io.StringIO(groups_table(board).to_csv())))
+    curves = list(csv.DictReader(io.StringIO(curves_table(board).to_csv())))
     assert len(curves) == 2 * 3 * 20 and len(groups) == 2 * sum(len(part.labels) for part in board.dimensions)
     cold = next(line for line in groups if (line["model"], line["group"]) == ("SASRec", "cold"))
     assert float(cold["NDCG@10"]) == board.rows[0].groups["warmth"][0].mean and int(cold["n"]) == 18
