@@ -219,11 +219,11 @@ def read_casebook(board: Leaderboard, results: Path, *, embed_images: bool = Tru
     baselines = {row.model: row.runs[0] for row in board.ranked if row.kind == "baseline"}
     beside = BESIDE if BESIDE in baselines else board.best_baseline or ""
     rows = sorted((row for row in board.ranked if row.kind == "mllm"), key=lambda row: row.runs[0].label != MLLM)
-    for row, run in ((row, run) for row in rows for run in row.runs):
+    for model, run in ((row.model, run) for row in rows for run in row.runs):
         path = (results / str(run.per_user)).with_name(CASES)
         if not path.is_file():
             continue
-        book = Casebook(row.model, beside, run.seed)
+        book = Casebook(model, beside, run.seed)
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
             return _fill(book, stored, run, baselines.get(beside), results, embed_images)

@@ -226,7 +226,7 @@ class Leaderboard:
 
 
 def ordered_metrics(names: set[str]) -> tuple[str, ...]:
-    """Return metric names in reading order: by cut-off, then as in `METRICS`; those that are not there last, by name."""
+    """Return metric names in reading order: by cut-off, then as in `METRICS`; those not there last, by name."""
 
     def place(name: str) -> tuple[int, int, str]:
         family, _, cutoff = name.partition("@")

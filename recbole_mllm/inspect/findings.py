@@ -45,7 +45,6 @@ def _of(sample: Sample, one: str, several: str, todo: str) -> Iterator[Finding]:
 
 
 def _samples(health: Health) -> Iterator[Finding]:
-    ids, items = health.ids, health.items
     for name in health.marked:
         yield Finding(
             f"{name} begins with a byte order mark, which RecBole without this package takes for a part of a name",
@@ -54,30 +53,31 @@ def _samples(health: Health) -> Iterator[Finding]:
     alike = "differ from another only in case or outer space"
     same = alike.replace("differ", "differs"), "make them one where they mean the same"
     long = f"longer than {MAX_CHARACTERS:,} characters"
-    for sample, one, several, todo in (
-        (health.quoted, "value starts with a quote", "values start with a quote",
+    for name, one, several, todo in (
+        ("quoted", "value starts with a quote", "values start with a quote",
          "remove the quotes: RecBole drops them or, where the second is missing, cannot read the file"),
-        (items.too_long, f"value is {long}", f"values are {long}", "shorten them: RecBole's reader stops there"),
-        (items.twice, "item stands twice in .item", "items stand twice in .item",
+        ("too_long", f"value is {long}", f"values are {long}", "shorten them: RecBole's reader stops there"),
+        ("twice", "item stands twice in .item", "items stand twice in .item",
          "keep one row of each: RecBole would shift all items behind it, and MLLMMSR refuses the file"),
-        (ids.unfit, "id does not survive RecBole's reader", "ids do not survive RecBole's reader",
+        ("unfit", "id does not survive RecBole's reader", "ids do not survive RecBole's reader",
          "rename them; a run stops at an id that is empty, and RecBole alone drops its rows"),
-        (ids.alike_users, f"user id {same[0]}", f"user ids {alike}", same[1]),
-        (ids.alike_items, f"item id {same[0]}", f"item ids {alike}", same[1]),
-        (ids.invisible, "id holds invisible characters", "ids hold invisible characters",
+        ("alike_users", f"user id {same[0]}", f"user ids {alike}", same[1]),
+        ("alike_items", f"item id {same[0]}", f"item ids {alike}", same[1]),
+        ("invisible", "id holds invisible characters", "ids hold invisible characters",
          "remove them where they came in by accident"),
-        (ids.unlisted, "item with interactions has no row in .item", "items with interactions have no row in .item",
+        ("unlisted", "item with interactions has no row in .item", "items with interactions have no row in .item",
          "add them; without a title and an image MLLMMSR can only guess"),
     ):  # fmt: skip
-        yield from _of(sample, one, several, todo)
+        yield from _of(health.found[name], one, several, todo)
 
 
 def _repeats(health: Health) -> Iterator[Finding]:
+    pairs = health.found["pairs_twice"]
     if health.rows_twice:
         lines = many(health.rows_twice, "line repeats an earlier one", "lines repeat an earlier one")
         yield Finding(lines, "remove them: a history would hold the same event twice")
     yield from _of(
-        Sample(max(0, health.pairs_twice.count - health.rows_twice), health.pairs_twice.example),
+        Sample(max(0, pairs.count - health.rows_twice), pairs.example),
         "interaction is not the first of its user with its item",
         "interactions are not the first of their user with their item",
         "keep them if people do come back to an item; else set rm_dup_inter: first (RecBole keeps one)",
@@ -135,14 +135,14 @@ def _items(health: Health) -> Iterator[Finding]:
             "shorten them; a prompt holds ten and is cut at max_text_tokens",
         )
     yield from _of(
-        items.same_title, "item has the title of another", "items have the title of another",
+        health.found["same_title"], "item has the title of another", "items have the title of another",
         "check that they are not one item under two ids",
     )  # fmt: skip
-    yield from _images(items.missing, "image cannot be used", "images cannot be used",
-                       "mend or remove them; until then they count as missing (missing_images.tsv lists them)")  # fmt: skip
-    yield from _images(items.lengthy, "image is hardly one", "images are hardly any",
-                       "mend or remove them: Qwen-VL's processor refuses them, and a run with it counts them as "
-                       "missing (missing_images.tsv lists them)")  # fmt: skip
+    listed = "(missing_images.tsv lists them)"
+    todo = f"mend or remove them; until then they count as missing {listed}"
+    yield from _images(items.missing, "image cannot be used", "images cannot be used", todo)
+    todo = f"mend or remove them: Qwen-VL's processor refuses them, and a run with it counts them as missing {listed}"
+    yield from _images(items.lengthy, "image is hardly one", "images are hardly any", todo)
     if not items.n_images and not items.missing:
         todo = "give --image_dir=DIR with files named after item ids, or add a column image:token to .item"
         yield Finding("no item has an image", todo)

@@ -43,14 +43,18 @@ def facts(health: Health) -> Iterator[tuple[str, str]]:
     items, order = health.items, health.order
     yield "users", f"{health.n_users:,}"
     listed = f"{len(items.lines):,} in .item" if items.exists else "no .item file"
-    unused = f", {health.ids.unused.count:,} of them without interactions" if health.ids.unused.count else ""
-    yield "items", f"{health.n_items:,} with interactions; {listed}{unused}"
+    unused = health.found["unused"].count
+    alone = f", {unused:,} of them without interactions" if unused else ""
+    yield "items", f"{health.n_items:,} with interactions; {listed}{alone}"
     rows = ", ".join(f"{part} {count:,}" for part, count in health.parts.items())
     where, rows = (" in histories and targets", f"; rows: {rows}") if health.layout.history else ("", "")
     yield "interactions", f"{health.n_interactions:,}{where}; density {100 * health.density:.3g} %{rows}"
     for name, values in zip(SPREADS, (health.lengths, health.popularity), strict=True):
         yield name, "   ".join(f"{label} {value:,}" for label, value in quantiles(values)) or "–"
-    yield "repeats", f"{health.pairs_twice.count:,} of the same user and item; {health.rows_twice:,} identical lines"
+    yield (
+        "repeats",
+        f"{health.found['pairs_twice'].count:,} of the same user and item; {health.rows_twice:,} identical lines",
+    )
     if order is None:
         yield "time", "in the histories' order" if health.layout.history else "none"
     else:

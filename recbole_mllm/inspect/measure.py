@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from array import array
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,18 +45,14 @@ class Sample:
     count: int = 0
     example: str = ""
 
-    @classmethod
-    def of(cls, examples: Iterable[str]) -> Sample:
-        """Count `examples`."""
-        found = cls()
-        for example in examples:
-            found.add(example)
-        return found
-
     def add(self, example: str) -> None:
         """Count one more."""
         self.example = self.example or example
         self.count += 1
+
+
+Samples = defaultdict[str, Sample]
+"""What looks wrong, by a short name; `findings` says what each means."""
 
 
 # ---- where the files are
@@ -142,7 +139,6 @@ class InteractionColumns:
         time: NaN where none is given; empty where the dataset has no time, as benchmark files.
         exact_time: The source's own times, where `convert` wrote them beside places in the order.
         hashes: One of each line, to find lines that are there twice.
-        quoted: Values that start with a quote, which RecBole drops or which break its reading.
         parts: Rows of each file, by its part's name ("" for ``X.inter``).
     """
 
@@ -153,11 +149,10 @@ class InteractionColumns:
     time: array[float] = field(default_factory=_array("d"))
     exact_time: array[float] = field(default_factory=_array("d"))
     hashes: array[int] = field(default_factory=_array("q"))
-    quoted: Sample = field(default_factory=Sample)
     parts: dict[str, int] = field(default_factory=dict)
 
 
-def read_interactions(layout: Layout) -> InteractionColumns:
+def read_interactions(layout: Layout, found: Samples) -> InteractionColumns:
     """Read all interactions; of benchmark files, each user's longest history with its target.
 
     Raises:
@@ -168,9 +163,9 @@ def read_interactions(layout: Layout) -> InteractionColumns:
     for path in layout.inter:
         before = len(out.hashes)
         if layout.history is None:
-            _read_rows(out, path, layout, layout.time in read_columns(layout.inter[0]))
+            _read_rows(out, found, path, layout, layout.time in read_columns(layout.inter[0]))
         else:
-            _read_histories(out, path, layout, histories)
+            _read_histories(out, found, path, layout, histories)
         part = path.name.removeprefix(layout.name + ".").removesuffix("inter").rstrip(".")
         out.parts[part] = len(out.hashes) - before
     for user, items in histories.items():
@@ -179,7 +174,7 @@ def read_interactions(layout: Layout) -> InteractionColumns:
     return out
 
 
-def _read_rows(out: InteractionColumns, path: Path, layout: Layout, timed: bool) -> None:
+def _read_rows(out: InteractionColumns, found: Samples, path: Path, layout: Layout, timed: bool) -> None:
     rules = Rules((layout.user, layout.item), layout.time)
     columns = list(check_columns(path, rules))
     at_user, at_item = columns.index(layout.user), columns.index(layout.item)
@@ -197,10 +192,12 @@ def _read_rows(out: InteractionColumns, path: Path, layout: Layout, timed: bool)
         if at_exact is not None:
             exact = values[at_exact]
             out.exact_time.append(float("nan") if time_problem(exact) else float(exact))
-        _note_row(out, values, path, number)
+        _note_row(out, found, values, path, number)
 
 
-def _read_histories(out: InteractionColumns, path: Path, layout: Layout, histories: dict[int, array[int]]) -> None:
+def _read_histories(
+    out: InteractionColumns, found: Samples, path: Path, layout: Layout, histories: dict[int, array[int]]
+) -> None:
     columns = list(read_columns(path))
     if layout.history not in columns:
         raise UserError(f"{path}:1: there is no column {layout.history}, which {layout.inter[0].name} has")
@@ -212,15 +209,15 @@ def _read_histories(out: InteractionColumns, path: Path, layout: Layout, histori
         user = users.setdefault(values[at_user], len(users))
         if len(row) > len(histories.get(user, ())):
             histories[user] = row
-        _note_row(out, values, path, number)
+        _note_row(out, found, values, path, number)
 
 
-def _note_row(out: InteractionColumns, values: list[str], path: Path, number: int) -> None:
+def _note_row(out: InteractionColumns, found: Samples, values: list[str], path: Path, number: int) -> None:
     out.hashes.append(hash(tuple(values)))
     for value in values:
         if value[:1] == '"':
             unquoted(path, number, "\t".join(values))  # what no run can read is no mere finding
-            out.quoted.add(f"{path.name}:{number}: {value[:60]!r}")
+            found["quoted"].add(f"{path.name}:{number}: {value[:60]!r}")
 
 
 # ---- items, their images and summaries
@@ -228,25 +225,21 @@ def _note_row(out: InteractionColumns, values: list[str], path: Path, number: in
 
 @dataclass(slots=True)
 class ItemChecks:
-    """The items of ``X.item`` by raw id, with the line each stands in, and what is wrong with them."""
+    """The items of ``X.item`` by raw id, with the line each stands in, and which titles and images they have."""
 
     exists: bool = False
     lines: dict[str, int] = field(default_factory=dict)
     has_titles: bool = False
     titled: int = 0
-    twice: Sample = field(default_factory=Sample)
     long: int = 0
     longest: tuple[int, str] = (0, "")
-    same_title: Sample = field(default_factory=Sample)
-    quoted: Sample = field(default_factory=Sample)
-    too_long: Sample = field(default_factory=Sample)
     n_images: int = 0
     missing: list[Missing] = field(default_factory=list)
     absent: list[Missing] = field(default_factory=list)
     lengthy: list[Missing] = field(default_factory=list)
 
 
-def read_items(layout: Layout, others: Iterable[str]) -> ItemChecks:
+def read_items(layout: Layout, others: Iterable[str], found: Samples) -> ItemChecks:
     """Read ``X.item``; an item of `others`, which have interactions, may have an image in `image_dir` all the same.
 
     Raises:
@@ -255,7 +248,7 @@ def read_items(layout: Layout, others: Iterable[str]) -> ItemChecks:
     out, images = ItemChecks(), ItemImages()
     path = schema.item_file(layout.folder)
     if os.path.lexists(path):
-        _read_item_file(out, images, path, layout)
+        _read_item_file(out, found, images, path, layout)
     if layout.image_dir is not None:
         for item in others:
             if item not in out.lines:
@@ -270,7 +263,7 @@ def read_items(layout: Layout, others: Iterable[str]) -> ItemChecks:
     return out
 
 
-def _read_item_file(out: ItemChecks, images: ItemImages, path: Path, layout: Layout) -> None:
+def _read_item_file(out: ItemChecks, found: Samples, images: ItemImages, path: Path, layout: Layout) -> None:
     columns = read_columns(path)
     if layout.item not in columns:
         raise UserError(f"{path}:1: there is no column {layout.item}; its columns are {', '.join(columns)}")
@@ -280,14 +273,14 @@ def _read_item_file(out: ItemChecks, images: ItemImages, path: Path, layout: Lay
     for number, row in read_numbered(path):
         item = row[layout.item]
         if (first := out.lines.setdefault(item, number)) != number:
-            out.twice.add(f"{item!r} in lines {first} and {number}")
+            found["twice"].add(f"{item!r} in lines {first} and {number}")
             continue
         images.add(layout.folder, item, row.get(schema.IMAGE, ""), layout.image_dir)
         for name, value in row.items():
             if value[:1] == '"':
-                out.quoted.add(f"{path.name}:{number}: {value[:60]!r}")
+                found["quoted"].add(f"{path.name}:{number}: {value[:60]!r}")
             if len(value) > MAX_CHARACTERS:
-                out.too_long.add(f"{path.name}:{number}: {name} has {len(value):,} characters")
+                found["too_long"].add(f"{path.name}:{number}: {name} has {len(value):,} characters")
         if title is None or not (text := clean(row[title])):
             continue
         out.titled += 1
@@ -295,7 +288,7 @@ def _read_item_file(out: ItemChecks, images: ItemImages, path: Path, layout: Lay
             out.long += 1
             out.longest = max(out.longest, (len(text), item))
         if (other := first_with.setdefault(hash(text), item)) is not item:
-            out.same_title.add(f"{other!r} and {item!r} are both {text[:60]!r}")
+            found["same_title"].add(f"{other!r} and {item!r} are both {text[:60]!r}")
 
 
 class SummaryFile(NamedTuple):
@@ -374,47 +367,29 @@ def measure_order(inter: InteractionColumns) -> TimeOrder | None:
 # ---- ids
 
 
-@dataclass(frozen=True, slots=True)
-class IdChecks:
-    """Counts of suspicious ids, each with an example.
+def measure_ids(inter: InteractionColumns, items: ItemChecks, in_histories: bool, found: Samples) -> None:
+    """Look at every id; inside histories (``token_seq``) an item's id must hold no space.
 
-    Attributes:
-        unlisted: Items with interactions that have no row in ``X.item``.
-        unused: Items of ``X.item`` without interactions.
-        unfit: Ids that RecBole's reader loses or changes.
-        alike_users, alike_items: Ids that differ only in case or outer space from one before.
-        invisible: Ids with characters nobody sees, such as zero-width spaces.
+    `found` gets items with interactions that have no row in ``X.item`` (``unlisted``), items without interactions
+    (``unused``), ids that RecBole's reader loses or changes (``unfit``), that differ only in case or outer space from
+    one before (``alike_users``, ``alike_items``), and that hold what nobody sees, as zero-width spaces (``invisible``).
     """
-
-    unlisted: Sample
-    unused: Sample
-    unfit: Sample
-    alike_users: Sample
-    alike_items: Sample
-    invisible: Sample
-
-
-def measure_ids(inter: InteractionColumns, items: ItemChecks, in_histories: bool) -> IdChecks:
-    """Look at every id; inside histories (``token_seq``) an item's id must hold no space."""
-    users, listed = inter.users, items.lines
-    item_ids = [*inter.items, *(item for item in listed if item not in inter.items)]
-    judged = [("user", user, id_problem(user)) for user in users]
-    judged += [("item", item, (word_problem if in_histories else id_problem)(item)) for item in item_ids]
-    every = [*users, *item_ids]
-    return IdChecks(
-        unlisted=Sample.of(repr(i[:60]) for i in inter.items if items.exists and i not in listed),
-        unused=Sample.of(repr(i[:60]) for i in listed if i not in inter.items),
-        unfit=Sample.of(f"{kind} {text[:60]!r} {problem}" for kind, text, problem in judged if problem is not None),
-        alike_users=_alike(users),
-        alike_items=_alike(item_ids),
-        invisible=Sample.of(repr(i[:60]) for i in every if not i.isprintable() and id_problem(i) is None),
-    )
-
-
-def _alike(ids: Iterable[str]) -> Sample:
-    first_with: dict[str, str] = {}
-    pairs = ((first_with.setdefault(text.strip().casefold(), text), text) for text in ids)
-    return Sample.of(f"{first[:60]!r} and {text[:60]!r}" for first, text in pairs if first is not text)
+    item_ids = [*inter.items, *(item for item in items.lines if item not in inter.items)]
+    for kind, ids in (("user", list(inter.users)), ("item", item_ids)):
+        judge = word_problem if in_histories and kind == "item" else id_problem
+        first_with: dict[str, str] = {}
+        for text in ids:
+            if (problem := judge(text)) is not None:
+                found["unfit"].add(f"{kind} {text[:60]!r} {problem}")
+            if (first := first_with.setdefault(text.strip().casefold(), text)) is not text:
+                found[f"alike_{kind}s"].add(f"{first[:60]!r} and {text[:60]!r}")
+            if not text.isprintable() and id_problem(text) is None:
+                found["invisible"].add(repr(text[:60]))
+    for item in item_ids:
+        if item not in inter.items:
+            found["unused"].add(repr(item[:60]))
+        elif items.exists and item not in items.lines:
+            found["unlisted"].add(repr(item[:60]))
 
 
 # ---- all of it
@@ -429,9 +404,8 @@ class Health:
         lengths, popularity: Interactions of each user and of each item that has any, ascending.
         over_time: How many interactions fall into each of `BINS` equal stretches of time.
         impossible_times: How many times lie at or before 1970, and after tomorrow.
-        pairs_twice: Interactions beyond the first of the same user with the same item.
         rows_twice: Lines that are there already.
-        quoted: Values that start with a quote, in all files.
+        found: What looks wrong; ``pairs_twice`` counts interactions beyond the first of the same user and item.
         marked: Files that begin with a byte order mark.
     """
 
@@ -446,18 +420,16 @@ class Health:
     over_time: NDArray[np.int64]
     order: TimeOrder | None
     impossible_times: tuple[int, int]
-    pairs_twice: Sample
     rows_twice: int
-    quoted: Sample
+    found: Samples
     items: ItemChecks
-    ids: IdChecks
     summaries: list[SummaryFile]
     marked: list[str]
 
     @property
     def density(self) -> float:
         """Return the share of all (user, item) pairs that are interactions, repeats not counted."""
-        return (self.n_interactions - self.pairs_twice.count) / max(1, self.n_users * self.n_items)
+        return (self.n_interactions - self.found["pairs_twice"].count) / max(1, self.n_users * self.n_items)
 
 
 def measure(folder: Path, given: Mapping[str, Any] | None = None) -> Health:
@@ -469,11 +441,13 @@ def measure(folder: Path, given: Mapping[str, Any] | None = None) -> Health:
     layout = find_layout(folder, given or {})
     if layout.image_dir is not None and not layout.image_dir.is_dir():
         raise UserError(f"image_dir {layout.image_dir} is no folder; give the folder that holds the items' images")
-    inter = read_interactions(layout)
-    items = read_items(layout, inter.items)
+    found: Samples = defaultdict(Sample)
+    inter = read_interactions(layout, found)
+    items = read_items(layout, inter.items, found)
+    measure_ids(inter, items, layout.history is not None, found)
+    found["pairs_twice"] = _pairs_twice(inter)
     times, hashes = np.asarray(inter.time), np.asarray(inter.hashes)
     known = times[np.isfinite(times)]
-    quoted = Sample(inter.quoted.count + items.quoted.count, inter.quoted.example or items.quoted.example)
     files = [path for path in (*layout.inter, schema.item_file(layout.folder)) if path.is_file()]
     return Health(
         layout=layout,
@@ -487,11 +461,9 @@ def measure(folder: Path, given: Mapping[str, Any] | None = None) -> Health:
         over_time=np.histogram(known, bins=BINS)[0] if known.size else np.zeros(0, np.int64),
         order=measure_order(inter),
         impossible_times=impossible_times(inter.exact_time or inter.time),
-        pairs_twice=_pairs_twice(inter),
         rows_twice=len(hashes) - int(np.unique(hashes).size),
-        quoted=quoted,
+        found=found,
         items=items,
-        ids=measure_ids(inter, items, layout.history is not None),
         summaries=read_summaries(layout.folder),
         marked=[path.name for path in files if head(path).startswith(b"\xef\xbb\xbf")],
     )

@@ -13,11 +13,10 @@ from hypothesis import strategies as st
 from recbole.config import Config
 
 import recbole_mllm  # noqa: F401 - RecBole's Config on today's numpy
-from recbole_mllm.benchmark.evidence import bands, measure, metric_curves, partitions, target_ranks
+from recbole_mllm.benchmark.evidence import bands, metric_curves, partitions, target_ranks
 from recbole_mllm.benchmark.html import curve_charts, group_charts
 from recbole_mllm.benchmark.ranking import build
 from recbole_mllm.benchmark.records import read_arrays
-from recbole_mllm.benchmark.significance import estimate_means
 from recbole_mllm.benchmark.tables import curves_table, groups_table
 from recbole_mllm.common.svg import tick_texts
 from recbole_mllm.evaluation.metrics import per_user
@@ -87,11 +86,6 @@ def test_bands_part_the_users_in_order_and_keep_equals_together(values, parts):
         assert np.array(values)[lower].max() < np.array(values)[higher].min()
 
 
-def test_distinct_values_make_bands_of_one_size():
-    sizes = [int(mask.sum()) for mask in bands(np.random.default_rng(1).permutation(100), 10).values()]
-    assert sizes == [10] * 10
-
-
 def test_groups_recomputed_from_the_arrays(tmp_path):
     record = plant_run(tmp_path, "SASRec", 1.0)
     arrays = dict(read_arrays(tmp_path / str(record.per_user), []))
@@ -122,9 +116,12 @@ def _last(board, key: str, number: int) -> int:
     return int(label.split("–")[-1])
 
 
-def test_a_dimension_of_one_group_is_named_but_not_drawn():
+def test_bands_of_distinct_values_are_of_one_size_and_a_dimension_of_one_group_is_named_but_not_drawn():
+    assert [int(mask.sum()) for mask in bands(np.random.default_rng(1).permutation(100), 10).values()] == [10] * 10
     columns = {"train_count": np.ones(5, int), "history_length": np.ones(5, int), "has_image": np.zeros(5, bool)}
     assert [part.dimension.labels for part in partitions(columns)] == [("warm",), ("1",), ("1",), ("without image",)]
+    assert tick_texts([0.0, 0.05, 0.1]) == ["0.00", "0.05", "0.10"]
+    assert tick_texts([0.0, 0.2, 0.4]) == ["0.0", "0.2", "0.4"]
 
 
 def test_the_sheets_hold_what_the_page_draws(tmp_path):
@@ -138,18 +135,3 @@ def test_the_sheets_hold_what_the_page_draws(tmp_path):
     assert float(ten["mean"]) == pytest.approx(board.rows[0].mean("NDCG@10"))
 
 
-def test_large_groups_get_the_normal_interval_which_is_the_bootstraps():
-    values = np.random.default_rng(4).random(3000)
-    columns = {
-        "train_count": np.ones(3000, int),
-        "history_length": np.ones(3000, int),
-        "has_image": np.ones(3000, bool),
-    }
-    (part,) = measure(values, partitions(columns)[0])
-    (drawn,) = estimate_means(values[None], 1)
-    assert (part.low, part.high) == pytest.approx((drawn.low, drawn.high), abs=2e-3)
-
-
-def test_ticks_have_the_decimals_that_tell_them_apart():
-    assert tick_texts([0.0, 0.05, 0.1]) == ["0.00", "0.05", "0.10"]
-    assert tick_texts([0.0, 0.2, 0.4]) == ["0.0", "0.2", "0.4"]
