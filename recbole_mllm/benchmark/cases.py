@@ -287,9 +287,11 @@ def choose(names: Sequence[str], mine: Order, theirs: Order, book: Casebook) -> 
     """Return the users to show and why each is: the first drawn, then the furthest apart of the rest, one each way."""
     chosen = dict.fromkeys(names[:SHOWN], "drawn by seed, whatever came of it")
     rest = [name for name in names[SHOWN:] if name in theirs]
-    rank = [{name: next(one.rank for one in order[name] if one.hit) for name in rest} for order in (mine, theirs)]
+    ours, other = (
+        {name: next(one.rank for one in order[name] if one.hit) for name in rest} for order in (mine, theirs)
+    )
     rule = f"chosen for disagreement: of {len(rest)} other users, the one where {{}} ranks the hit furthest above {{}}"
-    for above, below, pair in ((*rank, (book.model, book.beside)), (*rank[::-1], (book.beside, book.model))):
+    for above, below, pair in ((ours, other, (book.model, book.beside)), (other, ours, (book.beside, book.model))):
         ahead = {name: below[name] - above[name] for name in rest}
         best = max(ahead, key=ahead.__getitem__, default=None)  # the first drawn of equals
         if best is not None and ahead[best] > 0:

@@ -16,10 +16,9 @@ from markupsafe import Markup
 
 from recbole_mllm.benchmark.cases import SIDE, Casebook
 from recbole_mllm.benchmark.evidence import CURVES, FEW
-from recbole_mllm.benchmark.leaderboard import SLICES, Dimension, GroupPart, Leaderboard, Row
+from recbole_mllm.benchmark.leaderboard import ALL_COSTS, SLICES, Dimension, GroupPart, Leaderboard, Row
 from recbole_mllm.benchmark.tables import tests_table
 from recbole_mllm.benchmark.wording import (
-    COST_TITLES,
     METHOD,
     NOTHING,
     ScoreText,
@@ -70,7 +69,7 @@ def page(board: Leaderboard, cases: Casebook | None = None) -> str:
         score_text=lambda row, metric: score_text(board, row, metric),
         hover=_hover,
         cost_text=cost_text,
-        cost_titles=COST_TITLES,
+        cost_titles=ALL_COSTS,
         cost_note=cost_notes(board),
         seeds=seeds,
         breakable=_breakable,
@@ -213,7 +212,7 @@ class Band(NamedTuple):
     """One group of users in a chart: its name, how many there are, and a mark a model."""
 
     label: str
-    count: str
+    users: str
     few: bool
     top: float
     middle: float

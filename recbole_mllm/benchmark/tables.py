@@ -15,7 +15,6 @@ import pandas as pd
 
 from recbole_mllm.benchmark.leaderboard import ALL_COSTS, SLICES, Leaderboard, Row
 from recbole_mllm.benchmark.wording import (
-    COST_TITLES,
     METHOD,
     NOT_CONVERGED,
     NOTHING,
@@ -131,10 +130,11 @@ def format_table(board: Leaderboard) -> str:
         costs = [cost_text(row, name) for name in ("summarize_s", "train_s", "score_s")]
         name = _cut(row.model, NAME_WIDTH) + (f" {NOT_CONVERGED}" if row.converged is False else "")
         lines.append([name, f"{text.mean} {text.interval}", text.mark, *marked, *costs])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    while sum(widths) + 2 * len(widths) - 2 > WIDTH and len(widths) > 6:  # rather lose a column than break a line
-        for line in (widths, *lines):
-            line.pop(-4)
+    while True:  # rather lose a column than break a line
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        if sum(widths) + 2 * len(widths) - 2 <= WIDTH or len(widths) <= 6:
+            break
+        lines = [line[:-4] + line[-3:] for line in lines]
     table = [
         "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
         for line in lines
@@ -178,7 +178,7 @@ def format_markdown(board: Leaderboard) -> str:
         "cold: the target has no interaction in training; warm: it has; tail: it is in the long tail. (Users.)",
         "## Cost",
         Table(
-            ["model", *(COST_TITLES[name] for name in board.costs)],
+            ["model", *(ALL_COSTS[name] for name in board.costs)],
             [[row.model, *(cost_text(row, name) for name in board.costs)] for row in board.rows],
         ).to_markdown(),
         _md(cost_notes(board)),

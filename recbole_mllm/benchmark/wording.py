@@ -34,17 +34,6 @@ COST_NOTE = (
     "one, else the process's. Item features and a retriever are made once for all runs that share them, and count in "
     "full in each."
 )
-COST_TITLES = {
-    "load_s": "Load",
-    "summarize_s": "Summarise",
-    "features_s": "Features",
-    "train_s": "Train",
-    "score_s": "Score",
-    "pairs_per_s": "Pairs/s",
-    "peak_memory_mb": "Memory MB",
-    "tokens": "Tokens",
-    "parameters_trained": "Parameters",
-}
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from array import array
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -126,10 +126,6 @@ def _inter_files(folder: Path, keys: Mapping[str, Any]) -> tuple[Path, ...]:
 # ---- interactions
 
 
-def _array(code: str) -> Callable[[], array[Any]]:
-    return lambda: array(code)
-
-
 @dataclass(slots=True)
 class InteractionColumns:
     """Interactions in the files' order, read in one pass; `user` and `item` are places in `users` and `items`.
@@ -144,11 +140,11 @@ class InteractionColumns:
 
     users: dict[str, int] = field(default_factory=dict)
     items: dict[str, int] = field(default_factory=dict)
-    user: array[int] = field(default_factory=_array("i"))
-    item: array[int] = field(default_factory=_array("i"))
-    time: array[float] = field(default_factory=_array("d"))
-    exact_time: array[float] = field(default_factory=_array("d"))
-    hashes: array[int] = field(default_factory=_array("q"))
+    user: array[int] = field(default_factory=lambda: array("i"))
+    item: array[int] = field(default_factory=lambda: array("i"))
+    time: array[float] = field(default_factory=lambda: array("d"))
+    exact_time: array[float] = field(default_factory=lambda: array("d"))
+    hashes: array[int] = field(default_factory=lambda: array("q"))
     parts: dict[str, int] = field(default_factory=dict)
 
 

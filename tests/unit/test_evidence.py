@@ -133,5 +133,3 @@ def test_the_sheets_hold_what_the_page_draws(tmp_path):
     assert float(cold["NDCG@10"]) == board.rows[0].groups["warmth"][0].mean and int(cold["n"]) == 18
     ten = next(line for line in curves if (line["model"], line["metric"], line["k"]) == ("SASRec", "NDCG", "10"))
     assert float(ten["mean"]) == pytest.approx(board.rows[0].mean("NDCG@10"))
-
-
