@@ -5,10 +5,14 @@ from __future__ import annotations
 import base64
 import io
 import json
+import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from recbole_mllm.benchmark.cases import (
@@ -24,54 +28,70 @@ from recbole_mllm.benchmark.cases import (
     thumbnails,
     word_changes,
 )
+from recbole_mllm.benchmark.html import page
 from recbole_mllm.benchmark.ranking import build
 from recbole_mllm.benchmark.records import append, read_arrays
-from recbole_mllm.benchmark.report import render
 from tests.planted_cases import TEXTS, plant_cases, plant_images
 from tests.planted_runs import plant_run
 
 
-@pytest.fixture
-def runs(tmp_path):
-    config = {"data_path": str(tmp_path / "data")}
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> SimpleNamespace:
+    """Four finished runs, of which the MLLM's has stored cases, and their leaderboard."""
+    results = tmp_path_factory.mktemp("results")
+    config = {"data_path": str(results / "data")}
     planted = [("Pop", 0.2, "baseline"), ("ItemKNN", 1.5, "baseline"), ("SASRec", 0.8, "baseline")]
-    records = [plant_run(tmp_path, label, power, kind) for label, power, kind in planted]  # type: ignore[arg-type]
-    records.append(plant_run(tmp_path, "MLLMMSR", 2.5, "mllm", config=config))
-    plant_cases(tmp_path, records[-1])
-    plant_images(tmp_path / "data", ["h0", "h1", "i0", "i1"])
-    return records
+    runs = [plant_run(results, label, power, kind) for label, power, kind in planted]  # type: ignore[arg-type]
+    runs.append(plant_run(results, "MLLMMSR", 2.5, "mllm", config=config))
+    plant_cases(results, runs[-1])
+    plant_images(results / "data", ["h0", "h1", "i0", "i1"])
+    for record in runs:
+        append(results / "runs.jsonl", record)
+    return SimpleNamespace(results=results, runs=runs, board=build(runs, results))
 
 
-def book_of(runs, results, **options) -> Casebook:
-    book = read_casebook(build(runs, results), results, **options)
+@pytest.fixture
+def copied(world, tmp_path) -> SimpleNamespace:
+    """The same in a folder of the test's own."""
+    shutil.copytree(world.results, tmp_path, dirs_exist_ok=True)
+    return SimpleNamespace(results=tmp_path, runs=world.runs, board=world.board)
+
+
+def book_of(world, board=None, **options) -> Casebook:
+    book = read_casebook(board or world.board, world.results, **options)
     assert book is not None
     return book
 
 
-def test_the_first_drawn_are_shown_whatever_came_of_them(runs, tmp_path):
-    book = book_of(runs, tmp_path)
+def without(board, *models):
+    return replace(board, rows=tuple(row for row in board.rows if row.model not in models))
+
+
+def test_the_first_drawn_are_shown_whatever_came_of_them(world):
+    book = book_of(world)
     assert [case.user for case in book.cases[:SHOWN]] == [f"u{n}" for n in range(SHOWN)]
     assert all("drawn by seed" in case.why for case in book.cases[:SHOWN])
     assert len(book.cases) <= SHOWN + 2 and all("disagreement" in case.why for case in book.cases[SHOWN:])
 
 
-def test_sasrec_stands_beside_even_where_another_baseline_is_best(runs, tmp_path):
-    assert build(runs, tmp_path).best_baseline == "ItemKNN"
-    assert book_of(runs, tmp_path).beside == "SASRec"
-    assert book_of([runs[0], runs[1], runs[3]], tmp_path).beside == "ItemKNN"
+def test_sasrec_stands_beside_even_where_another_baseline_is_best(world):
+    assert world.board.best_baseline == "ItemKNN" and book_of(world).beside == "SASRec"
+    assert book_of(world, without(world.board, "SASRec")).beside == "ItemKNN"
+    assert read_casebook(without(world.board, "MLLMMSR"), world.results) is None
 
 
-def test_mllmmsr_itself_is_shown_before_a_variant_that_did_better(runs, tmp_path):
-    better = plant_run(tmp_path, "MLLMMSR:direct", 9.0, "mllm")
-    plant_cases(tmp_path, better)
-    assert build([*runs, better], tmp_path).rows[0].model == "MLLMMSR:direct"
-    assert book_of([*runs, better], tmp_path).model == "MLLMMSR"
-    assert book_of([*runs[:3], better], tmp_path).model == "MLLMMSR:direct"
+def test_mllmmsr_itself_is_shown_before_a_variant_that_did_better(copied):
+    better = plant_run(copied.results, "MLLMMSR:direct", 9.0, "mllm")
+    plant_cases(copied.results, better)
+    board = build([*copied.runs, better], copied.results)
+    assert board.rows[0].model == "MLLMMSR:direct"
+    assert book_of(copied, board).model == "MLLMMSR"
+    assert book_of(copied, without(board, "MLLMMSR")).model == "MLLMMSR:direct"
 
 
-def test_rankings_recomputed_from_the_scores(runs, tmp_path):
-    mine, theirs = (read_arrays(tmp_path / str(runs[n].scores), []) for n in (3, 2))
-    for case in book_of(runs, tmp_path).cases:
+def test_rankings_recomputed_from_the_scores(world):
+    mine, theirs = (read_arrays(world.results / str(world.runs[n].scores), []) for n in (3, 2))
+    for case in book_of(world).cases:
         for ranked, arrays in ((case.mine, mine), (case.theirs, theirs)):
             own = arrays["user"] == case.user
             order = np.argsort(-arrays["score"][own])
@@ -82,12 +102,12 @@ def test_rankings_recomputed_from_the_scores(runs, tmp_path):
         assert all(one.p is None for one in case.theirs)
 
 
-def test_places_decide_where_scores_are_tied(runs, tmp_path):
-    path = tmp_path / str(runs[3].scores)
+def test_places_decide_where_scores_are_tied(copied):
+    path = copied.results / str(copied.runs[3].scores)
     arrays = read_arrays(path, [])
     place = np.random.default_rng(3).permuted(np.tile(np.arange(21), (120, 1)), axis=1).ravel()
     np.savez(path, **(arrays | {"score": np.zeros(len(place)), "place": place}))
-    case = book_of(runs, tmp_path).cases[0]
+    case = book_of(copied).cases[0]
     own = arrays["user"] == case.user
     assert [one.item for one in case.mine] == arrays["item"][own][np.argsort(-place[own])].tolist()
 
@@ -124,30 +144,30 @@ def test_a_case_holds_nothing_at_or_after_the_target():
     assert (told["history"], told["position"], told["read"], asked) == (["a", "b"], 2, "read at 2", [2])
 
 
-def test_texts_are_shown_after_their_blocks_with_what_changed(runs, tmp_path):
-    first, second = book_of(runs, tmp_path).cases[0].blocks
+def test_texts_are_shown_after_their_blocks_with_what_changed(world):
+    first, second = book_of(world).cases[0].blocks
     assert list(first.shown) == ["h0", "h1", "h2"] and (second.first, second.last) == (4, 6)
     assert first.text == [Piece("same", TEXTS[0])]
     assert second.text is not None and Piece("gone", "red") in second.text and Piece("new", "green") in second.text
 
 
-def test_a_model_without_a_chain_shows_what_it_read_once(runs, tmp_path):
-    path = (tmp_path / str(runs[3].per_user)).with_name("cases.json")
+def test_a_model_without_a_chain_shows_what_it_read_once(copied):
+    path = (copied.results / str(copied.runs[3].per_user)).with_name("cases.json")
     kept = json.loads(path.read_text())
     for case in kept["users"]:
         case["steps"] = []
     path.write_text(json.dumps(kept))
-    (block,) = book_of(runs, tmp_path).cases[0].blocks
+    (block,) = book_of(copied).cases[0].blocks
     assert len(block.shown) == 6 and block.text == [Piece("same", TEXTS[-1])]
 
 
-def test_thumbnails_are_small_and_missing_images_leave_a_blank(runs, tmp_path):
-    book = book_of(runs, tmp_path)
+def test_thumbnails_are_small_and_missing_images_leave_a_blank(world):
+    book = book_of(world)
     shown = [book.show(item) for item in book.cases[0].blocks[0].shown]
     assert [bool(one.image) for one in shown] == [True, True, False]
     picture = Image.open(io.BytesIO(base64.b64decode(shown[0].image.partition(",")[2])))
     assert picture.size == (96, 48)
-    assert not any(one.image for one in book_of(runs, tmp_path, embed_images=False).items.values())
+    assert not any(one.image for one in book_of(world, embed_images=False).items.values())
 
 
 def test_an_image_outside_the_datasets_folder_is_not_shown(tmp_path):
@@ -171,25 +191,33 @@ def test_many_images_stay_below_the_budget(tmp_path):
     assert 0 < len(thumbnails(names * 300, [tmp_path])) < 30
 
 
-def test_a_damaged_file_costs_the_case_studies_alone_and_says_so(runs, tmp_path):
-    (tmp_path / str(runs[3].per_user)).with_name("cases.json").write_text('{"users": [{}]')
-    for record in runs:
-        append(tmp_path / "runs.jsonl", record)
-    render(tmp_path)
-    page = (tmp_path / "leaderboard.html").read_text()
-    assert "cases.json of run MLLMMSR-2024-0a1b2c3d cannot be shown" in page and "--force" in page
+def test_a_damaged_file_costs_the_case_studies_alone_and_says_so(copied):
+    (copied.results / str(copied.runs[3].per_user)).with_name("cases.json").write_text('{"users": [{}]')
+    text = page(copied.board, book_of(copied))
+    assert "cases.json of run MLLMMSR-2024-0a1b2c3d cannot be shown" in text and "--force" in text
 
 
-def test_without_cases_there_is_no_section(runs, tmp_path):
-    assert read_casebook(build(runs[:3], tmp_path), tmp_path) is None
-
-
-def test_the_page_stays_below_two_megabytes_and_says_whose_the_images_are(runs, tmp_path):
-    for record in runs:
-        append(tmp_path / "runs.jsonl", record)
-    render(tmp_path)
-    with_images = (tmp_path / "leaderboard.html").read_text()
+def test_the_page_stays_below_two_megabytes_and_says_whose_the_images_are(world):
+    with_images = page(world.board, book_of(world))
     assert len(with_images) < 2_000_000 and "data:image/jpeg" in with_images and "copyright holders" in with_images
-    render(tmp_path, embed_images=False)
-    without = (tmp_path / "leaderboard.html").read_text()
-    assert "data:image/jpeg" not in without and "--embed_images off" in without
+    without_images = page(world.board, book_of(world, embed_images=False))
+    assert "data:image/jpeg" not in without_images and "--embed_images off" in without_images
+
+
+WORDS = st.lists(
+    st.sampled_from(["the", "user", "likes", "red", "green", "lamps", "maps", "and", "old"]), max_size=15
+).map(" ".join)
+
+
+def test_a_lone_word_between_two_changes_does_not_break_them_up():
+    assert word_changes("a b red the lamp c d", "a b green the map c d") == [
+        Piece("same", "a b"), Piece("gone", "red the lamp"), Piece("new", "green the map"), Piece("same", "c d"),
+    ]  # fmt: skip
+
+
+@given(WORDS, WORDS)
+def test_both_texts_can_be_read_off_the_pieces(before, after):
+    pieces = word_changes(before, after)
+    assert " ".join(piece.text for piece in pieces if piece.change != "gone") == after
+    assert " ".join(piece.text for piece in pieces if piece.change != "new") == before
+    assert before != after or all(piece.change == "same" for piece in pieces)

@@ -211,6 +211,7 @@ def test_every_form_says_the_same_numbers_and_the_page_loads_nothing(field, tmp_
     assert [path.read_text() for path in files] == first, "rendering twice changes not a byte"
     saved, _, markdown, page = first
     told, table = json.loads(saved), list(csv.DictReader(io.StringIO(first[1])))
+    terminal = format_leaderboard(tmp_path)
     for row, line in zip(told["rows"], table, strict=True):
         score = row["metrics"]["NDCG@10"]
         assert (line["model"], float(line["NDCG@10"])) == (row["model"], score["mean"])
@@ -220,7 +221,7 @@ def test_every_form_says_the_same_numbers_and_the_page_loads_nothing(field, tmp_
             "" if value is None else str(value) for value in p
         ]
         assert float(line["cold AUC"]) == row["slices"]["cold"]["AUC"]["mean"]
-        for text in (markdown, page, format_leaderboard(tmp_path)):
+        for text in (markdown, page, terminal):
             assert f"{score['mean']:.3f}" in text and row["model"] in text and "A world made up." in text
     assert "[{:.3f}, {:.3f}]".format(*told["rows"][0]["metrics"]["AUC"]["ci95"]) in markdown and "n.s." in markdown
     assert "epochs: 3" in markdown and "epochs: 3" in page and CANDIDATES in page
@@ -246,26 +247,26 @@ def test_texts_are_escaped_and_nothing_else(tmp_path):
     assert "--dataset 'a<b && c'" in text and "p < 0.05" in text, "code decodes nothing"
 
 
-def test_marks_of_a_large_field_carry_their_number_in_the_table_and_labels_do_not_overlap(field, tmp_path):
-    records = [replace(field[1], run_id=f"run-{number}", label=f"Twin{number:02d}") for number in range(10)]
-    built = build(records, tmp_path)
-    chart, few = quality_versus_cost(built), quality_versus_cost(build(records[:6], tmp_path))
+def test_marks_of_a_large_field_carry_their_number_in_the_table_and_labels_do_not_overlap(board):
+    rows = [replace(board.rows[1], model=f"Twin{number:02d}", kind="baseline") for number in range(10)]
+    many = replace(board, rows=tuple(rows))
+    chart, few = quality_versus_cost(many), quality_versus_cost(replace(board, rows=tuple(rows[:6])))
     assert chart is not None and few is not None and few.more["key"] == [] and len(few.marks) == 6
     assert min(np.diff(sorted(mark.label_y for mark in few.marks))) > 12
     assert [(mark.label, mark.name) for mark in chart.more["key"]] == [
-        (str(number), row.model) for number, row in enumerate(built.rows, start=1)
+        (str(number), row.model) for number, row in enumerate(rows, start=1)
     ]
-    assert re.search(r'<li class="baseline" value="7"><span class="model">Twin06</span>', page(built))
+    assert re.search(r'<li class="baseline" value="7"><span class="model">Twin06</span>', page(many))
 
 
-def test_a_column_for_making_features_stands_where_a_row_reads_some(field, tmp_path):
-    reads = replace(field[1], run_id="reads-2024-0a1b2c3d", label="SASRecF:text", features_s=12.5)
-    without, with_it = build(field, tmp_path), build([*field, reads], tmp_path)
-    assert "features_s" not in without.costs and "features_s" in with_it.costs
-    assert "Features" not in format_markdown(without) and "| Features |" in format_markdown(with_it)
-    row, same = (next(r for r in with_it.rows if r.model == name) for name in ("SASRecF:text", field[1].label))
-    assert row.seconds == pytest.approx(same.seconds + 12.5)
-    assert set(with_it.to_json()["rows"][0]["cost"]) == set(without.to_json()["rows"][0]["cost"]) == set(COSTS)
+def test_a_column_for_making_features_stands_where_a_row_reads_some(board):
+    first = board.rows[0]
+    reads = replace(first, model="SASRecF:text", cost={**first.cost, "features_s": 12.5})
+    more = replace(board, rows=(*board.rows, reads))
+    assert "features_s" not in board.costs and "features_s" in more.costs
+    assert "Features" not in format_markdown(board) and "| Features |" in format_markdown(more)
+    assert reads.seconds == pytest.approx(first.seconds + 12.5)
+    assert set(more.to_json()["rows"][-1]["cost"]) == set(board.to_json()["rows"][0]["cost"]) == set(COSTS)
 
 
 def test_the_terminal_table_is_aligned_and_fits(board, field, tmp_path):
