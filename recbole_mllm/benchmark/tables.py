@@ -5,10 +5,10 @@ Every form is made of the same `Table` values, whose words come from `wording`.
 
 from __future__ import annotations
 
-import html
 import re
 import textwrap
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -28,6 +28,7 @@ from recbole_mllm.benchmark.wording import (
     seeds,
     shown_config,
 )
+from recbole_mllm.common.svg import environment
 
 WIDTH = 120
 NAME_WIDTH = 28
@@ -44,11 +45,6 @@ class Table(NamedTuple):
         """Return the table for a spreadsheet, numbers at full precision."""
         frame = pd.DataFrame(list(self.rows), columns=list(self.head), dtype=object)
         return str(frame.to_csv(index=False, lineterminator="\n"))
-
-    def to_markdown(self) -> str:
-        """Return the table in Markdown, every text escaped."""
-        lines = [self.head, ["---"] + ["---:"] * (len(self.head) - 1), *([_md(c) for c in row] for row in self.rows)]
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def tests_table(board: Leaderboard, metrics: Sequence[str]) -> Table:
@@ -161,65 +157,26 @@ def _wrap(paragraphs: Iterable[str]) -> list[str]:
 
 
 def format_markdown(board: Leaderboard) -> str:
-    """Return a page in the manner of RecBole's result pages: tables, then every configuration."""
-    valid = board.valid_metric
-    tests = tests_table(board, [valid])
-    parts = [
-        f"# {_md(board.dataset)}: leaderboard",
-        _md(finding(board)),
-        f"> {_md(board.note)}" if board.note else "",
-        f"- Protocol: {_md(board.protocol)}\n- Users: {board.n_users}\n- Candidates: {_code(board.candidates)}",
-        "## Quality",
-        Table(["model", "seeds", *board.metrics], [_quality(board, row) for row in board.rows]).to_markdown(),
-        f"{_md(legend(board))} {METHOD}",
-        f"## Tests ({valid})\n\n{tests.to_markdown()}" if tests.rows else "",
-        f"## Slices ({valid})",
-        Table(["model", *SLICES], [_slices(board, row) for row in board.ranked]).to_markdown(),
-        "cold: the target has no interaction in training; warm: it has; tail: it is in the long tail. (Users.)",
-        "## Cost",
-        Table(
-            ["model", *(ALL_COSTS[name] for name in board.costs)],
-            [[row.model, *(cost_text(row, name) for name in board.costs)] for row in board.rows],
-        ).to_markdown(),
-        _md(cost_notes(board)),
-        "## Configurations",
-        "A run's own settings and the shared ones, in one file `<run_id>.yaml`, are its whole configuration.",
-        *_configurations(board),
-    ]
-    return "\n\n".join(filter(None, parts)) + "\n"
+    """Return a page in the manner of RecBole's result pages: tables, then every configuration.
 
-
-def _quality(board: Leaderboard, row: Row) -> list[str]:
-    if not row.ok:
-        return [row.model, seeds(row), f"failed: {row.status}"] + [""] * (len(board.metrics) - 1)
-    texts = [score_text(board, row, name) for name in board.metrics]
-    name = f"{row.model} {NOT_CONVERGED} not converged" if row.converged is False else row.model
-    return [name, seeds(row), *(" ".join(filter(None, [text.mean, text.mark, text.interval])) for text in texts)]
-
-
-def _slices(board: Leaderboard, row: Row) -> list[str]:
-    parts = [board.slice_of(row, name, board.valid_metric) for name in SLICES]
-    return [row.model, *(NOTHING if part.mean is None else f"{part.mean:.3f} ({part.n})" for part in parts)]
-
-
-def _configurations(board: Leaderboard) -> list[str]:
-    """Return the settings all runs share, once, and each run's own."""
+    The settings that all runs share stand there once, and each run's own beside it.
+    """
     runs = [run for row in board.rows for run in row.runs]
     configs = [shown_config(run) for run in runs]
-    shared = {
-        key: value for key, value in configs[0].items() if all(key in c and c[key] == value for c in configs)
-    }  # fmt: skip
-    details = [_details("All runs share", shared)] if shared else []
-    for run, config in zip(runs, configs, strict=True):
-        own = {key: value for key, value in config.items() if key not in shared}
-        details.append(_details(f"{run.label}, seed {run.seed}", own, _code(command(run))))
-    return details
-
-
-def _details(title: str, config: dict[str, Any], line: str = "") -> str:
-    head = f"<details><summary>{html.escape(title, quote=False)}</summary>"  # a block of HTML, not of Markdown
-    body = f"~~~~~~yaml\n{config_yaml(config)}~~~~~~" if config else ""
-    return "\n\n".join(filter(None, [head, line, body, "</details>"]))
+    shared = {k: value for k, value in configs[0].items() if all(k in c and c[k] == value for c in configs)}
+    own = [{k: value for k, value in config.items() if k not in shared} for config in configs]
+    templates = environment(Path(__file__).parent / "templates")
+    templates.filters |= {"md": _md, "code": _code, "cost_title": ALL_COSTS.__getitem__}
+    said = (finding, legend, cost_notes, cost_text, score_text, seeds, command, config_yaml)
+    return templates.get_template("leaderboard.md").render(
+        board=board,
+        method=METHOD,
+        slices=SLICES,
+        tests=tests_table(board, [board.valid_metric]),
+        shared=shared,
+        runs=list(zip(runs, own, strict=True)),
+        **{function.__name__: function for function in said},
+    )
 
 
 def _md(text: object) -> str:
