@@ -185,16 +185,6 @@ class Case:
         """How many items were ranked."""
         return self.mine[0].of
 
-    @property
-    def target(self) -> Candidate:
-        """The item the user took."""
-        return next(one for one in self.mine if one.hit)
-
-    @property
-    def their_rank(self) -> int | None:
-        """Where the other model ranked it, if there is one."""
-        return next((one.rank for one in self.theirs if one.hit), None)
-
 
 @dataclass(frozen=True, slots=True)
 class Casebook:

@@ -7,38 +7,19 @@ names, so that no chart is read by colour alone.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
-
-from markupsafe import Markup
+from typing import NamedTuple
 
 from recbole_mllm.benchmark.cases import SIDE, Casebook
 from recbole_mllm.benchmark.evidence import CURVES, FEW
-from recbole_mllm.benchmark.leaderboard import ALL_COSTS, SLICES, Dimension, GroupPart, Leaderboard, Row
-from recbole_mllm.benchmark.tables import tests_table
-from recbole_mllm.benchmark.wording import (
-    METHOD,
-    NOTHING,
-    ScoreText,
-    command,
-    config_yaml,
-    cost_notes,
-    cost_text,
-    finding,
-    legend,
-    score_text,
-    seconds_text,
-    seeds,
-    shown_config,
-)
+from recbole_mllm.benchmark.leaderboard import SLICES, Dimension, GroupPart, Leaderboard, Row
+from recbole_mllm.benchmark.tables import template, tests_table
+from recbole_mllm.benchmark.wording import score_text, seconds_text
 from recbole_mllm.common.svg import (
     CHARACTER,
     Axis,
     Chart,
     Label,
-    environment,
     place_labels,
     score_axis,
 )
@@ -59,25 +40,14 @@ TIMES = (0.1, 1, 10, 60, 600, 3600, 36_000, 360_000, 3_600_000)
 
 def page(board: Leaderboard, cases: Casebook | None = None) -> str:
     """Return the report; every text in it is escaped."""
-    templates = environment(Path(__file__).parent / "templates")
-    return templates.get_template("leaderboard.html").render(
+    parts = [board.slice_of(row, name, board.valid_metric) for row in board.ranked for name in SLICES]
+    return template("leaderboard.html").render(
         board=board,
-        finding=finding(board).replace("p < ", "p\u00a0<\u00a0").replace("p = ", "p\u00a0=\u00a0"),
-        legend=legend(board),
-        method=METHOD,
         metrics=[(name, name.partition("@")[2]) for name in board.metrics],
-        score_text=lambda row, metric: score_text(board, row, metric),
-        hover=_hover,
-        cost_text=cost_text,
-        cost_titles=ALL_COSTS,
-        cost_note=cost_notes(board),
-        seeds=seeds,
-        breakable=_breakable,
-        slices=_slices(board),
+        slice_titles=SLICE_TITLES,
+        largest=max((part.mean or 0.0 for part in parts), default=0.0) or 1.0,
         tests=tests_table(board, board.metrics),
         cost=quality_versus_cost(board),
-        command=command,
-        configuration=lambda run: config_yaml(shown_config(run)),
         series=series(board),
         curves=curve_charts(board),
         groups=group_charts(board),
@@ -86,29 +56,6 @@ def page(board: Leaderboard, cases: Casebook | None = None) -> str:
         side=SIDE,
         last_blocks=LAST_BLOCKS,
     )
-
-
-def _breakable(name: str) -> Markup:
-    """Return a name that a narrow column breaks behind its colon, not in the middle of a word."""
-    return Markup("<wbr>").join(Markup.escape(part) for part in re.split(r"(?<=:)", name))
-
-
-def _hover(row: Row, text: ScoreText) -> str:
-    """Return what a pointer over a score shows: its test."""
-    return f"{text.difference} to {row.tested_against}, {text.p}, d_z = {text.effect}, {text.word}" if text.p else ""
-
-
-def _slices(board: Leaderboard) -> Mapping[str, Any]:
-    """Return the slices of the ranking metric, with bars as shares of the largest value."""
-    lines = [(row, [board.slice_of(row, name, board.valid_metric) for name in SLICES]) for row in board.ranked]
-    largest = max((part.mean or 0.0 for _, parts in lines for part in parts), default=0.0) or 1.0
-    counts = [max((parts[n].n for _, parts in lines), default=0) for n in range(len(SLICES))]
-    cells = [
-        (row, [(NOTHING if part.mean is None else f"{part.mean:.3f}", round(100 * (part.mean or 0.0) / largest))
-               for part in parts])
-        for row, parts in lines
-    ]  # fmt: skip
-    return {"heads": [(*SLICE_TITLES[name], count) for name, count in zip(SLICES, counts, strict=True)], "lines": cells}
 
 
 # ---- charts

@@ -12,22 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
+from jinja2 import Template
 
+from recbole_mllm.benchmark import wording
 from recbole_mllm.benchmark.leaderboard import ALL_COSTS, SLICES, Leaderboard, Row
-from recbole_mllm.benchmark.wording import (
-    METHOD,
-    NOT_CONVERGED,
-    NOTHING,
-    command,
-    config_yaml,
-    cost_notes,
-    cost_text,
-    finding,
-    legend,
-    score_text,
-    seeds,
-    shown_config,
-)
+from recbole_mllm.benchmark.wording import NOT_CONVERGED, NOTHING, cost_text, finding, legend, score_text, seeds
 from recbole_mllm.common.svg import environment
 
 WIDTH = 120
@@ -162,21 +151,21 @@ def format_markdown(board: Leaderboard) -> str:
     The settings that all runs share stand there once, and each run's own beside it.
     """
     runs = [run for row in board.rows for run in row.runs]
-    configs = [shown_config(run) for run in runs]
+    configs = [wording.shown_config(run) for run in runs]
     shared = {k: value for k, value in configs[0].items() if all(k in c and c[k] == value for c in configs)}
     own = [{k: value for k, value in config.items() if k not in shared} for config in configs]
-    templates = environment(Path(__file__).parent / "templates")
-    templates.filters |= {"md": _md, "code": _code, "cost_title": ALL_COSTS.__getitem__}
-    said = (finding, legend, cost_notes, cost_text, score_text, seeds, command, config_yaml)
-    return templates.get_template("leaderboard.md").render(
-        board=board,
-        method=METHOD,
-        slices=SLICES,
-        tests=tests_table(board, [board.valid_metric]),
-        shared=shared,
-        runs=list(zip(runs, own, strict=True)),
-        **{function.__name__: function for function in said},
+    tests = tests_table(board, [board.valid_metric])
+    return template("leaderboard.md").render(
+        board=board, tests=tests, shared=shared, runs=list(zip(runs, own, strict=True))
     )
+
+
+def template(name: str) -> Template:
+    """Return a template of the report, in which all of `wording` is known by its name."""
+    templates = environment(Path(__file__).parent / "templates")
+    templates.globals |= {**vars(wording), "ALL_COSTS": ALL_COSTS, "SLICES": SLICES}
+    templates.filters |= {"md": _md, "code": _code}
+    return templates.get_template(name)
 
 
 def _md(text: object) -> str:

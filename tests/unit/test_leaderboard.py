@@ -17,8 +17,8 @@ import pytest
 from scipy import stats
 
 from recbole_mllm.benchmark.evidence import Evidence
-from recbole_mllm.benchmark.leaderboard import COSTS, SLICES, Leaderboard, Row, Score
 from recbole_mllm.benchmark.html import group_charts, page, quality_versus_cost, series
+from recbole_mllm.benchmark.leaderboard import COSTS, SLICES, Leaderboard, Row, Score
 from recbole_mllm.benchmark.ranking import Contender, build, compare_rows
 from recbole_mllm.benchmark.records import RunRecord, append, read_arrays
 from recbole_mllm.benchmark.report import format_leaderboard, render, write_note
