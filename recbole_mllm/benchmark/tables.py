@@ -15,8 +15,8 @@ import pandas as pd
 from jinja2 import Template
 
 from recbole_mllm.benchmark import wording
-from recbole_mllm.benchmark.leaderboard import ALL_COSTS, SLICES, Leaderboard, Row
-from recbole_mllm.benchmark.wording import NOT_CONVERGED, NOTHING, cost_text, finding, legend, score_text, seeds
+from recbole_mllm.benchmark.leaderboard import ALL_COSTS, SLICES, Leaderboard
+from recbole_mllm.benchmark.wording import NOT_CONVERGED, cost_text, finding, legend, score_text, seeds
 from recbole_mllm.common.svg import environment
 
 WIDTH = 120
@@ -161,10 +161,15 @@ def format_markdown(board: Leaderboard) -> str:
 
 
 def template(name: str) -> Template:
-    """Return a template of the report, in which all of `wording` is known by its name."""
+    """Return a template of the report, in which all of `wording` is known by its name.
+
+    In LaTeX, whose braces are many, ``<< >>`` and ``<% %>`` stand for Jinja's own marks.
+    """
     templates = environment(Path(__file__).parent / "templates")
     templates.globals |= {**vars(wording), "ALL_COSTS": ALL_COSTS, "SLICES": SLICES}
-    templates.filters |= {"md": _md, "code": _code}
+    templates.filters |= {"md": _md, "code": _code, "tex": escape_latex}
+    if name.endswith(".tex"):
+        templates = templates.overlay("<%", "%>", "<<", ">>", "<#", "#>")
     return templates.get_template(name)
 
 
@@ -195,61 +200,10 @@ def format_latex(board: Leaderboard) -> str:
 
     The best value of a column is in bold; marks of significance, protocol and digest are explained in the caption.
     """
-    names = board.short_metrics
     label = "".join(c if c.isascii() and c.isalnum() else "-" for c in board.dataset)
-    body = [
-        "% needs \\usepackage{booktabs,amssymb}",
-        r"\begin{table}",
-        r"\centering\small\setlength{\tabcolsep}{4pt}",  # eight columns on the page of an article
-        rf"\caption{{{_caption(board)}}}",
-        rf"\label{{tab:{label}}}",
-        rf"\begin{{tabular}}{{l{'r' * len(names)}}}",
-        r"\toprule",
-        " & ".join(["Model", *map(escape_latex, names)]) + r" \\",
-        r"\midrule",
-        *(_latex_row(board, row, names) for row in board.rows),
-        r"\bottomrule",
-        r"\end{tabular}",
-        r"\end{table}",
-    ]
-    return "\n".join(body) + "\n"
+    return template("leaderboard.tex").render(board=board, label=label)
 
 
 def escape_latex(text: str) -> str:
     """Return `text` so that LaTeX sets it as it is written, on one line."""
     return "".join(_SPECIAL.get(character, character) for character in " ".join(text.split()))
-
-
-def _latex_row(board: Leaderboard, row: Row, names: Sequence[str]) -> str:
-    if not row.ok:
-        return rf"{escape_latex(row.model)} & \multicolumn{{{len(names)}}}{{l}}{{failed}} \\"
-    marks = (r"\dagger" if row.model == board.best_baseline else "") + (r"\ddagger" if row.converged is False else "")
-    cells = [escape_latex(row.model) + (f"$^{{{marks}}}$" if marks else "")]
-    signs = {"better": r"$^{\blacktriangle}$", "worse": r"$^{\blacktriangledown}$"}
-    for text in (score_text(board, row, name) for name in names):
-        mean = rf"\textbf{{{text.mean}}}" if text.highest else text.mean.replace(NOTHING, "--")
-        cells.append(mean + signs.get(text.verdict, ""))
-    return " & ".join(cells) + r" \\"
-
-
-def _caption(board: Leaderboard) -> str:
-    users = "" if f"{board.n_users} users" in board.protocol else f"{board.n_users} users; "
-    candidates = rf"candidates \texttt{{{escape_latex(board.candidates)}}}"
-    said = [
-        f"{escape_latex(board.dataset)}: {escape_latex(board.protocol)}; {users}{candidates}.",
-        "Best value of a column in bold.",
-        *map(escape_latex, board.absent.values()),
-    ]
-    full = "the full model (variants of MLLMMSR)" if board.variants else ""
-    best = rf"the best baseline on {board.chosen_on} ($\dagger$)" if board.best_baseline is not None else ""
-    if against := " or ".join(filter(None, [best, full])):
-        said.append(
-            rf"$\blacktriangle$ better and $\blacktriangledown$ worse than {against} at "
-            r"$p < .05$, paired tests over users, Holm's correction over the whole table; "
-            "values without a mark do not differ significantly."
-        )
-    if board.not_converged:
-        said.append(
-            r"$\ddagger$ not converged: training reached its cap of epochs before validation had stopped rising."
-        )
-    return " ".join(said)
