@@ -30,7 +30,7 @@ from recbole_mllm.files import whole_file
 
 CASES = "cases.json"
 TITLES = "titles.json"
-KEPT = 200
+STORED = 200
 """How many users are stored: enough for a rule to choose from, a megabyte or two on the disk."""
 
 CASE_SEED = 2024
@@ -55,7 +55,7 @@ BUDGET = 1_300_000
 # ---- what a run stores
 
 
-def write_cases(outcome: Any, folder: Path, kept: int = KEPT) -> Path | None:
+def write_cases(outcome: Any, folder: Path) -> Path | None:
     """Write ``cases.json`` of a finished `Outcome` into `folder`; None for a model that reads no preferences."""
     preferences = getattr(outcome.model, "preferences", None)
     if preferences is None:
@@ -66,7 +66,7 @@ def write_cases(outcome: Any, folder: Path, kept: int = KEPT) -> Path | None:
     owners, answers = users[rows[data.uid_field].numpy()], tokens[rows[data.iid_field].numpy()]
     read = zip(rows[HISTORY_NUMBER].tolist(), rows[POSITION].tolist(), answers.tolist(), strict=True)
     asked = dict(zip(owners.tolist(), read, strict=True))
-    chosen = drawn(asked, kept)
+    chosen = drawn(asked, STORED)
     stored = [case_of(preferences, data.history_names.name(asked[user][0]), *asked[user][1:]) for user in chosen]
     candidates = tokens[pairs["item_id"][np.isin(pairs["user_id"], np.flatnonzero(np.isin(users, chosen)))]]
     wanted = {item for case in stored for item in case["history"]} | set(candidates.tolist())
@@ -77,24 +77,24 @@ def write_cases(outcome: Any, folder: Path, kept: int = KEPT) -> Path | None:
     return folder / CASES
 
 
-def write_titles(outcome: Any, folder: Path, titles: Mapping[str, str], kept: int = KEPT) -> Path:
+def write_titles(outcome: Any, folder: Path, titles: Mapping[str, str]) -> Path:
     """Write ``titles.json``: titles of the items that a model without texts ranked best for the users that are stored.
 
     Where all items are ranked, they need not be among those that MLLMMSR's cases name.
     """
     data, pairs = outcome.dataset, outcome.pairs
     users, tokens = (np.asarray(data.field2id_token[f]).astype(str) for f in (data.uid_field, data.iid_field))
-    chosen = drawn(dict.fromkeys(users[np.unique(pairs["user_id"])].tolist()), kept)
+    chosen = drawn(dict.fromkeys(users[np.unique(pairs["user_id"])].tolist()), STORED)
     items = tokens[np.unique(pairs["item_id"][np.isin(users[pairs["user_id"]], chosen)])].tolist()
     with whole_file(folder / TITLES) as file:
         json.dump({item: titles.get(item, item) for item in items}, file, ensure_ascii=False)
     return folder / TITLES
 
 
-def drawn(users: Mapping[str, Any], kept: int) -> list[str]:
-    """Return up to `kept` users in an order that depends on their names and a fixed seed alone."""
+def drawn(users: Mapping[str, Any], limit: int) -> list[str]:
+    """Return up to `limit` users in an order that depends on their names and a fixed seed alone."""
     names = sorted(users)
-    return [names[index] for index in np.random.default_rng(CASE_SEED).permutation(len(names))[:kept]]
+    return [names[index] for index in np.random.default_rng(CASE_SEED).permutation(len(names))[:limit]]
 
 
 def case_of(preferences: Any, history: str, position: int, target: str) -> dict[str, Any]:

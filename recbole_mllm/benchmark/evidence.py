@@ -87,7 +87,7 @@ class Evidence:
 def load_evidence(record: RunRecord, results: Path) -> Evidence:
     """Read the arrays of one finished run; UserError names the run and what is wrong with them."""
     if record.per_user is None:
-        raise UserError(f"run {record.run_id} kept no per-user metrics; run it again with --force")
+        raise UserError(f"run {record.run_id} has no per-user metrics; run it again with --force")
     arrays = read_arrays(results / record.per_user, USER_COLUMNS)
     users, order = np.unique(arrays["user"].astype(str), return_index=True)
     if users.size != arrays["user"].size:
@@ -186,10 +186,10 @@ def partitions(columns: Mapping[str, NDArray[Any]]) -> tuple[Partition, ...]:
          {"with image": image, "without image": ~image}),
     )  # fmt: skip
     parts = []
-    for key, title, told, masks in dimensions:
+    for key, title, meaning, masks in dimensions:
         masks = {label: mask for label, mask in masks.items() if mask.any()}
         counts = tuple(int(mask.sum()) for mask in masks.values())
-        parts.append(Partition(Dimension(key, title, told, tuple(masks), counts), tuple(masks.values())))
+        parts.append(Partition(Dimension(key, title, meaning, tuple(masks), counts), tuple(masks.values())))
     return tuple(parts)
 
 

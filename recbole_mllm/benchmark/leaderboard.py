@@ -81,7 +81,7 @@ class Dimension:
 
     key: str
     title: str
-    told: str
+    meaning: str
     labels: tuple[str, ...]
     counts: tuple[int, ...]
 
@@ -109,8 +109,8 @@ class Row:
     @property
     def converged(self) -> bool | None:
         """Whether validation had stopped rising in all seeds; None where that is no question, or was not recorded."""
-        told = [run.converged for run in self.runs if run.converged is not None]
-        return all(told) if told else None
+        known = [run.converged for run in self.runs if run.converged is not None]
+        return all(known) if known else None
 
     @property
     def summarize_reused(self) -> int:
@@ -158,8 +158,8 @@ class Leaderboard:
     @property
     def costs(self) -> tuple[str, ...]:
         """The costs that the pages show: loading and making features only where a row tells them."""
-        told = {name for row in self.rows for name in ("load_s", "features_s") if row.cost.get(name) is not None}
-        return tuple(name for name in ALL_COSTS if name not in ("load_s", "features_s") or name in told)
+        known = {name for row in self.rows for name in ("load_s", "features_s") if row.cost.get(name) is not None}
+        return tuple(name for name in ALL_COSTS if name not in ("load_s", "features_s") or name in known)
 
     @property
     def short_metrics(self) -> list[str]:
