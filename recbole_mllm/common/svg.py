@@ -28,13 +28,6 @@ def environment(templates: Path) -> Environment:
     )  # fmt: skip
 
 
-class Tick(NamedTuple):
-    """A value's place on an axis, and its text."""
-
-    place: float
-    text: str
-
-
 @dataclass(frozen=True, slots=True)
 class Axis:
     """Maps values between `low` and `high` to pixels between `start` and `end`, logarithmically where `log` says so."""
@@ -55,9 +48,9 @@ class Axis:
         return round(self.start + part * (self.end - self.start), 1)
 
     @property
-    def ticks(self) -> list[Tick]:
-        """The labels, each at its place."""
-        return [Tick(self(value), text) for value, text in self.labels]
+    def ticks(self) -> list[tuple[float, str]]:
+        """The labels, each behind its pixel."""
+        return [(self(value), text) for value, text in self.labels]
 
 
 @dataclass(frozen=True, slots=True)
