@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from recbole_mllm.benchmark.cases import SIDE, Casebook
 from recbole_mllm.benchmark.evidence import CURVES, FEW
-from recbole_mllm.benchmark.leaderboard import SLICES, Dimension, GroupPart, Leaderboard, Row
+from recbole_mllm.benchmark.leaderboard import SLICES, Dimension, GroupPart, Leaderboard, LeaderboardRow
 from recbole_mllm.benchmark.tables import template, tests_table
 from recbole_mllm.benchmark.wording import score_text, seconds_text
 from recbole_mllm.common.svg import (
@@ -133,7 +133,7 @@ def curve_charts(board: Leaderboard) -> list[Chart]:
     return [_curve_chart(metric, rows, series(board)) for metric in CURVES] if rows else []
 
 
-def _curve_chart(metric: str, rows: list[Row], styles: Mapping[str, str]) -> Chart:
+def _curve_chart(metric: str, rows: list[LeaderboardRow], styles: Mapping[str, str]) -> Chart:
     depth = max(len(row.curves[metric]) for row in rows)
     names = max(len(row.model) for row in rows) * CHARACTER
     right, height = round(max(200, min(340, 420 - 28 - names))), 300
@@ -177,7 +177,9 @@ def group_charts(board: Leaderboard) -> list[Chart]:
     return [_group_chart(dimension, rows, series(board), x, board.valid_metric) for dimension in parted]
 
 
-def _group_chart(dimension: Dimension, rows: Sequence[Row], styles: Mapping[str, str], x: Axis, metric: str) -> Chart:
+def _group_chart(
+    dimension: Dimension, rows: Sequence[LeaderboardRow], styles: Mapping[str, str], x: Axis, metric: str
+) -> Chart:
     pitch = 9 if len(rows) >= 7 else 12  # pixels a model
     top, tall = 8, max(30, len(rows) * pitch + 8)
     bands = []

@@ -87,7 +87,7 @@ class Dimension:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class LeaderboardRow:
     """One model of the table: all its seeds that finished alike, or one seed that did not.
 
     `tested_against` names the row that its scores are tested against: the best baseline or, for a variant of MLLMMSR,
@@ -132,6 +132,9 @@ class Row:
         return sum(self.cost.get(name) or 0.0 for name in ("summarize_s", "features_s", "train_s", "score_s"))
 
 
+Row = LeaderboardRow  # SHIM name: `ranking` still says Row
+
+
 @dataclass(frozen=True, slots=True)
 class Leaderboard:
     """All rows, best first, and what they were measured on."""
@@ -141,7 +144,7 @@ class Leaderboard:
     candidates: str
     n_users: int
     metrics: tuple[str, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[LeaderboardRow, ...]
     best_baseline: str | None
     note: str = ""
     without_validation: tuple[str, ...] = ()
@@ -167,12 +170,12 @@ class Leaderboard:
         return [name for name in self.metrics if name in SHORT] or list(self.metrics[:7])
 
     @property
-    def ranked(self) -> list[Row]:
+    def ranked(self) -> list[LeaderboardRow]:
         """The rows that have numbers, best first."""
         return [row for row in self.rows if row.ok]
 
     @property
-    def variants(self) -> list[Row]:
+    def variants(self) -> list[LeaderboardRow]:
         """The rows that are tested against a full model rather than the best baseline."""
         return [row for row in self.rows if row.tested_against not in (None, self.best_baseline)]
 
@@ -186,7 +189,7 @@ class Leaderboard:
         """The rows whose training ended while validation was still rising."""
         return tuple(row.model for row in self.rows if row.ok and row.converged is False)
 
-    def slice_of(self, row: Row, name: str, metric: str) -> Part:
+    def slice_of(self, row: LeaderboardRow, name: str, metric: str) -> Part:
         """Return `metric` of one row on one slice of the users."""
         return row.slices.get(name, {}).get(metric, Part(None, 0))
 
@@ -203,7 +206,7 @@ class Leaderboard:
             "rows": [self._row_json(row) for row in self.rows],
         }
 
-    def _row_json(self, row: Row) -> dict[str, Any]:
+    def _row_json(self, row: LeaderboardRow) -> dict[str, Any]:
         scores = {name: row.scores.get(name) for name in self.metrics}
         parts = {s: {m: self.slice_of(row, s, m) for m in self.metrics} for s in SLICES}
         return {
@@ -218,11 +221,11 @@ class Leaderboard:
             "slices": {s: {m: {"mean": p.mean, "n": p.n} for m, p in by.items()} for s, by in parts.items()},
         }
 
-    def p_vs_best_baseline(self, row: Row, score: Score) -> float | None:
+    def p_vs_best_baseline(self, row: LeaderboardRow, score: Score) -> float | None:
         """Return the corrected p-value where it is one against the best baseline."""
         return score.p if row.tested_against == self.best_baseline else None
 
-    def _score_json(self, row: Row, score: Score | None) -> dict[str, Any]:
+    def _score_json(self, row: LeaderboardRow, score: Score | None) -> dict[str, Any]:
         if score is None:
             return dict.fromkeys(("mean", "ci95", "p_vs_best_baseline", "p_raw", "p_holm"))
         return {

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import yaml
 
-from recbole_mllm.benchmark.leaderboard import COUNTS, LEVEL, Leaderboard, Row, Score
+from recbole_mllm.benchmark.leaderboard import COUNTS, LEVEL, Leaderboard, LeaderboardRow, Score
 from recbole_mllm.benchmark.portable import without_folders
 from recbole_mllm.benchmark.records import RunRecord, plain_json
 
@@ -60,7 +60,7 @@ class ScoreText:
         return WORDS.get(self.verdict, "")
 
 
-def score_text(board: Leaderboard, row: Row, metric: str) -> ScoreText:
+def score_text(board: Leaderboard, row: LeaderboardRow, metric: str) -> ScoreText:
     """Put one metric of one row into words; dashes where there is none."""
     score = row.scores.get(metric)
     if score is None:
@@ -77,7 +77,7 @@ def score_text(board: Leaderboard, row: Row, metric: str) -> ScoreText:
     )
 
 
-def _verdict(board: Leaderboard, row: Row, score: Score) -> Verdict:
+def _verdict(board: Leaderboard, row: LeaderboardRow, score: Score) -> Verdict:
     if score.p is None or score.difference is None:
         return "reference" if row.model == board.best_baseline else ""
     if not score.significant:
@@ -101,7 +101,7 @@ def seconds_text(seconds: float | None) -> str:
     return f"{number:.0f} {unit}" if number >= 10 else f"{number:.2g} {unit}"
 
 
-def cost_text(row: Row, name: str) -> str:
+def cost_text(row: LeaderboardRow, name: str) -> str:
     """Put one cost of a row into words; summaries that other runs have written are marked, see `cost_notes`."""
     value = row.cost.get(name)
     if value is None:
@@ -196,7 +196,7 @@ def _marks(board: Leaderboard) -> str:
     return f"{marks} Variants are tested against the full model: {against}." if against else marks
 
 
-def seeds(row: Row) -> str:
+def seeds(row: LeaderboardRow) -> str:
     """List a row's seeds."""
     return ", ".join(str(seed) for seed in row.seeds)
 

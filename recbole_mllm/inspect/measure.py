@@ -156,12 +156,10 @@ def read_interactions(layout: Layout, found: Samples) -> InteractionColumns:
     """
     out = InteractionColumns()
     histories: dict[int, array[int]] = {}
+    timed = layout.history is None and layout.time in read_columns(layout.inter[0])
     for path in layout.inter:
         before = len(out.hashes)
-        if layout.history is None:
-            _read_rows(out, found, path, layout, layout.time in read_columns(layout.inter[0]))
-        else:
-            _read_histories(out, found, path, layout, histories)
+        _read_file(out, found, histories, path, layout, timed)
         part = path.name.removeprefix(layout.name + ".").removesuffix("inter").rstrip(".")
         out.parts[part] = len(out.hashes) - before
     for user, items in histories.items():
@@ -170,50 +168,39 @@ def read_interactions(layout: Layout, found: Samples) -> InteractionColumns:
     return out
 
 
-def _read_rows(out: InteractionColumns, found: Samples, path: Path, layout: Layout, timed: bool) -> None:
+def _read_file(
+    out: InteractionColumns, found: Samples, histories: dict[int, array[int]], path: Path, layout: Layout, timed: bool
+) -> None:
     rules = Rules((layout.user, layout.item), layout.time)
-    columns = list(check_columns(path, rules))
+    columns = list(check_columns(path, rules) if layout.history is None else read_columns(path))
+    if layout.history is not None and layout.history not in columns:
+        raise UserError(f"{path}:1: there is no column {layout.history}, which {layout.inter[0].name} has")
     at_user, at_item = columns.index(layout.user), columns.index(layout.item)
-    at_time = columns.index(layout.time) if timed else 0
+    at_history = None if layout.history is None else columns.index(layout.history)
+    at_time = columns.index(layout.time) if timed else None
     at_exact = columns.index(schema.EXACT_TIME) if timed and schema.EXACT_TIME in columns else None
     users, items = out.users, out.items
     for number, values in read_values(path):
-        out.user.append(users.setdefault(values[at_user], len(users)))
-        out.item.append(items.setdefault(values[at_item], len(items)))
-        if timed:
+        user = users.setdefault(values[at_user], len(users))
+        if at_history is None:
+            out.user.append(user)
+            out.item.append(items.setdefault(values[at_item], len(items)))
+        else:
+            ids = [*filter(None, values[at_history].split(" ")), values[at_item]]
+            row = array("i", [items.setdefault(word, len(items)) for word in ids])
+            histories[user] = max(histories.get(user, row), row, key=len)
+        if at_time is not None:
             time = "nan" if is_missing(values[at_time]) else values[at_time]
             if time != "nan" and (problem := time_problem(time)) is not None:
                 raise fault(path, number, str(rules.time), problem, rules)
             out.time.append(float(time))
         if at_exact is not None:
-            exact = values[at_exact]
-            out.exact_time.append(float("nan") if time_problem(exact) else float(exact))
-        _note_row(out, found, values, path, number)
-
-
-def _read_histories(
-    out: InteractionColumns, found: Samples, path: Path, layout: Layout, histories: dict[int, array[int]]
-) -> None:
-    columns = list(read_columns(path))
-    if layout.history not in columns:
-        raise UserError(f"{path}:1: there is no column {layout.history}, which {layout.inter[0].name} has")
-    at_user, at_item, at_history = (columns.index(str(name)) for name in (layout.user, layout.item, layout.history))
-    users, items = out.users, out.items
-    for number, values in read_values(path):
-        ids = [*filter(None, values[at_history].split(" ")), values[at_item]]
-        row = array("i", [items.setdefault(word, len(items)) for word in ids])
-        user = users.setdefault(values[at_user], len(users))
-        if len(row) > len(histories.get(user, ())):
-            histories[user] = row
-        _note_row(out, found, values, path, number)
-
-
-def _note_row(out: InteractionColumns, found: Samples, values: list[str], path: Path, number: int) -> None:
-    out.hashes.append(hash(tuple(values)))
-    for value in values:
-        if value[:1] == '"':
-            unquoted(path, number, "\t".join(values))  # what no run can read is no mere finding
-            found["quoted"].add(f"{path.name}:{number}: {value[:60]!r}")
+            out.exact_time.append(float("nan") if time_problem(values[at_exact]) else float(values[at_exact]))
+        out.hashes.append(hash(tuple(values)))
+        for value in values:
+            if value[:1] == '"':
+                unquoted(path, number, "\t".join(values))  # what no run can read is no mere finding
+                found["quoted"].add(f"{path.name}:{number}: {value[:60]!r}")
 
 
 # ---- items, their images and summaries

@@ -18,7 +18,7 @@ from scipy import stats
 
 from recbole_mllm.benchmark.evidence import Evidence
 from recbole_mllm.benchmark.html import group_charts, page, quality_versus_cost, series
-from recbole_mllm.benchmark.leaderboard import COSTS, SLICES, Leaderboard, Row, Score
+from recbole_mllm.benchmark.leaderboard import COSTS, SLICES, Leaderboard, LeaderboardRow, Score
 from recbole_mllm.benchmark.ranking import Contender, build, compare_rows
 from recbole_mllm.benchmark.records import RunRecord, append, read_arrays
 from recbole_mllm.benchmark.report import format_leaderboard, render, write_note
@@ -415,7 +415,7 @@ def test_the_latex_table_sets_names_as_they_are_written_and_every_row_has_its_co
 
 def equal_scorers(
     rng: np.random.Generator, n_users: int, draws: np.ndarray | None
-) -> tuple[list[Row], list[Contender]]:
+) -> tuple[list[LeaderboardRow], list[Contender]]:
     """Return 12 models that see the target equally well: ten baselines, MLLMMSR and a variant of it."""
     names = [*(f"Twin{number}" for number in range(10)), "MLLMMSR", "MLLMMSR:direct"]
     user, label = np.repeat(np.arange(n_users), 21), np.tile([1.0] + [0.0] * 20, n_users)
@@ -433,7 +433,7 @@ def equal_scorers(
         evidence = Evidence(np.arange(n_users).astype(str), values, {}, pairs)
         contenders.append(Contender(name, (run,), evidence, None if draws is None else auc_replicates(pairs, draws)))
         means = {metric: Score(float(column.mean())) for metric, column in values.items()}
-        rows.append(Row(name, run.kind, (1,), "ok", (run,), means | ({"AUC": Score(0.5)} if pairs else {})))
+        rows.append(LeaderboardRow(name, run.kind, (1,), "ok", (run,), means | ({"AUC": Score(0.5)} if pairs else {})))
     return rows, contenders
 
 
