@@ -153,14 +153,14 @@ def charts(health: Health) -> list[Chart]:
     if order is None or not health.over_time.any() or order.last - order.first + 1 == health.n_interactions:
         return drawn  # no times, or places in the order: a flat picture
     counts = health.over_time.tolist()
-    edges = np.linspace(order.first, order.last, len(counts) + 1).tolist()
-    ends = [(time, moment(time)) for time in (order.first, order.last)]
-    x = Axis(order.first, max(order.last, order.first + 1), LEFT, RIGHT, labels=ends)
+    starts = np.linspace(order.first, order.last, len(counts) + 1).tolist()
+    ends = [(0, moment(order.first)), (len(counts), moment(order.last))]
+    x = Axis(0, len(counts), LEFT, RIGHT, labels=ends)
     hover = [
-        f"from {moment(edge)}: {many(count, 'interaction', 'interactions')}"
-        for edge, count in zip(edges, counts, strict=False)
+        f"from {moment(start)}: {many(count, 'interaction', 'interactions')}"
+        for start, count in zip(starts, counts, strict=False)
     ]
-    return [*drawn, _bars("Interactions over time", x, edges, counts, hover, "time", "interactions")]
+    return [*drawn, _bars("Interactions over time", x, range(len(counts) + 1), counts, hover, "time", "interactions")]
 
 
 def _history_lengths(lengths: NDArray[np.int64]) -> Chart:
