@@ -1,33 +1,61 @@
-"""What a run of MLLMMSR keeps of single users, so that a report can show them later without the model.
+"""Case studies: what a run of MLLMMSR stores of single users, and what a report shows of them without the model.
 
-Users are drawn by a fixed seed, never by how well they came out, and in one order: a report shows the first few of them
-and may pick others from the rest by a rule it states.
+Users are drawn by a fixed seed, never by how well they came out, and in one order. A report shows the first of them,
+whatever came of them, and at most two more by a rule that it states: where two models disagree most, one each way.
 """
 
 from __future__ import annotations
 
+import base64
+import io
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from difflib import SequenceMatcher
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from PIL import Image
 
-from recbole_mllm.data.atomic import whole_file
-from recbole_mllm.data.peruser import user_of
+from recbole_mllm.benchmark.field import MLLM
+from recbole_mllm.benchmark.leaderboard import Leaderboard
+from recbole_mllm.benchmark.records import PAIR_COLUMNS, RunRecord, read_arrays
+from recbole_mllm.data.images import open_image, resolve
 from recbole_mllm.data.schema import HISTORY_NUMBER, POSITION
+from recbole_mllm.errors import UserError
+from recbole_mllm.files import whole_file
 
 CASES = "cases.json"
 TITLES = "titles.json"
-KEPT = 200
-"""How many users are kept: enough for a rule to choose from, a megabyte or two on the disk."""
+STORED = 200
+"""How many users are stored: enough for a rule to choose from, a megabyte or two on the disk."""
 
 CASE_SEED = 2024
 LAST_ITEMS = 60
-"""Items of a history that are kept, the newest; what the preference texts had read before is only counted."""
+"""Items of a history that are stored, the newest; what the preference texts had read before is only counted."""
+
+SHOWN = 6
+DEEPEST = 21
+"""How many of a user's best items are shown where all are ranked, as many as candidates where 20 are drawn."""
+
+BESIDE = "SASRec"
+"""The baseline that is shown beside, where it has run; else the best one."""
+
+SIDE = 96
+"""The longest side of a thumbnail in pixels: enough to recognise an item, too little to replace the picture."""
+
+TRIES = ((SIDE, 70), (72, 60), (48, 55))  # side in pixels, JPEG quality: the next where the page would grow too big
+BUDGET = 1_300_000
+"""Characters that all thumbnails together may take, so that the page stays below two megabytes."""
 
 
-def write_cases(outcome: Any, folder: Path, kept: int = KEPT) -> Path | None:
+# ---- what a run stores
+
+
+def write_cases(outcome: Any, folder: Path) -> Path | None:
     """Write ``cases.json`` of a finished `Outcome` into `folder`; None for a model that reads no preferences."""
     preferences = getattr(outcome.model, "preferences", None)
     if preferences is None:
@@ -36,37 +64,37 @@ def write_cases(outcome: Any, folder: Path, kept: int = KEPT) -> Path | None:
     users, tokens = (np.asarray(data.field2id_token[f]).astype(str) for f in (data.uid_field, data.iid_field))
     rows = outcome.test_data._dataset.inter_feat
     owners, answers = users[rows[data.uid_field].numpy()], tokens[rows[data.iid_field].numpy()]
-    read = (rows[HISTORY_NUMBER].tolist(), rows[POSITION].tolist(), answers.tolist())
-    asked = dict(zip(owners.tolist(), zip(*read, strict=True), strict=True))
-    chosen = drawn(asked, kept)
-    told = [case_of(preferences, data.history_names.name(asked[user][0]), *asked[user][1:]) for user in chosen]
+    read = zip(rows[HISTORY_NUMBER].tolist(), rows[POSITION].tolist(), answers.tolist(), strict=True)
+    asked = dict(zip(owners.tolist(), read, strict=True))
+    chosen = drawn(asked, STORED)
+    stored = [case_of(preferences, data.history_names.name(asked[user][0]), *asked[user][1:]) for user in chosen]
     candidates = tokens[pairs["item_id"][np.isin(pairs["user_id"], np.flatnonzero(np.isin(users, chosen)))]]
-    wanted = {item for case in told for item in case["history"]} | set(candidates.tolist())
+    wanted = {item for case in stored for item in case["history"]} | set(candidates.tolist())
     folders = [Path(str(p)) for p in (outcome.config["data_path"], outcome.config["image_dir"]) if p]
-    known = {item: _item(preferences.items, item, folders) for item in sorted(wanted)}
+    items = {item: _stored_item(preferences.items, item, folders) for item in sorted(wanted)}
     with whole_file(folder / CASES) as file:
-        json.dump({"version": 1, "seed": CASE_SEED, "users": told, "items": known}, file, ensure_ascii=False)
+        json.dump({"version": 1, "seed": CASE_SEED, "users": stored, "items": items}, file, ensure_ascii=False)
     return folder / CASES
 
 
-def write_titles(outcome: Any, folder: Path, titles: Mapping[str, str], kept: int = KEPT) -> Path:
-    """Write ``titles.json``: the titles of the items a model without texts ranked best for the users that are kept.
+def write_titles(outcome: Any, folder: Path, titles: Mapping[str, str]) -> Path:
+    """Write ``titles.json``: titles of the items that a model without texts ranked best for the users that are stored.
 
     Where all items are ranked, they need not be among those that MLLMMSR's cases name.
     """
     data, pairs = outcome.dataset, outcome.pairs
     users, tokens = (np.asarray(data.field2id_token[f]).astype(str) for f in (data.uid_field, data.iid_field))
-    chosen = drawn(dict.fromkeys(users[np.unique(pairs["user_id"])].tolist()), kept)
+    chosen = drawn(dict.fromkeys(users[np.unique(pairs["user_id"])].tolist()), STORED)
     items = tokens[np.unique(pairs["item_id"][np.isin(users[pairs["user_id"]], chosen)])].tolist()
     with whole_file(folder / TITLES) as file:
         json.dump({item: titles.get(item, item) for item in items}, file, ensure_ascii=False)
     return folder / TITLES
 
 
-def drawn(users: Mapping[str, Any], kept: int) -> list[str]:
-    """Return up to `kept` users in an order that knows their names and a fixed seed, nothing else."""
+def drawn(users: Mapping[str, Any], limit: int) -> list[str]:
+    """Return up to `limit` users in an order that depends on their names and a fixed seed alone."""
     names = sorted(users)
-    return [names[index] for index in np.random.default_rng(CASE_SEED).permutation(len(names))[:kept]]
+    return [names[index] for index in np.random.default_rng(CASE_SEED).permutation(len(names))[:limit]]
 
 
 def case_of(preferences: Any, history: str, position: int, target: str) -> dict[str, Any]:
@@ -75,6 +103,8 @@ def case_of(preferences: Any, history: str, position: int, target: str) -> dict[
     ``history`` holds items ``[start, position)`` of the whole history; each step has read items ``[since, seen)`` of it
     on top of the step before; ``read`` is the text that stood in the question.
     """
+    from recbole_mllm.data.peruser import user_of
+
     start = max(0, position - LAST_ITEMS)
     return {
         "user": user_of(history),
@@ -87,11 +117,247 @@ def case_of(preferences: Any, history: str, position: int, target: str) -> dict[
     }
 
 
-def _item(items: Any, item: str, folders: list[Path]) -> dict[str, str]:
+def _stored_item(items: Any, item: str, folders: list[Path]) -> dict[str, str]:
     """Return title and image; the image's path is relative to the first of `folders` that holds it."""
-    image = items.image(item)
-    told = ""
+    image, path = items.image(item), ""
     if image is not None:
         roots = (folder.resolve() for folder in folders)
-        told = next((str(image.resolve().relative_to(r)) for r in roots if image.resolve().is_relative_to(r)), "")
-    return {"title": items.title(item), "image": told}
+        path = next((str(image.resolve().relative_to(r)) for r in roots if image.resolve().is_relative_to(r)), "")
+    return {"title": items.title(item), "image": path}
+
+
+# ---- what a report shows
+
+
+class Shown(NamedTuple):
+    """An item as the page shows it; `image` is a data URI or empty."""
+
+    title: str
+    image: str = ""
+
+
+class Candidate(NamedTuple):
+    """An item in a user's ranking of `of` items; `p` is P(Yes) where an MLLM was asked, None where it was not."""
+
+    item: str
+    score: float
+    hit: bool
+    rank: int
+    of: int
+    p: float | None
+
+
+Order = dict[str, list[Candidate]]
+"""For each user the candidates, best first: all of them or, where all items are ranked, the best and the target."""
+
+
+class Piece(NamedTuple):
+    """Some words and what became of them; without the ``gone`` pieces, a list of these is the later text."""
+
+    change: Literal["same", "gone", "new"]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Some items of a history, and the preference after them, in pieces; None where no text has read them."""
+
+    first: int
+    last: int
+    shown: Sequence[str]
+    text: Sequence[Piece] | None
+    unchanged: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One user: why they are shown, their history after the `earlier` items, and the rankings of two models."""
+
+    user: str
+    why: str
+    earlier: int
+    blocks: Sequence[Block]
+    mine: Sequence[Candidate]
+    theirs: Sequence[Candidate]
+
+    @property
+    def of(self) -> int:
+        """How many items were ranked."""
+        return self.mine[0].of
+
+
+@dataclass(frozen=True, slots=True)
+class Casebook:
+    """All cases of a page, with the items they name by raw id; `problem` says why there are none."""
+
+    model: str
+    beside: str
+    seed: int
+    cases: Sequence[Case] = ()
+    items: Mapping[str, Shown] = field(default_factory=dict)
+    drawn_from: int = 0
+    images: Literal["off", "none", "some"] = "none"
+    problem: str = ""
+
+    def show(self, item: str) -> Shown:
+        """Return an item's title, its id where none is known, and its picture."""
+        return self.items.get(item, Shown(item))
+
+
+def read_casebook(board: Leaderboard, results: Path, *, embed_images: bool = True) -> Casebook | None:
+    """Return the cases of MLLMMSR itself, else of its best variant that stored some, or None if none did."""
+    baselines = {row.model: row.runs[0] for row in board.ranked if row.kind == "baseline"}
+    beside = BESIDE if BESIDE in baselines else board.best_baseline or ""
+    rows = sorted((row for row in board.ranked if row.kind == "mllm"), key=lambda row: row.runs[0].label != MLLM)
+    for model, run in ((row.model, run) for row in rows for run in row.runs):
+        path = (results / str(run.per_user)).with_name(CASES)
+        if not path.is_file():
+            continue
+        book = Casebook(model, beside, run.seed)
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            return _fill(book, stored, run, baselines.get(beside), results, embed_images)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError) as error:
+            why = " ".join(f"{type(error).__name__}: {error}".split())
+            problem = f"{path.name} of run {run.run_id} cannot be shown ({why}); run that model again with --force"
+            return replace(book, problem=problem)
+    return None
+
+
+def _fill(
+    book: Casebook, stored: Mapping[str, Any], run: RunRecord, other: RunRecord | None, results: Path, embed: bool
+) -> Casebook:
+    users = {case["user"]: case for case in stored["users"]}
+    mine, theirs = (read_order(each, results, list(users)) for each in (run, other))
+    chosen = choose(list(users), mine, theirs, book)
+    cases = [
+        Case(user, why, users[user]["start"], _blocks(users[user]), mine[user], theirs.get(user, []))
+        for user, why in chosen.items()
+    ]
+    known = stored["items"]
+    used = [known[item]["image"] for case in cases
+            for item in (*users[case.user]["history"], *(one.item for one in case.mine))]  # fmt: skip
+    folders = [Path(str(value)) for key in ("data_path", "image_dir") if (value := run.config.get(key))]
+    pictures = thumbnails(used, folders) if embed else {}
+    items = {item: Shown(title) for item, title in _titles(other, results).items()}
+    items |= {item: Shown(entry["title"] or item, pictures.get(entry["image"], "")) for item, entry in known.items()}
+    images: Literal["off", "none", "some"] = "off" if not embed else "some" if pictures else "none"
+    return replace(book, cases=cases, items=items, drawn_from=len(users), images=images)
+
+
+def _titles(run: RunRecord | None, results: Path) -> dict[str, str]:
+    """Return the titles that a run without texts of its own stored of the items it ranked best."""
+    path = (results / str(run.per_user)).with_name(TITLES) if run is not None else None
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path is not None and path.is_file() else {}
+
+
+def read_order(run: RunRecord | None, results: Path, users: Sequence[str]) -> Order:
+    """Return how a run ranked the candidates of `users`: by the places it stored, else by score, then by item id."""
+    if run is None or run.scores is None:
+        return {}
+    arrays = read_arrays(results / run.scores, PAIR_COLUMNS)
+    arrays = {name: column[np.isin(arrays["user"], users)] for name, column in arrays.items()}
+    owner, item, label, score = (arrays[name] for name in PAIR_COLUMNS)
+    place, among = arrays.get("place", score), arrays.get("among")
+    # places without a file's ``answer`` are those of a model whose score is its answer
+    answer = arrays.get("answer", score if run.kind == "mllm" else np.full(len(score), np.nan))
+    sizes = Counter(owner.astype(str).tolist())
+    order: Order = {}
+    for row in np.lexsort((item, -place, owner)):
+        own = order.setdefault(str(owner[row]), [])
+        of = sizes[str(owner[row])] if among is None else int(among[row])
+        rank = len(own) + 1 if among is None else int(of - place[row])
+        p = None if np.isnan(answer[row]) else float(1 / (1 + np.exp(-float(answer[row]))))
+        if among is None or rank <= DEEPEST or label[row] > 0:
+            own.append(Candidate(str(item[row]), float(score[row]), bool(label[row] > 0), rank, of, p))
+    return order
+
+
+def choose(names: Sequence[str], mine: Order, theirs: Order, book: Casebook) -> dict[str, str]:
+    """Return the users to show and why each is: the first drawn, then the furthest apart of the rest, one each way."""
+    chosen = dict.fromkeys(names[:SHOWN], "drawn by seed, whatever came of it")
+    rest = [name for name in names[SHOWN:] if name in theirs]
+    ours, other = (
+        {name: next(one.rank for one in order[name] if one.hit) for name in rest} for order in (mine, theirs)
+    )
+    rule = f"chosen for disagreement: of {len(rest)} other users, the one where {{}} ranks the hit furthest above {{}}"
+    for above, below, pair in ((ours, other, (book.model, book.beside)), (other, ours, (book.beside, book.model))):
+        ahead = {name: below[name] - above[name] for name in rest}
+        best = max(ahead, key=ahead.__getitem__, default=None)  # the first drawn of equals
+        if best is not None and ahead[best] > 0:
+            chosen[best] = rule.format(*pair)
+    return chosen
+
+
+def _blocks(case: Mapping[str, Any]) -> list[Block]:
+    """Part the history where a text was written; a model without a chain has one block and what it read."""
+    start, end, before = case["start"], case["position"], None
+    steps = case["steps"] or [{"since": start, "seen": end, "text": case["read"]}]
+    blocks = []
+    for step in steps:
+        text = [Piece("same", step["text"])] if before is None else word_changes(before, step["text"])
+        items = case["history"][max(0, step["since"] - start) : max(0, step["seen"] - start)]
+        blocks.append(Block(step["since"] + 1, step["seen"], items, text, before == step["text"]))
+        before = step["text"]
+    if (seen := steps[-1]["seen"]) < end:
+        blocks.append(Block(seen + 1, end, case["history"][max(0, seen - start) :], None))
+    return blocks
+
+
+def word_changes(before: str, after: str) -> list[Piece]:
+    """Return `after` in pieces, with what has gone from `before` where it stood.
+
+    A single unchanged word between two changes is part of the change: lone "the"s make no text readable.
+    """
+    old, new = before.split(), after.split()
+    blocks = SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
+    parts = []
+    for number, (tag, a, b, c, d) in enumerate(blocks):
+        lone = b - a < 2 and 0 < number < len(blocks) - 1
+        parts.append((tag == "equal" and not lone, old[a:b], new[c:d]))
+    pieces: list[Piece] = []
+    for same, group in groupby(parts, key=lambda part: part[0]):
+        _, left, right = zip(*group, strict=True)
+        gone, come = (" ".join(sum(words, [])) for words in (left, right))
+        found = [Piece("same", come)] if same else [Piece("gone", gone), Piece("new", come)]
+        pieces += [piece for piece in found if piece.text]
+    return pieces
+
+
+def thumbnails(images: Iterable[str], folders: Sequence[Path]) -> Mapping[str, str]:
+    """Return a JPEG data URI for each of `images`, paths relative to one of `folders`, that can be had.
+
+    An image is counted as often as it is given, as the page holds it that often. What cannot be read, lies outside the
+    folders or does not fit the budget is left out.
+    """
+    uses = Counter(image for image in images if image)
+    opened = {image: picture for image in uses if (picture := _open_small(image, folders)) is not None}
+    uris: dict[str, str] = {}
+    for side, quality in TRIES:
+        uris = {image: _encode(picture, side, quality) for image, picture in opened.items()}
+        if sum(len(uri) * uses[image] for image, uri in uris.items()) <= BUDGET:
+            return uris
+    spent = np.cumsum([len(uri) * uses[image] for image, uri in uris.items()])
+    return {image: uri for (image, uri), total in zip(uris.items(), spent, strict=True) if total <= BUDGET}
+
+
+def _open_small(image: str, folders: Sequence[Path]) -> Image.Image | None:
+    for folder in folders:
+        path, _ = resolve(folder, image)
+        if path is None:
+            continue
+        try:
+            picture = open_image(path)
+        except OSError:
+            continue
+        picture.thumbnail((SIDE, SIDE))
+        return picture
+    return None
+
+
+def _encode(picture: Image.Image, side: int, quality: int) -> str:
+    smaller = picture.copy()
+    smaller.thumbnail((side, side))
+    data = io.BytesIO()
+    smaller.save(data, "JPEG", quality=quality, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()

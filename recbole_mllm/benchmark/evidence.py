@@ -1,4 +1,9 @@
-"""What a run has shown, user by user: its arrays, checked, aligned by raw user id and averaged over seeds."""
+"""What a run has shown, user by user: its arrays, checked, aligned by raw user id and averaged over seeds.
+
+From them come the metrics at every cut-off, and the ranking metric by groups of users: new and known targets,
+popularity, length of history, image or none. Groups are cut once for the whole table, so that all rows show the same
+users side by side.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +15,36 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from recbole_mllm.benchmark.curves import Ranks, target_ranks
+from recbole_mllm.benchmark.leaderboard import Dimension, GroupPart
 from recbole_mllm.benchmark.records import PAIR_COLUMNS, USER_COLUMNS, Arrays, RunRecord, read_arrays
+from recbole_mllm.benchmark.significance import (
+    DRAW_SEED,
+    Floats,
+    SortedPairs,
+    estimate_means,
+    pooled_auc,
+    sort_pairs,
+)
 from recbole_mllm.errors import UserError
-from recbole_mllm.evaluation.significance import Floats, Pairs, pooled_auc, sort_pairs
+from recbole_mllm.evaluation.metrics import METRICS
 
 POOLED = "AUC"
+CURVES = {metric.name: metric.gain for metric in METRICS if metric.gain is not None}
+DEEPEST = 20  # cut-off of the curves
+FEW = 30
+"""Below this many users a group's mean is an anecdote, and the reports say so."""
+
+BUDGET = 4e6  # drawn values a group: from 2000 users on, the normal interval does
+
+Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """``[users]`` ranks of the targets, 0 for the best, among at least `candidates` items each."""
+
+    rank: NDArray[np.int64]
+    candidates: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,16 +55,16 @@ class Evidence:
         users: ``[users]`` raw ids, sorted; every array below follows this order.
         values: ``[users]`` floats for each per-user metric, averaged over the row's seeds.
         masks: ``[users]`` booleans for each slice.
-        pairs: Scored pairs of each seed, for pooled AUC; empty where a run kept none, or the best of all items alone.
-        ranks: The targets' ranks in each seed; empty where a run does not tell them.
-        best_alone: Whether the runs ranked all items and kept each user's best alone.
+        pairs: Scored pairs of each seed, for pooled AUC; empty where a run has none, or the best of all items alone.
+        ranks: The targets' ranks in each seed; empty where a run does not show them.
         columns: ``[users]`` arrays that users are grouped by, `USER_COLUMNS`.
+        best_alone: Whether the runs ranked all items and stored each user's best alone.
     """
 
     users: NDArray[np.str_]
     values: Mapping[str, Floats]
-    masks: Mapping[str, NDArray[np.bool_]]
-    pairs: tuple[Pairs, ...] = ()
+    masks: Mapping[str, Mask]
+    pairs: tuple[SortedPairs, ...] = ()
     ranks: tuple[Ranks, ...] = ()
     columns: Arrays = field(default_factory=dict)
     best_alone: bool = False
@@ -45,7 +74,7 @@ class Evidence:
         """Names of all metrics this evidence can give with an interval."""
         return (*self.values, POOLED) if self.pairs else tuple(self.values)
 
-    def mean(self, metric: str, mask: NDArray[np.bool_]) -> float | None:
+    def mean(self, metric: str, mask: Mask) -> float | None:
         """Return `metric` on the users in `mask`, or None where that is undefined."""
         if not mask.any():
             return None
@@ -58,7 +87,7 @@ class Evidence:
 def load_evidence(record: RunRecord, results: Path) -> Evidence:
     """Read the arrays of one finished run; UserError names the run and what is wrong with them."""
     if record.per_user is None:
-        raise UserError(f"run {record.run_id} kept no per-user metrics; run it again with --force")
+        raise UserError(f"run {record.run_id} has no per-user metrics; run it again with --force")
     arrays = read_arrays(results / record.per_user, USER_COLUMNS)
     users, order = np.unique(arrays["user"].astype(str), return_index=True)
     if users.size != arrays["user"].size:
@@ -68,18 +97,27 @@ def load_evidence(record: RunRecord, results: Path) -> Evidence:
     odd = [name for name, column in values.items() if not np.isfinite(column).all()]
     if odd or not values:
         raise UserError(f"run {record.run_id}: {', '.join(odd) or 'no metric'} is not finite for every user")
-    known = {name: arrays[name] for name in USER_COLUMNS}
-    pairs, ranks, best_alone = _load_scores(record, results, users)
-    return Evidence(users, values, slice_masks(arrays), pairs, ranks, known, best_alone)
+    count = arrays["train_count"]
+    masks = {"cold": count == 0, "warm": count > 0, "tail": arrays["tail"].astype(bool)}
+    evidence = Evidence(users, values, masks, columns={name: arrays[name] for name in USER_COLUMNS})
+    return evidence if record.scores is None else _with_scores(evidence, record, results / record.scores)
 
 
-def slice_masks(arrays: Arrays) -> dict[str, NDArray[np.bool_]]:
-    """Return each slice of the users, by the target's history in training."""
-    return {
-        "cold": np.asarray(arrays["train_count"] == 0),
-        "warm": np.asarray(arrays["train_count"] > 0),
-        "tail": arrays["tail"].astype(bool),
-    }
+def _with_scores(evidence: Evidence, record: RunRecord, path: Path) -> Evidence:
+    """Add what the scored pairs show."""
+    users, arrays = evidence.users, read_arrays(path, PAIR_COLUMNS)
+    names, score = arrays["user"].astype(str), arrays["score"].astype(np.float64)
+    index = np.minimum(np.searchsorted(users, names), users.size - 1)
+    if not (users[index] == names).all():
+        raise UserError(f"run {record.run_id}: its scores name users that its per-user metrics do not")
+    if not np.isfinite(score).all():
+        raise UserError(f"run {record.run_id}: some scores are not finite")
+    label, best_alone = arrays["label"].astype(np.float64), "among" in arrays
+    ranks = target_ranks(index, label, arrays.get("place", score), users.size)
+    pairs = () if best_alone else (sort_pairs(index, label, score),)
+    return Evidence(
+        users, evidence.values, evidence.masks, pairs, (ranks,) if ranks else (), evidence.columns, best_alone
+    )
 
 
 def average(seeds: Sequence[Evidence]) -> Evidence:
@@ -87,27 +125,89 @@ def average(seeds: Sequence[Evidence]) -> Evidence:
     first = seeds[0]
     shared = [name for name in first.values if all(name in seed.values for seed in seeds)]
     values = {name: np.mean([seed.values[name] for seed in seeds], axis=0) for name in shared}
-    complete = all(seed.pairs for seed in seeds)
-    pairs = tuple(pairs for seed in seeds for pairs in seed.pairs) if complete else ()
+    pairs = tuple(pairs for seed in seeds for pairs in seed.pairs) if all(seed.pairs for seed in seeds) else ()
     ranks = tuple(ranks for seed in seeds for ranks in seed.ranks) if all(seed.ranks for seed in seeds) else ()
     return Evidence(first.users, values, first.masks, pairs, ranks, first.columns, first.best_alone)
 
 
-def _load_scores(
-    record: RunRecord, results: Path, users: NDArray[np.str_]
-) -> tuple[tuple[Pairs, ...], tuple[Ranks, ...], bool]:
-    if record.scores is None:
-        return (), (), False
-    arrays: Mapping[str, NDArray[Any]] = read_arrays(results / record.scores, PAIR_COLUMNS)
-    names = arrays["user"].astype(str)
-    index = np.minimum(np.searchsorted(users, names), users.size - 1)
-    score = arrays["score"].astype(np.float64)
-    if not (users[index] == names).all():
-        raise UserError(f"run {record.run_id}: its scores name users that its per-user metrics do not")
-    if not np.isfinite(score).all():
-        raise UserError(f"run {record.run_id}: some scores are not finite")
-    label = arrays["label"].astype(np.float64)
-    ranks = target_ranks(index, label, arrays.get("place", score), users.size)
-    best_alone = "among" in arrays
-    pairs = () if best_alone else (sort_pairs(index, label, score),)
-    return pairs, (ranks,) if ranks is not None else (), best_alone
+def target_ranks(user: NDArray[Any], label: NDArray[Any], order: NDArray[Any], n_users: int) -> Ranks | None:
+    """Return where each user's target was ranked, or None where the arrays do not show it.
+
+    They do not for users with several targets, nor where a target's score is tied and no places were stored.
+
+    Args:
+        user: ``[pairs]`` index of the user.
+        label: ``[pairs]`` above 0 for the target.
+        order: ``[pairs]`` place or score, higher is better.
+        n_users: How many users there are.
+    """
+    positive = label > 0
+    if not (np.bincount(user[positive], minlength=n_users) == 1).all():
+        return None
+    target = np.empty(n_users, dtype=order.dtype)
+    target[user[positive]] = order[positive]
+    if (order[~positive] == target[user[~positive]]).any():
+        return None
+    rank = np.bincount(user[order > target[user]], minlength=n_users)
+    return Ranks(rank, int(np.bincount(user, minlength=n_users).min()))
+
+
+def metric_curves(seeds: Sequence[Ranks]) -> dict[str, tuple[float, ...]]:
+    """Return each metric at k = 1, 2, …, averaged over users and seeds; nothing where no ranks are known.
+
+    With one target a user, its rank says it all. The last k leaves one candidate out: with all of them every Hit is 1.
+    """
+    if not seeds:
+        return {}
+    k = np.arange(1, max(2, min(DEEPEST + 1, min(one.candidates for one in seeds))))
+    rank = np.concatenate([one.rank for one in seeds])[:, None]
+    return {name: tuple(((rank < k) * gain(rank)).mean(axis=0).tolist()) for name, gain in CURVES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """A dimension and the ``[users]`` mask of each of its groups."""
+
+    dimension: Dimension
+    masks: tuple[Mask, ...]
+
+
+def partitions(columns: Mapping[str, NDArray[Any]]) -> tuple[Partition, ...]:
+    """Part the users by each of the four dimensions; groups without users are left out."""
+    count, length, image = columns["train_count"], columns["history_length"], columns["has_image"].astype(bool)
+    dimensions = (
+        ("warmth", "Cold and warm targets", "cold: the target has no interaction in training",
+         {"cold": count == 0, "warm": count > 0}),
+        ("popularity", "Popularity of the target",
+         "interactions of the target in training, tenths of the users; equal counts stay together", bands(count, 10)),
+        ("history", "Length of the history",
+         "interactions of the user in training, quarters of the users; equal lengths stay together", bands(length, 4)),
+        ("image", "Image of the target", "whether the target has an image that can be read",
+         {"with image": image, "without image": ~image}),
+    )  # fmt: skip
+    parts = []
+    for key, title, meaning, masks in dimensions:
+        masks = {label: mask for label, mask in masks.items() if mask.any()}
+        counts = tuple(int(mask.sum()) for mask in masks.values())
+        parts.append(Partition(Dimension(key, title, meaning, tuple(masks), counts), tuple(masks.values())))
+    return tuple(parts)
+
+
+def bands(values: NDArray[Any], parts: int) -> dict[str, Mask]:
+    """Cut users into up to `parts` groups of about one size by `values`, lowest first; equal values share a group."""
+    edges = np.unique(np.quantile(values, np.arange(1, parts) / parts, method="lower"))
+    band = np.searchsorted(edges, values, side="left")
+    masks = [band == number for number in np.unique(band)]
+    ends = [(values[mask].min(), values[mask].max()) for mask in masks]
+    return {
+        f"{low:,}" if low == high else f"{low:,}–{high:,}": mask for (low, high), mask in zip(ends, masks, strict=True)
+    }
+
+
+def measure(values: Floats, partition: Partition) -> tuple[GroupPart, ...]:
+    """Return mean and 95 % interval of ``[users]`` `values` in each group."""
+    parts = []
+    for mask in partition.masks:
+        (estimate,) = estimate_means(values[mask][None], DRAW_SEED, BUDGET)
+        parts.append(GroupPart(estimate.mean, estimate.low, estimate.high, int(mask.sum())))
+    return tuple(parts)

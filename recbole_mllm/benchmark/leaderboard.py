@@ -10,22 +10,34 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from recbole_mllm.benchmark.records import RunRecord
+from recbole_mllm.evaluation.metrics import METRICS
 
 VALID_METRIC = "NDCG@10"
 """What rows are sorted by (on the test split), and what makes a baseline the best one (on validation)."""
 
 LEVEL = 0.05
-COSTS = ("load_s", "summarize_s", "train_s", "score_s", "pairs_per_s", "peak_memory_mb")
-COUNTS = ("tokens", "parameters_trained")
-ALL_COSTS = ("load_s", "summarize_s", "features_s", *COSTS[2:], *COUNTS)
-"""Costs that the reports show; ``leaderboard.json`` keeps to its published `COSTS`."""
+ALL_COSTS = {
+    "load_s": "Load",
+    "summarize_s": "Summarise",
+    "features_s": "Features",
+    "train_s": "Train",
+    "score_s": "Score",
+    "pairs_per_s": "Pairs/s",
+    "peak_memory_mb": "Memory MB",
+    "tokens": "Tokens",
+    "parameters_trained": "Parameters",
+}
+"""Costs that the reports show, with their titles."""
 
-SECONDS = ("summarize_s", "features_s", "train_s", "score_s")
-"""What a row's whole time is the sum of."""
+COUNTS = ("tokens", "parameters_trained")
+COSTS = [name for name in ALL_COSTS if name not in ("features_s", *COUNTS)]
+"""Costs in the published schema of ``leaderboard.json``."""
 
 SLICES = ("cold", "warm", "tail")
-FAMILIES = ("NDCG", "Hit", "Recall", "MRR", "GAUC", "AUC")
+FAMILIES = [metric.name for metric in METRICS]
 CUTOFFS = ("10", "5", "3")
+SHORT = {f"{metric.name}@{cut}".rstrip("@") for metric in METRICS for cut in metric.short}
+"""Metrics of the short tables; RecBole's Recall equals Hit where a user has one target."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +81,13 @@ class Dimension:
 
     key: str
     title: str
-    told: str
+    meaning: str
     labels: tuple[str, ...]
     counts: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class LeaderboardRow:
     """One model of the table: all its seeds that finished alike, or one seed that did not.
 
     `tested_against` names the row that its scores are tested against: the best baseline or, for a variant of MLLMMSR,
@@ -97,8 +109,8 @@ class Row:
     @property
     def converged(self) -> bool | None:
         """Whether validation had stopped rising in all seeds; None where that is no question, or was not recorded."""
-        told = [run.converged for run in self.runs if run.converged is not None]
-        return all(told) if told else None
+        known = [run.converged for run in self.runs if run.converged is not None]
+        return all(known) if known else None
 
     @property
     def summarize_reused(self) -> int:
@@ -116,8 +128,11 @@ class Row:
 
     @property
     def seconds(self) -> float:
-        """What the row cost in all: summarising, making features, training and scoring."""
-        return sum(self.cost.get(name) or 0.0 for name in SECONDS)
+        """What the row cost in all."""
+        return sum(self.cost.get(name) or 0.0 for name in ("summarize_s", "features_s", "train_s", "score_s"))
+
+
+Row = LeaderboardRow  # SHIM name: `ranking` still says Row
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +144,7 @@ class Leaderboard:
     candidates: str
     n_users: int
     metrics: tuple[str, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[LeaderboardRow, ...]
     best_baseline: str | None
     note: str = ""
     without_validation: tuple[str, ...] = ()
@@ -146,8 +161,23 @@ class Leaderboard:
     @property
     def costs(self) -> tuple[str, ...]:
         """The costs that the pages show: loading and making features only where a row tells them."""
-        told = {name for row in self.rows for name in ("load_s", "features_s") if row.cost.get(name) is not None}
-        return tuple(name for name in ALL_COSTS if name not in ("load_s", "features_s") or name in told)
+        known = {name for row in self.rows for name in ("load_s", "features_s") if row.cost.get(name) is not None}
+        return tuple(name for name in ALL_COSTS if name not in ("load_s", "features_s") or name in known)
+
+    @property
+    def short_metrics(self) -> list[str]:
+        """The metrics that fit a terminal or a page of LaTeX: those of `SHORT`, or the first seven."""
+        return [name for name in self.metrics if name in SHORT] or list(self.metrics[:7])
+
+    @property
+    def ranked(self) -> list[LeaderboardRow]:
+        """The rows that have numbers, best first."""
+        return [row for row in self.rows if row.ok]
+
+    @property
+    def variants(self) -> list[LeaderboardRow]:
+        """The rows that are tested against a full model rather than the best baseline."""
+        return [row for row in self.rows if row.tested_against not in (None, self.best_baseline)]
 
     @property
     def chosen_on(self) -> str:
@@ -158,6 +188,10 @@ class Leaderboard:
     def not_converged(self) -> tuple[str, ...]:
         """The rows whose training ended while validation was still rising."""
         return tuple(row.model for row in self.rows if row.ok and row.converged is False)
+
+    def slice_of(self, row: LeaderboardRow, name: str, metric: str) -> Part:
+        """Return `metric` of one row on one slice of the users."""
+        return row.slices.get(name, {}).get(metric, Part(None, 0))
 
     def to_json(self) -> dict[str, Any]:
         """Return the published schema of ``leaderboard.json``; a failed row has the same keys with null values."""
@@ -172,10 +206,9 @@ class Leaderboard:
             "rows": [self._row_json(row) for row in self.rows],
         }
 
-    def _row_json(self, row: Row) -> dict[str, Any]:
+    def _row_json(self, row: LeaderboardRow) -> dict[str, Any]:
         scores = {name: row.scores.get(name) for name in self.metrics}
-        empty = Part(None, 0)
-        parts = {s: {m: row.slices.get(s, {}).get(m, empty) for m in self.metrics} for s in SLICES}
+        parts = {s: {m: self.slice_of(row, s, m) for m in self.metrics} for s in SLICES}
         return {
             "model": row.model,
             "seeds": list(row.seeds),
@@ -188,11 +221,11 @@ class Leaderboard:
             "slices": {s: {m: {"mean": p.mean, "n": p.n} for m, p in by.items()} for s, by in parts.items()},
         }
 
-    def p_vs_best_baseline(self, row: Row, score: Score) -> float | None:
+    def p_vs_best_baseline(self, row: LeaderboardRow, score: Score) -> float | None:
         """Return the corrected p-value where it is one against the best baseline."""
         return score.p if row.tested_against == self.best_baseline else None
 
-    def _score_json(self, row: Row, score: Score | None) -> dict[str, Any]:
+    def _score_json(self, row: LeaderboardRow, score: Score | None) -> dict[str, Any]:
         if score is None:
             return dict.fromkeys(("mean", "ci95", "p_vs_best_baseline", "p_raw", "p_holm"))
         return {
@@ -205,7 +238,7 @@ class Leaderboard:
 
 
 def ordered_metrics(names: set[str]) -> tuple[str, ...]:
-    """Return metric names in reading order: by cut-off, then by family; those of nobody's knowledge last, by name."""
+    """Return metric names in reading order: by cut-off, then as in `METRICS`; those not there last, by name."""
 
     def place(name: str) -> tuple[int, int, str]:
         family, _, cutoff = name.partition("@")

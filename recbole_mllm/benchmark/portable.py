@@ -26,9 +26,9 @@ _PATH = re.compile(r"(?<![\w:/.~…-])/(?:[^\s/:'\"`,;()\[\]]+/)+([^\s/:'\"`,;()
 
 def config_digest(config: Mapping[str, Any]) -> str:
     """Return 16 hex digits of a run's whole configuration, files and local models counting by what they hold."""
-    kept = {key: value for key, value in config.items() if key not in _PLACES}
-    kept |= {key: _content(key, kept[key]) for key in (*DECISIVE_FILES, *_MODELS) if key in kept}
-    return hashlib.sha256(json.dumps(plain_json(kept), sort_keys=True).encode()).hexdigest()[:16]
+    decisive = {key: value for key, value in config.items() if key not in _PLACES}
+    decisive |= {key: _content(key, decisive[key]) for key in (*DECISIVE_FILES, *_MODELS) if key in decisive}
+    return hashlib.sha256(json.dumps(plain_json(decisive), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _content(key: str, value: Any) -> Any:

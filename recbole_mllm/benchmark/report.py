@@ -1,6 +1,6 @@
 """Write the leaderboard down: JSON for programs, CSV for spreadsheets, Markdown, LaTeX and HTML for people.
 
-All of them say the same, and all can be made again at any time from ``runs.jsonl`` and the arrays.
+All of them say the same, and all can be rendered again at any time from ``runs.jsonl`` and the arrays.
 """
 
 from __future__ import annotations
@@ -8,28 +8,20 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from recbole_mllm.benchmark.casebook import read_casebook
-from recbole_mllm.benchmark.latex import format_latex
+from recbole_mllm.benchmark.cases import read_casebook
+from recbole_mllm.benchmark.html import page
 from recbole_mllm.benchmark.leaderboard import Leaderboard
-from recbole_mllm.benchmark.markdown import format_markdown
-from recbole_mllm.benchmark.page import page
 from recbole_mllm.benchmark.ranking import build
 from recbole_mllm.benchmark.records import RECORDS, read_records
-from recbole_mllm.benchmark.sheets import format_csv, format_curves, format_groups
-from recbole_mllm.benchmark.text import format_table
+from recbole_mllm.benchmark.tables import (
+    curves_table,
+    format_latex,
+    format_markdown,
+    format_table,
+    groups_table,
+    numbers_table,
+)
 from recbole_mllm.files import write_text
-
-__all__ = [
-    "HTML",
-    "format_csv",
-    "format_latex",
-    "format_leaderboard",
-    "format_markdown",
-    "format_table",
-    "read_leaderboard",
-    "render",
-    "write_note",
-]
 
 HTML = "leaderboard.html"
 NOTE = "note.txt"
@@ -42,22 +34,25 @@ def render(results: Path, *, embed_images: bool = True) -> Leaderboard:
     Without `embed_images` the page's case studies hold no pictures.
     """
     board = read_leaderboard(results)
-    published = json.dumps(board.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
-    write_text(results / "leaderboard.json", published + "\n")
-    write_text(results / "leaderboard.csv", format_csv(board))
-    write_text(results / "leaderboard-groups.csv", format_groups(board))
-    write_text(results / "leaderboard-curves.csv", format_curves(board))
-    write_text(results / "leaderboard.md", format_markdown(board))
-    write_text(results / "leaderboard.tex", format_latex(board))
-    write_text(results / HTML, page(board, read_casebook(board, results, embed_images=embed_images)))
+    forms = {
+        "leaderboard.json": json.dumps(board.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n",
+        "leaderboard.csv": numbers_table(board).to_csv(),
+        "leaderboard-groups.csv": groups_table(board).to_csv(),
+        "leaderboard-curves.csv": curves_table(board).to_csv(),
+        "leaderboard.md": format_markdown(board),
+        "leaderboard.tex": format_latex(board),
+        HTML: page(board, read_casebook(board, results, embed_images=embed_images)),
+    }
+    for name, text in forms.items():
+        write_text(results / name, text)
     return board
 
 
 def read_leaderboard(results: Path) -> Leaderboard:
     """Return what the runs in `results` show, writing nothing."""
     note = results / NOTE
-    told = note.read_text(encoding="utf-8").strip() if note.exists() else ""
-    return build(read_records(results / RECORDS), results, told)
+    text = note.read_text(encoding="utf-8").strip() if note.exists() else ""
+    return build(read_records(results / RECORDS), results, text)
 
 
 def format_leaderboard(results: Path) -> str:
@@ -66,5 +61,5 @@ def format_leaderboard(results: Path) -> str:
 
 
 def write_note(results: Path, note: str) -> None:
-    """Keep a sentence about the data beside the runs, so that every later report carries it."""
+    """Store a sentence about the data beside the runs, so that every later report carries it."""
     write_text(results / NOTE, " ".join(note.split()) + "\n")

@@ -2,15 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
-from recbole.evaluator.metrics import MRR, NDCG, Hit, Recall
 from scipy.stats import rankdata
 
-_TOP_K = {"Hit": Hit, "MRR": MRR, "NDCG": NDCG, "Recall": Recall}
 Log = Mapping[str, Any]
+
+
+class Metric(NamedTuple):
+    """One metric of the tables; their columns follow the order of `METRICS` within each cut-off.
+
+    Args:
+        name: RecBole's name of it; a key is ``name@k`` or, without cut-offs, the name alone.
+        per_cutoff: Whether it is RecBole's metric class of that name, at each k (metrics.py:39-205).
+        of_targets: Whether that class also reads how many targets a user has.
+        short: At which cut-offs ("" for none) it stands in the short tables, of the terminal and of LaTeX.
+        gain: What a user's one target is worth at rank r (``[users]``, 0 = best), for the curves; None = not drawn.
+    """
+
+    name: str
+    per_cutoff: bool = True
+    of_targets: bool = False
+    short: tuple[str, ...] = ()
+    gain: Callable[[Any], Any] | None = None
+
+
+METRICS = (
+    Metric("NDCG", of_targets=True, short=("10", "5"), gain=lambda rank: 1 / np.log2(rank + 2)),
+    Metric("Hit", short=("10", "5"), gain=lambda rank: np.ones_like(rank, dtype=float)),
+    Metric("Recall", of_targets=True),
+    Metric("MRR", short=("10",), gain=lambda rank: 1 / (rank + 1)),
+    Metric("GAUC", per_cutoff=False, short=("",)),
+    Metric("AUC", per_cutoff=False, short=("",)),
+)
 
 
 def joined(batches: Sequence[Log]) -> dict[str, Any]:
@@ -45,14 +71,16 @@ def per_user(log: Log, config: Any) -> dict[str, Any]:
     hits = np.where(inside, log["label"][np.minimum(places, len(log["label"]) - 1)] > 0, False)
     positives = np.add.reduceat(log["label"] > 0, starts).astype(int)
     out: dict[str, Any] = {"user": users}
-    for name, metric in _TOP_K.items():
-        extra = (positives,) if name in ("NDCG", "Recall") else ()
-        values = metric(config).metric_info(hits, *extra)
-        out |= {f"{name}@{k}": np.asarray(values[:, k - 1], dtype=float) for k in config["topk"]}
+    from recbole.evaluator import metrics as recbole_metrics  # loads torch, which the reports do without
+
+    for metric in sorted((metric for metric in METRICS if metric.per_cutoff), key=lambda metric: metric.name):
+        extra = (positives,) if metric.of_targets else ()
+        values = getattr(recbole_metrics, metric.name)(config).metric_info(hits, *extra)
+        out |= {f"{metric.name}@{k}": np.asarray(values[:, k - 1], dtype=float) for k in config["topk"]}
     counts = log["among"][starts] if "among" in log else counts
     below = np.add.reduceat(np.where(log["label"] > 0, log["place"], 0), starts) - positives * (positives - 1) / 2
     out["GAUC"] = below / (positives * (counts - positives))
-    asked = {metric.lower() for metric in config["metrics"]}
+    asked = {name.lower() for name in config["metrics"]}
     shown = {name: values for name, values in out.items() if name.partition("@")[0].lower() in asked}
     return {"user": users, **shown} if shown else out
 

@@ -1,1 +1,0 @@
-"""A dataset's health: what is measured, what it means, and how it is shown."""

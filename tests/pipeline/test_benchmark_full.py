@@ -141,7 +141,7 @@ def test_cases_show_the_top_of_the_ranking_and_the_target_where_it_is(place: Pat
             ranks = [one.rank for one in shown]
             assert ranks[:DEEPEST] == list(range(1, DEEPEST + 1)) and len(shown) in (DEEPEST, DEEPEST + 1)
             assert sum(one.hit for one in shown) == 1
-            assert all(one.shown.title == f"title of {one.shown.item}" for one in shown)
+            assert all(book.show(one.item).title == f"title of {one.item}" for one in shown)
         assert [one.p is not None for one in case.mine] == [one.rank <= TOP_K for one in case.mine]
         assert all(one.p is None for one in case.theirs)
 

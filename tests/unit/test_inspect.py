@@ -13,11 +13,9 @@ from PIL import Image
 
 from recbole_mllm.cli import main
 from recbole_mllm.errors import UserError
-from recbole_mllm.health.findings import findings
-from recbole_mllm.health.measure import measure
-from recbole_mllm.health.page import page
-from recbole_mllm.health.report import write_health
-from recbole_mllm.health.text import format_health
+from recbole_mllm.inspect.findings import findings
+from recbole_mllm.inspect.health_page import format_health, health_page, write_health
+from recbole_mllm.inspect.measure import measure
 
 INTER = "user_id:token\titem_id:token\ttimestamp:float\n"
 ITEM = "item_id:token\ttitle:token_seq\timage:token\n"
@@ -54,6 +52,7 @@ def told(folder: Path, image_dir: Path | None = None) -> str:
 
 
 def test_a_sound_dataset_has_nothing_to_warn_of(tmp_path):
+    assert told(base(tmp_path, "", "")) == ""
     health = measure(sound(tmp_path / "s"))
     assert findings(health) == [] and "nothing to warn of" in format_health(health)
     assert (health.n_users, health.n_items, health.n_interactions) == (4, 7, 16)
@@ -65,11 +64,7 @@ def test_a_sound_dataset_has_nothing_to_warn_of(tmp_path):
 SICK = {
     "a byte order mark": ("\ufeff", "", "begins with a byte order mark"),
     "a quote": ("", 'i9\t"Q" and A\t\n', r"1 value starts with a quote, the first: x\.item:8: '\"Q\" and A'"),
-    "an empty user": (
-        "\ti1\t5\n\ti2\t6\n\ti3\t6\n",
-        "",
-        "1 id does not survive RecBole's reader, the first: user '' is",
-    ),
+    "an empty user": ("\ti1\t5\n\ti2\t6\n\ti3\t6\n", "", "1 id does not survive .* the first: user '' is"),
     "[PAD]": ("u0\t[PAD]\t5\n", "[PAD]\tt\t\n", r"item '\[PAD\]' is \[PAD\], which RecBole reserves"),
     "alike": ("U0\ti1\t5\nU0\ti2\t5\nU0\ti3\t5\n", "", "1 user id differs from another only .*'u0' and 'U0'"),
     "outer space": ("u0\t i1\t5\n", " i1\tx\t\n", "1 item id differs from another only .*'i1' and ' i1'"),
@@ -81,22 +76,10 @@ SICK = {
     "few": ("new\ti1\t5\n", "", r"1 user has fewer than 3 interactions \(20\.0 %\)"),
     "item twice": ("", "i1\tagain\t\n", "1 item stands twice in .item, the first: 'i1' in lines 3 and 8"),
     "no title": ("", "i9\t\t\n", "1 item has no title"),
-    "long title": (
-        "",
-        f"i9\t{'long ' * 300}\t\n",
-        r"1 title is longer than 1,000 characters, .*\(1,499\) of item 'i9'",
-    ),
+    "long title": ("", f"i9\t{'long ' * 300}\t\n", r"1 title is longer than 1,000 .*\(1,499\) of item 'i9'"),
     "monstrous": ("", f"i9\t{'x' * 16_777_217}\t\n", r"x\.item:8: title has 16,777,217 characters"),
-    "same title": (
-        "",
-        "i9\ttitle 1\t\n",
-        "1 item has the title of another, the first: 'i1' and 'i9' are both 'title 1'",
-    ),
-    "no image": (
-        "",
-        "i9\tt\timages/none.png\n",
-        r"1 image cannot be used, .* item 'i9': images/none.png does not exist",
-    ),
+    "same title": ("", "i9\ttitle 1\t\n", "1 item has the title of another, the first: 'i1' and 'i9' are both 'title"),
+    "no image": ("", "i9\tt\timages/none.png\n", r"1 image cannot be used, .* images/none.png does not exist"),
     "outside": ("", "i9\tt\t../x.png\n", r"item 'i9': \.\./x\.png leads out of the folder"),
 }
 
@@ -117,7 +100,6 @@ def base(tmp_path: Path, inter: str, item: str) -> Path:
 @pytest.mark.parametrize("what", SICK)
 def test_what_was_planted_is_told_with_count_and_example(tmp_path, what):
     inter, item, expected = SICK[what]
-    assert told(base(tmp_path / "sound", "", "")) == ""
     found = told(base(tmp_path, inter, item)).splitlines()
     assert [line for line in found if re.search(expected, line)], found
     assert len(found) <= 2, "a single ill brings no others but its own consequence"
@@ -254,22 +236,17 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path, capsys):
     assert "page: not written" in (shown := capsys.readouterr().out) and "--output=FILE.html" in shown
 
 
-def test_an_empty_dataset_is_measured_too(tmp_path):
-    health = measure(plant(tmp_path / "x", ""))
-    assert health.n_interactions == 0 and "users" in format_health(health) and "<svg" not in page(health)
-
-
-def test_the_page_escapes_what_the_data_say(tmp_path):
-    evil = "<script>alert(1)</script>"
-    html = page(measure(plant(tmp_path / "x", f"u\t{evil}\t1\nU\t{evil}\t2\n", f"a\t{evil}\t\nb\t{evil}\t\n")))
-    assert evil not in html and "&lt;script&gt;" in html and "http" not in html
-
-
-def test_the_page_draws_every_user_and_interaction(tmp_path):
-    html = page(measure(sound(tmp_path / "s")))
+def test_the_page_draws_every_user_and_interaction_and_escapes_what_the_data_say(tmp_path):
+    html = health_page(measure(sound(tmp_path / "s")))
     users = re.findall(r"interactions: (\d+) users?</title>", html)
     moments = re.findall(r": (\d+) interactions?</title>", html)
     assert sum(map(int, users)) == 4 and sum(map(int, moments)) == 16 and html.count("<polyline") == 1
+    evil = "<script>alert(1)</script>"
+    folder = plant(tmp_path / "x", f"u\t{evil}\t1\nU\t{evil}\t2\n", f"a\t{evil}\t\nb\t{evil}\t\n")
+    html = health_page(measure(folder))
+    assert evil not in html and "&lt;script&gt;" in html and "http" not in html
+    empty = measure(plant(tmp_path / "e", ""))
+    assert empty.n_interactions == 0 and "users" in format_health(empty) and "<svg" not in health_page(empty)
 
 
 def test_inspect_starts_without_torch_recbole_or_pandas(tmp_path):

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,43 +16,39 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from recbole_mllm.benchmark.charts import group_charts, series
 from recbole_mllm.benchmark.evidence import Evidence
-from recbole_mllm.benchmark.leaderboard import COSTS, SLICES, Leaderboard, Row, Score
-from recbole_mllm.benchmark.page import page
-from recbole_mllm.benchmark.plot import quality_versus_cost
+from recbole_mllm.benchmark.html import group_charts, page, quality_versus_cost, series
+from recbole_mllm.benchmark.leaderboard import COSTS, SLICES, Leaderboard, LeaderboardRow, Score
 from recbole_mllm.benchmark.ranking import Contender, build, compare_rows
 from recbole_mllm.benchmark.records import RunRecord, append, read_arrays
-from recbole_mllm.benchmark.report import (
-    format_csv,
-    format_leaderboard,
-    format_markdown,
-    format_table,
-    render,
-    write_note,
-)
+from recbole_mllm.benchmark.report import format_leaderboard, render, write_note
+from recbole_mllm.benchmark.significance import auc_replicates, draw_users, sort_pairs
+from recbole_mllm.benchmark.tables import escape_latex, format_latex, format_markdown, format_table, numbers_table
 from recbole_mllm.errors import UserError
-from recbole_mllm.evaluation.significance import auc_replicates, draw_users, sort_pairs
 from tests.planted_runs import CANDIDATES, plant_run, user_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 EVIL = '<script>alert("1")</script>|&'
 
 
-@pytest.fixture
-def field(tmp_path) -> list[RunRecord]:
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> tuple[Path, list[RunRecord]]:
     """A strong MLLM, a middling baseline that is the best one, a weak baseline and a twin of the best."""
-    return [
-        plant_run(tmp_path, "Pop", 0.1),
-        plant_run(tmp_path, "SASRec", 1.0),
-        plant_run(tmp_path, "MLLMMSR", 2.2, "mllm"),
-        plant_run(tmp_path, "[Twin]", 1.0, "mllm"),
-    ]
+    results = tmp_path_factory.mktemp("results")
+    planted = [("Pop", 0.1, "baseline"), ("SASRec", 1.0, "baseline"), ("MLLMMSR", 2.2, "mllm"), ("[Twin]", 1.0, "mllm")]
+    return results, [plant_run(results, label, power, kind) for label, power, kind in planted]  # type: ignore[arg-type]
 
 
 @pytest.fixture
-def board(field, tmp_path) -> Leaderboard:
-    return build(field, tmp_path)
+def field(world, tmp_path) -> list[RunRecord]:
+    """The runs of `world`, with arrays of their own in `tmp_path`."""
+    shutil.copytree(world[0], tmp_path, dirs_exist_ok=True)
+    return list(world[1])
+
+
+@pytest.fixture(scope="module")
+def board(world) -> Leaderboard:
+    return build(world[1], world[0])
 
 
 def per_user(results: Path, record: RunRecord, metric: str) -> np.ndarray:
@@ -118,24 +115,18 @@ def test_every_p_value_recomputed_from_the_arrays(field, tmp_path):
             assert (same["p_raw"], same["p_holm"]) == (told[metric]["p_raw"], told[metric]["p_holm"])
 
 
-def test_slices_recomputed_from_the_arrays(field, board, tmp_path):
-    arrays = read_arrays(tmp_path / str(field[2].per_user), [])
+def test_slices_recomputed_from_the_arrays(world, board):
+    results, records = world
+    arrays = read_arrays(results / str(records[2].per_user), [])
     masks = {"cold": arrays["train_count"] == 0, "warm": arrays["train_count"] > 0, "tail": arrays["tail"]}
     for name, mask in masks.items():
         cell = row_of(board, "MLLMMSR")["slices"][name]["NDCG@10"]
-        assert cell["n"] == mask.sum()
-        assert cell["mean"] == pytest.approx(arrays["NDCG@10"][mask].mean())
-    scores = read_arrays(tmp_path / str(field[2].scores), [])
+        assert cell == {"mean": pytest.approx(arrays["NDCG@10"][mask].mean()), "n": mask.sum()}
+    scores = read_arrays(results / str(records[2].scores), [])
     cold = np.isin(scores["user"], arrays["user"][masks["cold"]])
     positive, negative = (scores["score"][cold & (scores["label"] == label)] for label in (1, 0))
     auc = (positive[:, None] > negative).mean()
     assert row_of(board, "MLLMMSR")["slices"]["cold"]["AUC"]["mean"] == pytest.approx(auc)
-
-
-def test_a_slice_without_users_has_no_mean(field, tmp_path):
-    arrays = read_arrays(tmp_path / str(field[0].per_user), [])
-    np.savez(tmp_path / str(field[0].per_user), **(arrays | {"train_count": np.ones(120, int)}))
-    assert row_of(build(field[:1], tmp_path), "Pop")["slices"]["cold"]["AUC"] == {"mean": None, "n": 0}
 
 
 def test_seeds_are_averaged_per_user(tmp_path):
@@ -166,6 +157,8 @@ def test_a_failed_run_costs_one_row_and_keeps_the_schema(field, tmp_path):
     assert row["metrics"]["AUC"] == dict.fromkeys(("mean", "ci95", "p_vs_best_baseline", "p_raw", "p_holm"))
     assert row["slices"]["tail"]["AUC"] == {"mean": None, "n": 0}
     assert "NGCF seed 2024 failed: boom" in format_table(board)
+    again = replace(field[1], run_id="SASRec-2024-99999999", status="typo", metrics={})
+    assert all(row.ok for row in build([again, *field], tmp_path).rows), "it has finished since"
 
 
 @pytest.mark.parametrize("harm", ["missing", "nan", "doubled", "others"])
@@ -184,26 +177,13 @@ def test_unusable_arrays_cost_one_row(field, tmp_path, harm):
     assert sum(row.ok for row in board.rows) == 3
 
 
-def test_a_failure_that_has_finished_since_is_forgotten(field, tmp_path):
-    failed = replace(field[1], run_id="SASRec-2024-99999999", status="typo", metrics={})
-    assert all(row.ok for row in build([failed, *field], tmp_path).rows)
-
-
 def test_only_failures_still_make_a_page(field, tmp_path):
     failed = replace(field[0], status="boom", metrics={})
     append(tmp_path / "runs.jsonl", failed)
     board = render(tmp_path)
     assert board.best_baseline is None and "nothing to rank" in (tmp_path / "leaderboard.html").read_text()
-
-
-def test_no_run_is_the_users_to_mend(tmp_path):
     with pytest.raises(UserError, match="holds no run"):
         build([], tmp_path)
-
-
-def test_two_configurations_of_a_model_are_two_rows_with_names_of_their_own(field, tmp_path):
-    board = build([*field, plant_run(tmp_path, "SASRec", 0.6, digest="ffffffff")], tmp_path)
-    assert {"SASRec (0a1b2c3d)", "SASRec (ffffffff)"} < {row.model for row in board.rows}
 
 
 def test_without_scores_auc_has_no_interval_and_the_rest_stands(field, tmp_path):
@@ -220,96 +200,73 @@ def test_a_leaderboard_of_mllms_alone_tests_nothing(field, tmp_path):
     assert "nothing is tested" in format_table(board)
 
 
-def test_every_form_says_the_same_numbers(field, tmp_path):
-    for record in field:
+def test_every_form_says_the_same_numbers_and_the_page_loads_nothing(field, tmp_path):
+    for record in reversed(field):
         append(tmp_path / "runs.jsonl", record)
     write_note(tmp_path, "A world\nmade up.")
     render(tmp_path)
-    told = json.loads((tmp_path / "leaderboard.json").read_text())
-    table = list(csv.DictReader(io.StringIO((tmp_path / "leaderboard.csv").read_text())))
-    markdown, page = (tmp_path / "leaderboard.md").read_text(), (tmp_path / "leaderboard.html").read_text()
+    files = [tmp_path / f"leaderboard.{end}" for end in ("json", "csv", "md", "html")]
+    first = [path.read_text() for path in files]
+    render(tmp_path)
+    assert [path.read_text() for path in files] == first, "rendering twice changes not a byte"
+    saved, _, markdown, page = first
+    told, table = json.loads(saved), list(csv.DictReader(io.StringIO(first[1])))
+    terminal = format_leaderboard(tmp_path)
     for row, line in zip(told["rows"], table, strict=True):
         score = row["metrics"]["NDCG@10"]
         assert (line["model"], float(line["NDCG@10"])) == (row["model"], score["mean"])
         assert [float(line["NDCG@10 low"]), float(line["NDCG@10 high"])] == score["ci95"]
-        told_p = [score[key] for key in ("p_vs_best_baseline", "p_raw", "p_holm")]
+        p = [score[key] for key in ("p_vs_best_baseline", "p_raw", "p_holm")]
         assert [line[f"NDCG@10 {end}"] for end in ("p", "p_raw", "p_holm")] == [
-            "" if p is None else str(p) for p in told_p
+            "" if value is None else str(value) for value in p
         ]
         assert float(line["cold AUC"]) == row["slices"]["cold"]["AUC"]["mean"]
-        for text in (markdown, page, format_leaderboard(tmp_path)):
-            assert f"{score['mean']:.3f}" in text and row["model"] in text
-            assert "A world made up." in text
+        for text in (markdown, page, terminal):
+            assert f"{score['mean']:.3f}" in text and row["model"] in text and "A world made up." in text
     assert "[{:.3f}, {:.3f}]".format(*told["rows"][0]["metrics"]["AUC"]["ci95"]) in markdown and "n.s." in markdown
     assert "epochs: 3" in markdown and "epochs: 3" in page and CANDIDATES in page
-
-
-def test_rendering_twice_changes_not_a_byte(field, tmp_path):
-    for record in reversed(field):
-        append(tmp_path / "runs.jsonl", record)
-    files = [f"leaderboard.{end}" for end in ("json", "csv", "md", "html")]
-    render(tmp_path)
-    first = [(tmp_path / name).read_bytes() for name in files]
-    render(tmp_path)
-    assert [(tmp_path / name).read_bytes() for name in files] == first
-
-
-def test_texts_are_escaped(tmp_path):
-    evil = plant_run(
-        tmp_path, EVIL, 0.5, run_id="evil-1", dataset=EVIL, protocol=EVIL, device=EVIL, config={"note": EVIL}
-    )
-    failed = replace(evil, run_id="evil-2", seed=7, status=EVIL, metrics={})
-    append(tmp_path / "runs.jsonl", evil)
-    append(tmp_path / "runs.jsonl", failed)
-    write_note(tmp_path, EVIL)
-    board = render(tmp_path)
-    page = (tmp_path / "leaderboard.html").read_text()
-    assert "alert(" in page and "<script>alert" not in page
-    assert page.count("<script") == 1
-    table = [line for line in format_markdown(board).split("\n") if line.startswith("|")]
-    assert all("<script" not in line for line in table)
-    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table if "alert" in line or "NDCG@5" in line}) <= 3
-    assert next(csv.DictReader(io.StringIO(format_csv(board))))["model"] == EVIL
-
-
-def test_the_page_asks_nothing_of_the_network(field, tmp_path):
-    append(tmp_path / "runs.jsonl", field[0])
-    render(tmp_path)
-    page = (tmp_path / "leaderboard.html").read_text()
     assert not re.search(r"https?://|//cdn|@import|url\((?!data:)|<link(?![^>]*href=\"data:)", page)
 
 
-def test_labels_of_rows_that_are_alike_do_not_overlap(field, tmp_path):
-    records = [replace(field[1], run_id=f"run-{number}", label=f"Twin{number}") for number in range(6)]
-    plot = quality_versus_cost(build(records, tmp_path))
-    assert plot is not None and len(plot.points) == 6
-    heights = sorted(point.label_y for point in plot.points)
-    assert min(np.diff(heights)) > 12
-
-
-def test_marks_of_a_large_field_carry_their_number_in_the_table_and_a_key_names_them(field, tmp_path):
-    records = [replace(field[1], run_id=f"run-{number}", label=f"Twin{number:02d}") for number in range(15)]
-    for record in records:
+def test_texts_are_escaped_and_nothing_else(tmp_path):
+    evil = plant_run(
+        tmp_path, EVIL, 0.5, run_id="evil-1", dataset=EVIL, protocol=EVIL, device=EVIL, config={"note": EVIL}
+    )
+    entity = plant_run(tmp_path, "A&lt;B", 0.9, run_id="odd-1", dataset="a<b && c")
+    for record in (evil, entity, replace(evil, run_id="evil-2", seed=7, status=EVIL, metrics={})):
         append(tmp_path / "runs.jsonl", record)
-    built = render(tmp_path)
-    plot = quality_versus_cost(built)
-    assert plot is not None
-    assert [(point.label, point.name) for point in plot.key] == [
-        (str(number), row.model) for number, row in enumerate(built.rows, start=1)
+    write_note(tmp_path, EVIL)
+    board = render(tmp_path)
+    page, text = (tmp_path / "leaderboard.html").read_text(), format_markdown(board)
+    assert "alert(" in page and "<script>alert" not in page and page.count("<script") == 1
+    table = [line for line in text.split("\n") if line.startswith("|")]
+    assert all("<script" not in line for line in table)
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table if "alert" in line or "NDCG@5" in line}) <= 3
+    assert {row["model"] for row in csv.DictReader(io.StringIO(numbers_table(board).to_csv()))} == {EVIL, "A&lt;B"}
+    assert "| A&amp;lt;B |" in text and "<summary>A&amp;lt;B, seed 2024</summary>" in text, "no entity is decoded"
+    assert "--dataset 'a<b && c'" in text and "p < 0.05" in text, "code decodes nothing"
+
+
+def test_marks_of_a_large_field_carry_their_number_in_the_table_and_labels_do_not_overlap(board):
+    rows = [replace(board.rows[1], model=f"Twin{number:02d}", kind="baseline") for number in range(10)]
+    many = replace(board, rows=tuple(rows))
+    chart, few = quality_versus_cost(many), quality_versus_cost(replace(board, rows=tuple(rows[:6])))
+    assert chart is not None and few is not None and few.more["key"] == [] and len(few.marks) == 6
+    assert min(np.diff(sorted(mark.label_y for mark in few.marks))) > 12
+    assert [(mark.label, mark.name) for mark in chart.more["key"]] == [
+        (str(number), row.model) for number, row in enumerate(rows, start=1)
     ]
-    page = (tmp_path / "leaderboard.html").read_text()
-    assert re.search(r'<li class="baseline" value="7"><span class="model">Twin06</span>', page)
-    assert quality_versus_cost(build(records[:8], tmp_path)).key == ()  # type: ignore[union-attr]
+    assert re.search(r'<li class="baseline" value="7"><span class="model">Twin06</span>', page(many))
 
 
-def test_a_column_for_making_features_stands_where_a_row_reads_some(field, tmp_path):
-    reads = replace(field[1], run_id="reads-2024-0a1b2c3d", label="SASRecF:text", features_s=12.5)
-    without, with_it = build(field, tmp_path), build([*field, reads], tmp_path)
-    assert "features_s" not in without.costs and "features_s" in with_it.costs
-    assert "Features" not in format_markdown(without) and "| Features |" in format_markdown(with_it)
-    row, same = (next(r for r in with_it.rows if r.model == name) for name in ("SASRecF:text", field[1].label))
-    assert row.seconds == pytest.approx(same.seconds + 12.5)
-    assert set(with_it.to_json()["rows"][0]["cost"]) == set(without.to_json()["rows"][0]["cost"]) == set(COSTS)
+def test_a_column_for_making_features_stands_where_a_row_reads_some(board):
+    first = board.rows[0]
+    reads = replace(first, model="SASRecF:text", cost={**first.cost, "features_s": 12.5})
+    more = replace(board, rows=(*board.rows, reads))
+    assert "features_s" not in board.costs and "features_s" in more.costs
+    assert "Features" not in format_markdown(board) and "| Features |" in format_markdown(more)
+    assert reads.seconds == pytest.approx(first.seconds + 12.5)
+    assert set(more.to_json()["rows"][-1]["cost"]) == set(board.to_json()["rows"][0]["cost"]) == set(COSTS)
 
 
 def test_the_terminal_table_is_aligned_and_fits(board, field, tmp_path):
@@ -354,8 +311,9 @@ def test_of_two_full_models_a_variant_is_tested_against_the_one_that_differs_lea
     variant = plant_run(
         tmp_path, "MLLMMSR:direct", 1.0, "mllm", config={"epochs": 9, "seed": 2024, "summary_mode": "direct"}
     )
-    row = row_of(build([*field, other, variant], tmp_path), "MLLMMSR:direct")
-    assert row["tested_against"] == "MLLMMSR (ffffffff)"
+    board = build([*field, other, variant], tmp_path)
+    assert {"MLLMMSR (0a1b2c3d)", "MLLMMSR (ffffffff)"} < {row.model for row in board.rows}
+    assert row_of(board, "MLLMMSR:direct")["tested_against"] == "MLLMMSR (ffffffff)"
 
 
 def test_the_best_baseline_is_the_best_on_validation_not_the_luckiest_on_test(field, tmp_path):
@@ -391,11 +349,8 @@ def test_what_had_not_converged_is_marked_in_every_form(field, tmp_path):
     told = {row["model"]: row["converged"] for row in json.loads((tmp_path / "leaderboard.json").read_text())["rows"]}
     assert told == {"GRU4Rec": False, "SASRec": True, "Pop": None, "MLLMMSR": True, "[Twin]": True}
     table = csv.DictReader(io.StringIO((tmp_path / "leaderboard.csv").read_text()))
-    assert {line["model"]: line["converged"] for line in table if line["model"] in ("GRU4Rec", "SASRec", "Pop")} == {
-        "GRU4Rec": "false",
-        "SASRec": "true",
-        "Pop": "",
-    }
+    converged = {line["model"]: line["converged"] for line in table}
+    assert [converged[model] for model in ("GRU4Rec", "SASRec", "Pop")] == ["false", "true", ""]
     assert "| GRU4Rec ‡ not converged |" in (tmp_path / "leaderboard.md").read_text()
     assert (tmp_path / "leaderboard.html").read_text().count("‡ not converged</b>") == 1
     tex = (tmp_path / "leaderboard.tex").read_text()
@@ -416,12 +371,8 @@ def test_reused_summaries_are_priced_with_a_mark(field, tmp_path):
     tuned = build([*field[:2], replace(reader, tuning={"seconds": 60.0})], tmp_path)
     assert "What --tune tried before is not in Train" in format_markdown(tuned)
     assert "in the store already" in format_markdown(board) and "| 3 s | 12 s* | – | 3 s |" in format_markdown(board)
-    told = {r["model"]: r for r in csv.DictReader(io.StringIO(format_csv(board)))}
-    assert (told["MLLMMSR"]["summarize_reused"], told["MLLMMSR"]["load_s"], told["MLLMMSR"]["train_s"]) == (
-        "7",
-        "3.0",
-        "",
-    )
+    told = {r["model"]: r for r in csv.DictReader(io.StringIO(numbers_table(board).to_csv()))}
+    assert [told["MLLMMSR"][name] for name in ("summarize_reused", "load_s", "train_s")] == ["7", "3.0", ""]
 
 
 def test_the_groups_stand_in_the_order_of_the_key_also_where_a_baseline_leads(tmp_path):
@@ -431,33 +382,40 @@ def test_the_groups_stand_in_the_order_of_the_key_also_where_a_baseline_leads(tm
     ]
     board = build(records, tmp_path)
     assert [row.model for row in board.rows] == list(powers)
-    assert series(board) == {"SASRec": 1, "GRU4Rec": 2, "MLLMMSR": 0, "Pop": 3}
+    assert series(board) == {"SASRec": "s1", "GRU4Rec": "s2", "MLLMMSR": "s0", "Pop": "s3"}
     for chart in group_charts(board):
-        for band in chart.bands:
-            downwards = [mark.told.partition(",")[0] for mark in sorted(band.marks, key=lambda mark: mark.y)]
-            assert downwards == list(series(board)) == [model for model, _ in chart.table]
+        for band in chart.marks:
+            downwards = [mark.name for mark in sorted(band.marks, key=lambda mark: mark.y)]
+            assert downwards == list(series(board)) == [model for model, _ in chart.more["table"]]
     key = re.search(r'<ol class="keys">(.*?)</ol>', page(board), re.S)
     assert key and re.findall(r"</svg>([^<]+)</li>", key[1]) == list(powers)
 
 
-def test_markdown_escapes_what_would_be_a_tag_and_nothing_else(field, tmp_path):
-    command = plant_run(tmp_path, "A&lt;B", 0.5, run_id="odd-1", dataset="a<b && c")
-    text = format_markdown(build([*field, command], tmp_path))
-    assert "p < .001" in text and "p < 0.05" in text
-    assert "| A&amp;lt;B |" in text, "an entity in a name is not decoded"
-    assert "--dataset 'a<b && c'" in text, "code decodes nothing"
-    assert "<summary>A&amp;lt;B, seed 2024</summary>" in text
-
-
-def test_the_terminal_names_the_whole_digest_and_the_users_once(field, tmp_path):
-    protocol = "leave-one-out (valid_and_test), order TO, candidates uni20 (seed 2024), a seeded sample of 120 users"
-    told = " ".join(format_table(build([replace(record, protocol=protocol) for record in field], tmp_path)).split())
-    assert f"{protocol} · candidates {CANDIDATES}" in told
+def test_the_latex_table_sets_names_as_they_are_written_and_every_row_has_its_columns(field, tmp_path):
+    assert escape_latex("a_b & 50% {#$} ~^ \\x\n<y>") == (
+        r"a\_b \& 50\% \{\#\$\} \textasciitilde{}\textasciicircum{} \textbackslash{}x \textless{}y\textgreater{}"
+    )
+    records = [*field[:2], plant_run(tmp_path, "MLLMMSR:no_image & 100%", 2.2, "mllm"), field[3]]
+    failed = replace(plant_run(tmp_path, "BPR", 0.3), status="boom", metrics={})
+    table = format_latex(build([*records, failed], tmp_path))
+    columns = len(re.findall(r"\\begin\{tabular\}\{l(r+)\}", table)[0]) + 1
+    body = table.partition(r"\midrule")[2].partition(r"\bottomrule")[0].strip().split("\n")
+    assert len(body) == 5 and all(line.endswith(r"\\") for line in body)
+    for line in body:
+        assert len(re.findall(r"(?<!\\)&", line)) + 1 == columns or r"\multicolumn{7}{l}{failed}" in line
+    assert table.count("{") - table.count(r"\{") == table.count("}") - table.count(r"\}")
+    assert not re.search(r"\\\\\s*\[", table), "a bracket after a line's end would be taken for an argument"
+    rows = {line.partition(" & ")[0]: line for line in table.split("\n") if " & " in line}
+    best = next(line for name, line in rows.items() if name.startswith("MLLMMSR"))
+    assert best.count(r"\textbf{") == 7 and r"$^{\blacktriangle}$" in best
+    assert r"$^{\blacktriangledown}$" in rows["Pop"] and r"SASRec$^{\dagger}$" in rows
+    assert "blacktriangle" not in rows["{[}Twin{]}"].partition(" & ")[2].split(" & ")[0]
+    assert CANDIDATES in table and "frozen candidates" in table and r"\toprule" in table
 
 
 def equal_scorers(
     rng: np.random.Generator, n_users: int, draws: np.ndarray | None
-) -> tuple[list[Row], list[Contender]]:
+) -> tuple[list[LeaderboardRow], list[Contender]]:
     """Return 12 models that see the target equally well: ten baselines, MLLMMSR and a variant of it."""
     names = [*(f"Twin{number}" for number in range(10)), "MLLMMSR", "MLLMMSR:direct"]
     user, label = np.repeat(np.arange(n_users), 21), np.tile([1.0] + [0.0] * 20, n_users)
@@ -475,7 +433,7 @@ def equal_scorers(
         evidence = Evidence(np.arange(n_users).astype(str), values, {}, pairs)
         contenders.append(Contender(name, (run,), evidence, None if draws is None else auc_replicates(pairs, draws)))
         means = {metric: Score(float(column.mean())) for metric, column in values.items()}
-        rows.append(Row(name, run.kind, (1,), "ok", (run,), means | ({"AUC": Score(0.5)} if pairs else {})))
+        rows.append(LeaderboardRow(name, run.kind, (1,), "ok", (run,), means | ({"AUC": Score(0.5)} if pairs else {})))
     return rows, contenders
 
 

@@ -34,9 +34,7 @@ def keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     ("model", "words"),
     [
         ("KGAT", "KGAT needs a knowledge graph, in RecBole's files steps.kg and steps.link"),
-        ("GRU4RecKG", "GRU4RecKG needs a knowledge graph, in RecBole's files steps.kg and steps.link"),
         ("FDSA", "FDSA reads the field 'class', which the dataset does not have"),
-        ("S3Rec", "S3Rec reads the field 'class', which the dataset does not have"),
         ("GRU4RecCPR", "GRU4RecCPR takes the best k of all items while it trains, and this dataset has fewer"),
         ("DGCF", "DGCF samples more users or items at a time than this dataset has"),
         ("FM", "FM learns from labels, which these interactions do not have"),

@@ -13,15 +13,13 @@ from hypothesis import strategies as st
 from recbole.config import Config
 
 import recbole_mllm  # noqa: F401 - RecBole's Config on today's numpy
-from recbole_mllm.benchmark.charts import curve_charts, group_charts
-from recbole_mllm.benchmark.curves import metric_curves, target_ranks
-from recbole_mllm.benchmark.groups import bands, measure, partitions
-from recbole_mllm.benchmark.plot import tick_texts
+from recbole_mllm.benchmark.evidence import bands, metric_curves, partitions, target_ranks
+from recbole_mllm.benchmark.html import curve_charts, group_charts
 from recbole_mllm.benchmark.ranking import build
 from recbole_mllm.benchmark.records import read_arrays
-from recbole_mllm.benchmark.sheets import format_curves, format_groups
+from recbole_mllm.benchmark.tables import curves_table, groups_table
+from recbole_mllm.common.svg import tick_texts
 from recbole_mllm.evaluation.metrics import per_user
-from recbole_mllm.evaluation.significance import estimate_means
 from tests.planted_runs import plant_run
 
 
@@ -68,14 +66,14 @@ def test_a_rows_curve_meets_its_table_at_the_configured_k(tmp_path):
             for k in (3, 5, 10):
                 assert values[k - 1] == pytest.approx(row.mean(f"{name}@{k}"))
     chart = curve_charts(board)[0]
-    assert [line.name for line in chart.lines] == ["MLLMMSR", "SASRec"]
+    assert [mark.name for mark in chart.marks] == ["MLLMMSR", "SASRec"]
     assert f"NDCG@10 {board.rows[0].mean('NDCG@10'):.3f}" in chart.summary
 
 
 def test_names_of_equal_curves_do_not_overlap(tmp_path):
     records = [plant_run(tmp_path, f"Model{n}", 50.0) for n in range(9)]
     for chart in curve_charts(build(records, tmp_path)):
-        heights = [line.label_y for line in chart.lines]
+        heights = [mark.label_y for mark in chart.marks]
         assert min(np.diff(heights)) > 12 and heights[0] > 0 and heights[-1] <= chart.height
 
 
@@ -86,11 +84,6 @@ def test_bands_part_the_users_in_order_and_keep_equals_together(values, parts):
     assert (np.sum(masks, axis=0) == 1).all() and all(mask.any() for mask in masks)
     for lower, higher in zip(masks, masks[1:], strict=False):
         assert np.array(values)[lower].max() < np.array(values)[higher].min()
-
-
-def test_distinct_values_make_bands_of_one_size():
-    sizes = [int(mask.sum()) for mask in bands(np.random.default_rng(1).permutation(100), 10).values()]
-    assert sizes == [10] * 10
 
 
 def test_groups_recomputed_from_the_arrays(tmp_path):
@@ -114,7 +107,7 @@ def test_groups_recomputed_from_the_arrays(tmp_path):
         assert all(part.low <= part.mean <= part.high for part in parts)
     quarters = row.groups["history"]
     assert len(quarters) == 4 and quarters[0].n == (arrays["history_length"] <= _last(board, "history", 0)).sum()
-    few = [band.few for chart in group_charts(board) for band in chart.bands if chart.dimension.key == "image"]
+    few = [band.few for chart in group_charts(board) for band in chart.marks if chart.more["dimension"].key == "image"]
     assert few == [bool(image.sum() < 30), bool((~image).sum() < 30)] == [False, True]
 
 
@@ -123,34 +116,20 @@ def _last(board, key: str, number: int) -> int:
     return int(label.split("–")[-1])
 
 
-def test_a_dimension_of_one_group_is_named_but_not_drawn():
+def test_bands_of_distinct_values_are_of_one_size_and_a_dimension_of_one_group_is_named_but_not_drawn():
+    assert [int(mask.sum()) for mask in bands(np.random.default_rng(1).permutation(100), 10).values()] == [10] * 10
     columns = {"train_count": np.ones(5, int), "history_length": np.ones(5, int), "has_image": np.zeros(5, bool)}
     assert [part.dimension.labels for part in partitions(columns)] == [("warm",), ("1",), ("1",), ("without image",)]
+    assert tick_texts([0.0, 0.05, 0.1]) == ["0.00", "0.05", "0.10"]
+    assert tick_texts([0.0, 0.2, 0.4]) == ["0.0", "0.2", "0.4"]
 
 
 def test_the_sheets_hold_what_the_page_draws(tmp_path):
     board = build([plant_run(tmp_path, "SASRec", 1.0), plant_run(tmp_path, "Pop", 0.1)], tmp_path)
-    groups = list(csv.DictReader(io.StringIO(format_groups(board))))
-    curves = list(csv.DictReader(io.StringIO(format_curves(board))))
+    groups = list(csv.DictReader(io.StringIO(groups_table(board).to_csv())))
+    curves = list(csv.DictReader(io.StringIO(curves_table(board).to_csv())))
     assert len(curves) == 2 * 3 * 20 and len(groups) == 2 * sum(len(part.labels) for part in board.dimensions)
     cold = next(line for line in groups if (line["model"], line["group"]) == ("SASRec", "cold"))
     assert float(cold["NDCG@10"]) == board.rows[0].groups["warmth"][0].mean and int(cold["n"]) == 18
     ten = next(line for line in curves if (line["model"], line["metric"], line["k"]) == ("SASRec", "NDCG", "10"))
     assert float(ten["mean"]) == pytest.approx(board.rows[0].mean("NDCG@10"))
-
-
-def test_large_groups_get_the_normal_interval_which_is_the_bootstraps():
-    values = np.random.default_rng(4).random(3000)
-    columns = {
-        "train_count": np.ones(3000, int),
-        "history_length": np.ones(3000, int),
-        "has_image": np.ones(3000, bool),
-    }
-    (part,) = measure(values, partitions(columns)[0])
-    (drawn,) = estimate_means(values[None], 1)
-    assert (part.low, part.high) == pytest.approx((drawn.low, drawn.high), abs=2e-3)
-
-
-def test_ticks_have_the_decimals_that_tell_them_apart():
-    assert tick_texts([0.0, 0.05, 0.1]) == ["0.00", "0.05", "0.10"]
-    assert tick_texts([0.0, 0.2, 0.4]) == ["0.0", "0.2", "0.4"]

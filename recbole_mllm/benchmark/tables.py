@@ -1,0 +1,209 @@
+"""The leaderboard as text: for the terminal, for spreadsheets, and as a page of Markdown or a table of LaTeX.
+
+Every form is made of the same `Table` values, whose words come from `wording`.
+"""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+from jinja2 import Template
+
+from recbole_mllm.benchmark import wording
+from recbole_mllm.benchmark.leaderboard import ALL_COSTS, SLICES, Leaderboard
+from recbole_mllm.benchmark.wording import NOT_CONVERGED, cost_text, finding, legend, score_text, seeds
+from recbole_mllm.common.svg import environment
+
+WIDTH = 120
+NAME_WIDTH = 28
+ALSO_SHOWN = 5  # metrics beside the ranking one in the terminal
+
+
+class Table(NamedTuple):
+    """A table of any form: its head, and its rows of numbers or texts; None is an empty field."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+
+    def to_csv(self) -> str:
+        """Return the table for a spreadsheet, numbers at full precision."""
+        frame = pd.DataFrame(list(self.rows), columns=list(self.head), dtype=object)
+        return str(frame.to_csv(index=False, lineterminator="\n"))
+
+
+def tests_table(board: Leaderboard, metrics: Sequence[str]) -> Table:
+    """Return every test of `metrics`."""
+    texts = [(row, name, score_text(board, row, name)) for row in board.ranked for name in metrics]
+    return Table(
+        ["model", "tested against", "metric", "difference", "Cohen's d_z", "p (raw)", "p (Holm)", "verdict"],
+        [[row.model, row.tested_against, name, text.difference, text.effect, text.p_raw, text.p, text.word]
+         for row, name, text in texts if text.word],
+    )  # fmt: skip
+
+
+def numbers_table(board: Leaderboard) -> Table:
+    """Return every number of the leaderboard.
+
+    Of each metric ``p`` is the corrected one against the best baseline; ``p_raw`` and ``p_holm`` are against the row of
+    ``tested_against``.
+    """
+    rows: list[dict[str, Any]] = []
+    for row in board.rows:
+        converged = None if row.converged is None else str(row.converged).lower()
+        cells: dict[str, Any] = {
+            "model": row.model, "kind": row.kind, "seeds": " ".join(map(str, row.seeds)), "status": row.status,
+            "converged": converged, "tested_against": row.tested_against,
+        }  # fmt: skip
+        for name in board.metrics:
+            score = row.scores.get(name)
+            low, high = (score and score.ci95) or (None, None)
+            cells |= {
+                name: score and score.mean, f"{name} low": low, f"{name} high": high,
+                f"{name} p": score and board.p_vs_best_baseline(row, score), f"{name} p_raw": score and score.p_raw,
+                f"{name} p_holm": score and score.p, f"{name} difference": score and score.difference,
+                f"{name} d": score and score.effect,
+            }  # fmt: skip
+        cells |= {name: row.cost.get(name) for name in ALL_COSTS} | {"summarize_reused": row.summarize_reused}
+        for part in SLICES:
+            for name in board.metrics:
+                users = board.slice_of(row, part, name)
+                cells |= {f"{part} {name}": users.mean, f"{part} {name} n": users.n}
+        rows.append(cells)
+    return Table(list(rows[0]), [list(cells.values()) for cells in rows])
+
+
+def groups_table(board: Leaderboard) -> Table:
+    """Return one line a (model, dimension, group) of users, with the ranking metric and its 95 % interval."""
+    rows = [
+        [row.model, dimension.key, label, part.n, part.mean, part.low, part.high]
+        for row in board.rows
+        for dimension in board.dimensions
+        for label, part in zip(dimension.labels, row.groups.get(dimension.key, ()), strict=False)
+    ]
+    return Table(["model", "dimension", "group", "n", board.valid_metric, "low", "high"], rows)
+
+
+def curves_table(board: Leaderboard) -> Table:
+    """Return one line a (model, metric, k)."""
+    rows = [
+        [row.model, name, k, value]
+        for row in board.rows
+        for name, values in row.curves.items()
+        for k, value in enumerate(values, start=1)
+    ]
+    return Table(["model", "metric", "k", "mean"], rows)
+
+
+# ---- the terminal
+
+
+def format_table(board: Leaderboard) -> str:
+    """Return the leaderboard for a terminal: aligned, at most 120 columns wide."""
+    valid = board.valid_metric
+    also = [name for name in board.short_metrics if name != valid]
+    also = sorted(also, key=lambda name: name.endswith("@5"))[:ALSO_SHOWN]
+    lines = [["model", f"{valid} [95 %]", "", *also, "summarise", "train", "score"]]
+    for row in board.ranked:
+        text = score_text(board, row, valid)
+        cells = [score_text(board, row, name) for name in also]
+        marked = [f"{c.mean} {c.mark if c.verdict in ('better', 'worse') else ' '}" for c in cells]
+        costs = [cost_text(row, name) for name in ("summarize_s", "train_s", "score_s")]
+        name = _cut(row.model, NAME_WIDTH) + (f" {NOT_CONVERGED}" if row.converged is False else "")
+        lines.append([name, f"{text.mean} {text.interval}", text.mark, *marked, *costs])
+    while True:  # rather lose a column than break a line
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        if sum(widths) + 2 * len(widths) - 2 <= WIDTH or len(widths) <= 6:
+            break
+        lines = [line[:-4] + line[-3:] for line in lines]
+    table = [
+        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
+        for line in lines
+    ]
+    table.insert(1, "─" * len(table[0]))
+    failed = [
+        f"{_cut(row.model, NAME_WIDTH)} seed {seeds(row)} failed: {row.status}" for row in board.rows if not row.ok
+    ]
+    users = "" if f"{board.n_users} users" in board.protocol else f" · {board.n_users} users"
+    title = f"{board.dataset}: {board.protocol}{users} · candidates {board.candidates}"
+    fixed = [_cut(line, WIDTH) for line in ["", *table, *failed, ""]]
+    return "\n".join([*_wrap([title]), *fixed, *_wrap([legend(board), finding(board), board.note])])
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def _wrap(paragraphs: Iterable[str]) -> list[str]:
+    return [line for paragraph in paragraphs for line in textwrap.wrap(paragraph, WIDTH)]
+
+
+# ---- Markdown
+
+
+def format_markdown(board: Leaderboard) -> str:
+    """Return a page in the manner of RecBole's result pages: tables, then every configuration.
+
+    The settings that all runs share stand there once, and each run's own beside it.
+    """
+    runs = [run for row in board.rows for run in row.runs]
+    configs = [wording.shown_config(run) for run in runs]
+    shared = {k: value for k, value in configs[0].items() if all(k in c and c[k] == value for c in configs)}
+    own = [{k: value for k, value in config.items() if k not in shared} for config in configs]
+    tests = tests_table(board, [board.valid_metric])
+    return template("leaderboard.md").render(
+        board=board, tests=tests, shared=shared, runs=list(zip(runs, own, strict=True))
+    )
+
+
+def template(name: str) -> Template:
+    """Return a template of the report, in which all of `wording` is known by its name.
+
+    In LaTeX, whose braces are many, ``<< >>`` and ``<% %>`` stand for Jinja's own marks.
+    """
+    templates = environment(Path(__file__).parent / "templates")
+    templates.globals |= {**vars(wording), "ALL_COSTS": ALL_COSTS, "SLICES": SLICES}
+    templates.filters |= {"md": _md, "code": _code, "tex": escape_latex}
+    if name.endswith(".tex"):
+        templates = templates.overlay("<%", "%>", "<<", ">>", "<#", "#>")
+    return templates.get_template(name)
+
+
+def _md(text: object) -> str:
+    """Escape what Markdown would take for a table, a tag, an entity or a new line, and leave ``p < .001`` alone."""
+    entities = re.sub(r"&(?=#?\w+;)", "&amp;", " ".join(str(text).split()))
+    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", entities).replace("|", "\\|")
+
+
+def _code(text: str) -> str:
+    """Return `text` as code, in which Markdown decodes nothing."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * (longest + 1)
+    return f"{fence}{text}{fence}" if not longest else f"{fence} {text} {fence}"
+
+
+# ---- LaTeX
+
+_SPECIAL = {
+    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "_": r"\_", "%": r"\%",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
+    "|": r"\textbar{}", "[": "{[}", "]": "{]}", "*": "{*}", '"': r"\textquotedbl{}",
+}  # fmt: skip
+
+
+def format_latex(board: Leaderboard) -> str:
+    """Return a table for a paper, to be read by ``\\input{leaderboard.tex}``.
+
+    The best value of a column is in bold; marks of significance, protocol and digest are explained in the caption.
+    """
+    label = "".join(c if c.isascii() and c.isalnum() else "-" for c in board.dataset)
+    return template("leaderboard.tex").render(board=board, label=label)
+
+
+def escape_latex(text: str) -> str:
+    """Return `text` so that LaTeX sets it as it is written, on one line."""
+    return "".join(_SPECIAL.get(character, character) for character in " ".join(text.split()))

@@ -1,0 +1,1 @@
+"""The command `inspect`: what is measured of a dataset, what of it somebody should know, and how it is shown."""

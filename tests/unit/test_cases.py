@@ -1,0 +1,223 @@
+"""Case studies: who is shown is settled before anybody knows how it came out, and what is shown is what was kept."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from recbole_mllm.benchmark.cases import (
+    BUDGET,
+    SHOWN,
+    Candidate,
+    Casebook,
+    Piece,
+    case_of,
+    choose,
+    drawn,
+    read_casebook,
+    thumbnails,
+    word_changes,
+)
+from recbole_mllm.benchmark.html import page
+from recbole_mllm.benchmark.ranking import build
+from recbole_mllm.benchmark.records import append, read_arrays
+from tests.planted_cases import TEXTS, plant_cases, plant_images
+from tests.planted_runs import plant_run
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> SimpleNamespace:
+    """Four finished runs, of which the MLLM's has stored cases, and their leaderboard."""
+    results = tmp_path_factory.mktemp("results")
+    config = {"data_path": str(results / "data")}
+    planted = [("Pop", 0.2, "baseline"), ("ItemKNN", 1.5, "baseline"), ("SASRec", 0.8, "baseline")]
+    runs = [plant_run(results, label, power, kind) for label, power, kind in planted]  # type: ignore[arg-type]
+    runs.append(plant_run(results, "MLLMMSR", 2.5, "mllm", config=config))
+    plant_cases(results, runs[-1])
+    plant_images(results / "data", ["h0", "h1", "i0", "i1"])
+    for record in runs:
+        append(results / "runs.jsonl", record)
+    return SimpleNamespace(results=results, runs=runs, board=build(runs, results))
+
+
+@pytest.fixture
+def copied(world, tmp_path) -> SimpleNamespace:
+    """The same in a folder of the test's own."""
+    shutil.copytree(world.results, tmp_path, dirs_exist_ok=True)
+    return SimpleNamespace(results=tmp_path, runs=world.runs, board=world.board)
+
+
+def book_of(world, board=None, **options) -> Casebook:
+    book = read_casebook(board or world.board, world.results, **options)
+    assert book is not None
+    return book
+
+
+def without(board, *models):
+    return replace(board, rows=tuple(row for row in board.rows if row.model not in models))
+
+
+def test_the_first_drawn_are_shown_whatever_came_of_them(world):
+    book = book_of(world)
+    assert [case.user for case in book.cases[:SHOWN]] == [f"u{n}" for n in range(SHOWN)]
+    assert all("drawn by seed" in case.why for case in book.cases[:SHOWN])
+    assert len(book.cases) <= SHOWN + 2 and all("disagreement" in case.why for case in book.cases[SHOWN:])
+
+
+def test_sasrec_stands_beside_even_where_another_baseline_is_best(world):
+    assert world.board.best_baseline == "ItemKNN" and book_of(world).beside == "SASRec"
+    assert book_of(world, without(world.board, "SASRec")).beside == "ItemKNN"
+    assert read_casebook(without(world.board, "MLLMMSR"), world.results) is None
+
+
+def test_mllmmsr_itself_is_shown_before_a_variant_that_did_better(copied):
+    better = plant_run(copied.results, "MLLMMSR:direct", 9.0, "mllm")
+    plant_cases(copied.results, better)
+    board = build([*copied.runs, better], copied.results)
+    assert board.rows[0].model == "MLLMMSR:direct"
+    assert book_of(copied, board).model == "MLLMMSR"
+    assert book_of(copied, without(board, "MLLMMSR")).model == "MLLMMSR:direct"
+
+
+def test_rankings_recomputed_from_the_scores(world):
+    mine, theirs = (read_arrays(world.results / str(world.runs[n].scores), []) for n in (3, 2))
+    for case in book_of(world).cases:
+        for ranked, arrays in ((case.mine, mine), (case.theirs, theirs)):
+            own = arrays["user"] == case.user
+            order = np.argsort(-arrays["score"][own])
+            assert [one.item for one in ranked] == arrays["item"][own][order].tolist()
+            assert [one.rank for one in ranked] == list(range(1, 22))
+            assert [one.hit for one in ranked] == (arrays["label"][own][order] > 0).tolist()
+        assert [one.p for one in case.mine] == pytest.approx([1 / (1 + np.exp(-one.score)) for one in case.mine])
+        assert all(one.p is None for one in case.theirs)
+
+
+def test_places_decide_where_scores_are_tied(copied):
+    path = copied.results / str(copied.runs[3].scores)
+    arrays = read_arrays(path, [])
+    place = np.random.default_rng(3).permuted(np.tile(np.arange(21), (120, 1)), axis=1).ravel()
+    np.savez(path, **(arrays | {"score": np.zeros(len(place)), "place": place}))
+    case = book_of(copied).cases[0]
+    own = arrays["user"] == case.user
+    assert [one.item for one in case.mine] == arrays["item"][own][np.argsort(-place[own])].tolist()
+
+
+def test_the_two_chosen_are_the_furthest_apart_one_each_way():
+    def order(rank):
+        return [Candidate(f"i{place}", 0.0, place == rank, place, 21, None) for place in range(1, 22)]
+
+    names = [f"u{n}" for n in range(SHOWN + 4)]
+    mine = {name: order(rank) for name, rank in zip(names, [21] * SHOWN + [1, 2, 9, 5], strict=True)}
+    theirs = {name: order(rank) for name, rank in zip(names, [1] * SHOWN + [4, 20, 3, 5], strict=True)}
+    book = Casebook("MLLMMSR", "SASRec", 2024)
+    chosen = choose(names, mine, theirs, book)
+    assert list(chosen) == [*names[:SHOWN], names[SHOWN + 1], names[SHOWN + 2]]
+    assert "MLLMMSR ranks the hit furthest above SASRec" in chosen[names[SHOWN + 1]]
+    assert "SASRec ranks the hit furthest above MLLMMSR" in chosen[names[SHOWN + 2]]
+    assert list(choose(names, mine, {}, book)) == names[:SHOWN]
+    assert list(choose(names, mine, mine, book)) == names[:SHOWN]
+
+
+def test_who_is_drawn_depends_on_names_alone():
+    first = drawn({f"u{n}": "won" for n in range(50)}, 10)
+    assert first == drawn({f"u{n}": "lost" for n in reversed(range(50))}, 10)
+    assert len(set(first)) == 10 and first != sorted(first) and len(drawn({"a": 0, "b": 0}, 10)) == 2
+
+
+def test_a_case_holds_nothing_at_or_after_the_target():
+    plan = SimpleNamespace(histories={"u": ["a", "b", "a", "c"]}, positions={"u": {1, 2}})
+    asked = []
+    preferences = SimpleNamespace(
+        plan=plan, chain=lambda user, at: asked.append(at) or [], of=lambda user, at: f"read at {at}"
+    )
+    told = case_of(preferences, "u", 2, "a")
+    assert (told["history"], told["position"], told["read"], asked) == (["a", "b"], 2, "read at 2", [2])
+
+
+def test_texts_are_shown_after_their_blocks_with_what_changed(world):
+    first, second = book_of(world).cases[0].blocks
+    assert list(first.shown) == ["h0", "h1", "h2"] and (second.first, second.last) == (4, 6)
+    assert first.text == [Piece("same", TEXTS[0])]
+    assert second.text is not None and Piece("gone", "red") in second.text and Piece("new", "green") in second.text
+
+
+def test_a_model_without_a_chain_shows_what_it_read_once(copied):
+    path = (copied.results / str(copied.runs[3].per_user)).with_name("cases.json")
+    kept = json.loads(path.read_text())
+    for case in kept["users"]:
+        case["steps"] = []
+    path.write_text(json.dumps(kept))
+    (block,) = book_of(copied).cases[0].blocks
+    assert len(block.shown) == 6 and block.text == [Piece("same", TEXTS[-1])]
+
+
+def test_thumbnails_are_small_and_missing_images_leave_a_blank(world):
+    book = book_of(world)
+    shown = [book.show(item) for item in book.cases[0].blocks[0].shown]
+    assert [bool(one.image) for one in shown] == [True, True, False]
+    picture = Image.open(io.BytesIO(base64.b64decode(shown[0].image.partition(",")[2])))
+    assert picture.size == (96, 48)
+    assert not any(one.image for one in book_of(world, embed_images=False).items.values())
+
+
+def test_an_image_outside_the_datasets_folder_is_not_shown(tmp_path):
+    plant_images(tmp_path / "data", ["a"])
+    Image.new("RGB", (9, 9)).save(tmp_path / "secret.png")
+    (tmp_path / "data" / "images" / "b.png").write_text("no image")
+    assert list(thumbnails(["images/a.png", "../secret.png", "images/b.png", ""], [tmp_path / "data"])) == [
+        "images/a.png"
+    ]
+
+
+def test_many_images_stay_below_the_budget(tmp_path):
+    (tmp_path / "images").mkdir()
+    rng = np.random.default_rng(1)
+    names = [f"images/{n}.png" for n in range(30)]
+    for name in names:
+        Image.fromarray(rng.integers(0, 255, (96, 96, 3), np.uint8)).save(tmp_path / name)
+    made = thumbnails(names * 20, [tmp_path])
+    assert len(made) == 30 and sum(len(uri) * 20 for uri in made.values()) <= BUDGET
+    assert Image.open(io.BytesIO(base64.b64decode(made[names[0]].partition(",")[2]))).width < 96
+    assert 0 < len(thumbnails(names * 300, [tmp_path])) < 30
+
+
+def test_a_damaged_file_costs_the_case_studies_alone_and_says_so(copied):
+    (copied.results / str(copied.runs[3].per_user)).with_name("cases.json").write_text('{"users": [{}]')
+    text = page(copied.board, book_of(copied))
+    assert "cases.json of run MLLMMSR-2024-0a1b2c3d cannot be shown" in text and "--force" in text
+
+
+def test_the_page_stays_below_two_megabytes_and_says_whose_the_images_are(world):
+    with_images = page(world.board, book_of(world))
+    assert len(with_images) < 2_000_000 and "data:image/jpeg" in with_images and "copyright holders" in with_images
+    without_images = page(world.board, book_of(world, embed_images=False))
+    assert "data:image/jpeg" not in without_images and "--embed_images off" in without_images
+
+
+WORDS = st.lists(
+    st.sampled_from(["the", "user", "likes", "red", "green", "lamps", "maps", "and", "old"]), max_size=15
+).map(" ".join)
+
+
+def test_a_lone_word_between_two_changes_does_not_break_them_up():
+    assert word_changes("a b red the lamp c d", "a b green the map c d") == [
+        Piece("same", "a b"), Piece("gone", "red the lamp"), Piece("new", "green the map"), Piece("same", "c d"),
+    ]  # fmt: skip
+
+
+@given(WORDS, WORDS)
+def test_both_texts_can_be_read_off_the_pieces(before, after):
+    pieces = word_changes(before, after)
+    assert " ".join(piece.text for piece in pieces if piece.change != "gone") == after
+    assert " ".join(piece.text for piece in pieces if piece.change != "new") == before
+    assert before != after or all(piece.change == "same" for piece in pieces)
