@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,7 @@ from recbole.data.dataset import SequentialDataset
 from recbole.data.interaction import Interaction
 from recbole.utils import FeatureSource, FeatureType
 
-from recbole_mllm.data.listed import shared_histories
-from recbole_mllm.data.peruser import HistoryNames, Named, PerHistory
+from recbole_mllm.data.histories import HistoryNames, PerHistory, places_in_groups, raw_ids, shared_histories
 from recbole_mllm.data.sampling import limited_users
 from recbole_mllm.data.schema import HISTORY_NUMBER, POSITION
 from recbole_mllm.settings import EvaluationSettings, TrainSettings
@@ -32,9 +32,7 @@ class MLLMMSRDataset(SequentialDataset):  # type: ignore[misc]  # RecBole is unt
         """Augment as RecBole does (sequential_dataset.py:77-152), then number the rows of each user from 1."""
         super().data_augmentation()
         users = self.inter_feat[self.uid_field].numpy()
-        first = np.flatnonzero(np.r_[True, users[1:] != users[:-1]]) if len(users) else np.array([], int)
-        place = np.arange(len(users)) - np.repeat(first, np.diff(np.r_[first, len(users)])) + 1
-        self._number_rows(place, users.copy())
+        self._number_rows(places_in_groups(users) + 1, users.copy())
 
     def _number_rows(self, places: Any, histories: Any) -> None:
         numbers = {POSITION: torch.from_numpy(places), HISTORY_NUMBER: torch.from_numpy(histories)}
@@ -101,11 +99,9 @@ class MLLMMSRDataset(SequentialDataset):  # type: ignore[misc]  # RecBole is unt
         users, keys = rows[self.uid_field].numpy(), [rows[POSITION].numpy()]
         if self.row_times is not None:
             keys.append(self.row_times[: len(rows)])
-        order = np.lexsort((*keys, users))
-        last = np.flatnonzero(np.r_[users[order][1:] != users[order][:-1], True])
-        behind = np.repeat(last, np.diff(np.r_[-1, last])) - np.arange(len(order))
-        kept = np.zeros(len(order), bool)
-        kept[order] = behind < last_k
+        latest_first = np.lexsort((*keys, users))[::-1]
+        kept = np.zeros(len(rows), bool)
+        kept[latest_first] = places_in_groups(users[latest_first]) < last_k
         return rows[kept]
 
     def _names(self) -> HistoryNames:
@@ -120,7 +116,7 @@ class MLLMMSRDataset(SequentialDataset):  # type: ignore[misc]  # RecBole is unt
         Without benchmark files that is one and the same: a user's first row lists the first interaction alone, and the
         targets follow.
         """
-        rows, named = self.inter_feat, Named(self._raw(self.iid_field))
+        rows, named = self.inter_feat, partial(raw_ids, self._raw(self.iid_field))
         users, targets = rows[self.uid_field].numpy(), rows[self.iid_field].numpy()
         if self.whole_lists is None:
             first = torch.from_numpy(np.flatnonzero(rows[POSITION].numpy() == 1))

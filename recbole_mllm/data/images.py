@@ -1,4 +1,10 @@
-"""Images of items: found by path or by item id, checked, and opened as upright RGB."""
+"""Images of items: found by path or by item id, checked, opened as upright RGB; which items have a usable one.
+
+Only decoding a file to its end shows that it is whole (half a millisecond a poster); a check of the headers alone would
+let a run die, or silently change its prompts, hours later. So all images are decoded before a run, by all cores, and of
+a large collection the verdicts are cached beside the dataset, each with its file's size and time. Where that file
+cannot be read or written, the images are decoded again.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +14,20 @@ import os
 import re
 import stat
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path, PurePath
+from typing import NamedTuple
 
+import PIL
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from recbole_mllm.data.atomic import clean, whole_file
+from recbole_mllm.data.atomic import clean
+from recbole_mllm.files import whole_file
+from recbole_mllm.progress import Progress
 
 IMAGES = "images"  # the folder of a dataset that holds its images
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -25,6 +37,10 @@ _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 _SMALL, _LONG = 64, 10  # a processor that refuses images beyond these would refuse the ordinary ones too
 MOST_LONG = 200  # times as long as wide: more is refused by Qwen-VL, and shows nothing
 _DRAFT = (64, 64)  # JPEG is decoded at an eighth of its size where only its soundness is asked
+CACHE_FROM = 1_000  # fewer images are decoded again in a second or two, without a file
+_EDITION = f"2 pillow {PIL.__version__} pixels {MAX_PIXELS}"  # another Pillow may judge otherwise
+_SIZE = re.compile(r"(\d+)x(\d+)")
+_State = tuple[int, int]  # size in bytes, time of change in ns
 _EASY = {"1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"}  # modes that `_rgb` never fails on
 
 
@@ -55,11 +71,6 @@ def _why_no_file(error: OSError | ValueError) -> str:
     known = {errno.ENOENT: "does not exist", errno.ENOTDIR: "does not exist", errno.ELOOP: "is a link to itself"}
     code = error.errno if isinstance(error, OSError) else None
     return known.get(code or 0, f"cannot be a file: {error.strerror if isinstance(error, OSError) else error}")
-
-
-def inside(folder: Path, relative: str) -> Path | None:
-    """Return the file `relative` names below `folder`; None where it is empty, absent or leads out of the folder."""
-    return resolve(folder, relative)[0]
 
 
 def find_image(folder: Path, item: str) -> tuple[Path | None, str | None]:
@@ -120,11 +131,6 @@ def is_extreme(size: tuple[int, int]) -> bool:
     return min(size) < _SMALL or max(size) > _LONG * min(size)
 
 
-def is_readable(path: Path) -> bool:
-    """Return whether `open_image` would succeed."""
-    return problem(path) is None
-
-
 # Pillow warns of odd files, which are refused or opened all the same; `catch_warnings` would not be safe in threads
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
@@ -133,9 +139,14 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 def _opened(path: Path) -> Iterator[Image.Image]:
     """Open `path`, checked for its size but not yet decoded; whatever goes wrong is an OSError with the reason."""
     try:
-        _check_file(path)
+        state = path.stat()
+        if not stat.S_ISREG(state.st_mode):  # a pipe would be waited for
+            raise _Refused("is no file")
+        if state.st_size == 0:
+            raise _Refused("is empty")
         with Image.open(path, formats=_formats()) as image:
-            _check_pixels(image.width * image.height)
+            if (count := image.width * image.height) > MAX_PIXELS:
+                raise _Refused(f"has {count:,} pixels, more than {MAX_PIXELS:,}")
             yield image
     # Pillow's readers raise whatever a broken file makes them meet: struct.error, IndexError, EOFError, ...
     except Exception as error:
@@ -150,19 +161,6 @@ def _formats() -> tuple[str, ...]:
 
 class _Refused(Exception):
     """A reason of our own, ready to be told."""
-
-
-def _check_file(path: Path) -> None:
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for
-        raise _Refused("is no file")
-    if found.st_size == 0:
-        raise _Refused("is empty")
-
-
-def _check_pixels(count: int) -> None:
-    if count > MAX_PIXELS:
-        raise _Refused(f"has {count:,} pixels, more than {MAX_PIXELS:,}")
 
 
 def _reason(path: Path, error: Exception) -> str:
@@ -249,3 +247,99 @@ def image_digest(path: Path) -> str:
     """Return the SHA-256 of the image's bytes, computed once for each state of the file."""
     stat = path.stat()
     return _digest(path, stat.st_size, stat.st_mtime_ns)
+
+
+class Missing(NamedTuple):
+    """An item without an image, in the words of ``missing_images.tsv``."""
+
+    item: str
+    path: str
+    reason: str
+
+
+@dataclass(slots=True)
+class ItemImages:
+    """Images by raw item id; `missing` are those that were named but cannot be used, `absent` were not to be found.
+
+    `extreme` holds width and height, in pixels, of those found that a model's processor may refuse (`is_extreme`).
+    """
+
+    found: dict[str, Path] = field(default_factory=dict)
+    extreme: dict[str, tuple[int, int]] = field(default_factory=dict)
+    missing: list[Missing] = field(default_factory=list)
+    absent: list[Missing] = field(default_factory=list)
+
+    def add(self, folder: Path, item: str, relative: str, image_dir: Path | None) -> None:
+        """Look for an item's image at `relative` below `folder`, else by its id in `image_dir`."""
+        path, reason = resolve(folder, relative) if relative else (None, None)
+        refused = None
+        if path is None and image_dir is not None:
+            path, refused = find_image(image_dir, item)
+        if path is not None:
+            self.found[item] = path
+        elif relative:
+            self.missing.append(Missing(item, relative, str(reason)))
+        elif refused is not None:
+            self.missing.append(Missing(item, str(image_dir), refused))
+        elif image_dir is not None:
+            self.absent.append(Missing(item, "", f"no image of this id in {image_dir}"))
+
+    def check(self, folder: Path) -> None:
+        """Decode what was found; images that cannot be opened become missing."""
+        reasons, self.extreme = check_images(folder, self.found)
+        for item, reason in reasons.items():
+            self.missing.append(Missing(item, str(self.found.pop(item)), reason))
+
+
+def check_images(folder: Path, images: Mapping[str, Path]) -> tuple[dict[str, str], dict[str, tuple[int, int]]]:
+    """Return the reason of each item whose image cannot be opened, and the size of each extreme one, in that order."""
+    cache = folder / f".{folder.name}.images"
+    cached = _read_cache(cache)
+    states = {path: _state(path) for path in dict.fromkeys(images.values())}
+    verdicts = {p: cached[str(p)][1] for p, s in states.items() if str(p) in cached and cached[str(p)][0] == s}
+    fresh = [path for path in states if path not in verdicts]
+    with Progress(len(fresh), "checking images", "image") as shown, ThreadPoolExecutor(os.cpu_count()) as pool:
+        for path, verdict in zip(fresh, pool.map(_verdict, fresh), strict=True):  # Pillow decodes outside Python's lock
+            verdicts[path] = verdict
+            shown.update(1)
+    if len(fresh) >= CACHE_FROM or (fresh and cached):
+        _write_cache(cache, ((path, state, verdicts[path]) for path, state in states.items()))
+    found = {item: verdict for item, path in images.items() if (verdict := verdicts[path])}
+    sizes = {item: size for item, verdict in found.items() if (size := _SIZE.fullmatch(verdict))}
+    reasons = {item: verdict for item, verdict in found.items() if item not in sizes}
+    return reasons, {item: (int(size[1]), int(size[2])) for item, size in sizes.items()}
+
+
+def _state(path: Path) -> _State:
+    try:
+        found = path.stat()
+    except OSError:
+        return -1, -1
+    return found.st_size, found.st_mtime_ns
+
+
+def _verdict(path: Path) -> str:
+    """Return an image's problem, its size where that is extreme, or ""."""
+    if (reason := problem(path)) is not None:
+        return reason
+    size = size_of(path)
+    return f"{size[0]}x{size[1]}" if size is not None and is_extreme(size) else ""
+
+
+def _read_cache(cache: Path) -> dict[str, tuple[_State, str]]:
+    known: dict[str, tuple[_State, str]] = {}
+    with suppress(OSError, ValueError), cache.open(encoding="utf-8", newline="\n") as file:
+        if file.readline() != _EDITION + "\n":
+            return {}
+        for line in file:
+            path, size, changed, reason = line.removesuffix("\n").split("\t")
+            known[path] = (int(size), int(changed)), reason
+    return known
+
+
+def _write_cache(cache: Path, verdicts: Iterable[tuple[Path, _State, str]]) -> None:
+    with suppress(OSError, UnicodeEncodeError), whole_file(cache) as file:
+        file.write(_EDITION + "\n")
+        for path, (size, changed), reason in verdicts:
+            if not {"\t", "\n"} & set(str(path)):
+                file.write(f"{path}\t{size}\t{changed}\t{' '.join(reason.split())}\n")

@@ -6,8 +6,7 @@ of any length, and a general model nothing but the targets.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from itertools import groupby
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,9 @@ import numpy as np
 import torch
 from recbole.data.interaction import Interaction
 
-from recbole_mllm.compat.patching import wrap
 from recbole_mllm.data.atomic import read_columns
 from recbole_mllm.errors import UserError
+from recbole_mllm.recbole_patches.hooks import wrap
 
 _TARGETS_ALONE = {"Pop"}  # counts what users take next, which is what it is asked for
 
@@ -55,32 +54,6 @@ def _check_lists(dataset: Any) -> None:
         )
 
 
-def shared_histories(users: Any, lists: Sequence[Any]) -> tuple[Any, Any]:
-    """Return which rows' lists stand for a user's histories, user by user, and the number of each row's history.
-
-    A row shares the history of another row of its user whose list begins with its own, and no other's.
-
-    Args:
-        users: ``[rows]`` internal ids.
-        lists: ``[rows]`` arrays of internal item ids, of one type.
-    """
-    order = np.argsort(users, kind="stable").tolist()
-    holder = np.arange(len(users))
-    owner = users.tolist()
-    # as bytes, lists that begin alike stand together when sorted, the shorter one just before those that go on
-    beginnings = [items.tobytes() for items in lists]
-    for _, group in groupby(order, key=owner.__getitem__):
-        rows = sorted(group, key=beginnings.__getitem__)
-        for row, following in zip(rows[-2::-1], rows[:0:-1], strict=True):
-            if beginnings[following].startswith(beginnings[row]):
-                holder[row] = holder[following]
-    holders = np.unique(holder)
-    holders = holders[np.argsort(users[holders], kind="stable")]
-    number = np.empty(len(users), int)
-    number[holders] = np.arange(len(holders))
-    return holders, number[holder]
-
-
 def show_latest_items(sequential_dataset: Any) -> None:
     """Cut ready-made lists to the last ``MAX_ITEM_LIST_LENGTH`` entries, and pad to that width, as augmentation does.
 
@@ -103,7 +76,8 @@ def show_latest_items(sequential_dataset: Any) -> None:
             stock(self)
             if self.config["benchmark_filename"] is not None:
                 for field in _list_fields(self):
-                    padded = _padded(self.inter_feat[field], self.max_item_list_len)
+                    lists = self.inter_feat[field]
+                    padded = torch.nn.functional.pad(lists, (0, self.max_item_list_len - lists.shape[1]))
                     self.inter_feat.update(Interaction({field: padded}))
                 if hasattr(self, "neg_item_list_field"):
                     self.inter_feat.update(Interaction({self.neg_item_list_field: _negatives(self)}))
@@ -124,10 +98,6 @@ def _column(lists: list[Any]) -> Any:
     column = np.empty(len(lists), object)
     column[:] = lists
     return column
-
-
-def _padded(lists: torch.Tensor, width: int) -> torch.Tensor:
-    return torch.nn.functional.pad(lists, (0, width - lists.shape[1]))
 
 
 def _negatives(dataset: Any) -> torch.Tensor:
@@ -158,13 +128,10 @@ def learn_from_histories(dataset_module: Any) -> None:
                 learnt = {field: torch.from_numpy(values.astype(np.int64)) for field, values in columns.items()}
                 parts[0].inter_feat = Interaction(learnt)
             for part in parts:
-                part.inter_feat = _without(part, listed)
+                kept = {name: column for name, column in part.inter_feat.interaction.items() if name != listed}
+                part.inter_feat = Interaction(kept)
             return parts
 
         return build
 
     wrap(dataset_module.Dataset, "build", make_build)
-
-
-def _without(part: Any, listed: str) -> Interaction:
-    return Interaction({name: column for name, column in part.inter_feat.interaction.items() if name != listed})

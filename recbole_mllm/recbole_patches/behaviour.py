@@ -1,4 +1,4 @@
-"""What goes wrong between a model's name and its first epoch."""
+"""What goes wrong between a model's name and its first epoch, and with datasets that were saved."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from types import ModuleType
 from typing import Any
 
 from recbole_mllm import ranks
-from recbole_mllm.compat.patching import wrap
-from recbole_mllm.compat.ranked import two_launchers
+from recbole_mllm.data.facts import wants_exact_order
 from recbole_mllm.errors import UserError
+from recbole_mllm.recbole_patches.hooks import wrap
+from recbole_mllm.recbole_patches.processes import two_launchers
 
-# Classes that a Config was given instead of a name
-_GIVEN: dict[str, type] = {}
+_ATOMIC = (".inter", ".item", ".user", ".kg", ".link", ".net")
+_GIVEN: dict[str, type] = {}  # classes that a Config was given instead of a name
 
 
 def find_models(utils: ModuleType) -> None:
@@ -112,11 +113,7 @@ def ask_for_nccl(quick_start: ModuleType) -> None:
 
 
 def require_nccl(nproc: int) -> None:
-    """Check that RecBole's way of running on several devices can work here.
-
-    Raises:
-        UserError: This torch has no NCCL, or sees no GPU.
-    """
+    """Raise a UserError where this torch has no NCCL, or sees no GPU: RecBole's several processes need both."""
     import torch
     import torch.distributed as dist
 
@@ -158,3 +155,23 @@ def collect_plain_numbers(collector: ModuleType) -> None:
         return get_data_struct
 
     wrap(collector.Collector, "get_data_struct", make)
+
+
+def reuse_saved_dataset(dataset: Any, config: Any) -> None:
+    """Let a `dataset` that RecBole had saved (data/utils.py:62-76) be split as `config` says, not as it was then.
+
+    Raises:
+        UserError: The dataset's files have changed since it was saved, which RecBole does not see, or what candidates
+            and order are worked out from was not saved with it.
+    """
+    if dataset.config is config:
+        return
+    name = config["dataset"]
+    default = Path(config["checkpoint_dir"]) / f"{name}-{type(dataset).__name__}.pth"
+    file = Path(config["dataset_save_path"] or default)
+    for path in sorted(Path(config["data_path"]).glob(f"{name}.*")):
+        if path.suffix in _ATOMIC and path.stat().st_mtime > file.stat().st_mtime:
+            raise UserError(f"{path} is newer than {file}, the dataset as RecBole saved it; delete that file")
+    dataset.config = config
+    if dataset.facts is None and wants_exact_order(dataset):
+        raise UserError(f"{file}, the dataset as RecBole saved it, was saved by an older version; delete that file")
