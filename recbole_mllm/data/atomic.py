@@ -29,9 +29,7 @@ from recbole_mllm.files import whole_file as whole_file  # SHIM whole_file -> re
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
-MAX_CHARACTERS = (
-    16_777_216  # what RecBole's reader may take (recbole_patches/libraries.py); more is no text
-)
+MAX_CHARACTERS = 16_777_216  # what RecBole's reader may take (recbole_patches/libraries.py); more is no text
 MAX_ID_CHARACTERS = 1_000  # RecBole keeps ids in a numpy array, where each takes the room of the longest
 PAD = "[PAD]"  # RecBole's own token for id 0 (data/dataset/dataset.py:1213)
 

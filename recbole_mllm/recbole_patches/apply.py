@@ -35,8 +35,8 @@ class Patch(NamedTuple):
     attribute: str = ""
     before: bool = False
 
-    def __call__(self, module: ModuleType) -> None:
-        """Put the change in place."""
+    def change_module(self, module: ModuleType) -> None:
+        """Call `change` with `module`, or with its `attribute`."""
         ours, _, function = self.change.partition(":")
         target = getattr(module, self.attribute) if self.attribute else module
         getattr(importlib.import_module(ours, __package__), function)(target)
@@ -113,4 +113,4 @@ def apply() -> None:
     fast = os.environ.get("RECBOLE_MLLM_FASTDATA") != "off"
     for patch in PATCHES:
         if fast or not patch.change.startswith((".fast_loading", ".used_ids")):
-            (before_import if patch.before else after_import)(patch.module, patch)
+            (before_import if patch.before else after_import)(patch.module, patch.change_module)

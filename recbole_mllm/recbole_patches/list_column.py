@@ -141,10 +141,9 @@ def _getitem(column: ListColumn, index: Any) -> Any:
     if len(rest) == 1 and isinstance(first, slice) and type(rest[0]) is int and 0 <= rest[0] < column.width:
         rows = column[first]
         return rows.at(rest[0]) if isinstance(rows, ListColumn) else rows[:, rest[0]]
-    listed = isinstance(first, list) and not (first and isinstance(first[0], _NESTED))
-    if not rest and (
-        listed or isinstance(first, slice) or (isinstance(first, Tensor | np.ndarray) and first.ndim == 1)
-    ):
+    flat = isinstance(first, list) and not (first and isinstance(first[0], _NESTED))
+    flat = flat or isinstance(first, slice) or (isinstance(first, Tensor | np.ndarray) and first.ndim == 1)
+    if flat and not rest:
         return column.choose(first)
     return NotImplemented
 

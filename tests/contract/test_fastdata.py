@@ -15,9 +15,9 @@ from recbole.data.interaction import Interaction
 from recbole.sampler.sampler import AbstractSampler, RepeatableSampler, Sampler
 from recbole.utils import init_seed
 
-from recbole_mllm.fastdata import listcolumn, reading
-from recbole_mllm.fastdata.listcolumn import ListColumn
-from recbole_mllm.fastdata.used import UsedIds
+from recbole_mllm.recbole_patches import fast_loading, list_column
+from recbole_mllm.recbole_patches.list_column import ListColumn
+from recbole_mllm.recbole_patches.used_ids import UsedIds
 
 REPLACED = (
     (Interaction, "__getitem__"),
@@ -27,7 +27,6 @@ REPLACED = (
     (Sampler, "get_used_ids"),
     (RepeatableSampler, "get_used_ids"),
     (AbstractSampler, "sample_by_key_ids"),
-    (AbstractSampler, "_build_alias_table"),
 )
 LOO = {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "uni5"}
 CE = {"train_neg_sample_args": None}
@@ -66,14 +65,14 @@ CASES = {
 def recboles_own():
     """Put RecBole's genuine functions back for a while."""
     ours = [(owner, name, vars(owner)[name]) for owner, name in REPLACED]
-    scan = reading.scan
+    scan = fast_loading.scan
     try:
         for owner, name, shim in ours:
             setattr(owner, name, shim.__wrapped__)
-        reading.scan = lambda *_: reading.Scan(False)
+        fast_loading.scan = lambda *_: fast_loading.Scan(False)
         yield
     finally:
-        reading.scan = scan
+        fast_loading.scan = scan
         for owner, name, shim in ours:
             setattr(owner, name, shim)
 
@@ -139,7 +138,7 @@ def assert_same(one, two, where):
 @pytest.mark.parametrize("lazy", [0, 300])
 @pytest.mark.parametrize("case", CASES)
 def test_nothing_differs_from_recboles_own(case, lazy, settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(listcolumn, "PLAIN_ELEMENTS", lazy)
+    monkeypatch.setattr(list_column, "PLAIN_ELEMENTS", lazy)
     model, more = CASES[case]
     random_world.write(tmp_path, "random", seed=len(case) + lazy)
     with recboles_own():
@@ -151,7 +150,7 @@ def test_nothing_differs_from_recboles_own(case, lazy, settings, tmp_path, monke
 
 @pytest.mark.parametrize("seed", range(6))
 def test_random_worlds_give_the_same_rows(seed, settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(listcolumn, "PLAIN_ELEMENTS", 0)
+    monkeypatch.setattr(list_column, "PLAIN_ELEMENTS", 0)
     random_world.write(tmp_path, "random", seed=seed, users=3 + 9 * seed, longest=2 + 3 * seed)
     more = CE | WIDE | {"eval_args": LOO | {"mode": "uni1"}, "MAX_ITEM_LIST_LENGTH": 1 + 2 * seed}
     with recboles_own():
@@ -162,12 +161,14 @@ def test_random_worlds_give_the_same_rows(seed, settings, tmp_path, monkeypatch)
 
 def test_the_fast_way_is_taken(settings, tmp_path, monkeypatch):
     """The comparisons above would also pass if everything fell back."""
-    monkeypatch.setattr(listcolumn, "PLAIN_ELEMENTS", 300)
+    monkeypatch.setattr(list_column, "PLAIN_ELEMENTS", 300)
     random_world.write(tmp_path, "random", seed=1)
     assert all(hasattr(vars(owner)[name], "__wrapped__") for owner, name in REPLACED)
     read = []
     monkeypatch.setattr(
-        reading, "read_fast", lambda *a, stock=reading.read_fast, **k: [read.append(stock(*a, **k)), read[-1]][1]
+        fast_loading,
+        "read_fast",
+        lambda *a, stock=fast_loading.read_fast, **k: [read.append(stock(*a, **k)), read[-1]][1],
     )
     _, _, (train, valid, _) = prepared("SASRec", settings | CE | WIDE)
     assert len(read) == 3 and all(frame is not None for frame in read)
@@ -201,7 +202,7 @@ def test_used_ids_are_recboles_sets(settings, tmp_path):
 
 
 def test_saved_loaders_and_datasets_come_back(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(listcolumn, "PLAIN_ELEMENTS", 0)
+    monkeypatch.setattr(list_column, "PLAIN_ELEMENTS", 0)
     random_world.write(tmp_path, "random", seed=4)
     more = settings | CE | {"checkpoint_dir": str(tmp_path / "saved"), "save_dataset": True, "save_dataloaders": True}
     _, _, first = prepared("SASRec", more)

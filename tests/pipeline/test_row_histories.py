@@ -168,7 +168,7 @@ def test_leaving_one_out_a_prompt_has_read_what_stands_before_its_target_in_the_
 
 
 def test_the_export_names_each_state_once_and_a_refresh_asks_nothing(tmp_path, monkeypatch, url):
-    from recbole_mllm.data.texts import read_user_summaries
+    from recbole_mllm.data.item_table import read_user_summaries
     from recbole_mllm.summaries.chains import history_digest
 
     parts = rows_of("sessions")
@@ -189,7 +189,7 @@ def test_the_export_names_each_state_once_and_a_refresh_asks_nothing(tmp_path, m
 def test_the_latest_training_rows_and_the_items_met_are_each_users_whatever_the_lists_show(tmp_path, monkeypatch):
     from recbole.data import create_dataset
 
-    from recbole_mllm.data.training import training_pairs
+    from recbole_mllm.data.dataloader import training_pairs
 
     parts = rows_of("shuffled")
     write_listed(tmp_path / "win", parts)

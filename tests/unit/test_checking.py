@@ -13,8 +13,8 @@ from recbole.config import Config
 from recbole.data import create_dataset
 
 from recbole_mllm.cli import main
-from recbole_mllm.data import checking
 from recbole_mllm.errors import UserError
+from recbole_mllm.recbole_patches import file_checks
 
 HEAD = "user_id:token\titem_id:token\ttimestamp:float\trating:float\n"
 ROWS = [f"u{u}\ti{(u + t) % 9}\t{100 * u + t}\t{t % 5}" for u in range(6) for t in range(5)]
@@ -265,7 +265,7 @@ def test_a_file_that_may_not_be_read_is_one_line():
 
 def test_a_sound_file_is_never_read_value_by_value(monkeypatch):
     plant()
-    monkeypatch.setattr(checking, "check_file", lambda *_: pytest.fail("the quick look was enough"))
+    monkeypatch.setattr(file_checks, "check_file", lambda *_: pytest.fail("the quick look was enough"))
     assert load().inter_num == len(ROWS)
 
 

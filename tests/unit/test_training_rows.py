@@ -11,8 +11,8 @@ import torch
 from recbole.config import Config
 from recbole.data import create_dataset, data_preparation
 
+from recbole_mllm.data.dataloader import Negatives, SeededTrainDataLoader
 from recbole_mllm.data.schema import POSITION
-from recbole_mllm.data.training import Negatives, SeededTrainDataLoader
 from recbole_mllm.errors import UserError
 
 
