@@ -63,26 +63,24 @@ class MLLMMSRDataset(SequentialDataset):  # type: ignore[misc]  # RecBole is unt
         parts = super().build()
         train = parts[0]
         train.whole_split = train.inter_feat  # popularity is the split's, whatever part of it this model trains on
-        names = self._names()
+        counts = None  # of each user's histories; one each
+        if self.whole_lists is not None:
+            counts = np.bincount(self.inter_feat[self.uid_field].numpy()[self._holders], minlength=self.user_num)
+        names = HistoryNames(self.field2token_id[self.uid_field], self._raw(self.uid_field), counts)
         histories, met = self._histories(names)
         train.inter_feat = self._last(train, TrainSettings.from_config(self.config).train_last_k)
-        self._limit_users(parts)
+        limit = EvaluationSettings.from_config(self.config)
+        if limit.limit_users is not None:
+            users = [part.inter_feat[self.uid_field].numpy() for part in parts]
+            chosen = limited_users(self._raw(self.uid_field), users, limit.limit_users, limit.candidate_seed)
+            for part, owners, among in zip(parts, users, chosen, strict=True):
+                part.inter_feat = part.inter_feat[among[owners]]
         rows = [(part.inter_feat[HISTORY_NUMBER].numpy(), part.inter_feat[POSITION].numpy()) for part in parts]
         owners, places = (np.concatenate(column) for column in zip(*rows, strict=True))
         positions = PerHistory(names, owners, places, set)
         for part in (self, *parts):
             part.history_names, part.histories, part.met, part.positions = names, histories, met, positions
         return list(parts)
-
-    def _limit_users(self, parts: list[Any]) -> None:
-        """Keep the rows of `limit_users` users."""
-        limit = EvaluationSettings.from_config(self.config)
-        if limit.limit_users is None:
-            return
-        owners = [part.inter_feat[self.uid_field].numpy() for part in parts]
-        kept = limited_users(self._raw(self.uid_field), owners, limit.limit_users, limit.candidate_seed)
-        for part, users, chosen in zip(parts, owners, kept, strict=True):
-            part.inter_feat = part.inter_feat[chosen[users]]
 
     def _raw(self, field: str) -> np.ndarray[Any, Any]:
         """Return the raw id of each internal id."""
@@ -103,12 +101,6 @@ class MLLMMSRDataset(SequentialDataset):  # type: ignore[misc]  # RecBole is unt
         kept = np.zeros(len(rows), bool)
         kept[latest_first] = places_in_groups(users[latest_first]) < last_k
         return rows[kept]
-
-    def _names(self) -> HistoryNames:
-        counts = None
-        if self.whole_lists is not None:
-            counts = np.bincount(self.inter_feat[self.uid_field].numpy()[self._holders], minlength=self.user_num)
-        return HistoryNames(self.field2token_id[self.uid_field], self._raw(self.uid_field), counts)
 
     def _histories(self, names: HistoryNames) -> tuple[PerHistory[list[str]], PerHistory[list[str]]]:
         """Return the ordered raw item ids of each history, and all that each user meets: in its rows, targets included.

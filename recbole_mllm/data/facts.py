@@ -67,16 +67,13 @@ class Facts:
     def split(self, config: Any) -> Split | None:
         """Return what is held out; None where the split, and not the data alone, decides that."""
         if self.sizes is not None:
-            return self._split_of_files(self.sizes) if len(self.sizes) == 3 else None
+            parts = np.split(np.arange(len(self.users)), np.cumsum(self.sizes)[:-1])
+            return Split(self, np.ones(len(self.users), bool), *parts) if len(parts) == 3 else None
         arguments = config["eval_args"]
         how = (arguments["split"] or {}).get("LS")
         if how is None or arguments["order"] != "TO" or self.order is None:
             return None
         return self._leave_one_out(how)
-
-    def _split_of_files(self, sizes: tuple[int, ...]) -> Split:
-        train, valid, test = np.split(np.arange(len(self.users)), np.cumsum(sizes)[:-1])
-        return Split(self, np.ones(len(self.users), bool), train, valid, test)
 
     def _leave_one_out(self, how: str) -> Split:
         """Hold out what RecBole holds out for sequential models, of which every other model can be asked too.

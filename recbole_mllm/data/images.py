@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import re
 import stat
@@ -20,7 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path, PurePath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import PIL
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -38,9 +39,7 @@ _SMALL, _LONG = 64, 10  # a processor that refuses images beyond these would ref
 MOST_LONG = 200  # times as long as wide: more is refused by Qwen-VL, and shows nothing
 _DRAFT = (64, 64)  # JPEG is decoded at an eighth of its size where only its soundness is asked
 CACHE_FROM = 1_000  # fewer images are decoded again in a second or two, without a file
-_EDITION = f"2 pillow {PIL.__version__} pixels {MAX_PIXELS}"  # another Pillow may judge otherwise
-_SIZE = re.compile(r"(\d+)x(\d+)")
-_State = tuple[int, int]  # size in bytes, time of change in ns
+_EDITION = f"3 pillow {PIL.__version__} pixels {MAX_PIXELS}"  # another Pillow may judge otherwise
 _EASY = {"1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"}  # modes that `_rgb` never fails on
 
 
@@ -54,17 +53,13 @@ def resolve(folder: Path, relative: str) -> tuple[Path | None, str | None]:
     try:
         parts = PurePath(relative).parts
         roots = [folder, folder / IMAGES] if parts[:1] == (IMAGES,) and ".." not in parts else [folder]
-        path = os.path.realpath(os.path.join(folder, relative))
-        if not any(_is_below(path, os.path.realpath(root)) for root in roots):
+        path = Path(os.path.realpath(os.path.join(folder, relative)))
+        if not any(path.is_relative_to(os.path.realpath(root)) for root in roots):
             return None, "leads out of the folder"
-        mode = os.stat(path).st_mode
+        mode = path.stat().st_mode
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         return None, _why_no_file(error)
     return (folder / relative, None) if stat.S_ISREG(mode) else (None, "is no file")
-
-
-def _is_below(path: str, root: str) -> bool:
-    return path == root or path.startswith(root.rstrip(os.sep) + os.sep)
 
 
 def _why_no_file(error: OSError | ValueError) -> str:
@@ -294,52 +289,42 @@ class ItemImages:
 def check_images(folder: Path, images: Mapping[str, Path]) -> tuple[dict[str, str], dict[str, tuple[int, int]]]:
     """Return the reason of each item whose image cannot be opened, and the size of each extreme one, in that order."""
     cache = folder / f".{folder.name}.images"
+    states = {str(path): _state(path) for path in images.values()}
     cached = _read_cache(cache)
-    states = {path: _state(path) for path in dict.fromkeys(images.values())}
-    verdicts = {p: cached[str(p)][1] for p, s in states.items() if str(p) in cached and cached[str(p)][0] == s}
+    verdicts = {path: cached[path][1] for path, state in states.items() if path in cached and cached[path][0] == state}
     fresh = [path for path in states if path not in verdicts]
     with Progress(len(fresh), "checking images", "image") as shown, ThreadPoolExecutor(os.cpu_count()) as pool:
         for path, verdict in zip(fresh, pool.map(_verdict, fresh), strict=True):  # Pillow decodes outside Python's lock
             verdicts[path] = verdict
             shown.update(1)
     if len(fresh) >= CACHE_FROM or (fresh and cached):
-        _write_cache(cache, ((path, state, verdicts[path]) for path, state in states.items()))
-    found = {item: verdict for item, path in images.items() if (verdict := verdicts[path])}
-    sizes = {item: size for item, verdict in found.items() if (size := _SIZE.fullmatch(verdict))}
-    reasons = {item: verdict for item, verdict in found.items() if item not in sizes}
-    return reasons, {item: (int(size[1]), int(size[2])) for item, size in sizes.items()}
+        with suppress(OSError), whole_file(cache) as file:
+            json.dump([_EDITION, {path: (state, verdicts[path]) for path, state in states.items()}], file)
+    found = {item: verdict for item, path in images.items() if (verdict := verdicts[str(path)])}
+    reasons = {item: verdict for item, verdict in found.items() if isinstance(verdict, str)}
+    return reasons, {item: tuple(size) for item, size in found.items() if item not in reasons}
 
 
-def _state(path: Path) -> _State:
+def _state(path: Path) -> list[int]:
+    """Return a file's size in bytes and time of change in ns."""
     try:
         found = path.stat()
     except OSError:
-        return -1, -1
-    return found.st_size, found.st_mtime_ns
+        return [-1, -1]
+    return [found.st_size, found.st_mtime_ns]
 
 
-def _verdict(path: Path) -> str:
-    """Return an image's problem, its size where that is extreme, or ""."""
-    if (reason := problem(path)) is not None:
+def _verdict(path: str) -> str | tuple[int, int] | None:
+    """Return an image's problem, its size where that is extreme, or None."""
+    if (reason := problem(Path(path))) is not None:
         return reason
-    size = size_of(path)
-    return f"{size[0]}x{size[1]}" if size is not None and is_extreme(size) else ""
+    size = size_of(Path(path))
+    return size if size is not None and is_extreme(size) else None
 
 
-def _read_cache(cache: Path) -> dict[str, tuple[_State, str]]:
-    known: dict[str, tuple[_State, str]] = {}
-    with suppress(OSError, ValueError), cache.open(encoding="utf-8", newline="\n") as file:
-        if file.readline() != _EDITION + "\n":
-            return {}
-        for line in file:
-            path, size, changed, reason = line.removesuffix("\n").split("\t")
-            known[path] = (int(size), int(changed)), reason
-    return known
-
-
-def _write_cache(cache: Path, verdicts: Iterable[tuple[Path, _State, str]]) -> None:
-    with suppress(OSError, UnicodeEncodeError), whole_file(cache) as file:
-        file.write(_EDITION + "\n")
-        for path, (size, changed), reason in verdicts:
-            if not {"\t", "\n"} & set(str(path)):
-                file.write(f"{path}\t{size}\t{changed}\t{' '.join(reason.split())}\n")
+def _read_cache(cache: Path) -> dict[str, Any]:
+    try:
+        edition, cached = json.loads(cache.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return {}
+    return cached if edition == _EDITION and isinstance(cached, dict) else {}

@@ -17,7 +17,7 @@ _GIVEN: dict[str, type] = {}  # classes that a Config was given instead of a nam
 
 
 def find_models(utils: ModuleType) -> None:
-    """Make ``get_model`` (utils/utils.py:55-85) name an unknown model, and know classes that ``run_recbole`` was given.
+    """Let ``get_model`` (utils/utils.py:55-85) name an unknown model, and know classes that ``run_recbole`` was given.
 
     Looking for an unknown name ends in exlib_recommender, whose ``__init__`` imports lightgbm and xgboost: their
     absence hid the ValueError of :80. And quick_start.py:137, :216, :262 ask by name for a class that Config took as
@@ -31,7 +31,8 @@ def find_models(utils: ModuleType) -> None:
             try:
                 return stock(model_name)
             except ModuleNotFoundError as error:
-                if error.name not in ("lightgbm", "xgboost") or _has_exlib_file(model_name):
+                libraries = ("lightgbm", "xgboost")  # and the models of RecBole that need them
+                if error.name not in libraries or model_name.lower() in libraries:
                     raise
             except AttributeError as error:  # its file was found, as their names are in small letters
                 if error.name != model_name:
@@ -41,13 +42,6 @@ def find_models(utils: ModuleType) -> None:
         return get_model
 
     wrap(utils, "get_model", make)
-
-
-def _has_exlib_file(model_name: str) -> bool:
-    import recbole.model
-
-    folders = (Path(folder) / "exlib_recommender" for folder in recbole.model.__path__)
-    return any((folder / f"{model_name.lower()}.py").is_file() for folder in folders)
 
 
 def remember_model_classes(configurator: ModuleType) -> None:
@@ -95,7 +89,7 @@ def ask_for_nccl(quick_start: ModuleType) -> None:
             if nproc != 1 and ranks.is_launched():
                 raise two_launchers("run()")
             if nproc != 1 or world_size > 0:  # quick_start.py:53
-                require_nccl(nproc)
+                _require_nccl(nproc)
             return stock(*args, **kwargs)
 
         return run
@@ -103,7 +97,7 @@ def ask_for_nccl(quick_start: ModuleType) -> None:
     def make_run_recboles(stock: Any) -> Any:
         def run_recboles(rank: int, *args: Any) -> Any:
             options = args[-1] if args and isinstance(args[-1], dict) else {}
-            require_nccl(options.get("config_dict", {}).get("nproc", 1))
+            _require_nccl(options.get("config_dict", {}).get("nproc", 1))
             return stock(rank, *args)
 
         return run_recboles
@@ -112,8 +106,7 @@ def ask_for_nccl(quick_start: ModuleType) -> None:
     wrap(quick_start, "run_recboles", make_run_recboles)
 
 
-def require_nccl(nproc: int) -> None:
-    """Raise a UserError where this torch has no NCCL, or sees no GPU: RecBole's several processes need both."""
+def _require_nccl(nproc: int) -> None:
     import torch
     import torch.distributed as dist
 

@@ -26,7 +26,6 @@ _OPTIONS = {"delimiter", "usecols", "dtype", "encoding", "engine", "na_values", 
 _BLOCK = 1 << 24
 _LONGEST = 1 << 16  # bytes of a line; Python's csv module refuses a field of 131,072 characters unless told
 _EXACT = 2.0**53
-_DENSE = 1000  # keys far beyond the number of rows are no ids; RecBole's dictionary takes less then
 _LONG = 32  # torch reads shorter lists in ways of its own
 
 
@@ -250,15 +249,15 @@ class Groups:
     """The places of equal keys, keys in the order in which they first appear; iterates over lists as RecBole's do.
 
     Args:
-        keys: ``[rows]`` whole numbers from 0.
+        keys: ``[rows]`` whole numbers.
     """
 
     def __init__(self, keys: Any) -> None:
-        first = np.zeros(int(keys.max(initial=-1)) + 1, np.int64)
-        first[keys[::-1]] = np.arange(len(keys))[::-1]  # the last to be written is the first to appear
-        self.order = np.argsort(first[keys], kind="stable")
-        grouped = keys[self.order]
-        self.bounds = np.r_[0, np.flatnonzero(np.diff(grouped)) + 1, len(keys)] if len(keys) else np.array([0])
+        import pandas as pd
+
+        codes, found = pd.factorize(keys)
+        self.order = np.argsort(codes, kind="stable")
+        self.bounds = np.r_[0, np.cumsum(np.bincount(codes, minlength=len(found)))]
 
     def __len__(self) -> int:
         return len(self.bounds) - 1
@@ -284,8 +283,7 @@ def group_by_sorting(module: ModuleType) -> None:
     def make_grouped(stock: Callable[..., Any]) -> Callable[..., Any]:
         def _grouped_index(self: Any, group_by_list: Any) -> Any:
             keys = np.asarray(group_by_list)
-            ids = keys.ndim == 1 and keys.dtype.kind in "iu" and keys.min(initial=0) >= 0
-            return Groups(keys) if ids and keys.max(initial=0) <= _DENSE * len(keys) else stock(self, group_by_list)
+            return Groups(keys) if keys.ndim == 1 and keys.dtype.kind in "iu" else stock(self, group_by_list)
 
         return _grouped_index
 

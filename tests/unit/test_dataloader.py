@@ -132,12 +132,6 @@ def test_a_user_who_met_everything_is_one_clear_error(settings, tmp_path):
         list(_loader(settings | {"data_path": str(tmp_path), "frozen_candidates": False}))
 
 
-def test_negatives_a_model_must_choose_are_refused(settings):
-    how = {"distribution": "uniform", "sample_num": 1, "alpha": 1.0, "dynamic": True, "candidate_num": 2}
-    with pytest.raises(UserError, match="dynamic asks an MLLM about every candidate"):
-        list(_loader(settings, train_neg_sample_args=how))
-
-
 EARLY = {
     "dynamic": ({"train_neg_sample_args": {"dynamic": True}}, "dynamic asks an MLLM about every candidate"),
     "no negative left": ({}, "user all has met all 60 items that occur in training, so no negative is left"),
