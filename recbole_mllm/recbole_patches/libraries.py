@@ -161,12 +161,12 @@ def _agg_len_by_element(pandas: Any) -> None:
     """
 
     def make(stock: Any) -> Any:
-        def aggregate(self: Any, func: Any = None, *args: Any, **kwargs: Any) -> Any:
+        def agg(self: Any, func: Any = None, *args: Any, **kwargs: Any) -> Any:
             if func is len and called_from("recbole"):
                 return self.map(len)
             return stock(self, func, *args, **kwargs)
 
-        return aggregate
+        return agg
 
     wrap(pandas.Series, "agg", make)
 

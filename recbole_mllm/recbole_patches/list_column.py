@@ -24,7 +24,7 @@ class ListColumn(Tensor):
     """Rows ``flat[start:start + length]`` padded with zeros to `width`: a tensor ``[rows, width, *flat.shape[1:]]``.
 
     Choosing rows gives another such column, or a plain tensor where few are chosen; every other operation sees a
-    padded copy. What writes in place changes this column; a view of one is a copy.
+    padded copy, and what would write in place raises a RuntimeError.
     """
 
     flat: Tensor
@@ -38,7 +38,7 @@ class ListColumn(Tensor):
         shape = (len(start), width, *flat.shape[1:])
         # without storage, so that C++ code that reads past Python fails loudly instead of finding zeros
         column: Self = Tensor._make_wrapper_subclass(cls, shape, dtype=flat.dtype, device=flat.device)
-        column._fill(flat, start, length, width)
+        column.flat, column.start, column.length, column.width = flat, start, length, width
         return column
 
     @classmethod
@@ -46,9 +46,6 @@ class ListColumn(Tensor):
         """Return the column, as a plain tensor where it is small."""
         column = cls(flat, start, length, width)
         return column.plain() if column.numel() <= PLAIN_ELEMENTS else column
-
-    def _fill(self, flat: Tensor, start: Tensor, length: Tensor, width: int) -> None:
-        self.flat, self.start, self.length, self.width = flat, start, length, width
 
     def plain(self) -> Tensor:
         """Return the padded tensor."""
@@ -86,7 +83,7 @@ class ListColumn(Tensor):
             if answer is not NotImplemented:
                 return answer
         if _writes(func) and isinstance(args[0], cls):
-            return args[0]._write(func, args[1:], given)
+            raise RuntimeError(f"{func.__name__} would write into a list column; write into its clone(), which is plain")
         return func(*_plain(args), **_plain(given))
 
     @classmethod
@@ -99,25 +96,6 @@ class ListColumn(Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle the windows, never the padding."""
         return type(self), (self.flat, self.start, self.length, self.width)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Copy the windows and what they look at."""
-        copied = type(self)(self.flat.clone(), self.start.clone(), self.length.clone(), self.width)
-        memo[id(self)] = copied
-        return copied
-
-    def _write(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-        """Call `func`, which changes its first argument, on a padded copy, and become that copy."""
-        padded = self.plain()
-        answer = func(padded, *_plain(args), **_plain(kwargs))
-        rows = torch.arange(len(padded), device=padded.device)
-        self._fill(
-            padded.reshape(-1, *self.flat.shape[1:]),
-            rows * self.width,
-            torch.full_like(rows, self.width, dtype=torch.int32),
-            self.width,
-        )
-        return self if answer is padded else answer
 
 
 def _plain(value: Any) -> Any:
@@ -172,8 +150,6 @@ _PROPERTIES = ("shape", "dtype", "device", "ndim", "is_cuda", "requires_grad")
 _METHODS = ("size", "dim", "numel", "nelement", "element_size", "is_floating_point", "__len__", "__hash__")
 _ABOUT_SHAPE = {getattr(Tensor, name).__get__ for name in _PROPERTIES} | {getattr(Tensor, name) for name in _METHODS}
 _NESTED = (Sequence, Tensor, np.ndarray, slice, type(None))
-_WRITERS = {"__setitem__"} | {
-    f"__i{name}__"
-    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
-}
+_OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
+_WRITERS = {"__setitem__", *(f"__i{name}__" for name in _OPERATORS)}
 _LAZY: dict[Any, Callable[..., Any]] = {Tensor.__getitem__: _getitem, Tensor.unsqueeze: _unsqueeze}
