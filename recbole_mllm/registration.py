@@ -9,7 +9,7 @@ import copy
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from recbole_mllm.files import CONVERTED, recover
-from recbole_mllm.recbole_patches.hooks import wrap
+from recbole_mllm.recbole_patches.hooks import replace
 from recbole_mllm.resources import PROPERTIES, resource
 
 if TYPE_CHECKING:
@@ -91,35 +91,28 @@ def read_our_files(configurator: ModuleType) -> None:
     The user's files, dictionary and command line win over all of them (:319-323).
     """
 
-    def make_files(stock: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-        def _load_config_files(self: Any, file_list: Sequence[Any] | None) -> dict[str, Any]:
-            readable = importlib.import_module("recbole_mllm.yamlfile").check_readable
-            self.config_files = [str(file) for file in file_list or ()]
-            return stock(self, [file for file in self.config_files if readable(Path(file))])
+    @replace(configurator.Config)
+    def _load_config_files(stock: Any, self: Any, file_list: Sequence[Any] | None) -> dict[str, Any]:
+        readable = importlib.import_module("recbole_mllm.yamlfile").check_readable
+        self.config_files = [str(file) for file in file_list or ()]
+        return stock(self, [file for file in self.config_files if readable(Path(file))])
 
-        return _load_config_files
-
-    def make(stock: Callable[..., None]) -> Callable[..., None]:
-        def _load_internal_config_dict(self: Any, model: str, model_class: Any, dataset: str) -> None:
-            stock(self, model, model_class, dataset)
-            recbole_says = dict(self.internal_config_dict)
-            self._update_internal_config_dict(PROPERTIES / "overall.yaml")
-            self.internal_config_dict.update(recbole_says)
-            if self.internal_config_dict.get("load_col") == {"inter": ["user_id", "item_id"]}:
-                # RecBole's sample.yaml, for datasets without a file of their own, leaves the times out
-                self.internal_config_dict["load_col"] = copy.deepcopy(_EVERY_TIME)  # what a run changes is its own
-            ours = [path for kind in reversed(model_class.__mro__) if (path := resource("model", kind.__name__))]
-            if ours:
-                _check(self, model)
-            home = Path(configurator.__file__ or "").parent.parent / "properties"
-            for path in (*_model_files(ours, home, dataset), *_dataset_files(self, dataset)):
-                self._update_internal_config_dict(path)
-            _load_own_fields(self)
-
-        return _load_internal_config_dict
-
-    wrap(configurator.Config, "_load_config_files", make_files)
-    wrap(configurator.Config, "_load_internal_config_dict", make)
+    @replace(configurator.Config)
+    def _load_internal_config_dict(stock: Any, self: Any, model: str, model_class: Any, dataset: str) -> None:
+        stock(self, model, model_class, dataset)
+        recbole_says = dict(self.internal_config_dict)
+        self._update_internal_config_dict(PROPERTIES / "overall.yaml")
+        self.internal_config_dict.update(recbole_says)
+        if self.internal_config_dict.get("load_col") == {"inter": ["user_id", "item_id"]}:
+            # RecBole's sample.yaml, for datasets without a file of their own, leaves the times out
+            self.internal_config_dict["load_col"] = copy.deepcopy(_EVERY_TIME)  # what a run changes is its own
+        ours = [path for kind in reversed(model_class.__mro__) if (path := resource("model", kind.__name__))]
+        if ours:
+            _check(self, model)
+        home = Path(configurator.__file__ or "").parent.parent / "properties"
+        for path in (*_model_files(ours, home, dataset), *_dataset_files(self, dataset)):
+            self._update_internal_config_dict(path)
+        _load_own_fields(self)
 
 
 def _load_own_fields(config: Any) -> None:
@@ -183,34 +176,27 @@ def prepare_our_way(utils: ModuleType) -> None:
     """
     from recbole_mllm.recbole_patches import behaviour, exact_order, file_checks
 
-    def make_create(stock: Callable[..., Any]) -> Callable[..., Any]:
-        def create_dataset(config: Any) -> Any:
-            _build(Path(config["data_path"]))
-            importlib.import_module("recbole_mllm.config").tell_missing_gpus(config)
-            if config["item_features"]:
-                importlib.import_module("recbole_mllm.features.prepare").offer_features(config)
-            with file_checks.explain_what_is_left(config):
-                dataset = stock(config)
-            behaviour.reuse_saved_dataset(dataset, config)
-            exact_order.log_order(dataset)
-            return dataset
+    @replace(utils)
+    def create_dataset(stock: Any, config: Any) -> Any:
+        _build(Path(config["data_path"]))
+        importlib.import_module("recbole_mllm.config").tell_missing_gpus(config)
+        if config["item_features"]:
+            importlib.import_module("recbole_mllm.features.prepare").offer_features(config)
+        with file_checks.explain_what_is_left(config):
+            dataset = stock(config)
+        behaviour.reuse_saved_dataset(dataset, config)
+        exact_order.log_order(dataset)
+        return dataset
 
-        return create_dataset
-
-    def make_prepare(stock: Callable[..., Any]) -> Callable[..., Any]:
-        def data_preparation(config: Any, dataset: Any) -> Any:
-            with file_checks.explain_what_is_left(config, dataset):
-                train, *rest = stock(config, dataset)
-            if hasattr(getattr(train, "_dataset", None), "histories"):  # our dataset, whose rows know their places
-                train = importlib.import_module("recbole_mllm.data.dataloader").SeededTrainDataLoader.of(train)
-            loaders = (train, *rest)
-            if config["frozen_candidates"] is True:
-                candidates = importlib.import_module("recbole_mllm.evaluation.candidates")
-                loaders = candidates.freeze(config, dataset, *loaders)
-            file_checks.check_parts(config, dataset, *loaders)
-            return loaders
-
-        return data_preparation
-
-    wrap(utils, "create_dataset", make_create)
-    wrap(utils, "data_preparation", make_prepare)
+    @replace(utils)
+    def data_preparation(stock: Any, config: Any, dataset: Any) -> Any:
+        with file_checks.explain_what_is_left(config, dataset):
+            train, *rest = stock(config, dataset)
+        if hasattr(getattr(train, "_dataset", None), "histories"):  # our dataset, whose rows know their places
+            train = importlib.import_module("recbole_mllm.data.dataloader").SeededTrainDataLoader.of(train)
+        loaders = (train, *rest)
+        if config["frozen_candidates"] is True:
+            candidates = importlib.import_module("recbole_mllm.evaluation.candidates")
+            loaders = candidates.freeze(config, dataset, *loaders)
+        file_checks.check_parts(config, dataset, *loaders)
+        return loaders

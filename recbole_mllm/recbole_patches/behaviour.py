@@ -9,7 +9,7 @@ from typing import Any
 from recbole_mllm import ranks
 from recbole_mllm.data.facts import wants_exact_order
 from recbole_mllm.errors import UserError
-from recbole_mllm.recbole_patches.hooks import wrap
+from recbole_mllm.recbole_patches.hooks import replace
 from recbole_mllm.recbole_patches.processes import two_launchers
 
 _ATOMIC = (".inter", ".item", ".user", ".kg", ".link", ".net")
@@ -24,41 +24,33 @@ def find_models(utils: ModuleType) -> None:
     a class.
     """
 
-    def make(stock: Any) -> Any:
-        def get_model(model_name: str) -> Any:
-            if model_name in _GIVEN:
-                return _GIVEN[model_name]
-            try:
-                return stock(model_name)
-            except ModuleNotFoundError as error:
-                libraries = ("lightgbm", "xgboost")  # and the models of RecBole that need them
-                if error.name not in libraries or model_name.lower() in libraries:
-                    raise
-            except AttributeError as error:  # its file was found, as their names are in small letters
-                if error.name != model_name:
-                    raise
-            raise ValueError(f"`model_name` [{model_name}] is not the name of an existing model.")
-
-        return get_model
-
-    wrap(utils, "get_model", make)
+    @replace(utils)
+    def get_model(stock: Any, model_name: str) -> Any:
+        if model_name in _GIVEN:
+            return _GIVEN[model_name]
+        try:
+            return stock(model_name)
+        except ModuleNotFoundError as error:
+            libraries = ("lightgbm", "xgboost")  # and the models of RecBole that need them
+            if error.name not in libraries or model_name.lower() in libraries:
+                raise
+        except AttributeError as error:  # its file was found, as their names are in small letters
+            if error.name != model_name:
+                raise
+        raise ValueError(f"`model_name` [{model_name}] is not the name of an existing model.")
 
 
 def remember_model_classes(configurator: ModuleType) -> None:
     """Note the class that Config is given (config/configurator.py:211-213) for `find_models`; a name forgets it."""
 
-    def make(stock: Any) -> Any:
-        def _get_model_and_dataset(self: Any, model: Any, dataset: Any) -> Any:
-            asked = self.external_config_dict.get("model") if model is None else model
-            if isinstance(asked, str):
-                _GIVEN.pop(asked, None)
-            elif isinstance(asked, type):
-                _GIVEN[asked.__name__] = asked
-            return stock(self, model, dataset)
-
-        return _get_model_and_dataset
-
-    wrap(configurator.Config, "_get_model_and_dataset", make)
+    @replace(configurator.Config)
+    def _get_model_and_dataset(stock: Any, self: Any, model: Any, dataset: Any) -> Any:
+        asked = self.external_config_dict.get("model") if model is None else model
+        if isinstance(asked, str):
+            _GIVEN.pop(asked, None)
+        elif isinstance(asked, type):
+            _GIVEN[asked.__name__] = asked
+        return stock(self, model, dataset)
 
 
 def count_no_llm_flops(utils: ModuleType) -> None:
@@ -68,42 +60,31 @@ def count_no_llm_flops(utils: ModuleType) -> None:
     before.
     """
 
-    def make(stock: Any) -> Any:
-        def get_flops(model: Any, *args: Any, **kwargs: Any) -> Any:
-            if any(kind.__name__ == "MLLMMSR" for kind in type(model).__mro__):
-                return 0
-            return stock(model, *args, **kwargs)
-
-        return get_flops
-
-    wrap(utils, "get_flops", make)
+    @replace(utils)
+    def get_flops(stock: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        if any(kind.__name__ == "MLLMMSR" for kind in type(model).__mro__):
+            return 0
+        return stock(model, *args, **kwargs)
 
 
 def ask_for_nccl(quick_start: ModuleType) -> None:
     """Refuse ``run(nproc > 1)`` and ``run_recboles`` where there is no NCCL (config/configurator.py:495-505)."""
 
-    def make_run(stock: Any) -> Any:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            nproc = kwargs.get("nproc", args[5] if len(args) > 5 else 1)
-            world_size = kwargs.get("world_size", args[6] if len(args) > 6 else -1)
-            if nproc != 1 and ranks.is_launched():
-                raise two_launchers("run()")
-            if nproc != 1 or world_size > 0:  # quick_start.py:53
-                _require_nccl(nproc)
-            return stock(*args, **kwargs)
+    @replace(quick_start)
+    def run(stock: Any, *args: Any, **kwargs: Any) -> Any:
+        nproc = kwargs.get("nproc", args[5] if len(args) > 5 else 1)
+        world_size = kwargs.get("world_size", args[6] if len(args) > 6 else -1)
+        if nproc != 1 and ranks.is_launched():
+            raise two_launchers("run()")
+        if nproc != 1 or world_size > 0:  # quick_start.py:53
+            _require_nccl(nproc)
+        return stock(*args, **kwargs)
 
-        return run
-
-    def make_run_recboles(stock: Any) -> Any:
-        def run_recboles(rank: int, *args: Any) -> Any:
-            options = args[-1] if args and isinstance(args[-1], dict) else {}
-            _require_nccl(options.get("config_dict", {}).get("nproc", 1))
-            return stock(rank, *args)
-
-        return run_recboles
-
-    wrap(quick_start, "run", make_run)
-    wrap(quick_start, "run_recboles", make_run_recboles)
+    @replace(quick_start)
+    def run_recboles(stock: Any, rank: int, *args: Any) -> Any:
+        options = args[-1] if args and isinstance(args[-1], dict) else {}
+        _require_nccl(options.get("config_dict", {}).get("nproc", 1))
+        return stock(rank, *args)
 
 
 def _require_nccl(nproc: int) -> None:
@@ -134,20 +115,16 @@ def collect_plain_numbers(collector: ModuleType) -> None:
     """
     import torch
 
-    def make(stock: Any) -> Any:
-        def get_data_struct(self: Any) -> Any:
-            held = self.data_struct._data_dict
-            plain = {key: held.pop(key) for key, value in tuple(held.items()) if not isinstance(value, torch.Tensor)}
-            try:
-                struct = stock(self)
-            finally:
-                held.update(plain)
-            struct._data_dict.update(plain)
-            return struct
-
-        return get_data_struct
-
-    wrap(collector.Collector, "get_data_struct", make)
+    @replace(collector.Collector)
+    def get_data_struct(stock: Any, self: Any) -> Any:
+        held = self.data_struct._data_dict
+        plain = {key: held.pop(key) for key, value in tuple(held.items()) if not isinstance(value, torch.Tensor)}
+        try:
+            struct = stock(self)
+        finally:
+            held.update(plain)
+        struct._data_dict.update(plain)
+        return struct
 
 
 def reuse_saved_dataset(dataset: Any, config: Any) -> None:

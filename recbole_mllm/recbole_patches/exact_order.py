@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from logging import getLogger
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 
 from recbole_mllm.data.facts import Facts, facts_of, wants_exact_order
-from recbole_mllm.recbole_patches.hooks import wrap
+from recbole_mllm.recbole_patches.hooks import replace
 
 
 def keep_facts(module: Any) -> None:
@@ -19,40 +18,31 @@ def keep_facts(module: Any) -> None:
     RecBole's other sorts are stable, and by a time that is rounded but never reversed: they leave that order alone.
     """
 
-    def make_label(stock: Callable[[Any], None]) -> Callable[[Any], None]:
-        def _set_label_by_threshold(self: Any) -> None:  # the first step after missing values are filled in
-            self.facts = facts_of(self)
+    @replace(module.Dataset)
+    def _set_label_by_threshold(stock: Any, self: Any) -> None:  # the first step after missing values are filled in
+        self.facts = facts_of(self)
+        stock(self)
+
+    @replace(module.Dataset)
+    def sort(stock: Any, self: Any, by: Any, ascending: Any = True) -> None:
+        order = _exact_order(self, by) if ascending is True and wants_exact_order(self) else None
+        if order is None:
+            stock(self, by, ascending)
+        else:
+            self.inter_feat._reindex(torch.from_numpy(order.astype(np.int64)))
+
+    @replace(module.Dataset)
+    def _remove_duplication(stock: Any, self: Any) -> None:
+        keep, frame = self.config["rm_dup_inter"], self.inter_feat
+        if keep is None or self.time_field not in frame or not wants_exact_order(self):
             stock(self)
-
-        return _set_label_by_threshold
-
-    def make_sort(stock: Callable[..., None]) -> Callable[..., None]:
-        def sort(self: Any, by: Any, ascending: Any = True) -> None:
-            order = _exact_order(self, by) if ascending is True and wants_exact_order(self) else None
-            if order is None:
-                stock(self, by, ascending)
-            else:
-                self.inter_feat._reindex(torch.from_numpy(order.astype(np.int64)))
-
-        return sort
-
-    def make_removal(stock: Callable[[Any], None]) -> Callable[[Any], None]:
-        def _remove_duplication(self: Any) -> None:
-            keep, frame = self.config["rm_dup_inter"], self.inter_feat
-            if keep is None or self.time_field not in frame or not wants_exact_order(self):
-                stock(self)
-                return
-            # RecBole's sort is not stable (dataset.py:853), and leaves equal times in an order of its own
-            ordered = frame.sort_values(by=[self.time_field], kind="stable")
-            kept = ordered.drop_duplicates(subset=[self.uid_field, self.iid_field], keep=keep)
-            self.inter_feat = kept.sort_index()
-
-        return _remove_duplication
+            return
+        # RecBole's sort is not stable (dataset.py:853), and leaves equal times in an order of its own
+        ordered = frame.sort_values(by=[self.time_field], kind="stable")
+        kept = ordered.drop_duplicates(subset=[self.uid_field, self.iid_field], keep=keep)
+        self.inter_feat = kept.sort_index()
 
     module.Dataset.exact_order, module.Dataset.facts = False, None
-    wrap(module.Dataset, "_set_label_by_threshold", make_label)
-    wrap(module.Dataset, "sort", make_sort)
-    wrap(module.Dataset, "_remove_duplication", make_removal)
 
 
 def _exact_order(dataset: Any, by: Any) -> Any:

@@ -7,7 +7,7 @@ RecBole as it is, for tests and benchmarks to compare with.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from recbole_mllm.data.histories import places_in_groups
-from recbole_mllm.recbole_patches.hooks import wrap
+from recbole_mllm.recbole_patches.hooks import replace
 from recbole_mllm.recbole_patches.list_column import ListColumn
 
 _SEPARATORS = ("\t", ",", ";", "|")
@@ -160,16 +160,12 @@ def index_by_tensor(module: ModuleType) -> None:
     The list is converted to a tensor for each column: half a second a million rows and column.
     """
 
-    def make(stock: Callable[..., Any]) -> Callable[..., Any]:
-        def __getitem__(self: Any, index: Any) -> Any:
-            places = as_places(index)
-            if places is None:
-                return stock(self, index)
-            return module.Interaction({k: v[places.to(v.device)] for k, v in self.interaction.items()})
-
-        return __getitem__
-
-    wrap(module.Interaction, "__getitem__", make)
+    @replace(module.Interaction)
+    def __getitem__(stock: Any, self: Any, index: Any) -> Any:
+        places = as_places(index)
+        if places is None:
+            return stock(self, index)
+        return module.Interaction({k: v[places.to(v.device)] for k, v in self.interaction.items()})
 
 
 def as_places(index: Any) -> torch.Tensor | None:
@@ -192,21 +188,17 @@ def as_places(index: Any) -> torch.Tensor | None:
 def augment_as_arrays(module: ModuleType) -> None:
     """Replace ``SequentialDataset.data_augmentation`` (data/dataset/sequential_dataset.py:77-152), a loop over rows."""
 
-    def make(stock: Callable[..., None]) -> Callable[..., None]:
-        def data_augmentation(self: Any) -> None:
-            self._aug_presets()
-            self._check_field("uid_field", "time_field")
-            self.sort(by=[self.uid_field, self.time_field], ascending=True)
-            place = places_in_groups(self.inter_feat[self.uid_field].numpy())
-            if place.any() and _shapes_fit(self):
-                self.logger.debug("data_augmentation")
-                _augment(self, module.Interaction, place)
-            else:
-                stock(self)
-
-        return data_augmentation
-
-    wrap(module.SequentialDataset, "data_augmentation", make)
+    @replace(module.SequentialDataset)
+    def data_augmentation(stock: Any, self: Any) -> None:
+        self._aug_presets()
+        self._check_field("uid_field", "time_field")
+        self.sort(by=[self.uid_field, self.time_field], ascending=True)
+        place = places_in_groups(self.inter_feat[self.uid_field].numpy())
+        if place.any() and _shapes_fit(self):
+            self.logger.debug("data_augmentation")
+            _augment(self, module.Interaction, place)
+        else:
+            stock(self)
 
 
 def _shapes_fit(dataset: Any) -> bool:
@@ -280,20 +272,13 @@ class Groups:
 def group_by_sorting(module: ModuleType) -> None:
     """Replace the loops of ``Dataset._grouped_index`` and the split by it (data/dataset/dataset.py:1591, :1666)."""
 
-    def make_grouped(stock: Callable[..., Any]) -> Callable[..., Any]:
-        def _grouped_index(self: Any, group_by_list: Any) -> Any:
-            keys = np.asarray(group_by_list)
-            return Groups(keys) if keys.ndim == 1 and keys.dtype.kind in "iu" else stock(self, group_by_list)
+    @replace(module.Dataset)
+    def _grouped_index(stock: Any, self: Any, group_by_list: Any) -> Any:
+        keys = np.asarray(group_by_list)
+        return Groups(keys) if keys.ndim == 1 and keys.dtype.kind in "iu" else stock(self, group_by_list)
 
-        return _grouped_index
-
-    def make_split(stock: Callable[..., Any]) -> Callable[..., Any]:
-        def _split_index_by_leave_one_out(self: Any, grouped_index: Any, leave_one_num: int) -> Any:
-            if isinstance(grouped_index, Groups):
-                return grouped_index.leave_out(leave_one_num)
-            return stock(self, grouped_index, leave_one_num)
-
-        return _split_index_by_leave_one_out
-
-    wrap(module.Dataset, "_grouped_index", make_grouped)
-    wrap(module.Dataset, "_split_index_by_leave_one_out", make_split)
+    @replace(module.Dataset)
+    def _split_index_by_leave_one_out(stock: Any, self: Any, grouped_index: Any, leave_one_num: int) -> Any:
+        if isinstance(grouped_index, Groups):
+            return grouped_index.leave_out(leave_one_num)
+        return stock(self, grouped_index, leave_one_num)

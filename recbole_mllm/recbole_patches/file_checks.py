@@ -16,7 +16,7 @@ from recbole_mllm.data.atomic import MAX_ID_CHARACTERS
 from recbole_mllm.data.checking import Rules, all_met, check_columns, check_file, nothing_left
 from recbole_mllm.errors import UserError
 from recbole_mllm.recbole_patches.fast_loading import scan, scanned
-from recbole_mllm.recbole_patches.hooks import wrap
+from recbole_mllm.recbole_patches.hooks import replace
 
 
 def check_as_read(dataset: ModuleType) -> None:
@@ -25,25 +25,18 @@ def check_as_read(dataset: ModuleType) -> None:
     A run of another model that stock RecBole starts is left as it is.
     """
 
-    def make_load(stock: Callable[..., Any]) -> Callable[..., Any]:
-        def _load_data(self: Any, token: str, dataset_path: str) -> Any:
-            if _is_ours(self.config) and Path(dataset_path).is_dir():  # else RecBole may know where to fetch it
-                _check_files(self, token, Path(dataset_path))
-            return stock(self, token, dataset_path)
+    @replace(dataset.Dataset)
+    def _load_data(stock: Any, self: Any, token: str, dataset_path: str) -> Any:
+        if _is_ours(self.config) and Path(dataset_path).is_dir():  # else RecBole may know where to fetch it
+            _check_files(self, token, Path(dataset_path))
+        return stock(self, token, dataset_path)
 
-        return _load_data
-
-    def make_feat(stock: Callable[..., Any]) -> Callable[..., Any]:
-        def _load_feat(self: Any, filepath: str, source: Any) -> Any:
-            rules = _rules(self, source) if _is_ours(self.config) else None
-            if rules is None:
-                return stock(self, filepath, source)
-            return _read(Path(filepath), rules, lambda: stock(self, filepath, source))
-
-        return _load_feat
-
-    wrap(dataset.Dataset, "_load_data", make_load)
-    wrap(dataset.Dataset, "_load_feat", make_feat)
+    @replace(dataset.Dataset)
+    def _load_feat(stock: Any, self: Any, filepath: str, source: Any) -> Any:
+        rules = _rules(self, source) if _is_ours(self.config) else None
+        if rules is None:
+            return stock(self, filepath, source)
+        return _read(Path(filepath), rules, lambda: stock(self, filepath, source))
 
 
 @contextmanager

@@ -118,9 +118,19 @@ def wrap(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..
                 setattr(module, name, shim)
 
 
-def called_from(package: str, depth: int = 2) -> bool:
-    """Return whether the function that called the caller of this one belongs to `package`."""
-    name = str(sys._getframe(depth).f_globals.get("__name__", ""))
+def replace(owner: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorate what takes the place of the function of its name in `owner`; the stock one is its first argument."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        wrap(owner, function.__name__, lambda stock: lambda *args, **kwargs: function(stock, *args, **kwargs))
+        return function
+
+    return decorate
+
+
+def called_from(package: str) -> bool:
+    """Return whether what called this one, put in place by `replace`, was called by a function of `package`."""
+    name = str(sys._getframe(3).f_globals.get("__name__", ""))
     return name == package or name.startswith(f"{package}.")
 
 

@@ -11,7 +11,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from recbole_mllm.errors import UserError
-from recbole_mllm.recbole_patches.hooks import called_from, lend_imports, wrap
+from recbole_mllm.recbole_patches.hooks import called_from, lend_imports, replace
 
 # What config/configurator.py:625-635 adds to numpy, without reading the names that numpy 2 removed
 _NUMPY_NAMES = {"bool": "bool_", "int": "int_", "float": "float64", "complex": "complex128", "object": "object_",
@@ -79,12 +79,13 @@ def name_numpy_scalars(configurator: ModuleType) -> None:
     """Set the names that RecBole uses (evaluator/metrics.py:90, data/interaction.py:31, model/layers.py:932)."""
     import numpy as np
 
-    def compatibility_settings(self: Any) -> None:
+    if hasattr(np, "float_"):
+        return
+
+    @replace(configurator.Config)
+    def compatibility_settings(stock: Any, self: Any) -> None:
         for name, scalar in _NUMPY_NAMES.items():
             setattr(np, name, getattr(np, scalar))
-
-    if not hasattr(np, "float_"):
-        wrap(configurator.Config, "compatibility_settings", lambda stock: compatibility_settings)
 
 
 def keep_dok_update(_: ModuleType) -> None:
@@ -109,15 +110,11 @@ def load_checkpoints_whole(_: ModuleType) -> None:
     """
     import torch
 
-    def make(stock: Any) -> Any:
-        def load(f: Any, *args: Any, **kwargs: Any) -> Any:
-            if called_from("recbole"):
-                kwargs.setdefault("weights_only", False)
-            return stock(f, *args, **kwargs)
-
-        return load
-
-    wrap(torch.serialization, "load", make)
+    @replace(torch.serialization)
+    def load(stock: Any, f: Any, *args: Any, **kwargs: Any) -> Any:
+        if called_from("recbole"):
+            kwargs.setdefault("weights_only", False)
+        return stock(f, *args, **kwargs)
 
 
 def mend_pandas_3(dataset: ModuleType) -> None:
@@ -139,7 +136,8 @@ def _fill_nan_by_assignment(dataset: ModuleType) -> None:
 
     kinds = dataset.FeatureType
 
-    def _fill_nan(self: Any) -> None:
+    @replace(dataset.Dataset)
+    def _fill_nan(stock: Any, self: Any) -> None:
         for feat in (getattr(self, name) for name in self.feat_name_list):
             for field in feat:
                 kind = self.field2type[field]
@@ -151,8 +149,6 @@ def _fill_nan_by_assignment(dataset: ModuleType) -> None:
                     empty = np.array([], dtype=np.int64 if kind == kinds.TOKEN_SEQ else np.float64)
                     feat[field] = [empty if isinstance(value, float) else value for value in feat[field]]
 
-    wrap(dataset.Dataset, "_fill_nan", lambda stock: _fill_nan)
-
 
 def _agg_len_by_element(pandas: Any) -> None:
     """Patch ``Series.agg`` for RecBole alone.
@@ -160,15 +156,11 @@ def _agg_len_by_element(pandas: Any) -> None:
     data/dataset/dataset.py:712, :792, :809, :1217, sequential_dataset.py:165, kg_dataset.py:316.
     """
 
-    def make(stock: Any) -> Any:
-        def agg(self: Any, func: Any = None, *args: Any, **kwargs: Any) -> Any:
-            if func is len and called_from("recbole"):
-                return self.map(len)
-            return stock(self, func, *args, **kwargs)
-
-        return agg
-
-    wrap(pandas.Series, "agg", make)
+    @replace(pandas.Series)
+    def agg(stock: Any, self: Any, func: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if func is len and called_from("recbole"):
+            return self.map(len)
+        return stock(self, func, *args, **kwargs)
 
 
 class _Pandas(ModuleType):

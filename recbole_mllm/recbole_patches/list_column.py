@@ -83,7 +83,7 @@ class ListColumn(Tensor):
             if answer is not NotImplemented:
                 return answer
         if _writes(func) and isinstance(args[0], cls):
-            raise RuntimeError(f"{func.__name__} would write into a list column; write into its clone(), which is plain")
+            raise RuntimeError(f"{func.__name__} would write into a list column; write into its clone()")
         return func(*_plain(args), **_plain(given))
 
     @classmethod

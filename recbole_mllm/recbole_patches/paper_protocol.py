@@ -6,7 +6,6 @@ of any length, and a general model nothing but the targets.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from recbole.data.interaction import Interaction
 
 from recbole_mllm.data.atomic import read_columns
 from recbole_mllm.errors import UserError
-from recbole_mllm.recbole_patches.hooks import wrap
+from recbole_mllm.recbole_patches.hooks import replace
 
 _TARGETS_ALONE = {"Pop"}  # counts what users take next, which is what it is asked for
 
@@ -24,15 +23,11 @@ _TARGETS_ALONE = {"Pop"}  # counts what users take next, which is what it is ask
 def ask_for_lists(dataset_module: Any) -> None:
     """Refuse benchmark files that give a sequential model no histories, once they are read (dataset.py:119)."""
 
-    def make(stock: Callable[[Any], None]) -> Callable[[Any], None]:
-        def _init_alias(self: Any) -> None:
-            if self.config["benchmark_filename"] is not None and hasattr(self, "item_list_length_field"):
-                _check_lists(self)
-            stock(self)
-
-        return _init_alias
-
-    wrap(dataset_module.Dataset, "_init_alias", make)
+    @replace(dataset_module.Dataset)
+    def _init_alias(stock: Any, self: Any) -> None:
+        if self.config["benchmark_filename"] is not None and hasattr(self, "item_list_length_field"):
+            _check_lists(self)
+        stock(self)
 
 
 def _check_lists(dataset: Any) -> None:
@@ -60,32 +55,25 @@ def show_latest_items(sequential_dataset: Any) -> None:
     Without it a longer list indexes past a model's positions, and a shorter one does not fit models of fixed width.
     """
 
-    def make_presets(stock: Callable[[Any], None]) -> Callable[[Any], None]:
-        def _benchmark_presets(self: Any) -> None:
-            longest = self.max_item_list_len
+    @replace(sequential_dataset.SequentialDataset)
+    def _benchmark_presets(stock: Any, self: Any) -> None:
+        longest = self.max_item_list_len
+        for field in _list_fields(self):
+            self.inter_feat[field] = _column([values[-longest:] for values in self.inter_feat[field]])
+            self.field2seqlen[field] = longest
+        self.item_id_list_field = self.iid_field + self.config["LIST_SUFFIX"]  # RecBole knows one name alone (:164)
+        stock(self)
+
+    @replace(sequential_dataset.SequentialDataset)
+    def _change_feat_format(stock: Any, self: Any) -> None:
+        stock(self)
+        if self.config["benchmark_filename"] is not None:
             for field in _list_fields(self):
-                self.inter_feat[field] = _column([values[-longest:] for values in self.inter_feat[field]])
-                self.field2seqlen[field] = longest
-            self.item_id_list_field = self.iid_field + self.config["LIST_SUFFIX"]  # RecBole knows one name alone (:164)
-            stock(self)
-
-        return _benchmark_presets
-
-    def make_change(stock: Callable[[Any], None]) -> Callable[[Any], None]:
-        def _change_feat_format(self: Any) -> None:
-            stock(self)
-            if self.config["benchmark_filename"] is not None:
-                for field in _list_fields(self):
-                    lists = self.inter_feat[field]
-                    padded = torch.nn.functional.pad(lists, (0, self.max_item_list_len - lists.shape[1]))
-                    self.inter_feat.update(Interaction({field: padded}))
-                if hasattr(self, "neg_item_list_field"):
-                    self.inter_feat.update(Interaction({self.neg_item_list_field: _negatives(self)}))
-
-        return _change_feat_format
-
-    wrap(sequential_dataset.SequentialDataset, "_benchmark_presets", make_presets)
-    wrap(sequential_dataset.SequentialDataset, "_change_feat_format", make_change)
+                lists = self.inter_feat[field]
+                padded = torch.nn.functional.pad(lists, (0, self.max_item_list_len - lists.shape[1]))
+                self.inter_feat.update(Interaction({field: padded}))
+            if hasattr(self, "neg_item_list_field"):
+                self.inter_feat.update(Interaction({self.neg_item_list_field: _negatives(self)}))
 
 
 def _list_fields(dataset: Any) -> list[str]:
@@ -115,23 +103,19 @@ def learn_from_histories(dataset_module: Any) -> None:
     though another row's history may list it (`facts.Split.trained`). `Pop` learns from the train users' targets alone.
     """
 
-    def make_build(stock: Callable[[Any], list[Any]]) -> Callable[[Any], list[Any]]:
-        def build(self: Any) -> list[Any]:
-            parts = stock(self)
-            listed = f"{self.iid_field}{self.config['LIST_SUFFIX']}"
-            if self.config["train_on_histories"] is not True or hasattr(self, "item_list_length_field"):
-                return parts
-            split = self.facts.split(self.config)
-            if split is not None and self.config["model"] not in _TARGETS_ALONE:
-                users, items, times = split.trained()
-                columns = {self.uid_field: np.repeat(users, times), self.iid_field: np.repeat(items, times)}
-                learnt = {field: torch.from_numpy(values.astype(np.int64)) for field, values in columns.items()}
-                parts[0].inter_feat = Interaction(learnt)
-            for part in parts:
-                kept = {name: column for name, column in part.inter_feat.interaction.items() if name != listed}
-                part.inter_feat = Interaction(kept)
+    @replace(dataset_module.Dataset)
+    def build(stock: Any, self: Any) -> list[Any]:
+        parts = stock(self)
+        listed = f"{self.iid_field}{self.config['LIST_SUFFIX']}"
+        if self.config["train_on_histories"] is not True or hasattr(self, "item_list_length_field"):
             return parts
-
-        return build
-
-    wrap(dataset_module.Dataset, "build", make_build)
+        split = self.facts.split(self.config)
+        if split is not None and self.config["model"] not in _TARGETS_ALONE:
+            users, items, times = split.trained()
+            columns = {self.uid_field: np.repeat(users, times), self.iid_field: np.repeat(items, times)}
+            learnt = {field: torch.from_numpy(values.astype(np.int64)) for field, values in columns.items()}
+            parts[0].inter_feat = Interaction(learnt)
+        for part in parts:
+            kept = {name: column for name, column in part.inter_feat.interaction.items() if name != listed}
+            part.inter_feat = Interaction(kept)
+        return parts

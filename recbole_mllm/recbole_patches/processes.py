@@ -9,7 +9,7 @@ from typing import Any
 
 from recbole_mllm import ranks, switches
 from recbole_mllm.errors import UserError
-from recbole_mllm.recbole_patches.hooks import wrap
+from recbole_mllm.recbole_patches.hooks import replace
 
 
 def give_each_process_its_gpu(configurator: ModuleType) -> None:
@@ -18,33 +18,29 @@ def give_each_process_its_gpu(configurator: ModuleType) -> None:
     Stock RecBole makes `gpu_id` (0) the only visible one, for every process. All but the main process are silent.
     """
 
-    def make(stock: Any) -> Any:
-        def _init_device(self: Any) -> None:
-            if not ranks.is_launched():
-                stock(self)
-                return
-            values = self.final_config_dict
-            if int(values.get("nproc") or 1) > 1 or "local_rank" in values:
-                raise two_launchers("the configuration")
-            gpu_id, visible = values["gpu_id"], os.environ.get("CUDA_VISIBLE_DEVICES")
-            values["gpu_id"] = "" if switches.wants_cpu() else _all_gpus() if visible is None else visible
-            try:
-                stock(self)
-            finally:
-                os.environ.pop("CUDA_VISIBLE_DEVICES", None)
-                if visible is not None:
-                    os.environ["CUDA_VISIBLE_DEVICES"] = visible
-            values["gpu_id"] = gpu_id
-            if values["device"].type == "cuda":
-                values["device"] = type(values["device"])("cuda", ranks.local_rank())
-            if not ranks.is_main():
-                values.update({"state": "ERROR", "show_progress": False})
-                if values.get("log_wandb"):
-                    values["log_wandb"] = False
-
-        return _init_device
-
-    wrap(configurator.Config, "_init_device", make)
+    @replace(configurator.Config)
+    def _init_device(stock: Any, self: Any) -> None:
+        if not ranks.is_launched():
+            stock(self)
+            return
+        values = self.final_config_dict
+        if int(values.get("nproc") or 1) > 1 or "local_rank" in values:
+            raise two_launchers("the configuration")
+        gpu_id, visible = values["gpu_id"], os.environ.get("CUDA_VISIBLE_DEVICES")
+        values["gpu_id"] = "" if switches.wants_cpu() else _all_gpus() if visible is None else visible
+        try:
+            stock(self)
+        finally:
+            os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+            if visible is not None:
+                os.environ["CUDA_VISIBLE_DEVICES"] = visible
+        values["gpu_id"] = gpu_id
+        if values["device"].type == "cuda":
+            values["device"] = type(values["device"])("cuda", ranks.local_rank())
+        if not ranks.is_main():
+            values.update({"state": "ERROR", "show_progress": False})
+            if values.get("log_wandb"):
+                values["log_wandb"] = False
 
 
 def _all_gpus() -> str:
@@ -67,30 +63,22 @@ def two_launchers(where: str) -> UserError:
 def log_in_main_alone(logger: ModuleType) -> None:
     """Keep ``init_logger`` (utils/logger.py:69) from writing a log file a process; errors are seen from all of them."""
 
-    def make(stock: Any) -> Any:
-        def init_logger(config: Any) -> None:
-            if ranks.is_main():
-                stock(config)
-                return
-            form = f"process {ranks.rank()}: %(message)s"
-            logging.basicConfig(level=logging.ERROR, format=form)
-            logging.getLogger().setLevel(logging.ERROR)
-
-        return init_logger
-
-    wrap(logger, "init_logger", make)
+    @replace(logger)
+    def init_logger(stock: Any, config: Any) -> None:
+        if ranks.is_main():
+            stock(config)
+            return
+        form = f"process {ranks.rank()}: %(message)s"
+        logging.basicConfig(level=logging.ERROR, format=form)
+        logging.getLogger().setLevel(logging.ERROR)
 
 
 def draw_curves_in_main_alone(utils: ModuleType) -> None:
     """Give the other processes a Tensorboard writer that writes nothing (utils/utils.py:208)."""
 
-    def make(stock: Any) -> Any:
-        def get_tensorboard(logger: Any) -> Any:
-            return stock(logger) if ranks.is_main() else SimpleNamespace(add_scalar=_nothing, add_hparams=_nothing)
-
-        return get_tensorboard
-
-    wrap(utils, "get_tensorboard", make)
+    @replace(utils)
+    def get_tensorboard(stock: Any, logger: Any) -> Any:
+        return stock(logger) if ranks.is_main() else SimpleNamespace(add_scalar=_nothing, add_hparams=_nothing)
 
 
 def _nothing(*args: Any) -> None:

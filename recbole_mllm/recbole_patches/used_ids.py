@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 
 from recbole_mllm.data.sampling import Pairs
-from recbole_mllm.recbole_patches.hooks import wrap
+from recbole_mllm.recbole_patches.hooks import replace, wrap
 
 _ALL_MET = (
     "Some users have interacted with all items, which we can not sample negative items for them. "
@@ -68,29 +67,22 @@ def _grouped(users: Any, items: Any, user_num: int) -> tuple[Any, Any]:
 
 def look_up_pairs(module: ModuleType) -> None:
     """Replace what makes and reads sets of used items in RecBole's samplers (sampler/sampler.py:142-262, :387-396)."""
-    wrap(module.Sampler, "get_used_ids", lambda stock: get_used_ids)
     wrap(module.RepeatableSampler, "get_used_ids", lambda stock: lambda self: UsedIds([], None, self.user_num))
-    wrap(module.AbstractSampler, "sample_by_key_ids", _make_sampling)
 
+    @replace(module.Sampler)
+    def get_used_ids(stock: Any, self: Any) -> dict[str, Any]:
+        """Return ``{phase: UsedIds}``, or raise RecBole's ValueError where a user has met every item (:233-262)."""
+        fields = self.uid_field, self.iid_field
+        rows = [tuple(part.inter_feat[field].numpy() for field in fields) for part in self.datasets]
+        phases = np.repeat(np.arange(len(rows), dtype=np.int8), [len(users) for users, _ in rows])
+        users, items = (np.concatenate(column) for column in zip(*rows, strict=True))
+        pairs = Pairs(users, items, self.item_num, phases)
+        if pairs.most(self.user_num, len(rows)) + 1 == self.item_num:  # [PAD] is an item
+            raise ValueError(_ALL_MET)
+        return {phase: UsedIds(rows[: n + 1], pairs, self.user_num) for n, phase in enumerate(self.phases)}
 
-def get_used_ids(self: Any) -> dict[str, Any]:
-    """Return ``{phase: UsedIds}`` (``Sampler.get_used_ids``, sampler/sampler.py:233-262).
-
-    Raises:
-        ValueError: A user has met every item; RecBole's own words.
-    """
-    fields = self.uid_field, self.iid_field
-    rows = [tuple(part.inter_feat[field].numpy() for field in fields) for part in self.datasets]
-    phases = np.repeat(np.arange(len(rows), dtype=np.int8), [len(users) for users, _ in rows])
-    users, items = (np.concatenate(column) for column in zip(*rows, strict=True))
-    pairs = Pairs(users, items, self.item_num, phases)
-    if pairs.most(self.user_num, len(rows)) + 1 == self.item_num:  # [PAD] is an item
-        raise ValueError(_ALL_MET)
-    return {phase: UsedIds(rows[: n + 1], pairs, self.user_num) for n, phase in enumerate(self.phases)}
-
-
-def _make_sampling(stock: Callable[..., Any]) -> Callable[..., Any]:
-    def sample_by_key_ids(self: Any, key_ids: Any, num: int) -> Any:
+    @replace(module.AbstractSampler)
+    def sample_by_key_ids(stock: Any, self: Any, key_ids: Any, num: int) -> Any:
         """Draw as sampler/sampler.py:128-175 does, number for number, and look all values up at once."""
         used = self.used_ids
         if not isinstance(used, UsedIds):
@@ -105,5 +97,3 @@ def _make_sampling(stock: Callable[..., Any]) -> Callable[..., Any]:
             values[check] = self.sampling(len(check))
             check = check[used.contain(keys[check], values[check])]
         return torch.tensor(values, dtype=torch.long)
-
-    return sample_by_key_ids
