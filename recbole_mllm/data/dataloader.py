@@ -15,6 +15,7 @@ import torch
 from recbole.data.dataloader import TrainDataLoader
 from recbole.data.interaction import Interaction
 
+from recbole_mllm.data.histories import places_in_groups
 from recbole_mllm.data.sampling import Pairs, hash64
 from recbole_mllm.data.schema import HISTORY_NUMBER, POSITION
 from recbole_mllm.errors import UserError
@@ -71,9 +72,9 @@ class SeededTrainDataLoader(TrainDataLoader):  # type: ignore[misc]  # RecBole i
     @classmethod
     def of(cls, loader: Any) -> SeededTrainDataLoader:
         """Return `loader` itself if it is one of these, else one over the same rows."""
-        return (
-            loader if isinstance(loader, cls) else cls(loader.config, loader._dataset, loader._sampler, loader.shuffle)
-        )
+        if isinstance(loader, cls):
+            return loader
+        return cls(loader.config, loader._dataset, loader._sampler, loader.shuffle)
 
     def set_epoch(self, epoch: int, first: int = 0) -> None:
         """Make the next pass that of `epoch`, from its batch `first` on; without it, passes count up from 0."""
@@ -168,9 +169,6 @@ def _by_item(items: Any, most: int, rng: np.random.Generator) -> Any:
     """Return an order of `items` in which at most `most` rows of one stand together, and the rest is random."""
     rows = rng.permutation(len(items))
     rows = rows[np.argsort(items[rows], kind="stable")]
-    place = np.arange(len(rows))
-    first = np.r_[True, items[rows][1:] != items[rows][:-1]]
-    within = place - np.maximum.accumulate(np.where(first, place, 0))
-    chunk = np.cumsum(within % most == 0) - 1
+    chunk = np.cumsum(places_in_groups(items[rows]) % most == 0) - 1
     turn = rng.permutation(chunk[-1] + 1)
     return rows[np.argsort(turn[chunk], kind="stable")]

@@ -97,28 +97,26 @@ def open_image(path: Path) -> Image.Image:
 
 
 def problem(path: Path) -> str | None:
-    """Return why `open_image` would refuse `path`, in words that follow its name, or None.
+    """Return why `open_image` would refuse `path`, in words that follow its name, or None."""
+    found = decode(path)
+    return found if isinstance(found, str) else None
+
+
+def decode(path: Path) -> tuple[int, int] | str:
+    """Return an image's width and height in pixels, or why `open_image` would refuse it.
 
     All of the file is decoded, as nothing less finds one cut short; a JPEG at an eighth of its size.
     """
     try:
         with _opened(path) as image:
+            size = (int(image.width), int(image.height))
             image.draft(None, _DRAFT)
             image.load()
             if image.mode not in _EASY or "transparency" in image.info:
                 _rgb(image)
+            return size
     except OSError as error:
         return str(error).removeprefix(f"{path}: ")
-    return None
-
-
-def size_of(path: Path) -> tuple[int, int] | None:
-    """Return an image's width and height in pixels, from its first bytes; None where they do not tell."""
-    try:
-        with _opened(path) as image:
-            return int(image.width), int(image.height)
-    except OSError:
-        return None
 
 
 def is_extreme(size: tuple[int, int]) -> bool:
@@ -314,12 +312,10 @@ def _state(path: Path) -> list[int]:
     return [found.st_size, found.st_mtime_ns]
 
 
-def _verdict(path: str) -> str | tuple[int, int] | None:
+def _verdict(path: str) -> tuple[int, int] | str | None:
     """Return an image's problem, its size where that is extreme, or None."""
-    if (reason := problem(Path(path))) is not None:
-        return reason
-    size = size_of(Path(path))
-    return size if size is not None and is_extreme(size) else None
+    found = decode(Path(path))
+    return found if isinstance(found, str) or is_extreme(found) else None
 
 
 def _read_cache(cache: Path) -> dict[str, Any]:
