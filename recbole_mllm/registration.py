@@ -92,7 +92,7 @@ def read_our_files(configurator: ModuleType) -> None:
     """
 
     @replace(configurator.Config)
-    def _load_config_files(stock: Any, self: Any, file_list: Sequence[Any] | None) -> dict[str, Any]:
+    def _load_config_files(stock: Any, self: Any, file_list: Sequence[Any] | None) -> Any:
         readable = importlib.import_module("recbole_mllm.yamlfile").check_readable
         self.config_files = [str(file) for file in file_list or ()]
         return stock(self, [file for file in self.config_files if readable(Path(file))])

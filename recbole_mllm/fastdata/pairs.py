@@ -1,2 +1,2 @@
 # SHIM Pairs -> recbole_mllm.data.sampling
-from recbole_mllm.data.sampling import Pairs  # noqa: F401
+from recbole_mllm.data.sampling import Pairs as Pairs  # noqa: F401

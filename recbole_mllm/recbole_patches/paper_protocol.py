@@ -104,7 +104,7 @@ def learn_from_histories(dataset_module: Any) -> None:
     """
 
     @replace(dataset_module.Dataset)
-    def build(stock: Any, self: Any) -> list[Any]:
+    def build(stock: Any, self: Any) -> Any:
         parts = stock(self)
         listed = f"{self.iid_field}{self.config['LIST_SUFFIX']}"
         if self.config["train_on_histories"] is not True or hasattr(self, "item_list_length_field"):
