@@ -195,24 +195,9 @@ def test_a_byte_order_mark_crlf_or_no_last_newline_change_nothing(tmp_path, mark
     assert list(read_atomic(tmp_path / "x.item")) == [{"item_id": "1", "title": "a"}, {"item_id": "2", "title": "é"}]
 
 
-@pytest.mark.parametrize(
-    ("content", "told"),
-    [
-        (b"", r"is empty"),
-        (b"item_id\ttitle\n", r"x\.item:1: 'item_id' is no column"),
-        (b"item_id:tokens\n", r"x\.item:1: 'item_id:tokens' is no column"),
-        (b"item_id:token\titem_id:token\n", r"x\.item:1: two columns are called item_id"),
-        (b"item_id:token\ttitle:token_seq\n1\ta\n2\n", r"x\.item:3: 1 values for 2 columns"),
-        (b"item_id:token\ttitle:token_seq\n1\ta\n2\tb\tc\n", r"x\.item:3: 3 values for 2 columns"),
-        (b"item_id:token\ttitle:token_seq\n1\ta\0\n", r"x\.item:2: a NUL byte"),
-        (b"item_id:token\ttitle:token_seq\n1\ta\rb\n", r"x\.item:2: a carriage return"),
-        (b"item_id:token\ttitle:token_seq\n1\ta\n2\tb\xff\n", r"x\.item:3: byte 4 is no UTF-8"),
-        ("item_id:token\n1\n".encode("utf-16"), r"x\.item:1: byte 1 is no UTF-8"),
-    ],
-)
-def test_a_broken_file_is_refused_with_file_line_and_reason(tmp_path, content, told):
-    (tmp_path / "x.item").write_bytes(content)
-    with pytest.raises(UserError, match=told):
+def test_a_reader_names_file_and_line(tmp_path):  # every kind of damage: test_checking
+    (tmp_path / "x.item").write_text("item_id:token\ttitle:token_seq\n1\ta\n2\tb\tc\n")
+    with pytest.raises(UserError, match=r"x\.item:3: 3 values for 2 columns"):
         list(read_atomic(tmp_path / "x.item"))
 
 
