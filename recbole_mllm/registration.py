@@ -168,7 +168,7 @@ def _build(folder: Path) -> None:
     importlib.import_module("recbole_mllm.demo.builtin").ensure_builtin(folder)
 
 
-def prepare_our_way(utils: ModuleType) -> None:
+def prepare_data(utils: ModuleType) -> None:
     """Build a built-in dataset before ``create_dataset`` reads it; seed negatives and candidates after the split.
 
     They are ``create_dataset`` and ``data_preparation``, data/utils.py:31 and :140, wherever they have been imported to

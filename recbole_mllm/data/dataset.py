@@ -24,7 +24,7 @@ class MLLMMSRDataset(SequentialDataset):  # type: ignore[misc]  # RecBole is unt
     the beginning of the other's, and a user may have several.
 
     After `build`, the three parts share `histories`, the ordered raw item ids of each history, and `positions`, where
-    training, validation and test rows stand in it: all that summaries must be made for. Both go by the names that
+    training, validation and test rows stand in it: all that summaries are needed for. Both go by the names that
     `names` gives to the rows' numbers of histories. `met` holds the raw ids of all items each user meets in any row.
     """
 

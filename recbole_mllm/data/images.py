@@ -79,10 +79,10 @@ def find_image(folder: Path, item: str) -> tuple[Path | None, str | None]:
             for suffix in SUFFIXES:
                 name = f"{parent}{item}{suffix}"
                 if os.path.lexists(folder / name):
-                    path, told = resolve(folder, name)
+                    path, refusal = resolve(folder, name)
                     if path is not None:
                         return path, None
-                    reason = reason or f"{name} {told}"
+                    reason = reason or f"{name} {refusal}"
     return None, reason
 
 
@@ -153,7 +153,7 @@ def _formats() -> tuple[str, ...]:
 
 
 class _Refused(Exception):
-    """A reason of our own, ready to be told."""
+    """A reason of our own, in the words of the report."""
 
 
 def _reason(path: Path, error: Exception) -> str:

@@ -12,7 +12,7 @@ from recbole_mllm.data.facts import Facts, facts_of, wants_exact_order
 from recbole_mllm.recbole_patches.hooks import replace
 
 
-def keep_facts(module: Any) -> None:
+def record_facts(module: Any) -> None:
     """Let RecBole's ``Dataset`` keep its `facts`, and sort by exact time where `wants_exact_order` (dataset.py:1796).
 
     RecBole's other sorts are stable, and by a time that is rounded but never reversed: they leave that order alone.

@@ -41,7 +41,7 @@ def check_as_read(dataset: ModuleType) -> None:
 
 @contextmanager
 def explain_what_is_left(config: Any, dataset: Any = None) -> Iterator[None]:
-    """Say what RecBole means where it trips over a dataset, yet to be read or made already, of which nothing is left.
+    """Say what RecBole means where it fails on a dataset, read already or not, of which nothing is left.
 
     Raises:
         UserError: Everything has been filtered away, no row is left to train on, or a user has met all items.

@@ -75,7 +75,7 @@ def major_and_minor(version: str) -> tuple[int, ...]:
     return tuple(int(number) for number in version.split(".")[:2])
 
 
-def name_numpy_scalars(configurator: ModuleType) -> None:
+def restore_numpy_names(configurator: ModuleType) -> None:
     """Set the names that RecBole uses (evaluator/metrics.py:90, data/interaction.py:31, model/layers.py:932)."""
     import numpy as np
 
@@ -88,7 +88,7 @@ def name_numpy_scalars(configurator: ModuleType) -> None:
             setattr(np, name, getattr(np, scalar))
 
 
-def keep_dok_update(_: ModuleType) -> None:
+def restore_dok_update(_: ModuleType) -> None:
     """Add ``dok_matrix._update``, removed in SciPy 1.13.
 
     Called by model/general_recommender/lightgcn.py:111, ngcf.py:110, ncl.py:131, gcmc.py:174, spectralcf.py:123 and
@@ -117,7 +117,7 @@ def load_checkpoints_whole(_: ModuleType) -> None:
         return stock(f, *args, **kwargs)
 
 
-def mend_pandas_3(dataset: ModuleType) -> None:
+def adapt_to_pandas_3(dataset: ModuleType) -> None:
     """Fill columns by assignment, not in a copy, and let ``agg(len)`` mean each element's length again."""
     import pandas as pd
 

@@ -20,7 +20,7 @@ from recbole_mllm.recbole_patches.hooks import replace
 _TARGETS_ALONE = {"Pop"}  # counts what users take next, which is what it is asked for
 
 
-def ask_for_lists(dataset_module: Any) -> None:
+def require_lists(dataset_module: Any) -> None:
     """Refuse benchmark files that give a sequential model no histories, once they are read (dataset.py:119)."""
 
     @replace(dataset_module.Dataset)
@@ -49,7 +49,7 @@ def _check_lists(dataset: Any) -> None:
         )
 
 
-def show_latest_items(sequential_dataset: Any) -> None:
+def cut_lists(sequential_dataset: Any) -> None:
     """Cut ready-made lists to the last ``MAX_ITEM_LIST_LENGTH`` entries, and pad to that width, as augmentation does.
 
     Without it a longer list indexes past a model's positions, and a shorter one does not fit models of fixed width.
@@ -96,7 +96,7 @@ def _negatives(dataset: Any) -> torch.Tensor:
     return out
 
 
-def learn_from_histories(dataset_module: Any) -> None:
+def train_on_histories(dataset_module: Any) -> None:
     """Where ``train_on_histories`` asks for it, give general models all users' histories and the train users' targets.
 
     Each interaction is a row once, however many rows of its user list it, and no validation or test target is one,

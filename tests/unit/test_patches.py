@@ -139,6 +139,9 @@ def test_every_patch_has_a_reason_and_applying_again_changes_nothing():
     from recbole.utils import get_model
 
     assert len(set(PATCHES)) == len(PATCHES) and all(patch.lines and patch.reason for patch in PATCHES)
+    for patch in PATCHES:
+        ours, _, function = patch.change.partition(":")
+        assert callable(getattr(importlib.import_module(ours, "recbole_mllm.recbole_patches"), function))
     load = torch.load
     apply()
     importlib.reload(recbole_mllm)
