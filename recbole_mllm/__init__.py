@@ -8,8 +8,9 @@ and finds our model, and that is all stock RecBole needs:
     run_recbole(model="MLLMMSR", dataset="demo", config_file_list=[recbole_mllm.preset("demo")])
 """
 
-from recbole_mllm import compat, fastdata, registry
+from recbole_mllm import registration
 from recbole_mllm.errors import UserError
+from recbole_mllm.recbole_patches.apply import apply as _apply
 from recbole_mllm.resources import named, resource
 
 __version__ = "0.1.0"
@@ -36,6 +37,5 @@ def preset(name: str) -> str:
     raise UserError(f"no preset is called {name!r}; {hint}")
 
 
-fastdata.apply()  # before compat, whose reading of files rests on it
-compat.apply()
-registry.register()
+_apply()
+registration.register_models()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,7 @@ from recbole.data.dataset import SequentialDataset
 from recbole.data.interaction import Interaction
 from recbole.utils import FeatureSource, FeatureType
 
-from recbole_mllm.data.listed import shared_histories
-from recbole_mllm.data.peruser import HistoryNames, Named, PerHistory
+from recbole_mllm.data.histories import HistoryNames, PerHistory, places_in_groups, raw_ids, shared_histories
 from recbole_mllm.data.sampling import limited_users
 from recbole_mllm.data.schema import HISTORY_NUMBER, POSITION
 from recbole_mllm.settings import EvaluationSettings, TrainSettings
@@ -24,7 +24,7 @@ class MLLMMSRDataset(SequentialDataset):  # type: ignore[misc]  # RecBole is unt
     the beginning of the other's, and a user may have several.
 
     After `build`, the three parts share `histories`, the ordered raw item ids of each history, and `positions`, where
-    training, validation and test rows stand in it: all that summaries must be made for. Both go by the names that
+    training, validation and test rows stand in it: all that summaries are needed for. Both go by the names that
     `names` gives to the rows' numbers of histories. `met` holds the raw ids of all items each user meets in any row.
     """
 
@@ -32,9 +32,7 @@ class MLLMMSRDataset(SequentialDataset):  # type: ignore[misc]  # RecBole is unt
         """Augment as RecBole does (sequential_dataset.py:77-152), then number the rows of each user from 1."""
         super().data_augmentation()
         users = self.inter_feat[self.uid_field].numpy()
-        first = np.flatnonzero(np.r_[True, users[1:] != users[:-1]]) if len(users) else np.array([], int)
-        place = np.arange(len(users)) - np.repeat(first, np.diff(np.r_[first, len(users)])) + 1
-        self._number_rows(place, users.copy())
+        self._number_rows(places_in_groups(users) + 1, users.copy())
 
     def _number_rows(self, places: Any, histories: Any) -> None:
         numbers = {POSITION: torch.from_numpy(places), HISTORY_NUMBER: torch.from_numpy(histories)}
@@ -65,26 +63,24 @@ class MLLMMSRDataset(SequentialDataset):  # type: ignore[misc]  # RecBole is unt
         parts = super().build()
         train = parts[0]
         train.whole_split = train.inter_feat  # popularity is the split's, whatever part of it this model trains on
-        names = self._names()
+        counts = None  # of each user's histories; one each
+        if self.whole_lists is not None:
+            counts = np.bincount(self.inter_feat[self.uid_field].numpy()[self._holders], minlength=self.user_num)
+        names = HistoryNames(self.field2token_id[self.uid_field], self._raw(self.uid_field), counts)
         histories, met = self._histories(names)
         train.inter_feat = self._last(train, TrainSettings.from_config(self.config).train_last_k)
-        self._limit_users(parts)
+        limit = EvaluationSettings.from_config(self.config)
+        if limit.limit_users is not None:
+            users = [part.inter_feat[self.uid_field].numpy() for part in parts]
+            chosen = limited_users(self._raw(self.uid_field), users, limit.limit_users, limit.candidate_seed)
+            for part, owners, among in zip(parts, users, chosen, strict=True):
+                part.inter_feat = part.inter_feat[among[owners]]
         rows = [(part.inter_feat[HISTORY_NUMBER].numpy(), part.inter_feat[POSITION].numpy()) for part in parts]
         owners, places = (np.concatenate(column) for column in zip(*rows, strict=True))
         positions = PerHistory(names, owners, places, set)
         for part in (self, *parts):
             part.history_names, part.histories, part.met, part.positions = names, histories, met, positions
         return list(parts)
-
-    def _limit_users(self, parts: list[Any]) -> None:
-        """Keep the rows of `limit_users` users."""
-        limit = EvaluationSettings.from_config(self.config)
-        if limit.limit_users is None:
-            return
-        owners = [part.inter_feat[self.uid_field].numpy() for part in parts]
-        kept = limited_users(self._raw(self.uid_field), owners, limit.limit_users, limit.candidate_seed)
-        for part, users, chosen in zip(parts, owners, kept, strict=True):
-            part.inter_feat = part.inter_feat[chosen[users]]
 
     def _raw(self, field: str) -> np.ndarray[Any, Any]:
         """Return the raw id of each internal id."""
@@ -101,18 +97,10 @@ class MLLMMSRDataset(SequentialDataset):  # type: ignore[misc]  # RecBole is unt
         users, keys = rows[self.uid_field].numpy(), [rows[POSITION].numpy()]
         if self.row_times is not None:
             keys.append(self.row_times[: len(rows)])
-        order = np.lexsort((*keys, users))
-        last = np.flatnonzero(np.r_[users[order][1:] != users[order][:-1], True])
-        behind = np.repeat(last, np.diff(np.r_[-1, last])) - np.arange(len(order))
-        kept = np.zeros(len(order), bool)
-        kept[order] = behind < last_k
+        latest_first = np.lexsort((*keys, users))[::-1]
+        kept = np.zeros(len(rows), bool)
+        kept[latest_first] = places_in_groups(users[latest_first]) < last_k
         return rows[kept]
-
-    def _names(self) -> HistoryNames:
-        counts = None
-        if self.whole_lists is not None:
-            counts = np.bincount(self.inter_feat[self.uid_field].numpy()[self._holders], minlength=self.user_num)
-        return HistoryNames(self.field2token_id[self.uid_field], self._raw(self.uid_field), counts)
 
     def _histories(self, names: HistoryNames) -> tuple[PerHistory[list[str]], PerHistory[list[str]]]:
         """Return the ordered raw item ids of each history, and all that each user meets: in its rows, targets included.
@@ -120,7 +108,7 @@ class MLLMMSRDataset(SequentialDataset):  # type: ignore[misc]  # RecBole is unt
         Without benchmark files that is one and the same: a user's first row lists the first interaction alone, and the
         targets follow.
         """
-        rows, named = self.inter_feat, Named(self._raw(self.iid_field))
+        rows, named = self.inter_feat, partial(raw_ids, self._raw(self.iid_field))
         users, targets = rows[self.uid_field].numpy(), rows[self.iid_field].numpy()
         if self.whole_lists is None:
             first = torch.from_numpy(np.flatnonzero(rows[POSITION].numpy() == 1))

@@ -7,16 +7,12 @@ ids are numbered (data/dataset/dataset.py:159-178), which is the same for every 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from logging import getLogger
 from typing import Any
 
 import numpy as np
-import torch
 
-from recbole_mllm.compat.patching import wrap
-from recbole_mllm.data.values import impossible_times
+from recbole_mllm.data.atomic import impossible_times
 
 _DATES = 1e8  # times that all lie between 0 and this are places or steps, not moments
 
@@ -71,16 +67,13 @@ class Facts:
     def split(self, config: Any) -> Split | None:
         """Return what is held out; None where the split, and not the data alone, decides that."""
         if self.sizes is not None:
-            return self._split_of_files(self.sizes) if len(self.sizes) == 3 else None
+            parts = np.split(np.arange(len(self.users)), np.cumsum(self.sizes)[:-1])
+            return Split(self, np.ones(len(self.users), bool), *parts) if len(parts) == 3 else None
         arguments = config["eval_args"]
         how = (arguments["split"] or {}).get("LS")
         if how is None or arguments["order"] != "TO" or self.order is None:
             return None
         return self._leave_one_out(how)
-
-    def _split_of_files(self, sizes: tuple[int, ...]) -> Split:
-        train, valid, test = np.split(np.arange(len(self.users)), np.cumsum(sizes)[:-1])
-        return Split(self, np.ones(len(self.users), bool), train, valid, test)
 
     def _leave_one_out(self, how: str) -> Split:
         """Hold out what RecBole holds out for sequential models, of which every other model can be asked too.
@@ -167,49 +160,8 @@ def wants_exact_order(dataset: Any) -> bool:
     return bool(dataset.exact_order or dataset.config["frozen_candidates"] is True)
 
 
-def keep_facts(module: Any) -> None:
-    """Let RecBole's ``Dataset`` keep its `facts`, and sort by exact time where `wants_exact_order` (dataset.py:1796).
-
-    RecBole's other sorts are stable, and by a time that is rounded but never reversed: they leave that order alone.
-    """
-
-    def make_label(stock: Callable[[Any], None]) -> Callable[[Any], None]:
-        def _set_label_by_threshold(self: Any) -> None:  # the first step after missing values are filled in
-            self.facts = _facts_of(self)
-            stock(self)
-
-        return _set_label_by_threshold
-
-    def make_sort(stock: Callable[..., None]) -> Callable[..., None]:
-        def sort(self: Any, by: Any, ascending: Any = True) -> None:
-            order = _exact_order(self, by) if ascending is True and wants_exact_order(self) else None
-            if order is None:
-                stock(self, by, ascending)
-            else:
-                self.inter_feat._reindex(torch.from_numpy(order.astype(np.int64)))
-
-        return sort
-
-    def make_removal(stock: Callable[[Any], None]) -> Callable[[Any], None]:
-        def _remove_duplication(self: Any) -> None:
-            keep, frame = self.config["rm_dup_inter"], self.inter_feat
-            if keep is None or self.time_field not in frame or not wants_exact_order(self):
-                stock(self)
-                return
-            # RecBole's sort is not stable (dataset.py:853), and leaves equal times in an order of its own
-            ordered = frame.sort_values(by=[self.time_field], kind="stable")
-            kept = ordered.drop_duplicates(subset=[self.uid_field, self.iid_field], keep=keep)
-            self.inter_feat = kept.sort_index()
-
-        return _remove_duplication
-
-    module.Dataset.exact_order, module.Dataset.facts = False, None
-    wrap(module.Dataset, "_set_label_by_threshold", make_label)
-    wrap(module.Dataset, "sort", make_sort)
-    wrap(module.Dataset, "_remove_duplication", make_removal)
-
-
-def _facts_of(dataset: Any) -> Facts | None:
+def facts_of(dataset: Any) -> Facts | None:
+    """Return the facts of RecBole's `dataset`, whose rows are filtered and numbered; None without users or items."""
     frame, listed = dataset.inter_feat, f"{dataset.iid_field}{dataset.config['LIST_SUFFIX']}"
     if dataset.uid_field not in frame or dataset.iid_field not in frame:
         return None
@@ -246,43 +198,3 @@ def _reordered(users: Any, items: Any, times: Any, order: Any) -> int:
     theirs = np.argsort(rounded, kind="stable")
     one, two = (rows[np.argsort(users[rows], kind="stable")] for rows in (order, theirs))
     return len(np.unique(users[one][items[one] != items[two]]))
-
-
-def _exact_order(dataset: Any, by: Any) -> Any:
-    """Return the order in which the rows are to stand that are asked for by time, or by user and time; else None.
-
-    They are the rows of `facts`, or those that augmentation has left of them: all but each user's first. These stand by
-    user, and RecBole leaves equal times as they stand: so do we, or training batches would not be RecBole's own.
-    """
-    facts, rows = dataset.facts, dataset.inter_feat
-    by_time, by_user = by in (dataset.time_field, [dataset.time_field]), by == [dataset.uid_field, dataset.time_field]
-    if facts is None or facts.order is None or not (by_time or by_user):
-        return None
-    users, items = (rows[field].numpy() for field in (dataset.uid_field, dataset.iid_field))
-    if np.array_equal(users, facts.users) and np.array_equal(items, facts.items):
-        return facts.order if by_time else facts.by_user()
-    own = facts.by_user()
-    own = own[1:][facts.users[own][1:] == facts.users[own][:-1]]
-    if by_user or not np.array_equal(users, facts.users[own]) or not np.array_equal(items, facts.items[own]):
-        return None
-    return np.argsort(facts.moments[own], kind="stable")
-
-
-def tell(dataset: Any) -> None:
-    """Say in the log how RecBole alone would have ordered a dataset, and which of its times cannot be."""
-    facts: Facts | None = dataset.facts
-    if facts is None or not wants_exact_order(dataset):
-        return
-    log = getLogger()
-    if facts.reordered and dataset.config["eval_args"]["order"] == "TO":
-        users = len(np.unique(facts.users))
-        log.info(
-            f"order: by exact time, then place in the file; RecBole alone, whose times are float32, would have put the "
-            f"items of {facts.reordered} of {users} users in another order"
-        )
-    early, late = facts.impossible
-    if early or late:
-        log.info(
-            f"times: {early} of {len(facts.users)} interactions lie at or before 1970, {late} after tomorrow; they "
-            "stand where their time says, first or last"
-        )

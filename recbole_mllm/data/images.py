@@ -1,21 +1,34 @@
-"""Images of items: found by path or by item id, checked, and opened as upright RGB."""
+"""Images of items: found by path or by item id, checked, opened as upright RGB; which items have a usable one.
+
+Only decoding a file to its end shows that it is whole (half a millisecond a poster); a check of the headers alone would
+let a run die, or silently change its prompts, hours later. So all images are decoded before a run, by all cores, and of
+a large collection the verdicts are cached beside the dataset, each with its file's size and time. Where that file
+cannot be read or written, the images are decoded again.
+"""
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import re
 import stat
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path, PurePath
+from typing import Any, NamedTuple
 
+import PIL
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from recbole_mllm.data.atomic import clean, whole_file
+from recbole_mllm.data.atomic import clean
+from recbole_mllm.files import whole_file
+from recbole_mllm.progress import Progress
 
 IMAGES = "images"  # the folder of a dataset that holds its images
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -25,6 +38,8 @@ _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 _SMALL, _LONG = 64, 10  # a processor that refuses images beyond these would refuse the ordinary ones too
 MOST_LONG = 200  # times as long as wide: more is refused by Qwen-VL, and shows nothing
 _DRAFT = (64, 64)  # JPEG is decoded at an eighth of its size where only its soundness is asked
+CACHE_FROM = 1_000  # fewer images are decoded again in a second or two, without a file
+_EDITION = f"3 pillow {PIL.__version__} pixels {MAX_PIXELS}"  # another Pillow may judge otherwise
 _EASY = {"1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"}  # modes that `_rgb` never fails on
 
 
@@ -38,28 +53,19 @@ def resolve(folder: Path, relative: str) -> tuple[Path | None, str | None]:
     try:
         parts = PurePath(relative).parts
         roots = [folder, folder / IMAGES] if parts[:1] == (IMAGES,) and ".." not in parts else [folder]
-        path = os.path.realpath(os.path.join(folder, relative))
-        if not any(_is_below(path, os.path.realpath(root)) for root in roots):
+        path = Path(os.path.realpath(os.path.join(folder, relative)))
+        if not any(path.is_relative_to(os.path.realpath(root)) for root in roots):
             return None, "leads out of the folder"
-        mode = os.stat(path).st_mode
+        mode = path.stat().st_mode
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         return None, _why_no_file(error)
     return (folder / relative, None) if stat.S_ISREG(mode) else (None, "is no file")
-
-
-def _is_below(path: str, root: str) -> bool:
-    return path == root or path.startswith(root.rstrip(os.sep) + os.sep)
 
 
 def _why_no_file(error: OSError | ValueError) -> str:
     known = {errno.ENOENT: "does not exist", errno.ENOTDIR: "does not exist", errno.ELOOP: "is a link to itself"}
     code = error.errno if isinstance(error, OSError) else None
     return known.get(code or 0, f"cannot be a file: {error.strerror if isinstance(error, OSError) else error}")
-
-
-def inside(folder: Path, relative: str) -> Path | None:
-    """Return the file `relative` names below `folder`; None where it is empty, absent or leads out of the folder."""
-    return resolve(folder, relative)[0]
 
 
 def find_image(folder: Path, item: str) -> tuple[Path | None, str | None]:
@@ -73,10 +79,10 @@ def find_image(folder: Path, item: str) -> tuple[Path | None, str | None]:
             for suffix in SUFFIXES:
                 name = f"{parent}{item}{suffix}"
                 if os.path.lexists(folder / name):
-                    path, told = resolve(folder, name)
+                    path, refusal = resolve(folder, name)
                     if path is not None:
                         return path, None
-                    reason = reason or f"{name} {told}"
+                    reason = reason or f"{name} {refusal}"
     return None, reason
 
 
@@ -91,38 +97,31 @@ def open_image(path: Path) -> Image.Image:
 
 
 def problem(path: Path) -> str | None:
-    """Return why `open_image` would refuse `path`, in words that follow its name, or None.
+    """Return why `open_image` would refuse `path`, in words that follow its name, or None."""
+    found = decode(path)
+    return found if isinstance(found, str) else None
+
+
+def decode(path: Path) -> tuple[int, int] | str:
+    """Return an image's width and height in pixels, or why `open_image` would refuse it.
 
     All of the file is decoded, as nothing less finds one cut short; a JPEG at an eighth of its size.
     """
     try:
         with _opened(path) as image:
+            size = (int(image.width), int(image.height))
             image.draft(None, _DRAFT)
             image.load()
             if image.mode not in _EASY or "transparency" in image.info:
                 _rgb(image)
+            return size
     except OSError as error:
         return str(error).removeprefix(f"{path}: ")
-    return None
-
-
-def size_of(path: Path) -> tuple[int, int] | None:
-    """Return an image's width and height in pixels, from its first bytes; None where they do not tell."""
-    try:
-        with _opened(path) as image:
-            return int(image.width), int(image.height)
-    except OSError:
-        return None
 
 
 def is_extreme(size: tuple[int, int]) -> bool:
     """Return whether an image is so small or so long that a model's processor may refuse it."""
     return min(size) < _SMALL or max(size) > _LONG * min(size)
-
-
-def is_readable(path: Path) -> bool:
-    """Return whether `open_image` would succeed."""
-    return problem(path) is None
 
 
 # Pillow warns of odd files, which are refused or opened all the same; `catch_warnings` would not be safe in threads
@@ -133,9 +132,14 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 def _opened(path: Path) -> Iterator[Image.Image]:
     """Open `path`, checked for its size but not yet decoded; whatever goes wrong is an OSError with the reason."""
     try:
-        _check_file(path)
+        state = path.stat()
+        if not stat.S_ISREG(state.st_mode):  # a pipe would be waited for
+            raise _Refused("is no file")
+        if state.st_size == 0:
+            raise _Refused("is empty")
         with Image.open(path, formats=_formats()) as image:
-            _check_pixels(image.width * image.height)
+            if (count := image.width * image.height) > MAX_PIXELS:
+                raise _Refused(f"has {count:,} pixels, more than {MAX_PIXELS:,}")
             yield image
     # Pillow's readers raise whatever a broken file makes them meet: struct.error, IndexError, EOFError, ...
     except Exception as error:
@@ -149,20 +153,7 @@ def _formats() -> tuple[str, ...]:
 
 
 class _Refused(Exception):
-    """A reason of our own, ready to be told."""
-
-
-def _check_file(path: Path) -> None:
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for
-        raise _Refused("is no file")
-    if found.st_size == 0:
-        raise _Refused("is empty")
-
-
-def _check_pixels(count: int) -> None:
-    if count > MAX_PIXELS:
-        raise _Refused(f"has {count:,} pixels, more than {MAX_PIXELS:,}")
+    """A reason of our own, in the words of the report."""
 
 
 def _reason(path: Path, error: Exception) -> str:
@@ -249,3 +240,87 @@ def image_digest(path: Path) -> str:
     """Return the SHA-256 of the image's bytes, computed once for each state of the file."""
     stat = path.stat()
     return _digest(path, stat.st_size, stat.st_mtime_ns)
+
+
+class Missing(NamedTuple):
+    """An item without an image, in the words of ``missing_images.tsv``."""
+
+    item: str
+    path: str
+    reason: str
+
+
+@dataclass(slots=True)
+class ItemImages:
+    """Images by raw item id; `missing` are those that were named but cannot be used, `absent` were not to be found.
+
+    `extreme` holds width and height, in pixels, of those found that a model's processor may refuse (`is_extreme`).
+    """
+
+    found: dict[str, Path] = field(default_factory=dict)
+    extreme: dict[str, tuple[int, int]] = field(default_factory=dict)
+    missing: list[Missing] = field(default_factory=list)
+    absent: list[Missing] = field(default_factory=list)
+
+    def add(self, folder: Path, item: str, relative: str, image_dir: Path | None) -> None:
+        """Look for an item's image at `relative` below `folder`, else by its id in `image_dir`."""
+        path, reason = resolve(folder, relative) if relative else (None, None)
+        refused = None
+        if path is None and image_dir is not None:
+            path, refused = find_image(image_dir, item)
+        if path is not None:
+            self.found[item] = path
+        elif relative:
+            self.missing.append(Missing(item, relative, str(reason)))
+        elif refused is not None:
+            self.missing.append(Missing(item, str(image_dir), refused))
+        elif image_dir is not None:
+            self.absent.append(Missing(item, "", f"no image of this id in {image_dir}"))
+
+    def check(self, folder: Path) -> None:
+        """Decode what was found; images that cannot be opened become missing."""
+        reasons, self.extreme = check_images(folder, self.found)
+        for item, reason in reasons.items():
+            self.missing.append(Missing(item, str(self.found.pop(item)), reason))
+
+
+def check_images(folder: Path, images: Mapping[str, Path]) -> tuple[dict[str, str], dict[str, tuple[int, int]]]:
+    """Return the reason of each item whose image cannot be opened, and the size of each extreme one, in that order."""
+    cache = folder / f".{folder.name}.images"
+    states = {str(path): _state(path) for path in images.values()}
+    cached = _read_cache(cache)
+    verdicts = {path: cached[path][1] for path, state in states.items() if path in cached and cached[path][0] == state}
+    fresh = [path for path in states if path not in verdicts]
+    with Progress(len(fresh), "checking images", "image") as shown, ThreadPoolExecutor(os.cpu_count()) as pool:
+        for path, verdict in zip(fresh, pool.map(_verdict, fresh), strict=True):  # Pillow decodes outside Python's lock
+            verdicts[path] = verdict
+            shown.update(1)
+    if len(fresh) >= CACHE_FROM or (fresh and cached):
+        with suppress(OSError), whole_file(cache) as file:
+            json.dump([_EDITION, {path: (state, verdicts[path]) for path, state in states.items()}], file)
+    found = {item: verdict for item, path in images.items() if (verdict := verdicts[str(path)])}
+    reasons = {item: verdict for item, verdict in found.items() if isinstance(verdict, str)}
+    return reasons, {item: tuple(size) for item, size in found.items() if item not in reasons}
+
+
+def _state(path: Path) -> list[int]:
+    """Return a file's size in bytes and time of change in ns."""
+    try:
+        found = path.stat()
+    except OSError:
+        return [-1, -1]
+    return [found.st_size, found.st_mtime_ns]
+
+
+def _verdict(path: str) -> tuple[int, int] | str | None:
+    """Return an image's problem, its size where that is extreme, or None."""
+    found = decode(Path(path))
+    return found if isinstance(found, str) or is_extreme(found) else None
+
+
+def _read_cache(cache: Path) -> dict[str, Any]:
+    try:
+        edition, cached = json.loads(cache.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return {}
+    return cached if edition == _EDITION and isinstance(cached, dict) else {}

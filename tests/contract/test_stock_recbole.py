@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-GENERAL = ("Pop", "ItemKNN", "BPR", "LightGCN", "NGCF")
-PAIRWISE_SEQUENTIAL = ("FPMC",)
+PAIRWISE = ("Pop", "ItemKNN", "BPR", "LightGCN", "NGCF", "FPMC")
 CROSS_ENTROPY = ("SASRec", "GRU4Rec", "BERT4Rec", "NARM", "SASRecF", "GRU4RecF", "LightSANs", "Caser")
-MODELS = (*GENERAL, *PAIRWISE_SEQUENTIAL, *CROSS_ENTROPY)
+MODELS = (*PAIRWISE, *CROSS_ENTROPY)
+ALIKE = ("NGCF", "NARM", "GRU4Rec", "SASRecF", "LightSANs")  # what others meet of RecBole
 ML_100K = Path(importlib.util.find_spec("recbole").origin).parent / "dataset_example/ml-100k/ml-100k.inter"
 
 
@@ -55,7 +55,9 @@ def train_and_reload(model, dataset, config):
     return dict(trained["test_result"]), dict(trainer.evaluate(test, load_best_model=False))
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    "model", [pytest.param(model, marks=[pytest.mark.slow] if model in ALIKE else []) for model in MODELS]
+)
 def test_a_model_trains_saves_and_reloads(model, workplace):
     write_slice(workplace)
     features = {"load_col": {"inter": ["user_id", "item_id", "rating", "timestamp"], "item": ["item_id", "class"]}}
@@ -82,9 +84,9 @@ def test_only_recbole_unpickles_a_checkpoint_in_full(workplace):
         torch.load(checkpoint)
 
 
-def test_a_model_class_of_the_users_runs(workplace):
+def test_a_model_class_of_the_users_runs_and_hyper_tuning_calls_the_objective_without_ray(workplace):
     from recbole.model.general_recommender import BPR
-    from recbole.quick_start import run_recbole
+    from recbole.quick_start import objective_function, run_recbole
 
     class Mine(BPR):
         pass
@@ -93,12 +95,6 @@ def test_a_model_class_of_the_users_runs(workplace):
     config = settings("BPR", data_path=str(workplace), embedding_size=8)
     result = run_recbole(model=Mine, dataset="few", config_dict=config, saved=False)
     assert 0 <= result["test_result"]["hit@10"] <= 1
-
-
-def test_hyper_tuning_calls_the_objective_without_ray(workplace):
-    from recbole.quick_start import objective_function
-
-    write_slice(workplace)
     config = settings("BPR", data_path=str(workplace)) | {"model": "BPR", "dataset": "few"}
     assert objective_function(config_dict=config, saved=False)["model"] == "BPR"
     assert "ray" not in sys.modules

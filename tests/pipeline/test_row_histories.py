@@ -119,9 +119,8 @@ def prompts_of(folder, url, monkeypatch, **keys):
     found = []
     for loader in loaders:
         rows = loader._dataset.inter_feat
-        users, items = (
-            dataset.id2token(field, rows[field].numpy()) for field in (dataset.uid_field, dataset.iid_field)
-        )
+        fields = (dataset.uid_field, dataset.iid_field)
+        users, items = (dataset.id2token(field, rows[field].numpy()) for field in fields)
         texts = [prompt.text for prompt in model.prompts_of(model.rows_of(rows))]
         found += zip(map(str, users), map(str, items), texts, strict=True)
     return found
@@ -168,7 +167,7 @@ def test_leaving_one_out_a_prompt_has_read_what_stands_before_its_target_in_the_
 
 
 def test_the_export_names_each_state_once_and_a_refresh_asks_nothing(tmp_path, monkeypatch, url):
-    from recbole_mllm.data.texts import read_user_summaries
+    from recbole_mllm.data.item_table import read_user_summaries
     from recbole_mllm.summaries.chains import history_digest
 
     parts = rows_of("sessions")
@@ -187,9 +186,7 @@ def test_the_export_names_each_state_once_and_a_refresh_asks_nothing(tmp_path, m
 
 
 def test_the_latest_training_rows_and_the_items_met_are_each_users_whatever_the_lists_show(tmp_path, monkeypatch):
-    from recbole.data import create_dataset
-
-    from recbole_mllm.data.training import training_pairs
+    from recbole_mllm.data.dataloader import training_pairs
 
     parts = rows_of("shuffled")
     write_listed(tmp_path / "win", parts)
@@ -198,11 +195,8 @@ def test_the_latest_training_rows_and_the_items_met_are_each_users_whatever_the_
         rows = (line.split("\t") for line in lines)
         timed = [f"{user}\t{item}\t{listed}\t{1_700_000_000 + int(item[1:])}" for user, item, listed in rows]
         path.write_text("\n".join([f"{header}\ttimestamp:float", *timed]) + "\n")
-    monkeypatch.setattr("sys.argv", ["x"])
     keys = LISTED | {"load_col": {"inter": ["user_id", "item_id", "item_id_list", "timestamp"]}, "train_last_k": 2}
-    dataset = create_dataset(
-        make_config("MLLMMSR", "win", [], {"data_path": str(tmp_path), "eval_args": EVALUATION, **keys})
-    )
+    dataset = dataset_of("MLLMMSR", tmp_path / "win", monkeypatch, **keys)
     train, *_ = dataset.build()
     users, items = dataset.field2id_token["user_id"], dataset.field2id_token["item_id"]
     rows = zip(*(train.inter_feat[field].tolist() for field in ("user_id", "item_id")), strict=True)
@@ -236,12 +230,8 @@ def test_benchmark_files_without_usable_lists_say_what_they_need(tmp_path, monke
         path.write_text("".join("\t".join(row) + "\n" for row in rows))
     with pytest.raises(UserError, match=words):
         dataset_of(model, tmp_path / "win", monkeypatch, **(LISTED | keys))
-
-
-def test_files_that_are_split_and_list_nothing_do_for_a_general_model(tmp_path, monkeypatch):
-    write_listed(tmp_path / "win", rows_of("windows"))
-    keys = LISTED | {"load_col": {"inter": ["user_id", "item_id"]}, "alias_of_item_id": None}
-    assert dataset_of("BPR", tmp_path / "win", monkeypatch, **keys).inter_num == 8 * 8
+    general = LISTED | {"load_col": {"inter": ["user_id", "item_id"]}, "alias_of_item_id": None}
+    assert dataset_of("BPR", tmp_path / "win", monkeypatch, **general).inter_num == 8 * 8
 
 
 OWN = {"USER_ID_FIELD": "userID", "ITEM_ID_FIELD": "business_id", "TIME_FIELD": "date"}
@@ -263,17 +253,15 @@ def test_a_datasets_own_field_names_do_wherever_they_are_given(tmp_path, monkeyp
         assert made.inter_num == 8 * 9 and made.time_field in made.inter_feat
 
 
-@pytest.mark.parametrize("model", ["MLLMMSR", "SASRec", "BPR"])
-def test_own_field_names_do_in_benchmark_files(tmp_path, monkeypatch, url, model):
+def test_own_field_names_do_in_benchmark_files(tmp_path, monkeypatch, url):
     parts = rows_of("one a user")
     write_listed(tmp_path / "own", parts, "userID", "business_id")
     load = {"load_col": {"inter": ["userID", "business_id", "business_id_list"]}}
     keys = OWN | load | {"benchmark_filename": [*parts], "alias_of_item_id": ["business_id_list"]}
-    if model == "MLLMMSR":
-        found = prompts_of(tmp_path / "own", url, monkeypatch, **keys)
-        truth = told(row for rows in parts.values() for row in rows)
-        assert told((user, target, read(text)) for user, target, text in found) == truth
-    else:
+    found = prompts_of(tmp_path / "own", url, monkeypatch, **keys)
+    truth = told(row for rows in parts.values() for row in rows)
+    assert told((user, target, read(text)) for user, target, text in found) == truth
+    for model in ("SASRec", "BPR"):
         assert dataset_of(model, tmp_path / "own", monkeypatch, **keys).build()[0].inter_num == len(parts["train"])
 
 

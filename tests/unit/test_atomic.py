@@ -1,28 +1,43 @@
-"""Atomic files: what is cleaned survives both readers, a file is whole or absent."""
+"""Atomic files: what is cleaned survives RecBole's reader and ours, or is refused; a file is whole or absent."""
 
 import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
-import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
-from recbole_mllm.data.atomic import clean, read_atomic, whole_file, write_atomic
-from recbole_mllm.data.images import find_image, inside, open_image
-from recbole_mllm.data.texts import read_items
+from recbole_mllm.data.atomic import (
+    clean,
+    find_impossible_times,
+    id_problem,
+    impossible_times,
+    read_atomic,
+    value_problem,
+    write_atomic,
+)
 from recbole_mllm.errors import UserError
+from recbole_mllm.files import whole_file
+
+TRAPS = [
+    "NA", "null", "nan", "None", "N/A", "", " ", "a b", "a  b", " a", "a ", '"', '"a', '"a"', 'a"', 'say "yes"', "'til",
+    "a\tb", "a\nb", "a\r\nb", "a\rb", "\0", "a\0", "\ufeffa", "a\u200bb", "\u200d", "👩\u200d🚀", "🏴", "❤\ufe0f",
+    "שלום", "می\u200cخواهم", "\u202eabc\u202c", "a\x0bb", "a\x85b", "a\u2028b", "\ud800", "[PAD]", "0", "1e5", "#", "-",
+    "é", "e\u0301", "\u00ad", "\ue000", "item_id:token", "é" * 400, "\uffff", "\U0001f468\u200d\U0001f469",
+]  # fmt: skip
+NASTY = st.sampled_from("\t\n\r\0\"' \u200b\u200d\u200c\u202e\ufeff\u00a0\u2028\x85\x1f#,:[]aAé한🙂\ud800\ue000")
+TEXT = st.one_of(st.sampled_from(TRAPS), st.text(NASTY, max_size=8), st.text(max_size=12))
+ITEMS = st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=40)
+ITEM = {"item_id": "token", "title": "token_seq"}
+DAY, NOW = 86_400, time.time()
 
 
-@given(st.lists(st.text(), max_size=5))
-def test_cleaned_text_survives_the_round_trip(tmp_path_factory, texts):
-    path = tmp_path_factory.mktemp("a") / "x.item"
-    cleaned = [clean(text) for text in texts]
-    write_atomic(path, {"item_id": "token", "title": "token_seq"}, [(str(n), t) for n, t in enumerate(cleaned)])
-    assert [row["title"] for row in read_atomic(path)] == cleaned
+@pytest.fixture
+def plain_argv(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["x"])
 
 
 @given(st.text())
@@ -63,13 +78,124 @@ def test_a_megabyte_is_cleaned_in_no_time(text):
     assert time.perf_counter() - start < 5
 
 
-def test_a_tab_in_a_value_is_refused_and_leaves_no_file(tmp_path):
-    with pytest.raises(UserError, match="tab or newline"):
-        write_atomic(tmp_path / "x.item", {"item_id": "token", "title": "token_seq"}, [("1", "a\tb")])
+def recbole_dataset(folder: Path, **load):
+    """Read `folder` as stock RecBole does, titles included."""
+    from recbole.config import Config
+    from recbole.data import create_dataset
+
+    load = {"inter": ["user_id", "item_id"], "item": ["item_id", "title"], **load}
+    keys = {"data_path": str(folder.parent), "load_col": load, "gpu_id": "", "checkpoint_dir": str(folder / "none")}
+    return create_dataset(Config("BPR", folder.name, config_dict=keys))
+
+
+def titles_in_recbole(folder: Path) -> dict[str, list[str]]:
+    """Return each item's title as RecBole knows it: the words between spaces."""
+    dataset = recbole_dataset(folder)
+    words, ids = dataset.field2id_token["title"], dataset.field2id_token["item_id"]
+    rows = dataset.item_feat["title"].tolist()
+    return {str(ids[n]): [str(words[word]) for word in row if word] for n, row in enumerate(rows) if n}
+
+
+def write(folder: Path, titles: dict[str, str]) -> None:
+    write_atomic(folder / "x.item", ITEM, titles.items())
+    write_atomic(folder / "x.inter", {"user_id": "token", "item_id": "token"}, (("u", item) for item in titles))
+
+
+@given(ITEMS)
+@example([(text, text) for text in TRAPS])
+@settings(derandomize=True, max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+def test_ids_and_titles_come_back_from_both_readers_or_are_refused(tmp_path_factory, plain_argv, items):
+    folder = tmp_path_factory.mktemp("rt") / "x"
+    told = {item: id_problem(item) for item, _ in items}
+    assert all(problem is None or problem.split()[0] in ("is", "holds", "starts", "has") for problem in told.values())
+    titles = {item: clean(title) for item, title in items if told[item] is None} or {"1": "one"}
+    write(folder, titles)
+    ours = {row["item_id"]: row["title"] for row in read_atomic(folder / "x.item")}
+    assert ours == titles
+    assert titles_in_recbole(folder) == {item: title.split(" ") if title else [] for item, title in titles.items()}
+
+
+def recbole_reads(folder: Path, item: str) -> bool:
+    """Return whether RecBole gives `item` back, from a file that our writer did not check."""
+    folder.mkdir()
+    header = b"user_id:token\titem_id:token"
+    raw = item.encode("utf-8", "surrogatepass")
+    (folder / "x.inter").write_bytes(header + b"\nu\t" + raw + b"\nu\tz\n")
+    (folder / "x.item").write_bytes(b"item_id:token\ttitle:token_seq\n" + raw + b"\tw\nz\tw\n")
+    try:
+        return list(recbole_dataset(folder).field2id_token["item_id"]) == ["[PAD]", item, "z"]
+    except Exception:
+        return False
+
+
+# RecBole might keep those
+STRICTER = ("white space", "control character", "more than 1,000", "NUL", "reserves", "byte order mark")
+
+
+@pytest.mark.parametrize("item", [text for text in TRAPS if id_problem(text)])
+def test_what_is_refused_as_an_id_would_not_have_come_back(tmp_path, plain_argv, item):
+    assert any(word in str(id_problem(item)) for word in STRICTER) or not recbole_reads(tmp_path / "x", item)
+
+
+@given(st.lists(st.lists(TEXT, min_size=2, max_size=2), max_size=6))
+@settings(derandomize=True, max_examples=150, deadline=None)
+def test_the_writer_refuses_with_a_line_or_the_reader_gives_back_the_same(tmp_path_factory, rows):
+    path = tmp_path_factory.mktemp("w") / "x.item"
+    try:
+        count = write_atomic(path, ITEM, rows)
+    except UserError as error:
+        assert f"{path}:" in str(error) and list(path.parent.iterdir()) == []
+    else:
+        assert not [value for row in rows for value in row if value_problem(value)]
+        assert count == len(rows) and [list(row.values()) for row in read_atomic(path)] == rows
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_recbole_reads_past_a_mark_and_keeps_words_that_pandas_takes_for_missing(tmp_path, plain_argv, mark, end):
+    lines = ["user_id:token\titem_id:token\trating:float", "NA\tnull\t1", "nan\tNone\tNA", "u\ti\t3"]
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "x.inter").write_bytes((mark + end.join(lines) + end).encode())
+    dataset = recbole_dataset(tmp_path / "x", inter=["user_id", "item_id", "rating"], item=[])
+    assert list(dataset.field2id_token["user_id"]) == ["[PAD]", "NA", "nan", "u"]
+    assert list(dataset.field2id_token["item_id"]) == ["[PAD]", "null", "None", "i"]
+    assert dataset.inter_feat["rating"].tolist() == [1, 2, 3], "a number that is missing is still the mean"
+
+
+@pytest.mark.parametrize(
+    "row", [('"1"', "a", "b"), ("1", '"a', "b"), ("1", "a", '"'), ("1", "\ud800", "b"), ("1", "a"), ("1", "a\tb", "c")]
+)
+def test_the_writer_names_the_column_at_fault_and_leaves_no_file(tmp_path, row):
+    types = {"item_id": "token", "title": "token_seq", "image": "token"}
+    problem = "(item_id|title|image) (starts with a quote|holds a lone surrogate|holds a tab or newline)"
+    told = rf"x\.item:3: ({problem}|2 values for 3)"
+    with pytest.raises(UserError, match=told):
+        write_atomic(tmp_path / "x.item", types, [("0", 'a "fine" one', ""), row])
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_reader_names_file_and_line(tmp_path):
+def test_a_title_of_one_megabyte_passes_both_readers(tmp_path, plain_argv):
+    title = clean("word\t" * 200_000)
+    write(tmp_path / "x", {"1": title, "2": "short"})
+    assert [row["title"] for row in read_atomic(tmp_path / "x" / "x.item")] == [title, "short"]
+    assert [len(words) for words in titles_in_recbole(tmp_path / "x").values()] == [200_000, 1]
+
+
+def test_a_value_beyond_any_text_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"x\.item:2: title has 16,777,217 characters, more than the 16,777,216"):
+        write_atomic(tmp_path / "x.item", ITEM, [("1", "x" * (2**24 + 1))])
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+@pytest.mark.parametrize("last", [True, False])
+def test_a_byte_order_mark_crlf_or_no_last_newline_change_nothing(tmp_path, mark, end, last):
+    lines = [b"item_id:token\ttitle:token_seq", b"1\ta", b"", "2\té".encode()]
+    (tmp_path / "x.item").write_bytes(mark + end.join(lines) + (end if last else b""))
+    assert list(read_atomic(tmp_path / "x.item")) == [{"item_id": "1", "title": "a"}, {"item_id": "2", "title": "é"}]
+
+
+def test_a_reader_names_file_and_line(tmp_path):  # every kind of damage: test_checking
     (tmp_path / "x.item").write_text("item_id:token\ttitle:token_seq\n1\ta\n2\tb\tc\n")
     with pytest.raises(UserError, match=r"x\.item:3: 3 values for 2 columns"):
         list(read_atomic(tmp_path / "x.item"))
@@ -82,77 +208,6 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
         file.write("half")
         raise KeyboardInterrupt
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-
-
-def test_images_open_upright_and_rgb(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned by 90 degrees
-    Image.new("RGB", (40, 20), "red").save(tmp_path / "turned.jpg", exif=exif)
-    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
-    Image.fromarray(np.full((4, 4), 65535, np.uint16)).save(tmp_path / "deep.png")
-    assert open_image(tmp_path / "turned.jpg").size == (20, 40)
-    assert open_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
-    assert open_image(tmp_path / "deep.png").getpixel((0, 0)) == (255, 255, 255)
-
-
-@pytest.mark.parametrize("content", [b"", b"<html>not found</html>", b"\xff\xd8\xff\xe0 cut off"])
-def test_an_unreadable_image_counts_as_missing_and_the_item_stays(tmp_path, content):
-    folder = tmp_path / "shop"
-    folder.mkdir()
-    (folder / "shop.item").write_text("item_id:token\ttitle:token_seq\timage:token\n1\ta mug\tm.jpg\n2\ta hat\t\n")
-    (folder / "m.jpg").write_bytes(content)
-    items = read_items(folder, None)
-    assert items.title("1") == "a mug" and items.image("1") is None and items.images == {}
-
-
-def test_images_that_cannot_be_used_are_one_line_and_no_file(tmp_path, caplog):
-    folder = tmp_path / "shop"
-    folder.mkdir()
-    rows = "1\ta\tnone.png\n2\tb\t../x.png\n3\tc\tgood.png\n4\td\t\n"
-    (folder / "shop.item").write_text("item_id:token\ttitle:token_seq\timage:token\n" + rows)
-    Image.new("RGB", (2, 2)).save(folder / "good.png")
-    assert set(read_items(folder, None).images) == {"3"}
-    (line,) = caplog.messages
-    assert line.startswith("2 of 3 images cannot be used") and "item 1: none.png does not exist" in line
-    assert f"recbole-mllm inspect {folder}" in line and len(list(folder.iterdir())) == 2
-
-
-def test_an_item_that_stands_twice_is_refused_with_both_lines(tmp_path):
-    folder = tmp_path / "shop"
-    folder.mkdir()
-    (folder / "shop.item").write_text("item_id:token\ttitle:token_seq\n1\ta\n2\tb\n\n1\tc\n")
-    with pytest.raises(UserError, match=r"shop\.item:5: item 1 stands in line 2 already"):
-        read_items(folder, None)
-
-
-@pytest.mark.parametrize(
-    ("item", "problem"),
-    [("", "is empty"), ('"3"', "starts with a quote"), ("[PAD]", r"is \[PAD\]"), ("i" * 1001, "has 1,001")],
-)
-def test_an_id_that_recbole_would_not_know_is_refused_and_not_left_without_a_title(item, problem, tmp_path):
-    folder = tmp_path / "shop"
-    folder.mkdir()
-    (folder / "shop.item").write_text(f"item_id:token\ttitle:token_seq\n1\ta\n{item}\tb\n")
-    with pytest.raises(UserError, match=rf"shop\.item:3: the item's id {problem}"):
-        read_items(folder, None)
-
-
-def test_no_path_leads_out_of_the_folder(tmp_path):
-    folder = tmp_path / "in"
-    folder.mkdir()
-    (tmp_path / "secret.png").write_bytes(b"x")
-    (folder / "link.png").symlink_to(tmp_path / "secret.png")
-    assert inside(folder, "../secret.png") is None and inside(folder, "link.png") is None
-    assert find_image(folder, "../secret") == (None, None)
-
-
-def test_images_by_id_are_found_in_the_folder_or_its_images(tmp_path):
-    (tmp_path / "images").mkdir()
-    Image.new("RGB", (2, 2)).save(tmp_path / "images" / "7.jpg")
-    assert find_image(tmp_path, "7") == (tmp_path / "images" / "7.jpg", None) and find_image(tmp_path, "8") == (
-        None,
-        None,
-    )
 
 
 def test_what_a_killed_process_had_begun_to_write_is_swept_away(tmp_path):
@@ -187,3 +242,34 @@ def test_a_full_disk_is_one_line_and_the_earlier_file_stays(tmp_path):
     line = done.stderr.splitlines()[-1]
     assert "UserError" in line and f"{path} cannot be written (File too large); make room on the disk" in line
     assert path.read_text() == "item_id:token\ni1\n" and [p.name for p in tmp_path.iterdir()] == ["d.item"]
+
+
+@pytest.mark.parametrize("unit", [1, 10**3, 10**6, 10**9])
+def test_times_before_1970_and_after_tomorrow_are_counted_in_any_unit(unit):
+    fine = [int((NOW - days * DAY) * unit) for days in range(0, 9000, 100)]
+    today, in_a_week = int((NOW + DAY / 2) * unit), int((NOW + 7 * DAY) * unit)
+    assert impossible_times([*fine, today]) == (0, 0)
+    assert impossible_times([0, -1, *fine, today, in_a_week, -5 * unit]) == (3, 1)
+    early, late = find_impossible_times([0, *fine, in_a_week])
+    assert early.nonzero()[0].tolist() == [0] and late.nonzero()[0].tolist() == [len(fine) + 1]
+
+
+@pytest.mark.parametrize(
+    ("times", "told"),
+    [
+        ([], (0, 0)),
+        ([1.5e9] * 5 + [1.5e12], (0, 1)),
+        ([0, 1, 2, 0, 1], (0, 0)),  # places in an order are no dates
+        ([1] * 40, (0, 0)),
+        (list(range(1000)), (0, 0)),
+        ([0, 0, 0], (3, 0)),
+        ([-1, 1, 2], (1, 0)),
+        ([-3, -2], (2, 0)),
+        ([1000, 1001, 0], (1, 0)),
+        ([float("nan"), 1.6e9], (0, 0)),
+        ([float("inf"), float("-inf"), 1.6e9, 1.6e9], (1, 1)),
+        ([4e9, 4.1e9, 4.2e9], (0, 3)),
+    ],
+)
+def test_impossible_times_are_counted_and_places_in_an_order_left_alone(times, told):
+    assert impossible_times(times) == told

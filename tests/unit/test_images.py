@@ -11,9 +11,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from recbole_mllm.data import item_images
-from recbole_mllm.data.images import find_image, inside, open_image, problem, resolve, write_report
-from recbole_mllm.data.item_images import ItemImages, Missing, judged
+from recbole_mllm.data import images as images_module
+from recbole_mllm.data.images import (
+    ItemImages,
+    Missing,
+    check_images,
+    find_image,
+    open_image,
+    problem,
+    resolve,
+    write_report,
+)
+from recbole_mllm.data.item_table import read_items
+from recbole_mllm.errors import UserError
 
 RED = (255, 0, 0)
 
@@ -57,11 +67,6 @@ def test_a_valid_image_opens_as_rgb(tmp_path, name):
     assert problem(tmp_path / name) is None
     assert opened.mode == "RGB" and opened.size == image.size
     assert np.abs(np.subtract(opened.getpixel((0, 0)), colour)).max() <= 2
-
-
-def test_a_transparent_palette_colour_turns_white(tmp_path):
-    palette_with_alpha().save(tmp_path / "p.png")
-    assert open_image(tmp_path / "p.png").getpixel((1, 0)) == (255, 255, 255)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -191,7 +196,6 @@ def test_a_path_leads_to_a_file_in_the_folder_or_says_why_not(tmp_path, relative
     folder = shop(tmp_path)
     (tmp_path / "shop2").mkdir()
     path, told = resolve(folder, relative)
-    assert inside(folder, relative) == path
     assert (path == folder / relative and told is None) if reason is None else (path is None and reason in str(told))
 
 
@@ -252,45 +256,83 @@ def test_each_item_without_an_image_is_in_the_report(tmp_path):
     assert lines[:2] == ["item_id\tpath\treason", "b\t../x.png\tleads out of the folder"]
 
 
-def test_verdicts_are_remembered_until_the_file_changes(tmp_path, monkeypatch):
-    monkeypatch.setattr(item_images, "REMEMBER_FROM", 2)
+def test_verdicts_are_cached_until_the_file_changes(tmp_path, monkeypatch):
+    monkeypatch.setattr(images_module, "CACHE_FROM", 2)
     paths = {str(n): tmp_path / f"{n}.png" for n in range(3)}
     for path in paths.values():
         Image.new("RGB", (4, 4)).save(path)
     paths["1"].write_bytes(b"")
     asked = []
-    monkeypatch.setattr(item_images, "problem", lambda path: asked.append(path.name) or problem(path))
-    assert _broken(tmp_path, paths) == {"1": "is empty"} and sorted(asked) == ["0.png", "1.png", "2.png"]
+    stock = images_module.decode
+    monkeypatch.setattr(images_module, "decode", lambda path: asked.append(path.name) or stock(path))
+    assert check_images(tmp_path, paths)[0] == {"1": "is empty"} and sorted(asked) == ["0.png", "1.png", "2.png"]
     asked.clear()
-    assert _broken(tmp_path, paths) == {"1": "is empty"} and asked == []
+    assert check_images(tmp_path, paths)[0] == {"1": "is empty"} and asked == []
     paths["2"].write_bytes(b"<html>")
-    assert _broken(tmp_path, paths) == {"1": "is empty", "2": "is no image (HTML page)"} and asked == ["2.png"]
+    assert check_images(tmp_path, paths)[0] == {"1": "is empty", "2": "is no image (HTML page)"} and asked == ["2.png"]
 
 
 @pytest.mark.parametrize("memory", [b"", b"\xff\xfe", b"another edition\nx\ty\n", None])
-def test_a_damaged_or_unwritable_memory_does_no_harm(tmp_path, monkeypatch, memory):
-    monkeypatch.setattr(item_images, "REMEMBER_FROM", 1)
+def test_a_damaged_or_unwritable_cache_does_no_harm(tmp_path, monkeypatch, memory):
+    monkeypatch.setattr(images_module, "CACHE_FROM", 1)
     Image.new("RGB", (4, 4)).save(tmp_path / "0.png")
     beside = tmp_path / f".{tmp_path.name}.images"
     beside.mkdir() if memory is None else beside.write_bytes(memory)
-    assert _broken(tmp_path, {"0": tmp_path / "0.png"}) == {}
-
-
-def test_a_few_images_leave_no_file_behind(tmp_path):
-    Image.new("RGB", (4, 4)).save(tmp_path / "0.png")
-    assert _broken(tmp_path, {"0": tmp_path / "0.png"}) == {} and len(list(tmp_path.iterdir())) == 1
-
-
-def _broken(folder, images):
-    return judged(folder, images)[0]
+    assert check_images(tmp_path, {"0": tmp_path / "0.png"})[0] == {}
 
 
 @pytest.mark.parametrize("remembered", [False, True])
-def test_odd_sizes_are_told_and_remembered(tmp_path, monkeypatch, remembered):
-    monkeypatch.setattr(item_images, "REMEMBER_FROM", 1 if remembered else 100)
+def test_odd_sizes_are_found_and_cached(tmp_path, monkeypatch, remembered):
+    monkeypatch.setattr(images_module, "CACHE_FROM", 1 if remembered else 100)
     sizes = {"ordinary": (300, 200), "long": (2, 300), "small": (3, 3), "tall poster": (100, 900)}
     for name, size in sizes.items():
         Image.new("RGB", size).save(tmp_path / f"{name}.png")
     paths = {name: tmp_path / f"{name}.png" for name in sizes}
     for _ in range(2):
-        assert judged(tmp_path, paths) == ({}, {"long": (2, 300), "small": (3, 3)})
+        assert check_images(tmp_path, paths) == ({}, {"long": (2, 300), "small": (3, 3)})
+    assert len(list(tmp_path.iterdir())) == len(sizes) + remembered  # a few images leave no file behind
+
+
+@pytest.fixture
+def items_file(tmp_path):
+    """Return a function that writes the items file of a dataset and returns its folder."""
+    (tmp_path / "shop").mkdir()
+
+    def written(rows, header="item_id:token\ttitle:token_seq"):
+        (tmp_path / "shop" / "shop.item").write_text(f"{header}\n{rows}")
+        return tmp_path / "shop"
+
+    return written
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>not found</html>", b"\xff\xd8\xff\xe0 cut off"])
+def test_an_unreadable_image_counts_as_missing_and_the_item_stays(items_file, content):
+    folder = items_file("1\ta mug\tm.jpg\n2\ta hat\t\n", "item_id:token\ttitle:token_seq\timage:token")
+    (folder / "m.jpg").write_bytes(content)
+    items = read_items(folder, None)
+    assert items.title("1") == "a mug" and items.image("1") is None and items.images == {}
+
+
+def test_images_that_cannot_be_used_are_one_line_and_no_file(items_file, caplog):
+    rows = "1\ta\tnone.png\n2\tb\t../x.png\n3\tc\tgood.png\n4\td\t\n"
+    folder = items_file(rows, "item_id:token\ttitle:token_seq\timage:token")
+    Image.new("RGB", (2, 2)).save(folder / "good.png")
+    assert set(read_items(folder, None).images) == {"3"}
+    (line,) = caplog.messages
+    assert line.startswith("2 of 3 images cannot be used") and "item 1: none.png does not exist" in line
+    assert f"recbole-mllm inspect {folder}" in line and len(list(folder.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "problem"),
+    [
+        ("1\ta\n2\tb\n\n1\tc\n", "5: item 1 stands in line 2 already"),
+        ("1\ta\n\tb\n", "3: the item's id is empty"),
+        ('1\ta\n"3"\tb\n', "3: the item's id starts with a quote"),
+        ("1\ta\n[PAD]\tb\n", r"3: the item's id is \[PAD\]"),
+        (f"1\ta\n{'i' * 1001}\tb\n", "3: the item's id has 1,001"),
+    ],
+)
+def test_an_id_that_stands_twice_or_that_recbole_would_not_know_is_refused(items_file, rows, problem):
+    with pytest.raises(UserError, match=rf"shop\.item:{problem}"):
+        read_items(items_file(rows), None)

@@ -1,4 +1,4 @@
-"""Run code just before or just after a module's body runs, whoever imports the module and whenever.
+"""How a module of RecBole is changed from outside: code that runs around its import, and functions replaced.
 
 RecBole is slow to import and needs mending while it is imported. Waiting for the import keeps ``import recbole_mllm``
 cheap, and leaves it to the user which of the two comes first.
@@ -6,10 +6,12 @@ cheap, and leaves it to the user which of the two comes first.
 
 from __future__ import annotations
 
+import builtins
+import functools
 import importlib
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -20,13 +22,12 @@ else:  # importlib.abc alone would take half of `import recbole_mllm`'s time
     Loader = object
 
 Callback = Callable[[ModuleType], None]
+_MARK = "_recbole_mllm_shim"
 
 
 def after_import(name: str, callback: Callback) -> None:
     """Call `callback` with module `name` now if it is imported, and each time its body has run from now on."""
-    if not _FINDER.add(_FINDER.after, name, callback):
-        return
-    if name in sys.modules:
+    if _FINDER.add(_FINDER.after, name, callback) and name in sys.modules:
         # waits where another thread is in the middle of importing it
         callback(importlib.import_module(name))
 
@@ -58,30 +59,32 @@ class _Finder:
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Return the spec of a module somebody waits for, its loader wrapped; None for every other."""
+        """Return the spec of a module with callbacks, its loader wrapped; None for every other."""
         if fullname not in self.before and fullname not in self.after:
             return None
         for finder in sys.meta_path:
             spec = None if finder is self else finder.find_spec(fullname, path, target)
             if spec is not None:
                 if spec.loader is not None:
-                    spec.loader = _CallingLoader(spec.loader, self)
+                    spec.loader = _CallingLoader(spec.loader)
                 return spec
         return None
+
+
+_FINDER = _Finder()
 
 
 class _CallingLoader(Loader):
     """A loader around a module's own, which takes its place again once the module's body has run."""
 
-    def __init__(self, inner: Any, finder: _Finder) -> None:
+    def __init__(self, inner: Any) -> None:
         self._inner = inner
-        self._finder = finder
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        """Let the module's own loader make the module."""
+        """Let the module's own loader create the module."""
         module: ModuleType | None = self._inner.create_module(spec)
         return module
 
@@ -90,11 +93,60 @@ class _CallingLoader(Loader):
         module.__loader__ = self._inner
         if module.__spec__ is not None:
             module.__spec__.loader = self._inner
-        for callback in tuple(self._finder.before.get(module.__name__, ())):
+        for callback in tuple(_FINDER.before.get(module.__name__, ())):
             callback(module)
         self._inner.exec_module(module)
-        for callback in tuple(self._finder.after.get(module.__name__, ())):
+        for callback in tuple(_FINDER.after.get(module.__name__, ())):
             callback(module)
 
 
-_FINDER = _Finder()
+def wrap(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Put ``make(stock)`` in the place of the function `name` of a module or class, once.
+
+    A function may already stand in other modules under its name (``from recbole.data import create_dataset`` before
+    ``import recbole_mllm``); it is replaced there too, so the order of imports makes no difference.
+    """
+    stock = vars(owner)[name]
+    if hasattr(stock, _MARK):
+        return
+    shim = functools.wraps(stock)(make(stock))
+    setattr(shim, _MARK, True)
+    setattr(owner, name, shim)
+    if isinstance(owner, ModuleType):
+        for module in tuple(sys.modules.values()):
+            if isinstance(module, ModuleType) and vars(module).get(name) is stock:
+                setattr(module, name, shim)
+
+
+def replace(owner: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorate what takes the place of the function of its name in `owner`; the stock one is its first argument."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        wrap(owner, function.__name__, lambda stock: lambda *args, **kwargs: function(stock, *args, **kwargs))
+        return function
+
+    return decorate
+
+
+def called_from(package: str) -> bool:
+    """Return whether what called this one, put in place by `replace`, was called by a function of `package`."""
+    name = str(sys._getframe(3).f_globals.get("__name__", ""))
+    return name == package or name.startswith(f"{package}.")
+
+
+def lend_imports(module: ModuleType, lent: Mapping[str, Any]) -> None:
+    """Let `module` alone see `lent` where its body says ``from NAME import …``.
+
+    Nothing is put into ``sys.modules``: transformers and accelerate look there, and in ``find_spec``, for what is
+    installed.
+    """
+
+    def lending_import(name: str, *args: Any, **kwargs: Any) -> Any:
+        return lent[name] if name in lent else builtins.__import__(name, *args, **kwargs)
+
+    vars(module)["__builtins__"] = {**vars(builtins), "__import__": lending_import}
+
+
+def end_lending(module: ModuleType) -> None:
+    """Give `module` Python's own builtins back; the functions it has defined keep what they were defined with."""
+    vars(module)["__builtins__"] = vars(builtins)

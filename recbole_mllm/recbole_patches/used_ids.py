@@ -1,17 +1,15 @@
-"""The items RecBole's samplers must not draw: looked up in one column, made into sets only where somebody asks."""
+"""The items RecBole's samplers must not draw: looked up in one column, sets only where somebody asks for one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 
-from recbole_mllm.compat.patching import wrap
-from recbole_mllm.fastdata.pairs import Pairs
-from recbole_mllm.fastdata.popularity import build_alias_table
+from recbole_mllm.data.sampling import Pairs
+from recbole_mllm.recbole_patches.hooks import replace, wrap
 
 _ALL_MET = (
     "Some users have interacted with all items, which we can not sample negative items for them. "
@@ -23,14 +21,13 @@ class UsedIds:
     """One phase's ``used_ids``: indexed by users it gives sets, as RecBole's array of sets does.
 
     Args:
-        rows: ``(users, items)`` of all phases up to this one, a pair of arrays a phase.
+        rows: ``(users, items)`` of all phases up to this one, a pair of arrays a phase; none where nothing is used.
         pairs: The same pairs, to look up in.
         user_num: How many users there are.
     """
 
-    def __init__(self, rows: list[tuple[Any, Any]], pairs: Pairs, user_num: int) -> None:
-        self._pairs, self._user_num, self._phase = pairs, user_num, len(rows) - 1
-        self._rows = rows
+    def __init__(self, rows: list[tuple[Any, Any]], pairs: Pairs | None, user_num: int) -> None:
+        self._rows, self._pairs, self._user_num = rows, pairs, user_num
         self._by_user: list[tuple[Any, Any]] | None = None
 
     def __len__(self) -> int:
@@ -40,8 +37,6 @@ class UsedIds:
         """Return the set of one user, or an array of the sets of many."""
         if users is None:  # FullSortEvalDataLoader's user before the first (general_dataloader.py:220), not looked at
             return self
-        if isinstance(users, int | np.integer):
-            return self._set(range(self._user_num)[users])
         chosen = np.asarray(np.arange(self._user_num)[users])
         if chosen.ndim == 0:
             return self._set(int(chosen))
@@ -49,12 +44,11 @@ class UsedIds:
         out[:] = [self._set(user) for user in chosen.flat]
         return out.reshape(chosen.shape)
 
-    def __iter__(self) -> Any:
-        return (self._set(user) for user in range(self._user_num))
-
     def contain(self, users: Any, items: Any) -> Any:
         """Return which of `items` their user has used."""
-        return self._pairs.contain(users, items, self._phase)
+        if self._pairs is None:
+            return np.zeros(len(users), bool)
+        return self._pairs.contain(users, items, len(self._rows) - 1)
 
     def _set(self, user: int) -> set[int]:
         if self._by_user is None:
@@ -66,55 +60,29 @@ class UsedIds:
         return found
 
 
-class NoneUsed:
-    """``used_ids`` of a sampler that forbids nothing until it is asked for rows (sampler.py:387-396)."""
-
-    def __init__(self, user_num: int) -> None:
-        self._user_num = user_num
-
-    def __len__(self) -> int:
-        return self._user_num
-
-    def __getitem__(self, users: Any) -> Any:
-        if isinstance(users, int | np.integer):
-            return set()
-        out = np.empty(len(users), dtype=object)
-        out[:] = [set() for _ in range(len(users))]
-        return out
-
-
 def _grouped(users: Any, items: Any, user_num: int) -> tuple[Any, Any]:
     order = np.argsort(users, kind="stable")
     return items[order], np.r_[0, np.cumsum(np.bincount(users, minlength=user_num))]
 
 
-def install(module: ModuleType) -> None:
+def look_up_pairs(module: ModuleType) -> None:
     """Replace what makes and reads sets of used items in RecBole's samplers (sampler/sampler.py:142-262, :387-396)."""
-    wrap(module.Sampler, "get_used_ids", lambda stock: get_used_ids)
-    wrap(module.RepeatableSampler, "get_used_ids", lambda stock: lambda self: NoneUsed(self.user_num))
-    wrap(module.AbstractSampler, "sample_by_key_ids", _make_sampling)
-    wrap(module.AbstractSampler, "_build_alias_table", lambda stock: build_alias_table)
+    wrap(module.RepeatableSampler, "get_used_ids", lambda stock: lambda self: UsedIds([], None, self.user_num))
 
+    @replace(module.Sampler)
+    def get_used_ids(stock: Any, self: Any) -> dict[str, Any]:
+        """Return ``{phase: UsedIds}``, or raise RecBole's ValueError where a user has met every item (:233-262)."""
+        fields = self.uid_field, self.iid_field
+        rows = [tuple(part.inter_feat[field].numpy() for field in fields) for part in self.datasets]
+        phases = np.repeat(np.arange(len(rows), dtype=np.int8), [len(users) for users, _ in rows])
+        users, items = (np.concatenate(column) for column in zip(*rows, strict=True))
+        pairs = Pairs(users, items, self.item_num, phases)
+        if pairs.most(self.user_num, len(rows)) + 1 == self.item_num:  # [PAD] is an item
+            raise ValueError(_ALL_MET)
+        return {phase: UsedIds(rows[: n + 1], pairs, self.user_num) for n, phase in enumerate(self.phases)}
 
-def get_used_ids(self: Any) -> dict[str, Any]:
-    """Return ``{phase: UsedIds}`` (``Sampler.get_used_ids``, sampler/sampler.py:233-262).
-
-    Raises:
-        ValueError: A user has met every item; RecBole's own words.
-    """
-    rows = [
-        (part.inter_feat[self.uid_field].numpy(), part.inter_feat[self.iid_field].numpy()) for part in self.datasets
-    ]
-    phases = np.repeat(np.arange(len(rows), dtype=np.int8), [len(users) for users, _ in rows])
-    users, items = (np.concatenate(column) for column in zip(*rows, strict=True))
-    pairs = Pairs(users, items, self.item_num, phases)
-    if pairs.most(self.user_num, len(rows)) + 1 == self.item_num:  # [PAD] is an item
-        raise ValueError(_ALL_MET)
-    return {phase: UsedIds(rows[: n + 1], pairs, self.user_num) for n, phase in enumerate(self.phases)}
-
-
-def _make_sampling(stock: Callable[..., Any]) -> Callable[..., Any]:
-    def sample_by_key_ids(self: Any, key_ids: Any, num: int) -> Any:
+    @replace(module.AbstractSampler)
+    def sample_by_key_ids(stock: Any, self: Any, key_ids: Any, num: int) -> Any:
         """Draw as sampler/sampler.py:128-175 does, number for number, and look all values up at once."""
         used = self.used_ids
         if not isinstance(used, UsedIds):
@@ -129,5 +97,3 @@ def _make_sampling(stock: Callable[..., Any]) -> Callable[..., Any]:
             values[check] = self.sampling(len(check))
             check = check[used.contain(keys[check], values[check])]
         return torch.tensor(values, dtype=torch.long)
-
-    return sample_by_key_ids

@@ -1,0 +1,105 @@
+"""Titles, images and summaries, looked up by raw id and read by our own reader (RecBole's mangles free text)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from recbole_mllm.data import schema
+from recbole_mllm.data.atomic import clean, read_atomic, read_columns, read_numbered, write_atomic
+from recbole_mllm.data.checking import id_fault
+from recbole_mllm.data.images import ItemImages
+from recbole_mllm.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Items:
+    """What is known of each item, by raw id; without a readable image an item is not in `images`.
+
+    `extreme` holds width and height, in pixels, of images that a model's processor may refuse.
+    """
+
+    titles: Mapping[str, str]
+    images: Mapping[str, Path]
+    extreme: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+    def title(self, item: str) -> str:
+        """Return the item's title, or "" where none is known."""
+        return self.titles.get(item, "")
+
+    def image(self, item: str) -> Path | None:
+        """Return the item's image, or None."""
+        return self.images.get(item)
+
+
+def read_items(folder: Path, image_dir: Path | None, item_field: str = schema.ITEM) -> Items:
+    """Read titles from ``X.item`` and find images by its ``image`` column, else by item id in `image_dir`.
+
+    Images that cannot be used count as missing, with one line in the log.
+
+    Raises:
+        UserError: `image_dir` is no folder, or ``X.item`` cannot be read or holds an item twice.
+    """
+    if image_dir is not None and not image_dir.is_dir():
+        raise UserError(f"image_dir {image_dir} is no folder; give the folder that holds the items' images")
+    path = schema.item_file(folder)
+    if not path.is_file():
+        raise UserError(
+            f"{path} does not exist; MLLMMSR reads item titles from it (columns {item_field}:token, title:token_seq)"
+        )
+    titles, images = {}, ItemImages()
+    lines: dict[str, int] = {}
+    columns = read_columns(path)
+    if item_field not in columns:
+        raise UserError(
+            f"{path}:1: there is no column {item_field}:token (ITEM_ID_FIELD); its columns are {', '.join(columns)}"
+        )
+    title = schema.title_column(columns)
+    for number, row in read_numbered(path):
+        item = row[item_field]
+        if (problem := "starts with a quote" if item[:1] == '"' else id_fault(item)) is not None:
+            raise UserError(
+                f"{path}:{number}: the item's id {problem}; RecBole would know it by another, or not at all"
+            )
+        if (first := lines.setdefault(item, number)) != number:
+            raise UserError(f"{path}:{number}: item {item} stands in line {first} already; keep one of the two")
+        titles[item] = clean(row[title]) if title else ""
+        images.add(folder, item, row.get(schema.IMAGE, ""), image_dir)
+    images.check(folder)
+    if images.missing:
+        item, file, reason = images.missing[0]
+        logging.getLogger(__name__).warning(
+            f"{len(images.missing)} of {len(images.missing) + len(images.found)} images cannot be used and count as "
+            f"missing, the first of item {item}: {file} {reason}; `recbole-mllm inspect {folder}` lists them"
+        )
+    return Items(titles, images.found, images.extreme)
+
+
+def write_item_summaries(path: Path, summaries: Mapping[str, str]) -> int:
+    """Write ``X.<tag>.isum``, one row an item."""
+    return write_atomic(path, schema.ISUM_TYPES, ((item, text) for item, text in summaries.items()))
+
+
+@dataclass(frozen=True, slots=True)
+class UserSummary:
+    """One state of a user's preference: it has read `seen` interactions, those `history` is the digest of."""
+
+    user: str
+    seen: int
+    history: str
+    text: str
+
+
+def write_user_summaries(path: Path, rows: Iterable[UserSummary]) -> int:
+    """Write ``X.<tag>.usum``, one row a (user, moment)."""
+    return write_atomic(path, schema.USUM_TYPES, ((r.user, str(r.seen), r.history, r.text) for r in rows))
+
+
+def read_user_summaries(path: Path) -> list[UserSummary]:
+    """Read ``X.<tag>.usum``."""
+    return [
+        UserSummary(r[schema.USER], int(float(r[schema.SEEN])), r[schema.HISTORY], r[schema.SUMMARY])
+        for r in read_atomic(path)
+    ]
