@@ -265,12 +265,12 @@ def read_vectors(layers: ModuleType) -> None:
 
 def count_popularity(pop: ModuleType) -> None:
     """Let Pop count every interaction of a batch (model/general_recommender/pop.py:47)."""
-    importlib.import_module("recbole_mllm.evaluation.counting").count_all(pop)
+    importlib.import_module("recbole_mllm.evaluation.pop").count_all(pop)
 
 
 def count_training(collector: ModuleType) -> None:
     """Let metrics of popularity count the training split alike for every model (evaluator/collector.py:79-94)."""
-    importlib.import_module("recbole_mllm.evaluation.counting").count_training(collector)
+    importlib.import_module("recbole_mllm.evaluation.pop").count_training(collector)
 
 
 def score_by_pair(module: ModuleType) -> None:
@@ -285,5 +285,5 @@ def check_users(case_study: ModuleType) -> None:
 
 def break_ties(trainer: ModuleType) -> None:
     """Rank frozen candidates without ties, before RecBole's collector sees the scores (trainer/trainer.py:463-524)."""
-    for name in ("ties", "allitems"):
+    for name in ("tie_breaking", "full_ranking"):
         importlib.import_module(f"recbole_mllm.evaluation.{name}").install(trainer.Trainer)

@@ -24,7 +24,7 @@ from recbole_mllm.errors import UserError
 from recbole_mllm.mllm.decision import decision_request
 from recbole_mllm.mllm.loading import source_of
 from recbole_mllm.mllm.processors import load_processor
-from recbole_mllm.mllm.served import ServedScorer
+from recbole_mllm.mllm.server_scoring import ServedScorer
 from recbole_mllm.prompts import recommend_prompt
 from recbole_mllm.settings import ServerSettings
 from recbole_mllm.training.export import export, find_checkpoint

@@ -17,7 +17,7 @@ from recbole.utils import init_seed
 from recbole_mllm.cli import main
 from recbole_mllm.errors import UserError
 from recbole_mllm.evaluation.candidates import digest_of
-from recbole_mllm.evaluation.exchange import read
+from recbole_mllm.evaluation.candidates_file import read_candidates
 from recbole_mllm.evaluation.protocol import training_counts
 from recbole_mllm.quick_start import make_config, metric_name, run
 
@@ -229,7 +229,7 @@ def test_the_export_is_what_mllmmsr_is_given(home: Path) -> None:
     assert (
         main(["candidates", "export", "--dataset", "world", f"--data_path={home}", "--out", "out.jsonl", *words]) == 0
     )
-    exported = read(home / "out.jsonl")
+    exported = read_candidates(home / "out.jsonl")
     _, dataset, (_, valid, test) = prepared(home, "MLLMMSR", keys)
     assert exported.digest == dataset.candidates_digest
     for phase, loader in (("valid", valid), ("test", test)):
