@@ -210,36 +210,39 @@ class Candidates:
             UserError: It is of another dataset, does not fit the split, or was edited.
         """
         given = read_candidates(path)
-        given.refuse_other_dataset(dataset)
-        written, ordered, listed = {}, {}, {}
+        if given.dataset not in ("", dataset):
+            raise UserError(
+                f"{path}:1: these are candidates of dataset {given.dataset!r}, and this is {dataset!r}; export those "
+                "of this dataset, or drop the header's dataset if it is the same under another name"
+            )
+        ordered, listed = {}, {}
         for phase in _PHASES:
             if self.modes[phase] == "full":
                 if given.phases[phase]:
                     raise UserError("candidates_file has candidates for a phase whose eval_args.mode is full; use uniN")
                 continue
             count = _count(self.modes[phase])
-            given.refuse_others(phase, self._every[phase][0], self._users)
-            given.require(phase, self._users[np.unique(self.targets(phase)[0])])
+            given.check_users(phase, self._users, self._every[phase][0], np.unique(self.targets(phase)[0]))
             listed[phase] = np.isin(self._users, list(given.phases[phase]))
             users, targets = self.targets(phase, listed[phase])
             rows = UserRows.of(users)
-            written[phase] = given.negatives(phase, rows, targets, count, self._users, self._items, self._met)
+            written = given.negatives(phase, rows, targets, count, self._users, self._items, self._met)
             try:
                 drawn = self._draw(phase, users, given.seed if given.seed is not None else self.settings.candidate_seed)
             except UserError:  # other rules drew them: with fewer items to choose from there is no order to follow
                 drawn = None
             owner = np.repeat(np.arange(len(rows.users)), rows.counts * count)
-            ordered[phase] = in_drawn_order(owner, written[phase], drawn, np.argsort(np.argsort(self._items)))
+            ordered[phase] = in_drawn_order(owner, written, drawn, np.argsort(np.argsort(self._items)))
             self._drawn[phase] = ordered[phase][np.repeat(self.kept[phase][users], count)]
         whole = [self._every[phase][0] for phase in _PHASES]
         everybody = dict(zip(_PHASES, limited_users(self._users, whole, None, 0), strict=True))
-        # as it was exported: in the file's order or in the drawn one, a full ranking beside it of all users or a sample
-        made = [
-            candidates_digest(dict(self._asked(p, listed.get(p, full[p]), lines.get(p)) for p in _PHASES))
-            for lines in (ordered, written)
-            for full in (everybody, self.kept)
-        ]
-        given.confirm(made)
+        # a full ranking beside it was of all users or of a sample
+        given.check(
+            [
+                candidates_digest(dict(self._asked(p, listed.get(p, full[p]), ordered.get(p)) for p in _PHASES))
+                for full in (everybody, self.kept)
+            ]
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -448,16 +451,12 @@ def _draw(pool: Pool, met: Pairs, users: Any, keys: Any, count: int) -> Any:
 
 def _first_of_each(rows: Any) -> Any:
     """Return, for ``[U, T]`` ids, which stand in their row for the first time."""
-    ordered = np.sort(rows, axis=1)
-    repeated = np.flatnonzero((ordered[:, 1:] == ordered[:, :-1]).any(1))
-    out = np.ones(rows.shape, bool)
-    order = np.argsort(rows[repeated], axis=1, kind="stable")
-    again = np.take_along_axis(rows[repeated], order, 1)
-    new = np.ones(again.shape, bool)
-    new[:, 1:] = again[:, 1:] != again[:, :-1]
-    part = np.empty(again.shape, bool)
-    np.put_along_axis(part, order, new, 1)
-    out[repeated] = part
+    order = np.argsort(rows, axis=1, kind="stable")
+    ordered = np.take_along_axis(rows, order, 1)
+    new = np.ones(rows.shape, bool)
+    new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    out = np.empty(rows.shape, bool)
+    np.put_along_axis(out, order, new, 1)
     return out
 
 

@@ -29,7 +29,7 @@ def is_export(head: bytes) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
+class CandidatesLine:
     """One user's line: where it stands, and the raw ids of targets and negatives."""
 
     where: str
@@ -43,7 +43,7 @@ class CandidatesFile:
 
     path: Path
     digest: str
-    phases: Mapping[str, Mapping[str, Given]]
+    phases: Mapping[str, Mapping[str, CandidatesLine]]
     dataset: str = ""
     seed: int | None = None
 
@@ -62,7 +62,7 @@ class CandidatesFile:
         Raises:
             UserError: The file does not fit the split; names file and line.
         """
-        given, number = self.phases.get(phase, {}), {name: place for place, name in enumerate(items.tolist())}
+        given, number = self.phases[phase], {name: place for place, name in enumerate(items.tolist())}
         out = []
         for user, name, start, many in zip(
             rows.users.tolist(), users[rows.users].tolist(), rows.starts, rows.counts, strict=True
@@ -77,11 +77,14 @@ class CandidatesFile:
             out.append(found)
         return np.concatenate(out) if out else np.zeros(0, np.int64)
 
-    def confirm(self, made: Sequence[str]) -> None:
-        """Refuse a file whose header states a digest that is none of those its lines may have `made` with this split.
+    def check(self, made: Sequence[str]) -> None:
+        """Refuse a file whose header states a digest that its lines do not have, whoever of them is evaluated.
+
+        Args:
+            made: The digests that the lines may have with this split.
 
         Raises:
-            UserError: It is not among them.
+            UserError: The header's is none of them.
         """
         if self.digest not in ("", *made):
             raise UserError(
@@ -89,43 +92,29 @@ class CandidatesFile:
                 "they were edited (then drop the digest), or the file is damaged"
             )
 
-    def refuse_other_dataset(self, name: str) -> None:
-        """Refuse a file whose header names another dataset than `name`.
+    def check_users(self, phase: str, users: Any, held_out: Any, evaluated: Any) -> None:
+        """Refuse a phase without a line for each user that is evaluated, or with one that the split holds nothing of.
+
+        Args:
+            phase: ``valid`` or ``test``.
+            users: Raw id of each internal user id.
+            held_out: Internal ids of the users with rows in the phase.
+            evaluated: Internal ids of those among them who are evaluated.
 
         Raises:
-            UserError: It does.
+            UserError: Names the user, and the line where there is one.
         """
-        if self.dataset not in ("", name):
-            raise UserError(
-                f"{self.path}:1: these are candidates of dataset {self.dataset!r}, and this is {name!r}; export those "
-                "of this dataset, or drop the header's dataset if it is the same under another name"
-            )
-
-    def require(self, phase: str, users: Any) -> None:
-        """Refuse a file without a line for one of the raw ids `users`.
-
-        Raises:
-            UserError: Names the first that lacks one.
-        """
-        lines = self.phases.get(phase, {})
-        for user in users.tolist():
-            if user not in lines:
-                raise UserError(f"{self.path}: no {phase} line for user {user}; export the candidates of this dataset")
-
-    def refuse_others(self, phase: str, evaluated: Any, users: Any) -> None:
-        """Refuse lines of users the split does not evaluate in `phase`; `evaluated` are their internal ids.
-
-        Raises:
-            UserError: Names file and line of the first.
-        """
-        known, split = set(users.tolist()), set(users[evaluated].tolist())
-        for user, line in self.phases.get(phase, {}).items():
+        lines, split, known = self.phases[phase], set(users[held_out].tolist()), set(users.tolist())
+        for user, line in lines.items():
             if user not in split:
                 why = "is not evaluated in this phase" if user in known else "is not in the dataset"
                 raise UserError(f"{line.where}: user {user} {why} ({phase})")
+        for user in users[evaluated].tolist():
+            if user not in lines:
+                raise UserError(f"{self.path}: no {phase} line for user {user}; export the candidates of this dataset")
 
 
-def _checked(line: Given, own: Sequence[str], wanted: int, phase: str, number: Mapping[str, int]) -> Any:
+def _checked(line: CandidatesLine, own: Sequence[str], wanted: int, phase: str, number: Mapping[str, int]) -> Any:
     """Return the internal ids of a line's negatives."""
     if Counter(line.targets) != Counter(own):
         raise UserError(f"{line.where}: the targets are {_few(line.targets)}, the {phase} split's {_few(own)}")
@@ -168,7 +157,7 @@ def read_candidates(path: Path) -> CandidatesFile:
     Raises:
         UserError: There is none, or a line is not what it should be; names file and line.
     """
-    phases: dict[str, dict[str, Given]] = {"valid": {}, "test": {}}
+    phases: dict[str, dict[str, CandidatesLine]] = {"valid": {}, "test": {}}
     header: dict[str, Any] = {}
     for number, values in _lines(path):
         where = f"{path}:{number}"
@@ -182,7 +171,7 @@ def read_candidates(path: Path) -> CandidatesFile:
             raise UserError(f"{where}: phase must be valid or test, and user a text; found {phase!r} and {user!r}")
         if user in phases[phase]:
             raise UserError(f"{where}: user {user} has a second {phase} line")
-        phases[phase][user] = Given(where, _ids(values, "targets", where), _ids(values, "negatives", where))
+        phases[phase][user] = CandidatesLine(where, _ids(values, "targets", where), _ids(values, "negatives", where))
     if not header:
         raise UserError(f"{path} is empty; write one with `candidates export`")
     seed = header.get("seed")

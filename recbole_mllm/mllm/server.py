@@ -10,9 +10,10 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from recbole_mllm.endpoints import Endpoint
+from recbole_mllm.common.endpoints import Endpoint
 from recbole_mllm.errors import UserError
 from recbole_mllm.mllm.base import Answer, Ask, Work
 from recbole_mllm.mllm.server_host import Failure, FailureKind, Host
@@ -24,6 +25,7 @@ _HOPELESS = 3  # prompts refused before any was answered: it is not the prompts
 _TICK_S = 0.2
 _LOOK_S = 3.0  # for which the work waits for what servers list; a slow one is sent prompts all the same
 _GRACE_S = 1.0  # beyond the time for a request, which its client notices itself unless it retries
+Outcome = Answer | Failure | Exception
 Requesting = Callable[[Host, Ask, int], Answer | Failure]
 """Makes a server's request of one prompt, its longest text halved so many times; called in a thread of its own.
 
@@ -51,7 +53,7 @@ class ServerModel:
                 ``server_patience`` seconds; or, after all others are answered, some prompts were refused. What had
                 arrived has been handed over before.
         """
-        serve(work, self.hosts, self.settings, _complete)
+        Requests(work, self.hosts, self.settings, _complete).run()
 
 
 def make_hosts(endpoint: Endpoint, settings: ServerSettings) -> list[Host]:
@@ -72,11 +74,6 @@ def make_hosts(endpoint: Endpoint, settings: ServerSettings) -> list[Host]:
     if not refused.empty():
         raise refused.get()
     return hosts
-
-
-def serve(work: Work, hosts: Sequence[Host], settings: ServerSettings, request: Requesting) -> None:
-    """Have `hosts` answer what `work` holds, each prompt by `request`; raises as `ServerModel.write` does."""
-    _Requests(work, hosts, settings, request).run()
 
 
 def _complete(host: Host, ask: Ask, shortened: int) -> Answer | Failure:
@@ -134,36 +131,34 @@ class _Sent:
     at: float
 
 
-class _Requests:
-    """Prompts that wait and prompts that are sent. One thread decides; each request has a thread that makes it."""
+class Requests:
+    """The prompts of a `work`, those that wait and those that are sent to `hosts`, each by a `request`.
+
+    One thread decides; each request has a thread that makes it.
+    """
 
     def __init__(self, work: Work, hosts: Sequence[Host], settings: ServerSettings, request: Requesting) -> None:
         self.work, self.hosts, self.settings, self.request = work, hosts, settings, request
         self.waiting: deque[_Waiting] = deque()
         self.sent: set[_Sent] = set()
-        self.arrivals: queue.SimpleQueue[tuple[_Sent, Answer | Failure | Exception]] = queue.SimpleQueue()
+        self.arrivals: queue.SimpleQueue[tuple[_Sent, Outcome]] = queue.SimpleQueue()
         self.refused: list[str] = []
-        self.answered = self.shortened = 0
+        self.answered, self.shortened = False, 0
         self.started = time.monotonic()
 
     def run(self) -> None:
-        """Send all and hand over what arrives; raise what the user must mend when all that has arrived is out."""
+        """Send all and hand over what arrives.
+
+        Raises:
+            UserError: As `ServerModel.write`, when all that has arrived is out.
+        """
         while self._fill():
             self._send()
-            answers, error = [], None
-            for sent, outcome in self._arrived():
-                outcome = self._settled(sent, outcome)
-                if isinstance(outcome, Answer):
-                    answers.append((sent.prompt.ask.place, replace(outcome, shortened=sent.prompt.shortened > 0)))
-                error = outcome if isinstance(outcome, Exception) else error
-            if error is None:
-                self._send()  # before the store is busy with what has arrived
-            # nothing too, so that what has arrived is stored while all others take long
-            self.work.give(answers)
-            self.answered += len(answers)
-            self.shortened += sum(answer.shortened for _, answer in answers)
-            if error is not None:
-                raise error
+            answers, errors = self._settled(self._arrived())
+            self._send()  # before the store is busy with the answers
+            self.work.give(answers)  # none too, so that what has arrived is stored while all others take long
+            if errors:
+                raise errors[0]
             self._check()
         if self.shortened:
             logging.getLogger().warning(
@@ -195,7 +190,7 @@ class _Requests:
 
     def _make(self, sent: _Sent) -> None:
         """Make one request; in a thread that is a daemon, as it may hang when the run is stopped."""
-        outcome: Answer | Failure | Exception
+        outcome: Outcome
         try:
             outcome = self.request(sent.host, sent.prompt.ask, sent.prompt.shortened)
         except Exception as error:  # a prompt that cannot be sent, or a bug, which must stop the run and not hang it
@@ -203,45 +198,50 @@ class _Requests:
         sent.host.slots.release()
         self.arrivals.put((sent, outcome))
 
-    def _arrived(self) -> list[tuple[_Sent, Answer | Failure | Exception]]:
+    def _arrived(self) -> list[tuple[_Sent, Outcome]]:
         """Return what has arrived, waiting a moment for the first, and the failures of requests that take too long."""
-        out: list[tuple[_Sent, Answer | Failure | Exception]] = []
-        try:
+        out: list[tuple[_Sent, Outcome]] = []
+        with suppress(queue.Empty):
             out.append(self.arrivals.get(timeout=_TICK_S))
             while True:
                 out.append(self.arrivals.get_nowait())
-        except queue.Empty:
-            pass
-        out = [(sent, outcome) for sent, outcome in out if sent in self.sent]  # what was too late is no longer
+        out = [(sent, outcome) for sent, outcome in out if sent in self.sent]  # no longer, where it was too late
         self.sent -= {sent for sent, _ in out}
         end = time.monotonic() - self.settings.server_timeout - _GRACE_S
-        late = [sent for sent in self.sent if sent.at < end]
-        self.sent -= set(late)
+        late = {sent for sent in self.sent if sent.at < end}
+        self.sent -= late
         return out + [(sent, sent.host.too_late()) for sent in late]
 
-    def _settled(self, sent: _Sent, outcome: Answer | Failure | Exception) -> Answer | Exception | None:
-        """Return an answer or what ends the run; a prompt that failed is refused, or waits for a server again."""
-        prompt, host = sent.prompt, sent.host
-        if isinstance(outcome, UserError):
-            self.refused.append(str(outcome))
-            return None
-        if isinstance(outcome, Exception):
-            return outcome
-        host.record(outcome, sent.at)
-        if isinstance(outcome, Answer):
-            return outcome
-        kind, text = outcome.kind, f"server {host.url}: {outcome.text}"
-        if kind is FailureKind.FATAL:
-            return UserError(text)
-        # a server that has answered nothing says nothing about a prompt while others answer
-        counts = host.answered or not any(other.answered for other in self.hosts)
-        prompt.tries += kind is FailureKind.UNCLEAR and counts
-        prompt.shortened += kind is FailureKind.TOO_LONG
-        if kind is FailureKind.REFUSED or prompt.tries >= _TRIES:
-            self.refused.append(text)
-        else:
-            self.waiting.append(prompt)
-        return None
+    def _settled(self, arrived: list[tuple[_Sent, Outcome]]) -> tuple[list[tuple[int, Answer]], list[Exception]]:
+        """Return the answers, and what ends the run; a prompt that failed is refused, or waits for a server again."""
+        answers: list[tuple[int, Answer]] = []
+        errors: list[Exception] = []
+        for sent, outcome in arrived:
+            prompt, host = sent.prompt, sent.host
+            if isinstance(outcome, UserError):
+                self.refused.append(str(outcome))
+                continue
+            if isinstance(outcome, Exception):
+                errors.append(outcome)
+                continue
+            host.record(outcome, sent.at)
+            if isinstance(outcome, Answer):
+                answers.append((prompt.ask.place, replace(outcome, shortened=prompt.shortened > 0)))
+                self.shortened += prompt.shortened > 0
+                continue
+            kind, text = outcome.kind, f"server {host.url}: {outcome.text}"
+            # a server that has answered nothing says nothing about a prompt while others answer
+            counts = host.answered or not any(other.answered for other in self.hosts)
+            prompt.tries += kind is FailureKind.UNCLEAR and counts
+            prompt.shortened += kind is FailureKind.TOO_LONG
+            if kind is FailureKind.FATAL:
+                errors.append(UserError(text))
+            elif kind is FailureKind.REFUSED or prompt.tries >= _TRIES:
+                self.refused.append(text)
+            else:
+                self.waiting.append(prompt)
+        self.answered = self.answered or bool(answers)
+        return answers, errors
 
     def _check(self) -> None:
         """Stop where all prompts are refused, or all servers have failed for too long."""

@@ -22,7 +22,6 @@ _SPECIAL = re.compile(
     r"<\|[^|<>\s]{1,40}\|>|</?s>|\[/?INST\]|<</?SYS>>|<(?:image|video|audio|pad|unk|bos|eos|mask)>|"
     r"<(?:start|end)_of_\w{1,20}>|<\w{1,20}_soft_token>|</?think>"
 )
-_HALF = 2
 _AS_IS = {"JPEG": "image/jpeg", "PNG": "image/png"}
 _ORIENTATION = 0x0112
 _MOST_TOKENS = 2**31
@@ -43,7 +42,8 @@ def message(prompt: Prompt, shortened: int = 0) -> dict[str, Any]:
         head, *tails = piece.split(IMAGE)
         parts[-1]["text"] += head
         for tail in tails:
-            parts += [_image_part(next(images)), {"type": "text", "text": tail}]
+            image = {"type": "image_url", "image_url": {"url": data_url(next(images))}}
+            parts += [image, {"type": "text", "text": tail}]
     if not prompt.images:
         return {"role": "user", "content": parts[0]["text"]}
     return {"role": "user", "content": [p for p in parts if p["type"] != "text" or p["text"]]}
@@ -57,29 +57,16 @@ def cut(prompt: Prompt, times: int) -> list[str]:
     """
     pieces = prompt.pieces()
     for _ in range(times):
-        _shorten(pieces)
+        if (longest := longest_text(pieces)) is None:
+            what, advice = "fixed wording", ""
+            if lists_items(pieces):
+                what, advice = f"the first letters of the {len(pieces) // 2} texts it lists", f"{SHORTER_HISTORY}, or "
+            raise UserError(
+                f"the server finds a prompt too long, and what is left of it is {what}; {advice}serve the model with a "
+                "longer context"
+            )
+        pieces[longest] = pieces[longest][: max(FEWEST, len(pieces[longest]) // 2)].rstrip()
     return pieces
-
-
-def _shorten(pieces: list[str]) -> None:
-    """Halve the longest filled-in text.
-
-    Raises:
-        UserError: What is left is the style's own wording.
-    """
-    if (longest := longest_text(pieces)) is None:
-        what, mend = "fixed wording", ""
-        if lists_items(pieces):
-            what, mend = f"the first letters of the {len(pieces) // 2} texts it lists", f"{SHORTER_HISTORY}, or "
-        raise UserError(
-            f"the server finds a prompt too long, and what is left of it is {what}; {mend}serve the model with a "
-            "longer context"
-        )
-    pieces[longest] = pieces[longest][: max(FEWEST, len(pieces[longest]) // _HALF)].rstrip()
-
-
-def _image_part(path: Path) -> dict[str, Any]:
-    return {"type": "image_url", "image_url": {"url": data_url(path)}}
 
 
 def data_url(path: Path) -> str:

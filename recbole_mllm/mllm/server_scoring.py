@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recbole_mllm.endpoints import Endpoint
+from recbole_mllm.common.endpoints import Endpoint
 from recbole_mllm.mllm.base import Answer, Ask, Batch, Decoding, Scored
 from recbole_mllm.mllm.decision import TOP, decision_request, same_question, scored_completion, scored_decision
-from recbole_mllm.mllm.server import make_hosts, serve
+from recbole_mllm.mllm.server import Requests, make_hosts
 from recbole_mllm.mllm.server_host import Failure, FailureKind, Host
 from recbole_mllm.mllm.server_messages import message
 from recbole_mllm.prompts import Prompt, Style
@@ -53,7 +53,7 @@ class ServedScorer:
         """
         self._words = answers
         work = Batch(prompts, _ONE_TOKEN)
-        serve(work, self.hosts, self.settings, self._request)
+        Requests(work, self.hosts, self.settings, self._request).run()
         found = [work.answers[place] for place in range(len(prompts))]
         scores = [answer for answer in found if isinstance(answer, Scored)]
         self._count(scores)

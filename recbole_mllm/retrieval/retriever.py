@@ -9,8 +9,7 @@ import hashlib
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from torch import Tensor
 from recbole_mllm.config import recbole_config
 from recbole_mllm.data.schema import HISTORY_NUMBER, POSITION
 from recbole_mllm.errors import UserError
-from recbole_mllm.files import made_once, set_file_aside
+from recbole_mllm.files import made_once
 from recbole_mllm.fitting import Fit
 from recbole_mllm.keys import check_keys
 from recbole_mllm.randomness import undisturbed
@@ -142,20 +141,10 @@ def obtain(config: Any, settings: RankingSettings, ours: Any) -> Retriever:
     Raises:
         UserError: There is no such model or checkpoint, or it belongs to other data or another split.
     """
-    with undisturbed(), _no_arguments():
+    with undisturbed():
         if settings.retriever_checkpoint:
             return _loaded(Path(settings.retriever_checkpoint), config, ours)
         return _trained(str(settings.retriever), config, ours)
-
-
-@contextmanager
-def _no_arguments() -> Iterator[None]:
-    """Hide the command line, which RecBole's Config would let win over everything (configurator.py:165-193)."""
-    arguments, sys.argv = sys.argv, sys.argv[:1]
-    try:
-        yield
-    finally:
-        sys.argv = arguments
 
 
 def _config(name: str, config: Any) -> Any:
@@ -165,10 +154,13 @@ def _config(name: str, config: Any) -> Any:
     modes = {"valid": "full", "test": "full"}
     keys = {**shared, **_OWN, "eval_args": {**config["eval_args"], "mode": modes}, **own}
     keys["data_path"] = str(Path(config["data_path"]).parent)
+    arguments, sys.argv = sys.argv, sys.argv[:1]  # else the command line wins over all (configurator.py:165-193)
     try:
         return recbole_config(name, config["dataset"], [], keys)
     except ValueError as error:
         raise UserError(f"retriever {name!r} cannot be had: {str(error).splitlines()[0]}") from error
+    finally:
+        sys.argv = arguments
 
 
 def _trained(name: str, config: Any, ours: Any) -> Retriever:
@@ -195,13 +187,7 @@ def _trained(name: str, config: Any, ours: Any) -> Retriever:
 
     if not made_once(path, fit):
         log.info(f"retriever {identity} was trained before: {path}")
-    try:
-        checkpoint = _read(path, theirs["device"])
-    except UserError as error:  # what a crash of the machine has left of it must not stop every later run
-        damaged = set_file_aside(path, "damaged")
-        log.warning(f"{error}; the retriever is trained again, and that file is now {damaged}")
-        made_once(path, fit)
-        checkpoint = _read(path, theirs["device"])
+    checkpoint = _read(path, theirs["device"])
     retriever.train_s = float(checkpoint.get("train_s", 0.0))
     _fill(model, checkpoint)
     model.eval()
@@ -275,7 +261,10 @@ def _read(path: Path, device: torch.device) -> Mapping[str, Any]:
     except FileNotFoundError:
         raise UserError(f"retriever_checkpoint {path} does not exist; give a RecBole checkpoint (.pth)") from None
     except Exception as error:  # whatever unpickling a file that is none may raise
-        raise UserError(f"retriever checkpoint {path} cannot be read: {str(error).splitlines()[0]}") from error
+        raise UserError(
+            f"retriever checkpoint {path} cannot be read: {str(error).splitlines()[0]}; remove it (what is named in "
+            "`retriever` is trained again) or give another"
+        ) from error
     if not isinstance(found, dict) or not {"config", "state_dict"} <= found.keys():
         raise UserError(f"retriever checkpoint {path} is no checkpoint of RecBole's")
     return found

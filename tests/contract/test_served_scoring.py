@@ -19,7 +19,7 @@ from transformers.decision import DecisionConfig
 from transformers.pipelines import DecisionPipeline
 
 from recbole_mllm.cli import main
-from recbole_mllm.endpoints import parse_endpoint
+from recbole_mllm.common.endpoints import parse_endpoint
 from recbole_mllm.errors import UserError
 from recbole_mllm.mllm.decision import decision_request
 from recbole_mllm.mllm.loading import source_of

@@ -9,8 +9,8 @@ import pytest
 import torch
 from test_transformers_serve import BASE, MODEL, SETTINGS, STYLE, Served
 
+from recbole_mllm.common.endpoints import Endpoint
 from recbole_mllm.demo.attributes import VALUES
-from recbole_mllm.endpoints import Endpoint
 from recbole_mllm.mllm.base import Batch, Decoding, answers_of
 from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.mllm.server import ServerModel

@@ -16,7 +16,7 @@ import yaml
 from PIL import Image
 
 from recbole_mllm.cli import main
-from recbole_mllm.endpoints import parse_endpoint
+from recbole_mllm.common.endpoints import parse_endpoint
 from recbole_mllm.errors import UserError
 from recbole_mllm.mllm.base import Batch, Decoding, answers_of
 from recbole_mllm.mllm.hf import HFModel

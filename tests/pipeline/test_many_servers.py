@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from server_processes import reply, served
 
-from recbole_mllm.endpoints import Endpoint
+from recbole_mllm.common.endpoints import Endpoint
 from recbole_mllm.errors import UserError
 from recbole_mllm.mllm.base import Decoding
 from recbole_mllm.mllm.server import ServerModel
@@ -133,7 +133,7 @@ import sys
 sys.path[:0] = [{tests!r}, {tests!r} + "/pipeline", {root!r}]
 from pathlib import Path
 from test_many_servers import Chains, SETTINGS
-from recbole_mllm.endpoints import Endpoint
+from recbole_mllm.common.endpoints import Endpoint
 from recbole_mllm.mllm.base import Decoding
 from recbole_mllm.mllm.server import ServerModel
 from recbole_mllm.summaries.leases import Leases

@@ -21,7 +21,7 @@ from PIL import Image
 from planned_server import Planned, completion, error, serving
 from stock_forward import STYLE
 
-from recbole_mllm.endpoints import Endpoint, parse_endpoint
+from recbole_mllm.common.endpoints import Endpoint, parse_endpoint
 from recbole_mllm.errors import UserError
 from recbole_mllm.mllm.base import MOST_CHARACTERS, Answer, Batch, Decoding
 from recbole_mllm.mllm.rules import with_penalty

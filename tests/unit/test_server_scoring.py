@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 from planned_server import Planned, completion, error, serving
 
-from recbole_mllm.endpoints import Endpoint
+from recbole_mllm.common.endpoints import Endpoint
 from recbole_mllm.errors import UserError
 from recbole_mllm.mllm.decision import decision_request, scored_decision, spelt
 from recbole_mllm.mllm.server_scoring import ServedScorer
