@@ -37,15 +37,10 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _CHUNK = 1 << 20  # proposals held at a time
 
 
-def is_frozen(config: Any) -> bool:
-    """Return whether this run asks for frozen candidates."""
-    return EvaluationSettings.from_config(config).frozen_candidates is True
-
-
 def freeze(config: Any, dataset: Any, train: Any, valid: Any, test: Any) -> tuple[Any, Any, Any]:
     """Return RecBole's three loaders, the evaluation ones with frozen candidates, and note their digest on `dataset`.
 
-    Full ranking has no candidates to draw: its loader stays RecBole's, and says what is ranked (`allitems`); its digest
+    Full ranking has no candidates to draw: its loader stays RecBole's, and says what is ranked (`full_ranking`); its digest
     stands for the rows, the items, and what each user's ranking leaves out.
 
     Raises:
@@ -237,12 +232,15 @@ class Candidates:
         whole = [self._every[phase][0] for phase in _PHASES]
         everybody = dict(zip(_PHASES, limited_users(self._users, whole, None, 0), strict=True))
         # a full ranking beside it was of all users or of a sample
-        given.check(
-            [
-                candidates_digest(dict(self._asked(p, listed.get(p, full[p]), ordered.get(p)) for p in _PHASES))
-                for full in (everybody, self.kept)
-            ]
-        )
+        digests = [
+            candidates_digest(dict(self._asked(p, listed.get(p, full[p]), ordered.get(p)) for p in _PHASES))
+            for full in (everybody, self.kept)
+        ]
+        if given.digest not in ("", *digests):
+            raise UserError(
+                f"{path}:1: the header's digest is {given.digest}, but the lines make {digests[0]}; "
+                "they were edited (then drop the digest), or the file is damaged"
+            )
 
 
 @dataclass(frozen=True, slots=True)

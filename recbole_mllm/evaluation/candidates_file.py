@@ -77,21 +77,6 @@ class CandidatesFile:
             out.append(found)
         return np.concatenate(out) if out else np.zeros(0, np.int64)
 
-    def check(self, made: Sequence[str]) -> None:
-        """Refuse a file whose header states a digest that its lines do not have, whoever of them is evaluated.
-
-        Args:
-            made: The digests that the lines may have with this split.
-
-        Raises:
-            UserError: The header's is none of them.
-        """
-        if self.digest not in ("", *made):
-            raise UserError(
-                f"{self.path}:1: the header's digest is {self.digest}, but the lines make {made[0]}; "
-                "they were edited (then drop the digest), or the file is damaged"
-            )
-
     def check_users(self, phase: str, users: Any, held_out: Any, evaluated: Any) -> None:
         """Refuse a phase without a line for each user that is evaluated, or with one that the split holds nothing of.
 

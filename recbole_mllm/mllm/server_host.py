@@ -70,7 +70,7 @@ class Host:
 
     def __init__(self, url: str, model: str, settings: ServerSettings, key: str | None) -> None:
         self.url, self.model, self.settings, self._key = url, model, settings, key
-        self._client = make_client(url, key, settings.server_timeout, self._check_time)
+        self._client = self._connect()
         self._thread = threading.local()  # until when its request may take
         self.slots = threading.Semaphore(settings.server_concurrency)
         self.resume_at = 0.0
@@ -133,11 +133,6 @@ class Host:
         """Return the failure of a request that took longer than one may."""
         return Failure(FailureKind.UNCLEAR, f"no answer within {self.settings.server_timeout:g} s")
 
-    def _check_time(self) -> None:
-        """Refuse to go on with a request, or to retry it, once its time is over."""
-        if time.monotonic() > getattr(self._thread, "end", math.inf):
-            raise UnusableReply(f"no whole answer within {self.settings.server_timeout:g} s")
-
     @property
     def unthinking(self) -> dict[str, Any]:
         """The fields of a chat request beside OpenAI's own that ask for an answer without a thought before it."""
@@ -162,6 +157,54 @@ class Host:
         if status in (401, 403):
             raise UserError(f"server {self.url}: {self._no_entry(status)}")
         return []
+
+    def _connect(self) -> Any:
+        """Return an OpenAI client that follows no redirect, and bounds an answer's time and bytes.
+
+        Raises:
+            UserError: It is not installed, or the environment names a proxy or certificates that it cannot take.
+        """
+        try:
+            from openai import DefaultHttpxClient, OpenAI
+        except ImportError:
+            raise UserError('models behind a server need the client: pip install "recbole-mllm[server]"') from None
+        for name in ("openai", "httpx", "httpx2", "httpcore", "httpcore2"):  # a line a request, headers at debug level
+            logging.getLogger(name).setLevel(logging.WARNING)
+
+        def bound(response: Any) -> None:
+            whole = response.iter_bytes  # which its `read` joins
+            response.iter_bytes = lambda: self._bounded(whole())
+
+        timeout = self.settings.server_timeout
+        hooks = {"request": [lambda _: self._check_time()], "response": [bound]}
+        try:
+            http = DefaultHttpxClient(follow_redirects=False, timeout=timeout, event_hooks=hooks)
+        except (
+            ImportError,
+            ValueError,
+            OSError,
+        ) as error:  # it reads HTTP_PROXY, ALL_PROXY, SSL_CERT_FILE and the like
+            raise UserError(
+                f"the client for servers cannot start with this environment ({' '.join(str(error).split())}); mend or "
+                "unset HTTP_PROXY, HTTPS_PROXY and ALL_PROXY, in small letters too, or SSL_CERT_FILE and SSL_CERT_DIR"
+            ) from None
+        return OpenAI(
+            base_url=self.url, api_key=self._key or "EMPTY", max_retries=RETRIES, timeout=timeout, http_client=http
+        )
+
+    def _bounded(self, parts: Iterator[bytes]) -> Iterator[bytes]:
+        size = 0
+        for part in parts:
+            size += len(part)
+            if size > MOST_BYTES:
+                raise UnusableReply(f"an answer of more than {MOST_BYTES:,} bytes")
+            self._check_time()
+            yield part
+
+    def _check_time(self) -> None:
+        """Refuse to go on with a request, or to retry it, once its time is over; httpx bounds each read alone."""
+        if time.monotonic() > getattr(self._thread, "end", math.inf):
+            raise UnusableReply(f"no whole answer within {self.settings.server_timeout:g} s")
 
     def _of_status(self, status: int, words: str) -> Failure:
         text = f"{status} {words}".strip()
@@ -209,51 +252,6 @@ _OWN_FIELDS = {
     "chat_template_kwargs": "set server_thinking: auto, and start the server so that it thinks not",
     "repetition_penalty": "set summary_repetition_penalty: null, and start the server with one",
 }
-
-
-def make_client(url: str, key: str | None, timeout: float, check_time: Callable[[], None]) -> Any:
-    """Return an OpenAI client that follows no redirect and bounds an answer's bytes.
-
-    Args:
-        url: Of the server, with ``/v1``.
-        key: None sends a word that stands for none.
-        timeout: Seconds that connecting, or a read, may take.
-        check_time: Called before each request and with each part of an answer; raises once that has taken too long, as
-            httpx bounds each read alone, and a byte now and then would go on for ever.
-
-    Raises:
-        UserError: It is not installed, or the environment names a proxy or certificates that it cannot take.
-    """
-    try:
-        from openai import DefaultHttpxClient, OpenAI
-    except ImportError:
-        raise UserError('models behind a server need the client: pip install "recbole-mllm[server]"') from None
-    for name in ("openai", "httpx", "httpx2", "httpcore", "httpcore2"):  # a line a request, headers at debug level
-        logging.getLogger(name).setLevel(logging.WARNING)
-
-    def bounded(response: Any) -> None:
-        whole = response.iter_bytes  # which its `read` joins
-        response.iter_bytes = lambda: _bounded(whole(), check_time)
-
-    hooks = {"request": [lambda _: check_time()], "response": [bounded]}
-    try:
-        http = DefaultHttpxClient(follow_redirects=False, timeout=timeout, event_hooks=hooks)
-    except (ImportError, ValueError, OSError) as error:  # httpx reads HTTP_PROXY, ALL_PROXY, SSL_CERT_FILE and the like
-        raise UserError(
-            f"the client for servers cannot start with this environment ({' '.join(str(error).split())}); mend or "
-            "unset HTTP_PROXY, HTTPS_PROXY and ALL_PROXY, in small letters too, or SSL_CERT_FILE and SSL_CERT_DIR"
-        ) from None
-    return OpenAI(base_url=url, api_key=key or "EMPTY", max_retries=RETRIES, timeout=timeout, http_client=http)
-
-
-def _bounded(parts: Iterator[bytes], check_time: Callable[[], None]) -> Iterator[bytes]:
-    size = 0
-    for part in parts:
-        size += len(part)
-        if size > MOST_BYTES:
-            raise UnusableReply(f"an answer of more than {MOST_BYTES:,} bytes")
-        check_time()
-        yield part
 
 
 def _by_proxy(url: str) -> str:
