@@ -134,42 +134,12 @@ def test_a_server_that_hangs_loses_its_prompts_to_another_and_is_soon_left_alone
         freed.set()
 
 
-def test_servers_share_the_work_by_who_is_free():
-    with serving(Planned(delay=0.15)) as slow, serving(Planned(delay=0.01)) as quick:
-        answers = ask([slow.url, quick.url], [Prompt(f"p{n}") for n in range(60)])
-    assert len(answers) == 60 and len(slow.bodies) + len(quick.bodies) == 60
-    assert 0 < len(slow.bodies) < len(quick.bodies)
-
-
 def test_a_dead_server_is_set_aside_and_the_other_does_all(caplog):
     with serving(Planned()) as alive:
         dead = dead_url()
         assert texts(ask([dead, alive.url])) == RIGHT
     said = [record.getMessage() for record in caplog.records if "set aside" in record.getMessage()]
     assert len(said) <= 1 and all(dead in line for line in said)
-
-
-def test_prompts_that_failed_at_a_server_which_never_answered_are_not_given_up_for_it():
-    with serving(Planned(lambda n, text: error(500, "broken"))) as broken, serving(Planned(delay=0.3)) as slow:
-        assert texts(ask([broken.url, slow.url], settings=replace(SETTINGS, server_patience=20.0))) == RIGHT
-
-
-def test_a_server_that_comes_back_is_used_again():
-    url = dead_url()
-    planned, done = Planned(), threading.Event()
-
-    def later():
-        time.sleep(0.8)
-        with serving(planned, int(url.split(":")[2].split("/")[0])):
-            done.wait(20)
-
-    thread = threading.Thread(target=later)
-    thread.start()
-    try:
-        assert texts(ask([url], settings=replace(SETTINGS, server_patience=15.0))) == RIGHT
-    finally:
-        done.set()
-        thread.join()
 
 
 def test_a_failing_server_is_left_alone_for_longer_each_time_and_an_answer_to_what_it_was_sent_since_ends_that():
@@ -563,11 +533,7 @@ def test_the_key_of_an_answer_knows_model_and_decoding_not_the_host():
     [
         ("mllm", "server:m@http://a/v1", "finetune is lora, but mllm is behind a server"),
         ("item_summarizer", "server:m", "item_summarizer must read server:MODEL@"),
-        ("server_concurrency", 0, "server_concurrency is 0; it must be a whole number, at least 1"),
-        ("server_patience", -1.0, "must be a number, above 0"),
         ("server_key_env", KEY, "server_key_env must name an environment variable"),
-        ("summary_top_p", 0.0, "summary_top_p is 0.0; it must be a number, above 0 and at most 1"),
-        ("summary_repetition_penalty", 0, "above 0"),
     ],
 )
 def test_a_wrong_setting_is_one_line_before_anything_runs(key, value, message):
