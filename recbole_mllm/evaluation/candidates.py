@@ -40,7 +40,7 @@ _CHUNK = 1 << 20  # proposals held at a time
 def freeze(config: Any, dataset: Any, train: Any, valid: Any, test: Any) -> tuple[Any, Any, Any]:
     """Return RecBole's three loaders, the evaluation ones with frozen candidates, and note their digest on `dataset`.
 
-    Full ranking has no candidates to draw: its loader stays RecBole's, and says what is ranked (`full_ranking`); its digest
+    Full ranking has no candidates to draw: its loader stays RecBole's, and says what is ranked (`AllItems`); its digest
     stands for the rows, the items, and what each user's ranking leaves out.
 
     Raises:
