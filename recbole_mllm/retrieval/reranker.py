@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -81,17 +80,16 @@ class Reranker:
 
     def __init__(self, config: Any, settings: RankingSettings, dataset: Any) -> None:
         self.settings = settings
-        started = time.perf_counter()
         self.retriever = obtain(config, settings, dataset) if settings.retrieves else None
-        self.seconds = time.perf_counter() - started  # to get the retriever: to train, to load or to wait for it
         self._user, self._items = dataset.uid_field, int(dataset.item_num)
         users, items = (
             np.asarray(dataset.field2id_token[f]).astype(str) for f in (dataset.uid_field, dataset.iid_field)
         )
-        self._keys = tie_keys(users, items, EvaluationSettings.from_config(config).candidate_seed)
+        evaluation = EvaluationSettings.from_config(config)
+        self._keys = tie_keys(users, items, evaluation.candidate_seed)
         self._depth = max(config["topk"])
         self.count = self._items - 1 if self.is_brute else settings.top_k
-        self._met = dataset.met if EvaluationSettings.from_config(config).exclude_seen else None
+        self._met = dataset.met if evaluation.exclude_seen else None
         self._users, self._item, self._numbers = users, dataset.iid_field, dataset.field2token_id[dataset.iid_field]
         self._share = None if settings.fusion == "auto" else 1.0 if settings.fusion is None else float(settings.fusion)
 
