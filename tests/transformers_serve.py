@@ -31,8 +31,8 @@ class TransformersServe:
             self.process = subprocess.Popen([sys.executable, *command], stdout=log, stderr=log, env=environment)
 
     def wait(self) -> TransformersServe:
-        """Wait until it answers."""
-        for _ in range(600):
+        """Wait until it answers, minutes where the machine is busy."""
+        for _ in range(2400):
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=2).close()
                 return self
@@ -47,7 +47,11 @@ class TransformersServe:
         self.process.wait()
 
     def __enter__(self) -> TransformersServe:
-        return self.wait()
+        try:
+            return self.wait()
+        except BaseException:
+            self.kill()
+            raise
 
     def __exit__(self, *_: object) -> None:
         self.kill()

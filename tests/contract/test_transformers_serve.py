@@ -158,15 +158,15 @@ def prompt(chain, step, previous):
 @pytest.fixture
 def servers(tmp_path):
     made = []
-    for name in ("slow", "killed", "well"):
-        (tmp_path / name).mkdir()
-        made.append(TransformersServe(MODEL, tmp_path / name))
-    for server in made:
-        server.wait()
-    yield made
-    for server in made:
-        server.process.send_signal(signal.SIGCONT)
-        server.kill()
+    try:
+        for name in ("slow", "killed", "well"):
+            (tmp_path / name).mkdir()
+            made.append(TransformersServe(MODEL, tmp_path / name))
+        yield [server.wait() for server in made]
+    finally:
+        for server in made:
+            server.process.send_signal(signal.SIGCONT)
+            server.kill()
 
 
 class Slow:
