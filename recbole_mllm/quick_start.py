@@ -20,9 +20,10 @@ from recbole_mllm.config import check_training, per_model, recbole_config, secti
 from recbole_mllm.data.checking import nothing_left
 from recbole_mllm.data.schema import isum_file, usum_file
 from recbole_mllm.errors import UserError
-from recbole_mllm.evaluation.exchange import write
+from recbole_mllm.evaluation.candidates_file import write_candidates
 from recbole_mllm.evaluation.metrics import has_several_rows, joined, per_user, pooled_auc
 from recbole_mllm.evaluation.protocol import protocol_line
+from recbole_mllm.evaluation.tie_breaking import evaluate
 from recbole_mllm.files import check_place
 from recbole_mllm.fitting import Fit
 from recbole_mllm.keys import check_keys
@@ -171,11 +172,10 @@ def run(config: Any, check: Check | None = None) -> Outcome:
     """Run what `config` says, as RecBole's ``run_recbole`` does (quick_start.py:94-178)."""
     done = _train(config, saved=True, check=check)
     trainer, started = done.trainer, time.perf_counter()
-    trainer.score_log = []
     reused = getattr(done.model, "scores_reused", 0)
-    result = trainer.evaluate(done.test, load_best_model=True, show_progress=config["show_progress"])
+    result, scored = evaluate(trainer, done.test, load_best_model=True, show_progress=config["show_progress"])
     score_s = time.perf_counter() - started
-    pairs = joined(trainer.score_log) if trainer.score_log else None
+    pairs = joined(scored) if scored else None
     pairs = None if pairs and has_several_rows(pairs) else pairs
     users = per_user(pairs, config) if pairs else {}
     metrics = {metric_name(key): float(value) for key, value in result.items()}
@@ -308,5 +308,5 @@ def frozen_candidates(config: Any, out: Path) -> str:
         "seed": config["candidate_seed"],
         "digest": dataset.candidates_digest,
     }
-    lines = write(out, header, frozen, users, items)
+    lines = write_candidates(out, header, frozen, users, items)
     return f"{out}: {lines} lines of users, digest {dataset.candidates_digest}; {header['protocol']}"

@@ -29,7 +29,7 @@ MODULES = [
         "commands",
         "benchmark_commands",
         "options",
-        "evaluation.exchange",
+        "evaluation.candidates_file",
         "summaries.exchange",
         "health.report",
     )

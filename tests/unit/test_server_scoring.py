@@ -3,7 +3,6 @@
 import base64
 import json
 import math
-import threading
 import time
 from dataclasses import replace
 
@@ -13,10 +12,10 @@ import yaml
 from PIL import Image
 from planned_server import Planned, completion, error, serving
 
-from recbole_mllm.endpoints import Endpoint
+from recbole_mllm.common.endpoints import Endpoint
 from recbole_mllm.errors import UserError
 from recbole_mllm.mllm.decision import decision_request, scored_decision, spelt
-from recbole_mllm.mllm.served import ServedScorer
+from recbole_mllm.mllm.server_scoring import ServedScorer
 from recbole_mllm.prompts import Style, recommend_prompt
 from recbole_mllm.resources import resource
 from recbole_mllm.settings import ServerSettings, Settings
@@ -186,27 +185,16 @@ def test_spellings_that_are_other_words_count_for_nothing():
     assert spelt([("yes", -1.0), ("NO", -1.0), ("", -1.0), (" ", -1.0)], WORDS) == (None, None)
 
 
-def test_pairs_are_spread_over_servers_and_one_that_hangs_holds_up_nobody():
-    freed = threading.Event()
-
+def test_pairs_are_spread_over_servers_and_one_that_hangs_loses_its_own_to_the_others():
     def plan(n, text):
         number = int(text.partition("mug ")[2].partition('"')[0].split()[0].strip("?.,"))
         return logprobs(Yes=-1.0, No=-1.0 - number / 10)
 
-    def hang(n, text):
-        freed.wait(30)
-        return error(503)
-
-    with (
-        serving(Planned(plan, delay=0.05)) as one,
-        serving(Planned(plan, delay=0.05)) as two,
-        serving(Planned(hang)) as bad,
-    ):
-        scorer = ServedScorer(Endpoint("m", (one.url, bad.url, two.url)), replace(SETTINGS, server_timeout=60.0))
+    hang = Planned(delay=6.0)
+    with serving(Planned(plan, delay=0.05)) as one, serving(Planned(plan, delay=0.05)) as two, serving(hang) as bad:
+        scorer = ServedScorer(Endpoint("m", (one.url, bad.url, two.url)), replace(SETTINGS, server_timeout=1.0))
         started = time.monotonic()
         scores = scorer.yes_scores(questions(60), scorer.answers(STYLE)).tolist()
         took = time.monotonic() - started
-        freed.set()
     assert scores == pytest.approx([n / 10 for n in range(60)], abs=1e-6)
-    assert min(len(one.bodies), len(two.bodies)) > 15 and len(bad.bodies) <= SETTINGS.server_concurrency
-    assert took < 15
+    assert min(len(one.bodies), len(two.bodies)) > 15 and took < 5

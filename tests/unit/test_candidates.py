@@ -8,8 +8,8 @@ from scipy.stats import chisquare
 
 from recbole_mllm.data.sampling import hash64, hashes64, limited_users, sample_users, tie_keys
 from recbole_mllm.errors import UserError
-from recbole_mllm.evaluation.draw import Pool, candidates_digest, draw_negatives
-from recbole_mllm.evaluation.ties import ranks
+from recbole_mllm.evaluation.candidates import Pool, candidates_digest, draw_negatives
+from recbole_mllm.evaluation.tie_breaking import ranks
 from recbole_mllm.fastdata.pairs import Pairs
 
 ITEMS = [f"i{n}" for n in range(60)]
@@ -83,8 +83,8 @@ def _chances(left):
 @pytest.mark.parametrize("look", [0, 2, 300])
 def test_popular_items_are_drawn_in_proportion(look, monkeypatch):
     """One after the other, without replacement, whether from the stream of proposals or by the race that ends it."""
-    monkeypatch.setattr("recbole_mllm.evaluation.draw._first_look", lambda count: max(1, look))
-    monkeypatch.setattr("recbole_mllm.evaluation.draw._last_look", lambda count: max(1, look))
+    monkeypatch.setattr("recbole_mllm.evaluation.candidates._first_look", lambda count: max(1, look))
+    monkeypatch.setattr("recbole_mllm.evaluation.candidates._last_look", lambda count: max(1, look))
     counts = {"a": 1, "b": 2, "c": 5, "d": 7, "never": 0}
     drawn = draw({f"u{n}": ["d"] for n in range(6000)}, 2, items=list(counts), counts=counts)
     chances = _chances({"a": 1, "b": 2, "c": 5})
@@ -96,8 +96,8 @@ def test_how_far_one_looks_first_changes_nothing(monkeypatch):
     seen = {f"u{n}": ITEMS[: n % 40] for n in range(80)}
     expected = draw(seen)
     for look in (20, 90):
-        monkeypatch.setattr("recbole_mllm.evaluation.draw._first_look", lambda count, look=look: look)
-        monkeypatch.setattr("recbole_mllm.evaluation.draw._CHUNK", 7 * look)
+        monkeypatch.setattr("recbole_mllm.evaluation.candidates._first_look", lambda count, look=look: look)
+        monkeypatch.setattr("recbole_mllm.evaluation.candidates._CHUNK", 7 * look)
         assert draw(seen) == expected
 
 

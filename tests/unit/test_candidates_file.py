@@ -41,18 +41,40 @@ def prepared(home: Path, model: str = "BPR", **keys: Any) -> Any:
     return dataset, data_preparation(config, dataset)
 
 
-def export(home: Path, name: str, *words: str, mode: str = "uni5") -> Path:
-    options = {
-        "data_path": home,
-        "load_col": "{inter: [user_id, item_id, timestamp]}",
-        "eval_args": {**LOO, "mode": mode},
-    }
-    given = [
-        f"--{key}={value if isinstance(value, str) else json.dumps(value, default=str)}"
-        for key, value in options.items()
-    ]
-    assert main(["candidates", "export", "--dataset", "random", "--out", str(home / name), *given, *words]) == 0
+OWN = ["--load_col={inter: [user_id, item_id, timestamp]}"]
+
+
+def export(home: Path, name: str, eval_args: Any = LOO) -> Path:
+    words = [*OWN, f"--data_path={home}", f"--eval_args={json.dumps(eval_args)}"]
+    assert main(["candidates", "export", "--dataset", "random", "--out", str(home / name), *words]) == 0
     return home / name
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """What an export writes, of the world that every `home` holds."""
+    folder = tmp_path_factory.mktemp("exported")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["pytest"])
+        random_world.write(folder, "random", seed=11, users=50, items=60)
+        return export(folder, "a.jsonl").read_bytes()
+
+
+@pytest.fixture
+def path(home: Path, exported: bytes) -> Path:
+    (home / "a.jsonl").write_bytes(exported)
+    return home / "a.jsonl"
+
+
+def met_by(home: Path, user: str) -> list[str]:
+    rows = [line.split("\t") for line in (home / "random/random.inter").read_text().splitlines()[1:]]
+    return [item for owner, item, *_ in rows if owner == user]
+
+
+def another(home: Path, row: dict[str, Any]) -> str:
+    """Return an item that could be a negative of the row's user and is none."""
+    return next(f"i{n}" for n in range(60) if f"i{n}" not in (*met_by(home, row["user"]), *row["negatives"]))
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -87,8 +109,7 @@ def test_what_is_exported_is_what_models_meet_sorted_and_the_same_bytes_each_tim
     assert lines(export(home, "plain.jsonl")) == [header, *rows]
 
 
-def test_imported_candidates_have_the_same_digest_under_other_ids_and_another_seed(home):
-    path = export(home, "a.jsonl")
+def test_imported_candidates_have_the_same_digest_under_other_ids_and_another_seed(home, path):
     digest = lines(path)[0]["digest"]
     header, *rows = (home / "random/random.inter").read_text().splitlines()
     (home / "random/random.inter").write_text(
@@ -99,12 +120,10 @@ def test_imported_candidates_have_the_same_digest_under_other_ids_and_another_se
     assert prepared(home, candidate_seed=7)[0].candidates_digest != digest
 
 
-def test_another_choice_of_negatives_is_taken_and_has_another_digest(home):
-    path = export(home, "a.jsonl")
+def test_another_choice_of_negatives_is_taken_in_any_order_and_has_another_digest(home, path):
     dataset, (_, _, test) = prepared(home)
-    header, *rows = lines(path)
-    row = rows[0]
-    other = next(f"i{n}" for n in range(60) if f"i{n}" not in (*row["negatives"], *row["targets"]))
+    header, row, *_ = lines(path)
+    other = another(home, row)
     rewrite(path, 1, negatives=[*row["negatives"][:-1], other])
     with pytest.raises(UserError, match=rf"a\.jsonl:1: the header's digest is {header['digest']}"):
         prepared(home, candidates_file=str(path))
@@ -112,28 +131,23 @@ def test_another_choice_of_negatives_is_taken_and_has_another_digest(home):
     taken, (_, _, mine) = prepared(home, candidates_file=str(path))
     assert taken.candidates_digest != dataset.candidates_digest
     assert (mine.negatives != test.negatives).sum() == 1
+    rewrite(path, 1, negatives=[other, *row["negatives"][-2::-1]])
+    assert prepared(home, candidates_file=str(path))[0].candidates_digest == taken.candidates_digest
 
 
 def test_users_with_several_targets_and_a_sample_of_users_come_back(home):
-    path = home / "several.jsonl"
-    words = [
-        f"--data_path={home}",
-        "--load_col={inter: [user_id, item_id, timestamp]}",
-        f"--eval_args={json.dumps(SHARES)}",
-    ]
-    assert main(["candidates", "export", "--dataset", "random", "--out", str(path), *words]) == 0
+    path = export(home, "several.jsonl", SHARES)
     assert any(len(row["targets"]) > 1 for row in lines(path)[1:])
-    whole = prepared(home, eval_args=SHARES)[0].candidates_digest
-    assert prepared(home, eval_args=SHARES, candidates_file=str(path))[0].candidates_digest == whole
-    sample = prepared(home, eval_args=SHARES, limit_users=9)[0].candidates_digest
-    assert prepared(home, eval_args=SHARES, limit_users=9, candidates_file=str(path))[0].candidates_digest == sample
+    for more in ({}, {"limit_users": 9}):
+        digest = prepared(home, eval_args=SHARES, **more)[0].candidates_digest
+        assert prepared(home, eval_args=SHARES, candidates_file=str(path), **more)[0].candidates_digest == digest
 
 
 @pytest.mark.parametrize("mode", ["uni5", "pop5"])
 @pytest.mark.parametrize("split", ["valid_and_test", "test_only"])  # valid_only leaves nothing to test on
 def test_users_with_few_interactions_are_asked_about_by_all_models_or_none(home, mode, split):
-    kept = {"eval_args": LOO | {"mode": mode, "split": {"LS": split}}, "user_inter_num_interval": "[0,inf)"}
-    general, sequential = (prepared(home, model, **kept)[0] for model in ("BPR", "SASRec"))
+    every = {"eval_args": LOO | {"mode": mode, "split": {"LS": split}}, "user_inter_num_interval": "[0,inf)"}
+    general, sequential = (prepared(home, model, **every)[0] for model in ("BPR", "SASRec"))
     assert general.candidates_digest == sequential.candidates_digest
 
 
@@ -149,46 +163,54 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(("changes", "words"), FAULTS)
-def test_a_line_that_does_not_fit_is_named(home, changes, words):
-    path = rewrite(export(home, "a.jsonl"), 3, **changes)
+def test_a_line_that_does_not_fit_is_named(home, path, changes, words):
+    rewrite(path, 3, **changes)
     with pytest.raises(UserError, match=rf"a\.jsonl:4: {words}"):
         prepared(home, candidates_file=str(path))
 
 
-def test_a_positive_or_a_repeated_item_is_no_negative(home):
-    row = lines(export(home, "a.jsonl"))[3]
-    bad = {"is a target of the user": row["targets"][0], "stands twice": row["negatives"][1]}
+def test_what_the_user_has_met_or_a_repeated_item_is_no_negative(home, path):
+    row = next(row for row in lines(path) if row.get("phase") == "test")
+    place, text = lines(path).index(row), path.read_text()
+    earlier = next(item for item in met_by(home, row["user"]) if item not in row["targets"])
+    bad = {
+        f"{row['targets'][0]} is a target of the user": row["targets"][0],
+        "stands twice": row["negatives"][1],
+        f"{earlier} is in the history of user {row['user']}": earlier,
+    }
     for words, item in bad.items():
-        path = rewrite(export(home, "a.jsonl"), 3, negatives=[item, *row["negatives"][1:]])
-        with pytest.raises(UserError, match=rf"a\.jsonl:4: .*{words}"):
+        path.write_text(text)
+        rewrite(path, place, negatives=[item, *row["negatives"][1:]])
+        with pytest.raises(UserError, match=rf"a\.jsonl:{place + 1}: .*{words}"):
             prepared(home, candidates_file=str(path))
 
 
-def test_missing_users_torn_files_and_full_ranking_are_refused(home):
-    path = export(home, "a.jsonl")
+def test_missing_users_torn_files_another_dataset_and_full_ranking_are_refused(home, path):
     text = path.read_text()
-    path.write_text("".join(text.splitlines(keepends=True)[:-1]))
-    with pytest.raises(UserError, match="no valid line for user"):
-        prepared(home, candidates_file=str(path))
-    path.write_text(text[:-30])
-    with pytest.raises(UserError, match=rf"a\.jsonl:{text.count(chr(10))}: cannot be read"):
-        prepared(home, candidates_file=str(path))
-    path.write_text("{}\n")
-    with pytest.raises(UserError, match=r"a\.jsonl:1: no header"):
-        prepared(home, candidates_file=str(path))
+    faults = {
+        "no valid line for user": "".join(text.splitlines(keepends=True)[:-1]),
+        rf"a\.jsonl:{text.count(chr(10))}: cannot be read": text[:-30],
+        r"a\.jsonl:1: no header": "{}\n",
+        "is empty": "",
+        r"a\.jsonl:1: these are candidates of dataset 'others', and this is 'random'": text.replace(
+            '"dataset": "random"', '"dataset": "others"'
+        ),
+    }
+    for words, wrong in faults.items():
+        path.write_text(wrong)
+        with pytest.raises(UserError, match=words):
+            prepared(home, candidates_file=str(path))
     with pytest.raises(UserError, match="does not exist"):
         prepared(home, candidates_file=str(home / "none.jsonl"))
     path.write_text(text)
     with pytest.raises(UserError, match="full; use uniN"):
         prepared(home, candidates_file=str(path), eval_args={**LOO, "mode": {"valid": "uni5", "test": "full"}})
-    compressed = export(home, "a.jsonl.gz")
-    compressed.write_bytes(compressed.read_bytes()[:-20])
+    (home / "a.jsonl.gz").write_bytes(gzip.compress(text.encode())[:-20])
     with pytest.raises(UserError, match="cannot be read"):
-        prepared(home, candidates_file=str(compressed))
+        prepared(home, candidates_file=str(home / "a.jsonl.gz"))
 
 
-def test_the_order_within_a_line_does_not_matter(home):
-    path = export(home, "a.jsonl")
+def test_the_order_within_a_line_does_not_matter(home, path):
     digest, rng = lines(path)[0]["digest"], np.random.default_rng(1)
     every = [line | {"negatives": rng.permutation(line["negatives"]).tolist()} for line in lines(path)[1:]]
     shuffled = [lines(path)[0], *(every[n] for n in rng.permutation(len(every)))]
@@ -200,52 +222,13 @@ def test_the_order_within_a_line_does_not_matter(home):
         assert np.array_equal(mine.negatives, test.negatives)
     sample = prepared(home, limit_users=9)[0].candidates_digest
     assert prepared(home, limit_users=9, candidates_file=str(path))[0].candidates_digest == sample
-    # another choice, which no seed has drawn, in any order too
-    own = shuffled[1]["user"], shuffled[1]["phase"]
-    own_items = {
-        line.split("\t")[1]
-        for line in (home / "random/random.inter").read_text().splitlines()
-        if line.startswith(f"{own[0]}\t")
-    }
-    other = next(f"i{n}" for n in range(60) if f"i{n}" not in own_items and f"i{n}" not in shuffled[1]["negatives"])
-    found = set()
-    for negatives in ([other, *shuffled[1]["negatives"][1:]], [*shuffled[1]["negatives"][:0:-1], other]):
-        rewrite(rewrite(path, 0, digest=""), 1, negatives=negatives)
-        found.add(prepared(home, candidates_file=str(path))[0].candidates_digest)
-    assert len(found) == 1 and found != {digest}
 
 
-@pytest.mark.parametrize("users", [None, 3])
-def test_an_edited_file_is_refused_whoever_is_evaluated(home, users):
-    path = export(home, "a.jsonl")
-    kept = set()
-    if users:
-        dataset, (_, _, test) = prepared(home, limit_users=users)
-        kept = set(dataset.id2token("user_id", test.rows.users).tolist())
-    place = next(n for n, row in enumerate(lines(path)) if n and row["user"] not in kept)  # not even looked at
+def test_an_edited_file_is_refused_even_where_the_users_line_is_not_evaluated(home, path):
+    dataset, (_, _, test) = prepared(home, limit_users=3)
+    evaluated = set(dataset.id2token("user_id", test.rows.users).tolist())
+    place = next(n for n, row in enumerate(lines(path)) if n and row["user"] not in evaluated)
     row = lines(path)[place]
-    met = {
-        line.split("\t")[1]
-        for line in (home / "random/random.inter").read_text().splitlines()
-        if line.startswith(f"{row['user']}\t")
-    }
-    other = next(f"i{n}" for n in range(60) if f"i{n}" not in met and f"i{n}" not in row["negatives"])
-    rewrite(path, place, negatives=[other, *row["negatives"][1:]])
+    rewrite(path, place, negatives=[another(home, row), *row["negatives"][1:]])
     with pytest.raises(UserError, match=r"a\.jsonl:1: the header's digest is"):
-        prepared(home, candidates_file=str(path), limit_users=users)
-
-
-def test_an_item_of_the_users_own_history_is_no_negative_and_another_dataset_is_refused(home):
-    path = export(home, "a.jsonl")
-    row = next(row for row in lines(path) if row.get("phase") == "test")
-    place = lines(path).index(row)
-    rows = [line.split("\t") for line in (home / "random/random.inter").read_text().splitlines()[1:]]
-    earlier = next(item for user, item, *_ in rows if user == row["user"] and item not in row["targets"])
-    text = path.read_text()
-    rewrite(path, place, negatives=[earlier, *row["negatives"][1:]])
-    with pytest.raises(UserError, match=rf"a\.jsonl:{place + 1}: {earlier} is in the history of user {row['user']}"):
-        prepared(home, candidates_file=str(path))
-    path.write_text(text)
-    rewrite(path, 0, dataset="others")
-    with pytest.raises(UserError, match=r"a\.jsonl:1: these are candidates of dataset 'others', and this is 'random'"):
-        prepared(home, candidates_file=str(path))
+        prepared(home, candidates_file=str(path), limit_users=3)

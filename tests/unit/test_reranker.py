@@ -8,9 +8,15 @@ from hypothesis import strategies as st
 
 from recbole_mllm.config import sections
 from recbole_mllm.data.sampling import tie_keys
-from recbole_mllm.retrieval.shortlist import fused, shortlist
+from recbole_mllm.evaluation.full_ranking import best_items
+from recbole_mllm.retrieval.reranker import Shortlist, fused
 
 KEYS = tie_keys([f"u{n}" for n in range(3000)], [f"i{n}" for n in range(50)], 3)
+
+
+def shortlist(scores, users, count, depth):
+    count = min(count, 49)
+    return Shortlist(scores, best_items(scores, users, max(count, depth), KEYS), count)
 
 
 @st.composite
@@ -27,7 +33,7 @@ def _worlds(draw):
 @given(_worlds())
 def test_the_best_stand_first_in_the_new_order_and_nothing_else_moves(world):
     scores, count, depth, rng = world
-    short = shortlist(scores, np.arange(4), count, depth, KEYS)
+    short = shortlist(scores, np.arange(4), count, depth)
     logodds = rng.permutation(np.arange(short.asked.size)).reshape(short.asked.shape).astype(float)
     out = short.ranked(logodds, 1.0)
     assert out.dtype == torch.float32 and torch.equal(torch.isneginf(out), torch.isneginf(scores))
@@ -49,7 +55,7 @@ def test_the_best_stand_first_in_the_new_order_and_nothing_else_moves(world):
 def test_what_ties_with_the_retriever_is_let_in_by_chance():
     scores = torch.zeros(3000, 50)
     scores[:, 0] = -torch.inf
-    short = shortlist(scores, np.arange(3000), 10, 10, KEYS)
+    short = shortlist(scores, np.arange(3000), 10, 10)
     counts = np.bincount(short.asked.ravel(), minlength=50)[1:]
     expected = 3000 * 10 / 49
     assert abs(counts - expected).max() < 5 * np.sqrt(expected) and (short.asked > 0).all()
@@ -59,7 +65,7 @@ def test_a_silent_mllm_leaves_the_retrievers_order():
     scores = torch.randn(5, 50, generator=torch.Generator().manual_seed(2))
     scores[:, 0] = -torch.inf
     for share in (0.0, 0.4, 1.0):
-        out = shortlist(scores, np.arange(5), 12, 5, KEYS).ranked(np.zeros((5, 12)), share)
+        out = shortlist(scores, np.arange(5), 12, 5).ranked(np.zeros((5, 12)), share)
         assert torch.equal(out.argsort(descending=True), scores.argsort(descending=True))
 
 
@@ -73,7 +79,7 @@ def test_a_mixture_is_of_probability_and_rescaled_score():
 def test_extreme_log_odds_do_not_tie_when_the_mllm_is_alone():
     scores = torch.zeros(1, 50)
     scores[:, 0] = -torch.inf
-    short = shortlist(scores, np.arange(1), 49, 5, KEYS)
+    short = shortlist(scores, np.arange(1), 49, 5)
     logodds = 500.0 + np.arange(49)[None]
     out = short.ranked(logodds, 1.0)[0, short.asked[0]]
     assert (out.diff() > 0).all()
