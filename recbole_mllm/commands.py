@@ -65,12 +65,10 @@ def plan(dataset: str, json_path: str | None, request: Mapping[str, Any], option
         path = check_file(path, "--json", _is_plan, "a plan that --json wrote")
         if not path.parent.is_dir():
             raise UserError(f"--json {json_path}: there is no folder {path.parent}; make it first")
-    from recbole_mllm.planning.plan import make_plan  # loads transformers
-    from recbole_mllm.planning.request import Request
-    from recbole_mllm.planning.text import format_plan
+    from recbole_mllm.plan import make_plan  # loads transformers
+    from recbole_mllm.plan.plan_text import format_plan
 
-    asked = Request(**request)
-    found = make_plan(config_of(OURS, dataset, options), asked)
+    found = make_plan(config_of(OURS, dataset, options), **request)
     if path is not None:
         write_text(path, json.dumps(found, indent=2) + "\n")
     print(format_plan(found))
