@@ -109,8 +109,8 @@ class PlannedModel:
             )
         except UserError as error:
             raise UserError(
-                f"{error}; a plan reads no weights: `hf download {name} --include '*.json' '*.jinja' '*.model' "
-                "'*.txt'` fetches what it needs"
+                f"{error}; a plan reads its config, tokenizer and processor files and no weights: "
+                f"`hf download {name} --include '*.json' '*.jinja' '*.model' '*.txt'` fetches them"
             ) from error
         body = Body(loaded.model)
         limits = settings.max_text_tokens, body.architecture, positions_of(loaded.model.config)

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import yaml
 from PIL import Image
+from tiny_mllm import sentences as texts
 
-from recbole_mllm.demo import texts
 from recbole_mllm.demo.attributes import FIELDS, VALUES, VISIBLE, Item, draw_item, draw_traits, is_reserved
+from recbole_mllm.demo.builtin import ensure_builtin
 from recbole_mllm.demo.render import render
 from recbole_mllm.demo.world import World, demo_world, item_id, user_id, write_demo_dataset
 from recbole_mllm.prompts import Prompt, Style, image_summary_prompt, recommend_prompt
@@ -46,7 +47,7 @@ def test_every_value_belongs_to_one_field():
 def test_a_title_holds_no_visual_attribute():
     visual = {value for field in VISIBLE for value in VALUES[field]}
     for item in items(300):
-        assert not visual & set(texts.title(item).lower().split())
+        assert not visual & set(item.title.lower().split())
 
 
 def test_reserved_looks_are_about_a_third_and_pretraining_never_draws_one(world: World):
@@ -181,7 +182,7 @@ def table(path: Path) -> tuple[list[str], list[list[str]]]:
 def test_dataset_holds_the_world(folder: Path, world: World):
     header, rows = table(folder / "toy.item")
     assert header == ["item_id:token", "title:token_seq", "image:token"]
-    assert [row[:2] for row in rows] == [[item_id(n), texts.title(item)] for n, item in enumerate(world.items)]
+    assert [row[:2] for row in rows] == [[item_id(n), item.title] for n, item in enumerate(world.items)]
     for _, _, image in rows[:20]:
         with Image.open(folder / image) as picture:
             assert picture.format == "PNG" and 64 <= picture.width <= 128
@@ -211,12 +212,12 @@ def small_worlds(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_same_seed_writes_the_same_bytes(tmp_path: Path):
     written = []
     for parent in ("a", "b"):
-        folder = tmp_path / parent / "toy"
-        write_demo_dataset(folder, SEED)
+        folder = tmp_path / parent / f"demo-{SEED}"
+        ensure_builtin(folder)
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         written.append({path.relative_to(folder): path.read_bytes() for path in files})
     assert written[0] == written[1]
-    assert len(written[0]) == 120 + 3
+    assert len(written[0]) == 120 + 5  # truth.json, dataset.yaml and the list of what was built beside the two tables
 
 
 @pytest.mark.usefixtures("small_worlds")
@@ -224,9 +225,9 @@ def test_a_dataset_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.Monkey
     def full_disk(*_: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("recbole_mllm.demo.world._write_lines", full_disk)
+    monkeypatch.setattr("recbole_mllm.demo.world.write_text", full_disk)
     with pytest.raises(OSError, match="no space"):
-        write_demo_dataset(tmp_path / "toy", SEED)
+        ensure_builtin(tmp_path / "demo-5")
     assert not list(tmp_path.iterdir())
 
 
@@ -313,7 +314,7 @@ def test_the_tiny_model_says_yes_to_what_agrees(tiny: tuple[Any, Any], style: St
         {field: rng.choice([v for v in VALUES[field] if v != item.traits[field]]) for field in FIELDS} for item in shown
     ]
     prompts = [
-        recommend_prompt(style, texts.preference_text(taste), texts.title(item), Path("x.png"), item_first=item_first)
+        recommend_prompt(style, texts.preference_text(taste), item.title, Path("x.png"), item_first=item_first)
         for item, other in zip(shown, unlike, strict=True)
         for taste in (item.traits, other)
     ]
