@@ -57,14 +57,17 @@ def make_plan(
     counts = {"items": items.count, "users": users.count, "sft": count_training(run, read)}
     counts |= {phase: count_scoring(run, read, phase) for phase in ("valid", "test")}
     here = {stage: model for stage, model in run.models.items() if model is not None}
+    slots = run.settings.summary.summarize_batch_size or SLOTS["cpu" if run.device.type == "cpu" else "gpu"]
     operations = {stage: _operations(run, stage, counts[stage]) for stage in STAGES}
     seconds = {
-        stage: named.seconds(model.sizes, counts[stage], operations[stage], run.item_bytes, _slots(run))
+        stage: named.seconds(model.sizes, counts[stage], operations[stage], run.item_bytes, slots)
         for stage, model in here.items()
         if named
     }
     memory = {
-        stage: _memory(run, stage, model, counts[stage]) for stage, model in here.items() if counts[stage].prompts
+        stage: _memory(run, stage, model, counts[stage], slots)
+        for stage, model in here.items()
+        if counts[stage].prompts
     }
     return {
         "schema": SCHEMA,
@@ -81,7 +84,14 @@ def make_plan(
             }
             for stage in STAGES
         },
-        "sharing": {stage: _sharing(counts[stage]) for stage in STAGES[2:]},
+        "sharing": {
+            stage: {
+                "alone": round(one.tokens),
+                "shared": round(one.computed),
+                "saving": one.tokens / max(1, one.computed),
+            }
+            for stage, one in list(counts.items())[2:]
+        },
         "disk_bytes": _disk(run, items, users, counts),
         "memory_bytes": memory,
         "fits": named and {stage: fits(parts, _split(run, stage), named) for stage, parts in memory.items()},
@@ -111,12 +121,6 @@ def _model(run: PlannedRun, model: PlannedModel) -> dict[str, Any]:
     return {"family": sizes.family, "parameters": sizes.parameters} | parts
 
 
-def _sharing(count: Count) -> dict[str, float]:
-    """Return the tokens that pass through the language model without and with shared prefixes."""
-    tokens, computed = count.tokens, count.computed
-    return {"alone": round(tokens), "shared": round(computed), "saving": tokens / max(1.0, computed)}
-
-
 def _disk(
     run: PlannedRun, items: CountedSummaries, users: CountedSummaries, counts: dict[str, Count]
 ) -> dict[str, float]:
@@ -139,18 +143,13 @@ def _disk(
     }
 
 
-def _slots(run: PlannedRun) -> int:
-    """Return how many summaries are written side by side."""
-    return run.settings.summary.summarize_batch_size or SLOTS["cpu" if run.device.type == "cpu" else "gpu"]
-
-
-def _memory(run: PlannedRun, stage: str, model: PlannedModel, count: Count) -> dict[str, float]:
+def _memory(run: PlannedRun, stage: str, model: PlannedModel, count: Count, slots: int) -> dict[str, float]:
     """Return the bytes on one device by part."""
     sizes, item, lora, train = model.sizes, run.item_bytes, run.settings.lora, run.settings.train
     writes, cache = stage in ("items", "users"), sizes.cache_bytes(run.item_bytes)
     parts = {"weights": sizes.weight_bytes(item, four_bit=not writes and lora.finetune == "qlora")}
     if writes:
-        rows = min(_slots(run), count.prompts)
+        rows = min(slots, count.prompts)
         read = min(max(READ_TOKENS, count.longest), rows * count.longest)
         parts["generation_cache"] = rows * (count.longest + count.new_tokens / count.prompts) * cache
         parts["activations"] = pass_bytes(sizes, item, read, rows)
@@ -211,25 +210,18 @@ def _assumptions(
             )
             out.append(f"{kind} summaries not yet written are {long}")
     if run.sampled:
-        names = ", ".join(stage for stage in STAGES if stage in run.sampled)
-        out.append(f"tokens of {names} are those of a sample, scaled by prompts")
+        sampled = ", ".join(stage for stage in STAGES if stage in run.sampled)
+        out.append(f"tokens of {sampled} are those of a sample, scaled by prompts")
     if run.rounds[0] > 1:
         out.append("every epoch costs what the first does, and none is saved by early stopping")
     if "full" in run.config["eval_args"]["mode"].values() and settings.ranking.full_sort != "brute":
         out.append("popular items stand for those the retriever will put first; what it costs itself is left out")
-    if counts["test"].images:
-        out.append("images of one size become as many tokens; a vision tower's attention reaches over a whole tile")
-    served = [stage for stage in STAGES if run.models[stage] is None and counts[stage].prompts]
-    if served:
-        out.append(
-            f"{', '.join(served)} ask servers: {CHARACTERS} characters are a token, and images' tokens are not known; "
-            "hours depend on the servers"
-        )
+    if served := ", ".join(stage for stage in STAGES if run.models[stage] is None and counts[stage].prompts):
+        guess = f"{CHARACTERS} characters are a token, and images' tokens are not known; hours depend on the servers"
+        out.append(f"{served} ask servers: {guess}")
     if device:
-        out.append(
-            f"{device.name} reaches {device.assumed_share_of_peak:.0%} of its peak arithmetic and "
-            f"{device.assumed_share_of_bandwidth:.0%} of its memory's bandwidth"
-        )
+        peak, bandwidth = device.assumed_share_of_peak, device.assumed_share_of_bandwidth
+        out.append(f"{device.name} reaches {peak:.0%} of its peak arithmetic and {bandwidth:.0%} of its bandwidth")
     if workers > 1:
         out.append(f"work is split evenly over {workers} devices; loading and validation's metrics are left out")
     if run.trained:

@@ -100,13 +100,8 @@ class PlannedModel:
             UserError: One of them is neither on this disk nor to be had.
         """
         try:
-            loaded = load(
-                name,
-                torch.float32,
-                torch.device("meta"),
-                trust_remote_code=settings.trust_remote_code,
-                weights=False,
-            )
+            trusted = settings.trust_remote_code
+            loaded = load(name, torch.float32, torch.device("meta"), trust_remote_code=trusted, weights=False)
         except UserError as error:
             raise UserError(
                 f"{error}; a plan reads its config, tokenizer and processor files and no weights: "
@@ -215,7 +210,7 @@ class StandInWriter:
     """A `Writer` that counts its prompts: a model answers the first few, if there is one to `load`, stand-ins the rest.
 
     `count` and `characters` are those of prompts with `decoding`: another one is a second try at a prompt that its
-    stand-in repeats. `tried` are the model's answers by the prompts' texts, which took `seconds`.
+    stand-in repeats. `tried` are the model's answers, to prompts of `tried_characters`, which took `seconds`.
     """
 
     model: PlannedModel | None
@@ -225,7 +220,8 @@ class StandInWriter:
     identity: str = "plan"
     count: Count = field(default_factory=Count)
     characters: int = 0
-    tried: dict[str, Answer] = field(default_factory=dict)
+    tried: list[Answer] = field(default_factory=list)
+    tried_characters: int = 0
     seconds: float = 0.0
 
     def write(self, work: Work) -> None:
@@ -238,22 +234,21 @@ class StandInWriter:
             self._try(self.load(), asks, work)
         while asks := work.take(_AT_A_TIME):
             self._add(asks)
-            names = [(ask.prompt.marked, *(path.name for path in ask.prompt.images)) for ask in asks]
+            names = {ask.place: (ask.prompt.marked, *(path.name for path in ask.prompt.images)) for ask in asks}
             new = round(self.stand_ins.tokens)
-            work.give(
-                [(a.place, Answer(self.stand_ins.of(*name), 0, new)) for a, name in zip(asks, names, strict=True)]
-            )
+            work.give([(place, Answer(self.stand_ins.of(*name), 0, new)) for place, name in names.items()])
 
     def _try(self, model: Writer, asks: Sequence[Ask], work: Work) -> None:
         batch = Batch([ask.prompt for ask in asks], asks[0].decoding)
         started = time.perf_counter()
         model.write(batch)
         self.seconds += time.perf_counter() - started
-        self.tried |= {asks[place].prompt.text: answer for place, answer in batch.answers.items()}
+        self.tried += batch.answers.values()
+        self.tried_characters += sum(len(asks[place].prompt.text) for place in batch.answers)
         if not self.tried:  # nothing to judge the others by
             reason = batch.failures.get(0, "no answer")
             raise UserError(f"{self.identity} answered none of the first {len(asks)} prompts ({reason})")
-        self.stand_ins = StandIns.like([(answer.text, answer.new_tokens) for answer in self.tried.values()])
+        self.stand_ins = StandIns.like([(answer.text, answer.new_tokens) for answer in self.tried])
         self._add(asks)
         for place, ask in enumerate(asks):
             if place in batch.answers:
@@ -467,12 +462,12 @@ def count_training(run: PlannedRun, summaries: Preferences) -> Count:
     count, epochs, model, train = Count(), run.rounds[0], run.models["sft"], run.settings.train
     if not epochs or model is None:
         return count
-    if train.gradient_checkpointing:  # with which nothing is shared
-        model.body.head_model.gradient_checkpointing_enable({"use_reentrant": False})
     loader = SeededTrainDataLoader.of(run.loaders["train"])
-    loader.grouped = deals_by_item(run.settings, model.body)
+    may_share = not train.gradient_checkpointing  # which computes layers again, without a cache
+    loader.grouped = may_share and deals_by_item(run.settings, model.body)
     loader.set_epoch(0)
-    own, share, style = loader._dataset, shares_in_training(run.settings, model.body), run.setup.style
+    share = may_share and shares_in_training(run.settings, model.body)
+    own, style = loader._dataset, run.setup.style
     yes_no = answer_tokens(model.encoder, style.answer_yes, style.answer_no)
     for batch in loader:
         columns = (batch[name].tolist() for name in (own.iid_field, HISTORY_NUMBER, POSITION))
@@ -486,8 +481,6 @@ def count_training(run: PlannedRun, summaries: Preferences) -> Count:
         count.add(one)
         if count.prompts >= run.limit or count.tokens >= _TOKENS:
             break
-    if train.gradient_checkpointing:
-        model.body.head_model.gradient_checkpointing_disable()
     total = int(loader.sample_size * loader.times)
     if count.prompts < total:
         run.sampled.add("sft")
@@ -622,7 +615,7 @@ def _line(scribe: Scribe, writer: StandInWriter) -> str:
             "server"
         )
     # tokens grow with the prompts' characters, images included in the ratio of those tried
-    read = sum(a.prompt_tokens for a in writer.tried.values()) * writer.characters / sum(map(len, writer.tried))
+    read = sum(answer.prompt_tokens for answer in writer.tried) * writer.characters / writer.tried_characters
     seconds = writer.seconds * prompts / len(writer.tried)
     return (
         f"{head}, {prompts:,} to write: about {read:,.0f} tokens to read and {writer.count.new_tokens:,.0f} to write, "
