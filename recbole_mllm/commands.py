@@ -46,9 +46,11 @@ def _metrics(values: Mapping[str, float]) -> str:
 
 def summarize(dataset: str, stage: str, dry: bool, since: str | None, options: Options) -> int:
     """Make the summaries that a training of MLLMMSR with the same settings would read, no more; or say their cost."""
+    from recbole_mllm.plan.counting import dry_run
     from recbole_mllm.quick_start import prepare_summaries
 
-    lines = prepare_summaries(config_of(OURS, dataset, options), stage, dry=dry, since=since)
+    config = config_of(OURS, dataset, options)
+    lines = dry_run(config, stage, since) if dry else prepare_summaries(config, stage, since=since)
     for line in lines if ranks.is_main() else []:
         print(line)
     return 0

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from recbole.utils import init_seed
 
+from recbole_mllm import ranks
 from recbole_mllm.data.images import image_digest
 from recbole_mllm.data.sampling import hash64
 from recbole_mllm.data.schema import HISTORY_NUMBER, POSITION
@@ -46,6 +47,7 @@ from recbole_mllm.summaries.chains import steps
 from recbole_mllm.summaries.items import summarize_items
 from recbole_mllm.summaries.known import KnownTexts
 from recbole_mllm.summaries.prepare import Preferences, Stage, item_scribe, user_scribe
+from recbole_mllm.summaries.since import users_since
 from recbole_mllm.summaries.store import Store
 from recbole_mllm.summaries.users import Plan, preferences
 from recbole_mllm.summaries.writing import Scribe
@@ -266,6 +268,17 @@ class StandInWriter:
 # ---- the run
 
 
+def _prepared(config: Any, device: torch.device) -> tuple[Settings, Stage, Any, dict[str, Any]]:
+    """Return the settings, who summarises what, the dataset and its loaders, as a run of `config` has them."""
+    config["show_progress"], config["state"] = False, "ERROR"
+    settings = Settings.from_config(config)
+    init_seed(config["seed"], config["reproducibility"])  # as a run: a random split draws from it
+    check_keys(config.external_config_dict, "the configuration")
+    dataset, loaders = read_and_split(config)
+    setup = make_stage(config, settings, device)
+    return settings, setup, dataset, dict(zip(("train", "valid", "test"), loaders, strict=True))
+
+
 STAGES = ("items", "users", "sft", "valid", "test")
 
 
@@ -308,14 +321,9 @@ class PlannedRun:
         Raises:
             UserError: The configuration or a model is not what it should be.
         """
-        config["show_progress"], config["state"] = False, "ERROR"
-        settings = Settings.from_config(config)
+        settings, setup, _, loaders = _prepared(config, device)
         settings.ranking.check_modes(config["eval_args"]["mode"])
-        init_seed(config["seed"], config["reproducibility"])  # as a run: a random split draws from it
-        check_keys(config.external_config_dict, "the configuration")
-        _, (train, valid, test) = read_and_split(config)
-        own, m, is_trained = train._dataset, settings.mllm, settings.lora.finetune != "none"
-        setup = make_stage(config, settings, device)
+        own, m, is_trained = loaders["train"]._dataset, settings.mllm, settings.lora.finetune != "none"
         names = dict.fromkeys(STAGES, m.mllm)
         names |= {"items": m.item_summarizer or m.mllm, "users": m.user_summarizer or m.mllm}
         models = {name: None if is_server(name) else PlannedModel.of(name, m) for name in dict.fromkeys(names.values())}
@@ -327,7 +335,7 @@ class PlannedRun:
             settings,
             setup,
             Plan(own.histories, own.positions),
-            {"train": train, "valid": valid, "test": test},
+            loaders,
             own.history_names,
             np.asarray(own.field2id_token[own.iid_field]).astype(str),
             names,
@@ -561,6 +569,16 @@ def pairs_of(run: PlannedRun, phase: str) -> tuple[Any, int]:
 
 
 # ---- a dry run
+
+
+def dry_run(config: Any, which: str, since: str | None = None) -> list[str]:
+    """Return what summarising for a run of `config` would take, of users active `since` then alone (`estimate`)."""
+    _, setup, dataset, loaders = _prepared(config, config["device"])
+    own = loaders["train"]._dataset
+    requests = Plan(own.histories, own.positions)
+    if since is not None:
+        requests = requests.of(users_since(dataset, since))
+    return ranks.on_main(lambda: estimate(setup, requests, which))
 
 
 def estimate(setup: Stage, requests: Plan, which: str) -> list[str]:

@@ -19,9 +19,9 @@ from recbole_mllm.cli import main
 from recbole_mllm.errors import UserError
 from recbole_mllm.mllm.server import ServerModel
 from recbole_mllm.model.stages import make_stage
+from recbole_mllm.plan.counting import estimate
 from recbole_mllm.resources import PROPERTIES
 from recbole_mllm.settings import Settings
-from recbole_mllm.summaries.estimate import estimate
 from recbole_mllm.summaries.stage import claiming, user_scribe
 from recbole_mllm.summaries.users import Plan
 
