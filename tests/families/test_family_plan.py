@@ -13,6 +13,7 @@ from recbole_mllm.mllm.sharing import Group
 from recbole_mllm.mllm.tuning import tune
 from recbole_mllm.plan.cost import flops, trained_parameters
 from recbole_mllm.plan.counting import PlannedModel, scoring_groups
+from recbole_mllm.prompts import recommend_prompt
 from recbole_mllm.settings import LoraSettings
 
 LORA = {"finetune": "lora", "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
@@ -92,7 +93,7 @@ def test_an_image_takes_about_the_operations_that_torch_counts(plan, mllm, image
 
 
 @pytest.mark.parametrize("share", [True, False])
-def test_scoring_computes_about_the_tokens_that_are_planned(plan, mllm, prompts, monkeypatch, share):
+def test_scoring_computes_about_the_tokens_that_are_planned(plan, mllm, images, sees, monkeypatch, share):
     ran, real = [], mllm.body.hidden
 
     def hidden(rows, start, stops, cache):
@@ -100,7 +101,12 @@ def test_scoring_computes_about_the_tokens_that_are_planned(plan, mllm, prompts,
         return real(rows, start, stops, cache)
 
     monkeypatch.setattr(mllm.body, "hidden", hidden)
-    many = [prompt for prompt in prompts for _ in range(12)]  # enough rows for a prefix to be worth sharing
+    items = {path.stem: path if sees else None for path in images.values()}
+    many = [  # a few items, each asked about for many users, as a run does
+        recommend_prompt(STYLE, f"likes {n} cats", f"the {name} mug" + " in its box" * 20, image, item_first=True)
+        for name, image in items.items()
+        for n in range(20)
+    ]
     mllm.yes_scores(many, mllm.answers(STYLE), share_prefix=share)
     encoded = [plan.encoder(prompt) for prompt in many]
     shares = share and plan.body.architecture.shares_prefix
