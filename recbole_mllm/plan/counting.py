@@ -172,7 +172,7 @@ def written(model: PlannedModel | None, prompt: Prompt, new: float, room: int = 
 
 @dataclass(frozen=True, slots=True)
 class StandIns:
-    """Texts in place of answers, the same for the same name: `length` of `words`, taken to have `tokens` tokens.
+    """StandInTexts in place of answers, the same for the same name: `length` of `words`, taken to have `tokens` tokens.
 
     They differ from each other as answers do: equal texts would make prompts share more than they will.
     """
@@ -192,8 +192,8 @@ class StandIns:
         return " ".join(random.Random(hash64("stand-in", *name)).choices(self.words, k=round(self.length)))
 
 
-class Texts(dict[Any, str]):
-    """Texts that are known, and a stand-in for each that is not."""
+class StandInTexts(dict[Any, str]):
+    """StandInTexts that are known, and a stand-in for each that is not."""
 
     def __init__(self, known: Mapping[Any, str], stand_ins: StandIns) -> None:
         super().__init__(known)
@@ -381,7 +381,7 @@ class CountedSummaries:
     """
 
     count: Count
-    texts: Texts
+    texts: StandInTexts
     text_bytes: float
     rows: int
     row_bytes: float
@@ -426,7 +426,7 @@ def count_summaries(run: PlannedRun) -> tuple[CountedSummaries, CountedSummaries
         row_bytes = text_bytes + sum(len(name.encode()) for name in chosen) / max(1, len(chosen)) + 2
         row_bytes += 0 if stage == "items" else 20  # of `seen` and `history`
         count = writer.count.times(total / max(1, sampled))
-        return CountedSummaries(count, Texts(texts, stand_ins), text_bytes, total, row_bytes, not samples)
+        return CountedSummaries(count, StandInTexts(texts, stand_ins), text_bytes, total, row_bytes, not samples)
 
     with closing(KnownTexts(setup.folder)) as known:
         wanted = run.requests.items(s) if s.summary_mode != "none" and s.item_summary != "none" else []

@@ -16,7 +16,7 @@ from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.mllm.sft import example_loss, make_examples
 from recbole_mllm.mllm.tuning import tune
 from recbole_mllm.plan.cost import Count, Device, activations, fits, flops, pass_bytes, sizes_of
-from recbole_mllm.plan.counting import PlannedModel, StandIns, StandInWriter, Texts
+from recbole_mllm.plan.counting import PlannedModel, StandIns, StandInWriter, StandInTexts
 from recbole_mllm.plan.plan_text import duration, number, what_helps
 from recbole_mllm.prompts import Prompt, recommend_prompt
 from recbole_mllm.settings import LoraSettings
@@ -152,7 +152,7 @@ def test_stand_ins_differ_and_are_as_long_as_the_samples():
     texts = {stand_ins.of("user", n) for n in range(200)}
     assert len(texts) > 100 and {len(text.split()) for text in texts} == {4} and stand_ins.tokens == 5
     assert stand_ins.of("user", 3) == stand_ins.of("user", 3)
-    known = Texts({"a": "written"}, stand_ins)
+    known = StandInTexts({"a": "written"}, stand_ins)
     assert known.get("a") == known["a"] == "written" and known["b"] == stand_ins.of("b")
 
 
