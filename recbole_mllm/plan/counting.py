@@ -172,7 +172,7 @@ def written(model: PlannedModel | None, prompt: Prompt, new: float, room: int = 
 
 @dataclass(frozen=True, slots=True)
 class StandIns:
-    """StandInTexts in place of answers, the same for the same name: `length` of `words`, taken to have `tokens` tokens.
+    """Texts in place of answers, the same for the same name: `length` of `words`, taken to have `tokens` tokens.
 
     They differ from each other as answers do: equal texts would make prompts share more than they will.
     """
@@ -193,7 +193,7 @@ class StandIns:
 
 
 class StandInTexts(dict[Any, str]):
-    """StandInTexts that are known, and a stand-in for each that is not."""
+    """Texts that are known, and a stand-in for each that is not."""
 
     def __init__(self, known: Mapping[Any, str], stand_ins: StandIns) -> None:
         super().__init__(known)

@@ -16,7 +16,7 @@ from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.mllm.sft import example_loss, make_examples
 from recbole_mllm.mllm.tuning import tune
 from recbole_mllm.plan.cost import Count, Device, activations, fits, flops, pass_bytes, sizes_of
-from recbole_mllm.plan.counting import PlannedModel, StandIns, StandInWriter, StandInTexts
+from recbole_mllm.plan.counting import PlannedModel, StandIns, StandInTexts, StandInWriter
 from recbole_mllm.plan.plan_text import duration, number, what_helps
 from recbole_mllm.prompts import Prompt, recommend_prompt
 from recbole_mllm.settings import LoraSettings
