@@ -27,8 +27,7 @@ import numpy as np
 import torch
 
 from recbole_mllm import fitting, quick_start
-from recbole_mllm.planning.plan import make_plan
-from recbole_mllm.planning.request import Request
+from recbole_mllm.plan import make_plan
 from recbole_mllm.quick_start import make_config, run
 from recbole_mllm.training import resuming
 
@@ -81,7 +80,7 @@ def config_of(place: Path, users: int) -> Any:
 def counted(place: Path, users: int, limit: int) -> dict[str, float]:
     """Return what `plan` counts, by stage and quantity, and the seconds it took to read, split and count."""
     started = time.perf_counter()
-    plan = make_plan(config_of(place, users), Request(limit=limit))
+    plan = make_plan(config_of(place, users), limit=limit)
     out = {"plan.wall_s": time.perf_counter() - started}
     for stage, one in plan["stages"].items():
         out |= {f"{stage}.prompts": one["prompts"], f"{stage}.tokens": one["text_tokens"] + one["new_tokens"]}

@@ -171,17 +171,22 @@ def _parser() -> Parser:
 
 def _add_plan(plan: Parser) -> None:
     plan.add_argument("--device", metavar="NAME", help="hours on a device of properties/devices.yaml, e.g. H100")
-    plan.add_argument("--probe", action="store_true", help="hours on this machine: load the model and time a little")
     plan.add_argument("--nodes", type=int, default=1, metavar="N", help="split the work over N nodes")
     plan.add_argument("--devices_per_node", type=int, metavar="N", help="default: 8, on one node 1")
-    plan.add_argument("--price_per_hour", type=float, metavar="X", help="of one device")
-    plan.add_argument("--requests_per_s", type=float, metavar="X", help="of all servers, where models are behind some")
     plan.add_argument("--json", metavar="PATH", help="also write the plan as JSON (docs/plan.md)")
+    for name in ("probe", "price_per_hour", "requests_per_s"):
+        plan.add_argument(f"--{name}", nargs="?", dest=argparse.SUPPRESS, action=_Withdrawn, help=argparse.SUPPRESS)
+
+
+class _Withdrawn(argparse.Action):
+    """An option that `plan` had once."""
+
+    def __call__(self, _parser: Any, _known: Any, _value: Any, name: str | None = None) -> None:
+        raise UserError(f"{name} is withdrawn: plan prices the devices of properties/devices.yaml (--device NAME)")
 
 
 def _plan_request(known: argparse.Namespace) -> dict[str, Any]:
-    names = ("device", "probe", "nodes", "devices_per_node", "price_per_hour", "requests_per_s")
-    return {name: getattr(known, name) for name in names}
+    return {name: getattr(known, name) for name in ("device", "nodes", "devices_per_node")}
 
 
 def _add_embed_images(command: Parser) -> None:

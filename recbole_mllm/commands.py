@@ -46,9 +46,11 @@ def _metrics(values: Mapping[str, float]) -> str:
 
 def summarize(dataset: str, stage: str, dry: bool, since: str | None, options: Options) -> int:
     """Make the summaries that a training of MLLMMSR with the same settings would read, no more; or say their cost."""
+    from recbole_mllm.plan.counting import dry_run
     from recbole_mllm.quick_start import prepare_summaries
 
-    lines = prepare_summaries(config_of(OURS, dataset, options), stage, dry=dry, since=since)
+    config = config_of(OURS, dataset, options)
+    lines = dry_run(config, stage, since) if dry else prepare_summaries(config, stage, since=since)
     for line in lines if ranks.is_main() else []:
         print(line)
     return 0
@@ -65,12 +67,10 @@ def plan(dataset: str, json_path: str | None, request: Mapping[str, Any], option
         path = check_file(path, "--json", _is_plan, "a plan that --json wrote")
         if not path.parent.is_dir():
             raise UserError(f"--json {json_path}: there is no folder {path.parent}; make it first")
-    from recbole_mllm.planning.plan import make_plan  # loads transformers
-    from recbole_mllm.planning.request import Request
-    from recbole_mllm.planning.text import format_plan
+    from recbole_mllm.plan import make_plan  # loads transformers
+    from recbole_mllm.plan.plan_text import format_plan
 
-    asked = Request(**request)
-    found = make_plan(config_of(OURS, dataset, options), asked)
+    found = make_plan(config_of(OURS, dataset, options), **request)
     if path is not None:
         write_text(path, json.dumps(found, indent=2) + "\n")
     print(format_plan(found))

@@ -15,7 +15,6 @@ from recbole.evaluator.register import metrics_dict
 from recbole.trainer import TraditionalTrainer
 from recbole.utils import get_model, get_trainer, init_logger, init_seed
 
-from recbole_mllm import ranks
 from recbole_mllm.config import check_training, per_model, recbole_config, sections
 from recbole_mllm.data.checking import nothing_left
 from recbole_mllm.data.schema import isum_file, usum_file
@@ -245,15 +244,14 @@ def read_and_split(config: Any) -> tuple[Any, tuple[Any, Any, Any]]:
     return dataset, (train, valid, test)
 
 
-def prepare_summaries(config: Any, stage: str, *, dry: bool = False, since: str | None = None) -> list[str]:
+def prepare_summaries(config: Any, stage: str, *, since: str | None = None) -> list[str]:
     """Make the summaries a run of `config` would read (``items``, ``users``, ``all``); return the files they are in.
 
-    With `dry` nothing is written, and what it would take is returned instead. With `since` only users with an
-    interaction at or after it get theirs (`users_since`); a line says who else lacks one.
+    With `since` only users with an interaction at or after it get theirs (`users_since`); a line says who else has
+    none.
     """
     # here, as every run of a baseline would wait seconds for transformers
     from recbole_mllm.model.stages import make_stage
-    from recbole_mllm.summaries.estimate import estimate
     from recbole_mllm.summaries.prepare import make_item_summaries, refresh
     from recbole_mllm.summaries.since import users_since
     from recbole_mllm.summaries.users import Plan
@@ -266,8 +264,6 @@ def prepare_summaries(config: Any, stage: str, *, dry: bool = False, since: str 
     made = make_stage(config, settings, config["device"])
     plan = Plan(train._dataset.histories, train._dataset.positions)
     users = users_since(dataset, since) if since is not None else None
-    if dry:
-        return ranks.on_main(lambda: estimate(made, plan if users is None else plan.of(users), stage))
     lines = []
     if stage != "items":
         lines = _left(refresh(made, plan, users), since)

@@ -83,10 +83,12 @@ def load(
     trust_remote_code: bool = False,
     four_bit: bool = False,
     placed: Mapping[str, Any] | None = None,
+    weights: bool = True,
 ) -> Loaded:
     """Load `name` for inference, its linear layers in four bits where asked for.
 
-    `placed` says where its layers go (see `dispatching.placement`); else all go to `device`.
+    `placed` says where its layers go (see `dispatching.placement`); else all go to `device`. Without `weights` only
+    small files are read, and the model is on the meta device: it has shapes and no numbers.
 
     Raises:
         UserError: The name is neither a folder nor a model id that can be had, no auto class knows it, or it has not
@@ -105,11 +107,16 @@ def load(
         sees = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and file is None
         auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
         extra = (quantized(dtype, device) if four_bit else {}) | dict(placed or {})
-        with _without_bar() if file is not None else nullcontext():
-            model, found = auto.from_pretrained(source, dtype=dtype, output_loading_info=True, **options, **extra)
-        _check_weights(name, model.eval(), found["missing_keys"])
-        model = model if four_bit or placed else model.to(device)
-        check_room(model, device)
+        if weights:
+            with _without_bar() if file is not None else nullcontext():
+                model, found = auto.from_pretrained(source, dtype=dtype, output_loading_info=True, **options, **extra)
+            _check_weights(name, model.eval(), found["missing_keys"])
+            model = model if four_bit or placed else model.to(device)
+            check_room(model, device)
+        else:
+            with torch.device("meta"):
+                model = auto.from_config(config, trust_remote_code=trust_remote_code).eval()
+            model.tie_weights()
         processor = load_processor(source, **options) if sees else None
         tokenizer = processor.tokenizer if processor is not None else AutoTokenizer.from_pretrained(source, **options)
     except UserError:

@@ -91,10 +91,9 @@ def test_training_goes_on_where_nothing_is_offloaded_and_else_is_refused(keys, c
     assert "device_map has put layers into memory or on disk, where they can be scored and not trained" in line
 
 
-def test_a_plan_is_made_with_and_without_probing(keys, capsys):
+def test_a_plan_is_made(keys, capsys):
     plain, spread = keys
     assert main(["plan", *words_of(plain | spread)]) == 0
-    assert main(["plan", *words_of(plain | spread), "--probe"]) == 0
     assert "test" in capsys.readouterr().out
 
 

@@ -19,9 +19,9 @@ from recbole_mllm.cli import main
 from recbole_mllm.errors import UserError
 from recbole_mllm.mllm.server import ServerModel
 from recbole_mllm.model.stages import make_stage
+from recbole_mllm.plan.counting import estimate
 from recbole_mllm.resources import PROPERTIES
 from recbole_mllm.settings import Settings
-from recbole_mllm.summaries.estimate import estimate
 from recbole_mllm.summaries.stage import claiming, user_scribe
 from recbole_mllm.summaries.users import Plan
 
@@ -253,7 +253,7 @@ def one_of_two(world, tmp_path, monkeypatch):
 
 
 def test_what_one_process_does_alone_waits_for_no_other_where_models_are_to_be_split(one_of_two, tmp_path, capsys):
-    assert one_of_two("plan", "--probe") == 0 and "user summaries" in capsys.readouterr().out
+    assert one_of_two("plan") == 0 and "user summaries" in capsys.readouterr().out
     assert one_of_two("--model=SASRecF", "--item_features=text") == 0 and "test: " in capsys.readouterr().out
     (texts,) = (tmp_path / "data" / "steps").glob("*.isum")  # of all items, written by a model that is not split
     assert len(texts.read_text().splitlines()) == 1 + small_world.ITEMS

@@ -96,10 +96,7 @@ def elsewhere(tmp_path, monkeypatch, datasets):
         ("benchmark --dataset demo --models Pop,SASRec --topk=[5]", "NDCG@10 is not measured (metrics: "),
         ("benchmark --dataset demo --models Pop,MLLMMSR --summary_top_p=2", "summary_top_p is 2; it must be a number"),
         ("plan --dataset demo --nodes 0", "--nodes is 0; it must be a whole number, at least 1"),
-        (
-            "plan --dataset demo --device H100 --price_per_hour inf",
-            "--price_per_hour is inf; it must be a number",
-        ),
+        ("plan --dataset demo --device H100 --price_per_hour 2", "--price_per_hour is withdrawn"),
         ("report nowhere", "holds no runs.jsonl"),
         ("conver", "invalid choice"),
     ],

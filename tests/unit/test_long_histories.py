@@ -12,11 +12,10 @@ from recbole_mllm.data.texts import Items
 from recbole_mllm.endpoints import Endpoint
 from recbole_mllm.errors import UserError
 from recbole_mllm.mllm.base import Batch, Decoding, answers_of
-from recbole_mllm.mllm.blueprint import blueprint
 from recbole_mllm.mllm.encode import ROOM
 from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.mllm.server import ServerModel
-from recbole_mllm.planning.readers import LocalReader
+from recbole_mllm.plan.counting import PlannedModel
 from recbole_mllm.prompts import Prompt, Style, recommend_prompt
 from recbole_mllm.resources import PROPERTIES
 from recbole_mllm.settings import ServerSettings, Settings
@@ -94,7 +93,7 @@ def test_image_tokens_and_the_answer_count_against_the_models_positions(narrow, 
     assert len(example.ids) <= 512
     written = answers_of(narrow, [long], Decoding(200))[0]
     assert written.shortened and written.prompt_tokens + 200 <= 512
-    planned = LocalReader(blueprint("tiny", replace(SETTINGS.mllm, max_text_tokens=10**6)))
+    planned = PlannedModel.of("tiny", replace(SETTINGS.mllm, max_text_tokens=10**6))
     assert planned.written(long, 1, 200).longest == written.prompt_tokens
     assert planned.written(long, 1).longest == len(asked_now.ids)
 

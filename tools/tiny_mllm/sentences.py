@@ -17,11 +17,6 @@ _FUSED = re.compile(_CAPTION.pattern.replace(r"scene\.", r"scene, (?P<theme>\w+)
 _PREFERENCE = re.compile(r"The user prefers (\w+ \w+(?:, \w+ \w+)*)\.")
 
 
-def title(item: Item) -> str:
-    """Return the title: brand and theme, never anything the image shows."""
-    return f"{item.brand} {item.theme} edition"
-
-
 def caption(item: Item) -> str:
     """Return what the image shows."""
     return f"A {item.colour} {item.pattern} {item.kind}, {item.scene} scene."
