@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -238,7 +240,7 @@ def _place(file: str | Path, *keys: str) -> str:
 
 
 def recbole_config(model: str, dataset: str, files: list[str], keys: dict[str, Any]) -> Any:
-    """Return RecBole's Config; the caller sees to it that ``sys.argv`` holds nothing else.
+    """Return RecBole's Config, to which the command line of this process says nothing.
 
     Raises:
         UserError: RecBole refuses it, or would pass over a key in silence, or a value is none that a run could use.
@@ -246,7 +248,7 @@ def recbole_config(model: str, dataset: str, files: list[str], keys: dict[str, A
     check_files(files, model)
     # a text may become a number in RecBole's hands (configurator.py:124-147): it is checked behind them
     check_values({key: value for key, value in keys.items() if not isinstance(value, str)})
-    with told_in_a_line("read the configuration"):
+    with told_in_a_line("read the configuration"), _no_arguments():
         made = _config({"model": model, "dataset": dataset, "config_file_list": files}, keys)
     check_values(made.final_config_dict)
     _take_device(made)
@@ -284,6 +286,16 @@ def tell_missing_gpus(config: Any) -> None:
         tell_once(f"{told}: torch sees no such GPU here, so this run is on the CPU")
     elif len(ids) > (seen := torch.cuda.device_count()):
         tell_once(f"gpu_id {','.join(ids)}: torch sees {seen} of these GPUs here")
+
+
+@contextmanager
+def _no_arguments() -> Iterator[None]:
+    """Hide ``sys.argv``, which RecBole's Config would let win over everything (configurator.py:165-193)."""
+    words, sys.argv = sys.argv, sys.argv[:1]
+    try:
+        yield
+    finally:
+        sys.argv = words
 
 
 def _config(parts: dict[str, Any], keys: dict[str, Any]) -> Any:

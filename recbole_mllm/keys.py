@@ -12,7 +12,7 @@ import importlib.util
 import logging
 import re
 from collections.abc import Iterable, Mapping
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ def check_keys(keys: Iterable[str], where: str) -> None:
         check_known(str(key), every_key(), where, "see properties/ for the keys there are")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _warn_withdrawn(key: str) -> None:
     logging.getLogger().warning(f"{key} is ignored: {WITHDRAWN[key]}")
 

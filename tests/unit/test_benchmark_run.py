@@ -17,10 +17,10 @@ import yaml
 from planted_runs import CANDIDATES
 
 from recbole_mllm import preset
-from recbole_mllm.benchmark.field import PRESETS, SETS, expand, resolve
+from recbole_mllm.benchmark.variants import PRESETS, SETS, expand, resolve
 from recbole_mllm.benchmark.jobs import BenchmarkPlan, jobs_of
 from recbole_mllm.benchmark.records import read_records
-from recbole_mllm.benchmark.run import benchmark
+from recbole_mllm.benchmark.runner import benchmark
 from recbole_mllm.benchmark.worker import digests_of, run_job
 from recbole_mllm.config import config_paths, per_model
 from recbole_mllm.errors import UserError
@@ -137,7 +137,7 @@ def start_elsewhere(tmp_path: Path, worker: tuple[str, ...]) -> subprocess.Popen
     """Start a benchmark whose second run waits, in a process of its own, and return once that run is at work."""
     script = (
         "import sys; from pathlib import Path\n"
-        "from recbole_mllm.benchmark.run import BenchmarkPlan, benchmark\n"
+        "from recbole_mllm.benchmark.runner import BenchmarkPlan, benchmark\n"
         "benchmark(BenchmarkPlan('demo', ('Pop', 'SASRec', 'MLLMMSR'), (2024,), Path(sys.argv[1]),"
         " overrides={'fate': {'SASRec': 'wait'}}), sys.argv[2:])"
     )

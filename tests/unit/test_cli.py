@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from recbole_mllm import benchmark_commands, commands
+from recbole_mllm.cli import benchmark_commands, commands
 from recbole_mllm.cli import main
 from recbole_mllm.errors import UserError
-from recbole_mllm.options import Options, config_of
+from recbole_mllm.cli.arguments import Options, config_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -203,7 +203,7 @@ def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
 
 PRINTS = """
 import sys
-from recbole_mllm import arguments
+from recbole_mllm.common import console as arguments
 sys.exit(arguments.exit_code(lambda words: [print("Für Elise \\u2192 \\udcff" * 5000) for _ in range(9)] and 0, []))
 """
 
@@ -235,7 +235,7 @@ def test_a_standard_output_that_takes_no_more_is_no_traceback(place, code, said)
 def test_a_stream_that_is_closed_leaves_its_number_to_no_file(tmp_path):
     code = """
 import os, sys
-from recbole_mllm import arguments
+from recbole_mllm.common import console as arguments
 def run(words):
     with open(sys.argv[1], "w") as file:
         print("not for the file"), os.system("echo nor this")

@@ -13,7 +13,7 @@ from planted_runs import plant_run
 from recbole_mllm.benchmark.jobs import BenchmarkPlan
 from recbole_mllm.benchmark.records import RECORDS, append, read_records
 from recbole_mllm.benchmark.rerun import TOLERANCE, compare, find_run, order_of, rerun
-from recbole_mllm.benchmark.run import benchmark
+from recbole_mllm.benchmark.runner import benchmark
 from recbole_mllm.errors import UserError
 
 

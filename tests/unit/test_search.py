@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from recbole_mllm.benchmark.field import resolve
-from recbole_mllm.benchmark.tuning import TRIALS, read_journal, search, space_of, trials
+from recbole_mllm.benchmark.variants import resolve
+from recbole_mllm.benchmark.search import TRIALS, read_journal, search, space_of, trials
 from recbole_mllm.errors import UserError
 from recbole_mllm.quick_start import make_config
 from recbole_mllm.resources import named

@@ -3,7 +3,7 @@
 import sys
 import threading
 
-from recbole_mllm.benchmark.child import LOG, failure, run_child
+from recbole_mllm.benchmark.process import LOG, failure, run_child
 
 SCRIPT = """
 import time, warnings
