@@ -70,7 +70,7 @@ def search(
     tried = []
     for number, choice in enumerate(choices, start=1):
         entry = known.get(json.dumps(choice, sort_keys=True))
-        before = " (kept from before)" if entry else ""
+        before = " (from before)" if entry else ""
         if entry is None:
             entry = _tried(choice, score)
             if journal is not None and ranks.is_main():

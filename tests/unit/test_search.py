@@ -69,7 +69,7 @@ def test_a_killed_search_goes_on_where_it_was_and_ends_alike(tmp_path):
     journal.write_text(journal.read_text() + '{"settings": {"rate": 0.1, "si')  # a line it was writing
     lines: list[str] = []
     resumed = search(drawn, score, True, lines.append, journal)
-    assert asked == drawn[2:] and sum("kept from before" in line for line in lines) == 2
+    assert asked == drawn[2:] and sum("from before" in line for line in lines) == 2
     straight = search(drawn, score, True, str)
     told = [
         [{k: v for k, v in one.items() if k != "seconds"} for one in found["trials"]] for found in (resumed, straight)
