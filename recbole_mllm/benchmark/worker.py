@@ -45,6 +45,10 @@ NO_ONE_RANKING = (
     "user (split LS)"
 )
 NOTHING_TO_TUNE = ("Pop", "Random")
+_OF_OUTCOME = (
+    *("load_s", "train_s", "score_s", "summarize_reused", "scores_reused"),
+    *("converged", "retrieval", "world_size"),
+)
 _NO_CACHE = {"save_dataset": False, "save_dataloaders": False, "dataset_save_path": None, "dataloaders_save_path": None}
 
 
@@ -112,7 +116,7 @@ def _config(job: Mapping[str, Any], defaults: Path, tuned: Mapping[str, Any]) ->
 
     home, model = _home(job), job["model"]
     retrievers = (home / job["output_dir"]).resolve() / RETRIEVERS  # trained once for all that rank by it
-    known = {**benchmark_defaults(), "retriever_dir": str(retrievers), **_negatives(model), **job["defaults"]}
+    known = {**benchmark_defaults(), "retriever_dir": str(retrievers), **drawn_negatives(model), **job["defaults"]}
     write_text(defaults, yaml.safe_dump(known))
     files = config_paths(_files(job))
     given = {key: value for name in files for key, value in file_keys(name).items()}
@@ -183,7 +187,7 @@ def digests_of(jobs: Sequence[Mapping[str, Any]], compared: bool) -> dict[str, s
     return {run: digests[what] for run, what in keys.items() if what in digests}
 
 
-def _negatives(model: str) -> dict[str, Any]:
+def drawn_negatives(model: str) -> dict[str, Any]:
     """Let a context-aware model learn from drawn negatives, as RecBole would have it read labels (configurator.py:309).
 
     Where the interactions have some, by a threshold on a rating, `train_neg_sample_args: null` goes back to them.
@@ -193,6 +197,9 @@ def _negatives(model: str) -> dict[str, Any]:
     kind = getattr(get_model(model), "type", None)
     drawn = {"distribution": "uniform", "sample_num": 1, "alpha": 1.0, "dynamic": False, "candidate_num": 0}
     return {"train_neg_sample_args": drawn} if kind in (ModelType.CONTEXT, ModelType.DECISIONTREE) else {}
+
+
+_negatives = drawn_negatives  # SHIM _negatives -> recbole_mllm.benchmark.worker.drawn_negatives
 
 
 def _tune(job: dict[str, Any], configured: Callable[[dict[str, Any]], Any], folder: Path) -> dict[str, Any] | None:
@@ -267,7 +274,6 @@ def _record(
         features_s = seconds_of(outcome.config)
     config = outcome.config.final_config_dict
     users = len(outcome.users["user"])
-    is_mllm = job["kind"] == "mllm"
     return RunRecord(
         **{key: job[key] for key in ("run_id", "model", "label", "kind", "seed", "dataset")},
         status="ok",
@@ -282,12 +288,9 @@ def _record(
         valid=outcome.valid,
         per_user=evidence["per_user"],
         scores=evidence["scores"],
-        load_s=outcome.load_s,
-        summarize_s=outcome.summarize_s if is_mllm else None,
-        summarize_reused=outcome.summarize_reused,
+        **{name: getattr(outcome, name) for name in _OF_OUTCOME},
+        summarize_s=outcome.summarize_s if job["kind"] == "mllm" else None,
         features_s=features_s,
-        train_s=outcome.train_s,
-        score_s=outcome.score_s,
         pairs_per_s=max(0, outcome.pairs_scored - outcome.scores_reused) / outcome.score_s or None,
         tokens=getattr(outcome.model, "tokens_read", None),
         parameters_trained=_parameters_trained(outcome.model),
@@ -295,11 +298,7 @@ def _record(
         device=str(outcome.config["device"]),
         versions=_versions(),
         commit=_commit(),
-        world_size=outcome.world_size,
         tuning=tuning,
-        retrieval=outcome.retrieval,
-        scores_reused=outcome.scores_reused,
-        converged=outcome.converged,
     )
 
 
