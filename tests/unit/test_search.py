@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 
 import pytest
 
-from recbole_mllm.benchmark.variants import resolve
 from recbole_mllm.benchmark.search import TRIALS, read_journal, search, space_of, trials
+from recbole_mllm.benchmark.variants import resolve
 from recbole_mllm.errors import UserError
 from recbole_mllm.quick_start import make_config
 from recbole_mllm.resources import named
@@ -101,7 +100,6 @@ def demo(tmp_path_factory):
 
 @pytest.mark.parametrize("model", sorted(set(named("tuning")) - {"default"}))
 def test_each_choice_is_a_setting_its_model_reads(model, demo, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["pytest"])
     monkeypatch.chdir(tmp_path)
     config = make_config(model, "demo", [], {"data_path": str(demo), **resolve(model).defaults})
     for key, choices in space_of(model).items():
