@@ -23,7 +23,7 @@ from recbole_mllm.settings import known_keys
 from recbole_mllm.yamlfile import line_of, read_mapping
 
 WITHDRAWN: dict[str, str] = {}
-"""Keys of earlier versions, with why they have no effect: old files and records that hold one are read, with one warning."""
+"""Keys of earlier versions -> why they have no effect; a file or record that holds one is read, with one warning."""
 
 # Fields of RecBole's command line, and what its Config keeps beside what it is given
 _UNLISTED = {

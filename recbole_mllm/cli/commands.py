@@ -20,9 +20,9 @@ from recbole_mllm.files import CONVERTED, EXPORT, check_file, check_folder, reco
 
 def convert(args: Namespace, options: Options) -> int:
     """Turn a raw dump into atomic files; without torch, pandas or RecBole."""
-    from dataset_converters.cli import main
+    from recbole_mllm.resources import converters
 
-    return main(args.words)
+    return int(converters("options").main(args.words))
 
 
 def run_model(args: Namespace, options: Options) -> int:
