@@ -224,7 +224,7 @@ def _agree(metrics: dict[str, float], users: dict[str, Any], targets: Any, decim
 
 
 def make_config(model: str, dataset: str, files: list[str], overrides: dict[str, Any]) -> Any:
-    """Return RecBole's Config; the caller sees to it that ``sys.argv`` holds nothing else.
+    """Return RecBole's Config, to which the command line of this process says nothing.
 
     A file's ``per_model`` section for this model wins over the plain keys of all files, `overrides` win over both.
     """

@@ -11,7 +11,9 @@ import difflib
 import importlib.util
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -380,7 +382,7 @@ def check_dataset_file(path: Path) -> None:
 
 
 def recbole_config(model: str, dataset: str, files: list[str], keys: dict[str, Any]) -> Any:
-    """Return RecBole's Config; the caller sees to it that ``sys.argv`` holds nothing else.
+    """Return RecBole's Config, to which the command line of this process says nothing.
 
     Raises:
         UserError: RecBole refuses it, or would pass over a key in silence, or a value is none that a run could use.
@@ -388,7 +390,7 @@ def recbole_config(model: str, dataset: str, files: list[str], keys: dict[str, A
     check_files(files, model)
     # a text may become a number in RecBole's hands (configurator.py:124-147): it is checked behind them
     check_values({key: value for key, value in keys.items() if not isinstance(value, str)})
-    with told_in_a_line("read the configuration"):
+    with told_in_a_line("read the configuration"), _no_arguments():
         config = _config({"model": model, "dataset": dataset, "config_file_list": files}, keys)
     check_values(config.final_config_dict)
     _take_device(config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from argparse import Namespace
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -11,32 +12,39 @@ from pathlib import Path
 from typing import Any
 
 from recbole_mllm import ranks
+from recbole_mllm.benchmark.variants import MLLM
+from recbole_mllm.cli.arguments import Options, config_of, dataset_of
 from recbole_mllm.errors import UserError
 from recbole_mllm.files import CONVERTED, EXPORT, check_file, check_folder, recover, write_text
-from recbole_mllm.options import OURS, Options, config_of
 
 
-def run_model(model: str, dataset: str, options: Options) -> int:
+def convert(args: Namespace, options: Options) -> int:
+    """Turn a raw dump into atomic files; without torch, pandas or RecBole."""
+    from recbole_mllm.resources import converters
+
+    return int(converters("options").main(args.words))
+
+
+def run_model(args: Namespace, options: Options) -> int:
     """Train and evaluate one model, as RecBole's ``run_recbole.py`` does."""
     from recbole_mllm.config import check_training
     from recbole_mllm.evaluation.protocol import protocol_line
     from recbole_mllm.quick_start import run
 
-    if model != OURS and ranks.is_launched():
+    if args.model != MLLM and ranks.is_launched():
         if not ranks.is_main():
             return 0  # RecBole's own models run in one process
         from recbole_mllm.mllm.splitting import keep_whole
 
         keep_whole()  # what may read their items for them
-    config = config_of(model, dataset, options)
+    config = config_of(args.model, dataset_of(args), options)
     check_training(config)
     outcome = run(config)
-    if not ranks.is_main():
-        return 0
-    users = len(outcome.users["user"]) if outcome.users else None
-    print(f"best valid: {_metrics(outcome.valid)}\n            {protocol_line(outcome.config, phase='valid')}")
-    print(f"test:       {_metrics(outcome.test)}\n            {protocol_line(outcome.config, users, 'test')}")
-    print(f"checkpoint: {outcome.checkpoint}")
+    if ranks.is_main():
+        users = len(outcome.users["user"]) if outcome.users else None
+        print(f"best valid: {_metrics(outcome.valid)}\n            {protocol_line(outcome.config, phase='valid')}")
+        print(f"test:       {_metrics(outcome.test)}\n            {protocol_line(outcome.config, users, 'test')}")
+        print(f"checkpoint: {outcome.checkpoint}")
     return 0
 
 
@@ -44,15 +52,18 @@ def _metrics(values: Mapping[str, float]) -> str:
     return "  ".join(f"{name} {value:.4f}" for name, value in values.items()) or "-"
 
 
-def summarize(dataset: str, stage: str, dry: bool, since: str | None, options: Options) -> int:
+def summarize(args: Namespace, options: Options) -> int:
     """Make the summaries that a training of MLLMMSR with the same settings would read, no more; or say their cost."""
     from recbole_mllm.plan.counting import dry_run
     from recbole_mllm.quick_start import prepare_summaries
 
-    config = config_of(OURS, dataset, options)
-    lines = dry_run(config, stage, since) if dry else prepare_summaries(config, stage, since=since)
-    for line in lines if ranks.is_main() else []:
-        print(line)
+    config = config_of(MLLM, dataset_of(args), options)
+    if args.dry_run:
+        lines = dry_run(config, args.stage, args.since)
+    else:
+        lines = prepare_summaries(config, args.stage, since=args.since)
+    if ranks.is_main():
+        print("".join(f"{line}\n" for line in lines), end="")
     return 0
 
 
@@ -60,33 +71,34 @@ def _is_plan(head: bytes) -> bool:
     return re.match(rb'\{\s*"schema": \d+,\s*"dataset": ', head) is not None
 
 
-def plan(dataset: str, json_path: str | None, request: Mapping[str, Any], options: Options) -> int:
+def plan(args: Namespace, options: Options) -> int:
     """Say what a run of MLLMMSR would cost, before anything runs."""
-    path = Path(json_path) if json_path else None
-    if path is not None:
-        path = check_file(path, "--json", _is_plan, "a plan that --json wrote")
+    dataset, path = dataset_of(args), None
+    if args.json:
+        path = check_file(Path(args.json), "--json", _is_plan, "a plan that --json wrote")
         if not path.parent.is_dir():
-            raise UserError(f"--json {json_path}: there is no folder {path.parent}; make it first")
+            raise UserError(f"--json {args.json}: there is no folder {path.parent}; make it first")
     from recbole_mllm.plan import make_plan  # loads transformers
     from recbole_mllm.plan.plan_text import format_plan
 
-    found = make_plan(config_of(OURS, dataset, options), **request)
+    request = {"device": args.device, "nodes": args.nodes, "devices_per_node": args.devices_per_node}
+    found = make_plan(config_of(MLLM, dataset, options), **request)
     if path is not None:
         write_text(path, json.dumps(found, indent=2) + "\n")
     print(format_plan(found))
     return 0
 
 
-def inspect(directory: str, output: str | None, options: Options) -> int:
+def inspect(args: Namespace, options: Options) -> int:
     """Print a dataset's health and write it as a page; a poor dataset is no error, one that cannot be read is."""
     from recbole_mllm.config import file_keys
     from recbole_mllm.health.measure import measure
     from recbole_mllm.health.report import is_page, write_health
     from recbole_mllm.health.text import format_health
 
-    path = check_file(Path(output), "--output", is_page, "a page that `inspect` wrote") if output else None
+    path = check_file(Path(args.output), "--output", is_page, "a page that `inspect` wrote") if args.output else None
     keys = {key: value for name in options.config_files for key, value in file_keys(name).items()}
-    health = measure(_dataset_folder(directory, options.overrides), keys | dict(options.overrides))
+    health = measure(_dataset_folder(args.directory, options.overrides), keys | dict(options.overrides))
     print(format_health(health))
     print("", *write_health(health, path), sep="\n")
     return 0
@@ -109,35 +121,33 @@ def _dataset_folder(given: str, overrides: Mapping[str, Any]) -> Path:
     if Path(given).name == given:
         ensure_builtin(folder)
     if not folder.is_dir():
-        raise UserError(f"no dataset {given!r}: it is neither a folder nor in {data_path}{_near(data_path)}")
+        near = sorted(path.name for path in data_path.glob("*") if path.is_dir() and not path.name.startswith("."))
+        there = f" ({', '.join(near)})" if near else ""
+        raise UserError(f"no dataset {given!r}: it is neither a folder nor in {data_path}{there}")
     return folder
 
 
-def _near(data_path: Path) -> str:
-    near = sorted(path.name for path in data_path.glob("*") if path.is_dir() and not path.name.startswith("."))
-    return f" ({', '.join(near)})" if near else ""
-
-
-def export(run: str, out: str, merge: bool) -> int:
+def export(args: Namespace, options: Options) -> int:
     """Write a run's model as a folder that transformers and servers load."""
-    check_folder(Path(out), EXPORT, "--out")
+    out = Path(args.out)
+    check_folder(out, EXPORT, "--out")
     from recbole_mllm.training.export import export as write  # loads transformers
 
-    folder = write(run, Path(out), merge=merge)
+    folder = write(args.run, out, merge=args.merge)
     print(f"written: {folder}; its README.md says how to serve it")
     return 0
 
 
-def export_candidates(dataset: str, out: str, options: Options) -> int:
-    """Write the frozen candidates that every model meets on `dataset`."""
+def export_candidates(args: Namespace, options: Options) -> int:
+    """Write the frozen candidates that every model meets on a dataset."""
     from recbole_mllm.evaluation.exchange import is_export
 
-    path = check_file(Path(out), "--out", is_export, "a file that `candidates export` wrote")
+    dataset = dataset_of(args)
+    path = check_file(Path(args.out), "--out", is_export, "a file that `candidates export` wrote")
     from recbole_mllm.config import benchmark_defaults
     from recbole_mllm.quick_start import frozen_candidates  # loads torch
 
-    shown = config_of("Pop", dataset, options)
-    chosen = shown.external_config_dict
+    chosen = config_of("Pop", dataset, options).external_config_dict
     defaults = {key: value for key, value in benchmark_defaults().items() if key not in chosen}
     config = config_of("Pop", dataset, replace(options, overrides={**defaults, **options.overrides}))
     print(frozen_candidates(config, path))

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 
 import pytest
 
-from recbole_mllm.benchmark.field import resolve
-from recbole_mllm.benchmark.tuning import TRIALS, read_journal, search, space_of, trials
+from recbole_mllm.benchmark.search import TRIALS, read_journal, search, space_of, trials
+from recbole_mllm.benchmark.variants import resolve
 from recbole_mllm.errors import UserError
 from recbole_mllm.quick_start import make_config
 from recbole_mllm.resources import named
@@ -69,7 +68,7 @@ def test_a_killed_search_goes_on_where_it_was_and_ends_alike(tmp_path):
     journal.write_text(journal.read_text() + '{"settings": {"rate": 0.1, "si')  # a line it was writing
     lines: list[str] = []
     resumed = search(drawn, score, True, lines.append, journal)
-    assert asked == drawn[2:] and sum("kept from before" in line for line in lines) == 2
+    assert asked == drawn[2:] and sum("from before" in line for line in lines) == 2
     straight = search(drawn, score, True, str)
     told = [
         [{k: v for k, v in one.items() if k != "seconds"} for one in found["trials"]] for found in (resumed, straight)
@@ -101,7 +100,6 @@ def demo(tmp_path_factory):
 
 @pytest.mark.parametrize("model", sorted(set(named("tuning")) - {"default"}))
 def test_each_choice_is_a_setting_its_model_reads(model, demo, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["pytest"])
     monkeypatch.chdir(tmp_path)
     config = make_config(model, "demo", [], {"data_path": str(demo), **resolve(model).defaults})
     for key, choices in space_of(model).items():

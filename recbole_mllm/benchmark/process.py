@@ -37,19 +37,17 @@ class Stopped(Exception):
 def claim(folder: Path, stop: threading.Event, waiting: Callable[[str], None]) -> Iterator[int]:
     """Hold the run's folder for one process; yield the lock's descriptor, for the child to hold it too.
 
-    A child that outlives a killed benchmark keeps the lock, so a restart waits for that run instead of doing it twice
-    in the same files.
+    A child that outlives a killed benchmark holds the lock, so a restart waits for that run instead of doing it twice
+    in the same files; `waiting` is called once then, with the number of the process.
     """
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-    told = False
     try:
-        while not _locked(descriptor):
-            if not told:
-                waiting(os.pread(descriptor, 32, 0).decode().strip() or "unknown")
-                told = True
-            if stop.wait(POLL_S):
-                raise Stopped
+        if not _locked(descriptor):
+            waiting(os.pread(descriptor, 32, 0).decode().strip() or "unknown")
+            while not _locked(descriptor):
+                if stop.wait(POLL_S):
+                    raise Stopped
         yield descriptor
     finally:
         os.close(descriptor)
@@ -65,18 +63,23 @@ def run_child(
     environment: Mapping[str, str] | None = None,
     log: str = LOG,
 ) -> int:
-    """Run `command` to its end with its output in the file `log`; return its exit code, negative for a signal.
+    """Run `command` in `folder` to its end, with its output in the file `log`; return its exit code.
 
-    Its environment is ours without what a launcher has put there, unless another one is given.
+    The code is negative for a signal. It runs in `folder` because RecBole writes ``log/`` where it stands. Its
+    environment is ours without what a launcher has put there, unless another one is given.
+
+    Raises:
+        Stopped: `stop` was set; the child, and all it has started, is ended then, as with whatever `tick` raises.
     """
     output_path = folder / log
-    root = str(Path(__file__).resolve().parents[2])  # the package must be found from any working directory
-    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    given = environment_alone(os.environ) if environment is None else environment
+    root = Path(__file__).resolve().parents[2]  # the package must be found from any working directory
+    paths = [str(root), *(os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path)]
+    given = without_launcher(os.environ) if environment is None else environment
     started = time.monotonic()
     with output_path.open("wb") as output:
         child = subprocess.Popen(
             list(command),
+            cwd=folder,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -92,19 +95,19 @@ def run_child(
                 return child.wait(timeout=POLL_S)
             if stop.is_set():
                 raise Stopped
-            tick(time.monotonic() - started, last_line(output_path))
+            tick(time.monotonic() - started, next(reversed(_lines(output_path)), ""))
     finally:
-        _end(child)
+        for number in (signal.SIGTERM, signal.SIGKILL):  # first politely
+            if child.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child.pid, number)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(timeout=GRACE_S)
 
 
-def environment_alone(given: Mapping[str, str]) -> dict[str, str]:
-    """Return `given` without what a launcher has put there."""
+def without_launcher(given: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment `given` without what a launcher has put there."""
     return {name: value for name, value in given.items() if name not in PLACE and not name.startswith(_LAUNCHERS)}
-
-
-def last_line(log: Path) -> str:
-    """Return the newest line of a log that says something of the run, as a terminal would show it."""
-    return next(reversed(_lines(log)), "")
 
 
 def failure(log: Path, code: int) -> str:
@@ -122,6 +125,7 @@ def failure(log: Path, code: int) -> str:
 
 
 def _lines(log: Path, tail: int = 1 << 16) -> list[str]:
+    """Return the last lines of a log that say something of the run, as a terminal would show them."""
     if not log.exists():
         return []
     with log.open("rb") as file:
@@ -136,14 +140,3 @@ def _locked(descriptor: int) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def _end(child: subprocess.Popen[bytes]) -> None:
-    """End the child, if it still runs, and everything in its session: first politely."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        if child.poll() is not None:
-            break
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(timeout=GRACE_S)

@@ -23,7 +23,7 @@ from recbole_mllm.errors import UserError
 from recbole_mllm.resources import resource
 from recbole_mllm.yamlfile import read_mapping
 
-Settings = dict[str, Any]
+Choice = dict[str, Any]
 
 TRIALS = "trials.jsonl"
 """What a search has finished, in the run's folder."""
@@ -42,42 +42,45 @@ def space_of(model: str, fixed: Container[str] = ()) -> dict[str, list[Any]]:
     return {str(key): list(choices) for key, choices in found.items() if key not in fixed}
 
 
-def trials(space: Mapping[str, list[Any]], budget: int, seed: int, default: Mapping[str, Any]) -> list[Settings]:
-    """Return `budget` distinct settings, the default (nothing changed) first; fewer where there are no more."""
+def trials(space: Mapping[str, list[Any]], budget: int, seed: int, default: Mapping[str, Any]) -> list[Choice]:
+    """Return `budget` distinct choices, the default (nothing changed) first; fewer where there are no more."""
     every = [dict(zip(space, values, strict=True)) for values in itertools.product(*space.values())]
     others = [one for one in every if any(default[key] != value for key, value in one.items())]
     return [{}, *random.Random(seed).sample(others, min(budget - 1, len(others)))]
 
 
 def search(
-    settings: list[Settings],
-    score: Callable[[Settings], float],
+    choices: list[Choice],
+    score: Callable[[Choice], float],
     bigger: bool,
     tell: Callable[[str], None] = print,
     journal: Path | None = None,
     measure: str = "validation",
 ) -> dict[str, Any]:
-    """Try each of `settings`; return what was tried, with which validation score, and what won (the first of equals).
+    """Try each of `choices`; return what was tried, with which validation score, and what won (the first of equals).
 
     A trial that fails has spent its part of the budget, and the reason stands in its place, without folders of this
-    machine. What `journal` says was tried is not tried again, so a search that was killed goes on where it was.
+    machine. What `journal` has as tried is not tried again, so a search that was killed resumes where it was.
 
     Raises:
         UserError: A setting cannot be run at all.
         RuntimeError: Every trial failed.
     """
-    known = {_key(entry["settings"]): entry for entry in read_journal(journal)}
+    known = {json.dumps(entry["settings"], sort_keys=True): entry for entry in read_journal(journal)}
     tried = []
-    for number, chosen in enumerate(settings, start=1):
-        entry = known.get(_key(chosen))
-        kept = " (kept from before)" if entry else ""
+    for number, choice in enumerate(choices, start=1):
+        entry = known.get(json.dumps(choice, sort_keys=True))
+        before = " (from before)" if entry else ""
         if entry is None:
-            entry = _tried(chosen, score)
+            entry = _tried(choice, score)
             if journal is not None and ranks.is_main():
-                _note(journal, entry)
+                with journal.open("a", encoding="utf-8") as file:
+                    file.write(f"\n{json.dumps(entry)}\n")  # the newline in front ends a line that was torn
+                    file.flush()
+                    os.fsync(file.fileno())
         tried.append(entry)
         said = entry.get("error") if entry["valid"] is None else f"{measure} {entry['valid']}"
-        tell(f"trial {number}/{len(settings)} {chosen or 'defaults'}: {said}{kept}")
+        tell(f"trial {number}/{len(choices)} {choice or 'defaults'}: {said}{before}")
     done = [entry for entry in tried if entry["valid"] is not None]
     if not done:
         raise RuntimeError(f"all {len(tried)} trials failed, the first with {tried[0]['error']}")
@@ -85,11 +88,11 @@ def search(
     return {"trials": tried, "chosen": best["settings"], "seconds": sum(entry["seconds"] for entry in tried)}
 
 
-def _tried(chosen: Settings, score: Callable[[Settings], float]) -> dict[str, Any]:
-    entry: dict[str, Any] = {"settings": chosen, "valid": None}
+def _tried(choice: Choice, score: Callable[[Choice], float]) -> dict[str, Any]:
+    entry: dict[str, Any] = {"settings": choice, "valid": None}
     started = time.perf_counter()
     try:
-        entry["valid"] = float(score(chosen))
+        entry["valid"] = float(score(choice))
     except UserError:
         raise
     except Exception as error:  # whatever RecBole or torch raises for settings that do not go together
@@ -106,15 +109,3 @@ def read_journal(path: Path | None) -> list[dict[str, Any]]:
         with suppress(ValueError):
             entries.append(json.loads(line))
     return [entry for entry in entries if isinstance(entry, dict) and {"settings", "valid", "seconds"} <= entry.keys()]
-
-
-def _note(journal: Path, entry: Mapping[str, Any]) -> None:
-    """Add a finished trial for good; the newline in front ends what a killed search may have begun."""
-    with journal.open("a", encoding="utf-8") as file:
-        file.write(f"\n{json.dumps(entry)}\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _key(settings: Settings) -> str:
-    return json.dumps(settings, sort_keys=True)
