@@ -275,7 +275,7 @@ def count_training(collector: ModuleType) -> None:
 
 def score_by_pair(module: ModuleType) -> None:
     """Give ``Random`` scores that belong to the pair; RecBole's change with the batch (random.py:38-45)."""
-    importlib.import_module("recbole_mllm.model.random").score_by_pair(module.Random)
+    importlib.import_module("recbole_mllm.model.random_model").score_by_pair(module.Random)
 
 
 def check_users(case_study: ModuleType) -> None:
