@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -80,7 +81,7 @@ class Body:
         if not self.frozen_vision:
             return [self._encode(image) for image in images]
         with torch.no_grad():
-            return [self._features.get(image.key, lambda image=image: self._encode(image)) for image in images]
+            return [self._features.get(image.key, partial(self._encode, image)) for image in images]
 
     def forget_features(self) -> bool:
         """Drop the cached features, as memory is short; return whether there were any."""

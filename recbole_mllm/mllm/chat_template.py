@@ -18,7 +18,7 @@ _DAY = datetime(2024, 7, 26)  # the day that Llama 3's template names where it c
 _NOW = re.compile(r"""\bstrftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 
-class Turns:
+class ChatTemplate:
     """Writes conversations for one model; without a chat template, bare text.
 
     Args:

@@ -16,7 +16,7 @@ from torch import Tensor
 from recbole_mllm.common.prompts import IMAGE, Prompt
 from recbole_mllm.data.images import image_digest, open_image
 from recbole_mllm.errors import UserError
-from recbole_mllm.mllm.chat_template import Turns
+from recbole_mllm.mllm.chat_template import ChatTemplate
 from recbole_mllm.mllm.families import Architecture
 from recbole_mllm.mllm.loading import REFUSALS
 from recbole_mllm.mllm.memory import ByteCache
@@ -66,7 +66,7 @@ class Encoded:
 
 @dataclass(slots=True)
 class Encoder:
-    """Turns prompts into `Encoded` for one model; images are preprocessed once each.
+    """ChatTemplate prompts into `Encoded` for one model; images are preprocessed once each.
 
     A prompt has at most `max_text_tokens` tokens of text, and with its images' tokens and the answer's at most
     `positions`, which the model has. `truncated` counts the prompts whose texts were shortened.
@@ -80,13 +80,13 @@ class Encoder:
     truncated: int = 0
     _images: ByteCache[ImageInput] = field(init=False)
     _plain: PlainText = field(init=False)
-    turns: Turns = field(init=False)
+    turns: ChatTemplate = field(init=False)
 
     def __post_init__(self) -> None:
         self._images = ByteCache(lambda: IMAGE_BYTES, image_bytes)
         self._plain = PlainText(self.tokenizer)
         behind = self.architecture.bos_behind_image
-        self.turns = Turns(self.tokenizer, self.processor, self.image_token, bos_behind_image=behind)
+        self.turns = ChatTemplate(self.tokenizer, self.processor, self.image_token, bos_behind_image=behind)
 
     @property
     def image_token(self) -> str:

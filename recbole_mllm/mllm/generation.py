@@ -364,34 +364,18 @@ def _stacked(old: Tensor, new: Tensor, axis: int) -> Tensor:
 _PENALTY = "repetition_penalty"
 # Fields that change greedy text one token at a time, each with the values that do nothing
 _FOLLOWED: dict[str, tuple[Any, ...]] = {
-    _PENALTY: (1,),
-    "no_repeat_ngram_size": (0,),
-    "encoder_repetition_penalty": (1,),
-    "encoder_no_repeat_ngram_size": (0,),
-    "bad_words_ids": ([],),
-    "sequence_bias": ([], {}),
-    "min_length": (0,),
-    "min_new_tokens": (0,),
-    "forced_bos_token_id": (),
-    "forced_eos_token_id": (),
-    "exponential_decay_length_penalty": (),
-    "suppress_tokens": ([],),
-    "begin_suppress_tokens": ([],),
+    **dict.fromkeys((_PENALTY, "encoder_repetition_penalty"), (1,)),
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_length", "min_new_tokens"), (0,)),
+    **dict.fromkeys(("bad_words_ids", "sequence_bias", "suppress_tokens", "begin_suppress_tokens"), ([], {})),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty"), ()),
     "remove_invalid_values": (False,),
 }
 # Fields for another way of decoding altogether, which is not followed
 _IGNORED: dict[str, tuple[Any, ...]] = {
-    "num_beams": (1,),
-    "num_beam_groups": (1,),
-    "guidance_scale": (1,),
-    "penalty_alpha": (0,),
-    "dola_layers": (),
-    "constraints": ([],),
-    "force_words_ids": ([],),
-    "stop_strings": ([], ""),
-    "max_time": (),
-    "token_healing": (False,),
-    "watermarking_config": (),
+    **dict.fromkeys(("num_beams", "num_beam_groups", "guidance_scale"), (1,)),
+    **dict.fromkeys(("penalty_alpha", "token_healing"), (0,)),
+    **dict.fromkeys(("constraints", "force_words_ids", "stop_strings"), ([], "")),
+    **dict.fromkeys(("dola_layers", "max_time", "watermarking_config"), ()),
 }
 
 

@@ -131,7 +131,7 @@ def micro_batches(body: Body, examples: Sequence[Encoded], size: int | None, *, 
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class SharedPrefix:
     """Rows, by their places in the batch, whose first `shared` tokens are the same input; 0: nothing is shared."""
 
     rows: tuple[int, ...]
@@ -148,18 +148,18 @@ def can_share(body: Body) -> bool:
     return own.known and own.shares_prefix and not getattr(body.head_model, "is_activation_checkpointing", False)
 
 
-def groups(body: Body, rows: Sequence[Encoded], *, share: bool = True) -> list[Group]:
+def groups(body: Body, rows: Sequence[Encoded], *, share: bool = True) -> list[SharedPrefix]:
     """Partition `rows` such that shared prefixes save most; what shares nothing is one last group."""
-    found: list[Group] = []
+    found: list[SharedPrefix] = []
     if share and can_share(body):
         keys = [input_key(body, row) for row in rows]
         _, found = _best(keys, sorted(range(len(rows)), key=keys.__getitem__), 0)
     together = {i for group in found for i in group.rows}
     alone = tuple(i for i in range(len(rows)) if i not in together)
-    return [*found, *([Group(alone, 0)] if alone else [])]
+    return [*found, *([SharedPrefix(alone, 0)] if alone else [])]
 
 
-def _best(keys: Sequence[tuple[int, ...]], rows: Sequence[int], start: int) -> tuple[int, list[Group]]:
+def _best(keys: Sequence[tuple[int, ...]], rows: Sequence[int], start: int) -> tuple[int, list[SharedPrefix]]:
     """Return the tokens saved, and how, among `rows` (sorted by key) that have their first `start` in common.
 
     Either all of them share what all have in common, or those that continue alike share more among themselves.
@@ -170,11 +170,11 @@ def _best(keys: Sequence[tuple[int, ...]], rows: Sequence[int], start: int) -> t
     # each row keeps a token of its own, as something must be computed for it
     shared = min(common, min(len(keys[i]) for i in rows) - 1)
     gain = shared * (len(rows) - 1)
-    below, found = 0, list[Group]()
+    below, found = 0, list[SharedPrefix]()
     parts = split_by_next(keys, rows, common)
     for part in parts if len(parts) > 1 else ():
         saved, deeper = _best(keys, part, common)
         below, found = below + saved, found + deeper
     if gain > below and gain >= _LEAST_GAIN:
-        return gain, [Group(tuple(rows), shared)]
+        return gain, [SharedPrefix(tuple(rows), shared)]
     return below, found

@@ -13,7 +13,7 @@ from recbole_mllm.mllm.encode import Encoded
 from recbole_mllm.mllm.forward import Body
 from recbole_mllm.mllm.scoring import _LEAST_GAIN, Trie
 from recbole_mllm.mllm.sft import micro_batches
-from recbole_mllm.mllm.sharing import Group, groups
+from recbole_mllm.mllm.sharing import groups
 
 
 class Pass(NamedTuple):
@@ -62,9 +62,8 @@ def training_passes(body: Body, examples: Sequence[Encoded], size: int | None, *
     out = []
     for part in micro_batches(body, examples, size, share=share):
         rows = [examples[i] for i in part]
-        planned = groups(body, rows) if share else [Group(tuple(range(len(rows))), 0)]
         passes = []
-        for group in planned:
+        for group in groups(body, rows, share=share):
             own = [rows[i] for i in group.rows]
             if group.shared:
                 passes.append(_pass(body, own[:1], 0, [group.shared]))

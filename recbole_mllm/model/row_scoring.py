@@ -1,18 +1,12 @@
 """Rows of a recommender, (history, position, item) by number: the question each asks, its cost, who scores it.
 
 Several processes share the rows such that each reads about as many tokens as another. What a row costs follows from
-lengths: nothing is tokenised, and few images are preprocessed for it. These numbers decide who does what, never the
-scores.
+lengths, nothing is tokenised for it: these numbers decide who does what, never the scores.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
-from pathlib import Path
-from typing import Any
-
-from PIL import Image
 
 from recbole_mllm import ranks
 from recbole_mllm.common.prompts import Prompt, Style, recommend_prompt
@@ -25,8 +19,7 @@ from recbole_mllm.shares import cut
 
 _AHEAD = 1024  # prompts encoded at a time when a whole split is scored
 _PER_TOKEN = 4  # characters, about, in the languages that tokenisers were made for
-_MOST_SIZES = 32  # image sizes whose tokens are counted; the rest take the mean
-_IMAGE = 512  # tokens of an image where one number must do for all
+IMAGE_TOKENS = 512  # of an image that a server's model reads
 
 Row = tuple[int, int, int]
 Scores = dict[Row, float]
@@ -58,51 +51,23 @@ def item_major(row: Row) -> Row:
     return row[2], row[0], row[1]
 
 
-def row_costs(
-    rows: Sequence[Row], prompts: Iterable[Prompt], image_tokens: Callable[[Path], int], *, item_first: bool
-) -> Costs:
+def row_costs(rows: Sequence[Row], prompts: Iterable[Prompt], image_tokens: int, *, item_first: bool) -> Costs:
     """Return each row's key, the tokens that rows of its key share, and its own, as `shares.cut` takes them.
 
     Args:
         rows: In item-major order.
         prompts: The question of each.
-        image_tokens: How many tokens an image takes.
+        image_tokens: How many tokens an image takes, one number for all.
         item_first: Whether the item stands first in the question, so that an item's rows share what is said of it.
     """
     keys, shared, own = list[int](), list[int](), list[int]()
     for place, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
         begin, rest = prompt.begin_and_rest()
-        head = len(begin) // _PER_TOKEN + sum(map(image_tokens, prompt.images))
-        tail = len(rest) // _PER_TOKEN
+        head, tail = len(begin) // _PER_TOKEN + image_tokens * len(prompt.images), len(rest) // _PER_TOKEN
         keys.append(row[2] if item_first else place)
         shared.append(head if item_first else 0)
-        own.append(1 + (tail if item_first else tail + head))
+        own.append(1 + tail if item_first else 1 + tail + head)
     return keys, shared, own
-
-
-def any_image(_: Path) -> int:
-    """Return one number for the tokens of any image, on which all processes agree."""
-    return _IMAGE
-
-
-def image_counter(encoder: Any) -> Callable[[Path], int]:
-    """Return what tells the tokens of an image by its size; without an `encoder` (a server's model), `any_image`."""
-    if encoder is None:
-        return any_image
-    tokens: dict[tuple[int, int], int] = {}
-
-    @cache
-    def count(path: Path) -> int:
-        try:
-            with Image.open(path) as image:  # reads the header alone
-                size = image.width, image.height
-        except OSError:
-            return _IMAGE
-        if size not in tokens and len(tokens) < _MOST_SIZES:
-            tokens[size] = len(encoder.image(path).ids)
-        return tokens.get(size) or sum(tokens.values()) // len(tokens)
-
-    return count
 
 
 def training_share(rows: Sequence[Row], costs: Callable[[Sequence[Row]], Costs]) -> list[int]:

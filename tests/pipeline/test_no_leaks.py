@@ -7,9 +7,9 @@ import yaml
 from planted_writers import Planted
 
 from recbole_mllm.cli import main
+from recbole_mllm.common.prompts import Style
 from recbole_mllm.data.texts import Items
-from recbole_mllm.mllm.base import Decoding
-from recbole_mllm.prompts import Style
+from recbole_mllm.mllm.interface import Decoding
 from recbole_mllm.quick_start import make_config
 from recbole_mllm.resources import PROPERTIES
 from recbole_mllm.settings import Settings

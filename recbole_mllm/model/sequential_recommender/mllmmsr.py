@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,12 +29,11 @@ from recbole_mllm.mllm.lora import load_trained_state, save_trained, trained_sta
 from recbole_mllm.mllm.loss import example_loss, micro_batches
 from recbole_mllm.mllm.served import ServedScorer
 from recbole_mllm.model.row_scoring import (
+    IMAGE_TOKENS,
     Costs,
     Row,
     Scores,
-    any_image,
     deals_by_item,
-    image_counter,
     item_major,
     question,
     row_costs,
@@ -84,12 +83,10 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
         self.backbone = getattr(self.mllm, "model", None)  # none where a server has it
         # of the last full ranking, which hands scores alone to RecBole: the items asked about, and their log-odds
         self.answered: tuple[Any, Any] | None = None
-        self._encoded: dict[tuple[Row, float], Encoded] = {}  # the training batch at hand
         self._ahead: Scores = {}
         self._cache = KeptScores(Path(config["data_path"]), self.settings.ranking)
         self._in_shares = False  # whether all processes now ask for the same scores at the same time
         self._elsewhere = [0, 0]  # tokens read and cached scores found by other processes
-        self._image_tokens = image_counter(getattr(self.mllm, "encoder", None))
 
     def _load_mllm(self, seed: int) -> HFModel | ServedScorer:
         """Return what scores: a model in this process, ready to be trained, or one behind servers."""
@@ -140,26 +137,18 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
 
     def micro_batches(self, interaction: Interaction) -> list[list[int]]:
         """Return which rows of a batch one backward pass holds together: `calculate_loss` then takes each part."""
-        examples = self._examples(interaction)
-        self._encoded = dict(zip(self._keys(interaction), examples, strict=True))
         size = self.settings.train.micro_batch_size
-        return micro_batches(self.mllm.body, examples, size, share=self._computes_shared)
-
-    def _keys(self, interaction: Interaction) -> list[tuple[Row, float]]:
-        return list(zip(self.rows_of(interaction), interaction[self.label_field].tolist(), strict=True))
+        return micro_batches(self.mllm.body, self._examples(interaction), size, share=self._computes_shared)
 
     def _examples(self, interaction: Interaction) -> list[Encoded]:
-        """Return the question of each row with its right answer; those of the batch at hand are encoded already."""
-        keys = self._keys(interaction)
-        if all(key in self._encoded for key in keys):
-            return [self._encoded[key] for key in keys]
-        prompts = self.prompts_of(row for row, _ in keys)
+        """Return the question of each row with its right answer."""
+        prompts = self.prompts_of(self.rows_of(interaction))
         examples: list[Encoded] = self.mllm.examples(prompts, interaction[self.label_field], self.answers)
         return examples
 
     def training_share(self, interaction: Interaction) -> list[int]:
         """Return the places of a batch's rows that this process trains on."""
-        return training_share(self.rows_of(interaction), partial(self._costs, image_tokens=any_image))
+        return training_share(self.rows_of(interaction), self._costs)
 
     @property
     def shares_prefix(self) -> bool:
@@ -236,16 +225,23 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
         """Return the log-odds of rows in item-major order, shared out among the processes within `evaluating`."""
         if not self._in_shares or not ranks.is_launched():
             return score_in_chunks(ordered, self._scores_here, progress, len(ordered))
-        costs = partial(self._costs, image_tokens=self._image_tokens)
         scores, elsewhere = score_in_shares(
-            ordered, costs, self._scores_here, lambda: (self.mllm.tokens_read, self._cache.reused), progress
+            ordered, self._costs, self._scores_here, lambda: (self.mllm.tokens_read, self._cache.reused), progress
         )
         self._elsewhere = [a + b for a, b in zip(self._elsewhere, elsewhere, strict=True)]
         return scores
 
-    def _costs(self, rows: Sequence[Row], *, image_tokens: Any) -> Costs:
+    def _costs(self, rows: Sequence[Row]) -> Costs:
         item_first = self.settings.recommend.prompt_order == "item-first"
-        return row_costs(rows, map(self._prompt_of, rows), image_tokens, item_first=item_first)
+        return row_costs(rows, map(self._prompt_of, rows), self._image_tokens, item_first=item_first)
+
+    @cached_property
+    def _image_tokens(self) -> int:
+        """The tokens of the first item's image, which stands for all, so that every process finds the same number."""
+        first = next(iter(self.items.images.values()), None)
+        encoder = getattr(self.mllm, "encoder", None)  # none where a server has the model
+        reads = encoder is not None and first is not None and self.settings.recommend.use_image
+        return len(encoder.image(first).ids) if reads else IMAGE_TOKENS
 
     def _scores_here(self, rows: Sequence[Row]) -> Scores:
         """Return the log-odds of `rows`, those cached by earlier evaluations where that is allowed."""
@@ -277,7 +273,7 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
 
     def forget(self) -> None:
         """Drop the scores made ahead; they hold for one state of the adapter."""
-        self._ahead, self._encoded = {}, {}
+        self._ahead = {}
         self._cache.forget_state()
 
     def _state(self) -> str:
