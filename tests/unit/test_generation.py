@@ -23,7 +23,7 @@ COLORS = ("red", "green", "blue")
 LONG = Decoding(24)
 
 
-@pytest.fixture(scope="module", params=["llama", "llava", "llava_next"])
+@pytest.fixture(scope="module", params=["llama", "llava_next"])
 def model(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     for n, color in enumerate(COLORS):

@@ -260,38 +260,32 @@ def small_memory(mllm, monkeypatch):
     return limit
 
 
-@pytest.mark.parametrize("least_gain", [1, 10**6], ids=["shared", "flat"])
-def test_scores_are_the_same_in_little_memory(mllm, prompts, small_memory, monkeypatch, least_gain):
+CPU_FULL = "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: tried 9 bytes."
+
+
+@pytest.mark.parametrize(("least_gain", "error"), [(1, None), (10**6, None), (1, RuntimeError(CPU_FULL))])
+def test_scores_are_the_same_in_little_memory(mllm, prompts, small_memory, monkeypatch, least_gain, error):
     monkeypatch.setattr(scoring, "_LEAST_GAIN", least_gain)
     answers = mllm.answers(STYLE)
     expected = mllm.yes_scores(prompts, answers)
-    tried = small_memory(300)
+    tried = small_memory(300, error)
     assert torch.allclose(mllm.yes_scores(prompts, answers), expected, atol=1e-5)
     failed = [size for size in tried if size > 300]
     assert failed and failed == sorted(failed, reverse=True)
     tried.clear()
     assert torch.allclose(mllm.yes_scores(prompts, answers), expected, atol=1e-5)
-    assert all(size <= 300 for size in tried)  # what was learnt is kept
+    assert all(size <= 300 for size in tried)  # what was learnt stays
 
 
-def test_memory_of_the_cpu_counts_too(mllm, prompts, small_memory):
-    message = "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: tried 9 bytes."
-    small_memory(300, RuntimeError(message))
-    assert len(mllm.yes_scores(prompts, mllm.answers(STYLE))) == len(prompts)
-
-
-def test_one_prompt_too_large_is_named(mllm, prompts, small_memory):
+def test_one_prompt_too_large_is_named_and_another_error_is_not_swallowed(mllm, prompts, small_memory):
     answers = mllm.answers(STYLE)
     small_memory(130)
     long = recommend_prompt(STYLE, "likes one thing " * 40, "a particular mug", None)
     with pytest.raises(UserError, match="out of memory with one prompt alone: .*a particular mug.*tokens"):
         mllm.yes_scores([*prompts, long], answers)
-
-
-def test_another_error_is_not_swallowed(mllm, prompts, small_memory):
     small_memory(0, RuntimeError("expected scalar type Float"))
     with pytest.raises(RuntimeError, match="expected scalar type"):
-        mllm.yes_scores(prompts, mllm.answers(STYLE))
+        mllm.yes_scores(prompts, answers)
 
 
 def test_what_can_be_released_is_released_before_one_row_is_given_up():
