@@ -126,14 +126,14 @@ def test_a_special_letter_is_no_special_token_in_a_title_and_one_in_the_template
 
 
 FILMS = [f"f{n}" for n in range(60)]
-TITLES = Items({film: f"A film of some name, part {film} (1994)" for film in FILMS}, {})
+FILM_ITEMS = Items({film: f"A film of some name, part {film} (1994)" for film in FILMS}, {})
 SHOWN = dict.fromkeys(FILMS, "A drama in a small town, with a dog.")
 
 
 def asked(**changes):
     """Return the first prompt about a user who has seen all films, as the summaries' stage asks it."""
     settings = replace(SETTINGS.summary, **changes)
-    return next(openings(STYLE, TITLES, SHOWN, Plan({"u": FILMS}, {"u": {len(FILMS)}}), settings, {}))
+    return next(openings(STYLE, FILM_ITEMS, SHOWN, Plan({"u": FILMS}, {"u": {len(FILMS)}}), settings, {}))
 
 
 @pytest.fixture(scope="module")
