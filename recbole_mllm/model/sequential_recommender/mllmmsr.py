@@ -238,10 +238,11 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
     @cached_property
     def _image_tokens(self) -> int:
         """The tokens of the first item's image, which stands for all, so that every process finds the same number."""
+        encoder: Any = getattr(self.mllm, "encoder", None)  # none where a server has the model
         first = next(iter(self.items.images.values()), None)
-        encoder = getattr(self.mllm, "encoder", None)  # none where a server has the model
-        reads = encoder is not None and first is not None and self.settings.recommend.use_image
-        return len(encoder.image(first).ids) if reads else IMAGE_TOKENS
+        if encoder is None or first is None or not self.settings.recommend.use_image:
+            return IMAGE_TOKENS
+        return len(encoder.image(first).ids)
 
     def _scores_here(self, rows: Sequence[Row]) -> Scores:
         """Return the log-odds of `rows`, those cached by earlier evaluations where that is allowed."""
