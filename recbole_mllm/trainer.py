@@ -113,7 +113,6 @@ class MLLMMSRTrainer(ResumableTrainer):
             self.optimizer.zero_grad()
             self._unsummed = 0.0
             seed_this_process(self.config["seed"], self.place.epoch, number)
-        self.model.begin_batch(self.config["seed"], self.place.epoch, number)
         rows = sum(train_data.rows_in(n) for n in range(first, min(first + group, batches)))
         self._unsummed += self._backward(interaction, rows)
         if number + 1 in (first + group, batches):
@@ -131,21 +130,21 @@ class MLLMMSRTrainer(ResumableTrainer):
         Returns:
             The share's part of the batch's mean loss.
         """
-        mine = self.model.team.training_share(self.model.rows_of(interaction))
-        examples = self.model.examples_of(interaction if len(mine) == len(interaction) else interaction[mine])
+        mine = self.model.training_share(interaction)
+        share = interaction if len(mine) == len(interaction) else interaction[mine]
         self.precision.scaler.scale(torch.zeros((), device=self.device))  # it must know its scale at every step
         total = 0.0
-        parts = self.model.micro_batches(examples) if mine else []
-        for part, value in self.halving(parts, lambda part: self._add(examples, part, rows)):
+        parts = self.model.micro_batches(share) if mine else []
+        for part, value in self.halving(parts, lambda part: self._add(share[list(part)], rows)):
             if not math.isfinite(value):
                 self._stop(f"the training loss is {value}", interaction, [mine[i] for i in part])
             total += value * len(part) / len(interaction)
         return total
 
-    def _add(self, examples: Sequence[Any], part: Sequence[int], rows: int) -> float:
+    def _add(self, part: Interaction, rows: int) -> float:
         """Add the gradients of one micro-batch as its part of `rows` rows; return its mean loss."""
         with self.precision.autocast():
-            loss = self.model.loss_of([examples[i] for i in part])
+            loss = self.model.calculate_loss(part)
         if math.isfinite(value := float(loss.detach())):
             add_gradients(self.precision.scaler.scale(loss * (len(part) / rows)), self._trained())
         return value
@@ -197,21 +196,17 @@ class MLLMMSRTrainer(ResumableTrainer):
         if load_best_model:
             self.load(Path(model_file or self.saved_model_file))
         self.model.eval()
-        self.model.forget()
-        self.model.team.together = True
-        self.model.keep_scores(not (self._validates and self.model.is_trained))  # a finished state's, not an epoch's
-        try:
+        finished = not (self._validates and self.model.is_trained)  # not an epoch's state
+        with (
+            self.model.evaluating(cached=finished),
             # only a fully tuned model is kept in more precision than it computes in
-            with self.precision.autocast(enabled=self.model.settings.lora.finetune == "full"):
-                self._score_ahead(eval_data)
-                rank = partial(super().evaluate, eval_data, load_best_model=False, show_progress=show_progress)
-                if self._validates and self.retrieval and self.model.settings.ranking.fusion == "auto":
-                    return best_share(self.model.reranker, rank, self.valid_metric, self.valid_metric_bigger)
-                return rank()
-        finally:
-            self.model.team.together = False
-            self.model.keep_scores(False)
-            self.model.forget()
+            self.precision.autocast(enabled=self.model.settings.lora.finetune == "full"),
+        ):
+            self._score_ahead(eval_data)
+            rank = partial(super().evaluate, eval_data, load_best_model=False, show_progress=show_progress)
+            if self._validates and self.retrieval and self.model.settings.ranking.fusion == "auto":
+                return best_share(self.model.reranker, rank, self.valid_metric, self.valid_metric_bigger)
+            return rank()
 
     @torch.no_grad()
     def _score_ahead(self, eval_data: Any) -> None:

@@ -430,6 +430,16 @@ def tell_missing_gpus(config: Any) -> None:
         tell_once(f"gpu_id {','.join(ids)}: torch sees {seen} of these GPUs here")
 
 
+@contextmanager
+def _no_arguments() -> Iterator[None]:
+    """Hide ``sys.argv``, which RecBole's Config would let win over everything (configurator.py:165-193)."""
+    words, sys.argv = sys.argv, sys.argv[:1]
+    try:
+        yield
+    finally:
+        sys.argv = words
+
+
 def _config(parts: dict[str, Any], keys: dict[str, Any]) -> Any:
     """Return the Config, with the ``train_neg_sample_args: null`` that RecBole demands where the loss is cross-entropy.
 

@@ -267,12 +267,12 @@ def test_a_mistake_is_told_once(world, tmp_path):
 NAN = """
 import os, sys
 from recbole_mllm.model.sequential_recommender.mllmmsr import MLLMMSR
-stock = MLLMMSR.loss_of
+stock = MLLMMSR.calculate_loss
 seen = []
-def loss_of(self, examples):
+def calculate_loss(self, examples):
     seen.append(len(examples))
     return stock(self, examples) * (float("nan") if os.environ["RANK"] == "1" and len(seen) == 3 else 1.0)
-MLLMMSR.loss_of = loss_of
+MLLMMSR.calculate_loss = calculate_loss
 from recbole_mllm.cli import main
 sys.exit(main())
 """

@@ -113,6 +113,6 @@ def test_another_error_is_not_taken_for_it(trained, monkeypatch):
     def broken(_):
         raise RuntimeError("expected scalar type Half but found Float")
 
-    monkeypatch.setattr(trainer.model, "loss_of", broken)
+    monkeypatch.setattr(trainer.model, "calculate_loss", broken)
     with pytest.raises(RuntimeError, match="expected scalar type"):
         train()

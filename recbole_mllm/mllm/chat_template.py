@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from functools import cached_property
 from typing import Any
@@ -13,12 +13,12 @@ from jinja2 import TemplateError
 
 from recbole_mllm.errors import UserError
 
-_PROBE, _WORD = "A question?", "Yes"
+_QUESTION, _ANSWER = "A question?", "Yes"
 _DAY = datetime(2024, 7, 26)  # the day that Llama 3's template names where it cannot know today's
 _NOW = re.compile(r"""\bstrftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 
-class Turns:
+class ChatTemplate:
     """Writes conversations for one model; without a chat template, bare text.
 
     Args:
@@ -33,27 +33,25 @@ class Turns:
         self.owner = tokenizer if processor is None else processor
         self.sees = processor is not None
 
-    @property
-    def templated(self) -> bool:
-        """Whether there is a chat template."""
-        return bool(self.template)
-
     @cached_property
     def template(self) -> Any:
-        """The chat template, if any; one that names today's date (Llama 3.2) names one day for ever.
+        """The chat template, if any; one that names today's date (Llama 3.2) always names the same day.
 
-        A prompt is then the same tomorrow, and so is what is scored.
+        A prompt is then the same tomorrow, and so is its score.
         """
         own = getattr(self.owner, "chat_template", None)
         return _NOW.sub(lambda found: json.dumps(_DAY.strftime(found[2])), own) if isinstance(own, str) else own
 
     def render(self, texts: Sequence[str], answer: str = "") -> str:
-        """Return a question made of `texts` with an image between each two, ready for its answer, or with it."""
-        if not self.templated:
+        """Return a question of `texts` with an image between each two, with the generation prompt or the answer."""
+        if not self.template:
             return self._bare(texts, answer)
-        turn = [{"role": "user", "content": self._content(texts, self._in_parts)}]
-        rendered = self._chat(turn, add_generation_prompt=True) + self.lead
-        return rendered + self._reply(turn, rendered, answer) if answer else rendered
+        turn = self._turn("user", texts)
+        rendered = self._chat([turn], add_generation_prompt=True) + self.lead
+        if not answer:
+            return rendered
+        whole = self._chat([turn, self._turn("assistant", [answer])])  # with the answer's end tag
+        return whole if whole.startswith(rendered) else rendered + answer + str(self.tokenizer.eos_token or "")
 
     @cached_property
     def lead(self) -> str:
@@ -61,12 +59,12 @@ class Turns:
 
         An empty thought (Qwen3), a channel's name (gpt-oss), or the assistant's own header: none is part of the answer.
         """
-        if not self.templated:
+        if not self.template:
             return ""
-        turn = [{"role": "user", "content": self._content([_PROBE], self._in_parts)}]
-        asked = self._chat(turn, add_generation_prompt=True)
-        told = self._chat([*turn, self._said(_WORD)])
-        found = told[len(asked) :].partition(_WORD)[0] if told.startswith(asked) else ""
+        turn = self._turn("user", [_QUESTION])
+        prompt = self._chat([turn], add_generation_prompt=True)
+        whole = self._chat([turn, self._turn("assistant", [_ANSWER])])
+        found = whole[len(prompt) :].partition(_ANSWER)[0] if whole.startswith(prompt) else ""
         return found.rstrip(" ") if found.strip() else ""  # a space belongs to the word behind it
 
     @cached_property
@@ -76,23 +74,22 @@ class Turns:
         Raises:
             UserError: It writes neither.
         """
-        shown = list(self._tried())
+        texts, shown, errors = ["", _QUESTION] if self.sees else [_QUESTION], dict[bool, str](), list[UserError]()
+        for in_parts in (self.sees, not self.sees):  # the usual form first
+            try:
+                shown[in_parts] = self._chat([{"role": "user", "content": self._content(texts, in_parts)}])
+            except UserError as error:
+                errors.append(error)
+        if not shown:
+            raise errors[0]
         for wanted in (True, False) if self.sees else (False,):  # one that shows an image, if there is any
-            for in_parts, text in shown:
-                if _PROBE in text and "'type'" not in text and (not wanted or self.image_token in text):
+            for in_parts, text in shown.items():
+                if _QUESTION in text and "'type'" not in text and (not wanted or self.image_token in text):
                     return in_parts
         raise UserError("the model's chat template does not write the text of a question; mend or remove it")
 
-    def _tried(self) -> Iterator[tuple[bool, str]]:
-        """Yield what the template makes of a question in both forms, the usual one first."""
-        texts, failed = ["", _PROBE] if self.sees else [_PROBE], list[UserError]()
-        for in_parts in (self.sees, not self.sees):
-            try:
-                yield in_parts, self._chat([{"role": "user", "content": self._content(texts, in_parts)}])
-            except UserError as error:
-                failed.append(error)
-        if len(failed) > 1:
-            raise failed[0]
+    def _turn(self, role: str, texts: Sequence[str]) -> dict[str, Any]:
+        return {"role": role, "content": self._content(texts, self._in_parts)}
 
     def _content(self, texts: Sequence[str], in_parts: bool) -> Any:
         if not in_parts:
@@ -102,27 +99,18 @@ class Turns:
             content += [{"type": "image"}, *([{"type": "text", "text": text}] if text else [])]
         return content
 
-    def _said(self, answer: str) -> dict[str, Any]:
-        return {"role": "assistant", "content": self._content([answer], self._in_parts)}
-
     def _chat(self, turns: list[dict[str, Any]], **options: Any) -> str:
-        """Return `turns` as the template writes them; a model that can think first is told not to.
+        """Return `turns` as the template writes them; thinking is switched off where the template can.
 
         Raises:
             UserError: The template is broken, or refuses them.
         """
-        told: dict[str, Any] = {"enable_thinking": False} if "enable_thinking" in str(self.template) else {}
-        if self.template != self.owner.chat_template:
-            told["chat_template"] = self.template
+        options |= {"enable_thinking": False} if "enable_thinking" in str(self.template) else {}
+        options |= {"chat_template": self.template} if self.template != self.owner.chat_template else {}
         try:
-            return str(self.owner.apply_chat_template(turns, tokenize=False, **told, **options))
+            return str(self.owner.apply_chat_template(turns, tokenize=False, **options))
         except (TemplateError, TypeError) as error:
             raise UserError(f"the model's chat template fails: {error}; mend or remove it") from error
-
-    def _reply(self, turn: list[dict[str, Any]], rendered: str, answer: str) -> str:
-        """Return what the template writes for the assistant's `answer`, with its end tag."""
-        whole = self._chat([*turn, self._said(answer)])
-        return whole[len(rendered) :] if whole.startswith(rendered) else answer + str(self.tokenizer.eos_token or "")
 
     def _bare(self, texts: Sequence[str], answer: str) -> str:
         end = self.tokenizer.eos_token or ""

@@ -1,4 +1,4 @@
-"""A family this project has no row for is checked once; what disagrees with its plain forward pass is not used."""
+"""Scoring: unknown families are checked once, prefixes are shared, and out of memory lowers the batch."""
 
 import copy
 import logging
@@ -27,11 +27,13 @@ from transformers import (
     RecurrentGemmaForCausalLM,
 )
 
-from recbole_mllm.mllm import architectures, scoring
-from recbole_mllm.mllm.base import Decoding, answers_of
+from recbole_mllm.common.prompts import Prompt, recommend_prompt
+from recbole_mllm.errors import UserError
+from recbole_mllm.mllm import families, scoring
 from recbole_mllm.mllm.hf import HFModel
-from recbole_mllm.mllm.tuning import tune
-from recbole_mllm.prompts import Prompt, recommend_prompt
+from recbole_mllm.mllm.interface import Decoding, answers_of
+from recbole_mllm.mllm.lora import tune
+from recbole_mllm.mllm.memory import Budget, in_batches
 
 SMALL = {"vocab_size": 389, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 HEADS = {"head_dim": 16}
@@ -160,7 +162,7 @@ def test_an_unknown_family_is_trained_by_its_own_likelihood(unknown, whole):
 def test_a_prefix_lm_nobody_told_of_is_caught(tmp_path, monkeypatch, caplog):
     """PaliGemma without its row in the table."""
     monkeypatch.setattr(scoring, "_LEAST_GAIN", 1)
-    monkeypatch.delitem(architectures._FAMILIES, "paligemma")
+    monkeypatch.delitem(families._FAMILIES, "paligemma")
     Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
     model = HFModel(str(tiny_models.paligemma(tmp_path / "model")), SETTINGS.mllm, CPU)
     prompts = [recommend_prompt(STYLE, f"likes {w}", "a mug", tmp_path / "red.png") for w in ("cats", "small dogs")]
@@ -174,7 +176,7 @@ def test_a_prefix_lm_nobody_told_of_is_caught(tmp_path, monkeypatch, caplog):
 def test_what_holds_without_an_image_is_checked_again_with_one(tmp_path, monkeypatch):
     """Gemma3 without its row in the table: text is read in one direction, an image in both."""
     monkeypatch.setattr(scoring, "_LEAST_GAIN", 1)
-    monkeypatch.delitem(architectures._FAMILIES, "gemma3")
+    monkeypatch.delitem(families._FAMILIES, "gemma3")
     Image.effect_noise((40, 30), 60).convert("RGB").save(tmp_path / "red.png")
     config = tiny_models.gemma3(tmp_path / "model") / "config.json"
     config.write_text(config.read_text().replace('"final_logit_softcapping": 0.5', '"final_logit_softcapping": null'))
@@ -201,3 +203,119 @@ def test_the_check_is_made_once_and_a_known_family_needs_none(tmp_path, monkeypa
     for _ in range(3):
         model.yes_scores(PROMPTS, model.answers(STYLE))
     assert made == ["check"]
+
+
+def test_items_are_shared_behind_a_prefix_too_short_to_share(tmp_path, monkeypatch):
+    """Prompts of several images have the template's first words in common: too few, but what follows is worth it."""
+    folder, colours = tmp_path, ("red", "blue", "green")
+    for width, colour in enumerate(colours, start=30):
+        Image.new("RGB", (width, 40), colour).save(folder / f"{colour}.png")
+    mllm = HFModel(str(tiny_models.llava_next(folder / "model")), SETTINGS.mllm, CPU)
+    calls, vision = [], mllm.body.head_model.model.get_image_features
+    monkeypatch.setattr(mllm.body.head_model.model, "get_image_features", lambda **kw: calls.append(1) or vision(**kw))
+    shown = [(user, colour) for user in ("cats", "dogs", "cars") for colour in colours]
+    prompts = [recommend_prompt(STYLE, f"likes {user}", "the mug", folder / f"{colour}.png") for user, colour in shown]
+    encoded = mllm.encode(prompts)
+    start = encoded[0].ids.index(mllm.body.image_token_id)
+    image = len(encoded[0].images[0].ids)
+    monkeypatch.setattr(scoring, "_LEAST_GAIN", len(prompts) * start + 1)
+    assert 2 * image > scoring._LEAST_GAIN
+    read, stock = [], mllm.body.hidden
+    spy = lambda rows, first, stops, cache: (  # noqa: E731
+        read.append(sum(stop - first for stop in stops)) or stock(rows, first, stops, cache)
+    )
+    monkeypatch.setattr(mllm.body, "hidden", spy)
+    mllm.yes_scores(prompts, mllm.answers(STYLE))
+    assert len(calls) == len(colours)  # an image is seen once, however many prompts show it
+    assert sum(read) <= sum(len(e.ids) for e in encoded) - 6 * image  # each of three images read once, not three times
+
+
+@pytest.fixture
+def mllm(tmp_path):
+    return HFModel(str(tiny_models.llama(tmp_path)), SETTINGS.mllm, CPU)
+
+
+@pytest.fixture
+def prompts():
+    likes = [f"likes {letter} {'very ' * n}big cats" for n, letter in enumerate("abcdefghijklmnopqrstuvwx")]
+    return [recommend_prompt(STYLE, preference, "a mug", None) for preference in likes]
+
+
+@pytest.fixture
+def small_memory(mllm, monkeypatch):
+    """Let the model itself fail, as an accelerator would, when a call holds more than so many tokens in its cache."""
+
+    def limit(tokens, error=None):
+        tried, stock = [], mllm.model.model.forward
+
+        def forward(*args, attention_mask, **kwargs):
+            tried.append(attention_mask.numel())
+            if attention_mask.numel() > tokens:
+                raise error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+            return stock(*args, attention_mask=attention_mask, **kwargs)
+
+        monkeypatch.setattr(mllm.model.model, "forward", forward)
+        return tried
+
+    return limit
+
+
+CPU_FULL = "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: tried 9 bytes."
+
+
+@pytest.mark.parametrize(("least_gain", "error"), [(1, None), (10**6, None), (1, RuntimeError(CPU_FULL))])
+def test_scores_are_the_same_in_little_memory(mllm, prompts, small_memory, monkeypatch, least_gain, error):
+    monkeypatch.setattr(scoring, "_LEAST_GAIN", least_gain)
+    answers = mllm.answers(STYLE)
+    expected = mllm.yes_scores(prompts, answers)
+    tried = small_memory(300, error)
+    assert torch.allclose(mllm.yes_scores(prompts, answers), expected, atol=1e-5)
+    failed = [size for size in tried if size > 300]
+    assert failed and failed == sorted(failed, reverse=True)
+    tried.clear()
+    assert torch.allclose(mllm.yes_scores(prompts, answers), expected, atol=1e-5)
+    assert all(size <= 300 for size in tried)  # what was learnt stays
+
+
+def test_one_prompt_too_large_is_named_and_another_error_is_not_swallowed(mllm, prompts, small_memory):
+    answers = mllm.answers(STYLE)
+    small_memory(130)
+    long = recommend_prompt(STYLE, "likes one thing " * 40, "a particular mug", None)
+    with pytest.raises(UserError, match="out of memory with one prompt alone: .*a particular mug.*tokens"):
+        mllm.yes_scores([*prompts, long], answers)
+    small_memory(0, RuntimeError("expected scalar type Float"))
+    with pytest.raises(RuntimeError, match="expected scalar type"):
+        mllm.yes_scores(prompts, answers)
+
+
+def test_what_can_be_released_is_released_before_one_row_is_given_up():
+    kept = [1]
+
+    def run(batch):
+        if kept:
+            raise torch.OutOfMemoryError("out")
+        return sum(batch)
+
+    budget = Budget(8, lambda: bool(kept) and not kept.clear())
+    assert [out for _, out in in_batches([5], run, len, budget, str)] == [5]
+
+
+def test_what_is_made_anew_at_each_try_is_no_way_out():
+    def run(_):
+        raise torch.OutOfMemoryError("out")
+
+    with pytest.raises(UserError, match="one prompt alone"):
+        list(in_batches([5], run, len, Budget(8, lambda: True), str))
+
+
+def test_rows_come_once_each_and_in_order():
+    def run(batch):
+        if len(batch) > 3:
+            raise torch.OutOfMemoryError("out")
+        return len(batch)
+
+    budget = Budget(100)
+    batches = [list(batch) for batch, _ in in_batches(range(20), run, len, budget, str)]
+    assert sum(batches, []) == list(range(20))
+    assert budget.size == 2 and max(map(len, batches)) == 2
+    assert list(in_batches([], run, len, budget, str)) == []

@@ -12,12 +12,11 @@ from stock_forward import CPU, SETTINGS, STYLE
 from tiny_models import gguf_file
 from transformers import ProcessorMixin
 
+from recbole_mllm.common.prompts import recommend_prompt
 from recbole_mllm.errors import UserError
-from recbole_mllm.mllm import sources
+from recbole_mllm.mllm import loading
 from recbole_mllm.mllm.hf import HFModel
-from recbole_mllm.mllm.processors import NoVideos, load_processor
-from recbole_mllm.mllm.sources import identity_of
-from recbole_mllm.prompts import recommend_prompt
+from recbole_mllm.mllm.loading import NoVideos, identity_of, load_processor
 
 PROMPTS = [recommend_prompt(STYLE, f"likes {what}", "a mug", None) for what in ("cats", "</s> dogs", "red [INST] cars")]
 
@@ -46,24 +45,26 @@ def test_a_gguf_file_scores_as_the_folder_it_was_made_from_and_is_read_in_silenc
     assert torch.allclose(_scores(file.parent), own, atol=1e-5)
 
 
-def test_a_gguf_file_is_named_by_its_bytes(file, tmp_path):
-    copy = tmp_path / file.name
-    shutil.copy(file, copy)
-    assert identity_of(str(copy), None) == identity_of(str(file), None)
-    with copy.open("ab") as more:
-        more.write(b"x")
-    assert identity_of(str(copy), None) != identity_of(str(file), None)
+def test_weights_are_named_by_their_bytes_not_by_their_place(llama, file, tmp_path):
+    for source, inside in ((llama, "config.json"), (file, "")):
+        copy = tmp_path / source.name
+        shutil.copytree(source, copy) if inside else shutil.copy(source, copy)
+        assert identity_of(str(copy), None) == identity_of(str(source), None)
+        with (copy / inside if inside else copy).open("ab") as more:
+            more.write(b"x")
+        assert identity_of(str(copy), None) != identity_of(str(source), None)
 
 
 def test_what_is_wrong_with_a_gguf_is_one_line(file, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="is not there"):
-        HFModel(str(tmp_path / "absent.gguf"), SETTINGS.mllm, CPU)
+    for name, message in (("absent.gguf", "is not there"), ("absent", "cannot be loaded")):
+        with pytest.raises(UserError, match=message):
+            HFModel(str(tmp_path / name), SETTINGS.mllm, CPU)
     for name in ("a.gguf", "b.gguf"):
         shutil.copy(file, tmp_path / name)
     with pytest.raises(UserError, match="holds 2 .gguf files"):
         HFModel(str(tmp_path), SETTINGS.mllm, CPU)
     find = importlib.util.find_spec
-    monkeypatch.setattr(sources, "find_spec", lambda name: None if name == "gguf" else find(name))
+    monkeypatch.setattr(loading, "find_spec", lambda name: None if name == "gguf" else find(name))
     with pytest.raises(UserError, match=r"pip install 'recbole-mllm\[gguf\]'"):
         HFModel(str(file), SETTINGS.mllm, CPU)
 
