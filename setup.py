@@ -65,7 +65,6 @@ setup(
     extras_require={
         "test": [
             "bitsandbytes>=0.46",
-            "deepspeed>=0.19",
             "gguf",
             "hypothesis",
             "import-linter",
@@ -78,7 +77,6 @@ setup(
             "sentencepiece",
             "transformers[serving]",
         ],
-        "deepspeed": ["deepspeed>=0.19"],
         "gguf": ["gguf>=0.10"],
         "server": ["openai>=1.98"],
         "report": ["plotly>=4.0.0"],

@@ -22,7 +22,10 @@ from recbole_mllm.resources import PROPERTIES
 from recbole_mllm.settings import known_keys
 from recbole_mllm.yamlfile import line_of, read_mapping
 
-WITHDRAWN: dict[str, str] = {}
+WITHDRAWN: dict[str, str] = {
+    "score_cache": "scores are cached for as long as an evaluation runs, so that a killed one resumes",
+    "score_cache_mb": "scores are cached for as long as an evaluation runs, so that a killed one resumes",
+}
 """Keys of earlier versions, with why they have no effect: old files and records that hold one are read, with one warning."""
 
 # Fields of RecBole's command line, and what its Config keeps beside what it is given

@@ -1,6 +1,6 @@
 """Splits each family among the processes of a launcher, and compares its scores and gradients with the whole model's.
 
-``torchrun --nproc_per_node N tests/split_over_ranks.py OUT.json [FAMILY …]``; Accelerate's variables say what with.
+``torchrun --nproc_per_node N tests/split_over_distributed.py OUT.json [FAMILY …]``, with FSDP asked for.
 Each process takes another number of prompts, so that some make passes without any of their own.
 """
 
@@ -19,7 +19,7 @@ from launched_runs import held_here
 from PIL import Image
 from stock_forward import CPU, SETTINGS, STYLE
 
-from recbole_mllm import ranks
+from recbole_mllm.common import distributed
 from recbole_mllm.mllm import scoring
 from recbole_mllm.mllm.base import Answer, Batch, Decoding
 from recbole_mllm.mllm.hf import HFModel
@@ -29,7 +29,7 @@ from recbole_mllm.prompts import Prompt, recommend_prompt
 
 FAMILIES = {build.__name__: build for build in (*tiny_models.FAMILIES, *tiny_models.PAIRS, *tiny_models.TEXT_FAMILIES)}
 LABELS = torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0])
-LORA = replace(SETTINGS.lora, finetune="lora", lora_dropout=0.1)
+LORA = replace(SETTINGS.lora, finetune="lora", lora_dropout=0.0)
 
 
 def made(folder: Path, *, split: bool, dtype: str = "float32") -> HFModel:
@@ -51,7 +51,7 @@ def asked(mllm: HFModel, picture: Path) -> list[Prompt]:
     likes = ("likes cats", "likes a very long list of dogs")
     every = [recommend_prompt(STYLE, like, title, image) for like in likes for title in ("the red mug", "socks")]
     every.append(recommend_prompt(STYLE, likes[0], "a hat", None))
-    return every[: max(0, 5 - 2 * ranks.rank())]
+    return every[: max(0, 5 - 2 * distributed.process_index())]
 
 
 def scores(mllm: HFModel, prompts: list[Prompt]) -> torch.Tensor:
@@ -75,7 +75,7 @@ def written(mllm: HFModel, prompts: list[Prompt]) -> list[Answer]:
     """Return what the model writes behind each prompt, of lengths of their own, two at a time."""
     mllm.slots, learns = 2, mllm.model.training
     mllm.model.eval()
-    work = Batch(prompts, Decoding(6 + 2 * ranks.rank()))
+    work = Batch(prompts, Decoding(6 + 2 * distributed.process_index()))
     mllm.write(work)
     mllm.model.train(learns)
     return [work.answers[place] for place in range(len(prompts))]
@@ -98,18 +98,18 @@ def compared(folder: Path, picture: Path) -> dict[str, Any]:
         if prompts:
             wanted, found = scores(whole, prompts), scores(split, prompts)
             told["scores"] = max(told["scores"], float((wanted - found).abs().max()))
-        ranks.arrive()
+        distributed.arrive()
         told["written"] += [written(whole, prompts) == (by_parts := written(split, prompts))]
         told["tokens"] = sum(answer.new_tokens for answer in by_parts)
-        ranks.arrive()
+        distributed.arrive()
         one, many = gradients(whole, prompts), gradients(split, prompts)
-        ranks.arrive()
+        distributed.arrive()
         told["gradients"] = max(told["gradients"], apart(one, many))
         told["moved"] = max(0.0, *(float(g.abs().max()) for n, g in one.items() if n != "loss")) if prompts else 1.0
     split.checkpoint_gradients()
     split.model.train()  # layers are computed again in training alone
     told["recomputed"] = apart(one, gradients(split, prompts))
-    ranks.arrive()
+    distributed.arrive()
     told["held"] = sum(held_here(p) for p in split.model.parameters())
     told["whole"] = sum(p.numel() for p in whole.model.parameters())
     return told | {"half": half(folder, prompts)}
@@ -119,7 +119,7 @@ def half(folder: Path, prompts: list[Prompt]) -> float:
     """Return how far scores are apart in bfloat16, where both compute the same numbers in the same order."""
     whole, split = made(folder, split=False, dtype="bfloat16"), made(folder, split=True, dtype="bfloat16")
     found = float((scores(whole, prompts) - scores(split, prompts)).abs().max()) if prompts else 0.0
-    ranks.arrive()
+    distributed.arrive()
     return found
 
 
@@ -131,7 +131,7 @@ if __name__ == "__main__":
         Image.new("RGB", (40, 30), "red").save(picture)
         folders = {name: FAMILIES[name](Path(scratch) / name) for name in names}  # later, process 0 alone would save
         told = {name: compared(folder, picture) for name, folder in folders.items()}
-    every = ranks.gather_objects(told)
-    if ranks.is_main():
+    every = distributed.gather_objects(told)
+    if distributed.is_main():
         out.write_text(json.dumps(every))
-    ranks.stop()
+    distributed.stop()

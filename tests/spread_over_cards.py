@@ -69,7 +69,7 @@ def loaded(folder: Path, places: tuple[str, str] | None) -> HFModel:
 def gradients(folder: Path, prompts: Any, places: tuple[str, str] | None, finetune: str) -> dict[str, torch.Tensor]:
     """Return the loss and the gradients of a batch, prefixes shared and not."""
     made = loaded(folder, places)
-    made.replace_model(tune(made.model, replace(SETTINGS.lora, finetune=finetune, lora_dropout=0.1), 1))  # type: ignore[arg-type]
+    made.replace_model(tune(made.model, replace(SETTINGS.lora, finetune=finetune, lora_dropout=0.0), 1))  # type: ignore[arg-type]
     made.model.train()
     examples, out = made.examples(prompts, LABELS, made.answers(STYLE)), {}
     for share in (False, True):

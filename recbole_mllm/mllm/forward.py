@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from itertools import chain
 from typing import Any
 
@@ -16,7 +16,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from recbole_mllm.mllm.architectures import architecture_of, language_part
 from recbole_mllm.mllm.batching import Budget
 from recbole_mllm.mllm.dispatching import computes_on, input_device, present
-from recbole_mllm.mllm.dropout import Masks
 from recbole_mllm.mllm.encode import Encoded, ImageInput, pad
 from recbole_mllm.mllm.head import Head
 
@@ -42,7 +41,6 @@ class Body:
         self.device = input_device(self.head_model)
         self.head = Head(self.head_model)
         self.architecture = architecture_of(self.head_model)
-        self.masks: Masks | None = getattr(model, "dropout_masks", None)
         self.way: Any = None  # how prompts are scored, found at first use (see check)
         self.way_sees = False  # whether it was found by prompts with images
         self.in_flight: dict[bool, bool] = {}  # whether answers are written in flight, with images or without (same)
@@ -101,8 +99,7 @@ class Body:
         }
 
     def _encode(self, image: ImageInput) -> BaseModelOutputWithPooling:
-        known = self.masks.over_image(image.key) if self.masks else nullcontext()
-        with known, present(self.inner):  # a parameter of its own, which a new line of tiles is told by (LLaVA-NeXT)
+        with present(self.inner):  # a parameter of its own, which a new line of tiles is told by (LLaVA-NeXT)
             out = self.inner.get_image_features(**self.pixels([image]), return_dict=True)
         kept = BaseModelOutputWithPooling(pooler_output=out.pooler_output)
         if (deep := getattr(out, "deepstack_features", None)) is not None:
@@ -161,22 +158,15 @@ class Body:
         images = [image for row, sees in zip(rows, seen, strict=True) if sees for image in row.images]
         extra: dict[str, Any] = {"mm_encoder_outputs": self.image_outputs(images)} if images else {}
         extra |= self._token_types(rows, ids, start, bool(images))
-        with self.in_hand(rows, start, stops):
-            out = self.inner(
-                input_ids=ids.to(self.device),
-                attention_mask=mask.to(self.device),
-                position_ids=position_ids.to(self.device),
-                past_key_values=cache,
-                use_cache=cache is not None,
-                **extra,
-            )
+        out = self.inner(
+            input_ids=ids.to(self.device),
+            attention_mask=mask.to(self.device),
+            position_ids=position_ids.to(self.device),
+            past_key_values=cache,
+            use_cache=cache is not None,
+            **extra,
+        )
         return torch.as_tensor(out.last_hidden_state)
-
-    def in_hand(self, rows: Sequence[Encoded], start: int, stops: Sequence[int]) -> AbstractContextManager[None]:
-        """Let dropout know within that tokens ``[start, stop)`` of each row are in hand, right-padded."""
-        if self.masks is None or not self.model.training:
-            return nullcontext()
-        return self.masks.over_text(rows, start, stops, self.image_token_id)
 
     def step(self, ids: Sequence[int], positions: Sequence[int], mask: Tensor, cache: DynamicCache) -> Tensor:
         """Run one further token of each row behind `cache`, which grows by it.

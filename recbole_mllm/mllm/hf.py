@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import weakref
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -64,8 +63,7 @@ class HFModel:
 
     def split(self) -> None:
         """Split the model's layers among the processes that share its work; all of them must do so."""
-        # called when this object goes, as what splits the layers may hold them whoever else does
-        weakref.finalize(self, splitting.split(self.model, self.device).let_go).atexit = False
+        splitting.split(self.model, self.device)
         self.body = Body(self.model, split=True)
 
     def checkpoint_gradients(self) -> None:
@@ -73,9 +71,7 @@ class HFModel:
 
         The non-reentrant kind needs no input that requires gradients, so frozen embeddings do not cut it off.
         """
-        same = {"context_fn": self.body.masks.once_more} if self.body.masks else {}  # the masks of dropout
-        kwargs = {"use_reentrant": False, **same}
-        self.body.head_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+        self.body.head_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def answers(self, style: Style) -> AnswerTokens:
         """Return the tokens of the style's Yes and No as they follow a prompt."""

@@ -12,7 +12,6 @@ from transformers.pytorch_utils import Conv1D
 
 from recbole_mllm.errors import UserError
 from recbole_mllm.mllm.architectures import language_part
-from recbole_mllm.mllm.dropout import key_dropout
 from recbole_mllm.settings import LoraSettings
 
 _NEVER = ("lm_head", "projector", "connector", "merger", "embed")
@@ -64,7 +63,6 @@ def adapt(model: nn.Module, settings: LoraSettings, seed: int) -> Any:
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    adapted.dropout_masks = key_dropout(adapted)
     return adapted
 
 

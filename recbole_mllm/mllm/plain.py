@@ -34,8 +34,7 @@ def plain_inputs(body: Body, prompt: Encoded) -> dict[str, Tensor]:
 
 def whole_logits(body: Body, prompt: Encoded) -> Tensor:
     """Return ``[T, V]`` float32 logits of `prompt` by the model's own forward pass; gradients flow."""
-    with body.in_hand([prompt], 0, [len(prompt.ids)]):
-        return torch.as_tensor(body.head_model(**plain_inputs(body, prompt)).logits[0]).float()
+    return torch.as_tensor(body.head_model(**plain_inputs(body, prompt)).logits[0]).float()
 
 
 def plain_logits(body: Body, prompt: Encoded, tokens: Sequence[int]) -> Tensor:

@@ -27,7 +27,7 @@ def check_finetune(settings: LoraSettings, device: torch.device) -> None:
 
     Raises:
         UserError: ``finetune: qlora`` without bitsandbytes, or on a device it has nothing for; or something that
-            FSDP or DeepSpeed cannot split here.
+            FSDP cannot split here.
     """
     if (how := splitting.wanted()) and settings.finetune in ("full", "qlora"):
         raise UserError(f"finetune: {settings.finetune} cannot be split by {how} here; set finetune: lora")

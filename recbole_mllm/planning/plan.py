@@ -133,9 +133,9 @@ def _sharing(counted: Counted, name: str) -> dict[str, float]:
 
 def _disk(p: Prepared, models: Models, counted: Counted) -> dict[str, float]:
     items, users, test = counted.summaries.items, counted.summaries.users, counted.counts["test"]
-    who, ranking = p.stage.who, p.settings.ranking
+    who = p.stage.who
     kept = test.prompts + (counted.counts["valid"].prompts if not p.is_trained else 0)
-    kept = kept if ranking.score_cache and models.blueprint("test") is not None else 0
+    kept = kept if models.blueprint("test") is not None else 0
     kinds = [
         ("item", who.item_identity, items.answers, items.count.prompts),
         ("user", who.user_identity, users.answers, users.count.prompts),
@@ -145,7 +145,7 @@ def _disk(p: Prepared, models: Models, counted: Counted) -> dict[str, float]:
         "isum": table_bytes(ISUM_TYPES, items.rows, items.row_bytes),
         "usum": table_bytes(USUM_TYPES, users.rows, users.row_bytes),
         "checkpoints": checkpoint_bytes(models.trained, newest=bool(p.settings.train.checkpoint_every_steps)),
-        "score_cache": score_cache_bytes(kept, ranking.score_cache_mb),
+        "score_cache": score_cache_bytes(kept),
     }
 
 

@@ -21,20 +21,20 @@ from recbole_mllm.data.schema import HISTORY_NUMBER, POSITION
 from recbole_mllm.data.training import check_negatives
 from recbole_mllm.endpoints import is_server, parse_endpoint
 from recbole_mllm.errors import UserError
-from recbole_mllm.mllm import dispatching, splitting, zero3
+from recbole_mllm.mllm import dispatching, splitting
 from recbole_mllm.mllm.encode import Encoded
 from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.mllm.served import ServedScorer
 from recbole_mllm.mllm.sft import example_loss, micro_batches
 from recbole_mllm.mllm.tuning import check_finetune, load_trained_state, save_trained, trained_state, tune
 from recbole_mllm.model.questions import deals_by_item, question, shares_in_training
+from recbole_mllm.model.score_cache import ScoreCache, state_digest
 from recbole_mllm.model.stages import load_style, make_stage
 from recbole_mllm.model.team import Team
 from recbole_mllm.progress import Progress
 from recbole_mllm.prompts import Prompt
 from recbole_mllm.retrieval.reranker import Reranker
 from recbole_mllm.retrieval.shortlist import Shortlist
-from recbole_mllm.scorecache import KeptScores, state_digest
 from recbole_mllm.settings import Settings
 from recbole_mllm.summaries.prepare import make_preferences
 from recbole_mllm.summaries.users import Plan
@@ -82,14 +82,13 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
         self.team = Team(self)
         self.answered: tuple[Any, Any] | None = None  # the last full ranking's items asked about, and the log-odds
         self._ahead: dict[Row, float] = {}
-        self._kept = KeptScores(Path(config["data_path"]), self.settings.ranking)
+        self._kept = ScoreCache(Path(config["checkpoint_dir"]))
 
     def _made_mllm(self, seed: int) -> HFModel | ServedScorer:
         """Return what scores: a model in this process, ready to be trained, or one behind servers."""
         settings, lora = self.settings, self.settings.lora
         if is_server(settings.mllm.mllm):
             return ServedScorer(parse_endpoint(settings.mllm.mllm, "mllm"), settings.server)
-        splitting.tell_of_the_unsplit()
         split, four_bit = splitting.wanted() is not None, lora.finetune == "qlora"
         mllm = HFModel(settings.mllm.mllm, settings.mllm, self.device, four_bit=four_bit, to_split=split)
         mllm.replace_model(tune(mllm.model, lora, seed))
@@ -115,11 +114,6 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
     def calculate_loss(self, interaction: Interaction) -> Tensor:
         """Return the mean next-token loss of the right answers (paper, eq. 2, or over the answer alone)."""
         return self.loss_of(self.examples_of(interaction))
-
-    def begin_batch(self, *place: int) -> None:
-        """Take the LoRA dropout of the batch at `place` (seed, epoch, number) from here on."""
-        if self.mllm.body.masks:
-            self.mllm.body.masks.begin(*place)
 
     def examples_of(self, interaction: Interaction) -> list[Encoded]:
         """Return the question of each row with its right answer."""
@@ -228,6 +222,10 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
         # a server's weights may change behind its model's name
         self._kept.use(wanted and self.backbone is not None)
 
+    def remove_kept_scores(self) -> None:
+        """Remove the scores kept of an evaluation that is done."""
+        self._kept.remove()
+
     @property
     def scores_reused(self) -> int:
         """How many scores came from earlier evaluations."""
@@ -263,7 +261,7 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
     def __str__(self) -> str:
         """Name the model and what is trained, not every layer of an LLM."""
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
-        every = sum(map(zero3.whole_numel, self.parameters()))
+        every = sum(p.numel() for p in self.parameters())
         return f"MLLMMSR({self.mllm.identity})\nTrainable parameters: {trained} of {every}"
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
