@@ -1,6 +1,2 @@
-# SHIM * -> recbole_mllm.common.distributed
-import sys
-
-from recbole_mllm.common.distributed import *  # noqa: F403
-
-sys.modules[__name__] = sys.modules["recbole_mllm.common.distributed"]
+# SHIM wants_cpu -> recbole_mllm.common.distributed
+from recbole_mllm.common.distributed import wants_cpu as wants_cpu

@@ -26,19 +26,11 @@ def check_placement(
         if value is not None and not device_map:
             raise UserError(f"{key} is only read under device_map; set device_map: auto, or leave {key} out")
     for place, size in (max_memory or {}).items():
-        if not (_is_place(place) and _is_size(size)):
+        # a GPU's number may come as text: JSON, which run records are written in, knows no other keys
+        known = not isinstance(place, bool) and (place == "cpu" or str(place).isdecimal())
+        readable = _SIZE.fullmatch(size) if isinstance(size, str) else not isinstance(size, bool) and size >= 0
+        if not (known and readable):
             raise UserError(
                 f"max_memory says {place!r}: {size!r}; give each GPU's number, or cpu, its room, for example "
                 "{0: 20GiB, cpu: 60GiB}"
             )
-
-
-def _is_place(place: object) -> bool:
-    # a number may come as text: JSON, which run records are kept in, knows no other keys
-    return not isinstance(place, bool) and (place == "cpu" or str(place).isdecimal())
-
-
-def _is_size(size: object) -> bool:
-    if isinstance(size, int) and not isinstance(size, bool):
-        return size >= 0
-    return isinstance(size, str) and _SIZE.fullmatch(size) is not None

@@ -87,23 +87,14 @@ def _number(name: str, default: int | None = None) -> int:
     return int(text)
 
 
+def wants(what: str) -> bool:
+    """Return whether Accelerate's launcher asks for `what`: ``CPU`` (leave GPUs alone), ``FSDP`` or ``DEEPSPEED``."""
+    return os.environ.get(f"ACCELERATE_USE_{what}", "").lower() in ("1", "true", "yes")
+
+
 def wants_cpu() -> bool:
-    """Return whether Accelerate's launcher wants GPUs to be left alone."""
-    return _says_yes("ACCELERATE_USE_CPU")
-
-
-def wants_fsdp() -> bool:
-    """Return whether Accelerate's launcher asks for FSDP."""
-    return _says_yes("ACCELERATE_USE_FSDP")
-
-
-def wants_deepspeed() -> bool:
-    """Return whether Accelerate's launcher asks for DeepSpeed, at any stage."""
-    return _says_yes("ACCELERATE_USE_DEEPSPEED")
-
-
-def _says_yes(name: str) -> bool:
-    return os.environ.get(name, "").lower() in ("1", "true", "yes")
+    """Return whether GPUs are to be left alone."""
+    return wants("CPU")
 
 
 # -- the store and the group -------------------------------------------------------------------------------------------
@@ -305,40 +296,28 @@ def lost_another(error: Exception) -> LostProcess | None:
     return LostProcess(_LOST_WORDS) if isinstance(error, _dist().DistError) or "gloo/" in str(error) else None
 
 
-def report_failure(code: int) -> bool:
-    """Tell the other processes that this one ends with `code`; return whether it is the first: it alone speaks."""
-    if not is_launched():
-        return True
-    if _is_early():
-        return is_main()
+def _fail(code: int) -> tuple[bool, int]:
+    """Tell the other processes that this one ends with `code`.
+
+    Returns:
+        Whether it is the first to fail, which alone speaks; and the exit code to leave with, that of the first one.
+    """
+    if not _has_tried() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return is_main(), code  # nobody may be there to connect to yet: what fails so early fails in all alike
     try:
-        first: bool = _store().add(f"{_FAILED}/count", 1) == 1
-        if first:
+        if _store().add(f"{_FAILED}/count", 1) == 1:
             _store().set(_FAILED, str(code))
-        return first
-    except NeverMet:
-        return True
-    except RuntimeError:  # its host has ended, and has spoken
-        return is_main()
-
-
-def _failure_code(own: int) -> int:
-    """Return the exit code of the process that failed first, as far as it can be told; `own` is this one's."""
-    if _is_early():
-        return own
-    try:
+            return True, code
         for _ in range(20):
             if _store().check([_FAILED]):
-                return int(_store().get(_FAILED))
+                return False, int(_store().get(_FAILED))
             time.sleep(0.05)
-    except (RuntimeError, NeverMet):
-        pass
-    return LOST
-
-
-def _is_early() -> bool:
-    """Return whether nobody may be there to connect to yet: what fails so early fails in all processes alike."""
-    return not _has_tried() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    except NeverMet:
+        return True, code
+    except RuntimeError:  # the store's host has ended, and has spoken
+        if is_main():
+            return True, code
+    return False, LOST
 
 
 def exit_code(run: Callable[[list[str]], int], words: Sequence[str]) -> int:
@@ -357,12 +336,16 @@ def exit_code(run: Callable[[list[str]], int], words: Sequence[str]) -> int:
             stop()
             return code
         except KeyboardInterrupt:
-            return end(1, "recbole-mllm: stopped; what was finished is kept")
+            code, line = 1, "recbole-mllm: stopped; what was finished is kept"
         except Exception as error:
             lost = lost_another(error)
             said = (1, str(lost)) if lost else in_a_line(error)
             code, line = said or (1, "")
-            return end(code, traceback.format_exc() if debug or not said else line and f"recbole-mllm: {line}")
+            line = traceback.format_exc() if debug or not said else line and f"recbole-mllm: {line}"
+        first, code = _fail(code)
+        if first:
+            print(line.rstrip(), end="\n" * bool(line), file=sys.stderr, flush=True)
+        return _abandon(code)
 
 
 def child_code(run: Callable[[], int]) -> int:
@@ -381,16 +364,7 @@ def child_code(run: Callable[[], int]) -> int:
         code = LOST if lost_another(error) else 1
         if code == 1:
             traceback.print_exc()
-    report_failure(code)
-    return _abandon(code)
-
-
-def end(code: int, words: str) -> int:
-    """Print `words` if this process is the first to fail; return the exit code to leave with."""
-    if report_failure(code):
-        print(words.rstrip(), end="\n" * bool(words), file=sys.stderr, flush=True)
-    else:
-        code = _failure_code(code)
+    _fail(code)
     return _abandon(code)
 
 

@@ -36,12 +36,12 @@ def wanted() -> str | None:
     """
     if not distributed.is_launched():
         return None
-    if distributed.wants_deepspeed():
+    if distributed.wants("DEEPSPEED"):
         raise UserError(
             "DeepSpeed is withdrawn here; FSDP splits a model among processes: accelerate launch --config_file "
             "properties/accelerate/fsdp.yaml (docs/launching.md)"
         )
-    return "FSDP" if distributed.wants_fsdp() else None
+    return "FSDP" if distributed.wants("FSDP") else None
 
 
 def check_supported(name: str, settings: MLLMSettings) -> None:

@@ -19,7 +19,6 @@ from recbole_mllm.files import whole_file
 from recbole_mllm.mllm.batching import free_memory, out_of_memory
 
 NONFINITE_COLUMNS = ("user_id", "item_id", "position", "label", "suspect")
-_BUCKET = 2**24  # gradients summed at a time, so that full tuning takes little more memory
 
 
 def rate_at(step: int, steps: int, warmup: int, kind: str) -> float:
@@ -132,12 +131,9 @@ def sum_gradients(parameters: Iterable[Any], *numbers: float) -> list[float]:
         summed = torch.tensor(has, dtype=torch.float64, device=every[0].device)
         dist.all_reduce(summed)
         used = [p for p, count in zip(every, summed[len(numbers) :].tolist(), strict=True) if count]
-        for part in _buckets(used):
-            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in part]
-            flat: Any = torch.cat([grad.flatten() for grad in grads])
-            dist.all_reduce(flat)
-            for p, grad in zip(part, flat.split([grad.numel() for grad in grads]), strict=True):
-                p.grad = grad.view_as(p).clone() if p.grad is None else p.grad.copy_(grad.view_as(p))
+        for p in used:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad.contiguous()
+            dist.all_reduce(p.grad)
     return [float(value) for value in summed[: len(numbers)].tolist()]
 
 
@@ -149,18 +145,6 @@ def copy_from_main(tensors: Iterable[Any]) -> None:
     with distributed.peers_alive():
         for tensor in tensors:
             dist.broadcast(tensor.data, 0)
-
-
-def _buckets(parameters: Sequence[Any]) -> Iterator[list[Any]]:
-    """Yield `parameters` in parts of one dtype and at most `_BUCKET` numbers, a larger one alone."""
-    part: list[Any] = []
-    for p in parameters:
-        if part and (p.dtype != part[0].dtype or sum(q.numel() for q in part) + p.numel() > _BUCKET):
-            yield part
-            part = []
-        part.append(p)
-    if part:
-        yield part
 
 
 def write_nonfinite(path: Path, rows: Sequence[tuple[str, str, int, int]], suspects: Container[int]) -> None:

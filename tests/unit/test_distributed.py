@@ -24,7 +24,6 @@ assert (distributed.process_index(), distributed.world_size()) == (0, 1)
 assert distributed.is_main() and not distributed.is_launched()
 assert distributed.gather_objects({"a": 1}) == [{"a": 1}] and distributed.broadcast_object(3) == 3
 assert distributed.on_main(lambda: 4) == 4 and distributed.main_first(lambda: 5) == 5
-assert distributed.report_failure(2)
 distributed.start(), distributed.barrier(), distributed.stop()
 print(sorted({"torch", "numpy", "accelerate", "recbole"} & set(sys.modules)))
 """
@@ -68,7 +67,7 @@ def test_a_process_that_knows_no_host_leaves_the_word_to_the_main_one(monkeypatc
     for rank, speaks in (("0", True), ("1", False)):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("WORLD_SIZE", "2")
-        assert distributed.report_failure(2) is speaks
+        assert distributed._fail(2) == (speaks, 2)
 
 
 UNMET = """
