@@ -16,7 +16,12 @@ ONE_OF_TWO = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
 
 def launched(count, words, folder, *, limit_s=150, **more):
     """Run `words` in `count` processes on the CPU; return what they said, and the launcher's exit code."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | more
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+    } | more
     words = [*TORCHRUN, f"--nproc_per_node={count}", *map(str, words)]
     return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=limit_s)
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import shutil
 import string
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,19 +45,7 @@ from recbole_mllm.prompts import IMAGE, Prompt, Style, recommend_prompt
 from recbole_mllm.settings import MLLMSettings, Settings
 from recbole_mllm.training.checkpoint import LAST, read_checkpoint
 
-_WRITER = "recbole-mllm"
 _CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """A checkpoint with its run's settings; `base` names the weights it adapts, `dtype` their precision."""
-
-    path: Path
-    checkpoint: Mapping[str, Any]
-    settings: Settings
-    base: str
-    dtype: str
 
 
 def export(run: str, out: Path, *, merge: bool) -> Path:
@@ -75,12 +62,12 @@ def export(run: str, out: Path, *, merge: bool) -> Path:
     """
     path = find_checkpoint(run)
     check_folder(out, EXPORT, "--out", inputs=(path,))
-    found = _read(path)
+    settings, mllm = _load(path, merge)
     folder = Path(os.path.realpath(out))
     is_new = not folder.exists()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with staged(folder.parent if is_new else folder, folder.name) as stage:
-        _write(found, stage, merge)
+        _write(path, settings, mllm, stage, merge)
         if is_new:
             publish_new(stage, folder)
         else:
@@ -122,50 +109,43 @@ def _best_checkpoint(folder: Path) -> Path:
     raise UserError(f"no checkpoint of MLLMMSR is kept in {folder}; run that model again, or give a FILE.pth")
 
 
-def _read(path: Path) -> _Run:
-    checkpoint = read_checkpoint(path, _CPU)
-    config = checkpoint["config"]
-    if config["model"] != "MLLMMSR":
-        raise UserError(f"{path} is a checkpoint of {config['model']}; only MLLMMSR is exported")
-    settings = Settings.from_config(config)
-    if is_server(settings.mllm.mllm):
-        raise UserError(f"{path}: its model is behind a server, so there is nothing here to export")
-    base = str((checkpoint.get("other_parameter") or {}).get("base", ""))
-    base, _, dtype = base.removesuffix(":nf4").rpartition(":")
-    return _Run(path, checkpoint, settings, base, dtype)
-
-
-_IN_ONE_PLACE = {"device_map": None, "max_memory": None, "offload_folder": None}
-
-
-def _load(run: _Run, merge: bool) -> HFModel:
-    """Return the model as it was trained, on the CPU.
+def _load(path: Path, merge: bool) -> tuple[Settings, HFModel]:
+    """Return the settings of the checkpoint's run and the model as it was trained, on the CPU.
 
     A base in four bits is loaded in its own precision, which is all an adapter's folder takes; to be merged, it is
     what those four bits stand for, as that is what the adapter was trained on.
     """
-    settings = MLLMSettings.from_config({**asdict(run.settings.mllm), "dtype": run.dtype, **_IN_ONE_PLACE})
-    lora = run.settings.lora
+    checkpoint = read_checkpoint(path, _CPU)
+    if checkpoint["config"]["model"] != "MLLMMSR":
+        raise UserError(f"{path} is a checkpoint of {checkpoint['config']['model']}; only MLLMMSR is exported")
+    settings = Settings.from_config(checkpoint["config"])
+    if is_server(settings.mllm.mllm):
+        raise UserError(f"{path}: its model is behind a server, so there is nothing here to export")
+    trained_on = str((checkpoint.get("other_parameter") or {}).get("base", "")).removesuffix(":nf4")
+    base, _, dtype = trained_on.rpartition(":")
+    one_place = {"dtype": dtype, "device_map": None, "max_memory": None, "offload_folder": None}
+    lora, chosen = settings.lora, MLLMSettings.from_config({**asdict(settings.mllm), **one_place})
     four_bit = merge and lora.finetune == "qlora"
     if four_bit:
         check_finetune(lora, _CPU)
-    mllm = HFModel(settings.mllm, settings, _CPU, four_bit=four_bit)
-    if mllm.identity.removesuffix(":nf4") != f"{run.base}:{run.dtype}":
-        raise UserError(f"{run.path} belongs to {run.base}, not to {mllm.identity}; put that model back in its place")
+    mllm = HFModel(chosen.mllm, chosen, _CPU, four_bit=four_bit)
+    if mllm.identity.removesuffix(":nf4") != trained_on:
+        raise UserError(f"{path} belongs to {base}, not to {mllm.identity}; put that model back in its place")
     if four_bit:
         mllm.replace_model(dequantized(mllm.model))
     if lora.finetune != "none":
         mllm.replace_model(tune(mllm.model, lora, 0))
-        load_trained_state(mllm.model, dict(run.checkpoint["state_dict"]))
+        load_trained_state(mllm.model, dict(checkpoint["state_dict"]))
     mllm.model.eval()
-    return mllm
+    return settings, mllm
 
 
-def _write(run: _Run, folder: Path, merge: bool) -> None:
-    mllm = _load(run, merge)
-    recommend = run.settings.recommend
-    question = Question(load_style(run.settings), recommend.prompt_order == "item-first", recommend.use_image)
-    name = run.settings.mllm.mllm
+def _write(path: Path, settings: Settings, mllm: HFModel, folder: Path, merge: bool) -> None:
+    """Write the model of the checkpoint at `path`, and what says how it is asked, into an empty `folder`."""
+    recommend = settings.recommend
+    question = Question(load_style(settings), recommend.prompt_order == "item-first", recommend.use_image)
+    name = settings.mllm.mllm
+    base, _, dtype = mllm.identity.removesuffix(":nf4").rpartition(":")
     kind = write_model(mllm, name, folder, merge=merge)
     why = write_decision(mllm, question, folder)
     if kind == "adapter":  # with a config.json, transformers would look for whole weights here
@@ -176,13 +156,13 @@ def _write(run: _Run, folder: Path, merge: bool) -> None:
             f"no decision_template.jinja: {why}; servers that give logprobs score it all the same"
         )
     about = {
-        "written_by": _WRITER,
+        "written_by": "recbole-mllm",
         "kind": kind,
-        "checkpoint": run.path.name,
+        "checkpoint": path.name,
         "base": name,
-        "base_identity": run.base,
-        "dtype": run.dtype,
-        "finetune": run.settings.lora.finetune,
+        "base_identity": base,
+        "dtype": dtype,
+        "finetune": settings.lora.finetune,
         "prompt_style": question.style.name,
         "prompt_order": recommend.prompt_order,
         "use_image": recommend.use_image,
@@ -273,7 +253,10 @@ def write_decision(mllm: HFModel, question: Question, folder: Path) -> str:
             own, style, item_first=question.item_first, sees=sees, start=start, guard=guard, lead=encoder.turns.lead
         )
         config = DecisionConfig(labels={"noul": spelt}, chat_template=template, sanitize_control_tokens=not guard)
-        _write_config(config, folder)
+        config.save_pretrained(folder)
+        # also in the JSON, for servers that are given one by --decision-config (an adapter's, say)
+        written = json.loads((folder / _DECISION[0]).read_text(encoding="utf-8")) | {"chat_template": template}
+        write_text(folder / _DECISION[0], json.dumps(written, indent=2, ensure_ascii=False) + "\n")
         found = _difference(mllm, question, folder)
         if not found:
             return ""
@@ -281,13 +264,6 @@ def write_decision(mllm: HFModel, question: Question, folder: Path) -> str:
     for name in _DECISION:
         remove_file(folder / name)
     return why
-
-
-def _write_config(config: DecisionConfig, folder: Path) -> None:
-    config.save_pretrained(folder)
-    # also in the JSON, for servers that are given one by --decision-config (an adapter's, say)
-    settings = json.loads((folder / _DECISION[0]).read_text(encoding="utf-8")) | {"chat_template": config.chat_template}
-    write_text(folder / _DECISION[0], json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
 
 def _difference(mllm: HFModel, question: Question, folder: Path) -> str:
@@ -303,9 +279,12 @@ def _difference(mllm: HFModel, question: Question, folder: Path) -> str:
         hostile = " ".join(mllm.encoder.spellings)
         for title, prompt in _probes(question, sees and question.use_image, Path(scratch), hostile):
             wanted = list(mllm.encoder(prompt).ids)
-            for body in _bodies(prompt, title):
+            body = decision_request("m", prompt)
+            state = {"title": title, "preference": _PREFERENCE} | {"image": mark for mark in body["assets"]}
+            # as this project asks, and leaving the wording to the template
+            for asked in (body, body | {"state": state}):
                 try:
-                    ((inputs, _),) = config.prepare_inputs(body, processor)
+                    ((inputs, _),) = config.prepare_inputs(asked, processor)
                 except (ValueError, NotImplementedError) as error:  # transformers cannot guard this processor's texts
                     return str(error)
                 found = inputs["input_ids"][0].tolist()
@@ -327,18 +306,9 @@ def _probes(question: Question, with_image: bool, folder: Path, hostile: str) ->
     ]
 
 
-def _bodies(prompt: Prompt, title: str) -> list[dict[str, object]]:
-    """Return the request this project sends, and the one that leaves the wording to the template."""
-    body = decision_request("m", prompt)
-    state = {"title": title, "preference": _PREFERENCE}
-    image = {"image": next(iter(body["assets"]))} if body["assets"] else {}
-    return [body, body | {"state": state | image}]
-
-
-def _parting(tokenizer: object, found: Sequence[int], wanted: Sequence[int]) -> str:
-    at = next((i for i, pair in enumerate(zip(found, wanted, strict=False)) if pair[0] != pair[1]), len(wanted))
-    near = slice(max(0, at - 3), at + 5)
-    words = [re.sub(r"\s+", " ", tokenizer.decode(list(ids)[near])) for ids in (found, wanted)]  # type: ignore[attr-defined]
+def _parting(tokenizer: Any, found: Sequence[int], wanted: Sequence[int]) -> str:
+    at = next((i for i, (one, other) in enumerate(zip(found, wanted, strict=False)) if one != other), len(wanted))
+    words = [" ".join(tokenizer.decode(list(ids)[max(0, at - 3) : at + 5]).split()) for ids in (found, wanted)]
     return f"token {at} on, {words[0]!r} is not {words[1]!r}"
 
 
