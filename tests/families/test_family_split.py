@@ -1,6 +1,6 @@
 """Every family with its layers split among processes by FSDP: the scores, gradients and texts of the whole model.
 
-This file is also the program that runs in each process, ``torchrun … test_family_split.py OUT.json``: each takes another
+This file is also what runs in each process, ``torchrun … test_family_split.py OUT.json``: each takes another
 number of prompts, so that some make passes without any of their own.
 """
 

@@ -132,8 +132,8 @@ MLLMMSRTrainer._backward = backward
 KILLED_SCORING = """
 stock = MLLMMSR._ask_prompts
 def ask(self, prompts):
-    seen.append(len(prompts))
-    if len(seen) == 4 and os.environ["RANK"] == "1":  # two epochs' validations, half the test, and the rest
+    seen.extend([self] * self._kept._on)  # in the test, not in an epoch's validation
+    if len(seen) == 3 and os.environ["RANK"] == "1":
         die()
     return stock(self, prompts)
 MLLMMSR._ask_prompts = ask

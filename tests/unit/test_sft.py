@@ -41,7 +41,7 @@ def _model(place, build, **lora):
     if not folder.is_dir():
         build(folder)
     mllm = HFModel(str(folder), SETTINGS.mllm, CPU)
-    mllm.replace_model(tune(mllm.model, replace(SETTINGS.lora, **{"lora_dropout": 0.1, **lora}), seed=1))
+    mllm.replace_model(tune(mllm.model, replace(SETTINGS.lora, **{"lora_dropout": 0.0, **lora}), seed=1))
     generator = torch.Generator().manual_seed(2)
     for name, parameter in mllm.model.named_parameters():
         if "lora_B" in name:
