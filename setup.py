@@ -1,4 +1,4 @@
-"""Packaging. ``properties/`` is installed as data inside the package; there is no top-level package of that name."""
+"""Packaging. ``properties/`` and ``dataset_converters/`` are installed inside the package alone."""
 
 import re
 from pathlib import Path
@@ -38,10 +38,14 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=[
-        *find_packages(include=["recbole_mllm", "recbole_mllm.*", "dataset_converters", "dataset_converters.*"]),
+        *find_packages(include=["recbole_mllm", "recbole_mllm.*"]),
         "recbole_mllm.properties",
+        "recbole_mllm.dataset_converters",
     ],
-    package_dir={"recbole_mllm.properties": "properties"},
+    package_dir={
+        "recbole_mllm.properties": "properties",
+        "recbole_mllm.dataset_converters": "dataset_converters",
+    },
     package_data={
         "recbole_mllm": ["demo/tiny/*", "benchmark/templates/*", "health/templates/*", "pages/*.css", "py.typed"],
         "recbole_mllm.properties": ["*.yaml", "*/*.yaml"],

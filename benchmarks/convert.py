@@ -69,7 +69,7 @@ def measure(rows: int) -> dict[str, float]:
 def convert(raw: str, out: str) -> None:
     """Convert in this process and tell what it took."""
     sys.path.insert(0, str(HERE.parent))
-    from dataset_converters.cli import main
+    from dataset_converters.options import main
 
     started = time.perf_counter()
     main(["amazon2023", "--raw", raw, "--out", out])

@@ -2,8 +2,9 @@
 
 import sys
 
-from dataset_converters.cli import main
 from recbole_mllm.arguments import exit_code
+
+from .options import main
 
 if __name__ == "__main__":
     sys.exit(exit_code(main, sys.argv[1:]))

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import json
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dataset_converters.catalog import ItemRow
-from dataset_converters.finding import folder_named
-from dataset_converters.intake import Intake
-from dataset_converters.interactions import Row
-from dataset_converters.values import number, within_64_bits
 from recbole_mllm.errors import UserError
+
+from .convert import Source, add_option
+from .interactions import Row
+from .item_rows import ItemRow
+from .source import Intake, folder_named, number, within_64_bits
 
 _SIZES = ("large", "hi_res", "thumb")
 
 
-class Amazon2023:
+class Amazon2023(Source):
     """``CATEGORY.jsonl[.gz]`` and ``meta_CATEGORY.jsonl[.gz]``, read line by line; parent_asin names a product."""
 
     name = "amazon2023"
-    item_kind = "product"
     features: Mapping[str, str] = {
         "main_category": "token",
         "store": "token",
@@ -46,8 +46,18 @@ class Amazon2023:
                 names = " and ".join(path.name for path in found[name])
                 raise UserError(f"{raw} holds {names}; leave one of them in the folder")
         self._reviews, self._meta = found[chosen][0], found[f"meta_{chosen}"][0]
-        self._images = images or folder_named(raw, "image")
-        self.notes: list[str] = []
+        super().__init__(images or folder_named(raw, "image"))
+
+    @classmethod
+    def add_options(cls, parser: ArgumentParser) -> None:
+        """Add what only Amazon's files have: several categories a folder, images by URL."""
+        parser.add_argument("--category", help="where --raw holds several")
+        add_option(parser, "--download-images", action="store_true", help="fetch each item's main image; resumable")
+
+    @classmethod
+    def from_options(cls, raw: Path, images: Path | None, options: Namespace) -> Source:
+        """Return one category's files."""
+        return cls(raw, images, options.category)
 
     def interactions(self, intake: Intake) -> Iterator[Row]:
         """Yield each review as (user, parent_asin, milliseconds, stars)."""
@@ -79,10 +89,6 @@ class Amazon2023:
                 _price(record.get("price")),
             )
             yield ItemRow(item, _text(record.get("title")), "", told, main_image(record.get("images")))
-
-    def images(self) -> Path | None:
-        """Return a folder with images by parent_asin, if there is one."""
-        return self._images
 
 
 def _category(path: Path) -> str:

@@ -2,39 +2,79 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
-from dataset_converters import output, readme
-from dataset_converters.catalog import URLS, Catalog, Fetch, ImageSource, ItemRow, noting_urls, plain_rows, write_items
-from dataset_converters.filters import Limits, Step, narrow
-from dataset_converters.intake import Intake, check_counts, check_lines
-from dataset_converters.interactions import Interactions, Row, collect, in_time_order
 from recbole_mllm.data.values import impossible_times
 from recbole_mllm.errors import UserError
 from recbole_mllm.files import CONVERTED, digest, publish, whole_file
 
+from . import output
+from .interactions import Interactions, Limits, Row, Step, collect, in_time_order, narrow
+from .item_rows import MISSING, URLS, Catalog, Fetch, ImageSource, ItemRow, noting_urls, plain_rows, write_items
+from .output import REJECTED
+from .source import Intake, check_counts, check_lines
 
-class Source(Protocol):
-    """One kind of raw dump."""
 
-    name: str
-    item_kind: str
-    features: Mapping[str, str]  # columns of X.item beyond id, title and image, with RecBole's types
-    has_urls: bool  # whether items name images by URL
-    notes: list[str]  # what people should know of this dump, for the README
+class Source(ABC):
+    """One kind of raw dump: which files it has, and what their rows are.
 
+    Attributes:
+        name: As in ``convert NAME``.
+        item_kind: What the items are, for the prompts (``--item-kind`` wins).
+        features: Columns of X.item beyond id, title and image, with RecBole's types.
+        has_urls: Whether items name images by URL.
+        notes: What people should know of this dump, for the README.
+    """
+
+    name: ClassVar[str]
+    item_kind = "product"
+    features: Mapping[str, str] = {}
+    has_urls = False
+
+    def __init__(self, images: Path | None) -> None:
+        self.image_folder = images
+        self.notes: list[str] = []
+
+    @classmethod  # noqa: B027
+    def add_options(cls, parser: ArgumentParser) -> None:
+        """Add the options that this kind of dump alone has."""
+
+    @classmethod
+    @abstractmethod
+    def from_options(cls, raw: Path, images: Path | None, options: Namespace) -> Source:
+        """Return the dump at `raw`.
+
+        Args:
+            raw: A folder that exists; of a table, also its file.
+            images: What ``--image-dir`` says.
+            options: The parsed command line.
+
+        Raises:
+            UserError: The files are not there, or there are too many.
+        """
+
+    @abstractmethod
     def interactions(self, intake: Intake) -> Iterator[Row]:
         """Yield every interaction in the file's order."""
 
+    @abstractmethod
     def items(self, intake: Intake) -> Iterator[ItemRow]:
         """Yield what is known of each item."""
 
     def images(self) -> Path | None:
         """Return the folder with the items' images, or None."""
+        return self.image_folder
+
+
+def add_option(parser: ArgumentParser, option: str, **settings: Any) -> None:
+    """Add an option that may be written with - or with _, as RecBole's are."""
+    parser.add_argument(option, "--" + option.strip("-").replace("-", "_"), **settings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +184,7 @@ def _write_words(job: Job, folder: Path, done: Converted) -> None:
     with whole_file(folder / "dataset.yaml") as file:
         file.write(output.dataset_yaml(comment, done.written.config, kind))
     with whole_file(folder / "README.md") as file:
-        file.write(readme.text(job, done))
+        file.write(readme(job, done))
     files = [*done.written.files, *done.catalog.files, folder / "dataset.yaml", folder / "README.md"]
     content = {
         "converter": job.source.name,
@@ -161,3 +201,62 @@ def _write_words(job: Job, folder: Path, done: Converted) -> None:
         "images": done.catalog.with_image,
     }
     output.write_manifest(folder, content)
+
+
+def readme(job: Job, done: Converted) -> str:
+    """Return the README; it holds no path and no date, so that the same input gives the same bytes."""
+    return "\n".join([*_head(job, done), *_counts(done), *_items(done.catalog), *_use(job), ""])
+
+
+def _head(job: Job, done: Converted) -> Iterator[str]:
+    name = job.folder.name
+    yield f"# {name}"
+    yield ""
+    yield f"Converted from {job.source.name} ({', '.join(raw.path.name for raw in done.intake.files)})."
+    options = " ".join(
+        f"--{key.replace('_', '-')}{'' if value is True else f' {value}'}" for key, value in job.options.items()
+    )
+    yield f"Options: {options or 'none'}. Protocol: {job.protocol}."
+    yield ""
+    yield f"Order: {done.written.order}"
+    yield from job.source.notes
+
+
+def _counts(done: Converted) -> Iterator[str]:
+    yield "\n## Counts\n"
+    yield "| after | users | items | interactions | dropped here |"
+    yield "|---|---:|---:|---:|---:|"
+    before = done.steps[0].interactions
+    for step in done.steps:
+        dropped = before - step.interactions
+        yield f"| {step.name} | {step.users:,} | {step.items:,} | {step.interactions:,} | {dropped:,} |"
+        before = step.interactions
+    yield "\nEvery line of the raw files is accounted for:\n"
+    yield from (f"- {raw.told()}" for raw in done.intake.files)
+    if done.intake.rejected:
+        yield f"\nRows of raw input that could not be read and were left out: {done.intake.rejected:,}; see {REJECTED}."
+    if told := done.told_times():
+        yield f"\n{told}"
+    for part, count in done.written.counts.items():
+        yield f"\n{part}: {count:,} users"
+
+
+def _items(catalog: Catalog) -> Iterator[str]:
+    yield "\n## Items\n"
+    yield f"- {catalog.items:,} items; {catalog.without_title:,} without a title"
+    yield f"- {catalog.without_metadata:,} of them are not described in the raw data; they stay, with an empty title"
+    yield f"- {catalog.with_image:,} with an image"
+    if catalog.broken_images:
+        yield f"- {catalog.broken_images:,} images are missing or cannot be used; see {MISSING}"
+    yield f"- {catalog.unused:,} described items have no interaction here and were left out"
+    if catalog.repeated:
+        yield f"- {catalog.repeated:,} repeated descriptions of an item, alike in title and image, were left out"
+
+
+def _use(job: Job) -> Iterator[str]:
+    name = job.folder.name
+    yield "\n## Use\n"
+    yield "`dataset.yaml` is read by itself where this folder is below `data_path`, or passed as a config file:\n"
+    yield "```"
+    yield f"recbole-mllm --model SASRec --dataset {name} --data_path=PARENT_OF_THIS_FOLDER"
+    yield "```"

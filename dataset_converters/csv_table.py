@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
-from dataset_converters.catalog import ItemRow
-from dataset_converters.finding import USUAL, folder_named
-from dataset_converters.intake import Intake
-from dataset_converters.interactions import Row
-from dataset_converters.values import NO_NUMBER, moment, number
 from recbole_mllm.errors import UserError
+
+from .convert import Source, add_option
+from .interactions import Row
+from .item_rows import ItemRow
+from .source import NO_NUMBER, USUAL, Intake, folder_named, moment, number
 
 _SEPARATORS = ("::", "\t", ",", ";", "|")
 _TABLES = (".csv", ".tsv", ".txt", ".dat", ".csv.gz", ".tsv.gz", ".inter", ".item")
@@ -29,13 +30,10 @@ class Columns:
     image: str | None = None
 
 
-class CsvTable:
+class CsvTable(Source):
     """Interactions from one table; titles and images from an items table, or from the same one."""
 
     name = "csv"
-    item_kind = "product"
-    features: Mapping[str, str] = {}
-    has_urls = False
 
     def __init__(
         self,
@@ -52,8 +50,24 @@ class CsvTable:
         self._table = raw if raw.is_file() else _choose(folder, interactions, items)
         self._items = folder / items if items and folder / items != self._table else None
         self._given = images
-        self._images = images or folder_named(folder, "image", "cover", "poster")
-        self.notes: list[str] = []
+        super().__init__(images or folder_named(folder, "image", "cover", "poster"))
+
+    @classmethod
+    def add_options(cls, parser: ArgumentParser) -> None:
+        """Add which file is which, what separates and what the columns are called."""
+        for option, words in (("interactions", "the table of interactions in --raw"), ("items", "the table of items")):
+            parser.add_argument(f"--{option}", metavar="FILE", help=words)
+        parser.add_argument("--separator", type=_escaped, help="default: read off the header line")
+        for column in fields(Columns):
+            words = f"the column of the {column.name}, where it has no usual name"
+            add_option(parser, f"--{column.name}-column", metavar="NAME", help=words)
+
+    @classmethod
+    def from_options(cls, raw: Path, images: Path | None, options: Namespace) -> Source:
+        """Return the table or tables in a folder, or one file."""
+        names = Columns(**{column.name: getattr(options, f"{column.name}_column") for column in fields(Columns)})
+        files = options.interactions, options.items, options.separator
+        return cls(raw, images, *files, names, options.encoding or "utf-8")
 
     def interactions(self, intake: Intake) -> Iterator[Row]:
         """Yield each row; without a time column the file's order is each user's order."""
@@ -101,13 +115,13 @@ class CsvTable:
 
         Where a column names images and no folder was given or found, names start from the raw folder itself.
         """
-        return self._images or (self._folder if self._names_images() else None)
+        return self.image_folder or (self._folder if self._names_images() else None)
 
     def _below(self, name: str) -> str:
         """Return an image's name from the images' folder; tables mostly name that folder too, as ``images/1.jpg``."""
-        if self._given or not self._images:
+        if self._given or not self.image_folder:
             return name
-        return name.strip().removeprefix("./").removeprefix(self._images.name + "/")
+        return name.strip().removeprefix("./").removeprefix(self.image_folder.name + "/")
 
     def _names_images(self) -> bool:
         path = self._items or self._table
@@ -137,6 +151,13 @@ def _complete(rows: Iterator[list[str]], width: int, intake: Intake) -> Iterator
             yield row
         else:
             intake.refuse(f"{len(row)} values for {width} columns")
+
+
+def _escaped(text: str) -> str:
+    separator = {"\\t": "\t", "tab": "\t"}.get(text, text)
+    if not separator or set(separator) & set('"\r\n'):
+        raise ArgumentTypeError(f"{text!r} can separate nothing; give one such as ',' or '\\t'")
+    return separator
 
 
 def _plain(name: str) -> str:

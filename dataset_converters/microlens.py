@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 
-from dataset_converters.catalog import ItemRow
-from dataset_converters.finding import columns, folder_named, named, only_one
-from dataset_converters.intake import Intake
-from dataset_converters.interactions import Row
-from dataset_converters.values import NO_NUMBER, number
+from .convert import Source
+from .interactions import Row
+from .item_rows import ItemRow
+from .source import NO_NUMBER, Intake, columns, folder_named, named, number, only_one
 
 
-class MicroLens:
+class MicroLens(Source):
     """``MicroLens-*_pairs.csv`` (with times) or ``_pairs.tsv`` (in order), ``_titles.csv``, and a folder of covers."""
 
     name = "microlens"
     item_kind = "video"
-    features: Mapping[str, str] = {}
-    has_urls = False
 
     def __init__(self, raw: Path, images: Path | None) -> None:
         self._timed = only_one(raw, "*_pairs.csv", required=False)
         self._listed = only_one(raw, "*_pairs.tsv", required=self._timed is None)
         self._titles = only_one(raw, "*_title*.csv", required=True)
-        self._images = images or folder_named(raw, "cover", "image")
-        self.notes = []
+        super().__init__(images or folder_named(raw, "cover", "image"))
         if self._timed is not None and self._listed is not None:
             self.notes.append(f"{self._timed.name} was read, which has times; {self._listed.name} was not.")
+
+    @classmethod
+    def from_options(cls, raw: Path, images: Path | None, options: Namespace) -> Source:
+        """Return the pairs and titles in a folder."""
+        return cls(raw, images)
 
     def interactions(self, intake: Intake) -> Iterator[Row]:
         """Yield pairs with their times, or in the lists' order."""
@@ -59,7 +61,3 @@ class MicroLens:
         """Yield each item's title."""
         for item, title in columns(intake.table(self._titles, ","), intake, "item", "title"):
             yield ItemRow(item, title)
-
-    def images(self) -> Path | None:
-        """Return the covers' folder."""
-        return self._images

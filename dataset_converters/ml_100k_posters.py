@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from dataset_converters.intake import Intake
-from dataset_converters.interactions import Row, collect, in_time_order
-from dataset_converters.output import dataset_yaml, write_interactions
 from recbole_mllm.data import schema
 from recbole_mllm.data.atomic import clean, read_atomic, whole_file, write_atomic
+
+from .interactions import Row, collect, in_time_order
+from .output import dataset_yaml, write_interactions
+from .source import Intake
 
 
 def convert(source: Path, folder: Path) -> None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dataset_converters.catalog import ItemRow
-from dataset_converters.finding import columns, folder_named
-from dataset_converters.intake import Intake
-from dataset_converters.interactions import Row
-from dataset_converters.values import NO_NUMBER, number
 from recbole_mllm.errors import UserError
+
+from .convert import Source
+from .interactions import Row
+from .item_rows import ItemRow
+from .source import NO_NUMBER, Intake, columns, folder_named, number
 
 # u.item ends in one 0/1 column for each of these (ml-100k, u.genre)
 # fmt: off
@@ -40,13 +41,12 @@ _LAYOUTS = (
 )
 
 
-class MovieLens:
+class MovieLens(Source):
     """Ratings and movies; posters are found by movie id."""
 
     name = "movielens"
     item_kind = "movie"
     features: Mapping[str, str] = {"genres": "token_seq"}
-    has_urls = False
 
     def __init__(self, raw: Path, images: Path | None, encoding: str | None = None) -> None:
         layouts = [known for known in _LAYOUTS if (raw / known.ratings).exists()]
@@ -60,9 +60,14 @@ class MovieLens:
         self._ratings, self._movies = raw / layout.ratings, raw / layout.movies
         if not self._movies.exists():
             raise UserError(f"{raw} holds {layout.ratings} but no {layout.movies}, from which titles are read")
-        self._images = images or folder_named(raw, "poster", "image", "cover")
+        super().__init__(images or folder_named(raw, "poster", "image", "cover"))
         self._encoding = encoding or ("utf-8" if _is_utf8(self._movies) else "latin-1")
         self.notes = [f"{self._movies.name} was read as {self._encoding}."]
+
+    @classmethod
+    def from_options(cls, raw: Path, images: Path | None, options: Namespace) -> Source:
+        """Return the release in a folder."""
+        return cls(raw, images, options.encoding)
 
     def interactions(self, intake: Intake) -> Iterator[Row]:
         """Yield each rating."""
@@ -91,10 +96,6 @@ class MovieLens:
                 yield ItemRow(row[0], row[1], "", (_words(flagged),))
             else:
                 intake.refuse(f"{len(row)} values where {5 + len(_GENRES)} are expected")
-
-    def images(self) -> Path | None:
-        """Return the posters' folder."""
-        return self._images
 
 
 def _words(genres: list[str]) -> str:

@@ -11,9 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from dataset_converters.catalog import MISSING, URLS
-from dataset_converters.intake import Reject
-from dataset_converters.interactions import Column, Interactions, float32_confuses, places
 from recbole_mllm.data import schema
 from recbole_mllm.data.atomic import read_atomic, read_columns, write_atomic
 from recbole_mllm.data.images import IMAGES
@@ -29,6 +26,10 @@ from recbole_mllm.files import (
     whole_file,
     write_text,
 )
+
+from .interactions import Column, Interactions, float32_confuses, places
+from .item_rows import MISSING, URLS
+from .source import Reject
 
 REJECTED = "rejected.tsv"
 _EXACT_FLOAT32 = 2**24  # whole numbers up to here are float32 values

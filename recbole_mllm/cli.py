@@ -14,6 +14,7 @@ import yaml
 from recbole_mllm import launched, ranks, store_commands
 from recbole_mllm.arguments import Parser, exit_code
 from recbole_mllm.errors import UserError
+from recbole_mllm.resources import converters
 
 _DESCRIPTION = "MLLM-MSR for RecBole. Without arguments: the demo."
 _EPILOG = "Any configuration key may follow as --key=value. Exit code 2 means a mistake in what was given."
@@ -41,9 +42,7 @@ def _run(words: list[str]) -> int:
     if not ranks.is_main() and ({"-h", "--help"} & set(words) or words[:1] == ["convert"]):
         return 0
     if words[:1] == ["convert"]:
-        from dataset_converters.cli import main as convert  # without torch, pandas or RecBole
-
-        return convert(words[1:])
+        return int(converters("options").main(words[1:]))  # without torch, pandas or RecBole
     from recbole_mllm import benchmark_commands, commands
     from recbole_mllm.options import Options
 

@@ -12,7 +12,7 @@ import importlib.util
 import logging
 import re
 from collections.abc import Iterable, Mapping
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ WITHDRAWN: dict[str, str] = {
     "score_cache": "scores are cached for as long as an evaluation runs, so that a killed one resumes",
     "score_cache_mb": "scores are cached for as long as an evaluation runs, so that a killed one resumes",
 }
-"""Keys of earlier versions, with why they have no effect: old files and records that hold one are read, with one warning."""
+"""Keys of earlier versions -> why they have no effect; a file or record that holds one is read, with one warning."""
 
 # Fields of RecBole's command line, and what its Config keeps beside what it is given
 _UNLISTED = {
@@ -77,7 +77,7 @@ def check_keys(keys: Iterable[str], where: str) -> None:
         check_known(str(key), every_key(), where, "see properties/ for the keys there are")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _warn_withdrawn(key: str) -> None:
     logging.getLogger().warning(f"{key} is ignored: {WITHDRAWN[key]}")
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from pathlib import Path
+from types import ModuleType
 
 _HERE = Path(__file__).resolve().parent
 PROPERTIES = next(
@@ -19,3 +22,10 @@ def resource(kind: str, name: str) -> Path | None:
 def named(kind: str) -> list[str]:
     """Return the names that `resource` knows for `kind`."""
     return sorted(path.stem for path in (PROPERTIES / kind).glob("*.yaml"))
+
+
+def converters(module: str) -> ModuleType:
+    """Import ``dataset_converters.<module>``, which lies beside the package in a checkout, inside it once installed."""
+    found = importlib.util.find_spec("dataset_converters")
+    beside = found is not None and Path(str(found.origin)).parent == _HERE.parent / "dataset_converters"
+    return importlib.import_module(f"{'' if beside else 'recbole_mllm.'}dataset_converters.{module}")

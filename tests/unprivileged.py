@@ -18,7 +18,7 @@ _PRELUDE = """
 import contextlib, ctypes, io, json, os, resource, shutil, sys
 from pathlib import Path
 
-import dataset_converters.cli, recbole_mllm.cli{modules}
+import dataset_converters.options, recbole_mllm.cli{modules}
 from recbole_mllm.cli import main
 from recbole_mllm.errors import UserError
 

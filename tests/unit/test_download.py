@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from raw_dumps import jsonl, product, review
 
-from dataset_converters.download import Downloader
+from dataset_converters.item_rows import Downloader
 from recbole_mllm.cli import main
 from recbole_mllm.data.atomic import read_atomic
 

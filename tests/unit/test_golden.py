@@ -3,8 +3,11 @@
 These are the only golden values: a renamed settings field or label must not orphan summaries, candidates or records.
 """
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import recbole
 import torch
 from recbole.utils import init_seed
 
@@ -82,6 +85,17 @@ def test_the_candidates_of_the_demo(demo_config, model):
     config = demo_config(model, **benchmark_defaults())
     init_seed(config["seed"], config["reproducibility"])
     assert read_and_split(config)[0].candidates_digest == "0a57ba62ee57cf48"
+
+
+@pytest.mark.parametrize(("mode", "digest"), [("uni20", "d4131c41783e493a"), ("pop20", "0cec035c7930ba74")])
+def test_the_candidates_of_ml_100k(mode, digest, tmp_path):
+    """RecBole's wheel holds the dataset."""
+    keys = {"data_path": str(Path(recbole.__file__).parent / "dataset_example"), "state": "ERROR", "use_gpu": False}
+    keys |= benchmark_defaults() | {"frozen_candidates": True, "checkpoint_dir": str(tmp_path)}
+    keys["eval_args"] = benchmark_defaults()["eval_args"] | {"mode": mode}
+    config = make_config("Pop", "ml-100k", [], keys)
+    init_seed(config["seed"], config["reproducibility"])
+    assert read_and_split(config)[0].candidates_digest == digest
 
 
 def test_the_digest_of_a_configuration_and_the_name_of_a_run(tmp_path):

@@ -8,34 +8,28 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dataset_converters.amazon2023 import Amazon2023
-from dataset_converters.convert import Converted, Job, Source, convert
-from dataset_converters.csv_table import Columns, CsvTable
-from dataset_converters.download import Downloader
-from dataset_converters.filters import Limits
-from dataset_converters.intake import Intake
-from dataset_converters.microlens import MicroLens
-from dataset_converters.movielens import MovieLens
-from dataset_converters.output import check
-from dataset_converters.values import number
 from recbole_mllm.arguments import Parser
 from recbole_mllm.errors import UserError
 from recbole_mllm.progress import Progress, log_to_terminal
 
+from .amazon2023 import Amazon2023
+from .convert import Converted, Job, Source, add_option, convert
+from .csv_table import CsvTable
+from .interactions import Limits
+from .item_rows import Downloader
+from .microlens import MicroLens
+from .movielens import MovieLens
+from .output import check
+from .source import Intake, number
+
 KINDS = ("video", "movie", "product")
-_COLUMNS = ("user", "item", "time", "rating", "title", "image")
+SOURCES: dict[str, type[Source]] = {source.name: source for source in (MicroLens, MovieLens, Amazon2023, CsvTable)}
+"""The converters; a new one is entered here."""
+
 # Options that change what is written; where files lie does not
 _TOLD = (
-    "k_core",
-    "min_rating",
-    "max_history",
-    "limit_users",
-    "seed",
-    "duplicates",
-    "category",
-    "separator",
-    "encoding",
-    "multiline",
+    *("k_core", "min_rating", "max_history", "limit_users", "seed", "duplicates"),
+    *("category", "separator", "encoding", "multiline"),
 )
 
 
@@ -81,7 +75,12 @@ def _found(known: argparse.Namespace, raw: Path) -> tuple[Source, int]:
     try:
         if not raw.exists():
             raise UserError(f"--raw {raw} does not exist; give the folder of the raw files")
-        return _source(known, raw, Path(known.image_dir) if known.image_dir else None), _bytes(raw)
+        images = Path(known.image_dir) if known.image_dir else None
+        if images is not None and not images.is_dir():
+            raise UserError(f"--image-dir {images} is no folder")
+        if not raw.is_dir() and known.name != CsvTable.name:
+            raise UserError(f"--raw {raw} is no folder; give the folder of the raw files")
+        return SOURCES[known.name].from_options(raw, images, known), _bytes(raw)
     except (OSError, ValueError) as error:  # ValueError: a NUL in a path
         why = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"--raw {raw} cannot be read: {why}; check its permissions") from None
@@ -120,21 +119,6 @@ def _limits(known: argparse.Namespace) -> Limits:
     )
 
 
-def _source(known: argparse.Namespace, raw: Path, images: Path | None) -> Source:
-    if images is not None and not images.is_dir():
-        raise UserError(f"--image-dir {images} is no folder")
-    if known.name == CsvTable.name:
-        columns = Columns(**{key: getattr(known, f"{key}_column") for key in _COLUMNS})
-        return CsvTable(
-            raw, images, known.interactions, known.items, known.separator, columns, known.encoding or "utf-8"
-        )
-    if not raw.is_dir():
-        raise UserError(f"--raw {raw} is no folder; give the folder of the raw files")
-    if known.name == Amazon2023.name:
-        return Amazon2023(raw, images, known.category)
-    return MicroLens(raw, images) if known.name == MicroLens.name else MovieLens(raw, images, known.encoding)
-
-
 def _parser() -> Parser:
     common = Parser(add_help=False)
     common.add_argument("--raw", required=True, metavar="DIR", help="the folder of the raw files; only read")
@@ -142,36 +126,26 @@ def _parser() -> Parser:
         "--out", required=True, metavar="DIR", help="the dataset's folder; its last part names the files"
     )
     common.add_argument("--protocol", choices=("loo", "paper"), default="loo", help="paper: users split 8:1:1")
-    _add(common, "--k-core", type=_core, metavar="U,I", help="least interactions of a user and of an item")
-    _add(common, "--min-rating", type=_rating, metavar="R", help="drop lower ratings")
-    _add(common, "--max-history", type=_positive, metavar="N", help="keep a user's latest N interactions")
-    _add(common, "--limit-users", type=_positive, metavar="N", help="keep a seeded sample of users")
+    add_option(common, "--k-core", type=_core, metavar="U,I", help="least interactions of a user and of an item")
+    add_option(common, "--min-rating", type=_rating, metavar="R", help="drop lower ratings")
+    add_option(common, "--max-history", type=_positive, metavar="N", help="keep a user's latest N interactions")
+    add_option(common, "--limit-users", type=_positive, metavar="N", help="keep a seeded sample of users")
     common.add_argument("--duplicates", choices=("keep", "first"), help="of a user's interactions with one item")
     common.add_argument("--seed", type=int, default=2024, help="draws the sample and the split")
-    _add(common, "--image-dir", metavar="DIR", help="images by item id, or that the image column's paths start from")
-    _add(common, "--item-kind", choices=KINDS, help="which prompts fit the items")
-    _add(common, "--skip-bad-rows", action="store_true", help="leave out lines that cannot be read, and list them")
+    add_option(
+        common, "--image-dir", metavar="DIR", help="images by item id, or that the image column's paths start from"
+    )
+    add_option(common, "--item-kind", choices=KINDS, help="which prompts fit the items")
+    add_option(
+        common, "--skip-bad-rows", action="store_true", help="leave out lines that cannot be read, and list them"
+    )
     common.add_argument("--encoding", type=_encoding, help="of the raw files: latin-1, cp1252, utf-16, ...")
     common.add_argument("--multiline", action="store_true", default=None, help="quoted fields may span lines")
     parser = Parser(prog="recbole-mllm convert", description="Raw dump to RecBole's atomic files.")
     names = parser.add_subparsers(dest="name", required=True, parser_class=Parser)
-    names.add_parser(MicroLens.name, parents=[common], help=MicroLens.__doc__)
-    names.add_parser(MovieLens.name, parents=[common], help=MovieLens.__doc__)
-    amazon = names.add_parser(Amazon2023.name, parents=[common], help=Amazon2023.__doc__)
-    amazon.add_argument("--category", help="where --raw holds several")
-    _add(amazon, "--download-images", action="store_true", help="fetch each item's main image; resumable")
-    table = names.add_parser(CsvTable.name, parents=[common], help=CsvTable.__doc__)
-    for option, words in (("interactions", "the table of interactions in --raw"), ("items", "the table of items")):
-        table.add_argument(f"--{option}", metavar="FILE", help=words)
-    table.add_argument("--separator", type=_escaped, help="default: read off the header line")
-    for key in _COLUMNS:
-        _add(table, f"--{key}-column", metavar="NAME", help=f"the column of the {key}, where it has no usual name")
+    for name, source in SOURCES.items():
+        source.add_options(names.add_parser(name, parents=[common], help=source.__doc__))
     return parser
-
-
-def _add(parser: Parser, option: str, **settings: Any) -> None:
-    """Add an option that may be written with - or with _, as RecBole's are."""
-    parser.add_argument(option, "--" + option.strip("-").replace("-", "_"), **settings)
 
 
 def _number(check: Callable[[int], bool]) -> Callable[[str], int]:
@@ -195,13 +169,6 @@ def _rating(text: str) -> float:
     if (value := number(text)) is None:
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is no number")
     return float(value)
-
-
-def _escaped(text: str) -> str:
-    separator = {"\\t": "\t", "tab": "\t"}.get(text, text)
-    if not separator or set(separator) & set('"\r\n'):
-        raise argparse.ArgumentTypeError(f"{text!r} can separate nothing; give one such as ',' or '\\t'")
-    return separator
 
 
 def _encoding(text: str) -> str:

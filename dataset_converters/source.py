@@ -10,14 +10,17 @@ import csv
 import gzip
 import hashlib
 import io
+import re
 import stat
 import sys
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, Literal, overload
 
 from recbole_mllm.errors import UserError
 
@@ -416,3 +419,129 @@ class _Hashed(io.RawIOBase):
 
     def digest(self) -> str:
         return self._sha.hexdigest()
+
+
+# What a column is called, in lower case
+USUAL = {
+    "user": ("user_id", "user", "userid", "uid", "reviewerid", "session_id", "visitorid", "customer_id"),
+    "item": ("item_id", "item", "itemid", "iid", "movieid", "video_id", "product_id", "asin", "article_id", "id"),
+    "time": ("timestamp", "time", "date", "datetime", "ts", "unixreviewtime", "t_dat"),
+    "rating": ("rating", "ratings", "score", "stars", "overall"),
+    "title": ("title", "titles", "name", "item_title", "product_title", "movie_title", "prod_name"),
+    "image": ("image", "image_path", "img", "cover", "poster", "picture"),
+    "genres": ("genres", "genre"),
+    "items": ("items", "item_ids", "item_id_list", "item_id", "item", "history", "sequence"),
+}
+_NUMBERS = ("time", "rating")
+
+
+@overload
+def only_one(raw: Path, pattern: str, required: Literal[True]) -> Path: ...
+@overload
+def only_one(raw: Path, pattern: str, required: bool) -> Path | None: ...
+def only_one(raw: Path, pattern: str, required: bool) -> Path | None:
+    """Return the file in `raw` that matches `pattern`.
+
+    Raises:
+        UserError: There are several, or none and it is required.
+    """
+    found = sorted(path for path in raw.glob(pattern) if not path.name.startswith("."))
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        raise UserError(f"{raw} holds several {pattern} ({names}); leave one dataset in a folder of its own")
+    if not found and required:
+        raise UserError(f"{raw} holds no {pattern}; give the folder of the raw files as --raw")
+    return found[0] if found else None
+
+
+def folder_named(raw: Path, *words: str) -> Path | None:
+    """Return the first subfolder of `raw` with one of `words` in its name, the words in order of preference."""
+    folders = sorted(path for path in raw.iterdir() if path.is_dir())
+    return next((path for word in words for path in folders if word in path.name.lower()), None)
+
+
+def columns(rows: Iterator[list[str]], intake: Intake, *wanted: str) -> Iterator[list[str]]:
+    """Yield the `wanted` cells of each row, in that order.
+
+    A first line that names each of them is a header, and they stand where it says; else they are all there is, in
+    that order, and the first line is a row like any other.
+
+    Raises:
+        UserError: The first line names some of them and cannot be a row, or was a header that cannot be read.
+    """
+    first = next(rows, None)
+    if intake.file.rejected and _names(re.split(r'[,;|\t:"]+', intake.file.first), wanted):
+        raise UserError(f"{intake.file.path}:1: the names of the columns cannot be read; mend the line")
+    if first is None:
+        return
+    places, width = named(first, wanted), len(first)
+    if places is not None:
+        intake.header()
+    else:
+        if _names(first, wanted) and not _may_be_row(first, wanted):
+            raise UserError(
+                f"{intake.file.path}:{intake.file.at}: is this a header? name each of {', '.join(wanted)} once, as "
+                f"{', '.join(USUAL[what][0] for what in wanted)}; it holds {', '.join(first)[:200]!r}"
+            )
+        rows, places, width = chain([first], rows), list(range(len(wanted))), len(wanted)
+    for row in rows:
+        if len(row) == width:
+            yield [row[place] for place in places]
+        else:
+            expected = ", ".join(wanted) if width == len(wanted) else f"{width}"
+            intake.refuse(f"{len(row)} values where {expected} are expected")
+
+
+def named(row: Sequence[str], wanted: Sequence[str]) -> list[int] | None:
+    """Return the places of the `wanted` columns in `row` where it names each of them once, else None."""
+    cells = [cell.strip().lower() for cell in row]
+    found = [[place for place, cell in enumerate(cells) if cell in USUAL[what]] for what in wanted]
+    return [places[0] for places in found] if all(len(places) == 1 for places in found) else None
+
+
+def _names(cells: Sequence[str], wanted: Sequence[str]) -> bool:
+    known = {name for what in wanted for name in USUAL[what]}
+    return any(cell.strip().lower() in known for cell in cells)
+
+
+def _may_be_row(row: Sequence[str], wanted: Sequence[str]) -> bool:
+    numbers = (cell for cell, what in zip(row, wanted, strict=False) if what in _NUMBERS)
+    return len(row) == len(wanted) and all(number(cell) is not None for cell in numbers)
+
+
+NO_NUMBER = "is no decimal number within 64 bits"
+_DECIMAL = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+_WHOLE = re.compile(r"[+-]?[0-9]{1,4000}")  # Python turns no longer text into an int
+
+
+def number(text: str) -> int | float | None:
+    """Return a decimal number as an exact int, or a float where it has a point or an exponent; else None.
+
+    What 64 bits do not hold is none, nor is what else Python takes for a number: ``nan``, ``inf``, ``1_000``, digits
+    of other scripts.
+    """
+    if text.isdigit() and text.isascii() and len(text) < 19:
+        return int(text)
+    text = text.strip()
+    if _DECIMAL.fullmatch(text) is None:
+        return None
+    return within_64_bits(int(text) if _WHOLE.fullmatch(text) else float(text))
+
+
+def within_64_bits(value: Any) -> int | float | None:
+    """Return `value` where it is a number (True and False are none) that an int64 holds, rounded or not; else None."""
+    known = value.__class__ is int or value.__class__ is float
+    return value if known and -(2**63) <= value < 2**63 else None
+
+
+def moment(text: str) -> int | float | None:
+    """Return a time: a number as it is, an ISO 8601 date as seconds since 1970 (UTC where it names no zone)."""
+    text = text.strip()
+    if _DECIMAL.fullmatch(text):  # also where it is too large: Python takes some rows of digits for dates
+        return number(text)
+    try:
+        date = datetime.fromisoformat(text)
+        seconds = (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, OverflowError):
+        return None
+    return int(seconds) if seconds.is_integer() else seconds
