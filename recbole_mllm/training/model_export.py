@@ -280,7 +280,8 @@ def _difference(mllm: HFModel, question: Question, folder: Path) -> str:
         for title, prompt in _probes(question, sees and question.use_image, Path(scratch), hostile):
             wanted = list(mllm.encoder(prompt).ids)
             body = decision_request("m", prompt)
-            state = {"title": title, "preference": _PREFERENCE} | {"image": mark for mark in body["assets"]}
+            image = {"image": next(iter(body["assets"]))} if body["assets"] else {}
+            state = {"title": title, "preference": _PREFERENCE} | image
             # as this project asks, and leaving the wording to the template
             for asked in (body, body | {"state": state}):
                 try:

@@ -175,27 +175,27 @@ def test_a_process_without_memory_for_the_others_passes_says_so_itself(world, tm
     assert said.count("recbole-mllm: out of memory; with FSDP a batch cannot be made smaller by itself") == 1
 
 
+GONE = """
+import sys
+from recbole_mllm.mllm.encode import Encoder
+stock = Encoder.__call__
+def encode(self, prompt, **options):
+    if any(str(path) == IMAGE for path in prompt.images):
+        raise OSError(f"{IMAGE}: gone")
+    return stock(self, prompt, **options)
+Encoder.__call__ = encode
+from recbole_mllm.cli import main
+sys.exit(main())
+"""
+
+
 @pytest.mark.slow
 def test_an_image_gone_for_one_process_ends_all_that_share_a_split_model(world, tmp_path, summaries_alone):
     small_world.write(tmp_path / "run" / "data")
     asked = next(text for name, text in summaries_alone.items() if name.endswith(".isum")).decode().splitlines()[1]
     (image,) = (tmp_path / "run" / "data" / "steps").rglob(f"{asked.partition(chr(9))[0]}.png")
     script = tmp_path / "gone.py"
-    script.write_text(
-        f"from pathlib import Path\nGONE = {str(image)!r}\n"
-        + """
-import sys
-from recbole_mllm.mllm.encode import Encoder
-stock = Encoder.__call__
-def encode(self, prompt, **options):
-    if any(str(path) == GONE for path in prompt.images):
-        raise OSError(f"{GONE}: gone")
-    return stock(self, prompt, **options)
-Encoder.__call__ = encode
-from recbole_mllm.cli import main
-sys.exit(main())
-"""
-    )
+    script.write_text(GONE.replace("IMAGE", repr(str(image))))
     done, _ = summarised(world, tmp_path / "run", 2, FSDP, script=script)
     said = done.stdout + done.stderr
     assert done.returncode != 0 and said.count("recbole-mllm: 1 item summaries cannot be written") == 1, said[-3000:]
