@@ -29,7 +29,7 @@ from recbole_mllm.common.errors import UserError
 
 LOST = 76  # the exit code of a process that ends because another one has, without its having said why
 _CONNECT = timedelta(minutes=10)
-_COLLECTIVE = timedelta(days=30)
+_COLLECTIVE = timedelta(days=20)  # below 2^31 milliseconds
 _FAILED = "failed"
 
 T = TypeVar("T")
