@@ -369,7 +369,7 @@ class MLLMMSRTrainer(Trainer):  # type: ignore[misc]
                     return best_share(self.model.reranker, rank, self.valid_metric, self.valid_metric_bigger)
                 result = rank()
             if not self._validates:
-                self.model.remove_kept_scores()
+                self.model.remove_cached_scores()
             return result
         finally:
             self.model.team.together = False

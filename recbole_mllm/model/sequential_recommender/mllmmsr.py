@@ -222,8 +222,8 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
         # a server's weights may change behind its model's name
         self._kept.use(wanted and self.backbone is not None)
 
-    def remove_kept_scores(self) -> None:
-        """Remove the scores kept of an evaluation that is done."""
+    def remove_cached_scores(self) -> None:
+        """Remove the cached scores of an evaluation that is done."""
         self._kept.remove()
 
     @property
