@@ -27,7 +27,8 @@ from recbole_mllm.errors import UserError
 from recbole_mllm.progress import tell_once
 from recbole_mllm.refusals import told_in_a_line
 
-WITHDRAWN: dict[str, str] = {}
+_OF_A_RUN = "scores are cached for as long as an evaluation runs, so that a killed one resumes"
+WITHDRAWN: dict[str, str] = {"score_cache": _OF_A_RUN, "score_cache_mb": _OF_A_RUN}
 """Keys of earlier versions, with why they have no effect: old files and records may hold one, and get one warning."""
 
 # Fields of RecBole's command line, and what its Config keeps beside what it is given

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -63,8 +62,7 @@ class HFModel:
 
     def split(self) -> None:
         """Split the model's layers among the processes that share its work; all of them must do so."""
-        # called when this object goes, as what splits the layers may hold them whoever else does
-        weakref.finalize(self, splitting.split(self.model, self.device).let_go).atexit = False
+        splitting.split(self.model, self.device)
         self.body = Body(self.model, split=True)
 
     def checkpoint_gradients(self) -> None:

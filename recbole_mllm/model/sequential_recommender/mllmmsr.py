@@ -22,7 +22,7 @@ from recbole_mllm.data.peruser import user_of
 from recbole_mllm.data.schema import HISTORY_NUMBER, POSITION
 from recbole_mllm.endpoints import is_server, parse_endpoint
 from recbole_mllm.errors import UserError
-from recbole_mllm.mllm import dispatching, splitting, zero3
+from recbole_mllm.mllm import dispatching, splitting
 from recbole_mllm.mllm.encoder import Encoded
 from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.mllm.lora import load_trained_state, save_trained, trained_state, tune
@@ -43,10 +43,10 @@ from recbole_mllm.model.row_scoring import (
     training_share,
 )
 from recbole_mllm.model.summarizers import check_recommender, prepare_summaries
+from recbole_mllm.model.score_cache import ScoreCache, state_digest
 from recbole_mllm.progress import Progress
 from recbole_mllm.retrieval.reranker import Reranker
 from recbole_mllm.retrieval.shortlist import Shortlist
-from recbole_mllm.scorecache import KeptScores, state_digest
 from recbole_mllm.settings import Settings
 from recbole_mllm.summaries.prepare import Preferences
 
@@ -84,7 +84,7 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
         # of the last full ranking, which hands scores alone to RecBole: the items asked about, and their log-odds
         self.answered: tuple[Any, Any] | None = None
         self._ahead: Scores = {}
-        self._cache = KeptScores(Path(config["data_path"]), self.settings.ranking)
+        self._cache = ScoreCache(Path(config["checkpoint_dir"]))
         self._in_shares = False  # whether all processes now ask for the same scores at the same time
         self._elsewhere = [0, 0]  # tokens read and cached scores found by other processes
 
@@ -93,7 +93,6 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
         settings, lora = self.settings, self.settings.lora
         if is_server(settings.mllm.mllm):
             return ServedScorer(parse_endpoint(settings.mllm.mllm, "mllm"), settings.server)
-        splitting.tell_of_the_unsplit()
         split, four_bit = splitting.wanted() is not None, lora.finetune == "qlora"
         mllm = HFModel(settings.mllm.mllm, settings.mllm, self.device, four_bit=four_bit, to_split=split)
         mllm.replace_model(tune(mllm.model, lora, seed))
@@ -284,6 +283,10 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
                  lora.lora_alpha, lora.lora_target)  # fmt: skip
         return state_digest(parts, self.state_dict())
 
+    def remove_cached_scores(self) -> None:
+        """Remove the cached scores of an evaluation that is done."""
+        self._cache.remove()
+
     @property
     def processes(self) -> int:
         """How many processes share the work."""
@@ -304,7 +307,7 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
     def __str__(self) -> str:
         """Name the model and what is trained, not every layer of an LLM."""
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
-        every = sum(map(zero3.whole_numel, self.parameters()))
+        every = sum(p.numel() for p in self.parameters())
         return f"MLLMMSR({self.mllm.identity})\nTrainable parameters: {trained} of {every}"
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:

@@ -1,27 +1,30 @@
-"""Alone, everything that knows of other processes is the identity, and loads nothing."""
+"""Processes: alone it is the identity and loads nothing; who fails says why, once; work is cut by cost."""
 
 import os
 import socket
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from recbole_mllm import ranks
 from recbole_mllm.cli import main
+from recbole_mllm.common import distributed
 
 ROOT = Path(__file__).resolve().parents[2]
 
 ALONE = """
 import sys
-from recbole_mllm import ranks
-from recbole_mllm.launched import exit_code
-assert (ranks.rank(), ranks.world_size(), ranks.is_main(), ranks.is_launched()) == (0, 1, True, False)
-assert ranks.gather_objects({"a": 1}) == [{"a": 1}] and ranks.broadcast_object(3) == 3
-assert ranks.on_main(lambda: 4) == 4 and ranks.main_first(lambda: 5) == 5
-assert ranks.report_failure(2) and not ranks.is_joined()
-ranks.start(), ranks.meet(), ranks.stop()
+from recbole_mllm.common import distributed
+assert (distributed.process_index(), distributed.world_size()) == (0, 1)
+assert distributed.is_main() and not distributed.is_launched()
+assert distributed.gather_objects({"a": 1}) == [{"a": 1}] and distributed.broadcast_object(3) == 3
+assert distributed.on_main(lambda: 4) == 4 and distributed.main_first(lambda: 5) == 5
+distributed.start(), distributed.barrier(), distributed.stop()
 print(sorted({"torch", "numpy", "accelerate", "recbole"} & set(sys.modules)))
 """
 
@@ -38,7 +41,7 @@ def test_one_process_is_no_launched_run(monkeypatch, size, launched):
         monkeypatch.delenv("WORLD_SIZE", raising=False)
     else:
         monkeypatch.setenv("WORLD_SIZE", size)
-    assert ranks.is_launched() is launched
+    assert distributed.is_launched() is launched
 
 
 WRONG = [
@@ -64,23 +67,23 @@ def test_a_process_that_knows_no_host_leaves_the_word_to_the_main_one(monkeypatc
     for rank, speaks in (("0", True), ("1", False)):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("WORLD_SIZE", "2")
-        assert ranks.report_failure(2) is speaks
+        assert distributed._fail(2) == (speaks, 2)
 
 
 UNMET = """
 import sys
 from datetime import timedelta
-from recbole_mllm import ranks, rendezvous
-from recbole_mllm.launched import exit_code
-rendezvous._CONNECT = timedelta(seconds=2)
-sys.exit(exit_code(lambda words: ranks.meet() or 0, []))
+from recbole_mllm.common import distributed
+from recbole_mllm.common.distributed import exit_code
+distributed._CONNECT = timedelta(seconds=2)
+sys.exit(exit_code(lambda words: distributed.barrier() or 0, []))
 """
 
 EARLY = """
 import sys
-from recbole_mllm import ranks
-from recbole_mllm.errors import UserError
-from recbole_mllm.launched import exit_code
+from recbole_mllm.common import distributed
+from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.distributed import exit_code
 def fail(words):
     raise UserError("a mistake")
 sys.exit(exit_code(fail, []))
@@ -118,3 +121,41 @@ def test_who_fails_before_any_meeting_waits_for_nobody():
     for rank, said in (("0", "recbole-mllm: a mistake\n"), ("1", "")):
         process = launched(EARLY, rank, **place)
         assert process.communicate(timeout=60)[1] == said and process.returncode == 2
+
+
+# -- shares of work
+
+
+def cost(keys, shared, own, part):
+    runs = [i for i in part if i == part.start or keys[i] != keys[i - 1]]
+    return sum(own[i] for i in part) + sum(shared[i] for i in runs)
+
+
+def cheapest(keys, shared, own, parts):
+    best = None
+    for stops in combinations(range(len(keys) + parts), parts - 1):
+        places = [stop - n for n, stop in enumerate(stops)]
+        bounds = [0, *(min(p, len(keys)) for p in places), len(keys)]
+        worst = max(cost(keys, shared, own, range(a, b)) for a, b in zip(bounds, bounds[1:], strict=False))
+        best = worst if best is None else min(best, worst)
+    return best
+
+
+@given(st.lists(st.tuples(st.integers(1, 3), st.integers(1, 9)), max_size=8), st.integers(1, 4))
+def test_no_cut_is_cheaper(entries, parts):
+    keys = [key for key, _ in entries]
+    own = [size for _, size in entries]
+    shared = [7 * key for key in keys]
+    found = distributed.cut(keys, shared, own, parts)
+    assert [i for part in found for i in part] == list(range(len(keys))) and len(found) == parts
+    assert max(cost(keys, shared, own, part) for part in found) == (cheapest(keys, shared, own, parts) or 0)
+
+
+@pytest.mark.parametrize(("rows", "parts", "sizes"), [(3, 2, [2, 1]), (1, 2, [1, 0]), (0, 3, [0, 0, 0])])
+def test_fewer_rows_than_parts_leave_parts_empty(rows, parts, sizes):
+    assert [len(part) for part in distributed.cut(np.arange(rows), np.full(rows, 5), np.ones(rows), parts)] == sizes
+
+
+def test_the_cut_is_by_cost_and_not_by_count():
+    found = distributed.cut(np.repeat([0, 1], [1, 100]), [1000] + [10] * 100, [1] * 101, 2)
+    assert found == [range(0, 1), range(1, 101)]

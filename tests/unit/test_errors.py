@@ -8,10 +8,9 @@ import small_world
 import torch
 from recbole.utils import early_stopping, ensure_dir
 
-from recbole_mllm.errors import UserError
+from recbole_mllm.common.errors import UserError, told_in_a_line
 from recbole_mllm.options import Options, config_of
 from recbole_mllm.quick_start import run
-from recbole_mllm.refusals import told_in_a_line
 
 
 def test_recboles_own_error_is_a_users_mistake(monkeypatch):
