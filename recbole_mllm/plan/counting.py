@@ -35,7 +35,7 @@ from recbole_mllm.mllm.hf import positions_of
 from recbole_mllm.mllm.loading import dtype_of, load
 from recbole_mllm.mllm.scoring import input_key
 from recbole_mllm.mllm.sft import make_examples, micro_batches
-from recbole_mllm.mllm.sharing import Group, groups
+from recbole_mllm.mllm.sharing import SharedPrefix, groups
 from recbole_mllm.model.questions import deals_by_item, question, shares_in_training
 from recbole_mllm.model.stages import make_stage
 from recbole_mllm.plan.cost import Count, ModelSizes, sizes_of, trained_parameters
@@ -116,12 +116,12 @@ class PlannedModel:
     def written(self, prompt: Prompt, new: float, room: int = 0) -> Count:
         """Return the count of answering `prompt` with `new` tokens, of up to `room` that the answer may have."""
         encoded = self.encoder(prompt, room=room)
-        count, steps = self.read([encoded], [[Group((0,), 0)]]), max(0.0, new - 1)
+        count, steps = self.read([encoded], [[SharedPrefix((0,), 0)]]), max(0.0, new - 1)
         count.new_tokens, count.steps, count.logits = new, steps, new * self.sizes.vocabulary
         count.cache_reads = steps * (count.longest + new / 2)
         return count
 
-    def read(self, prompts: Sequence[Encoded], parts: Iterable[Sequence[Group]], most: int | None = None) -> Count:
+    def read(self, prompts: Sequence[Encoded], parts: Iterable[Sequence[SharedPrefix]], most: int | None = None) -> Count:
         """Return the count of reading `prompts` in passes that compute what each group shares once.
 
         Args:
@@ -496,10 +496,10 @@ def count_training(run: PlannedRun, summaries: Preferences) -> Count:
     return run.with_images(count.times(epochs * total / max(1, count.prompts)), items)
 
 
-def _groups(body: Body, prompts: Sequence[Encoded], part: Sequence[int], *, share: bool) -> list[Group]:
+def _groups(body: Body, prompts: Sequence[Encoded], part: Sequence[int], *, share: bool) -> list[SharedPrefix]:
     """Return the groups among a `part` of the prompts that share a prefix."""
-    found = groups(body, [prompts[i] for i in part]) if share else [Group(tuple(range(len(part))), 0)]
-    return [Group(tuple(part[i] for i in group.rows), group.shared) for group in found]
+    found = groups(body, [prompts[i] for i in part]) if share else [SharedPrefix(tuple(range(len(part))), 0)]
+    return [SharedPrefix(tuple(part[i] for i in group.rows), group.shared) for group in found]
 
 
 def count_scoring(run: PlannedRun, summaries: Preferences, phase: str) -> Count:
@@ -529,7 +529,7 @@ def count_scoring(run: PlannedRun, summaries: Preferences, phase: str) -> Count:
     return run.with_images(count.times(times * total / count.prompts), np.unique(rows[:, 0]))
 
 
-def scoring_groups(body: Body, prompts: Sequence[Encoded], *, share: bool) -> list[Group]:
+def scoring_groups(body: Body, prompts: Sequence[Encoded], *, share: bool) -> list[SharedPrefix]:
     """Return about the groups in which `prompts` are scored: those that share much, and what is left."""
     found = _groups(body, prompts, range(len(prompts)), share=share)
     worth = [group for group in found if group.shared * (len(group.rows) - 1) >= _LEAST_GAIN]
@@ -538,7 +538,7 @@ def scoring_groups(body: Body, prompts: Sequence[Encoded], *, share: bool) -> li
         return worth
     keys = [input_key(body, prompts[i]) for i in rest] if share else []
     common = len(os.path.commonprefix([min(keys), max(keys)])) if len(keys) > 1 else 0
-    return [*worth, Group(tuple(rest), common if common * (len(rest) - 1) >= _LEAST_GAIN else 0)]
+    return [*worth, SharedPrefix(tuple(rest), common if common * (len(rest) - 1) >= _LEAST_GAIN else 0)]
 
 
 def pairs_of(run: PlannedRun, phase: str) -> tuple[Any, int]:
