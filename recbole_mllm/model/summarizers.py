@@ -43,7 +43,7 @@ from recbole_mllm.summaries.users import Plan
 
 REFUSED = "refused_images.tsv"
 _NO_TEXT_CHANGE = {"summarize", "summarize_batch_size", "history_titles", "summary_repetition_penalty"}
-_SLOTS = {"cpu": 64, "gpu": 256}
+SLOTS = {"cpu": 64, "gpu": 256}
 _SAMPLING = {"summary_temperature", "summary_top_p", "summary_seed"}
 
 
@@ -190,7 +190,7 @@ def _identity(name: str, settings: Settings, device: torch.device) -> str:
 def _writer(name: str, key: str, settings: Settings, device: torch.device) -> Writer:
     if is_server(name):
         return ServerModel(parse_endpoint(name, key), settings.server)
-    slots = settings.summary.summarize_batch_size or _SLOTS["cpu" if device.type == "cpu" else "gpu"]
+    slots = settings.summary.summarize_batch_size or SLOTS["cpu" if device.type == "cpu" else "gpu"]
     split = splitting.wanted() is not None
     mllm = HFModel(name, settings.mllm, device, slots, to_split=split)
     if split:

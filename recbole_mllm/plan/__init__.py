@@ -9,7 +9,7 @@ import torch
 
 from recbole_mllm.data.schema import ISUM_TYPES, USUM_TYPES
 from recbole_mllm.mllm.generation import READ_TOKENS
-from recbole_mllm.model.stages import SLOTS as SLOTS
+from recbole_mllm.model.stages import SLOTS
 from recbole_mllm.plan.cost import Count, Device, activations, backward_flops, fits, flops, pass_bytes
 from recbole_mllm.plan.counting import (
     CHARACTERS,
