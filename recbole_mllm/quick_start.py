@@ -15,19 +15,17 @@ from recbole.evaluator.register import metrics_dict
 from recbole.trainer import TraditionalTrainer
 from recbole.utils import get_model, get_trainer, init_logger, init_seed
 
-from recbole_mllm.config import check_training, per_model, recbole_config, sections
+from recbole_mllm.common.config import check_keys, check_training, per_model, recbole_config, sections
+from recbole_mllm.common.errors import UserError, as_user_error
+from recbole_mllm.common.files import check_place
+from recbole_mllm.common.fitting import Fit
+from recbole_mllm.common.settings import Settings
 from recbole_mllm.data.checking import nothing_left
 from recbole_mllm.data.schema import isum_file, usum_file
-from recbole_mllm.errors import UserError
 from recbole_mllm.evaluation.candidates_file import write_candidates
 from recbole_mllm.evaluation.metrics import has_several_rows, joined, per_user, pooled_auc
 from recbole_mllm.evaluation.protocol import protocol_line
 from recbole_mllm.evaluation.tie_breaking import evaluate
-from recbole_mllm.files import check_place
-from recbole_mllm.fitting import Fit
-from recbole_mllm.keys import check_keys
-from recbole_mllm.refusals import told_in_a_line
-from recbole_mllm.settings import Settings
 
 
 @dataclass(slots=True)
@@ -113,10 +111,10 @@ def _train(config: Any, saved: bool, check: Check | None = None) -> _Trained:
         if config[key]:
             check_place(Path(str(config[key])), f"{key}:")
     refused = config["model"], config["dataset"]
-    with told_in_a_line("read the dataset", *refused):
+    with as_user_error("read the dataset", *refused):
         dataset = create_dataset(config)
     log.info(dataset)
-    with told_in_a_line("split the dataset", *refused):
+    with as_user_error("split the dataset", *refused):
         train, valid, test = data_preparation(config, dataset)
     if not saved and not len(valid):
         raise nothing_left(dataset, "validate on")
@@ -126,17 +124,17 @@ def _train(config: Any, saved: bool, check: Check | None = None) -> _Trained:
         log.info(f"{phase}: {protocol_line(config, phase=phase)}")
     started = time.perf_counter()
     init_seed(config["seed"] + config["local_rank"], config["reproducibility"])
-    with told_in_a_line(f"make the model {config['model']}", *refused):
+    with as_user_error(f"make the model {config['model']}", *refused):
         model = get_model(config["model"])(config, train._dataset).to(config["device"])
     log.info(model)
     made = time.perf_counter()
-    with told_in_a_line("make the trainer", *refused):
+    with as_user_error("make the trainer", *refused):
         trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
     one_pass = isinstance(trainer, TraditionalTrainer)
     if one_pass:  # one epoch whatever `epochs` says, so an eval_step of 2 saves nothing
         trainer.eval_step = min(trainer.eval_step, trainer.epochs)
     fit = Fit(trainer)
-    with told_in_a_line("train", *refused):
+    with as_user_error("train", *refused):
         score, best = fit.run(train, valid, saved=saved, show_progress=config["show_progress"])
     reranker = getattr(model, "reranker", None)
     learnt = getattr(reranker, "train_s", 0.0)
@@ -238,7 +236,7 @@ def read_and_split(config: Any) -> tuple[Any, tuple[Any, Any, Any]]:
     Raises:
         UserError: RecBole can do neither with what it is given.
     """
-    with told_in_a_line("read and split the dataset"):
+    with as_user_error("read and split the dataset"):
         dataset = create_dataset(config)
         train, valid, test = data_preparation(config, dataset)
     return dataset, (train, valid, test)
@@ -251,18 +249,18 @@ def prepare_summaries(config: Any, stage: str, *, since: str | None = None) -> l
     none.
     """
     # here, as every run of a baseline would wait seconds for transformers
-    from recbole_mllm.model.stages import make_stage
-    from recbole_mllm.summaries.prepare import make_item_summaries, refresh
+    from recbole_mllm.model.summarizers import make_summary_setup
+    from recbole_mllm.summaries.preferences import make_item_summaries, refresh
     from recbole_mllm.summaries.since import users_since
-    from recbole_mllm.summaries.users import Plan
+    from recbole_mllm.summaries.user_summaries import SummaryRequests
 
     init_seed(config["seed"], config["reproducibility"])
     init_logger(config)
     check_keys(config.external_config_dict, "the configuration")
     dataset, (train, *_) = read_and_split(config)
     settings = Settings.from_config(config)
-    made = make_stage(config, settings, config["device"])
-    plan = Plan(train._dataset.histories, train._dataset.positions)
+    made = make_summary_setup(config, settings, config["device"])
+    plan = SummaryRequests(train._dataset.histories, train._dataset.positions)
     users = users_since(dataset, since) if since is not None else None
     lines = []
     if stage != "items":

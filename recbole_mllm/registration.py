@@ -16,9 +16,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from recbole_mllm.files import CONVERTED, recover
+from recbole_mllm.common.files import CONVERTED, recover
+from recbole_mllm.common.resources import PROPERTIES, resource
 from recbole_mllm.recbole_patches.hooks import replace
-from recbole_mllm.resources import PROPERTIES, resource
 
 if TYPE_CHECKING:
     from importlib.abc import Loader
@@ -93,7 +93,7 @@ def read_our_files(configurator: ModuleType) -> None:
 
     @replace(configurator.Config)
     def _load_config_files(stock: Any, self: Any, file_list: Sequence[Any] | None) -> Any:
-        readable = importlib.import_module("recbole_mllm.yamlfile").check_readable
+        readable = importlib.import_module("recbole_mllm.common.yaml_files").check_readable
         self.config_files = [str(file) for file in file_list or ()]
         return stock(self, [file for file in self.config_files if readable(Path(file))])
 
@@ -125,9 +125,9 @@ def _load_own_fields(config: Any) -> None:
 
 def _check(config: Any, model: str) -> None:
     """Refuse what nobody reads, where the user wrote it for us; a script's own ``--words`` are not ours to judge."""
-    values = importlib.import_module("recbole_mllm.config")
+    values = importlib.import_module("recbole_mllm.common.config")
     values.check_files(config.config_files, model)
-    importlib.import_module("recbole_mllm.keys").check_keys(config.variable_config_dict, "config_dict")
+    importlib.import_module("recbole_mllm.common.config").check_keys(config.variable_config_dict, "config_dict")
     values.check_values(config.variable_config_dict)
 
 
@@ -158,7 +158,7 @@ def _dataset_files(config: Any, dataset: str) -> Iterator[Path]:
     folder = Path(known["data_path"]) / dataset
     _build(folder)
     if os.path.lexists(folder / "dataset.yaml"):
-        importlib.import_module("recbole_mllm.config").check_dataset_file(folder / "dataset.yaml")
+        importlib.import_module("recbole_mllm.common.config").check_dataset_file(folder / "dataset.yaml")
         yield folder / "dataset.yaml"
 
 
@@ -179,9 +179,9 @@ def prepare_data(utils: ModuleType) -> None:
     @replace(utils)
     def create_dataset(stock: Any, config: Any) -> Any:
         _build(Path(config["data_path"]))
-        importlib.import_module("recbole_mllm.config").tell_missing_gpus(config)
+        importlib.import_module("recbole_mllm.common.config").tell_missing_gpus(config)
         if config["item_features"]:
-            importlib.import_module("recbole_mllm.features.prepare").offer_features(config)
+            importlib.import_module("recbole_mllm.features.item_vectors").offer_features(config)
         with file_checks.explain_what_is_left(config):
             dataset = stock(config)
         behaviour.reuse_saved_dataset(dataset, config)

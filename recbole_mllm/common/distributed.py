@@ -322,7 +322,7 @@ def _fail(code: int) -> tuple[bool, int]:
 
 def exit_code(run: Callable[[list[str]], int], words: Sequence[str]) -> int:
     """Return what `run` returns, and what `arguments.exit_code` does for a mistake; anything else raised is 1."""
-    from recbole_mllm.arguments import in_a_line, usable_streams
+    from recbole_mllm.common.console import in_a_line, usable_streams
 
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _ended_by_launcher)

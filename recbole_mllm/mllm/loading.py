@@ -30,9 +30,9 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
-from recbole_mllm.errors import UserError
-from recbole_mllm.mllm.dispatching import check_room
+from recbole_mllm.common.errors import UserError
 from recbole_mllm.mllm.families import language_part
+from recbole_mllm.mllm.placement import check_room
 
 TINY = "tiny"
 REFUSALS = (ValueError, ZeroDivisionError, OverflowError)  # what image processors raise at sizes they cannot take

@@ -6,9 +6,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from recbole_mllm import ranks
+from recbole_mllm.common import distributed
+from recbole_mllm.common.errors import UserError
 from recbole_mllm.data.facts import wants_exact_order
-from recbole_mllm.errors import UserError
 from recbole_mllm.recbole_patches.hooks import replace
 from recbole_mllm.recbole_patches.processes import two_launchers
 
@@ -74,7 +74,7 @@ def ask_for_nccl(quick_start: ModuleType) -> None:
     def run(stock: Any, *args: Any, **kwargs: Any) -> Any:
         nproc = kwargs.get("nproc", args[5] if len(args) > 5 else 1)
         world_size = kwargs.get("world_size", args[6] if len(args) > 6 else -1)
-        if nproc != 1 and ranks.is_launched():
+        if nproc != 1 and distributed.is_launched():
             raise two_launchers("run()")
         if nproc != 1 or world_size > 0:  # quick_start.py:53
             _require_nccl(nproc)

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from recbole_mllm.common.errors import UserError
 from recbole_mllm.data.atomic import MAX_ID_CHARACTERS
 from recbole_mllm.data.checking import Rules, all_met, check_columns, check_file, nothing_left
-from recbole_mllm.errors import UserError
 from recbole_mllm.recbole_patches.fast_loading import scan, scanned
 from recbole_mllm.recbole_patches.hooks import replace
 

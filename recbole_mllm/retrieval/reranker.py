@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.settings import EvaluationSettings, RankingSettings
 from recbole_mllm.data.sampling import tie_keys
-from recbole_mllm.errors import UserError
 from recbole_mllm.evaluation.full_ranking import best_items
 from recbole_mllm.retrieval.retriever import obtain
-from recbole_mllm.settings import EvaluationSettings, RankingSettings
 
 _STEP = 2.0**-20  # relative distance between placed scores: eight units of float32's last place
 

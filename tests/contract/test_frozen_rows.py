@@ -14,7 +14,6 @@ from recbole.utils import init_seed
 
 from recbole_mllm.data.schema import POSITION, TIE
 from recbole_mllm.evaluation.protocol import training_counts
-from recbole_mllm.fastdata import listcolumn
 
 LOO = {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "uni5"}
 CE = {"train_neg_sample_args": None}

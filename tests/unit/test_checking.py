@@ -13,7 +13,7 @@ from recbole.config import Config
 from recbole.data import create_dataset
 
 from recbole_mllm.cli import main
-from recbole_mllm.errors import UserError
+from recbole_mllm.common.errors import UserError
 from recbole_mllm.recbole_patches import file_checks
 
 HEAD = "user_id:token\titem_id:token\ttimestamp:float\trating:float\n"

@@ -12,8 +12,8 @@ from stock_forward import CPU, SETTINGS, STYLE
 from tiny_models import gguf_file
 from transformers import ProcessorMixin
 
+from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.prompts import recommend_prompt
-from recbole_mllm.errors import UserError
 from recbole_mllm.mllm import loading
 from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.mllm.loading import NoVideos, identity_of, load_processor

@@ -16,18 +16,20 @@ from recbole.model.abstract_recommender import SequentialRecommender
 from recbole.utils import InputType
 from torch import Tensor
 
-from recbole_mllm import ranks
+from recbole_mllm.common import distributed
+from recbole_mllm.common.endpoints import is_server, parse_endpoint
+from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.progress import Progress
 from recbole_mllm.common.prompts import Prompt
-from recbole_mllm.data.peruser import user_of
+from recbole_mllm.common.settings import Settings
+from recbole_mllm.data.histories import user_of
 from recbole_mllm.data.schema import HISTORY_NUMBER, POSITION
-from recbole_mllm.endpoints import is_server, parse_endpoint
-from recbole_mllm.errors import UserError
-from recbole_mllm.mllm import dispatching, splitting
+from recbole_mllm.mllm import placement, sharding
 from recbole_mllm.mllm.encoder import Encoded
 from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.mllm.lora import load_trained_state, save_trained, trained_state, tune
 from recbole_mllm.mllm.loss import example_loss, micro_batches
-from recbole_mllm.mllm.served import ServedScorer
+from recbole_mllm.mllm.server_scoring import ServedScorer
 from recbole_mllm.model.row_scoring import (
     IMAGE_TOKENS,
     Costs,
@@ -42,13 +44,10 @@ from recbole_mllm.model.row_scoring import (
     shares_in_training,
     training_share,
 )
-from recbole_mllm.model.summarizers import check_recommender, prepare_summaries
 from recbole_mllm.model.score_cache import ScoreCache, state_digest
-from recbole_mllm.progress import Progress
-from recbole_mllm.retrieval.reranker import Reranker
-from recbole_mllm.retrieval.shortlist import Shortlist
-from recbole_mllm.settings import Settings
-from recbole_mllm.summaries.prepare import Preferences
+from recbole_mllm.model.summarizers import check_recommender, prepare_summaries
+from recbole_mllm.retrieval.reranker import Reranker, Shortlist
+from recbole_mllm.summaries.preferences import Preferences
 
 
 class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
@@ -69,7 +68,7 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
         ranks_all = "full" in config["eval_args"]["mode"].values()
         # trained, and written, by the main process alone; the others then find what it has left
         self.reranker = (
-            ranks.main_first(lambda: Reranker(config, self.settings.ranking, dataset)) if ranks_all else None
+            distributed.main_first(lambda: Reranker(config, self.settings.ranking, dataset)) if ranks_all else None
         )
         self.preferences = prepare_summaries(config, dataset) if preferences is None else preferences
         self.items, self.style = self.preferences.items, self.preferences.style
@@ -93,7 +92,7 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
         settings, lora = self.settings, self.settings.lora
         if is_server(settings.mllm.mllm):
             return ServedScorer(parse_endpoint(settings.mllm.mllm, "mllm"), settings.server)
-        split, four_bit = splitting.wanted() is not None, lora.finetune == "qlora"
+        split, four_bit = sharding.wanted() is not None, lora.finetune == "qlora"
         mllm = HFModel(settings.mllm.mllm, settings.mllm, self.device, four_bit=four_bit, to_split=split)
         mllm.replace_model(tune(mllm.model, lora, seed))
         if split:
@@ -222,7 +221,7 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
 
     def _scores(self, ordered: Sequence[Row], progress: Progress | None = None) -> Scores:
         """Return the log-odds of rows in item-major order, shared out among the processes within `evaluating`."""
-        if not self._in_shares or not ranks.is_launched():
+        if not self._in_shares or not distributed.is_launched():
             return score_in_chunks(ordered, self._scores_here, progress, len(ordered))
         scores, elsewhere = score_in_shares(
             ordered, self._costs, self._scores_here, lambda: (self.mllm.tokens_read, self._cache.reused), progress
@@ -290,7 +289,7 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
     @property
     def processes(self) -> int:
         """How many processes share the work."""
-        return ranks.world_size()
+        return distributed.world_size()
 
     @property
     def tokens_read(self) -> int:
@@ -312,7 +311,7 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """Leave a model that lies in several places where it is, whatever RecBole's ``.to(device)`` wants."""
-        return self if dispatching.is_dispatched(self.backbone) else super()._apply(fn, recurse)
+        return self if placement.is_dispatched(self.backbone) else super()._apply(fn, recurse)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Return what is trained alone: checkpoints do not carry the base model."""
