@@ -22,11 +22,11 @@ sys.path[:0] = [str(ROOT), str(ROOT.parent)]
 
 from planted_writers import Planted  # noqa: E402
 
-from recbole_mllm.common import distributed
-from recbole_mllm.common.prompts import Prompt, Style
+from recbole_mllm.common import distributed  # noqa: E402
+from recbole_mllm.common.prompts import Prompt, Style  # noqa: E402
 from recbole_mllm.common.resources import PROPERTIES  # noqa: E402
 from recbole_mllm.common.settings import SummarySettings  # noqa: E402
-from recbole_mllm.data.item_table import Items
+from recbole_mllm.data.item_table import Items  # noqa: E402
 from recbole_mllm.summaries.generator import Summarizers, SummarySetup  # noqa: E402
 from recbole_mllm.summaries.preferences import make_preferences  # noqa: E402
 from recbole_mllm.summaries.user_summaries import SummaryRequests  # noqa: E402

@@ -14,6 +14,7 @@ from recbole.utils import init_seed
 
 from recbole_mllm.data.schema import POSITION, TIE
 from recbole_mllm.evaluation.protocol import training_counts
+from recbole_mllm.recbole_patches import list_column
 
 LOO = {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "uni5"}
 CE = {"train_neg_sample_args": None}
@@ -23,7 +24,7 @@ CE = {"train_neg_sample_args": None}
 def settings(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["pytest"])
-    monkeypatch.setattr(listcolumn, "PLAIN_ELEMENTS", 0)  # lists are cut as they are read, as for large datasets
+    monkeypatch.setattr(list_column, "PLAIN_ELEMENTS", 0)  # lists are cut as they are read, as for large datasets
     random_world.write(tmp_path, "random", seed=11, users=50, items=60)
     return {
         "data_path": str(tmp_path),
@@ -57,7 +58,7 @@ class Given:
 
 @pytest.mark.parametrize("plain", [0, 1 << 22])
 def test_batches_are_laid_out_as_recboles(settings, plain, monkeypatch):
-    monkeypatch.setattr(listcolumn, "PLAIN_ELEMENTS", plain)
+    monkeypatch.setattr(list_column, "PLAIN_ELEMENTS", plain)
     features = {"load_col": None, "selected_features": ["class"]}
     config, _, (_, _, test) = prepared("GRU4RecF", settings | CE | features)
     stock = NegSampleEvalDataLoader(config, test._dataset.copy(test._dataset.inter_feat), Given(test))
