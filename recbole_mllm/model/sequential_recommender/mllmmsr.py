@@ -46,7 +46,7 @@ from recbole_mllm.model.row_scoring import (
 )
 from recbole_mllm.model.score_cache import ScoreCache, state_digest
 from recbole_mllm.model.summarizers import check_recommender, prepare_summaries
-from recbole_mllm.retrieval.reranker import Reranker, Shortlist
+from recbole_mllm.retrieval.reranker import Reranker, Shortlist, obtain_reranker
 from recbole_mllm.summaries.preferences import Preferences
 
 
@@ -56,28 +56,29 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
     Args:
         config: RecBole's.
         dataset: The training part.
-        preferences: What `prepare_summaries` has returned; by default it is called here, as stock RecBole does not.
+        preferences: What `prepare_summaries` has returned.
+        reranker: What `obtain_reranker` has returned.
+
+    Both are steps of `quick_start.run`. Stock RecBole knows of neither: then they are taken here.
     """
 
     input_type = InputType.POINTWISE
 
-    def __init__(self, config: Any, dataset: Any, preferences: Preferences | None = None) -> None:
+    def __init__(
+        self, config: Any, dataset: Any, preferences: Preferences | None = None, reranker: Reranker | None = None
+    ) -> None:
         super().__init__(config, dataset)
         self.settings = Settings.from_config(config)
         check_recommender(config, self.settings, dataset)
-        ranks_all = "full" in config["eval_args"]["mode"].values()
-        # trained, and written, by the main process alone; the others then find what it has left
-        self.reranker = (
-            distributed.main_first(lambda: Reranker(config, self.settings.ranking, dataset)) if ranks_all else None
-        )
-        self.preferences = prepare_summaries(config, dataset) if preferences is None else preferences
+        self.reranker = reranker or obtain_reranker(config, dataset)
+        self.preferences = preferences or prepare_summaries(config, dataset)
         self.items, self.style = self.preferences.items, self.preferences.style
         self.history_names = dataset.history_names
         self.tokens = np.asarray(dataset.field2id_token[self.ITEM_ID]).astype(str)
         self.label_field = config["LABEL_FIELD"]
-        self.summaries_spent, started = self.preferences.spent, time.perf_counter()
+        started = time.perf_counter()
         self.mllm: Any = self._load_mllm(config["seed"])
-        self.load_s = self.preferences.load_s + time.perf_counter() - started
+        self.load_s = time.perf_counter() - started
         self.answers = self.mllm.answers(self.style)
         self.backbone = getattr(self.mllm, "model", None)  # none where a server has it
         # of the last full ranking, which hands scores alone to RecBole: the items asked about, and their log-odds
@@ -285,11 +286,6 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
     def remove_cached_scores(self) -> None:
         """Remove the cached scores of an evaluation that is done."""
         self._cache.remove()
-
-    @property
-    def processes(self) -> int:
-        """How many processes share the work."""
-        return distributed.world_size()
 
     @property
     def tokens_read(self) -> int:
