@@ -24,7 +24,6 @@ from recbole_mllm.common.progress import warn_once
 from recbole_mllm.common.resources import PROPERTIES, named, resource
 from recbole_mllm.common.settings import COUNT, SEED, Range, RankingSettings, WrongValue, check_value, known_keys
 from recbole_mllm.common.yaml_files import line_of, read_mapping
-from recbole_mllm.recbole_patches.processes import two_launchers
 
 _OF_A_RUN = "scores are cached for as long as an evaluation runs, so that a killed one resumes"
 WITHDRAWN: dict[str, str] = {"score_cache": _OF_A_RUN, "score_cache_mb": _OF_A_RUN}
@@ -72,7 +71,7 @@ def check_keys(keys: Iterable[str], where: str) -> None:
     """
     for key in keys:
         if key == "nproc":
-            raise two_launchers(where)
+            raise distributed.two_launchers(where)
         if key in WITHDRAWN:
             _warn_withdrawn(str(key))
             continue

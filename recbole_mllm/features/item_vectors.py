@@ -233,7 +233,8 @@ def _feature(kind: str, config: Any, chosen: FeatureSettings, folder: Path, want
 
 
 def _tag(kind: str, encoder: str, settings: Settings, chosen: FeatureSettings, content: Sequence[str]) -> str:
-    from recbole_mllm.mllm.loading import dtype_of, identity_of, source_of
+    from recbole_mllm.common.model_names import identity_of, source_of
+    from recbole_mllm.mllm.loading import dtype_of
 
     dtype = dtype_of(settings.mllm.dtype, torch.device("cpu"))
     known = [_EDITION, kind, identity_of(encoder, None), str(dtype), settings.mllm.max_text_tokens, chosen.feature_size]

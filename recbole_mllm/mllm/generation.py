@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from recbole_mllm.common.model_names import gguf_of, source_of
 from recbole_mllm.common.prompts import Prompt
 from recbole_mllm.data.sampling import hash64
 from recbole_mllm.mllm.backbone import Backbone
 from recbole_mllm.mllm.encoder import Encoded, Encoder
 from recbole_mllm.mllm.interface import Answer, Ask, Batch, Decoding, Work
-from recbole_mllm.mllm.loading import UNREADABLE, changed, gguf_of, source_of
+from recbole_mllm.mllm.loading import UNREADABLE, changed
 from recbole_mllm.mllm.memory import free_memory, out_of_memory
 from recbole_mllm.mllm.scoring import UNSUITED, error_line, scoring_mode
 

@@ -17,6 +17,7 @@ from recbole_mllm.common import distributed
 from recbole_mllm.common.config import check_training
 from recbole_mllm.common.endpoints import is_server, parse_endpoint
 from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.model_names import TINY, identity_of, source_of
 from recbole_mllm.common.prompts import Style, read_style
 from recbole_mllm.common.settings import Settings
 from recbole_mllm.data.dataloader import check_negatives
@@ -26,15 +27,7 @@ from recbole_mllm.mllm import sharding
 from recbole_mllm.mllm.generation import ignored_rules, own_rules, with_penalty
 from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.mllm.interface import Writer
-from recbole_mllm.mllm.loading import (
-    TINY,
-    Size,
-    dtype_of,
-    identity_of,
-    load_images_processor,
-    refused_sizes,
-    source_of,
-)
+from recbole_mllm.mllm.loading import Size, dtype_of, load_images_processor, refused_sizes
 from recbole_mllm.mllm.lora import check_finetune
 from recbole_mllm.mllm.placement import check_dispatch
 from recbole_mllm.mllm.server import ServerModel

@@ -10,7 +10,6 @@ from recbole_mllm.common import distributed
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.data.facts import wants_exact_order
 from recbole_mllm.recbole_patches.hooks import replace
-from recbole_mllm.recbole_patches.processes import two_launchers
 
 _ATOMIC = (".inter", ".item", ".user", ".kg", ".link", ".net")
 _GIVEN: dict[str, type] = {}  # classes that a Config was given instead of a name
@@ -75,7 +74,7 @@ def ask_for_nccl(quick_start: ModuleType) -> None:
         nproc = kwargs.get("nproc", args[5] if len(args) > 5 else 1)
         world_size = kwargs.get("world_size", args[6] if len(args) > 6 else -1)
         if nproc != 1 and distributed.is_launched():
-            raise two_launchers("run()")
+            raise distributed.two_launchers("run()")
         if nproc != 1 or world_size > 0:  # quick_start.py:53
             _require_nccl(nproc)
         return stock(*args, **kwargs)

@@ -9,7 +9,6 @@ from typing import Any
 
 from recbole_mllm.common import distributed
 from recbole_mllm.common.distributed import wants_cpu
-from recbole_mllm.common.errors import UserError
 from recbole_mllm.recbole_patches.hooks import replace
 
 
@@ -26,7 +25,7 @@ def give_each_process_its_gpu(configurator: ModuleType) -> None:
             return
         values = self.final_config_dict
         if int(values.get("nproc") or 1) > 1 or "local_rank" in values:
-            raise two_launchers("the configuration")
+            raise distributed.two_launchers("the configuration")
         gpu_id, visible = values["gpu_id"], os.environ.get("CUDA_VISIBLE_DEVICES")
         values["gpu_id"] = "" if wants_cpu() else _all_gpus() if visible is None else visible
         try:
@@ -46,19 +45,6 @@ def give_each_process_its_gpu(configurator: ModuleType) -> None:
 
 def _all_gpus() -> str:
     return ",".join(map(str, range(int(os.environ.get("LOCAL_WORLD_SIZE", distributed.world_size())))))
-
-
-def two_launchers(where: str) -> UserError:
-    """Return the complaint about RecBole's `nproc`, its own way to several GPUs, given in `where`."""
-    if distributed.is_launched():
-        return UserError(
-            f"nproc in {where} asks RecBole to start processes, and a launcher has started {distributed.world_size()} "
-            "already; leave nproc out"
-        )
-    return UserError(
-        f"nproc in {where} is RecBole's own way to several GPUs, which MLLMMSR does not go; leave it out and start "
-        "`accelerate launch --num_processes N run_recbole_mllm.py …` (docs/launching.md)"
-    )
 
 
 def log_in_main_alone(logger: ModuleType) -> None:

@@ -18,10 +18,11 @@ from transformers_serve import TransformersServe
 from recbole_mllm.cli import main
 from recbole_mllm.common.endpoints import parse_endpoint
 from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.model_names import source_of
 from recbole_mllm.common.prompts import recommend_prompt
 from recbole_mllm.common.settings import ServerSettings
 from recbole_mllm.mllm.decision import decision_request
-from recbole_mllm.mllm.loading import load_processor, source_of
+from recbole_mllm.mllm.loading import load_processor
 from recbole_mllm.mllm.server_scoring import ServedScorer
 from recbole_mllm.training.model_export import export, find_checkpoint
 
