@@ -12,7 +12,7 @@ from recbole_mllm.common.prompts import recommend_prompt
 from recbole_mllm.common.settings import LoraSettings
 from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.mllm.lora import tune
-from recbole_mllm.mllm.loss import Group
+from recbole_mllm.mllm.loss import SharedPrefix
 from recbole_mllm.plan.cost import flops, trained_parameters
 from recbole_mllm.plan.counting import PlannedModel, scoring_groups
 
@@ -74,7 +74,7 @@ def test_text_takes_the_operations_that_torch_counts(plan, mllm, prompts):
     length = len(one.ids)
     with _counting() as counter:
         mllm.body.logits(mllm.body.hidden([one], 0, [length], None)[0])
-    count = plan.read([plan.encoder(shortest(prompts, mllm))], [[Group((0,), 0)]])
+    count = plan.read([plan.encoder(shortest(prompts, mllm))], [[SharedPrefix((0,), 0)]])
     count.logits = length * plan.sizes.vocabulary
     planned = flops(plan.sizes, count)
     assert planned["prompt"] + planned["head"] == pytest.approx(counter.get_total_flops(), rel=0.03)

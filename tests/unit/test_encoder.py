@@ -133,7 +133,7 @@ SHOWN = dict.fromkeys(FILMS, "A drama in a small town, with a dog.")
 def asked(**changes):
     """Return the first prompt about a user who has seen all films, as the summaries' stage asks it."""
     settings = replace(SETTINGS.summary, **changes)
-    return next(openings(STYLE, FILM_ITEMS, SHOWN, SummaryRequests({"u": FILMS}, {"u": {len(FILMS)}}), settings, {}))
+    return next(openings(STYLE, FILM_ITEMS, SHOWN, SummaryRequests({"u": FILMS}, {"u": {len(FILMS)}}), settings))
 
 
 @pytest.fixture(scope="module")

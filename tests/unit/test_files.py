@@ -44,9 +44,11 @@ REMOVERS = {
 """Names that mean files whatever they are called on; `_meant` knows those that may mean something else."""
 
 ELSEWHERE = {
-    ("recbole_mllm/arguments.py", "open"),  # of the standard output, by its number
-    ("recbole_mllm/benchmark/child.py", "open"),  # a child's log, in its run's own folder
-    ("recbole_mllm/mllm/exporting.py", "copyfile"),
+    ("recbole_mllm/common/console.py", "open"),  # of the standard output, by its number
+    ("recbole_mllm/benchmark/process.py", "open"),  # a child's log, in its run's own folder
+    ("recbole_mllm/training/model_export.py", "copyfile"),
+    ("recbole_mllm/benchmark/records.py", "truncate"),  # a line that a killed run left half written
+    ("recbole_mllm/model/score_cache.py", "truncate"),  # a record that a full disk has cut
 }
 
 

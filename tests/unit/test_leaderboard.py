@@ -280,7 +280,7 @@ def test_the_terminal_table_is_aligned_and_fits(board, field, tmp_path):
 
 
 def test_reports_need_neither_torch_nor_recbole():
-    names = "report records run ranking leaderboard"
+    names = "report records runner ranking leaderboard"
     script = f"import sys\nfor n in '{names}'.split(): __import__('recbole_mllm.benchmark.' + n)\n" + (
         "bad = {'torch', 'recbole', 'transformers'} & set(sys.modules)\nsys.exit(str(bad) if bad else 0)"
     )
