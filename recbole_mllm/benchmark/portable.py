@@ -6,11 +6,10 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from recbole_mllm.benchmark.records import plain_json
-from recbole_mllm.mllm.loading import identity_of
 
 _PLACES = ("data_path", "checkpoint_dir", "retriever_dir", "image_dir", "note")
 """Keys that say where files lie, or what is said beside them."""
@@ -36,17 +35,10 @@ def _content(key: str, value: Any) -> Any:
     if not isinstance(value, str | Path) or not Path(value).exists():
         return value
     if key in _MODELS:
+        from recbole_mllm.mllm.loading import identity_of
+
         return identity_of(str(value), None)
     return hashlib.sha256(Path(value).read_bytes()).hexdigest() if Path(value).is_file() else value
-
-
-def without_folders(value: Any) -> Any:
-    """Return `value`, a text or what holds texts, with the last part alone of each text that is an absolute path."""
-    if isinstance(value, dict):
-        return {key: without_folders(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [without_folders(entry) for entry in value]
-    return f"…/{PurePath(value).name}" if isinstance(value, str) and PurePath(value).is_absolute() else value
 
 
 def said_anywhere(words: str) -> str:
