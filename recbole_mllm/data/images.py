@@ -36,7 +36,6 @@ MAX_PIXELS = 50_000_000  # a larger image is a decompression bomb or no product 
 # Pillow knows many more, of which EPS would even start Ghostscript
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 _SMALL, _LONG = 64, 10  # a processor that refuses images beyond these would refuse the ordinary ones too
-MOST_LONG = 200  # times as long as wide: more is refused by Qwen-VL, and shows nothing
 _DRAFT = (64, 64)  # JPEG is decoded at an eighth of its size where only its soundness is asked
 CACHE_FROM = 1_000  # fewer images are decoded again in a second or two, without a file
 _EDITION = f"3 pillow {PIL.__version__} pixels {MAX_PIXELS}"  # another Pillow may judge otherwise
