@@ -13,7 +13,7 @@ from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.resources import named, resource
 from recbole_mllm.recbole_patches.apply import apply as _apply
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["UserError", "__version__", "preset"]
 
 _KINDS = ("quick_start_config", "model", "dataset", "prompt")

@@ -197,6 +197,6 @@ def prepare_data(utils: ModuleType) -> None:
         loaders = (train, *rest)
         if config["frozen_candidates"] is True:
             candidates = importlib.import_module("recbole_mllm.evaluation.candidates")
-            loaders = candidates.freeze(config, dataset, *loaders)
+            loaders, dataset.candidates_digest = candidates.freeze(config, dataset, *loaders)
         file_checks.check_parts(config, dataset, *loaders)
         return loaders

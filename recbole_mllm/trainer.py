@@ -25,7 +25,7 @@ from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.progress import Progress
 from recbole_mllm.common.seeding import random_state, restore_random_state, seed_step
 from recbole_mllm.data.dataloader import SeededTrainDataLoader
-from recbole_mllm.data.schema import TIE
+from recbole_mllm.evaluation.loader import FrozenEvalDataLoader
 from recbole_mllm.mllm.loading import dtype_of
 from recbole_mllm.training.checkpoint import (
     TrainingPlace,
@@ -374,16 +374,11 @@ class MLLMMSRTrainer(Trainer):  # type: ignore[misc]
 
     @torch.no_grad()
     def _score_ahead(self, eval_data: Any) -> None:
-        """Collect the split's pairs and score them; only with frozen candidates, as others change at every pass."""
+        """Score the split's pairs; only with frozen candidates, as others change at every pass."""
         if isinstance(eval_data, FullSortEvalDataLoader):
             self._shortlist_ahead(eval_data)
-            return
-        rows: list[Row] = []
-        for interaction, *_ in eval_data:
-            if TIE not in interaction:
-                return
-            rows += self.model.rows_of(interaction)
-        self.model.score_ahead(rows)
+        elif isinstance(eval_data, FrozenEvalDataLoader):
+            self.model.score_ahead(self.model.rows_of(eval_data.every_pair()))
 
     def _shortlist_ahead(self, eval_data: Any) -> None:
         """Score what the retriever puts first, and log how good that can get; brute force goes batch by batch."""
@@ -408,7 +403,7 @@ def _shortlisted(model: Any, eval_data: Any) -> tuple[list[Row], float]:
     """
     rows: list[Row] = []
     found = total = 0
-    for batch, _, owner, targets in eval_data:
+    for batch, _, owner, targets, *_ in eval_data:
         short = model.reranker.shortlist(batch)
         rows += model.rows_asked(batch, short)
         found += int((short.asked[owner.numpy()] == targets.numpy()[:, None]).any(1).sum())

@@ -12,7 +12,7 @@ from typing import Any
 
 from recbole_mllm.benchmark.portable import DECISIVE_FILES
 from recbole_mllm.benchmark.records import plain_json
-from recbole_mllm.benchmark.variants import MLLM, Entry, quick_look, resolve
+from recbole_mllm.benchmark.variants import MLLM, Entry, baseline_defaults, resolve
 from recbole_mllm.common import distributed
 from recbole_mllm.common.config import file_keys
 from recbole_mllm.common.errors import UserError
@@ -54,9 +54,7 @@ class BenchmarkPlan:
             raise UserError("a benchmark needs at least one model and one seed: --models Pop,SASRec --seeds 2024")
         COUNT.checked("--jobs", self.jobs)
         if self.jobs > 1 and distributed.is_launched():
-            raise UserError(
-                f"--jobs {self.jobs}: under a launcher its processes share one run at a time; leave --jobs out"
-            )
+            raise UserError(f"--jobs {self.jobs}: processes of a launcher share one run at a time; leave --jobs out")
         Range(int, least=0).checked("--tune", self.tune)
         if self.limit_users is not None:
             COUNT.checked("--limit_users", self.limit_users)
@@ -107,8 +105,7 @@ class BenchmarkJob:
 def jobs_of(plan: BenchmarkPlan) -> list[BenchmarkJob]:
     """Return the plan's jobs in order, one seed after the other, so that a whole table stands early."""
     pairs = [(resolve(label), seed) for seed in dict.fromkeys(plan.seeds) for label in dict.fromkeys(plan.labels)]
-    ids = [run_id(entry, seed, plan) for entry, seed in pairs]
-    return [BenchmarkJob(n, *pair, name, plan) for n, (pair, name) in enumerate(zip(pairs, ids, strict=True), start=1)]
+    return [BenchmarkJob(n, *pair, run_id(*pair, plan), plan) for n, pair in enumerate(pairs, start=1)]
 
 
 def run_id(entry: Entry, seed: int, plan: BenchmarkPlan) -> str:
@@ -117,7 +114,9 @@ def run_id(entry: Entry, seed: int, plan: BenchmarkPlan) -> str:
     So the seeds of one configuration share the digest and are averaged, and another configuration is another row.
     Config files, and files that decide what is ranked and how, count by what they hold and not by where they lie.
     """
-    files = [*plan.config_files, *_files_named(plan)]
+    given = [*(file_keys(name) for name in plan.config_files if Path(name).is_file()), plan.overrides]
+    named = [str(keys[key]) for keys in given for key in DECISIVE_FILES if keys.get(key)]
+    files = [*plan.config_files, *(name for name in named if Path(name).is_file())]
     contents = [hashlib.sha256(Path(f).read_bytes()).hexdigest() if Path(f).is_file() else f for f in files]
     keys = {key: value for key, value in plan.overrides.items() if str(value) not in files or key not in DECISIVE_FILES}
     settings = {**_few_epochs(entry, plan), **keys, **entry.overrides}
@@ -129,11 +128,4 @@ def run_id(entry: Entry, seed: int, plan: BenchmarkPlan) -> str:
 
 def _few_epochs(entry: Entry, plan: BenchmarkPlan) -> dict[str, Any]:
     """Return what a quick look changes of a baseline; the command line wins over it, and it over config files."""
-    return quick_look(entry.model) if plan.quick and entry.model != MLLM else {}
-
-
-def _files_named(plan: BenchmarkPlan) -> list[str]:
-    """Return the files that the command line and the config files name, such as ``candidates_file``, where they are."""
-    said = [file_keys(name) for name in plan.config_files if Path(name).is_file()]
-    named = [keys[key] for keys in (*said, plan.overrides) for key in DECISIVE_FILES if keys.get(key)]
-    return [str(name) for name in named if Path(str(name)).is_file()]
+    return baseline_defaults(entry.model, "quick") if plan.quick and entry.model != MLLM else {}

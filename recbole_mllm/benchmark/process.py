@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import re
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from recbole_mllm.benchmark.records import plain_json
+from recbole_mllm.common.files import write_text
+
+WORKER = (sys.executable, "-m", "recbole_mllm.benchmark.worker")
 LOG = "log.txt"
-GRACE_S = 5.0
-POLL_S = 0.2
-STATUS_LENGTH = 300
+_HEARTBEAT_S = 60.0
+_GRACE_S = 5.0
+_POLL_S = 0.2
+_STATUS_LENGTH = 300
 
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # which of a launcher's processes this is
 _LAUNCHERS = ("MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_")
@@ -41,16 +49,28 @@ def claim(folder: Path, stop: threading.Event, waiting: Callable[[str], None]) -
     in the same files; `waiting` is called once then, with the number of the process.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor, told = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644), False
     try:
-        if not _locked(descriptor):
-            waiting(os.pread(descriptor, 32, 0).decode().strip() or "unknown")
-            while not _locked(descriptor):
-                if stop.wait(POLL_S):
-                    raise Stopped
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not told:
+                    waiting(os.pread(descriptor, 32, 0).decode().strip() or "unknown")
+                told = True
+                if stop.wait(_POLL_S):
+                    raise Stopped from None
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def write_order(folder: Path, order: Mapping[str, Any], name: str = "job.json") -> str:
+    """Write a worker's order into the run's folder; return its absolute path."""
+    path = folder.resolve() / name
+    write_text(path, json.dumps(plain_json(order), indent=2))
+    return str(path)
 
 
 def run_child(
@@ -71,12 +91,11 @@ def run_child(
     Raises:
         Stopped: `stop` was set; the child, and all it has started, is ended then, as with whatever `tick` raises.
     """
-    output_path = folder / log
     root = Path(__file__).resolve().parents[2]  # the package must be found from any working directory
     paths = [str(root), *(os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path)]
     given = without_launcher(os.environ) if environment is None else environment
     started = time.monotonic()
-    with output_path.open("wb") as output:
+    with (folder / log).open("wb") as output:
         child = subprocess.Popen(
             list(command),
             cwd=folder,
@@ -92,17 +111,29 @@ def run_child(
     try:
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                return child.wait(timeout=POLL_S)
+                return child.wait(timeout=_POLL_S)
             if stop.is_set():
                 raise Stopped
-            tick(time.monotonic() - started, next(reversed(_lines(output_path)), ""))
+            tick(time.monotonic() - started, next(reversed(_lines(folder / log)), ""))
     finally:
         for number in (signal.SIGTERM, signal.SIGKILL):  # first politely
             if child.poll() is None:
-                with contextlib.suppress(ProcessLookupError):
+                with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
                     os.killpg(child.pid, number)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    child.wait(timeout=GRACE_S)
+                    child.wait(timeout=_GRACE_S)
+
+
+def heartbeat(say: Callable[[str], None]) -> Tick:
+    """Return what says once a minute how long a run has taken and what it said last."""
+    told = 0.0
+
+    def tick(seconds: float, line: str) -> None:
+        nonlocal told
+        if seconds - told >= _HEARTBEAT_S:
+            told = seconds
+            say(f"{seconds:.0f} s  {line}")
+
+    return tick
 
 
 def without_launcher(given: Mapping[str, str]) -> dict[str, str]:
@@ -121,7 +152,7 @@ def failure(log: Path, code: int) -> str:
         words = f"ended by {name}{memory}" + (f"; last: {words}" if errors else "")
     elif code == 0:
         words = f"it ended without a record; last: {words}"
-    return words if len(words) <= STATUS_LENGTH else words[: STATUS_LENGTH - 1] + "…"
+    return words if len(words) <= _STATUS_LENGTH else words[: _STATUS_LENGTH - 1] + "…"
 
 
 def _lines(log: Path, tail: int = 1 << 16) -> list[str]:
@@ -132,11 +163,3 @@ def _lines(log: Path, tail: int = 1 << 16) -> list[str]:
         file.seek(max(0, log.stat().st_size - tail))
         text = _WARNING.sub("", _ESCAPES.sub("", file.read().decode(errors="replace")))
     return [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()]
-
-
-def _locked(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

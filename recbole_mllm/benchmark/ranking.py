@@ -12,10 +12,9 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -31,7 +30,7 @@ from recbole_mllm.benchmark.evidence import (
     partitions,
 )
 from recbole_mllm.benchmark.leaderboard import ALL_COSTS, SLICES, Leaderboard, Part, Row, Score, ordered_metrics
-from recbole_mllm.benchmark.records import CANDIDATE_RULES, RunRecord, latest, one_set_of_candidates
+from recbole_mllm.benchmark.records import RunRecord, latest, one_set_of_candidates
 from recbole_mllm.benchmark.significance import DRAW_SEED
 from recbole_mllm.benchmark.variants import MLLM
 from recbole_mllm.common.errors import UserError
@@ -57,12 +56,7 @@ def build(records: Iterable[RunRecord], results: Path, note: str = "") -> Leader
     runs = _current(records)
     if not runs:
         raise UserError(f"{results} holds no run; start one with `benchmark --output_dir {results}`")
-    by_digest: dict[str, list[str]] = defaultdict(list)
-    for run in runs:
-        if run.ok:
-            by_digest[run.candidates].append(run.run_id)
-    older = {run.candidates for run in runs if run.ok and run.candidate_rules < CANDIDATE_RULES}
-    one_set_of_candidates(by_digest, older if len(older) < len(by_digest) else ())
+    one_set_of_candidates(run for run in runs if run.ok)
     loaded, failed = _load(runs, results)
     contenders = _contenders(loaded)
     measured = {name for run, _ in loaded for name in run.metrics}
@@ -89,11 +83,10 @@ def build(records: Iterable[RunRecord], results: Path, note: str = "") -> Leader
 def _current(records: Iterable[RunRecord]) -> list[RunRecord]:
     """Drop what was tried again: older records of a run, and failures of a (label, seed) that has finished since."""
     runs = latest(records).values()
-    finished = {(run.label, run.seed) for run in runs if run.ok}
-    failures = {(run.label, run.seed): run for run in runs if not run.ok}
-    kept = [run for run in runs if run.ok]
-    kept += [run for key, run in failures.items() if key not in finished]
-    return sorted(kept, key=lambda run: (run.label, run.seed, run.run_id))
+    finished = [run for run in runs if run.ok]
+    done = {(run.label, run.seed) for run in finished}
+    failures = {(run.label, run.seed): run for run in runs if (run.label, run.seed) not in done}
+    return sorted([*finished, *failures.values()], key=lambda run: (run.label, run.seed, run.run_id))
 
 
 def _load(runs: Sequence[RunRecord], results: Path) -> tuple[list[tuple[RunRecord, Evidence]], list[Row]]:
@@ -102,16 +95,15 @@ def _load(runs: Sequence[RunRecord], results: Path) -> tuple[list[tuple[RunRecor
     failed: list[Row] = []
     for run in runs:
         try:
-            if run.ok:
-                evidence = load_evidence(run, results)
-                if loaded and not np.array_equal(evidence.users, loaded[0][1].users):
-                    raise UserError(f"run {run.run_id} evaluated other users than {loaded[0][0].run_id}")
-                loaded.append((run, evidence))
-                continue
-            status = run.status
+            if not run.ok:
+                raise UserError(run.status)
+            evidence = load_evidence(run, results)
+            if loaded and not np.array_equal(evidence.users, loaded[0][1].users):
+                raise UserError(f"run {run.run_id} evaluated other users than {loaded[0][0].run_id}")
+            loaded.append((run, evidence))
         except UserError as error:
             status = " ".join(str(error).split())
-        failed.append(Row(run.label, run.kind, (run.seed,), status, (run,), cost=_cost([run])))
+            failed.append(Row(run.label, run.kind, (run.seed,), status, (run,), cost=_cost([run])))
     return loaded, failed
 
 
@@ -173,10 +165,32 @@ def _cost(runs: Sequence[RunRecord]) -> dict[str, float | None]:
 def compare_rows(
     rows: Sequence[Row], contenders: Sequence[Contender], metric: str
 ) -> tuple[list[Row], str | None, tuple[str, ...]]:
-    """Return the rows with their tests, the best baseline, and the baselines that recorded no validation `metric`."""
+    """Return the rows with their tests, the best baseline, and the baselines that recorded no validation `metric`.
+
+    Every metric of every row is tested against the row's reference, and corrected for all questions asked.
+    """
     best, lacking = _best_baseline(rows, metric)
+    by_name = {contender.name: contender for contender in contenders}
     references = {contender.name: _reference(contender, contenders, best) for contender in contenders}
-    return _tested(rows, {contender.name: contender for contender in contenders}, references), best, lacking
+    questions: dict[tuple[str, bytes], sig.Comparison] = {}
+    asked: dict[tuple[str, str], tuple[str, bytes]] = {}
+    for row in rows:
+        if (reference := references[row.model]) is None:
+            continue
+        mine, theirs = by_name[row.model], by_name[reference]
+        for name in row.scores:
+            if (comparison := _compare(name, mine, theirs)) is not None:
+                asked[row.model, name] = key = row.model, _question(name, mine.evidence, theirs.evidence)
+                questions[key] = comparison
+    corrected = dict(zip(questions, sig.holm([comparison.p for comparison in questions.values()]), strict=True))
+    tested = {row.model: dict(row.scores) for row in rows}
+    for (model, name), key in asked.items():
+        found = questions[key]
+        tested[model][name] = replace(
+            tested[model][name], p=corrected[key], p_raw=found.p, effect=found.effect, difference=found.difference
+        )
+    done = [replace(row, scores=tested[row.model], tested_against=references[row.model]) for row in rows]
+    return done, best, lacking
 
 
 def _best_baseline(rows: Sequence[Row], metric: str) -> tuple[str | None, tuple[str, ...]]:
@@ -198,37 +212,16 @@ def _reference(contender: Contender, contenders: Sequence[Contender], best: str 
 
     Of several full models it is the one whose settings differ least from the variant's.
     """
+    config = contender.runs[0].config
+
+    def differences(other: Contender) -> int:
+        theirs = other.runs[0].config
+        return sum(theirs.get(key) != config.get(key) for key in theirs.keys() | config.keys())
+
     full = [one for one in contenders if one.runs[0].label == MLLM]
     if full and contender.runs[0].label.startswith(f"{MLLM}:"):
-        return min(full, key=lambda one: (_differences(one.runs[0].config, contender.runs[0].config), one.name)).name
+        return min(full, key=lambda one: (differences(one), one.name)).name
     return best if contender.name != best else None
-
-
-def _differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> int:
-    return sum(one.get(key) != other.get(key) for key in one.keys() | other.keys())
-
-
-def _tested(
-    rows: Sequence[Row], contenders: Mapping[str, Contender], references: Mapping[str, str | None]
-) -> list[Row]:
-    """Test every metric of every row against its reference, and correct for all questions asked."""
-    questions: dict[tuple[str, bytes], sig.Comparison] = {}
-    asked: dict[tuple[str, str], tuple[str, bytes]] = {}
-    for row in rows:
-        reference = references[row.model]
-        for metric in row.scores if reference is not None else ():
-            mine, theirs = contenders[row.model], contenders[str(reference)]
-            if (comparison := _compare(metric, mine, theirs)) is not None:
-                asked[row.model, metric] = key = row.model, _question(metric, mine.evidence, theirs.evidence)
-                questions[key] = comparison
-    corrected = dict(zip(questions, sig.holm([comparison.p for comparison in questions.values()]), strict=True))
-    tested = {row.model: dict(row.scores) for row in rows}
-    for (model, metric), key in asked.items():
-        told = questions[key]
-        tested[model][metric] = replace(
-            tested[model][metric], p=corrected[key], p_raw=told.p, effect=told.effect, difference=told.difference
-        )
-    return [replace(row, scores=tested[row.model], tested_against=references[row.model]) for row in rows]
 
 
 def _question(metric: str, mine: Evidence, theirs: Evidence) -> bytes:

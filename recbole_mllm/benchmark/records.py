@@ -130,8 +130,6 @@ class RunRecord:
     def from_line(cls, line: str) -> RunRecord:
         """Read a line; fields that a later version has added are left out."""
         values = json.loads(line)
-        if not isinstance(values, dict):
-            raise ValueError("no JSON object")
         record = cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
         texts = (record.run_id, record.model, record.label, record.dataset, record.status, record.candidates)
         numbers = (record.seed, record.n_users)
@@ -172,20 +170,27 @@ def read_records(path: Path) -> list[RunRecord]:
     return records
 
 
-def one_set_of_candidates(sets: Mapping[str, Iterable[str]], older: Iterable[str] = ()) -> None:
+def one_set_of_candidates(records: Iterable[RunRecord], expected: Mapping[str, str] | None = None) -> None:
     """Refuse a leaderboard of runs that ranked different candidates: their numbers are no comparison.
 
     Args:
-        sets: The runs of each digest.
-        older: Digests of runs that are recorded under older rules.
+        records: Finished runs.
+        expected: The digests that other runs will have, by run id.
 
     Raises:
         UserError: There is more than one digest.
     """
+    sets: dict[str, list[str]] = {}
+    older = set()
+    for record in records:
+        sets.setdefault(record.candidates, []).append(record.run_id)
+        older |= {record.candidates} if record.candidate_rules < CANDIDATE_RULES else set()
+    for run, digest in (expected or {}).items():
+        sets.setdefault(digest, []).append(run)
     if len(sets) < 2:
         return
     told = "; ".join(f"{digest or '(none)'}: {', '.join(runs)}" for digest, runs in sets.items())
-    past = ", ".join(digest for digest in older if digest in sets)
+    past = ", ".join(sorted(older)) if len(older) < len(sets) else ""
     why = f"{past} was drawn by the rules of an older version, so run those models again with --force, or "
     raise UserError(
         f"these runs ranked different candidates and cannot share a leaderboard ({told}); {why if past else ''}"
@@ -234,10 +239,6 @@ def plain_json(value: Any) -> Any:
         return [plain_json(entry) for entry in value]
     if isinstance(value, set | frozenset):
         return sorted(str(entry) for entry in value)
-    if isinstance(value, np.generic):
-        return plain_json(value.item())
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if value is None or isinstance(value, str | int | float | bool):
-        return value
-    return str(value)
+    value = value.item() if isinstance(value, np.generic) else value
+    plain = value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
+    return value if plain else str(value)

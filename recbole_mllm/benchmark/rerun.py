@@ -5,17 +5,17 @@ The repetition is written below ``reruns/`` in the results folder: it never touc
 
 from __future__ import annotations
 
+import math
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from recbole_mllm.benchmark.process import LOG, claim, failure, run_child
+from recbole_mllm.benchmark.process import LOG, WORKER, claim, failure, heartbeat, run_child, write_order
 from recbole_mllm.benchmark.records import RECORDS, RunRecord, latest, plain_json, read_records, records_of
-from recbole_mllm.benchmark.runner import HEARTBEAT_S, WORKER, write_order
+from recbole_mllm.benchmark.variants import MLLM
 from recbole_mllm.common.config import every_key
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.demo.builtin import is_builtin
@@ -77,27 +77,19 @@ def rerun(
         folder: Where the record stands.
         record: A finished run's.
         data_path: Where the datasets lie now; default: where they lay then.
-        worker: As for `run.benchmark`.
+        worker: As for `runner.benchmark`.
         tell: Takes each line for the user while the run is at work.
     """
     output = folder.resolve() / RERUNS
     place = output / "runs" / record.run_id
     order = order_of(record, output, data_path)
     tell(f"running {record.run_id} again in {folder / RERUNS / 'runs' / record.run_id}")
-    last = time.monotonic()
-
-    def tick(seconds: float, line: str) -> None:
-        nonlocal last
-        if time.monotonic() - last >= HEARTBEAT_S:
-            last = time.monotonic()
-            tell(f"{seconds:.0f} s  {line}")
-
     stop = threading.Event()
     with claim(place, stop, lambda process: tell(f"process {process} is still at this; waiting for it")) as lock:
-        known = records_of(output / RECORDS, record.run_id)
-        code = run_child([*worker, write_order(place, order)], place, lock, stop, tick)
+        known = len(records_of(output / RECORDS, record.run_id))
+        code = run_child([*worker, write_order(place, order)], place, lock, stop, heartbeat(tell))
     again = records_of(output / RECORDS, record.run_id)
-    if len(again) == len(known):
+    if len(again) == known:
         return Agreement(False, (f"it failed this time: {failure(place / LOG, code)} (log: {place / LOG})",))
     return compare(record, again[-1])
 
@@ -108,13 +100,13 @@ def order_of(record: RunRecord, output: Path, data_path: str | None = None) -> d
     Raises:
         UserError: The dataset is no longer where it was.
     """
-    kept = {key: value for key, value in record.config.items() if key in every_key() - _DERIVED}
+    defaults = {key: value for key, value in record.config.items() if key in every_key() - _DERIVED}
     # its own section is in its keys already, a retriever's is not
     others = {name: keys for name, keys in (record.config.get("per_model") or {}).items() if name != record.model}
-    kept |= {"per_model": others} if others else {}
-    negatives = kept.get("train_neg_sample_args")
+    defaults |= {"per_model": others} if others else {}
+    negatives = defaults.get("train_neg_sample_args")
     if isinstance(negatives, Mapping) and negatives.get("distribution") == "none":
-        kept["train_neg_sample_args"] = None  # what RecBole wants to be told, and writes differently (Config:538-560)
+        defaults["train_neg_sample_args"] = None  # what RecBole takes, and writes differently (configurator.py:538-560)
     home = Path(data_path) if data_path else Path(str(record.config["data_path"])).parent
     bundled = is_builtin(record.dataset) or record.dataset == "ml-100k"
     if not (bundled or (home / record.dataset).is_dir()):
@@ -122,7 +114,7 @@ def order_of(record: RunRecord, output: Path, data_path: str | None = None) -> d
     order = {
         **{key: getattr(record, key) for key in ("run_id", "model", "label", "kind", "seed", "dataset")},
         "config_files": [],
-        "defaults": kept,
+        "defaults": defaults,
         "overrides": {"data_path": str(home.resolve())},
         "output_dir": str(output),
         "limit_users": record.config.get("limit_users"),
@@ -143,28 +135,33 @@ def compare(before: RunRecord, now: RunRecord) -> Agreement:
     ]
     rule = f"not the same surroundings, so each metric may differ by {TOLERANCE}:"
     lines = [rule if changes else "same machine and versions: every metric must be equal", *changes]
-    same = before.candidates == now.candidates
-    if not same:
+    if before.candidates != now.candidates:
         why = "the dataset's files, or the candidates file, are not those of the first run"
         if before.candidate_rules != now.candidate_rules:
-            why = (
-                "an older version worked them out by other rules (on benchmark files, under popN, and for close times)"
-            )
-        lines.append(
-            f"the candidates differ ({before.candidates or 'none'} then, {now.candidates or 'none'} now): {why}"
-        )
+            why = "an older version drew them by other rules (on benchmark files, under popN, and for close times)"
+        sets = f"{before.candidates or 'none'} then, {now.candidates or 'none'} now"
+        lines.append(f"the candidates differ ({sets}): {why}")
     lines.append(f"test: {before.protocol}")
     if now.protocol != before.protocol:
         lines.append(f"now:  {now.protocol}")
     names = list(dict.fromkeys([*before.metrics, *now.metrics]))
     width, agreeing = max(map(len, names)), 0
     for name in names:
-        values = [run.metrics.get(name) for run in (before, now)]
-        one, two = values
-        holds = one is not None and two is not None and abs(one - two) <= (TOLERANCE if changes else 0.0)
-        shown = "  ".join("       –" if value is None else f"{value:.6f}" for value in values)
-        lines.append(f"{name:<{width}}  {shown}  {'agrees' if holds else 'DISAGREES'}")
+        one, two = before.metrics.get(name, math.nan), now.metrics.get(name, math.nan)
+        holds = abs(one - two) <= (TOLERANCE if changes else 0.0)  # never where one is missing
+        lines.append(f"{name:<{width}}  {one:.6f}  {two:.6f}  {'agrees' if holds else 'DISAGREES'}")
         agreeing += holds
-    agree = same and agreeing == len(names)
+    if agreeing < len(names) and _dropout_by_content(before) and not _dropout_by_content(now):
+        lines.append(
+            f"version {before.versions['recbole_mllm']} drew the dropout of fine-tuning from what a row holds, today's "
+            "is torch's own: such a run agrees with lora_dropout: 0 alone"
+        )
+    agree = before.candidates == now.candidates and agreeing == len(names)
     lines.append(f"{agreeing} of {len(names)} metrics agree: the run is {'' if agree else 'NOT '}reproduced")
     return Agreement(agree, tuple(lines))
+
+
+def _dropout_by_content(run: RunRecord) -> bool:
+    """Return whether an MLLM was fine-tuned with dropout masks that version 0.1.0 keyed by content."""
+    tuned = run.model == MLLM and run.config.get("finetune") in ("lora", "qlora") and run.config.get("epochs") != 0
+    return tuned and run.versions.get("recbole_mllm") == "0.1.0" and (run.config.get("lora_dropout") or 0) > 0

@@ -11,7 +11,7 @@ Baselines are the main process's, and their children see nothing of the launcher
 from __future__ import annotations
 
 import contextlib
-import json
+import itertools
 import os
 import pickle
 import shutil
@@ -22,7 +22,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -30,15 +29,25 @@ from typing import Any
 from recbole_mllm.benchmark.jobs import BenchmarkJob, BenchmarkPlan, jobs_of
 from recbole_mllm.benchmark.leaderboard import VALID_METRIC
 from recbole_mllm.benchmark.portable import said_anywhere
-from recbole_mllm.benchmark.process import LOG, PLACE, Stopped, Tick, claim, failure, run_child, without_launcher
+from recbole_mllm.benchmark.process import (
+    LOG,
+    PLACE,
+    WORKER,
+    Stopped,
+    Tick,
+    claim,
+    failure,
+    heartbeat,
+    run_child,
+    without_launcher,
+    write_order,
+)
 from recbole_mllm.benchmark.records import (
-    CANDIDATE_RULES,
     RECORDS,
     RunRecord,
     append,
     latest,
     one_set_of_candidates,
-    plain_json,
     read_records,
     records_of,
 )
@@ -46,10 +55,8 @@ from recbole_mllm.benchmark.report import HTML, render, write_note
 from recbole_mllm.benchmark.search import TRIALS
 from recbole_mllm.common import distributed
 from recbole_mllm.common.errors import UserError
-from recbole_mllm.common.files import BENCHMARK, check_folder, remove_file, write_text
+from recbole_mllm.common.files import BENCHMARK, check_folder, remove_file
 
-WORKER = (sys.executable, "-m", "recbole_mllm.benchmark.worker")
-HEARTBEAT_S = 60.0
 _CHECK_S = 1.0
 _CLEAR = "\r\x1b[K"
 
@@ -83,13 +90,13 @@ def benchmark(
     (plan.output_dir / RECORDS).touch()  # which makes the folder ours, should this end before its first record
     if plan.note:
         write_note(plan.output_dir, plan.note)
-    bench = _Bench(plan, worker, BenchmarkLines(len(jobs), plan.jobs == 1, tell), expected)
+    bench = _Bench(plan, worker, tell, len(jobs), expected)
     try:
         with _terminable():
             bench.run_all(jobs)
     except KeyboardInterrupt:
         done = sum(bench.finished(job) is not None for job in jobs)
-        bench.lines.say(f"stopped; {done} of {len(jobs)} runs are finished and kept: the same command resumes there")
+        bench.say(f"stopped; {done} of {len(jobs)} runs are finished and kept: the same command resumes there")
         raise SystemExit(1) from None
     render(plan.output_dir, embed_images=plan.embed_images)
     return plan.output_dir / HTML
@@ -97,9 +104,9 @@ def benchmark(
 
 def _check_comparable(plan: BenchmarkPlan, jobs: Sequence[BenchmarkJob], digests: Digests | None) -> Mapping[str, str]:
     """Refuse a leaderboard of two datasets or two sets of candidates; return the runs' digests where they are known."""
-    ours = {job.run_id for job in jobs}
-    done = {run: record for run, record in latest(read_records(plan.output_dir / RECORDS)).items() if record.ok}
-    stay = {run: record for run, record in done.items() if not (plan.force and run in ours)}
+    ours = {job.run_id for job in jobs} if plan.force else set()
+    records = latest(read_records(plan.output_dir / RECORDS))
+    stay = {run: record for run, record in records.items() if record.ok and run not in ours}
     for run, record in stay.items():
         if record.dataset != plan.dataset:
             raise UserError(
@@ -110,72 +117,51 @@ def _check_comparable(plan: BenchmarkPlan, jobs: Sequence[BenchmarkJob], digests
     if digests is None or not due:
         return {}
     found = digests(due, bool(stay))
-    sets: dict[str, list[str]] = {}
-    for run, digest in [*((run, record.candidates) for run, record in stay.items()), *found.items()]:
-        sets.setdefault(digest, []).append(run)
-    older = {record.candidates for record in stay.values() if record.candidate_rules < CANDIDATE_RULES}
-    one_set_of_candidates(sets, older)
+    one_set_of_candidates(stay.values(), found)
     return found
 
 
-class BenchmarkLines:
-    """What the user sees: lines such as ``[2/5] SASRec seed 2024 … 34 s NDCG@10 0.412``.
+class _Bench:
+    """A benchmark at work. Its lines read ``[2/5] SASRec seed 2024 … 34 s NDCG@10 0.412``.
 
-    Args:
-        total: How many runs there are.
-        live: Whether one line may be rewritten in place; only ever done on a terminal.
-        tell: Takes each finished line instead of standard output.
+    On a terminal the line of the one run at work is rewritten in place; elsewhere it comes once a minute.
     """
 
-    def __init__(self, total: int, live: bool, tell: Callable[[str], None] | None = None) -> None:
-        self.total = total
-        self._tell = tell
-        self._live = live and tell is None and sys.stdout.isatty()
-        self._lock = threading.Lock()
-        self._last: dict[int, float] = {}
-
-    def tick(self, job: BenchmarkJob, seconds: float, line: str) -> None:
-        """Show how long a run has taken and what it said last; in a log file when it begins, then once a minute."""
-        text = f" {seconds:.0f} s  {line}" if seconds else ""
-        if self._live:
-            width = shutil.get_terminal_size().columns - 1
-            with self._lock:
-                sys.stdout.write(_CLEAR + f"{self._head(job)}{text}"[:width])
-                sys.stdout.flush()
-        elif not seconds or time.monotonic() - self._last[job.number] >= HEARTBEAT_S:
-            self._last[job.number] = time.monotonic()
-            self.say(f"{self._head(job)}{text}")
-
-    def end(self, job: BenchmarkJob, result: str) -> None:
-        """Say how a run went."""
-        self.say(f"{self._head(job)} {result}")
+    def __init__(
+        self,
+        plan: BenchmarkPlan,
+        worker: Sequence[str],
+        tell: Callable[[str], None] | None,
+        total: int,
+        expected: Mapping[str, str],
+    ) -> None:
+        self.plan, self.worker, self.total, self.expected = plan, worker, total, expected
+        self.records = plan.output_dir / RECORDS
+        self.stop = threading.Event()
+        self.tell, self.live = tell, tell is None and plan.jobs == 1 and sys.stdout.isatty()
+        self.printing, self.rendering = threading.Lock(), threading.Lock()
+        self.shared = 0  # how many runs all processes were asked to share
 
     def say(self, line: str) -> None:
         """Print a line that stays."""
-        with self._lock:
-            if self._tell is not None:
-                self._tell(line)
+        with self.printing:
+            if self.tell is not None:
+                self.tell(line)
             else:
-                print(_CLEAR + line if self._live else line, flush=True)
+                print(_CLEAR + line if self.live else line, flush=True)
 
-    def _head(self, job: BenchmarkJob) -> str:
-        return f"[{job.number}/{self.total}] {job.name} …"
+    def show(self, head: str) -> Tick:
+        """Begin the line of a run at work; return what shows how long it has taken and what it said last."""
+        if not self.live:
+            self.say(head)
+            return heartbeat(lambda line: self.say(f"{head} {line}"))
 
+        def rewrite(seconds: float, line: str) -> None:
+            with self.printing:
+                shown = f"{head} {seconds:.0f} s  {line}"[: shutil.get_terminal_size().columns - 1]
+                print(_CLEAR + shown, end="", flush=True)
 
-class _Bench:
-    """The state that the jobs at work share."""
-
-    def __init__(
-        self, plan: BenchmarkPlan, worker: Sequence[str], lines: BenchmarkLines, expected: Mapping[str, str]
-    ) -> None:
-        self.plan = plan
-        self.worker = worker
-        self.lines = lines
-        self.expected = expected
-        self.records = plan.output_dir / RECORDS
-        self.stop = threading.Event()
-        self.rendering = threading.Lock()
-        self.shared = 0  # how many runs all processes were asked to share
+        return rewrite
 
     def run_all(self, jobs: Sequence[BenchmarkJob]) -> None:
         """Run the jobs, `plan.jobs` at a time; whatever ends this ends all of them."""
@@ -199,64 +185,67 @@ class _Bench:
 
     def run_one(self, job: BenchmarkJob) -> None:
         """Do one job unless it is done, and put it into the leaderboard."""
-        number = f"[{job.number}/{self.lines.total}] {job.name}"
+        head = f"[{job.number}/{self.total}] {job.name}"
 
         def waiting(process: str) -> None:
-            self.lines.say(f"{number}: process {process} is still at this run; waiting for it")
+            self.say(f"{head}: process {process} is still at this run; waiting for it")
 
         with contextlib.suppress(Stopped), claim(job.folder, self.stop, waiting) as lock:
             if not self.plan.force and (record := self.finished(job)) is not None:
-                self.lines.end(job, f"finished before, {_headline(record)}")
+                self.say(f"{head} … finished before, {_headline(record)}")
                 return
             if self.stop.is_set():
                 raise Stopped
-            self._work(job, lock)
+            started = time.monotonic()
+            record = self._work(job, lock, f"{head} …")
+            self.say(f"{head} … {time.monotonic() - started:.0f} s {_headline(record)}")
             with self.rendering:
                 render(self.plan.output_dir, embed_images=self.plan.embed_images)
 
-    def _work(self, job: BenchmarkJob, lock: int) -> None:
-        """Start the child, under a launcher one of each process for MLLMMSR; see to it that it leaves a record."""
+    def _work(self, job: BenchmarkJob, lock: int, head: str) -> RunRecord:
+        """Run the job in a child, MLLMMSR's in one of each process; return the record it left, or of its failure."""
         if self.plan.force:
             remove_file(job.folder / TRIALS)
         order = {**job.order(), "candidates": self.expected.get(job.run_id), "home": str(Path.cwd())}
-        started, clock = datetime.now().astimezone(), time.monotonic()
-        known = records_of(self.records, job.run_id)
-
-        def tick(seconds: float, line: str) -> None:
-            self.lines.tick(job, seconds, line)
-
-        tick(0, "")
-        if distributed.is_launched() and job.entry.kind == "mllm":
-            self.shared += 1
-            reason = _share(self.shared, self.worker, order, job.folder.resolve(), lock, self.stop, tick)
+        started, known = datetime.now().astimezone(), len(records_of(self.records, job.run_id))
+        tick = self.show(head)
+        shared = distributed.is_launched() and job.entry.kind == "mllm"
+        if shared:
+            reason = self._share(order, job.folder.resolve(), lock, tick)
         else:
             code = run_child([*self.worker, write_order(job.folder, order)], job.folder, lock, self.stop, tick)
             reason = failure(job.folder / LOG, code) if code else ""
-        if len(records_of(self.records, job.run_id)) == len(known):
-            append(self.records, _failed(job, reason or failure(job.folder / LOG, 0), started))
-        self.lines.end(job, f"{time.monotonic() - clock:.0f} s {_headline(records_of(self.records, job.run_id)[-1])}")
+        if len(records_of(self.records, job.run_id)) == known:
+            reason = said_anywhere(reason or failure(job.folder / LOG, 0))
+            failed = RunRecord(
+                **{key: order[key] for key in ("run_id", "model", "label", "kind", "seed", "dataset")},
+                status=f"{reason} (log: {(job.folder / LOG).relative_to(self.plan.output_dir)})",
+                started=started.isoformat(timespec="seconds"),
+                config=job.order(),
+                world_size=distributed.world_size() if shared else 1,
+            )
+            append(self.records, failed)
+        return records_of(self.records, job.run_id)[-1]
 
+    def _share(self, job: Mapping[str, Any], folder: Path, lock: int, tick: Tick) -> str:
+        """Let every process run the worker on `job`; return why it failed, or "".
 
-def write_order(folder: Path, order: Mapping[str, Any], name: str = "job.json") -> str:
-    """Write a worker's order into the run's folder; return its absolute path."""
-    path = folder.resolve() / name
-    write_text(path, json.dumps(plain_json(order), indent=2))
-    return str(path)
-
-
-def _failed(job: BenchmarkJob, reason: str, started: datetime) -> RunRecord:
-    return RunRecord(
-        run_id=job.run_id,
-        model=job.entry.model,
-        label=job.entry.label,
-        kind=job.entry.kind,
-        seed=job.seed,
-        dataset=job.plan.dataset,
-        status=f"{said_anywhere(reason)} (log: {(job.folder / LOG).relative_to(job.plan.output_dir)})",
-        started=started.isoformat(timespec="seconds"),
-        config=job.order(),
-        world_size=distributed.world_size() if job.entry.kind == "mllm" else 1,
-    )
+        The first child that failed of itself, and not because another one had, says why; one that was killed had no
+        word to say before the others.
+        """
+        self.shared += 1
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            port = int(probe.getsockname()[1])
+        order = {"worker": list(self.worker), "job": dict(job), "folder": str(folder), "port": port}
+        distributed.post(f"order/{self.shared}", pickle.dumps(order))
+        own = _run_part(self.shared, order, lock, self.stop, tick)
+        others = [
+            pickle.loads(distributed.read(f"report/{self.shared}/{other}"))
+            for other in range(1, distributed.world_size())
+        ]
+        failed = [ended for ended in (own, *others) if ended is not None]
+        return (min(failed)[-1] or "a process said nothing") if failed else ""
 
 
 def _headline(record: RunRecord) -> str:
@@ -271,14 +260,10 @@ def _headline(record: RunRecord) -> str:
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
     """Treat SIGTERM and SIGHUP as Ctrl-C, so that they too leave no child behind."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            before[number] = signal.signal(number, signal.default_int_handler)
     try:
         yield
     finally:
@@ -288,98 +273,56 @@ def _terminable() -> Iterator[None]:
 
 # Runs that several processes share
 
+_Failure = tuple[bool, bool, int, str]
+"""How a child failed: whether for want of another's, whether not by SIGKILL, as which of all, and why."""
+
 
 class _OtherFailed(Exception):
     """The child of another process has failed; ours cannot finish."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Ended:
-    """How a process's child ended: its exit code and, if it failed of itself, the how many-th to fail and why."""
-
-    process: int
-    code: int
-    turn: int = 0
-    words: str = ""
-
-
-def _share(
-    number: int,
-    worker: Sequence[str],
-    job: Mapping[str, Any],
-    folder: Path,
-    lock: int,
-    stop: threading.Event,
-    tick: Tick,
-) -> str:
-    """Let every process run `worker` on `job`; return why it failed, or "".
-
-    The first child that failed of itself, and not because another one had, says why; one that was killed had no word
-    to say before the others.
-    """
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port = int(probe.getsockname()[1])
-    order = {"worker": list(worker), "job": dict(job), "folder": str(folder), "port": port}
-    distributed.post(f"order/{number}", pickle.dumps(order))
-    own = _run_part(number, order, lock, stop, tick)
-    others = [
-        pickle.loads(distributed.read(f"report/{number}/{process}")) for process in range(1, distributed.world_size())
-    ]
-    failed = [ended for ended in (own, *others) if ended.code]
-    if not failed:
-        return ""
-    first = min(failed, key=lambda ended: (ended.code == distributed.LOST, ended.code != -signal.SIGKILL, ended.turn))
-    words = (
-        f"process {first.process}: {first.words}; its log: log.{first.process}.txt" if first.process else first.words
-    )
-    return words or "a process said nothing"
-
-
 def follow() -> int:
     """Run what the main process orders until it says that there is no more; return the exit code."""
-    number = 0
-    while True:
-        number += 1
+    for number in itertools.count(1):
         order = pickle.loads(distributed.read(f"order/{number}"))
         if order is None:
-            return 0
+            break
         ended = _run_part(number, order, None, threading.Event(), lambda seconds, line: None)
         distributed.post(f"report/{number}/{distributed.rank()}", pickle.dumps(ended))
+    return 0
 
 
-def _run_part(number: int, order: Mapping[str, Any], lock: int | None, stop: threading.Event, tick: Tick) -> _Ended:
+def _run_part(
+    number: int, order: Mapping[str, Any], lock: int | None, stop: threading.Event, tick: Tick
+) -> _Failure | None:
     """Run this process's child of the shared run `number`; as soon as one process's has failed, the others' end."""
     folder, process = Path(order["folder"]), distributed.rank()
     folder.mkdir(parents=True, exist_ok=True)
-    name, log = ("job.json", LOG) if distributed.is_main() else (f"job.{process}.json", f"log.{process}.txt")
-    command = [*order["worker"], write_order(folder, order["job"], name)]
-    failed, checked = f"stop/{number}", time.monotonic()
+    name, log = (f"job.{process}.json", f"log.{process}.txt") if process else ("job.json", LOG)
+    failed, checked = f"stop/{number}", 0.0
 
     def watch(seconds: float, line: str) -> None:
         nonlocal checked
-        if time.monotonic() - checked > _CHECK_S:
-            checked = time.monotonic()
+        if seconds - checked > _CHECK_S:
+            checked = seconds
             if distributed.is_posted(failed):
                 raise _OtherFailed
         tick(seconds, line)
 
+    # a group at the order's port, whose host is the main process's child
+    group = {key: os.environ[key] for key in (*PLACE, "MASTER_ADDR") if key in os.environ}
+    environment = without_launcher(os.environ) | group | {"MASTER_PORT": str(order["port"])}
+    command = [*order["worker"], write_order(folder, order["job"], name)]
     try:
-        code = run_child(
-            command, folder, lock, stop, watch, environment=_environment_of_part(os.environ, order["port"]), log=log
-        )
+        code = run_child(command, folder, lock, stop, watch, environment=environment, log=log)
     except _OtherFailed:
-        return _Ended(process, distributed.LOST)
+        return True, True, 0, ""
     except BaseException:
         distributed.post(failed, b"1")
         raise
     if not code:
-        return _Ended(process, 0)
+        return None
     distributed.post(failed, b"1")
-    return _Ended(process, code, distributed.count(f"failed/{number}"), failure(folder / log, code))
-
-
-def _environment_of_part(given: Mapping[str, str], port: int) -> dict[str, str]:
-    """Return `given` for a child that forms a group at `port` with its like; the main process's child is the host."""
-    group = {name: given[name] for name in (*PLACE, "MASTER_ADDR") if name in given}
-    return without_launcher(given) | group | {"MASTER_PORT": str(port)}
+    words = failure(folder / log, code)
+    words = f"process {process}: {words}; its log: {log}" if process else words
+    return code == distributed.LOST, code != -signal.SIGKILL, distributed.count(f"failed/{number}"), words

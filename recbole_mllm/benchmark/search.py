@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import random
 import time
 from collections.abc import Callable, Container, Mapping
@@ -76,8 +75,6 @@ def search(
             if journal is not None and distributed.is_main():
                 with journal.open("a", encoding="utf-8") as file:
                     file.write(f"\n{json.dumps(entry)}\n")  # the newline in front ends a line that was torn
-                    file.flush()
-                    os.fsync(file.fileno())
         tried.append(entry)
         said = entry.get("error") if entry["valid"] is None else f"{measure} {entry['valid']}"
         tell(f"trial {number}/{len(choices)} {choice or 'defaults'}: {said}{before}")
@@ -108,4 +105,4 @@ def read_journal(path: Path | None) -> list[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8").splitlines() if path is not None and path.is_file() else []:
         with suppress(ValueError):
             entries.append(json.loads(line))
-    return [entry for entry in entries if isinstance(entry, dict) and {"settings", "valid", "seconds"} <= entry.keys()]
+    return entries

@@ -18,7 +18,6 @@ from recbole_mllm.common.yaml_files import read_mapping
 MLLM = "MLLMMSR"
 
 Kind = Literal["baseline", "mllm"]
-"""Whether a row is held against the best baseline or may be that baseline."""
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "zero-shot": {"finetune": "none"},
@@ -80,6 +79,7 @@ class Entry:
     Args:
         label: What the user asked for and what the table shows.
         model: RecBole's name of the model.
+        kind: Whether the row is held against the best baseline or may be that baseline.
         defaults: Settings that any of the user's own, in files or on the command line, replace.
         overrides: Settings that make the label true; they win over the user's.
     """
@@ -110,37 +110,30 @@ def resolve(label: str) -> Entry:
             raise UserError(f"unknown variant {label!r}; known: {', '.join(f'{model}:{name}' for name in FEATURES)}")
         defaults = {**baseline_defaults(model), **FEATURES["both"]}
         return Entry(label, model, "baseline", defaults, FEATURES[variant] if variant else {})
-    if colon and model != MLLM:
+    if model == MLLM:
+        if block := re.fullmatch(r"block-([1-9][0-9]*)", variant):
+            return Entry(label, MLLM, "mllm", overrides={"block_size": int(block[1])})
+        if colon and variant not in PRESETS:
+            near = get_close_matches(variant, [*PRESETS, *(f"block-{n}" for n in range(1, 6))], n=1)
+            hint = f"did you mean {MLLM}:{near[0]}? Known" if near else "known"
+            raise UserError(f"unknown variant {label!r}; {hint}: {known_variants()}")
+        return Entry(label, MLLM, "mllm", overrides=PRESETS[variant] if colon else {})
+    if colon:
         raise UserError(f"{label!r}: only these have named variants: {known_variants()}")
     if model in ALONE:
         return Entry(model, MLLM, "baseline", overrides=ALONE[model])
-    if model == MLLM:
-        return Entry(label, MLLM, "mllm", overrides=_variant(label, variant) if colon else {})
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", model):
         raise UserError(f"{label!r} is no model's name; give RecBole's, such as SASRec, or one of {known_variants()}")
     return Entry(model, model, "baseline", defaults=baseline_defaults(model))
 
 
-def _variant(label: str, variant: str) -> Mapping[str, Any]:
-    if block := re.fullmatch(r"block-([1-9][0-9]*)", variant):
-        return {"block_size": int(block[1])}
-    if variant not in PRESETS:
-        near = get_close_matches(variant, [*PRESETS, *(f"block-{n}" for n in range(1, 6))], n=1)
-        hint = f"did you mean {MLLM}:{near[0]}? Known" if near else "known"
-        raise UserError(f"unknown variant {label!r}; {hint}: {known_variants()}")
-    return PRESETS[variant]
-
-
-def baseline_defaults(model: str) -> dict[str, Any]:
-    """Return what properties/baselines.yaml says of the model."""
+def baseline_defaults(model: str, section: str | None = None) -> dict[str, Any]:
+    """Return what properties/baselines.yaml says of the model, or its `section` ``quick``: few epochs, a first look."""
     found = read_mapping(PROPERTIES / "baselines.yaml")
-    return {**({} if model in UNTRAINED else found["every"]), **found.get(model, {})}
-
-
-def quick_look(model: str) -> dict[str, Any]:
-    """Return the few epochs that baselines.yaml gives a model for a first look; nothing if it needs no training."""
-    found = read_mapping(PROPERTIES / "baselines.yaml")["quick"]
-    return {} if model in UNTRAINED else {**found["every"], **found.get(model, {})}
+    found = found[section] if section else found
+    if model in UNTRAINED:
+        return {} if section else dict(found.get(model, {}))
+    return {**found["every"], **found.get(model, {})}
 
 
 def known_variants() -> str:

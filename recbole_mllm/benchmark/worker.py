@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -34,10 +34,9 @@ from recbole_mllm.common.files import write_text
 from recbole_mllm.data.item_table import read_items
 
 _PATHS = (
-    *("data_path", "image_dir", "mllm", "item_summarizer", "user_summarizer", "prompt_style", "checkpoint_dir"),
-    *("candidates_file", "retriever_checkpoint", "retriever_dir"),
+    *("image_dir", "mllm", "item_summarizer", "user_summarizer", "prompt_style", "candidates_file"),
+    "retriever_checkpoint",
 )
-_FOLDERS_MADE = ("checkpoint_dir", "retriever_dir")  # where they are not there yet
 RETRIEVERS = "retrievers"
 NO_ONE_RANKING = (
     "this protocol leaves no ranking to compare models by: use eval_args.mode uniN, popN or full, with one target a "
@@ -48,7 +47,6 @@ _OF_OUTCOME = (
     *("load_s", "train_s", "score_s", "summarize_reused", "scores_reused"),
     *("converged", "retrieval", "world_size"),
 )
-_NO_CACHE = {"save_dataset": False, "save_dataloaders": False, "dataset_save_path": None, "dataloaders_save_path": None}
 
 
 def main() -> int:
@@ -56,21 +54,18 @@ def main() -> int:
     job = json.loads(Path(sys.argv[1]).read_text())
     try:
         run_job(job)
+        return 0
     except distributed.LostProcess:
         raise
-    except UserError as error:
-        if error.__cause__:
-            traceback.print_exc()
-        print(f"UserError: {error}", file=sys.stderr)
-        return 2
     except Exception as error:  # any kind may have a meaning; without one it stays as it is
-        reason = reason_of(error, job["label"], job["dataset"])
+        mistake = isinstance(error, UserError)
+        reason = str(error) if mistake else reason_of(error, job["label"], job["dataset"])
         if reason is None:
             raise
-        traceback.print_exc()  # the log has it all, the row the sentence
+        if error.__cause__ or not mistake:
+            traceback.print_exc()  # the log has it all, the row the sentence
         print(f"UserError: {reason}", file=sys.stderr)
-        return 1
-    return 0
+        return 2 if mistake else 1
 
 
 def run_job(job: dict[str, Any]) -> None:
@@ -84,16 +79,12 @@ def run_job(job: dict[str, Any]) -> None:
     output = (_home(job) / job["output_dir"]).resolve()
     folder = output / "runs" / job["run_id"]
     defaults = folder / ("defaults.yaml" if distributed.is_main() else f"defaults.{distributed.rank()}.yaml")
-
-    def configured(tuned: dict[str, Any]) -> Any:
-        return _config(job, defaults, tuned)
-
-    tuning = _tune(job, configured, folder)
-    outcome = run(configured(tuning["chosen"] if tuning else {}), partial(_check_split, job))
+    tuning = _tune(job, defaults)
+    outcome = run(_config(job, defaults, tuning["chosen"] if tuning else {}), partial(_check_split, job))
     peak = max(distributed.gather_objects(_peak_memory(outcome.config["device"])))
     if distributed.is_main():
-        evidence = _write_evidence(outcome, output, folder)
-        append(output / RECORDS, _record(job, outcome, started, evidence, tuning, peak))
+        _write_evidence(outcome, folder)
+        append(output / RECORDS, _record(job, outcome, started, tuning, peak))
 
 
 def _home(job: Mapping[str, Any]) -> Path:
@@ -102,7 +93,7 @@ def _home(job: Mapping[str, Any]) -> Path:
 
 def _files(job: Mapping[str, Any]) -> list[str]:
     """Return the job's config files; what is no file may be a preset's name."""
-    return [str(path) if (path := _home(job) / name).exists() else name for name in job["config_files"]]
+    return config_paths([str(path) if (path := _home(job) / name).exists() else name for name in job["config_files"]])
 
 
 def _config(job: Mapping[str, Any], defaults: Path, tuned: Mapping[str, Any]) -> Any:
@@ -113,25 +104,31 @@ def _config(job: Mapping[str, Any], defaults: Path, tuned: Mapping[str, Any]) ->
     """
     from recbole_mllm.quick_start import make_config
 
-    home, model = _home(job), job["model"]
+    home, model, files = _home(job), job["model"], _files(job)
     retrievers = (home / job["output_dir"]).resolve() / RETRIEVERS  # trained once for all that rank by it
     known = {**benchmark_defaults(), "retriever_dir": str(retrievers), **drawn_negatives(model), **job["defaults"]}
     write_text(defaults, yaml.safe_dump(known))
-    files = config_paths(_files(job))
+    own: dict[str, Any] = {
+        "seed": job["seed"],
+        "limit_users": job["limit_users"],
+        "checkpoint_dir": str(defaults.parent / "saved"),
+        "frozen_candidates": True,
+        "show_progress": False,
+    }
+    own |= {"save_dataset": False, "save_dataloaders": False, "dataset_save_path": None, "dataloaders_save_path": None}
     given = {key: value for name in files for key, value in file_keys(name).items()}
     given |= per_model(files, model) | dict(job["overrides"])
-    own = {"seed": job["seed"], "limit_users": job["limit_users"], "checkpoint_dir": str(defaults.parent / "saved")}
-    fixed: dict[str, Any] = {**_NO_CACHE, "frozen_candidates": True, "show_progress": False}
     if isinstance(place := given.get("data_path", "dataset"), str):
-        fixed["data_path"] = str(home / place)
-    config = make_config(model, job["dataset"], [str(defaults), *files], {**tuned, **job["overrides"], **own, **fixed})
+        own["data_path"] = str((home / place).resolve())
+    config = make_config(model, job["dataset"], [str(defaults), *files], {**tuned, **job["overrides"], **own})
+    if config["retriever_dir"]:
+        config["retriever_dir"] = str(home / config["retriever_dir"])
     for key in _PATHS:
-        value = config[key]
-        if isinstance(value, str) and (key in _FOLDERS_MADE or (home / value).exists()):
+        if isinstance(value := config[key], str) and (home / value).exists():
             config[key] = str((home / value).resolve())
     if name := config["retriever"]:
-        sections = config["per_model"] or {}
-        config["per_model"] = {**sections, name: {**baseline_defaults(name), **sections.get(name, {})}}
+        others = config["per_model"] or {}
+        config["per_model"] = {**others, name: {**baseline_defaults(name), **others.get(name, {})}}
     return config
 
 
@@ -149,40 +146,46 @@ def _check_split(job: dict[str, Any], dataset: Any, test: Any) -> None:
         raise UserError(NO_ONE_RANKING)
 
 
-def digests_of(jobs: Sequence[Mapping[str, Any]], compared: bool) -> dict[str, str]:
+def digests_of(
+    jobs: Sequence[Mapping[str, Any]], compared: bool, check: Callable[[Any], None] | None = None
+) -> dict[str, str]:
     """Return the digest of the candidates each job will meet, by run id, before any of them is started.
 
     The dataset is read once for all jobs that its settings make the same for; not at all where that is all of them,
-    unless they are to be `compared` with runs of before. A job that cannot be read is left to say so itself.
+    unless they are to be `compared` with runs of before. A job whose library or dataset is not there says so itself.
 
     Args:
-        jobs: What workers are told (see `jobs.Job.order`).
+        jobs: What workers are told (see `jobs.BenchmarkJob.order`).
         compared: Whether there are such runs.
+        check: Called with the Config of each label; it may raise.
+
+    Raises:
+        UserError: A job's settings are none that it could run with.
     """
     from recbole.utils import init_seed
 
     from recbole_mllm.evaluation.candidates import decisive_keys, digest_of
 
-    made: dict[str, Any] = {}  # one Config a label: seeds share it
+    configs: dict[str, Any] = {}  # one a label: seeds share it
     keys: dict[str, tuple[str, int | None]] = {}
     with TemporaryDirectory() as folder:
         for job in jobs:
-            with suppress(UserError, ImportError, ValueError):
-                label = job["label"]
-                made[label] = made.get(label) or _config(job, Path(folder) / "defaults.yaml", {})
-                key, by_seed = decisive_keys(made[label])
+            with suppress(ImportError):
+                if (label := job["label"]) not in configs:
+                    configs[label] = _config(job, Path(folder) / "defaults.yaml", {})
+                    if check is not None:
+                        check(configs[label])
+                key, by_seed = decisive_keys(configs[label])
                 keys[job["run_id"]] = key, job["seed"] if by_seed else None
-        if len(set(keys.values())) < 2 and not compared:
-            return {}
-        digests: dict[Any, str] = {}
-        for job in (job for job in jobs if job["run_id"] in keys):
-            what = keys[job["run_id"]]
-            if what not in digests:
-                config = made[job["label"]]
-                config["seed"] = job["seed"]
-                init_seed(job["seed"], config["reproducibility"])
-                with suppress(UserError):
-                    digests[what] = digest_of(config)
+    digests: dict[Any, str] = {}
+    for job in jobs if len(set(keys.values())) > 1 or compared else ():
+        what = keys.get(job["run_id"])
+        if what is not None and what not in digests:
+            config = configs[job["label"]]
+            config["seed"] = job["seed"]
+            init_seed(job["seed"], config["reproducibility"])
+            with suppress(UserError):
+                digests[what] = digest_of(config)
     return {run: digests[what] for run, what in keys.items() if what in digests}
 
 
@@ -198,72 +201,55 @@ def drawn_negatives(model: str) -> dict[str, Any]:
     return {"train_neg_sample_args": drawn} if kind in (ModelType.CONTEXT, ModelType.DECISIONTREE) else {}
 
 
-_negatives = drawn_negatives  # SHIM _negatives -> recbole_mllm.benchmark.worker.drawn_negatives
-
-
-def _tune(job: dict[str, Any], configured: Callable[[dict[str, Any]], Any], folder: Path) -> dict[str, Any] | None:
+def _tune(job: dict[str, Any], defaults: Path) -> dict[str, Any] | None:
     """Search for the job's settings on validation, if it has a budget for that; what the user has set stays."""
     from recbole_mllm.quick_start import validate
 
-    budget = job.get("tune")
+    budget, model = job.get("tune"), job["model"]
     if not budget:
         return None
-    given = {key for name in _files(job) for key in keys_for(name, job["model"])}
-    default = configured({})
-    space = {} if job["model"] in NOTHING_TO_TUNE else space_of(job["model"], given | set(job["overrides"]))
-    tried = trials(space, budget, job["seed"], {key: default[key] for key in space})
+    given = {key for name in _files(job) for key in keys_for(name, model)} | set(job["overrides"])
+    default = _config(job, defaults, {})
+    space = {} if model in NOTHING_TO_TUNE else space_of(model, given)
     found = search(
-        tried,
-        lambda tuned: validate(configured(tuned)),
+        trials(space, budget, job["seed"], {key: default[key] for key in space}),
+        lambda tuned: validate(_config(job, defaults, tuned)),
         default["valid_metric_bigger"],
-        journal=folder / TRIALS,
+        journal=defaults.parent / TRIALS,
         measure=f"validation {default['valid_metric']}",
     )
     return {"budget": budget, "seed": job["seed"], "metric": default["valid_metric"], "space": space, **found}
 
 
-def _write_evidence(outcome: Any, output: Path, folder: Path) -> dict[str, str]:
-    """Write the per-user metrics and the scored pairs; return their paths relative to `output`."""
+def _write_evidence(outcome: Any, folder: Path) -> None:
+    """Write the per-user metrics, the scored pairs and what case studies show."""
     from recbole_mllm.evaluation.protocol import user_columns
 
     if outcome.pairs is None:
         raise UserError(NO_ONE_RANKING)
     config, data, pairs = outcome.config, outcome.dataset, outcome.pairs
-    tokens = {
-        name: data.field2id_token[field].astype(str)
-        for name, field in (("user", data.uid_field), ("item", data.iid_field))
-    }
-    images = None
+    items = None
     with suppress(UserError):
-        images = _read_items(config).images
-    columns = user_columns(data, outcome.train_data._dataset, pairs, images)
+        image_dir = config["image_dir"]
+        items = read_items(Path(config["data_path"]), Path(image_dir) if image_dir else None, config["ITEM_ID_FIELD"])
+    columns = user_columns(data, outcome.train_data._dataset, pairs, items and items.images)
     values = {name: column for name, column in outcome.users.items() if name != "user"}
     write_arrays(folder / "per_user.npz", columns | values)
-    scores = {name: tokens[name][pairs[f"{name}_id"]] for name in tokens}
+    scores = {
+        name: data.field2id_token[field].astype(str)[pairs[f"{name}_id"]]
+        for name, field in (("user", data.uid_field), ("item", data.iid_field))
+    }
     known = {"label": pairs["label"].astype("int8"), "score": pairs["score"], "place": pairs["place"].astype("int32")}
     known |= {name: pairs[name] for name in ("among", "answer") if name in pairs}
     write_arrays(folder / "scores.npz", scores | known)
     try:
-        if write_cases(outcome, folder) is None and "among" in pairs:
-            write_titles(outcome, folder, _read_items(config).titles)
+        if write_cases(outcome, folder) is None and "among" in pairs and items is not None:
+            write_titles(outcome, folder, items.titles)
     except Exception:  # what illustrates a result must not cost the hours that made it
         logging.getLogger(__name__).exception("the case studies of this run could not be kept; the report goes without")
-    return {name: str((folder / f"{name}.npz").relative_to(output)) for name in ("per_user", "scores")}
 
 
-def _read_items(config: Any) -> Any:
-    image_dir = config["image_dir"]
-    return read_items(Path(config["data_path"]), Path(image_dir) if image_dir else None, config["ITEM_ID_FIELD"])
-
-
-def _record(
-    job: dict[str, Any],
-    outcome: Any,
-    started: str,
-    evidence: dict[str, str],
-    tuning: dict[str, Any] | None,
-    peak: float,
-) -> RunRecord:
+def _record(job: dict[str, Any], outcome: Any, started: str, tuning: dict[str, Any] | None, peak: float) -> RunRecord:
     from recbole_mllm.evaluation.protocol import protocol_line
 
     features_s = None
@@ -285,8 +271,8 @@ def _record(
         config=plain_json(config),
         metrics=outcome.test,
         valid=outcome.valid,
-        per_user=evidence["per_user"],
-        scores=evidence["scores"],
+        per_user=f"runs/{job['run_id']}/per_user.npz",
+        scores=f"runs/{job['run_id']}/scores.npz",
         **{name: getattr(outcome, name) for name in _OF_OUTCOME},
         summarize_s=outcome.summarize_s if job["kind"] == "mllm" else None,
         features_s=features_s,
@@ -325,14 +311,9 @@ def _versions() -> dict[str, str]:
     cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
     machine = [f"{platform.system()} {cpu}", f"{torch.get_num_threads()} threads"]
     machine += [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
+    libraries = ("recbole", "torch", "transformers", "peft", "numpy", "pandas")
     found = {"python": platform.python_version(), "recbole_mllm": recbole_mllm.__version__}
-    found["machine"] = ", ".join(machine)
-    for name in ("recbole", "torch", "transformers", "peft", "numpy", "pandas"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "unknown"
-    return found
+    return found | {"machine": ", ".join(machine)} | {name: version(name) for name in libraries}
 
 
 def _commit() -> str:

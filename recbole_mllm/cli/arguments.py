@@ -12,11 +12,12 @@ from typing import Any
 import yaml
 
 from recbole_mllm.benchmark.variants import ALONE, MLLM, SETS
-from recbole_mllm.common.config import is_model, nearest_model, recbole_home
+from recbole_mllm.common.config import check_keys, check_values, config_paths, is_model, nearest_model, recbole_home
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.prompts import read_style
 from recbole_mllm.common.settings import EvaluationSettings, Settings
 from recbole_mllm.common.yaml_files import read_mapping
+from recbole_mllm.demo.builtin import preset_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,29 +64,38 @@ def config_of(model: str, dataset: str, options: Options) -> Any:
     Raises:
         UserError: A key, a value, the model or the dataset is not what it should be; nothing has run yet.
     """
-    from recbole_mllm.common.config import check_keys, check_values, config_paths
     from recbole_mllm.quick_start import make_config
 
-    check_keys(options.overrides, "the command line")
-    given = options.keys()
-    check_values({key: value for key, value in given.items() if not isinstance(value, str)}, lambda key: f"--{key}")
+    check_given(dataset, options)
     check_model(model)
-    check_dataset_name(dataset, given)
-    files = config_paths(with_preset(dataset, options.config_files))
-    try:
-        config = make_config(model, dataset, files, {"frozen_candidates": True, **given})
-    except ValueError as error:  # RecBole's word for a model, mode or metric it does not know
-        raise UserError(f"{error}".strip().replace("\n", " ")) from error
-    EvaluationSettings.from_config(config)
-    if model == MLLM:
-        settings = Settings.from_config(config)
-        if (style := settings.recommend.prompt_style) != "auto":
-            read_style(style)
-    for key in ("image_dir", "candidates_file", "retriever_checkpoint"):
-        if (path := config[key]) and not Path(str(path)).exists():
-            raise UserError(f"{key} {str(path)!r} does not exist")
-    _check_dataset(Path(config["data_path"]), config)
+    files = config_files(dataset, options)
+    config = make_config(model, dataset, files, {"frozen_candidates": True, **options.keys()})
+    check_config(config)
     return config
+
+
+def config_files(dataset: str, options: Options) -> list[str]:
+    """Return the paths of the config files, behind the preset of a built-in dataset, whose settings they may change."""
+    preset, files = preset_of(dataset), options.config_files
+    return config_paths([*([preset] if preset and preset not in files else []), *files])
+
+
+def check_given(dataset: str, options: Options) -> None:
+    """Refuse keys and values of the command line, or a dataset's name, that no run could use.
+
+    Raises:
+        UserError: Says which.
+    """
+    check_keys(options.overrides, "the command line")
+    given = {key: value for key, value in options.keys().items() if not isinstance(value, str)}
+    check_values(given, lambda key: f"--{key}")
+    if not dataset.strip() or dataset in (".", "..") or any(sign in dataset for sign in "/\\\0"):
+        folder, home = Path(dataset.replace("\0", "")).resolve(), str(options.overrides.get("data_path") or "dataset")
+        place = "" if folder.parent == Path(home).resolve() else f" --data_path={folder.parent}"
+        hint = f"for that folder write --dataset {folder.name}{place}" if folder.is_dir() else "it is no folder either"
+        raise UserError(
+            f"--dataset {dataset!r}: give the name of a folder under data_path ({home}), not a path; {hint}"
+        )
 
 
 def check_model(name: str) -> None:
@@ -104,39 +114,29 @@ def check_model(name: str) -> None:
     raise UserError(f"--model [{name}] {what}{hint}")
 
 
-def check_dataset_name(name: str, keys: Mapping[str, Any]) -> None:
-    """Refuse a path, or nothing, where the name of a folder under data_path is wanted.
+def check_config(config: Any) -> None:
+    """Refuse settings of this project, or files and a dataset they name, that a run could not use.
 
     Raises:
-        UserError: Says which words would mean the folder.
+        UserError: Says which.
     """
-    if name.strip() and name not in (".", "..") and not any(sign in name for sign in "/\\\0"):
-        return
-    meant = Path(name.replace("\0", "")).resolve()
-    home = str(keys.get("data_path") or "dataset")
-    told = f"--dataset {meant.name}" + ("" if meant.parent == Path(home).resolve() else f" --data_path={meant.parent}")
-    hint = f"for that folder write {told}" if name.strip() and meant.is_dir() else "it is no folder either"
-    raise UserError(f"--dataset {name!r}: give the name of a folder under data_path ({home}), not a path; {hint}")
-
-
-def _check_dataset(folder: Path, config: Any) -> None:
-    """Refuse a dataset that is not there; one that RecBole knows how to download is RecBole's business."""
-    urls = read_mapping(recbole_home() / "properties" / "dataset" / "url.yaml")
-    if folder.is_dir() or config["dataset"] in urls:
-        return
+    EvaluationSettings.from_config(config)
+    if config["model"] == MLLM and (style := Settings.from_config(config).recommend.prompt_style) != "auto":
+        read_style(style)
+    for key in ("image_dir", "candidates_file", "retriever_checkpoint"):
+        if (path := config[key]) and not Path(str(path)).exists():
+            raise UserError(f"{key} {str(path)!r} does not exist")
+    folder = Path(config["data_path"])
+    if folder.is_dir() or config["dataset"] in read_mapping(recbole_home() / "properties" / "dataset" / "url.yaml"):
+        return  # RecBole downloads what it has an address of
     if folder.exists():
         raise UserError(f"{folder} is a file; a dataset is a folder that holds {folder.name}.inter")
-    there = sorted(path.name for path in folder.parent.glob("*") if path.is_dir() and not path.name.startswith("."))
-    near = get_close_matches(folder.name, there, n=1)
+    raise no_dataset(folder.name, folder.parent)
+
+
+def no_dataset(name: str, home: Path) -> UserError:
+    """Return the error that `home` holds no folder of this name, with the nearest or those it holds."""
+    there = sorted(path.name for path in home.glob("*") if path.is_dir() and not path.name.startswith("."))
+    near = get_close_matches(name, there, n=1)
     hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(there)}" if there else "there is none yet"
-    raise UserError(
-        f"no dataset {folder.name!r} in {folder.parent} ({hint}); give its folder's name, or --data_path=DIR"
-    )
-
-
-def with_preset(dataset: str, files: tuple[str, ...]) -> list[str]:
-    """Return `files` behind the preset of a built-in dataset, whose settings they may change."""
-    from recbole_mllm.demo.builtin import preset_of
-
-    preset = preset_of(dataset)
-    return [*([preset] if preset and preset not in files else []), *files]
+    return UserError(f"no dataset {name!r} in {home} ({hint}); give its folder's name, or --data_path=DIR")

@@ -1,21 +1,56 @@
-"""What the commands of one run or one dataset do, once their words are read."""
+"""What each command does, once its words are read."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 from argparse import Namespace
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from recbole_mllm.benchmark.variants import MLLM
-from recbole_mllm.cli.arguments import Options, config_of, dataset_of
+from recbole_mllm.benchmark.variants import MLLM, expand, resolve
+from recbole_mllm.cli.arguments import (
+    Options,
+    check_config,
+    check_given,
+    check_model,
+    config_files,
+    config_of,
+    dataset_of,
+    no_dataset,
+)
 from recbole_mllm.common import distributed
+from recbole_mllm.common.config import benchmark_defaults, check_training, file_keys
 from recbole_mllm.common.errors import UserError
-from recbole_mllm.common.files import CONVERTED, EXPORT, check_file, check_folder, recover, write_text
+from recbole_mllm.common.files import (
+    BENCHMARK,
+    CONVERTED,
+    EXPORT,
+    check_file,
+    check_folder,
+    check_place,
+    recover,
+    set_folder_aside,
+    write_text,
+)
+from recbole_mllm.data.schema import store_file
+from recbole_mllm.demo.builtin import DEMO_SEED, ensure_builtin, is_builtin
+
+DEMO_MODELS = "quick"
+DEMO_NOTE = (
+    "This world is made so that the images carry the taste and some items are new: it shows that the machine works, "
+    "not that MLLMs beat SASRec."
+)
+POSTERS_NOTE = "The bundled tiny MLLM has never seen a film poster: its row shows that every stage runs on real data."
+DEFAULT_SEED = 2024
+
+
+# One run, one dataset
 
 
 def convert(args: Namespace, options: Options) -> int:
@@ -27,7 +62,6 @@ def convert(args: Namespace, options: Options) -> int:
 
 def run_model(args: Namespace, options: Options) -> int:
     """Train and evaluate one model, as RecBole's ``run_recbole.py`` does."""
-    from recbole_mllm.common.config import check_training
     from recbole_mllm.evaluation.protocol import protocol_line
     from recbole_mllm.quick_start import run
 
@@ -58,24 +92,21 @@ def summarize(args: Namespace, options: Options) -> int:
     from recbole_mllm.quick_start import prepare_summaries
 
     config = config_of(MLLM, dataset_of(args), options)
-    if args.dry_run:
-        lines = dry_run(config, args.stage, args.since)
-    else:
-        lines = prepare_summaries(config, args.stage, since=args.since)
+    lines = (dry_run if args.dry_run else prepare_summaries)(config, args.stage, since=args.since)
     if distributed.is_main():
         print("".join(f"{line}\n" for line in lines), end="")
     return 0
 
 
-def _is_plan(head: bytes) -> bool:
-    return re.match(rb'\{\s*"schema": \d+,\s*"dataset": ', head) is not None
-
-
 def plan(args: Namespace, options: Options) -> int:
     """Say what a run of MLLMMSR would cost, before anything runs."""
+
+    def is_plan(head: bytes) -> bool:
+        return re.match(rb'\{\s*"schema": \d+,\s*"dataset": ', head) is not None
+
     dataset, path = dataset_of(args), None
     if args.json:
-        path = check_file(Path(args.json), "--json", _is_plan, "a plan that --json wrote")
+        path = check_file(Path(args.json), "--json", is_plan, "a plan that --json wrote")
         if not path.parent.is_dir():
             raise UserError(f"--json {args.json}: there is no folder {path.parent}; make it first")
     from recbole_mllm.plan import make_plan  # loads transformers
@@ -91,45 +122,44 @@ def plan(args: Namespace, options: Options) -> int:
 
 def inspect(args: Namespace, options: Options) -> int:
     """Print a dataset's health and write it as a page; a poor dataset is no error, one that cannot be read is."""
-    from recbole_mllm.common.config import file_keys
     from recbole_mllm.inspect.health_page import format_health, is_page, write_health
     from recbole_mllm.inspect.measure import measure
 
     path = check_file(Path(args.output), "--output", is_page, "a page that `inspect` wrote") if args.output else None
     keys = {key: value for name in options.config_files for key, value in file_keys(name).items()}
-    health = measure(_dataset_folder(args.directory, options.overrides), keys | dict(options.overrides))
+    health = measure(_inspected(args.directory, options.overrides), keys | dict(options.overrides))
     print(format_health(health))
     print("", *write_health(health, path), sep="\n")
     return 0
 
 
-def _dataset_folder(given: str, overrides: Mapping[str, Any]) -> Path:
+def _inspected(given: str, overrides: Mapping[str, Any]) -> Path:
     """Return the folder that `given` is, or names under data_path; a built-in dataset is built there."""
-    from recbole_mllm.demo.builtin import ensure_builtin
     from recbole_mllm.inspect.measure import LAYOUT_KEYS
 
     if unknown := set(overrides) - {"data_path", *LAYOUT_KEYS}:
         takes = ", ".join(f"--{name}" for name in ("output", "data_path", "config_files", *LAYOUT_KEYS))
         raise UserError(f"inspect takes no --{min(unknown)}; it takes {takes}")
-    if Path(given).is_dir():
-        with suppress(OSError):  # a folder that is only read
-            recover(Path(given), CONVERTED)
-        return Path(given)
-    data_path = Path(str(overrides.get("data_path") or "dataset"))
-    folder = data_path / given
-    if Path(given).name == given:
-        ensure_builtin(folder)
-    if not folder.is_dir():
-        near = sorted(path.name for path in data_path.glob("*") if path.is_dir() and not path.name.startswith("."))
-        there = f" ({', '.join(near)})" if near else ""
-        raise UserError(f"no dataset {given!r}: it is neither a folder nor in {data_path}{there}")
+    home = Path(str(overrides.get("data_path") or "dataset"))
+    if not Path(given).is_dir() and Path(given).name == given:
+        ensure_builtin(home / given)
+    folder = _folder(given, home)
+    with suppress(OSError):  # a folder that is only read
+        recover(folder, CONVERTED)
     return folder
+
+
+def _folder(given: str, home: Path = Path("dataset")) -> Path:
+    """Return the dataset's folder that `given` is, or names under `home`."""
+    for folder in (Path(given), home / given):
+        if folder.is_dir():
+            return folder
+    raise no_dataset(given, home)
 
 
 def export(args: Namespace, options: Options) -> int:
     """Write a run's model as a folder that transformers and servers load."""
-    out = Path(args.out)
-    check_folder(out, EXPORT, "--out")
+    check_folder(out := Path(args.out), EXPORT, "--out")
     from recbole_mllm.training.model_export import export as write
 
     folder = write(args.run, out, merge=args.merge)
@@ -143,11 +173,184 @@ def export_candidates(args: Namespace, options: Options) -> int:
 
     dataset = dataset_of(args)
     path = check_file(Path(args.out), "--out", is_export, "a file that `candidates export` wrote")
-    from recbole_mllm.common.config import benchmark_defaults
     from recbole_mllm.quick_start import frozen_candidates  # loads torch
 
     chosen = config_of("Pop", dataset, options).external_config_dict
     defaults = {key: value for key, value in benchmark_defaults().items() if key not in chosen}
     config = config_of("Pop", dataset, replace(options, overrides={**defaults, **options.overrides}))
     print(frozen_candidates(config, path))
+    return 0
+
+
+# Many runs, one leaderboard
+
+
+def benchmark(args: Namespace, options: Options) -> int:
+    """Run every model on the same candidates and write the leaderboard; 1 if not one run has finished."""
+    dataset = dataset_of(args)
+    check_folder(folder := Path(args.output_dir or f"results/{dataset}"), BENCHMARK, "--output_dir")
+    seeds = None
+    if args.seeds is not None:
+        try:
+            seeds = tuple(int(word) for word in args.seeds.split(","))
+        except ValueError:
+            raise UserError(f"--seeds {args.seeds!r} must be whole numbers separated by commas") from None
+    more = {name: getattr(args, name) for name in ("jobs", "force", "tune", "quick")}
+    more["embed_images"] = args.embed_images == "on"
+    return run_benchmark(dataset, args.models, folder, options, seeds, **more)
+
+
+def run_benchmark(
+    dataset: str, models: str, folder: Path, options: Options, seeds: tuple[int, ...] | None = None, **more: Any
+) -> int:
+    """Run `models`, as ``--models`` names them, into `folder`; `more` are fields of a `jobs.BenchmarkPlan`.
+
+    What could not run is refused, with the settings that each run will have, before hours are spent on the rest.
+    """
+    from recbole_mllm.benchmark.jobs import BenchmarkPlan
+    from recbole_mllm.benchmark.records import RECORDS, latest, read_records
+    from recbole_mllm.benchmark.report import format_leaderboard
+    from recbole_mllm.benchmark.runner import benchmark, follow
+    from recbole_mllm.benchmark.worker import digests_of
+
+    def check(config: Any) -> None:
+        check_config(config)
+        check_training(config)
+
+    note = "" if not is_builtin(dataset) else POSTERS_NOTE if dataset == "ml-100k-posters" else DEMO_NOTE
+    keys = dict(options.overrides)
+    plan = BenchmarkPlan(
+        dataset=dataset,
+        labels=expand(models),
+        seeds=seeds or (DEFAULT_SEED if options.seed is None else options.seed,),
+        output_dir=folder,
+        config_files=tuple(config_files(dataset, options)),
+        limit_users=keys.pop("limit_users", None),
+        note=str(keys.pop("note", note)),
+        overrides=keys,
+        **more,
+    )
+    check_given(dataset, options)
+    for label in plan.labels:
+        check_model(resolve(label).model)
+    if not distributed.is_main():
+        return follow()
+    html = benchmark(plan, digests=partial(digests_of, check=check))
+    print(format_leaderboard(folder), f"report: {html}", sep="\n")
+    return 0 if any(record.ok for record in latest(read_records(folder / RECORDS)).values()) else 1
+
+
+def demo(options: Options) -> int:
+    """Build the demo world and run the whole pipeline on it; another seed is another world.
+
+    One leaderboard holds one set of candidates, so the results of another world are moved out of the way.
+    """
+    from recbole_mllm.benchmark.records import RECORDS, read_records
+
+    world = "demo" if options.seed in (None, DEMO_SEED) else f"demo-{options.seed}"
+    folder = Path("results/demo")
+    if distributed.is_main():
+        check_folder(folder, BENCHMARK, "the results folder")
+        others = {record.dataset for record in read_records(folder / RECORDS)} - {world}
+        if others:
+            print(f"the results of {', '.join(sorted(others))} are now in {set_folder_aside(folder)}")
+        print(f"dataset {world}: {DEMO_NOTE}")
+    return run_benchmark(world, DEMO_MODELS, folder, options)
+
+
+def report(args: Namespace, options: Options) -> int:
+    """Render the leaderboard again from its records."""
+    from recbole_mllm.benchmark.report import format_leaderboard, render
+
+    folder = Path(args.directory)
+    if BENCHMARK.outputs(folder) is None:
+        raise UserError(f"{folder} holds no runs.jsonl of a benchmark; give the folder a benchmark wrote")
+    check_place(folder, "report")
+    render(folder, embed_images=args.embed_images == "on")
+    print(format_leaderboard(folder))
+    return 0
+
+
+def rerun(args: Namespace, options: Options) -> int:
+    """Repeat a recorded run and say whether its numbers hold: 0 if they do, 1 if not."""
+    from recbole_mllm.benchmark.rerun import find_run
+    from recbole_mllm.benchmark.rerun import rerun as run_again
+
+    if unknown := set(options.overrides) - {"data_path"}:
+        raise UserError(f"rerun takes no --{min(unknown)}; the run's record says everything but --data_path")
+    folder, record = find_run(args.run_id, Path(args.output_dir) if args.output_dir else None)
+    found = run_again(folder, record, options.overrides.get("data_path"))
+    print(*found.lines, sep="\n")
+    return 0 if found.agree else 1
+
+
+# The summary store; no model is loaded
+
+
+@contextmanager
+def _store(folder: Path, *, new: bool = False) -> Iterator[Any]:
+    """Open the store in `folder`; unless it may be `new`, one must be there."""
+    from recbole_mllm.summaries.work_shares import opened_store
+
+    if not new and not store_file(folder).is_file():
+        raise UserError(f"{folder} holds no summary store yet ({store_file(folder).name}); `summarize` makes one")
+    with closing(opened_store(folder)) as store:
+        yield store
+
+
+def store_stats(args: Namespace, options: Options) -> int:
+    """Print answers, tokens and seconds by model, kind of prompt and origin."""
+    from recbole_mllm.summaries.store_tools import groups, size
+
+    folder = _folder(args.where).resolve()
+    with _store(folder) as store:
+        found, megabytes = groups(store), size(store) / 1e6
+    print(f"{store_file(folder)}: {sum(g.answers for g in found)} answers, {megabytes:.1f} MB")
+    table = [["model", "kind", "origin", "answers", "prompt tokens", "new tokens", "seconds", "cut", "empty"]]
+    for g in found:
+        numbers = (g.answers, g.prompt_tokens, g.new_tokens, round(g.seconds, 1), g.truncated, g.empty)
+        table.append([g.model, g.kind, g.origin or "-", *map(str, numbers)])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table if found else ():
+        cells = (c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        print("  ".join(cells).rstrip())
+    return 0
+
+
+def store_prune(args: Namespace, options: Options) -> int:
+    """Delete the answers of a model, or those of long ago."""
+    from recbole_mllm.summaries.store_tools import prune
+
+    with _store(_folder(args.where).resolve()) as store:
+        done = prune(store, args.model, args.older_than, dry_run=args.dry_run)
+    for name, answers in done.gone.items():
+        print(f"{name}: {answers} answers {'would go' if args.dry_run else 'are gone'}")
+    end = "nothing was changed" if args.dry_run or not done.gone else f"{done.freed / 1e6:.1f} MB freed"
+    print(f"{sum(done.gone.values())} in all, {done.left} {'would stay' if args.dry_run else 'stay'}; {end}")
+    return 0
+
+
+def store_export(args: Namespace, options: Options) -> int:
+    """Write the answers to a file."""
+    from recbole_mllm.summaries.store_tools import export, is_export
+
+    folder = _folder(args.where).resolve()
+    out = check_file(Path(args.out), "--out", is_export, "a file that `store export` wrote")
+    with _store(folder) as store:
+        answers = export(store, folder.name, out, args.model)
+    print(f"{out}: {answers} answers")
+    return 0
+
+
+def store_import(args: Namespace, options: Options) -> int:
+    """Add the answers of a file that `store export` wrote."""
+    from recbole_mllm.summaries.store_tools import import_answers
+
+    folder, path = _folder(args.where).resolve(), Path(args.file)
+    if not path.is_file():
+        what = "is no file" if os.path.lexists(path) else "does not exist"
+        raise UserError(f"{path} {what}; give a file that `store export` wrote")
+    with _store(folder, new=True) as store:
+        done = import_answers(store, path, args.origin)
+    print(f"{store_file(folder)}: {done.added} answers added, {done.known} known already and kept as they were")
     return 0

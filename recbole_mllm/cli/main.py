@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from recbole_mllm.benchmark.variants import SETS, known_variants
-from recbole_mllm.cli import benchmark_commands, commands, store_commands
+from recbole_mllm.cli import commands
 from recbole_mllm.cli.arguments import Options, read_overrides
 from recbole_mllm.common import distributed
 from recbole_mllm.common.console import Parser, exit_code
@@ -22,19 +22,19 @@ COMMANDS = {
     "convert": (commands.convert, "raw dump to atomic files; see convert --help"),
     "summarize": (commands.summarize, "make the summaries alone; resumable"),
     "plan": (commands.plan, "what a run would cost, before it runs"),
-    "benchmark": (benchmark_commands.benchmark, "many models, same candidates, one leaderboard"),
+    "benchmark": (commands.benchmark, "many models, same candidates, one leaderboard"),
     "inspect": (commands.inspect, "a dataset's health, as text and as a page"),
-    "report": (benchmark_commands.report, "render leaderboard.* again from runs.jsonl"),
+    "report": (commands.report, "render leaderboard.* again from runs.jsonl"),
     "candidates export": (commands.export_candidates, "write them as JSON lines"),
     "rerun": (
-        benchmark_commands.rerun,
+        commands.rerun,
         "repeat a recorded run and compare: exit code 0 if the numbers agree, 1 if not",
     ),
     "export": (commands.export, "a fine-tuned model as a folder that servers load (docs/servers.md)"),
-    "store stats": (store_commands.stats, "answers, tokens and seconds by model, kind of prompt and origin"),
-    "store prune": (store_commands.prune, "delete answers"),
-    "store export": (store_commands.export, "write the answers as JSON lines"),
-    "store import": (store_commands.import_file, "add the answers of an exported file; known ones stay"),
+    "store stats": (commands.store_stats, "answers, tokens and seconds by model, kind of prompt and origin"),
+    "store prune": (commands.store_prune, "delete answers"),
+    "store export": (commands.store_export, "write the answers as JSON lines"),
+    "store import": (commands.store_import, "add the answers of an exported file; known ones stay"),
 }
 """What does each command, given what argparse has read and the configuration keys beside it; and its help."""
 
@@ -69,7 +69,7 @@ def _run(words: list[str]) -> int:
         return 0
     if words[:1] == ["convert"]:  # has a parser of its own
         return commands.convert(argparse.Namespace(words=words[1:]), Options())
-    known, rest = _read(words, _parser())
+    known, rest = _read(words)
     name = " ".join(filter(None, (known.command, getattr(known, "action", None))))
     if name not in _SHARED and not distributed.is_main():
         return 0
@@ -84,49 +84,42 @@ def _run(words: list[str]) -> int:
         return commands.run_model(known, options)
     if known.dataset:
         raise UserError("--dataset without --model: add --model MLLMMSR, or use the commands benchmark or summarize")
-    return benchmark_commands.demo(options)
+    return commands.demo(options)
 
 
-def _read(words: Sequence[str], parser: Parser) -> tuple[argparse.Namespace, list[str]]:
-    """Return what `parser` reads of `words`, and the rest of them.
+def _read(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Return what the parser reads of `words`, and the rest of them.
 
     argparse takes ``--key=value`` with a space in it for no option, so those of the configuration are held back.
     """
-    options = {option for one in _parsers(parser) for option in one._option_string_actions}
+    parser, parsers = _parser()
+    options = {option for one in (parser, *parsers) for option in one._option_string_actions}
     ours = [word for word in words if word.startswith("--") and "=" in word and word.partition("=")[0] not in options]
     known, rest = parser.parse_known_args([word for word in words if word not in ours])
     return known, rest + ours
 
 
-def _parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
-    yield parser
-    for action in parser._actions:
-        for command in action.choices.values() if isinstance(action, argparse._SubParsersAction) else ():
-            yield from _parsers(command)
-
-
-def _parser() -> Parser:
+def _parser() -> tuple[Parser, list[Parser]]:
+    """Return the parser, and those of the commands."""
     parser = Parser(prog="recbole-mllm", description=_DESCRIPTION, epilog=_EPILOG)
     for option, settings in _COMMON.items():
         parser.add_argument(option, **settings)
     parser.add_argument("--model", help="a RecBole model or MLLMMSR")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    first = parser.add_subparsers(dest="command", metavar=_SHOWN, parser_class=Parser)
+    groups = {"": parser.add_subparsers(dest="command", metavar=_SHOWN, parser_class=Parser)}
     parsers: dict[str, Parser] = {}
-    groups: dict[str, Any] = {}
     for name, (_, told) in COMMANDS.items():
         group, _, word = name.rpartition(" ")
-        if group and group not in groups:
-            one = first.add_parser(group, help=_GROUPS[group][0])
-            groups[group] = one.add_subparsers(
-                dest="action", metavar=_GROUPS[group][1], required=True, parser_class=Parser
-            )
+        if group not in groups:
+            help_text, metavar = _GROUPS[group]
+            one = groups[""].add_parser(group, help=help_text)
+            groups[group] = one.add_subparsers(dest="action", metavar=metavar, required=True, parser_class=Parser)
         configured = name in _CONFIGURED
-        parsers[name] = groups.get(group, first).add_parser(word, help=told, epilog=_EPILOG if configured else None)
+        parsers[name] = groups[group].add_parser(word, help=told, epilog=_EPILOG if configured else None)
         for option, settings in _COMMON.items() if configured else ():
             parsers[name].add_argument(option, default=argparse.SUPPRESS, **settings)  # what stood before it stays
     _add_options(parsers)
-    return parser
+    return parser, list(parsers.values())
 
 
 class _Withdrawn(argparse.Action):

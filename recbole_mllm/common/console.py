@@ -38,16 +38,15 @@ def exit_code(run: Callable[[list[str]], int], words: Sequence[str]) -> int:
                 return run([word for word in words if word != "--debug"])
             finally:
                 sys.stdout.flush()  # here, as what cannot be written at Python's end is told in Python's words
-        except KeyboardInterrupt:
-            _say("stopped; what was finished is kept")
-            return 1
-        except Exception as error:  # the outermost place; what is no line of its own is raised again
-            told = in_a_line(error, "standard output" if _leave_stdout() else "")
-            if debug or told is None:
+        except (Exception, KeyboardInterrupt) as error:  # the outermost place; a fault of ours is raised again
+            place = "standard output" if _leave_stdout() else ""
+            told = in_a_line(error, place)
+            if told is None or (debug and not isinstance(error, KeyboardInterrupt)):
                 raise
             code, line = told
             if line:
-                _say(line)
+                with suppress(OSError, ValueError):
+                    print(f"recbole-mllm: {' '.join(line.splitlines())}", file=sys.stderr, flush=True)
             return code
 
 
@@ -56,20 +55,23 @@ def in_a_line(error: BaseException, place: str = "") -> tuple[int, str] | None:
 
     The line is empty where nobody is there to read it. `place` is what could not be written to, where that is known.
     """
+    said = " ".join(str(error).split())
     if isinstance(error, UserError):
         return 2, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return 1, "stopped; what was finished is kept"
     if isinstance(error, BrokenPipeError):
         return 1, ""
     if isinstance(error, OSError):
-        why = error.strerror or str(error) or type(error).__name__
         names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
-        line = f"{' -> '.join(names) or place or 'a file, or the standard output, could not be written'}: {why}"
+        what = " -> ".join(names) or place or "a file, or the standard output, could not be written"
         # a server that is gone is nothing the user has given; a full disk, or a folder that is a file, is
-        return (1 if isinstance(error, ConnectionError | TimeoutError) else 2), " ".join(line.split())
-    if type(error).__name__ == "SafetensorError" and "I/O error" in str(error):  # no OSError, though it means one
-        return 2, f"weights could not be written: {' '.join(str(error).split())}; make room on the disk there"
+        code = 1 if isinstance(error, ConnectionError | TimeoutError) else 2
+        return code, " ".join(f"{what}: {error.strerror or said or type(error).__name__}".split())
+    if type(error).__name__ == "SafetensorError" and "I/O error" in said:  # no OSError, though it means one
+        return 2, f"weights could not be written: {said}; make room on the disk there"
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        what = str(error).partition("\n")[0].partition(". ")[0]
+        what = said.partition(". ")[0]
         return 1, f"memory ran out{f' ({what})' if what else ''}; smaller batches, or fewer --jobs, need less"
     if isinstance(error, RecursionError):
         return 1, "something given is nested too deeply to be read; --debug shows where"
@@ -112,8 +114,3 @@ def _leave_stdout() -> bool:
             os.dup2(nowhere, sys.stdout.fileno())
             os.close(nowhere)
         return True
-
-
-def _say(line: str) -> None:
-    with suppress(OSError, ValueError):
-        print(f"recbole-mllm: {' '.join(line.splitlines())}", file=sys.stderr, flush=True)

@@ -12,6 +12,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from recbole_mllm.common.errors import UserError, as_user_error
 from recbole_mllm.common.settings import EvaluationSettings
 from recbole_mllm.data.sampling import Pairs, hashes64, limited_users, mix64, tie_keys
 from recbole_mllm.evaluation.candidates_file import in_drawn_order, read_candidates
-from recbole_mllm.evaluation.full_ranking import AllItems, RankedBatches
+from recbole_mllm.evaluation.full_ranking import AllItems, with_ranking
 from recbole_mllm.evaluation.loader import FrozenEvalDataLoader, UserRows
 from recbole_mllm.evaluation.protocol import training_counts
 
@@ -35,32 +36,30 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _CHUNK = 1 << 20  # proposals held at a time
 
 
-def freeze(config: Any, dataset: Any, train: Any, valid: Any, test: Any) -> tuple[Any, Any, Any]:
-    """Return RecBole's three loaders, the evaluation ones with frozen candidates, and note their digest on `dataset`.
+def freeze(config: Any, dataset: Any, train: Any, valid: Any, test: Any) -> tuple[tuple[Any, Any, Any], str]:
+    """Return RecBole's three loaders, the evaluation ones with frozen candidates, and the candidates' digest.
 
-    Full ranking has no candidates to draw: its loader stays RecBole's, and says what is ranked (`AllItems`); its digest
-    stands for the rows, the items, and what each user's ranking leaves out.
+    Full ranking has no candidates to draw: its loader stays RecBole's, and its batches say what is ranked (`AllItems`);
+    its digest stands for the rows, the items, and what each user's ranking leaves out.
 
     Raises:
         UserError: The mode is ``labeled``, a user leaves too few items, or ``candidates_file`` does not fit the split.
     """
     asked = Candidates(config, dataset, [loader._dataset for loader in (train, valid, test)])
-    loaders = [train]
-    for phase, loader in (("valid", valid), ("test", test)):
-        part = _of_users(loader._dataset, asked.kept[phase])
+
+    def frozen(phase: str, loader: Any) -> Any:
+        whole, mode = loader._dataset, asked.modes[phase]
+        part = whole.copy(whole.inter_feat[asked.kept[phase][whole.inter_feat[whole.uid_field].numpy()]])
         asked.refuse_other_rows(phase, part)
-        mode = asked.modes[phase]
         if mode == "full":
-            whole = _fitting(config, loader, part)
-            whole.collate_fn = RankedBatches(whole.collate_fn, asked.ranking(phase))
-            loaders.append(whole)
-            continue
+            loader = _fitting(config, loader, part)
+            loader.collate_fn = partial(with_ranking, loader.collate_fn, asked.ranking(phase))
+            return loader
         part.sort(by=part.uid_field, ascending=True)
         rows, negatives = UserRows.of(asked.targets(phase)[0]), asked.negatives(phase)
-        loaders.append(FrozenEvalDataLoader(config, part, loader._sampler, rows, _count(mode), negatives, asked.keys))
-    dataset.candidates_digest = asked.digest()
-    dataset.evaluated_users = int(asked.kept["test"].sum())
-    return loaders[0], loaders[1], loaders[2]
+        return FrozenEvalDataLoader(config, part, loader._sampler, rows, _count(mode), negatives, asked.keys)
+
+    return (train, frozen("valid", valid), frozen("test", test)), asked.digest()
 
 
 def digest_of(config: Any) -> str:
@@ -318,12 +317,6 @@ def _fitting(config: Any, loader: Any, part: Any) -> Any:
         return type(loader)(config, part, loader._sampler, shuffle=False)
     finally:
         config["eval_batch_size"] = size
-
-
-def _of_users(part: Any, chosen: Any) -> Any:
-    """Return the rows of `part` whose user is `chosen`, in RecBole's order."""
-    mask = chosen[part.inter_feat[part.uid_field].numpy()]
-    return part.copy(part.inter_feat[mask])
 
 
 @dataclass(frozen=True, slots=True)

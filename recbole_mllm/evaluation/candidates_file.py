@@ -62,29 +62,25 @@ class CandidatesFile:
         Raises:
             UserError: The file does not fit the split; names file and line.
         """
-        given, number = self.phases[phase], {name: place for place, name in enumerate(items.tolist())}
-        out = []
-        for user, name, start, many in zip(
-            rows.users.tolist(), users[rows.users].tolist(), rows.starts, rows.counts, strict=True
-        ):
-            own = items[targets[start : start + many]].tolist()
-            found = _checked(given[name], own, int(many) * count, phase, number)
+        number = {name: place for place, name in enumerate(items.tolist())}
+        out = [np.zeros(0, np.int64)]
+        for user, start, many in zip(rows.users.tolist(), rows.starts, rows.counts, strict=True):
+            line, own = self.phases[phase][users[user]], items[targets[start : start + many]].tolist()
+            if complaint := _complaint(line, own, int(many) * count, phase, number):
+                raise UserError(f"{line.where}: {complaint}")
+            found = np.array([number[item] for item in line.negatives], np.int64)
             if (seen := met.contain(np.full(len(found), user), found)).any():
                 raise UserError(
-                    f"{given[name].where}: {_few(items[found[seen]].tolist())} is in the history of user {name} and "
+                    f"{line.where}: {_few(items[found[seen]].tolist())} is in the history of user {users[user]} and "
                     "cannot be a negative; export the candidates of this dataset again"
                 )
             out.append(found)
-        return np.concatenate(out) if out else np.zeros(0, np.int64)
+        return np.concatenate(out)
 
     def check_users(self, phase: str, users: Any, held_out: Any, evaluated: Any) -> None:
-        """Refuse a phase without a line for each user that is evaluated, or with one that the split holds nothing of.
+        """Refuse a `phase` without a line for each of the `evaluated` users, or with one of a user not `held_out`.
 
-        Args:
-            phase: ``valid`` or ``test``.
-            users: Raw id of each internal user id.
-            held_out: Internal ids of the users with rows in the phase.
-            evaluated: Internal ids of those among them who are evaluated.
+        Both are internal ids of `users`, the raw ids.
 
         Raises:
             UserError: Names the user, and the line where there is one.
@@ -99,19 +95,19 @@ class CandidatesFile:
                 raise UserError(f"{self.path}: no {phase} line for user {user}; export the candidates of this dataset")
 
 
-def _checked(line: CandidatesLine, own: Sequence[str], wanted: int, phase: str, number: Mapping[str, int]) -> Any:
-    """Return the internal ids of a line's negatives."""
+def _complaint(line: CandidatesLine, own: Sequence[str], wanted: int, phase: str, known: Mapping[str, int]) -> str:
+    """Return what is wrong with a line for a user whose targets are `own`; "" for nothing."""
     if Counter(line.targets) != Counter(own):
-        raise UserError(f"{line.where}: the targets are {_few(line.targets)}, the {phase} split's {_few(own)}")
+        return f"the targets are {_few(line.targets)}, the {phase} split's {_few(own)}"
     if len(line.negatives) != wanted:
-        raise UserError(f"{line.where}: {len(line.negatives)} negatives where eval_args.mode asks for {wanted}")
+        return f"{len(line.negatives)} negatives where eval_args.mode asks for {wanted}"
     if twice := [item for item, many in Counter(line.negatives).items() if many > 1]:
-        raise UserError(f"{line.where}: {_few(twice)} stands twice among the negatives")
+        return f"{_few(twice)} stands twice among the negatives"
     if wrong := sorted(set(line.negatives) & set(own)):
-        raise UserError(f"{line.where}: {_few(wrong)} is a target of the user and cannot be a negative")
-    if strange := [item for item in line.negatives if item not in number]:
-        raise UserError(f"{line.where}: {_few(strange)} is no item of the dataset after filtering")
-    return np.array([number[item] for item in line.negatives], np.int64)
+        return f"{_few(wrong)} is a target of the user and cannot be a negative"
+    if strange := [item for item in line.negatives if item not in known]:
+        return f"{_few(strange)} is no item of the dataset after filtering"
+    return ""
 
 
 def in_drawn_order(owner: Any, given: Any, drawn: Any, place: Any) -> Any:
@@ -196,14 +192,11 @@ def write_candidates(path: Path, header: Mapping[str, Any], loaders: Mapping[str
         users: Raw id of each internal user id.
         items: Raw id of each internal item id.
     """
-    written = 0
     with whole_text(path) as file:
         file.write(_text({"format": FORMAT, **header}))
         for phase in sorted(loaders):
-            for line in _of_loader(phase, loaders[phase], users, items):
-                file.write(_text(line))
-                written += 1
-    return written
+            file.writelines(_text(line) for line in _of_loader(phase, loaders[phase], users, items))
+    return sum(len(loader.rows.users) for loader in loaders.values())
 
 
 def _of_loader(phase: str, loader: Any, users: Any, items: Any) -> Iterator[dict[str, Any]]:

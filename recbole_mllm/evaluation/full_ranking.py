@@ -76,23 +76,9 @@ class AllItems:
         return f"full {rule} {int(mix64(hashes[self.pool]).sum(dtype=np.uint64)):016x}"
 
 
-class RankedBatch(tuple[Any, ...]):
-    """A batch of RecBole's full evaluation that says what is ranked."""
-
-    ranking: AllItems
-
-
-class RankedBatches:
-    """RecBole's collating function of a full evaluation, with `ranking` beside each batch."""
-
-    def __init__(self, collate: Callable[[Any], Any], ranking: AllItems) -> None:
-        self.collate, self.ranking = collate, ranking
-
-    def __call__(self, index: Any) -> RankedBatch:
-        """Return RecBole's (rows, history, row of each target, target)."""
-        batch = RankedBatch(self.collate(index))
-        batch.ranking = self.ranking
-        return batch
+def with_ranking(collate: Callable[[Any], Any], ranking: AllItems, index: Any) -> Any:
+    """Return the batch of RecBole's full evaluation (rows, history, row of each target, target), and `ranking`."""
+    return (*collate(index), ranking)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,13 +109,13 @@ def install(trainer_class: Any) -> None:
 
     def make(stock: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
         def batch_eval(self: Any, batched: Any) -> Any:
-            interaction, scores, owner, targets = stock(self, batched)
-            if not isinstance(batched, RankedBatch):
+            interaction, scores, owner, targets = stock(self, batched[:4])
+            if len(batched) == 4:
                 return interaction, scores, owner, targets
+            ranking = batched[4]
             users = interaction[self.config["USER_ID_FIELD"]].cpu().numpy()
             rows, items = (torch.as_tensor(part).cpu().numpy() for part in (owner, targets))
-            depth = batched.ranking.depth(max(self.config["topk"]))
-            found = rank_all(scores, users, rows, items, batched.ranking, depth)
+            found = rank_all(scores, users, rows, items, ranking, ranking.depth(max(self.config["topk"])))
             record_scores(lambda: _best(found, users, rows, items, self.model))
             return interaction, found.collected.to(scores.device), owner, targets
 
@@ -142,6 +128,11 @@ def _best(found: Ranked, users: Any, owner: Any, targets: Any, model: Any) -> di
     """Return each row's best items and its targets: score, place (0 for the worst of ``among``), an MLLM's answer."""
     labels = torch.zeros(found.scores.shape, dtype=torch.int8)
     labels[owner, targets] = 1
+    answers = np.full(found.scores.shape, np.nan, np.float32)  # NaN where no MLLM was asked
+    if (answered := getattr(model, "answered", None)) is not None:
+        asked, log_odds = answered
+        at, columns = np.nonzero(asked)
+        answers[at, asked[at, columns]] = log_odds[at, columns]
     rows, columns = np.nonzero(found.head)
     items = found.head[rows, columns]
     beyond = ~(found.head[owner] == targets[:, None]).any(1)
@@ -154,18 +145,8 @@ def _best(found: Ranked, users: Any, owner: Any, targets: Any, model: Any) -> di
         "score": found.scores[rows, items].numpy(),
         "place": found.among[rows] - 1 - columns,
         "among": found.among[rows],
-        "answer": _answers(model, found.scores.shape)[rows, items],
+        "answer": answers[rows, items],
     }
-
-
-def _answers(model: Any, shape: Any) -> Any:
-    """Return ``[B, items]`` the log-odds an MLLM has just answered with, NaN where it was not asked."""
-    out = np.full(shape, np.nan, np.float32)
-    if (answered := getattr(model, "answered", None)) is not None:
-        items, values = answered
-        rows, columns = np.nonzero(items)
-        out[rows, items[rows, columns]] = values[rows, columns]
-    return out
 
 
 def rank_all(scores: Tensor, users: Any, owner: Any, targets: Any, ranking: AllItems, depth: int) -> Ranked:

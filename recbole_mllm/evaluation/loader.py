@@ -14,7 +14,7 @@ from recbole.data.interaction import Interaction
 from recbole.utils import InputType
 
 from recbole_mllm.common.errors import UserError
-from recbole_mllm.data.schema import TIE
+from recbole_mllm.data.schema import HISTORY_NUMBER, POSITION, TIE
 from recbole_mllm.recbole_patches.hooks import wrap
 
 
@@ -52,17 +52,15 @@ def refuse_users_without_rows(case_study: Any) -> None:
         def full_sort_scores(uid_series: Any, model: Any, test_data: Any, device: Any = None) -> Any:
             rows = test_data.dataset
             if hasattr(rows, "history_names"):
-                own = np.bincount(rows.inter_feat[rows.uid_field].numpy(), minlength=rows.user_num)
+                own = rows.inter_feat[rows.uid_field].tolist()
                 for user in np.asarray(uid_series).tolist():
                     if not 0 <= user < rows.user_num:
                         raise UserError(f"there is no user of internal id {user}; dataset.token2id gives ids")
-                    if own[user] != 1:
-                        found = f"{own[user]} rows" if own[user] else "no row"
-                        name = rows.id2token(rows.uid_field, user)
+                    if (found := own.count(user)) != 1:
                         raise UserError(
-                            f"user {name} has {found} in the split that was given, and a "
-                            "ranking needs one; leave such users out (too short a history has no test row, and "
-                            "limit_users leaves users out)"
+                            f"user {rows.id2token(rows.uid_field, user)} has {found or 'no'} row{'s' * (found > 1)} in "
+                            "the split that was given, and a ranking needs one; leave such users out (too short a "
+                            "history has no test row, and limit_users leaves users out)"
                         )
             return stock(uid_series, model, test_data, device)
 
@@ -99,6 +97,14 @@ class FrozenEvalDataLoader(NegSampleEvalDataLoader):  # type: ignore[misc]
         fitting = 1 + int((np.cumsum(sizes)[1:] <= self.config["eval_batch_size"]).sum())
         self.step = fitting
         self.set_batch_size(int(sizes[:fitting].sum()))
+
+    def every_pair(self) -> Interaction:
+        """Return who is asked about what in the whole split: item, and the row's history and position, unjoined."""
+        rows = self._dataset.inter_feat
+        own = torch.arange(len(rows))
+        place = torch.cat([own, own.repeat_interleave(self.count)])
+        items = torch.cat([rows[self.iid_field], torch.from_numpy(self.negatives)])
+        return Interaction({name: rows[name][place] for name in (HISTORY_NUMBER, POSITION)} | {self.iid_field: items})
 
     def collate_fn(self, index: Sequence[int]) -> tuple[Interaction, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the users' pairs, positives first, as RecBole's loader does (general_dataloader.py:150-180)."""

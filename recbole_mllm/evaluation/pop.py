@@ -23,6 +23,13 @@ from recbole_mllm.recbole_patches.hooks import wrap
 def count_all(pop: Any) -> None:
     """Let ``Pop`` count each interaction once, in every run."""
 
+    def make_init(stock: Callable[..., None]) -> Callable[..., None]:
+        def __init__(self: Any, config: Any, dataset: Any) -> None:
+            stock(self, config, dataset)
+            self.config_label = config["LABEL_FIELD"]
+
+        return __init__
+
     def make_loss(stock: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
         def calculate_loss(self: Any, interaction: Any) -> Any:
             items, label = interaction[self.ITEM_ID], self.config_label
@@ -32,13 +39,6 @@ def count_all(pop: Any) -> None:
             return torch.nn.Parameter(torch.zeros(1)).to(self.device)
 
         return calculate_loss
-
-    def make_init(stock: Callable[..., None]) -> Callable[..., None]:
-        def __init__(self: Any, config: Any, dataset: Any) -> None:
-            stock(self, config, dataset)
-            self.config_label = config["LABEL_FIELD"]
-
-        return __init__
 
     wrap(pop.Pop, "__init__", make_init)
     wrap(pop.Pop, "calculate_loss", make_loss)
@@ -53,17 +53,14 @@ def count_training(collector: Any) -> None:
             train = train_data.dataset
             if getattr(train, "facts", None) is None or not wants_exact_order(train):
                 return
-            if self.register.need(
-                "data.num_items"
-            ):  # what only `.item` names is loaded by some models and not by others
-                self.data_struct.set("data.num_items", train.facts.n_items + 1)  # and the padding, as RecBole's
-            for name, counts in zip(
-                ("items", "users"), training_counts(train, train.user_num, train.item_num), strict=True
-            ):
-                if self.register.need(f"data.count_{name}"):
-                    found = np.flatnonzero(counts)
-                    pairs = zip(found.tolist(), counts[found].tolist(), strict=True)
-                    self.data_struct.set(f"data.count_{name}", Counter(dict(pairs)))
+            # not those that only `.item` names, which some models load; and the padding, as RecBole's
+            found: dict[str, Any] = {"num_items": train.facts.n_items + 1}
+            items, users = training_counts(train, train.user_num, train.item_num)
+            for name, counts in (("count_items", items), ("count_users", users)):
+                found[name] = Counter({n: int(counts[n]) for n in np.flatnonzero(counts).tolist()})
+            for name in found:
+                if self.register.need(f"data.{name}"):
+                    self.data_struct.set(f"data.{name}", found[name])
 
         return data_collect
 

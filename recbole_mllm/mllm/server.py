@@ -23,7 +23,6 @@ from recbole_mllm.mllm.server_messages import answer_of, message
 _TRIES = 3  # times a prompt may draw an error that could be its own doing, each retried by the client
 _HOPELESS = 3  # prompts refused before any was answered: it is not the prompts
 _TICK_S = 0.2
-_LOOK_S = 3.0  # for which the work waits for what servers list; a slow one is sent prompts all the same
 _GRACE_S = 1.0  # beyond the time for a request, which its client notices itself unless it retries
 Outcome = Answer | Failure | Exception
 Requesting = Callable[[Host, Ask, int], Answer | Failure]
@@ -37,7 +36,7 @@ class ServerModel:
     """A `Writer` that has a bounded number of prompts at each server, and hands answers over as they come.
 
     Raises:
-        UserError: The client is not installed, or a server refuses the key.
+        UserError: As `make_hosts`.
     """
 
     def __init__(self, endpoint: Endpoint, settings: ServerSettings) -> None:
@@ -57,23 +56,16 @@ class ServerModel:
 
 
 def make_hosts(endpoint: Endpoint, settings: ServerSettings) -> list[Host]:
-    """Return the servers of `endpoint`, each looked at once.
+    """Return the servers of `endpoint`, with the key that the environment holds, if any.
 
     Raises:
-        UserError: The client is not installed, or a server refuses the key.
+        UserError: The client is not installed or cannot start, or what the environment holds is no key.
     """
-    key = _key(settings)
-    hosts = [Host(url, endpoint.model, settings, key) for url in endpoint.urls]
-    refused: queue.SimpleQueue[UserError] = queue.SimpleQueue()
-    looks = [threading.Thread(target=_look_at, args=(host, refused), daemon=True) for host in hosts]
-    for look in looks:
-        look.start()
-    end = time.monotonic() + _LOOK_S
-    for look in looks:
-        look.join(max(0.0, end - time.monotonic()))
-    if not refused.empty():
-        raise refused.get()
-    return hosts
+    name = settings.server_key_env
+    key = os.environ.get(name, "").strip() if name else ""
+    if not key.isascii() or len(key.split()) > 1:
+        raise UserError(f"the environment variable {name} holds a space or letters that no key has; set it again")
+    return [Host(url, endpoint.model, settings, key or None) for url in endpoint.urls]
 
 
 def _complete(host: Host, ask: Ask, shortened: int) -> Answer | Failure:
@@ -94,27 +86,6 @@ def _complete(host: Host, ask: Ask, shortened: int) -> Answer | Failure:
             decoding.most_characters,
         )
     )
-
-
-def _key(settings: ServerSettings) -> str | None:
-    """Return the key the environment holds, if any."""
-    name = settings.server_key_env
-    key = os.environ.get(name, "").strip() if name else ""
-    if not key.isascii() or len(key.split()) > 1:
-        raise UserError(f"the environment variable {name} holds a space or letters that no key has; set it again")
-    return key or None
-
-
-def _look_at(host: Host, refused: queue.SimpleQueue[UserError]) -> None:
-    """Warn where the server lists models and not this one; a server that is down now may be up later."""
-    try:
-        there = host.models()
-    except UserError as error:
-        refused.put(error)
-        return
-    if there and host.model not in there:
-        listed = ", ".join(there[:20])
-        logging.getLogger().warning(f"server {host.url} does not list model {host.model!r}; it lists: {listed}")
 
 
 @dataclass(slots=True, eq=False)
@@ -143,7 +114,8 @@ class Requests:
         self.sent: set[_Sent] = set()
         self.arrivals: queue.SimpleQueue[tuple[_Sent, Outcome]] = queue.SimpleQueue()
         self.refused: list[str] = []
-        self.answered, self.shortened = False, 0
+        self.errors: list[Exception] = []  # what ends the run
+        self.shortened = 0
         self.started = time.monotonic()
 
     def run(self) -> None:
@@ -154,11 +126,11 @@ class Requests:
         """
         while self._fill():
             self._send()
-            answers, errors = self._settled(self._arrived())
+            answers = self._settled(self._arrived())
             self._send()  # before the store is busy with the answers
             self.work.give(answers)  # none too, so that what has arrived is stored while all others take long
-            if errors:
-                raise errors[0]
+            if self.errors:
+                raise self.errors[0]
             self._check()
         if self.shortened:
             logging.getLogger().warning(
@@ -212,40 +184,40 @@ class Requests:
         self.sent -= late
         return out + [(sent, sent.host.too_late()) for sent in late]
 
-    def _settled(self, arrived: list[tuple[_Sent, Outcome]]) -> tuple[list[tuple[int, Answer]], list[Exception]]:
-        """Return the answers, and what ends the run; a prompt that failed is refused, or waits for a server again."""
+    def _settled(self, arrived: list[tuple[_Sent, Outcome]]) -> list[tuple[int, Answer]]:
+        """Return the answers; a prompt that failed is refused, or waits for a server again."""
         answers: list[tuple[int, Answer]] = []
-        errors: list[Exception] = []
         for sent, outcome in arrived:
             prompt, host = sent.prompt, sent.host
             if isinstance(outcome, UserError):
                 self.refused.append(str(outcome))
-                continue
-            if isinstance(outcome, Exception):
-                errors.append(outcome)
-                continue
-            host.record(outcome, sent.at)
-            if isinstance(outcome, Answer):
-                answers.append((prompt.ask.place, replace(outcome, shortened=prompt.shortened > 0)))
-                self.shortened += prompt.shortened > 0
-                continue
-            kind, text = outcome.kind, f"server {host.url}: {outcome.text}"
-            # a server that has answered nothing says nothing about a prompt while others answer
-            counts = host.answered or not any(other.answered for other in self.hosts)
-            prompt.tries += kind is FailureKind.UNCLEAR and counts
-            prompt.shortened += kind is FailureKind.TOO_LONG
-            if kind is FailureKind.FATAL:
-                errors.append(UserError(text))
-            elif kind is FailureKind.REFUSED or prompt.tries >= _TRIES:
-                self.refused.append(text)
+            elif isinstance(outcome, Exception):
+                self.errors.append(outcome)
             else:
-                self.waiting.append(prompt)
-        self.answered = self.answered or bool(answers)
-        return answers, errors
+                host.record(outcome, sent.at)
+                if isinstance(outcome, Answer):
+                    answers.append((prompt.ask.place, replace(outcome, shortened=prompt.shortened > 0)))
+                    self.shortened += prompt.shortened > 0
+                else:
+                    self._failed(prompt, host, outcome)
+        return answers
+
+    def _failed(self, prompt: _Waiting, host: Host, failure: Failure) -> None:
+        text = f"server {host.url}: {failure.text}"
+        # a server that has answered nothing says nothing about a prompt while others answer
+        counts = host.answered or not any(other.answered for other in self.hosts)
+        prompt.tries += failure.kind is FailureKind.UNCLEAR and counts
+        prompt.shortened += failure.kind is FailureKind.TOO_LONG
+        if failure.kind is FailureKind.FATAL:
+            self.errors.append(UserError(text))
+        elif failure.kind is FailureKind.REFUSED or prompt.tries >= _TRIES:
+            self.refused.append(text)
+        else:
+            self.waiting.append(prompt)
 
     def _check(self) -> None:
         """Stop where all prompts are refused, or all servers have failed for too long."""
-        if not self.answered and len(self.refused) >= _HOPELESS:
+        if len(self.refused) >= _HOPELESS and not any(host.answered for host in self.hosts):
             raise self._refusal()
         since = [host.failing_since for host in self.hosts if host.failing_since is not None]
         patience = self.settings.server_patience

@@ -110,11 +110,11 @@ def answer_of(completion: Any, most_characters: int = MOST_CHARACTERS) -> Answer
         raise ValueError(
             f"the answer holds no choice{f' but {said}' * bool(said)}; is this URL an OpenAI-compatible /v1?"
         )
-    usage = getattr(completion, "usage", None)
-    if len(choices[0].message.content or "") > most_characters:
-        raise ValueError(f"an answer of {len(choices[0].message.content):,} characters, where a summary was asked for")
+    text, usage = choices[0].message.content or "", getattr(completion, "usage", None)
+    if len(text) > most_characters:
+        raise ValueError(f"an answer of {len(text):,} characters, where a summary was asked for")
     return Answer(
-        (choices[0].message.content or "").rpartition("</think>")[2].strip(),
+        text.rpartition("</think>")[2].strip(),
         tokens(getattr(usage, "prompt_tokens", 0)),
         tokens(getattr(usage, "completion_tokens", 0)),
         choices[0].finish_reason == "length",

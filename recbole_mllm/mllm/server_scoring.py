@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from recbole_mllm.common.endpoints import Endpoint
-from recbole_mllm.common.prompts import Prompt, Style
+from recbole_mllm.common.prompts import IMAGE, Prompt, Style
 from recbole_mllm.common.settings import ServerSettings
-from recbole_mllm.mllm.decision import TOP, decision_request, same_question, scored_completion, scored_decision
 from recbole_mllm.mllm.interface import Answer, Ask, Batch, Decoding, Scored
 from recbole_mllm.mllm.server import Requests, make_hosts
-from recbole_mllm.mllm.server_host import Failure, FailureKind, Host
-from recbole_mllm.mllm.server_messages import message
+from recbole_mllm.mllm.server_host import Failure, Host
+from recbole_mllm.mllm.server_messages import cut, data_url, message, tokens
 
+QUESTION = "answer"
+TOP = 20  # log-probabilities a chat completion is asked for: OpenAI's most, and what servers allow by default
+_TINY = 1e-45  # a probability of exactly 0 or 1 has no logarithm; float32's smallest has
+_BELOW_ONE = 1.0 - 2.0**-25  # nearer to 1 than any float32 but 1 itself
+_SPACES = " \t\r\n\u2581\u0120\u010a"  # with the marks that tokenisers write for a space and a line's end
 _ONE_TOKEN = Decoding(1)
 _ABSENT = (404, 405, 501)  # what servers say to a path they do not have
 _INSTRUCTIONS = "Instructions that the template of an export leaves out."
@@ -29,7 +35,7 @@ class ServedScorer:
     A server is asked at ``/v1/systemone`` until it turns out to have none, then by a chat completion of one token.
 
     Raises:
-        UserError: The client is not installed, or a server refuses the key.
+        UserError: As `make_hosts`.
     """
 
     def __init__(self, endpoint: Endpoint, settings: ServerSettings) -> None:
@@ -54,28 +60,24 @@ class ServedScorer:
         self._words = answers
         work = Batch(prompts, _ONE_TOKEN)
         Requests(work, self.hosts, self.settings, self._request).run()
-        found = [work.answers[place] for place in range(len(prompts))]
-        scores = [answer for answer in found if isinstance(answer, Scored)]
-        self._count(scores)
-        return torch.tensor([score.log_odds for score in scores], dtype=torch.float32)
-
-    def _count(self, scores: Sequence[Scored]) -> None:
+        scores = [score for place in range(len(prompts)) if isinstance(score := work.answers[place], Scored)]
         self.scored += len(scores)
         self.tokens_read += sum(score.prompt_tokens for score in scores)
         self.bounded += sum(score.missing == 1 for score in scores)
         self.unknown += sum(score.missing > 1 for score in scores)
         if any(score.missing for score in scores):
             logging.getLogger().warning(
-                f"{self.identity}: of {self.scored} pairs, {self.bounded} had one of {'/'.join(self._words)} outside "
+                f"{self.identity}: of {self.scored} pairs, {self.bounded} had one of {'/'.join(answers)} outside "
                 f"the {TOP} likeliest tokens, and a bound in its place; {self.unknown} had both, and the score 0"
             )
+        return torch.tensor([score.log_odds for score in scores], dtype=torch.float32)
 
     def _request(self, host: Host, ask: Ask, shortened: int) -> Answer | Failure:
-        """Ask in the way the server is known to have."""
+        """Ask for a typed decision where the server may have them, else for a completion."""
         if host not in self._without_decisions:
             body = decision_request(host.model, ask.prompt, shortened=shortened)
-            outcome = host.call(lambda client: self._decision(host, client, body), absent=_ABSENT)
-            if isinstance(outcome, Answer) or outcome.kind is not FailureKind.ABSENT:
+            outcome = host.call(lambda client: self._decision(host, client, body))
+            if isinstance(outcome, Answer) or outcome.status not in _ABSENT:
                 return outcome
             if host not in self._without_decisions:
                 self._without_decisions.add(host)
@@ -99,19 +101,101 @@ class ServedScorer:
         )
 
     def _decision(self, host: Host, client: Any, body: dict[str, Any]) -> Scored:
+        """Ask for a decision; once a server, warn where it adds words of its own: its model has no template of ours."""
         answer = client.post("/systemone", body=body, cast_to=object)
         score = scored_decision(answer)
         if host not in self._looked_at:
             self._looked_at.add(host)
-            _look_at_template(host, client, body, answer)
+            question = {**body["questions"][QUESTION], "instructions": _INSTRUCTIONS}
+            longer = client.post("/systemone", body={**body, "questions": {QUESTION: question}}, cast_to=object)
+            if scored_decision(longer).prompt_tokens != score.prompt_tokens:
+                logging.getLogger().warning(
+                    f"server {host.url} adds words of its own to every question, as {host.model!r} has no "
+                    "decision_template.jinja of recbole-mllm; for the prompt of training serve a folder that `export` "
+                    "wrote"
+                )
         return score
 
 
-def _look_at_template(host: Host, client: Any, body: dict[str, Any], answer: Any) -> None:
-    """Say so where the server adds words of its own to the question: its model has no template of ours."""
-    instructed = {name: {**question, "instructions": _INSTRUCTIONS} for name, question in body["questions"].items()}
-    if not same_question(answer, client.post("/systemone", body={**body, "questions": instructed}, cast_to=object)):
-        logging.getLogger().warning(
-            f"server {host.url} adds words of its own to every question, as {host.model!r} has no "
-            "decision_template.jinja of recbole-mllm; for the prompt of training serve a folder that `export` wrote"
-        )
+def decision_request(model: str, prompt: Prompt, instructions: str | None = None, shortened: int = 0) -> dict[str, Any]:
+    """Return the body of a ``/v1/systemone`` request: the question as `state`, its images as `assets`.
+
+    The style's own words may name no image twice, and no title may name one at all; so the placeholders are such as
+    occur nowhere in the text.
+    """
+    pieces = cut(prompt, shortened)
+    text = "".join(pieces)
+    assets, names = {}, []
+    for number, path in enumerate(prompt.images, start=1):
+        name = f"<image-{number}>"
+        while name in text:
+            name = f"<{name}>"
+        kind, _, data = data_url(path).partition(";base64,")
+        assets[name] = {"type": "image", "format": kind.rpartition("/")[2], "data_base64": data}
+        names.append(name)
+    left = iter(names)
+    for place in range(0, len(pieces), 2):  # marks in filled-in texts are plain text
+        head, *tails = pieces[place].split(IMAGE)
+        pieces[place] = head + "".join(next(left) + tail for tail in tails)
+    question = {"type": "noul", "instructions": instructions}
+    return {"model": model, "state": "".join(pieces), "questions": {QUESTION: question}, "assets": assets}
+
+
+def scored_decision(answer: Any) -> Scored:
+    """Return the log-odds of P(Yes), which the server gives itself.
+
+    Raises:
+        ValueError: There is no probability in the answer.
+    """
+    try:
+        p = float(answer["answers"][QUESTION]["noul"])
+        read = tokens((answer.get("usage") or {}).get("input_tokens"))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError("the decision holds no probability") from error
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"the decision's probability is {p}")
+    p = min(max(p, _TINY), _BELOW_ONE)
+    return Scored("", read, 0, log_odds=math.log(p) - math.log1p(-p))
+
+
+def scored_completion(completion: Any, words: tuple[str, str]) -> Scored:
+    """Return log P(Yes) - log P(No) by the log-probabilities of a chat completion's first token.
+
+    A word that is not among them is less likely than the least likely one that is, which takes its place: the
+    difference keeps its sign and can only be too small. If neither is there, nothing is known: 0.
+
+    Raises:
+        ValueError: There are no log-probabilities in the answer, or such as are no numbers.
+    """
+    try:
+        listed = completion.choices[0].logprobs.content[0].top_logprobs
+        entries = [(str(entry.token), float(entry.logprob)) for entry in listed]
+        least = min(value for _, value in entries)
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        raise ValueError("the answer holds no log-probabilities; the server must give logprobs") from error
+    found = spelt(entries, words)
+    missing = found.count(None)
+    yes, no = (least if value is None else value for value in found)
+    odds = 0.0 if missing == len(words) else yes - no
+    if not math.isfinite(odds):
+        raise ValueError("the answer's log-probabilities are no numbers")
+    usage = getattr(completion, "usage", None)
+    return Scored("", tokens(getattr(usage, "prompt_tokens", 0)), 1, log_odds=odds, missing=missing)
+
+
+def spelt(entries: Iterable[tuple[str, float]], words: tuple[str, str]) -> list[float | None]:
+    """Return the log-probability of each word as an answer's first token, or None where no token spells it.
+
+    Spellings that differ in the space around the word are added up (``Yes`` and `` Yes``): which of them a model was
+    trained on is the tokeniser's business, and a server's client has none. Case counts. Where no token spells either
+    word whole, as with a tokeniser that cuts both, tokens that begin one word and not the other stand for it.
+    """
+    bare = [(token.strip(_SPACES), value) for token, value in entries]
+    whole = [[value for token, value in bare if token == word] for word in words]
+    if not any(whole):
+        whole = [
+            [value for token, value in bare if token and word.startswith(token) and not other.startswith(token)]
+            for word, other in (words, words[::-1])
+        ]
+    with np.errstate(invalid="ignore"):  # what is no number is refused by the caller
+        return [float(np.logaddexp.reduce(values)) if values else None for values in whole]

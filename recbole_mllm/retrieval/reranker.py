@@ -53,7 +53,7 @@ class Shortlist:
         order = np.argsort(-mixed, axis=1, kind="stable")  # what is equal keeps the retriever's order
         head = self.head.copy()
         head[:, : self.count] = np.take_along_axis(asked, order, 1)
-        return _placed(self.scores, torch.from_numpy(head))
+        return _lifted(self.scores, torch.from_numpy(head))
 
 
 def fused(logodds: Any, before: Any, real: Any, share: float) -> Any:
@@ -77,37 +77,29 @@ class Reranker:
         config: RecBole's, of this run.
         settings: The retriever and how much of its order is asked about.
         dataset: The run's training part.
+
+    Attributes:
+        is_brute: Whether every item is asked about.
+        count: How many items of a row are asked about, at most.
+        identity: The retriever's name and digest, None without one.
+        train_s: What training the retriever took, in this run or in the one that left it; 0 for a given checkpoint.
     """
 
     def __init__(self, config: Any, settings: RankingSettings, dataset: Any) -> None:
         self.settings = settings
+        self.is_brute = settings.full_sort == "brute"
         self.retriever = obtain(config, settings, dataset) if settings.retrieves else None
-        self._user, self._items = dataset.uid_field, int(dataset.item_num)
-        users, items = (
-            np.asarray(dataset.field2id_token[f]).astype(str) for f in (dataset.uid_field, dataset.iid_field)
-        )
+        self.identity = self.retriever.identity if self.retriever else None
+        self.train_s = self.retriever.train_s if self.retriever else 0.0
+        self._user, self._item, self._items = dataset.uid_field, dataset.iid_field, int(dataset.item_num)
+        self._users, items = (np.asarray(dataset.field2id_token[f]).astype(str) for f in (self._user, self._item))
+        self._numbers = dataset.field2token_id[self._item]
         evaluation = EvaluationSettings.from_config(config)
-        self._keys = tie_keys(users, items, evaluation.candidate_seed)
+        self._keys = tie_keys(self._users, items, evaluation.candidate_seed)
         self._depth = max(config["topk"])
         self.count = self._items - 1 if self.is_brute else settings.top_k
         self._met = dataset.met if evaluation.exclude_seen else None
-        self._users, self._item, self._numbers = users, dataset.iid_field, dataset.field2token_id[dataset.iid_field]
         self._share = None if settings.fusion == "auto" else 1.0 if settings.fusion is None else float(settings.fusion)
-
-    @property
-    def is_brute(self) -> bool:
-        """Whether every item is asked about."""
-        return self.settings.full_sort == "brute"
-
-    @property
-    def identity(self) -> str | None:
-        """The retriever's name and digest."""
-        return self.retriever.identity if self.retriever else None
-
-    @property
-    def train_s(self) -> float:
-        """What training the retriever took, in this run or in the one that left it; 0 for a given checkpoint."""
-        return self.retriever.train_s if self.retriever else 0.0
 
     @property
     def share(self) -> float:
@@ -131,17 +123,13 @@ class Reranker:
         else:
             scores = torch.zeros(len(rows), self._items)
             scores[:, 0] = -torch.inf
-        self._leave_out_met(scores, rows)
-        users, count = rows[self._user].cpu().numpy(), min(self.count, self._items - 1)
+        users = rows[self._user].cpu().numpy()
+        if self._met is not None:  # the target may have been met before
+            for row, (user, target) in enumerate(zip(users.tolist(), rows[self._item].tolist(), strict=True)):
+                met = {self._numbers[item] for item in self._met[str(self._users[user])]} - {target}
+                scores[row, list(met)] = -torch.inf
+        count = min(self.count, self._items - 1)
         return Shortlist(scores, best_items(scores, users, max(count, self._depth), self._keys), count)
-
-    def _leave_out_met(self, scores: Any, rows: Any) -> None:
-        """Set to -inf, in place, what a row's user has met in any split but for the target, where that is asked for."""
-        if self._met is None:
-            return
-        for row, (user, target) in enumerate(zip(rows[self._user].tolist(), rows[self._item].tolist(), strict=True)):
-            met = {self._numbers[item] for item in self._met[str(self._users[user])]} - {target}
-            scores[row, list(met)] = -torch.inf
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint must say for its evaluation to be repeated."""
@@ -170,13 +158,12 @@ def obtain_reranker(config: Any, dataset: Any) -> Reranker | None:
     return distributed.main_first(lambda: Reranker(config, settings, dataset))
 
 
-def _placed(scores: Tensor, head: Tensor) -> Tensor:
+def _lifted(scores: Tensor, head: Tensor) -> Tensor:
     """Return `scores` with the items of `head` lifted above all others, each above the next."""
-    most = scores.where(scores > -torch.inf, -torch.inf).max(1, keepdim=True).values.double()
+    most = scores.max(1, keepdim=True).values.double()
     most = most.where(most > -torch.inf, 0.0)
-    lifts = torch.arange(head.shape[1], 0, -1) * _STEP
-    lifted = most + lifts * most.abs().clamp(min=1e-30)
-    lifted = lifted.where(most != 0, lifts)
+    steps = torch.arange(head.shape[1], 0, -1) * _STEP
+    lifted = torch.where(most != 0, most + steps * most.abs().clamp(min=1e-30), steps)
     out = scores.clone()
     rows, places = (head > 0).nonzero(as_tuple=True)
     out[rows, head[rows, places]] = lifted[rows, places].float()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import sys
 import time
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -90,8 +89,11 @@ class Retriever:
             raise UserError(f"the retriever {self.identity} scored items with NaN; it cannot be ranked with")
         out[:, 0] = -torch.inf
         if not self.is_sequential:
-            for row, met in enumerate(self._met(rows)):
-                out[row, met] = -torch.inf
+            ours = self.ours
+            ids, name = ours.field2token_id[ours.iid_field], ours.history_names.name
+            columns = zip(*(rows[f].tolist() for f in (HISTORY_NUMBER, POSITION, ours.iid_field)), strict=True)
+            for row, (history, place, target) in enumerate(columns):  # the target may be met again
+                out[row, list({ids[item] for item in ours.histories[name(history)][:place]} - {target})] = -torch.inf
         return out
 
     def _translated(self, rows: Interaction) -> Interaction:
@@ -107,13 +109,6 @@ class Retriever:
             made[self._list] = listed.gather(1, place.clamp(max=listed.shape[1] - 1)).where(inside, 0)
             made[ours.item_list_length_field] = kept
         return Interaction(made)
-
-    def _met(self, rows: Interaction) -> list[list[int]]:
-        """Return the items each row's user met before it but for the target, which may be met again."""
-        ours = self.ours
-        ids, name = ours.field2token_id[ours.iid_field], ours.history_names.name
-        columns = zip(*(rows[f].tolist() for f in (HISTORY_NUMBER, POSITION, ours.iid_field)), strict=True)
-        return [list({ids[i] for i in ours.histories[name(h)][:place]} - {target}) for h, place, target in columns]
 
 
 def _places(ours: Any, theirs: Any, field: str, their_field: str, complaint: str) -> Tensor:
@@ -153,20 +148,19 @@ def _config(name: str, config: Any) -> Any:
     modes = {"valid": "full", "test": "full"}
     keys = {**shared, **_OWN, "eval_args": {**config["eval_args"], "mode": modes}, **own}
     keys["data_path"] = str(Path(config["data_path"]).parent)
-    arguments, sys.argv = sys.argv, sys.argv[:1]  # else the command line wins over all (configurator.py:165-193)
     try:
         return recbole_config(name, config["dataset"], [], keys)
     except ValueError as error:
         raise UserError(f"retriever {name!r} cannot be had: {str(error).splitlines()[0]}") from error
-    finally:
-        sys.argv = arguments
 
 
 def _trained(name: str, config: Any, ours: Any) -> Retriever:
     """Train `name`, or take it from where a run that would train the same has left it."""
     log = logging.getLogger()
     theirs = _config(name, config)
-    train, valid, _ = data_preparation(theirs, _dataset(theirs))
+    dataset = create_dataset(theirs)
+    dataset.exact_order = True  # as this run's is split
+    train, valid, _ = data_preparation(theirs, dataset)
     identity = f"{name}#{_digest(theirs, train._dataset)}"
     folder = Path(config["retriever_dir"] or theirs["checkpoint_dir"])
     path = folder / f"retriever-{identity.replace('#', '-')}.pth"
@@ -193,13 +187,6 @@ def _trained(name: str, config: Any, ours: Any) -> Retriever:
     return retriever
 
 
-def _dataset(config: Any) -> Any:
-    """Return the retriever's dataset, to be split in the exact order in which this run's is."""
-    dataset = create_dataset(config)
-    dataset.exact_order = True
-    return dataset
-
-
 def _digest(config: Any, train: Any) -> str:
     """Return 12 hex digits of the settings, the training rows and the versions of what trains."""
     kept = {key: value for key, value in config.final_config_dict.items() if key not in _NO_TRACE}
@@ -223,7 +210,8 @@ def _loaded(path: Path, config: Any, ours: Any) -> Retriever:
     for key, value in _OWN.items():
         theirs[key] = value
     theirs["eval_args"]["mode"] = {"valid": "full", "test": "full"}
-    dataset = _dataset(theirs)
+    dataset = create_dataset(theirs)
+    dataset.exact_order = True
     if dataset.facts is not None and dataset.facts.reordered and not frozen:
         raise UserError(
             f"retriever_checkpoint {path} was trained without frozen_candidates, in the order of RecBole's float32 "
@@ -241,17 +229,14 @@ def _loaded(path: Path, config: Any, ours: Any) -> Retriever:
 
 
 def _difference(theirs: Any, ours: Any) -> str | None:
+    """Return what a checkpoint's training rows were decided by otherwise than this run's are; None for nothing."""
     if theirs["model"] == "MLLMMSR":
         return "MLLMMSR, which is no retriever"
-    if theirs["dataset"] != ours["dataset"]:
-        return f"dataset {theirs['dataset']}, not {ours['dataset']}"
-    for key in ("split", "order"):
-        if theirs["eval_args"][key] != ours["eval_args"][key]:
-            return f"eval_args.{key} {theirs['eval_args'][key]}, not {ours['eval_args'][key]}"
-    for key in _SPLIT:
-        if theirs[key] != ours[key]:
-            return f"{key} {theirs[key]}, not {ours[key]}"
-    return None
+    mine, its = ({"dataset": config["dataset"]} for config in (ours, theirs))
+    for values, config in ((mine, ours), (its, theirs)):
+        values |= {f"eval_args.{key}": config["eval_args"][key] for key in ("split", "order")}
+        values |= {key: config[key] for key in _SPLIT}
+    return next((f"{key} {its[key]}, not {mine[key]}" for key in mine if its[key] != mine[key]), None)
 
 
 def _read(path: Path, device: torch.device) -> Mapping[str, Any]:

@@ -45,11 +45,11 @@ from recbole_mllm.common.files import (
 from recbole_mllm.common.model_names import gguf_of, source_of
 from recbole_mllm.common.prompts import IMAGE, Prompt, Style, recommend_prompt
 from recbole_mllm.common.settings import MLLMSettings, Settings
-from recbole_mllm.mllm.decision import decision_request
 from recbole_mllm.mllm.encoder import AnswerTokens
 from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.mllm.loading import load_processor
 from recbole_mllm.mllm.lora import check_finetune, dequantized, load_trained_state, tune
+from recbole_mllm.mllm.server_scoring import decision_request
 from recbole_mllm.model.summarizers import load_style
 from recbole_mllm.training.checkpoint import LAST, read_checkpoint
 

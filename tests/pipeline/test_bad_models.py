@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,12 +14,9 @@ from bad_models import BAD, SECRET
 from recbole.config import Config
 from recbole.data.interaction import Interaction
 from recbole.evaluator import Collector, Evaluator
-from scipy import stats
-from statsmodels.stats.multitest import multipletests
 
 from recbole_mllm.benchmark.jobs import BenchmarkPlan
 from recbole_mllm.benchmark.records import RECORDS, RunRecord, read_records
-from recbole_mllm.benchmark.report import read_leaderboard
 from recbole_mllm.benchmark.runner import benchmark
 
 SCRIPT = Path(__file__).resolve().parents[1] / "bad_models.py"
@@ -79,26 +75,3 @@ def test_recboles_own_evaluator_gives_the_recorded_metrics_on_the_kept_scores(re
     for key, value in theirs.items():
         name = next(known for known in run.metrics if known.lower() == key)
         assert run.metrics[name] == pytest.approx(value, abs=1e-6), name
-
-
-def test_the_tests_of_the_table_are_those_of_scipy_on_the_per_user_arrays(results: Path) -> None:
-    runs, board = latest(results), read_leaderboard(results)
-    arrays: dict[str, Any] = {}
-    for label in GOOD:
-        with np.load(results / str(runs[label].per_user)) as kept:
-            order = np.argsort(kept["user"])
-            arrays[label] = {name: kept[name][order] for name in kept.files}
-    best = max(GOOD, key=lambda label: (runs[label].valid or {})["NDCG@10"])  # never by the test split
-    (other,) = (label for label in GOOD if label != best)
-    assert board.best_baseline == best
-    row = next(row for row in board.rows if row.model == other)
-    names = [name for name in row.scores if name != "AUC" and not name.startswith("Recall")]  # Recall is Hit here
-    mine = {name: stats.ttest_rel(arrays[other][name], arrays[best][name]).pvalue for name in names}
-    for name in names:
-        assert row.scores[name].mean == pytest.approx(arrays[other][name].mean())
-    # AUC's own p, a cluster bootstrap's, belongs to the family too: whatever it is, Holm keeps the order of the others
-    told = {name: row.scores[name].p for name in names}
-    bounds = [multipletests([*mine.values(), p], method="holm")[1][:-1] for p in (0.0, 1.0)]
-    for name, low, high in zip(names, *bounds, strict=True):
-        p = told[name]
-        assert p is not None and min(low, high) - 1e-9 <= p <= max(low, high) + 1e-9

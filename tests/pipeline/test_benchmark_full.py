@@ -20,7 +20,6 @@ from recbole_mllm.benchmark.ranking import build
 from recbole_mllm.benchmark.records import RECORDS, read_arrays, read_records
 from recbole_mllm.benchmark.report import render
 from recbole_mllm.benchmark.worker import run_job
-from recbole_mllm.common.errors import UserError
 
 TOP_K = 6
 
@@ -71,8 +70,8 @@ def test_all_rows_rank_the_same_items_and_say_how(place: Path) -> None:
     left = small_world.ITEMS - (small_world.LENGTH - 1)
     assert set(scores["among"].tolist()) == {left}
     assert runs["Pop"].pairs_per_s == pytest.approx(left * small_world.USERS / runs["Pop"].score_s)
-    mllm = runs["MLLMMSR"]  # scores that validation has found are not counted again
-    assert mllm.pairs_per_s == pytest.approx((TOP_K * small_world.USERS - mllm.scores_reused) / mllm.score_s)
+    mine = runs["MLLMMSR"]  # some prompts of the test are those of validation
+    assert mine.pairs_per_s == pytest.approx((TOP_K * small_world.USERS - mine.scores_reused) / mine.score_s)
 
 
 def test_another_variant_ranks_by_the_same_retriever_and_pays_for_it_too(
@@ -145,14 +144,3 @@ def test_cases_show_the_top_of_the_ranking_and_the_target_where_it_is(place: Pat
             assert all(book.show(one.item).title == f"title of {one.item}" for one in shown)
         assert [one.p is not None for one in case.mine] == [one.rank <= TOP_K for one in case.mine]
         assert all(one.p is None for one in case.theirs)
-
-
-def test_another_split_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["pytest"])
-    monkeypatch.chdir(place)
-    (job,) = jobs_of(plan(place, "Pop", exclude_seen=None))
-    job.folder.mkdir(parents=True, exist_ok=True)
-    run_job(json.loads(json.dumps(job.order())))
-    records = read_records(place / "results" / RECORDS)
-    with pytest.raises(UserError, match="ranked different candidates"):
-        build(records, place / "results")

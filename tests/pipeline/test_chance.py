@@ -109,21 +109,15 @@ def test_a_constant_scorer_scores_at_chance(worlds, model, protocol, monkeypatch
     assert_at_chance(found, 280)
 
 
-def test_the_tolerance_would_catch_positives_that_win_their_ties():
-    for name, (mean, spread) in at_chance().items():
-        assert 1 - mean > 4 * spread / math.sqrt(280), name
-
-
-@pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_random_scores_at_chance_and_by_pair(worlds, protocol, monkeypatch):
-    found = outcome(worlds, "Random", protocol, monkeypatch)
+def test_random_scores_at_chance_and_by_pair(worlds, monkeypatch):
+    found = outcome(worlds, "Random", "uni20", monkeypatch)
     assert_at_chance(found, 280)
     users, per_user = len(found.users["user"]), CANDIDATES - 1
     error = math.sqrt((users + users * per_user + 1) / (12 * users * users * per_user))  # of the Mann-Whitney statistic
     assert abs(found.test["AUC"] - 0.5) < 4 * error
-    smaller = outcome(worlds, "Random", protocol, monkeypatch, eval_batch_size=100)
+    smaller = outcome(worlds, "Random", "uni20", monkeypatch, eval_batch_size=100)
     assert smaller.test == found.test, "RecBole's own Random changes with the batch size"
-    other = outcome(worlds, "Random", protocol, monkeypatch, seed=77)
+    other = outcome(worlds, "Random", "uni20", monkeypatch, seed=77)
     assert not np.array_equal(other.pairs["score"], found.pairs["score"])
 
 

@@ -1,8 +1,7 @@
 """A benchmark under a launcher: one crash costs one row, baselines know nothing of it, and the numbers are the same."""
 
 import json
-import signal
-import sys
+from pathlib import Path
 
 import launched_runs
 import numpy as np
@@ -11,9 +10,9 @@ import small_world
 import tiny_models
 from launching import ROOT, launched
 
-from recbole_mllm.benchmark.process import without_launcher
+from recbole_mllm.benchmark.jobs import BenchmarkPlan
 from recbole_mllm.benchmark.records import PAIR_COLUMNS, read_arrays, read_records
-from recbole_mllm.cli import main
+from recbole_mllm.common.errors import UserError
 
 WORKER = f"""
 import json, os, signal, sys
@@ -75,23 +74,11 @@ def test_a_crash_in_any_process_costs_one_row(tmp_path):
     assert [records[f"MLLMMSR:{name}"].world_size for name in ("direct", "no-image")] == [2, 2]
 
 
-def test_a_baseline_sees_nothing_of_the_launcher():
-    given = {"RANK": "0", "MASTER_ADDR": "a", "TORCHELASTIC_RUN_ID": "x", "GROUP_RANK": "0", "PATH": "p"}
-    assert without_launcher(given) == {"PATH": "p"}
-
-
-def test_jobs_at_a_time_are_refused_in_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["pytest"])
-    small_world.write(tmp_path / "dataset", images=False)
+def test_jobs_at_a_time_are_refused(monkeypatch):
     for name, value in {"RANK": "0", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        assert main(["benchmark", "--dataset", "steps", "--models", "Pop", "--jobs", "2"]) == 2
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert capsys.readouterr().err.count("its processes share one run at a time; leave --jobs out") == 1
+    with pytest.raises(UserError, match="processes of a launcher share one run at a time; leave --jobs out"):
+        BenchmarkPlan("steps", ("Pop",), (1,), Path("results"), jobs=2)
 
 
 @pytest.mark.slow

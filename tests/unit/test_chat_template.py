@@ -9,8 +9,8 @@ from transformers.decision import DecisionConfig
 
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.prompts import recommend_prompt
-from recbole_mllm.mllm.decision import decision_request
 from recbole_mllm.mllm.hf import HFModel
+from recbole_mllm.mllm.server_scoring import decision_request
 from recbole_mllm.training.model_export import Question, copy_own_files, write_decision
 
 _TURN = "{% for m in messages %}[INST]{{ m.role }}\n{% if m.role == 'assistant' %}THOUGHT{% endif %}"

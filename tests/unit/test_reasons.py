@@ -11,7 +11,7 @@ import small_world
 from recbole.data import create_dataset, data_preparation
 from recbole.utils import get_model
 
-from recbole_mllm.benchmark.worker import _negatives
+from recbole_mllm.benchmark.worker import drawn_negatives
 from recbole_mllm.common.errors import UserError, reason_of
 from recbole_mllm.quick_start import make_config, run
 
@@ -63,8 +63,8 @@ def test_a_missing_package_and_a_place_in_recbole_are_told() -> None:
 
 
 def test_a_context_aware_model_gets_negatives_and_others_are_left_alone(keys: dict[str, Any]) -> None:
-    assert _negatives("BPR") == {} == _negatives("SASRec")
-    keys |= _negatives("FM") | {"metrics": ["NDCG"], "topk": [10], "valid_metric": "NDCG@10"}
+    assert drawn_negatives("BPR") == {} == drawn_negatives("SASRec")
+    keys |= drawn_negatives("FM") | {"metrics": ["NDCG"], "topk": [10], "valid_metric": "NDCG@10"}
     config = make_config("FM", "steps", [], keys)
     train, *_ = data_preparation(config, create_dataset(config))
     batch = next(iter(train))

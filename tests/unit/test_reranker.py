@@ -6,7 +6,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recbole_mllm.common.config import sections
 from recbole_mllm.data.sampling import tie_keys
 from recbole_mllm.evaluation.full_ranking import best_items
 from recbole_mllm.retrieval.reranker import Shortlist, fused
@@ -74,20 +73,3 @@ def test_a_mixture_is_of_probability_and_rescaled_score():
     real = np.array([[True, True, True, False]])
     found = fused(logodds, before, real, 0.25)[0, :3]
     assert found == pytest.approx([0.25 * 0.5 + 0.75, 0.25 / (1 + np.exp(-2)) + 0.375, 0.25 / (1 + np.e)])
-
-
-def test_extreme_log_odds_do_not_tie_when_the_mllm_is_alone():
-    scores = torch.zeros(1, 50)
-    scores[:, 0] = -torch.inf
-    short = shortlist(scores, np.arange(1), 49, 5)
-    logodds = 500.0 + np.arange(49)[None]
-    out = short.ranked(logodds, 1.0)[0, short.asked[0]]
-    assert (out.diff() > 0).all()
-
-
-def test_sections_of_several_files_are_joined(tmp_path):
-    one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
-    one.write_text("per_model: {SASRec: {epochs: 3, hidden_size: 8}}")
-    two.write_text("per_model: {SASRec: {epochs: 4}, BPR: {epochs: 1}}")
-    found = sections([str(one), str(two)])
-    assert found == {"SASRec": {"epochs": 4, "hidden_size": 8}, "BPR": {"epochs": 1}}

@@ -26,8 +26,8 @@ def planted(folder: Path, label: str = "SASRec", **changes):
 
 @pytest.fixture
 def ran(tmp_path):
-    """A finished, tuned run of BPR and its dataset's folder; its config file is gone, as the record must suffice."""
-    folder = small_world.write(tmp_path, images=False)
+    """A finished, tuned run of BPR; its config file is gone, as the record must suffice."""
+    small_world.write(tmp_path, images=False)
     config = tmp_path / "mine.yaml"
     config.write_text("epochs: 2\nload_col: {inter: [user_id, item_id, timestamp]}\n")
     results = tmp_path / "results"
@@ -36,11 +36,11 @@ def ran(tmp_path):
     config.unlink()
     (record,) = read_records(results / RECORDS)
     assert record.metrics
-    return results, record, folder
+    return results, record
 
 
 def test_a_trained_run_is_repeated_to_the_last_digit(ran):
-    results, first, _ = ran
+    results, first = ran
     assert find_run(first.run_id, results) == (results, first)
     assert len(first.tuning["trials"]) == 3 and first.tuning["metric"] == "NDCG@10"
     best = max(first.tuning["trials"], key=lambda trial: trial["valid"])
@@ -55,15 +55,6 @@ def test_a_trained_run_is_repeated_to_the_last_digit(ran):
     assert second.tuning is None, "the choice is repeated, not the search"
 
 
-@pytest.mark.slow
-def test_changed_data_are_noticed(ran):
-    results, first, folder = ran
-    lines = (folder / "steps.inter").read_text().splitlines()
-    (folder / "steps.inter").write_text("\n".join(line for line in lines if "\ti00\t" not in line) + "\n")
-    changed = rerun(results, first)
-    assert not changed.agree and any("candidates differ" in line for line in changed.lines)
-
-
 def test_equal_surroundings_ask_for_equal_numbers_and_others_for_near_ones(tmp_path):
     record = planted(tmp_path)
     shifted = {name: value + TOLERANCE / 2 for name, value in record.metrics.items()}
@@ -76,6 +67,19 @@ def test_equal_surroundings_ask_for_equal_numbers_and_others_for_near_ones(tmp_p
     assert not compare(record, replace(record, metrics=far, device="cuda")).agree
     fewer = {"NDCG@10": record.metrics["NDCG@10"]}
     assert not compare(record, replace(record, metrics=fewer)).agree
+
+
+def test_dropout_by_content_is_named_where_it_made_the_difference(tmp_path):
+    old = {"torch": "2", "recbole_mllm": "0.1.0"}
+    config = {"finetune": "lora", "lora_dropout": 0.05, "epochs": 1}
+    before = replace(planted(tmp_path, "MLLMMSR"), config=config, versions=old)
+    far = {name: value + 2 * TOLERANCE for name, value in before.metrics.items()}
+    now = replace(before, metrics=far, versions=old | {"recbole_mllm": "0.2.0"})
+    assert any("agrees with lora_dropout: 0 alone" in line for line in compare(before, now).lines)
+    for same in ({"finetune": "none"}, {"lora_dropout": 0}, {"finetune": "full"}):
+        lines = compare(replace(before, config=config | same), now).lines
+        assert not any("lora_dropout" in line for line in lines)
+    assert not any("lora_dropout" in line for line in compare(now, now).lines)
 
 
 def test_a_run_is_found_below_results_and_an_unknown_one_named(tmp_path, monkeypatch, capsys):

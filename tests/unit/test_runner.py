@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -78,25 +77,22 @@ def board(tmp_path: Path) -> Any:
     return json.loads((tmp_path / "results" / "leaderboard.json").read_text())
 
 
-def test_each_run_is_done_once_unless_forced_also_several_at_a_time(tmp_path, worker):
+def test_each_run_is_done_once_unless_forced(tmp_path, worker):
     lines: list[str] = []
-    page = benchmark(plan(tmp_path, "Pop", "MLLMMSR:direct", seeds=(1, 2)), worker, lines.append)
+    page = benchmark(plan(tmp_path, "Pop", "MLLMMSR:direct", seeds=(1, 2), jobs=2), worker, lines.append)
     assert page.name == "leaderboard.html" and page.exists()
-    assert lines[0] == "[1/4] Pop seed 1 …" and "NDCG@10 0." in lines[1]
-    assert lines[-1].startswith("[4/4] MLLMMSR:direct seed 2 … ") and len(started(tmp_path)) == 4
+    assert "[1/4] Pop seed 1 …" in lines and any("[4/4] MLLMMSR:direct seed 2 … " in line for line in lines)
+    assert len(started(tmp_path)) == 4 and sum(" s NDCG@10 0." in line for line in lines) == 4
     assert [(row["model"], row["seeds"]) for row in board(tmp_path)["rows"]] == [
         ("MLLMMSR:direct", [1, 2]), ("Pop", [1, 2]),
     ]  # fmt: skip
-    several = tmp_path / "several"
-    benchmark(plan(several, "Pop", "MLLMMSR:direct", seeds=(1, 2), output_dir=several / "results", jobs=3), worker, str)
-    assert board(several) == board(tmp_path)
     lines.clear()
     benchmark(plan(tmp_path, "Pop", seeds=(1,)), worker, lines.append)
     assert "finished before, NDCG@10" in lines[0] and len(started(tmp_path)) == 4
     benchmark(plan(tmp_path, "Pop", seeds=(1,), force=True), worker, str)
     benchmark(plan(tmp_path, "Pop", seeds=(1,), overrides={"epochs": 9}), worker, str)
-    first, *_, again, other = started(tmp_path)
-    assert first == again != other, "other settings are another run"
+    *first, again, other = started(tmp_path)
+    assert again in first and other not in first, "other settings are another run"
 
 
 FATES = {
@@ -119,6 +115,9 @@ def test_a_crash_costs_one_row_says_why_and_is_tried_again(tmp_path, worker):
     benchmark(plan(tmp_path, *labels, overrides=failing), worker, print)
     assert [run.partition("-")[0] for run in started(tmp_path)] == [*labels, *FATES]
     assert len(board(tmp_path)["rows"]) == len(labels)
+
+
+WAITING = {"overrides": {"fate": {"SASRec": "wait"}}}
 
 
 def start_elsewhere(tmp_path: Path, worker: tuple[str, ...]) -> tuple[subprocess.Popen[str], int]:
@@ -146,37 +145,31 @@ def start_elsewhere(tmp_path: Path, worker: tuple[str, ...]) -> tuple[subprocess
     return process, int((folder / "lock").read_text())
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interruption_ends_the_child_and_keeps_what_is_finished(tmp_path, worker, number):
+def straight(tmp_path: Path, worker: tuple[str, ...]) -> Any:
+    """Return the leaderboard of the same benchmark without an interruption."""
+    folder = tmp_path / "straight"
+    folder.mkdir()
+    for name in ("go", "runs.jsonl"):  # without the latter the folder would be somebody else's
+        (folder / name).touch()
+    benchmark(plan(tmp_path, "Pop", "SASRec", "MLLMMSR", output_dir=folder, **WAITING), worker, print)
+    return json.loads((folder / "leaderboard.json").read_text())
+
+
+def test_an_interruption_ends_the_child_keeps_what_is_finished_and_is_resumed(tmp_path, worker):
     process, child = start_elsewhere(tmp_path, worker)
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=30)
     stat = Path(f"/proc/{child}/stat")
     assert process.returncode == 1 and (not stat.exists() or stat.read_text().split()[2] == "Z")
     assert "stopped; 1 of 3 runs are finished and kept" in output
     assert [record.label for record in read_records(tmp_path / "results" / "runs.jsonl")] == ["Pop"]
     assert [row["model"] for row in board(tmp_path)["rows"]] == ["Pop"]
-
-
-def test_kill_9_and_start_again_gives_the_leaderboard_it_would_have_been(tmp_path, worker):
-    waiting = {"fate": {"SASRec": "wait"}}
-    process, child = start_elsewhere(tmp_path, worker)
-    process.kill()
-    process.wait()
-    os.kill(child, signal.SIGKILL)
     (tmp_path / "results" / "go").touch()
-    with (tmp_path / "results" / "runs.jsonl").open("a") as file:
-        file.write('{"run_id": "torn')
-    benchmark(plan(tmp_path, "Pop", "SASRec", "MLLMMSR", overrides=waiting), worker, print)
-    straight = tmp_path / "straight"
-    straight.mkdir()
-    for name in ("go", "runs.jsonl"):  # without the latter the folder would be somebody else's
-        (straight / name).touch()
-    benchmark(plan(tmp_path, "Pop", "SASRec", "MLLMMSR", overrides=waiting, output_dir=straight), worker, print)
-    assert board(tmp_path) == json.loads((straight / "leaderboard.json").read_text())
+    benchmark(plan(tmp_path, "Pop", "SASRec", "MLLMMSR", **WAITING), worker, print)
+    assert board(tmp_path) == straight(tmp_path, worker)
 
 
-def test_a_run_that_outlives_a_killed_benchmark_is_waited_for_not_repeated(tmp_path, worker):
+def test_after_kill_9_a_run_that_outlives_its_benchmark_is_waited_for_not_repeated(tmp_path, worker):
     process, _ = start_elsewhere(tmp_path, worker)
     process.kill()
     process.wait()
@@ -187,7 +180,9 @@ def test_a_run_that_outlives_a_killed_benchmark_is_waited_for_not_repeated(tmp_p
         if "waiting for it" in line:
             (tmp_path / "results" / "go").touch()
 
-    benchmark(plan(tmp_path, "Pop", "SASRec", overrides={"fate": {"SASRec": "wait"}}), worker, hear)
+    with (tmp_path / "results" / "runs.jsonl").open("a") as file:
+        file.write('{"run_id": "torn')
+    benchmark(plan(tmp_path, "Pop", "SASRec", **WAITING), worker, hear)
     assert any("is still at this run" in line for line in lines)
     assert len(started(tmp_path)) == 2 and board(tmp_path)["rows"][0]["model"] == "SASRec"
 

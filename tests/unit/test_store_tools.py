@@ -181,7 +181,7 @@ def test_prune_deletes_what_was_asked_and_shrinks_the_file(capsys):
     ("words", "message"),
     [
         ("store", "required"),
-        ("store stats nowhere", "no dataset folder 'nowhere'"),
+        ("store stats nowhere", "no dataset 'nowhere'"),
         ("store stats empty", "holds no summary store yet"),
         ("store prune a", "say what to prune"),
         ("store prune a --older-than soon", "invalid float"),
