@@ -6,8 +6,11 @@ missing time with the mean of all. What is found here is found before that, and 
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,10 @@ from recbole_mllm.errors import UserError
 # what pandas takes for a missing number, in any case and with spaces around (recbole_patches/libraries.py has the list)
 _MISSING = frozenset({"", "na", "n/a", "nan", "-nan", "null", "none", "<na>", "#n/a", "#na", "#n/a n/a", "1.#ind",
                       "-1.#ind", "1.#qnan", "-1.#qnan"})  # fmt: skip
+
+
+_BLOCK = 1 << 24
+_LONGEST_LINE = 1 << 16  # bytes; Python's csv module refuses a field of 131,072 characters unless told
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +49,27 @@ class Rules:
     separator: str = "\t"
     words: str = " "
     encoding: str | None = None
+
+    @classmethod
+    def of(cls, dataset: Any, source: Any) -> Rules | None:
+        """Return what RecBole's `dataset` needs of its file `source`; None where nothing of it is loaded."""
+        config, kind = dataset.config, str(getattr(source, "value", source))
+        load, unload = dataset._get_load_and_unload_col(source)
+        if load == set() or len(config["field_separator"]) != 1:  # a longer one is a pattern to pandas
+            return None
+        user, item = dataset.uid_field, dataset.iid_field
+        fields = {"inter": (user, item), "user": (user,), "item": (item,)}.get(kind, ())
+        timed = kind == "inter" and dataset.benchmark_filename_list is None
+        return cls(
+            ids=tuple(field for field in fields if field is not None),
+            time=dataset.time_field if timed else None,
+            ordered=timed and (config["eval_args"] or {}).get("order") == "TO",
+            unique=kind in ("user", "item"),
+            loaded=lambda name: (load is None or name in load) and (unload is None or name not in unload),
+            separator=config["field_separator"],
+            words=config["seq_separator"],
+            encoding=config["encoding"],
+        )
 
 
 def is_missing(value: str) -> bool:
@@ -165,6 +193,141 @@ def fault(path: Path, number: int, name: str, problem: str, rules: Rules) -> Use
     return UserError(f"{path}:{number}: {name} {problem}; {todo}")
 
 
+def is_plain(path: Path, delimiter: str) -> bool:
+    """Return whether every line has as many fields as the first, two or more, and nothing that parsers read apart.
+
+    That is quotes, carriage returns, NULs, a byte order mark, repeated names, lines that begin with a space and very
+    long ones. Every byte is looked at once, as arrays.
+    """
+    separator = delimiter.encode()
+    with path.open("rb") as file:
+        header = file.readline(_LONGEST_LINE + 1).rstrip(b"\n")
+    fields = header.split(separator)
+    if len(separator) != 1 or len(fields) < 2 or len(set(fields)) < len(fields) or header.startswith(b"\xef\xbb\xbf"):
+        return False
+    lines = 0
+    for block in _blocks(path):
+        if not _is_plain_block(np.frombuffer(block, np.uint8), separator[0], len(fields) - 1):
+            return False
+        lines += block.count(b"\n")
+    return lines >= 2
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    """Yield the file in blocks of whole lines; a line beyond all measure comes in parts, and nothing behind it."""
+    rest = b""
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            whole, newline, rest = (rest + block).rpartition(b"\n")
+            if newline:
+                yield whole + newline
+            if len(rest) > _LONGEST_LINE:
+                break
+    if rest:
+        yield rest + b"\n"
+
+
+def _is_plain_block(array: Any, separator: int, separators: int) -> bool:
+    control = array[array < 0x23]  # few: line ends, tabs and spaces
+    if np.isin(control, [0x00, 0x0D, 0x22]).any():
+        return False
+    ends = np.flatnonzero(array == 0x0A)
+    starts = np.r_[0, ends[:-1] + 1]
+    places = np.flatnonzero(array == separator)
+    if (array[starts] == 0x20).any() or (ends - starts).max() > _LONGEST_LINE or len(places) != separators * len(ends):
+        return False
+    table = places.reshape(-1, separators)
+    return bool((table[:, 0] >= starts).all() and (table[:, -1] < ends).all())
+
+
+def read_checked(path: Path, rules: Rules, read: Callable[[], Any]) -> Any:
+    """Return the frame that `read` makes of `path`; the slow check comes only where the quick one is not certain.
+
+    Whatever stops RecBole is looked for in the file first, as its words name no line.
+    """
+    check_columns(path, rules)
+    if not is_plain(path, rules.separator):
+        check_file(path, rules)
+        return read()
+    try:
+        frame = read()
+    except UserError:
+        raise
+    except Exception:  # whatever pandas or RecBole raise for a file: the exact reader may know its place
+        check_file(path, rules)
+        raise
+    if frame is not None and _is_suspicious(frame, rules):
+        check_file(path, rules)
+    return frame
+
+
+def _is_suspicious(frame: Any, rules: Rules) -> bool:
+    """Return whether the frame of a plain file has a time that is none, or an id that is none or stands twice."""
+    if rules.time in frame.columns and not np.isfinite(frame[rules.time].to_numpy()).all():
+        return True
+    for name in filter(frame.columns.__contains__, rules.ids):
+        ids = frame[name].unique()
+        if rules.unique and len(ids) < len(frame) or any(not isinstance(i, str) or id_fault(i) for i in ids):
+            return True
+    return False
+
+
+def is_checked(config: Any) -> bool:
+    """Return whether files are checked for a run: ours and MLLMMSR's; a stock run of another model is left as it is."""
+    return config["frozen_candidates"] is True or config["model"] == "MLLMMSR"
+
+
+def check_files(dataset: Any, token: str, folder: Path) -> None:
+    """Refuse a folder, a device or a link that leads nowhere in a file's place, and want of interactions."""
+    parts = dataset.benchmark_filename_list
+    inter = [f"{token}.inter"] if parts is None else [f"{token}.{part}.inter" for part in parts]
+    for name in (*inter, f"{token}.item", f"{token}.user"):
+        path = folder / name
+        if os.path.lexists(path) and not path.is_file():
+            raise UserError(f"{path} is no file; put one in its place, or remove it")
+        if name in inter and not path.exists():
+            named = "a file is named after its folder" if parts is None else f"benchmark_filename names {parts}"
+            raise UserError(f"{path} does not exist; interactions are read from it ({named})")
+
+
+@contextmanager
+def explain_what_is_left(config: Any, dataset: Any = None) -> Iterator[None]:
+    """Say what RecBole means where it fails on a dataset, read already or not, of which nothing is left.
+
+    Raises:
+        UserError: Everything has been filtered away, no row is left to train on, or a user has met all items.
+    """
+    try:
+        yield
+    except ValueError as error:
+        said = str(error) if is_checked(config) else ""
+        if "Some feat is empty" in said:  # data/dataset/dataset.py:1063
+            raise UserError(
+                f"no interaction of {config['dataset']} is left after filtering; loosen user_inter_num_interval, "
+                "item_inter_num_interval, val_interval and the like"
+            ) from error
+        if "num_samples should be a positive" in said:  # torch's sampler of no row
+            raise nothing_left(dataset, "train on") from error
+        if "interacted with all items" in said:  # sampler/sampler.py:257
+            raise _all_met(dataset) from error
+        raise
+
+
+def check_parts(config: Any, dataset: Any, train: Any, valid: Any, test: Any) -> None:
+    """Refuse a split, given as loaders, that leaves nothing to train or test on; warn where nothing is to validate on.
+
+    Raises:
+        UserError: Nothing is left to train or to test on.
+    """
+    if not is_checked(config):
+        return
+    for loader, to in ((train, "train on"), (test, "test on")):
+        if not len(loader._dataset.inter_feat):
+            raise nothing_left(dataset, to)
+    if not len(valid._dataset.inter_feat):
+        logging.getLogger().warning(f"{nothing_left(dataset, 'validate on')}; the last epoch will be taken as it is")
+
+
 def nothing_left(dataset: Any, to: str) -> UserError:
     """Return what is said of a split that leaves no row `to` do something with."""
     name, config = dataset.dataset_name, dataset.config
@@ -178,8 +341,7 @@ def nothing_left(dataset: Any, to: str) -> UserError:
     return UserError(f"no row of {name} is left to {to}, of {dataset.user_num - 1} users; {hint}")
 
 
-def all_met(dataset: Any) -> UserError:
-    """Return what is said where a user has met every item, so that none is left to be drawn as a negative."""
+def _all_met(dataset: Any) -> UserError:
     rows = dataset.inter_feat
     users, items = (rows[field].numpy() for field in (dataset.uid_field, dataset.iid_field))
     met = np.bincount(np.unique(users * dataset.item_num + items) // dataset.item_num)

@@ -67,7 +67,7 @@ def read_items(folder: Path, image_dir: Path | None, item_field: str = schema.IT
             raise UserError(f"{path}:{number}: item {item} stands in line {first} already; keep one of the two")
         titles[item] = clean(row[title]) if title else ""
         images.add(folder, item, row.get(schema.IMAGE, ""), image_dir)
-    images.check(folder)
+    images.check()
     if images.missing:
         item, file, reason = images.missing[0]
         logging.getLogger(__name__).warning(

@@ -236,7 +236,7 @@ def read_items(layout: Layout, others: Iterable[str], found: Samples) -> ItemChe
         for item in others:
             if item not in out.lines:
                 images.add(layout.folder, item, "", layout.image_dir)
-    images.check(layout.folder)
+    images.check()
     out.lengthy = [
         Missing(item, str(images.found[item]), f"is {w} x {h} pixels: more than {MOST_LONG} times as long as wide")
         for item, (w, h) in images.extreme.items()

@@ -67,8 +67,6 @@ PATCHES = (
     Patch(_SEQUENTIAL, ".fast_loading:augment_as_arrays", "77-152", "a loop over rows, and lists padded for each"),
     Patch("recbole.sampler.sampler", ".used_ids:look_up_pairs", "142-262", "a set of items for each user and phase"),
     # What goes wrong between a model's name and its first epoch
-    Patch(_CONFIG, ".behaviour:remember_model_classes", "211-213", "a class it was given is asked for by name later"),
-    Patch(_UTILS, ".behaviour:find_models", "55-85", "an unknown model ends in the want of lightgbm"),
     Patch(_UTILS, ".behaviour:count_no_llm_flops", "250", "copies the model to count its FLOPs"),
     Patch(_QUICK_START, ".behaviour:ask_for_nccl", "53", "several processes need NCCL, and fail without a word of it"),
     Patch(_COLLECTOR, ".behaviour:collect_plain_numbers", "226", "asks numbers for .cpu()"),
@@ -80,11 +78,13 @@ PATCHES = (
     Patch(_UTILS, ".processes:draw_curves_in_main_alone", "208", "a Tensorboard log for each process"),
     # Files, order and histories of a dataset
     Patch(_DATASET, ".paper_protocol:require_lists", "119", "benchmark files without histories fail much later"),
-    Patch(_DATASET, ".exact_order:record_facts", "159, 853, 1796", "times are float32 and lists cut before a split"),
+    Patch(_DATASET, ".behaviour:record_facts", "159, 853, 1796", "times are float32 and lists cut before a split"),
     Patch(_DATASET, ".paper_protocol:train_on_histories", "290-318", "general models see targets, no history"),
-    Patch(_DATASET, ".file_checks:check_as_read", "427", "a damaged file gives shifted or invented values"),
+    Patch(_DATASET, ".behaviour:check_as_read", "427", "a damaged file gives shifted or invented values"),
     Patch(_SEQUENTIAL, ".paper_protocol:cut_lists", "154-165", "ready-made lists may have any length"),
     # Our model, dataset, trainer, settings and evaluation
+    Patch(_CONFIG, "recbole_mllm.registration:remember_model_classes", "211-213", "asks for a class by name"),
+    Patch(_UTILS, "recbole_mllm.registration:find_models", "55-85", "an unknown model ends in the want of lightgbm"),
     Patch(_CONFIG, "recbole_mllm.registration:read_our_files", "238-317", "reads its own YAML files alone"),
     Patch("recbole.data.dataset", "recbole_mllm.registration:offer_dataset", "data/utils.py:41", "looks there alone"),
     Patch("recbole.trainer", "recbole_mllm.registration:offer_trainer", "utils/utils.py:98-101", "looks there alone"),

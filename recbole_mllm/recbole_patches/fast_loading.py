@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
+from recbole_mllm.data.checking import is_plain
 from recbole_mllm.data.histories import places_in_groups
 from recbole_mllm.recbole_patches.hooks import replace
 from recbole_mllm.recbole_patches.list_column import ListColumn
@@ -23,8 +23,6 @@ from recbole_mllm.recbole_patches.list_column import ListColumn
 _SEPARATORS = ("\t", ",", ";", "|")
 _ENCODINGS = ("utf-8", "utf8", "ascii")
 _OPTIONS = {"delimiter", "usecols", "dtype", "encoding", "engine", "na_values", "keep_default_na"}
-_BLOCK = 1 << 24
-_LONGEST = 1 << 16  # bytes of a line; Python's csv module refuses a field of 131,072 characters unless told
 _EXACT = 2.0**53
 _LONG = 32  # torch reads shorter lists in ways of its own
 
@@ -46,7 +44,7 @@ def read_fast(path: Any, **options: Any) -> Any:
 
     delimiter, encoding, dtype = (options.get(name) for name in ("delimiter", "encoding", "dtype"))
     known = set(options) <= _OPTIONS and delimiter in _SEPARATORS and options.get("engine") == "python"
-    if not (known and str(encoding or "utf-8").lower() in _ENCODINGS and scan(Path(path), str(delimiter)).plain):
+    if not (known and str(encoding or "utf-8").lower() in _ENCODINGS and is_plain(Path(path), str(delimiter))):
         return None
     assert isinstance(dtype, dict)
     # `high` is the Python parser's own precision; without `low_memory` equal texts are one object
@@ -63,92 +61,6 @@ def _may_differ(numbers: Any) -> bool:
     """Return whether a parser that first reads a column as whole numbers may give other ones: -0, beyond 53 bits."""
     values = numbers.to_numpy()
     return bool(((np.abs(values) >= _EXACT) | (np.signbit(values) & (values == 0))).any())
-
-
-class Scan(NamedTuple):
-    """What the bytes of a file say: whether it is `plain`, and the shortest and longest value of each column, in bytes.
-
-    Plain: every line has as many fields as the first, two or more, and nothing the two parsers read apart. That is
-    quotes, carriage returns, NULs, a byte order mark, repeated names, lines that begin with a space and very long ones.
-    """
-
-    plain: bool
-    shortest: tuple[int, ...] = ()
-    longest: tuple[int, ...] = ()
-
-
-_SCANNED: dict[tuple[Path, str], Scan] = {}
-
-
-@contextmanager
-def scanned(path: Path, delimiter: str, found: Scan) -> Iterator[None]:
-    """Let `scan` answer with `found` for a while, in which `path` is read, without looking at its bytes again."""
-    _SCANNED[path, delimiter] = found
-    try:
-        yield
-    finally:
-        del _SCANNED[path, delimiter]
-
-
-def scan(path: Path, delimiter: str) -> Scan:
-    """Look at every byte of a file once, as arrays."""
-    if (path, delimiter) in _SCANNED:
-        return _SCANNED[path, delimiter]
-    separator = delimiter.encode()
-    with path.open("rb") as file:
-        header = file.readline(_LONGEST + 1).rstrip(b"\n")
-    fields = header.split(separator)
-    if len(separator) != 1 or len(fields) < 2 or len(set(fields)) < len(fields) or header.startswith(b"\xef\xbb\xbf"):
-        return Scan(False)
-    lines, bounds = 0, []
-    for block in _blocks(path):
-        found = _lengths(block, separator[0], len(fields) - 1)
-        if found is None:
-            return Scan(False)
-        if lines == 0:
-            found = found[1:]  # the header's own
-        if len(found):
-            bounds.append((found.min(axis=0), found.max(axis=0)))
-        lines += block.count(b"\n")
-    if lines < 2:
-        return Scan(False)
-    low, high = (np.array(each) for each in zip(*bounds, strict=True))
-    return Scan(True, tuple(low.min(axis=0).tolist()), tuple(high.max(axis=0).tolist()))
-
-
-def _blocks(path: Path) -> Iterator[bytes]:
-    """Yield the file in blocks of whole lines; a line beyond all measure comes in parts, and nothing behind it."""
-    rest = b""
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            whole, newline, rest = (rest + block).rpartition(b"\n")
-            if newline:
-                yield whole + newline
-            if len(rest) > _LONGEST:
-                break
-    if rest:
-        yield rest + b"\n"
-
-
-def _lengths(block: bytes, separator: int, separators: int) -> Any:
-    """Return the length of each field, ``[lines, separators + 1]``; None unless each line has `separators` of them.
-
-    None too where a byte asks for care, or an id that is RecBole's own.
-    """
-    array = np.frombuffer(block, np.uint8)
-    control = array[array < 0x23]  # few: line ends, tabs and spaces
-    if b"[PAD]" in block or np.isin(control, [0x00, 0x0D, 0x22]).any():
-        return None
-    ends = np.flatnonzero(array == 0x0A)
-    starts = np.r_[0, ends[:-1] + 1]
-    places = np.flatnonzero(array == separator)
-    odd = (array[starts] == 0x20).any() or (ends - starts).max() > _LONGEST
-    if odd or len(places) != separators * len(ends):
-        return None
-    table = places.reshape(-1, separators)
-    if not ((table[:, 0] >= starts).all() and (table[:, -1] < ends).all()):
-        return None
-    return np.diff(np.column_stack([starts - 1, table, ends]), axis=1) - 1
 
 
 # --- choosing rows
@@ -202,20 +114,15 @@ def augment_as_arrays(module: ModuleType) -> None:
 
 
 def _shapes_fit(dataset: Any) -> bool:
-    """Return whether each field has the shape its list needs; where not, RecBole broadcasts or fails."""
-    return dataset.max_item_list_len == dataset.config["MAX_ITEM_LIST_LENGTH"] and all(
-        tuple(dataset.inter_feat[field].shape[1:]) == _tail(dataset, field)
-        for field in dataset.inter_feat
-        if field != dataset.uid_field
-    )
-
-
-def _tail(dataset: Any, field: str) -> tuple[int, ...]:
-    """Return the shape of one entry of the field's list (:125-140)."""
-    listed = dataset.field2seqlen[getattr(dataset, f"{field}_list_field")]
-    tail = () if isinstance(listed, int) else tuple(listed[1:])
-    numerical = field in dataset.float_like_fields and field in dataset.config["numerical_features"]
-    return (*tail, 2) if numerical else tail
+    """Return whether each field has the shape its list needs (:125-140); where not, RecBole broadcasts or fails."""
+    numerical = set(dataset.float_like_fields) & set(dataset.config["numerical_features"])
+    for field in dataset.inter_feat:
+        if field != dataset.uid_field:
+            listed = dataset.field2seqlen[getattr(dataset, f"{field}_list_field")]
+            tail = () if isinstance(listed, int) else tuple(listed[1:])
+            if tuple(dataset.inter_feat[field].shape[1:]) != tail + (2,) * (field in numerical):
+                return False
+    return True
 
 
 def _augment(dataset: Any, interaction: Any, place: Any) -> None:
@@ -255,8 +162,7 @@ class Groups:
         return len(self.bounds) - 1
 
     def __iter__(self) -> Iterator[list[int]]:
-        places, bounds = self.order.tolist(), self.bounds.tolist()
-        return (places[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True))
+        return map(np.ndarray.tolist, np.split(self.order, self.bounds[1:-1]))
 
     def leave_out(self, count: int) -> list[Any]:
         """Return the places of each part: the last `count` of a group go one to each later part, at least one stays.

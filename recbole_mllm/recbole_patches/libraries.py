@@ -46,19 +46,12 @@ def do_without_ray(module: ModuleType) -> None:
 
 
 def report_to_ray(**metrics: Any) -> None:
-    """Answer ``tune.report(**test_result)`` (quick_start/quick_start.py:223): nothing, unless ray is tuning.
+    """Answer ``tune.report(**test_result)`` (quick_start/quick_start.py:223): nothing, unless ray has been imported.
 
     ray reaches ``objective_function`` only after it was imported, so there is no need to import it to find out.
     """
-    tune = sys.modules.get("ray.tune")
-    if tune is None:
-        return
-    try:
-        tune.report(metrics)  # ray >= 2.7 takes one dict
-    except TypeError:
-        tune.report(**metrics)
-    except RuntimeError:  # recent ray, outside a tuning session
-        return
+    if (tune := sys.modules.get("ray.tune")) is not None:
+        tune.report(metrics)  # from ray 2.7 on one dict
 
 
 def do_without_distutils(module: ModuleType) -> None:
@@ -163,18 +156,6 @@ def _agg_len_by_element(pandas: Any) -> None:
         return stock(self, func, *args, **kwargs)
 
 
-class _Pandas(ModuleType):
-    """pandas as data/dataset/dataset.py sees it: ``read_csv`` is another, the rest its own."""
-
-    def __init__(self, pandas: ModuleType, read_csv: Any) -> None:
-        super().__init__("pandas")
-        self._pandas = pandas
-        self.read_csv = read_csv
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._pandas, name)
-
-
 def read_text_as_objects(dataset: ModuleType) -> None:
     """Give data/dataset/dataset.py:486 text columns of dtype object, and empty sequences as ``""``.
 
@@ -188,8 +169,6 @@ def read_text_as_objects(dataset: ModuleType) -> None:
 
     csv.field_size_limit(2**31 - 1)  # :486 reads through the csv module, which stops at a value of 131,072 characters
     pandas = dataset.pd
-    if isinstance(pandas, _Pandas):
-        return
 
     def read_csv(path: Any, *, dtype: Any = None, **options: Any) -> Any:
         if not isinstance(dtype, dict):
@@ -205,7 +184,7 @@ def read_text_as_objects(dataset: ModuleType) -> None:
                 frame[name] = text.where(text.notna(), "" if str(name).endswith("_seq") else np.nan)
         return frame
 
-    dataset.pd = _Pandas(pandas, read_csv)  # type: ignore[attr-defined]  # the module's own name, patched
+    dataset.pd = SimpleNamespace(**{**vars(pandas), "read_csv": read_csv})  # type: ignore[attr-defined]
 
 
 def read_past_marks(dataset: ModuleType) -> None:
