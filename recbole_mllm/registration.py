@@ -19,16 +19,12 @@ from recbole_mllm.recbole_patches.hooks import replace
 from recbole_mllm.resources import PROPERTIES, resource
 
 MODELS = {"MLLMMSR": "recbole_mllm.model.sequential_recommender.mllmmsr"}
-# data/utils.py:41-42 and utils/utils.py:98-101 look for these names in two packages
-DATASETS = {"MLLMMSRDataset": "recbole_mllm.data.dataset"}
-TRAINERS = {"MLLMMSRTrainer": "recbole_mllm.trainer"}
-
 _EVERY_TIME = {"inter": ["user_id", "item_id", "timestamp"]}
 _GIVEN: dict[str, type] = {}  # classes that a Config was given instead of a name
 
 
 def find_models(utils: ModuleType) -> None:
-    """Let ``get_model`` (utils/utils.py:55-85) know our model and classes that ``run_recbole`` was given.
+    """Let ``get_model`` and ``get_trainer`` (utils/utils.py:55-110) know what is ours, and classes that were given.
 
     An unknown name is named: looking for it ends in exlib_recommender, whose ``__init__`` imports lightgbm and xgboost,
     and their absence hid the ValueError of :80. And quick_start.py:137, :216, :262 ask by name for a class that Config
@@ -52,6 +48,12 @@ def find_models(utils: ModuleType) -> None:
                 raise
         raise ValueError(f"`model_name` [{model_name}] is not the name of an existing model.")
 
+    @replace(utils)
+    def get_trainer(stock: Any, model_type: Any, model_name: str) -> Any:
+        if model_name == "MLLMMSR":
+            return importlib.import_module("recbole_mllm.trainer").MLLMMSRTrainer
+        return stock(model_type, model_name)
+
 
 def remember_model_classes(configurator: ModuleType) -> None:
     """Note the class that Config is given (config/configurator.py:211-213) for `find_models`; a name forgets it."""
@@ -64,31 +66,6 @@ def remember_model_classes(configurator: ModuleType) -> None:
         elif isinstance(asked, type):
             _GIVEN[asked.__name__] = asked
         return stock(self, model, dataset)
-
-
-def offer_dataset(package: ModuleType) -> None:
-    """Let ``create_dataset`` find our dataset in ``recbole.data.dataset`` (data/utils.py:41-42)."""
-    _offer(package, DATASETS)
-
-
-def offer_trainer(package: ModuleType) -> None:
-    """Let ``get_trainer`` find our trainer in ``recbole.trainer`` (utils/utils.py:98-101)."""
-    _offer(package, TRAINERS)
-
-
-def _offer(package: ModuleType, sources: dict[str, str]) -> None:
-    def lazy(name: str) -> Any:
-        if name not in sources:
-            raise AttributeError(f"module {package.__name__!r} has no attribute {name!r}")
-        try:
-            found = getattr(importlib.import_module(sources[name]), name)
-        except AttributeError as error:
-            # RecBole takes an AttributeError to mean that there is none, and uses its own class
-            raise ImportError(f"{sources[name]} cannot be imported: {error}", name=sources[name]) from error
-        setattr(package, name, found)
-        return found
-
-    package.__getattr__ = lazy  # type: ignore[method-assign]
 
 
 def read_our_files(configurator: ModuleType) -> None:
@@ -175,6 +152,9 @@ def prepare_data(utils: ModuleType) -> None:
         importlib.import_module("recbole_mllm.config").tell_missing_gpus(config)
         if config["item_features"]:
             importlib.import_module("recbole_mllm.features.prepare").offer_features(config)
+        if config["model"] == "MLLMMSR":  # :41-42 looks for a dataset of the model's name in this package
+            ours = importlib.import_module("recbole_mllm.data.dataset").MLLMMSRDataset
+            importlib.import_module("recbole.data.dataset").MLLMMSRDataset = ours  # type: ignore[attr-defined]
         with checking.explain_what_is_left(config):
             dataset = stock(config)
         behaviour.reuse_saved_dataset(dataset, config)

@@ -150,7 +150,7 @@ def _name(separator: str) -> str:
     return "tabs" if separator == "\t" else repr(separator)
 
 
-def unquoted(path: Path, number: int, line: str, separator: str) -> list[str]:
+def unquoted(path: Path, number: int, line: str, separator: str = "\t") -> list[str]:
     """Return the values of a line as RecBole's reader does, which takes quotes off that enclose a value.
 
     Raises:
@@ -170,11 +170,11 @@ def unquoted(path: Path, number: int, line: str, separator: str) -> list[str]:
 
 def _lines(path: Path, encoding: str | None = None) -> Iterator[tuple[int, str]]:
     """Yield each line, with its number, less its end; UTF-8 unless another `encoding` is given."""
-    if not path.is_file():
-        there = os.path.lexists(path)
-        raise UserError(f"{path} is no file; put one in its place" if there else f"{path} does not exist")
     encoding = encoding or "utf-8"
     try:
+        if not path.is_file():
+            there = os.path.lexists(path)
+            raise UserError(f"{path} is no file; put one in its place" if there else f"{path} does not exist")
         with path.open("rb") as file:
             for number, raw in enumerate(file, 1):
                 wide = "it looks like UTF-16; save it as UTF-8" if number == 1 and b"\0" in raw else ""
@@ -236,6 +236,17 @@ def _without_leading_quotes(text: str) -> str:
     return bare
 
 
+def id_fault(text: str) -> str | None:
+    """Return why RecBole cannot take `text` for an id, or None; `id_problem` is stricter, for ids that we write."""
+    if not text:
+        return "is empty"
+    if text == PAD:
+        return f"is {PAD}, which RecBole reserves"
+    if len(text) > MAX_ID_CHARACTERS:
+        return f"has {len(text):,} characters, more than {MAX_ID_CHARACTERS:,}"
+    return None
+
+
 def id_problem(text: str) -> str | None:
     """Return why `text` cannot be an id, or None where RecBole's reader and ours both keep it as it is, as a ``token``.
 
@@ -243,22 +254,14 @@ def id_problem(text: str) -> str | None:
     """
     if _ORDINARY_ID.fullmatch(text):
         return None
-    if not text:
-        return "is empty"
-    if text == PAD:
-        return f"is {PAD}, which RecBole reserves"
-    if (problem := value_problem(text)) is not None:
+    if (problem := id_fault(text) or value_problem(text)) is not None:
         return problem
     if text[0] == "\ufeff":  # files strung together: the same id would be two
         return "starts with a byte order mark"
     if text != text.strip():
         return "starts or ends with white space"
     control = next((c for c in text if unicodedata.category(c) == "Cc"), None)
-    if control is not None:
-        return f"holds the control character U+{ord(control):04X}"
-    if len(text) > MAX_ID_CHARACTERS:
-        return f"has {len(text):,} characters, more than {MAX_ID_CHARACTERS:,}"
-    return None
+    return None if control is None else f"holds the control character U+{ord(control):04X}"
 
 
 def word_problem(text: str) -> str | None:

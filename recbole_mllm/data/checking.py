@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from recbole_mllm.data.atomic import MAX_ID_CHARACTERS, PAD, read_columns, read_values
+from recbole_mllm.data.atomic import id_fault, read_columns, read_values
 from recbole_mllm.errors import UserError
 
 # what pandas takes for a missing number, in any case and with spaces around (recbole_patches/libraries.py has the list)
@@ -26,7 +26,6 @@ _MISSING = frozenset({"", "na", "n/a", "nan", "-nan", "null", "none", "<na>", "#
 
 
 _BLOCK = 1 << 24
-_LONGEST_LINE = 1 << 16  # bytes; Python's csv module refuses a field of 131,072 characters unless told
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,17 +94,6 @@ def time_problem(value: str) -> str | None:
     if is_missing(value):
         return f"{value[:40]!r} is no number"
     return number_problem(value) or (None if math.isfinite(float(value)) else f"{value[:40]!r} is infinite")
-
-
-def id_fault(value: str) -> str | None:
-    """Return why RecBole cannot take `value` for an id, or None; `id_problem` is stricter, for ids that we write."""
-    if not value:
-        return "is empty"
-    if value == PAD:
-        return f"is {PAD}, which RecBole reserves"
-    if len(value) > MAX_ID_CHARACTERS:
-        return f"has {len(value):,} characters, more than {MAX_ID_CHARACTERS:,}"
-    return None
 
 
 def check_columns(path: Path, rules: Rules) -> dict[str, str]:
@@ -196,12 +184,11 @@ def fault(path: Path, number: int, name: str, problem: str, rules: Rules) -> Use
 def is_plain(path: Path, delimiter: str) -> bool:
     """Return whether every line has as many fields as the first, two or more, and nothing that parsers read apart.
 
-    That is quotes, carriage returns, NULs, a byte order mark, repeated names, lines that begin with a space and very
-    long ones. Every byte is looked at once, as arrays.
+    That is quotes, carriage returns, NULs, a byte order mark, repeated names and lines that begin with a space.
     """
     separator = delimiter.encode()
     with path.open("rb") as file:
-        header = file.readline(_LONGEST_LINE + 1).rstrip(b"\n")
+        header = file.readline().rstrip(b"\n")
     fields = header.split(separator)
     if len(separator) != 1 or len(fields) < 2 or len(set(fields)) < len(fields) or header.startswith(b"\xef\xbb\xbf"):
         return False
@@ -214,15 +201,13 @@ def is_plain(path: Path, delimiter: str) -> bool:
 
 
 def _blocks(path: Path) -> Iterator[bytes]:
-    """Yield the file in blocks of whole lines; a line beyond all measure comes in parts, and nothing behind it."""
+    """Yield the file in blocks of whole lines."""
     rest = b""
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
             whole, newline, rest = (rest + block).rpartition(b"\n")
             if newline:
                 yield whole + newline
-            if len(rest) > _LONGEST_LINE:
-                break
     if rest:
         yield rest + b"\n"
 
@@ -234,7 +219,7 @@ def _is_plain_block(array: Any, separator: int, separators: int) -> bool:
     ends = np.flatnonzero(array == 0x0A)
     starts = np.r_[0, ends[:-1] + 1]
     places = np.flatnonzero(array == separator)
-    if (array[starts] == 0x20).any() or (ends - starts).max() > _LONGEST_LINE or len(places) != separators * len(ends):
+    if (array[starts] == 0x20).any() or len(places) != separators * len(ends):
         return False
     table = places.reshape(-1, separators)
     return bool((table[:, 0] >= starts).all() and (table[:, -1] < ends).all())

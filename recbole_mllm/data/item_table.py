@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from recbole_mllm.data import schema
-from recbole_mllm.data.atomic import clean, read_atomic, read_columns, read_numbered, write_atomic
-from recbole_mllm.data.checking import id_fault
+from recbole_mllm.data.atomic import clean, id_fault, read_atomic, read_columns, read_numbered, write_atomic
 from recbole_mllm.data.images import ItemImages
 from recbole_mllm.errors import UserError
 

@@ -1,9 +1,8 @@
-"""What RecBole 1.2.1 needs to run on today's numpy, pandas, SciPy, torch and Python, and without ray or distutils."""
+"""What RecBole 1.2.1 needs to run on today's numpy, pandas, SciPy and torch, and without ray."""
 
 from __future__ import annotations
 
 import csv
-import importlib.util
 import sys
 import warnings
 from collections.abc import Sequence
@@ -52,20 +51,6 @@ def report_to_ray(**metrics: Any) -> None:
     """
     if (tune := sys.modules.get("ray.tune")) is not None:
         tune.report(metrics)  # from ray 2.7 on one dict
-
-
-def do_without_distutils(module: ModuleType) -> None:
-    """Let thop import ``LooseVersion`` on Python 3.12+ without setuptools; RecBole reaches thop in utils/utils.py:298.
-
-    It only compares ``torch.__version__`` with 1.0.0, 1.1.0 and 1.8.0.
-    """
-    if importlib.util.find_spec("distutils") is None:
-        lend_imports(module, {"distutils.version": SimpleNamespace(LooseVersion=major_and_minor)})
-
-
-def major_and_minor(version: str) -> tuple[int, ...]:
-    """Return the first two numbers of a version, which compare as ``LooseVersion`` would."""
-    return tuple(int(number) for number in version.split(".")[:2])
 
 
 def restore_numpy_names(configurator: ModuleType) -> None:
