@@ -69,7 +69,6 @@ setup(
     extras_require={
         "test": [
             "bitsandbytes>=0.46",
-            "deepspeed>=0.19",
             "gguf",
             "hypothesis",
             "import-linter",
@@ -82,7 +81,6 @@ setup(
             "sentencepiece",
             "transformers[serving]",
         ],
-        "deepspeed": ["deepspeed>=0.19"],
         "gguf": ["gguf>=0.10"],
         "server": ["openai>=1.98"],
         "report": ["plotly>=4.0.0"],

@@ -29,11 +29,11 @@ from gpu_model import GEOMETRIES, build
 from scoring import SETTINGS, STYLE, pairs
 from torch.utils.flop_counter import FlopCounterMode
 
-from recbole_mllm.mllm.batching import out_of_memory
+from recbole_mllm.common.prompts import Prompt
 from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.mllm.lora import adapt
-from recbole_mllm.mllm.sft import example_loss, micro_batches
-from recbole_mllm.prompts import Prompt
+from recbole_mllm.mllm.loss import example_loss, micro_batches
+from recbole_mllm.mllm.memory import out_of_memory
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")

@@ -26,11 +26,10 @@ sys.path[:0] = [str(ROOT)]
 import numpy as np
 import torch
 
-from recbole_mllm import fitting, quick_start
-from recbole_mllm.planning.plan import make_plan
-from recbole_mllm.planning.request import Request
+from recbole_mllm import quick_start, trainer
+from recbole_mllm.common import fitting
+from recbole_mllm.plan import make_plan
 from recbole_mllm.quick_start import make_config, run
-from recbole_mllm.training import resuming
 
 COUNTED, RUN, RUN_FULL = (1_000, 10_000, 100_000), (50, 100, 200), (125, 250, 500, 1_000)
 KEYS = {
@@ -47,7 +46,6 @@ KEYS = {
     "frozen_candidates": True,
     "show_progress": False,
     "state": "ERROR",
-    "score_cache": False,
 }
 COLOURS, THINGS = ["red", "blue", "green", "white", "black"], ["cup", "lamp", "chair", "bag", "hat", "rug", "clock"]
 LOOKS, PLACES = ["striped", "dotted", "plain", "starred"], ["kitchen", "garden", "beach", "office", "attic", "hall"]
@@ -81,7 +79,7 @@ def config_of(place: Path, users: int) -> Any:
 def counted(place: Path, users: int, limit: int) -> dict[str, float]:
     """Return what `plan` counts, by stage and quantity, and the seconds it took to read, split and count."""
     started = time.perf_counter()
-    plan = make_plan(config_of(place, users), Request(limit=limit))
+    plan = make_plan(config_of(place, users), limit=limit)
     out = {"plan.wall_s": time.perf_counter() - started}
     for stage, one in plan["stages"].items():
         out |= {f"{stage}.prompts": one["prompts"], f"{stage}.tokens": one["text_tokens"] + one["new_tokens"]}
@@ -120,7 +118,7 @@ def main() -> None:
     sys.argv = sys.argv[:1]
     runs = RUN_FULL if full else RUN
     torch.set_num_threads(1)
-    for module in (quick_start, fitting, resuming):  # what a run times its stages by
+    for module in (quick_start, fitting, trainer):  # what a run times its stages by
         module.time = SimpleNamespace(perf_counter=time.process_time)
     with tempfile.TemporaryDirectory() as name:
         os.chdir(name)

@@ -24,8 +24,8 @@ import torch
 import yaml
 from PIL import Image
 
+from recbole_mllm.common.prompts import Prompt, Style, recommend_prompt
 from recbole_mllm.mllm.hf import HFModel
-from recbole_mllm.prompts import Prompt, Style, recommend_prompt
 from recbole_mllm.resources import PROPERTIES
 from recbole_mllm.settings import Settings
 

@@ -26,10 +26,10 @@ import torch
 import yaml
 from PIL import Image
 
+from recbole_mllm.common.prompts import Prompt, Style, recommend_prompt
 from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.mllm.lora import adapt
-from recbole_mllm.mllm.sft import example_loss, micro_batches
-from recbole_mllm.prompts import Prompt, Style, recommend_prompt
+from recbole_mllm.mllm.loss import example_loss, micro_batches
 from recbole_mllm.resources import PROPERTIES
 from recbole_mllm.settings import Settings
 

@@ -1,5 +1,6 @@
-"""The one kind of error that is the user's to mend."""
+# SHIM * -> recbole_mllm.common.errors
+import sys
 
+from recbole_mllm.common.errors import *  # noqa: F403
 
-class UserError(Exception):
-    """A mistake in what the user gave: one line says what, where and what to do next; the command line exits with 2."""
+sys.modules[__name__] = sys.modules["recbole_mllm.common.errors"]

@@ -15,14 +15,14 @@ from recbole.evaluator.register import metrics_dict
 from recbole.trainer import TraditionalTrainer
 from recbole.utils import get_model, get_trainer, init_logger, init_seed
 
-from recbole_mllm import ranks
 from recbole_mllm.config import check_training, per_model, recbole_config, sections
 from recbole_mllm.data.checking import nothing_left
 from recbole_mllm.data.schema import isum_file, usum_file
 from recbole_mllm.errors import UserError
-from recbole_mllm.evaluation.exchange import write
+from recbole_mllm.evaluation.candidates_file import write_candidates
 from recbole_mllm.evaluation.metrics import has_several_rows, joined, per_user, pooled_auc
 from recbole_mllm.evaluation.protocol import protocol_line
+from recbole_mllm.evaluation.tie_breaking import evaluate
 from recbole_mllm.files import check_place
 from recbole_mllm.fitting import Fit
 from recbole_mllm.keys import check_keys
@@ -171,11 +171,10 @@ def run(config: Any, check: Check | None = None) -> Outcome:
     """Run what `config` says, as RecBole's ``run_recbole`` does (quick_start.py:94-178)."""
     done = _train(config, saved=True, check=check)
     trainer, started = done.trainer, time.perf_counter()
-    trainer.score_log = []
     reused = getattr(done.model, "scores_reused", 0)
-    result = trainer.evaluate(done.test, load_best_model=True, show_progress=config["show_progress"])
+    result, scored = evaluate(trainer, done.test, load_best_model=True, show_progress=config["show_progress"])
     score_s = time.perf_counter() - started
-    pairs = joined(trainer.score_log) if trainer.score_log else None
+    pairs = joined(scored) if scored else None
     pairs = None if pairs and has_several_rows(pairs) else pairs
     users = per_user(pairs, config) if pairs else {}
     metrics = {metric_name(key): float(value) for key, value in result.items()}
@@ -225,7 +224,7 @@ def _agree(metrics: dict[str, float], users: dict[str, Any], targets: Any, decim
 
 
 def make_config(model: str, dataset: str, files: list[str], overrides: dict[str, Any]) -> Any:
-    """Return RecBole's Config; the caller sees to it that ``sys.argv`` holds nothing else.
+    """Return RecBole's Config, to which the command line of this process says nothing.
 
     A file's ``per_model`` section for this model wins over the plain keys of all files, `overrides` win over both.
     """
@@ -245,15 +244,14 @@ def read_and_split(config: Any) -> tuple[Any, tuple[Any, Any, Any]]:
     return dataset, (train, valid, test)
 
 
-def prepare_summaries(config: Any, stage: str, *, dry: bool = False, since: str | None = None) -> list[str]:
+def prepare_summaries(config: Any, stage: str, *, since: str | None = None) -> list[str]:
     """Make the summaries a run of `config` would read (``items``, ``users``, ``all``); return the files they are in.
 
-    With `dry` nothing is written, and what it would take is returned instead. With `since` only users with an
-    interaction at or after it get theirs (`users_since`); a line says who else lacks one.
+    With `since` only users with an interaction at or after it get theirs (`users_since`); a line says who else has
+    none.
     """
     # here, as every run of a baseline would wait seconds for transformers
     from recbole_mllm.model.stages import make_stage
-    from recbole_mllm.summaries.estimate import estimate
     from recbole_mllm.summaries.prepare import make_item_summaries, refresh
     from recbole_mllm.summaries.since import users_since
     from recbole_mllm.summaries.users import Plan
@@ -266,8 +264,6 @@ def prepare_summaries(config: Any, stage: str, *, dry: bool = False, since: str 
     made = make_stage(config, settings, config["device"])
     plan = Plan(train._dataset.histories, train._dataset.positions)
     users = users_since(dataset, since) if since is not None else None
-    if dry:
-        return ranks.on_main(lambda: estimate(made, plan if users is None else plan.of(users), stage))
     lines = []
     if stage != "items":
         lines = _left(refresh(made, plan, users), since)
@@ -308,5 +304,5 @@ def frozen_candidates(config: Any, out: Path) -> str:
         "seed": config["candidate_seed"],
         "digest": dataset.candidates_digest,
     }
-    lines = write(out, header, frozen, users, items)
+    lines = write_candidates(out, header, frozen, users, items)
     return f"{out}: {lines} lines of users, digest {dataset.candidates_digest}; {header['protocol']}"

@@ -38,37 +38,26 @@ class Sound(GeneralRecommender):
 
 
 class Crashing(Sound):
-    """Stops in the middle of training, with a word about a file."""
-
     def calculate_loss(self, interaction: Any) -> torch.Tensor:
         raise RuntimeError(f"cannot map {SECRET}\nand more")
 
 
 class NoNumber(Sound):
-    """Its loss is NaN."""
-
     def calculate_loss(self, interaction: Any) -> torch.Tensor:
         return super().calculate_loss(interaction) * float("nan")
 
 
 class NoScore(Sound):
-    """Its scores are NaN for some pairs."""
-
     def predict(self, interaction: Any) -> torch.Tensor:
-        scores = super().predict(interaction)
-        return scores.where(interaction[self.ITEM_ID] % 3 != 0, float("nan"))
+        return super().predict(interaction).where(interaction[self.ITEM_ID] % 3 != 0, float("nan"))
 
 
 class Starved(Sound):
-    """Asks for more memory than there is, and is told so."""
-
     def calculate_loss(self, interaction: Any) -> torch.Tensor:
         raise MemoryError
 
 
 class Killed(Sound):
-    """Takes more memory than there is, and is killed."""
-
     def calculate_loss(self, interaction: Any) -> torch.Tensor:
         os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError

@@ -1,7 +1,7 @@
 """Trains, scores and ranks in as many processes as a launcher starts, and writes down every number that came out.
 
-``torchrun --nproc_per_node N tests/launched_runs.py WORLD OUT plain FSDP DeepSpeed``, of which the last two split the
-model; in one process, call `collect`.
+``torchrun --nproc_per_node N tests/launched_runs.py WORLD OUT plain FSDP``, of which the last splits the model; in one
+process, call `collect`.
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from launching import SPLITS
+from launching import FSDP
 
 EVALUATED = {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "uni10"}
 PLAIN = {
     "frozen_candidates": True, "prompt_style": "demo", "item_summary": "none", "summary_mode": "none",
     "use_image": False, "train_last_k": 2, "limit_users": 15, "eval_args": EVALUATED, "train_batch_size": 8,
-    "gradient_accumulation_steps": 2, "lora_dropout": 0.1, "epochs": 2, "show_progress": False, "seed": 7,
-    "score_cache": False,
+    "gradient_accumulation_steps": 2, "lora_dropout": 0.0, "epochs": 2, "show_progress": False, "seed": 7,
 }  # fmt: skip
 CASES: dict[str, dict[str, Any]] = {
     "text": {"mllm": "llama"},
@@ -72,8 +71,6 @@ def _run(keys: dict[str, Any]) -> dict[str, Any]:
 
 def held_here(parameter: Any) -> int:
     """Return how many numbers of a parameter this process holds."""
-    if getattr(parameter, "ds_status", None) is not None and parameter.ds_status.name == "NOT_AVAILABLE":
-        return int(parameter.ds_tensor.numel())
     return int((parameter.to_local() if hasattr(parameter, "to_local") else parameter).numel())
 
 
@@ -83,7 +80,7 @@ def _small(keys: dict[str, Any]) -> dict[int, Any]:
     from recbole.utils import get_model, get_trainer, init_seed
 
     from recbole_mllm.quick_start import make_config
-    from recbole_mllm.training.gradients import sum_gradients
+    from recbole_mllm.training.optimization import sum_gradients
 
     config = make_config("MLLMMSR", "steps", [], keys)
     init_seed(7, True)
@@ -102,16 +99,14 @@ if __name__ == "__main__":
     import torch
 
     import recbole_mllm  # noqa: F401
-    from recbole_mllm import ranks
+    from recbole_mllm.common import distributed
 
     world, out, kinds = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
     sys.argv = sys.argv[:1]
     found = {}
     for kind in kinds:
-        os.environ.update(SPLITS[kind])
+        os.environ.update(FSDP if kind == "FSDP" else {})
         found[kind] = collect(world, out / kind)
-        for name in SPLITS[kind]:
-            os.environ.pop(name, None)  # a model that is loaded may have dropped it
-    if ranks.is_main():
+    if distributed.is_main():
         torch.save(found, out / "found.pt")
-    ranks.stop()
+    distributed.stop()

@@ -1,22 +1,39 @@
-"""Starts processes as a launcher does, and says with Accelerate's variables how they are to split a model."""
+"""Starts processes as a launcher does, or lets this one believe that it was started so."""
 
 import os
+import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
 # what `accelerate launch` makes of an fsdp_config
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
-# and of a deepspeed_config_file: by its defaults DeepSpeed leaves parameters as small as the tests' whole
-ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(ROOT / "tests" / "zero3.json")}
-
-SPLITS = {"plain": {}, "FSDP": FSDP, "DeepSpeed": ZERO}
+ONE_OF_TWO = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
 
 
 def launched(count, words, folder, *, limit_s=150, **more):
     """Run `words` in `count` processes on the CPU; return what they said, and the launcher's exit code."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | more
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+    } | more
     words = [*TORCHRUN, f"--nproc_per_node={count}", *map(str, words)]
     return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=limit_s)
+
+
+@contextmanager
+def one_of_two(monkeypatch, **more):
+    """Let this process be the main one of two, of which the other will not come; a command's handlers go afterwards."""
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+    for name, value in {**ONE_OF_TWO, **more}.items():
+        monkeypatch.setenv(name, value)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -75,8 +75,6 @@ def _serve(port: int, delay: float, kind: str, log: Path) -> None:
             file.write(text.replace("\n", " ") + "\n")
         if kind == "hang":
             time.sleep(3600)
-        if kind == "429":
-            return error(429, "slow down", Retry_After="2") if number % 4 == 0 else completion(reply(text))
         return completion(reply(text)) if kind == "well" else error(int(kind), "out of order")
 
     with serving(Planned(plan, delay=delay), port):

@@ -9,7 +9,7 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
-from recbole_mllm.prompts import IMAGE, Prompt, Style
+from recbole_mllm.common.prompts import IMAGE, Prompt, Style
 from recbole_mllm.resources import PROPERTIES
 from recbole_mllm.settings import Settings
 

@@ -22,11 +22,11 @@ from random import Random
 from statistics import fmean, stdev
 
 import torch
+from tiny_mllm import sentences
 from tiny_mllm.language import demo_style
 from tiny_mllm.reader import Reader
 from tiny_mllm.settings import SHIPPED
 
-from recbole_mllm.demo import texts
 from recbole_mllm.demo.attributes import FIELDS, VISIBLE
 from recbole_mllm.demo.world import World, demo_world, item_id, write_demo_dataset
 from recbole_mllm.prompts import (
@@ -58,7 +58,7 @@ class Study:
         """Return the question about one item at one moment of a user."""
         user, seen, item = moment
         preference = self.summaries[user][seen] if summary else self.style.cold
-        title = texts.title(self.world.items[item])
+        title = self.world.items[item].title
         return recommend_prompt(self.style, preference, title, self.images[item] if image else None)
 
     def candidates(self) -> list[list[int]]:
@@ -90,7 +90,7 @@ def study(seed: int, model: Path, folder: Path) -> Study:
     images = [folder / "images" / f"{item_id(n)}.png" for n in range(len(world.items))]
     reader = Reader.load(model, images)
     captions = reader.write([image_summary_prompt(style, image) for image in images])
-    lines = [item_line(style, texts.title(item), caption) for item, caption in zip(world.items, captions, strict=True)]
+    lines = [item_line(style, item.title, caption) for item, caption in zip(world.items, captions, strict=True)]
     summaries: list[dict[int, str]] = [{} for _ in world.users]
     histories = [user.history[:-1] for user in world.users]
     for start in range(0, max(map(len, histories)), BLOCK):
@@ -107,7 +107,7 @@ def study(seed: int, model: Path, folder: Path) -> Study:
 
 def caption_shares(study: Study) -> dict[str, float]:
     """Return the share of captions that name each visible attribute."""
-    read = [texts.parse_caption(caption) or {} for caption in study.captions]
+    read = [sentences.parse_caption(caption) or {} for caption in study.captions]
     return {
         field: fmean(told.get(field) == item.traits[field] for told, item in zip(read, study.world.items, strict=True))
         for field in VISIBLE
@@ -122,10 +122,10 @@ def summary_shares(study: Study) -> dict[str, object]:
     for user, states in zip(study.world.users, study.summaries, strict=True):
         previous, start = None, 0
         for seen, text in states.items():
-            told = texts.parse_preference(text)
+            told = sentences.parse_preference(text)
             parsed.append(told is not None and len(told) == len(FIELDS))
             block = [study.world.items[n].traits for n in user.history[start:seen]]
-            right = texts.summarize(block, previous)
+            right = sentences.summarize(block, previous)
             previous, start = told or {}, seen
             for field in FIELDS:
                 rule[field].append(previous.get(field) == right[field])
@@ -187,9 +187,9 @@ def rankings(study: Study, lr: float) -> dict[str, dict[str, float]]:
 
 def _by_titles(study: Study, moment: Moment) -> Prompt:
     user, _, item = moment
-    titles = [texts.title(study.world.items[n]) for n in study.world.users[user].history[:-1][-10:]]
+    titles = [study.world.items[n].title for n in study.world.users[user].history[:-1][-10:]]
     preference = titles_as_preference(study.style, titles)
-    return recommend_prompt(study.style, preference, texts.title(study.world.items[item]), study.images[item])
+    return recommend_prompt(study.style, preference, study.world.items[item].title, study.images[item])
 
 
 def _with_summary_of(study: Study, other: int, moment: Moment) -> Prompt:

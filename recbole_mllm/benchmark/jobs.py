@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from recbole_mllm import ranks
-from recbole_mllm.benchmark.field import MLLM, Entry, quick_look, resolve
 from recbole_mllm.benchmark.portable import DECISIVE_FILES
 from recbole_mllm.benchmark.records import plain_json
+from recbole_mllm.benchmark.variants import MLLM, Entry, quick_look, resolve
 from recbole_mllm.config import file_keys
 from recbole_mllm.errors import UserError
 from recbole_mllm.ranges import COUNT, SEED, Range
@@ -24,7 +24,7 @@ class BenchmarkPlan:
     """What to run, where, and with which settings.
 
     Args:
-        labels: Model names or variants, see `field.resolve`.
+        labels: Model names or variants, see `variants.resolve`.
         config_files: As RecBole takes them; they and `overrides` apply to every model.
         force: Run again what is finished.
         embed_images: Whether the report's case studies show thumbnails.
@@ -67,7 +67,7 @@ class BenchmarkPlan:
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class BenchmarkJob:
     """One (model, seed) of a plan and its place in the order."""
 
     number: int
@@ -87,7 +87,7 @@ class Job:
         return self.plan.output_dir / "runs" / self.run_id
 
     def order(self) -> dict[str, Any]:
-        """Return what the worker is told: `defaults` stand below the config files, `overrides` above them."""
+        """Return the worker's order: `defaults` stand below the config files, `overrides` above them."""
         return {
             "run_id": self.run_id,
             "model": self.entry.model,
@@ -104,13 +104,11 @@ class Job:
         }
 
 
-def jobs_of(plan: BenchmarkPlan) -> list[Job]:
+def jobs_of(plan: BenchmarkPlan) -> list[BenchmarkJob]:
     """Return the plan's jobs in order, one seed after the other, so that a whole table stands early."""
-    entries = list(dict.fromkeys(plan.labels))
-    pairs = [(resolve(label), seed) for seed in dict.fromkeys(plan.seeds) for label in entries]
-    return [
-        Job(number, entry, seed, run_id(entry, seed, plan), plan) for number, (entry, seed) in enumerate(pairs, start=1)
-    ]
+    pairs = [(resolve(label), seed) for seed in dict.fromkeys(plan.seeds) for label in dict.fromkeys(plan.labels)]
+    ids = [run_id(entry, seed, plan) for entry, seed in pairs]
+    return [BenchmarkJob(n, *pair, name, plan) for n, (pair, name) in enumerate(zip(pairs, ids, strict=True), start=1)]
 
 
 def run_id(entry: Entry, seed: int, plan: BenchmarkPlan) -> str:

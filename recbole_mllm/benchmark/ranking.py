@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,10 @@ import numpy as np
 
 from recbole_mllm.benchmark.curves import metric_curves
 from recbole_mllm.benchmark.evidence import POOLED, Evidence, average, load_evidence
-from recbole_mllm.benchmark.field import MLLM
 from recbole_mllm.benchmark.groups import Partition, measure, partitions
 from recbole_mllm.benchmark.leaderboard import ALL_COSTS, SLICES, Leaderboard, Part, Row, Score, ordered_metrics
-from recbole_mllm.benchmark.records import CANDIDATE_RULES, RunRecord, different_candidates, latest
+from recbole_mllm.benchmark.records import CANDIDATE_RULES, RunRecord, latest, one_set_of_candidates
+from recbole_mllm.benchmark.variants import MLLM
 from recbole_mllm.errors import UserError
 from recbole_mllm.evaluation import significance as sig
 from recbole_mllm.evaluation.significance import DRAW_SEED
@@ -50,10 +50,16 @@ def build(records: Iterable[RunRecord], results: Path, note: str = "") -> Leader
     runs = _current(records)
     if not runs:
         raise UserError(f"{results} holds no run; start one with `benchmark --output_dir {results}`")
-    _refuse_mixed_candidates(runs)
+    by_digest: dict[str, list[str]] = defaultdict(list)
+    for run in runs:
+        if run.ok:
+            by_digest[run.candidates].append(run.run_id)
+    older = {run.candidates for run in runs if run.ok and run.candidate_rules < CANDIDATE_RULES}
+    one_set_of_candidates(by_digest, older if len(older) < len(by_digest) else ())
     loaded, failed = _load(runs, results)
     contenders = _contenders(loaded)
-    measured = {name for run, _ in loaded for name in run.metrics} | _shown(contenders)
+    measured = {name for run, _ in loaded for name in run.metrics}
+    measured |= {name for contender in contenders for name in contender.evidence.metrics}
     absent = {POOLED: NO_POOLED} if any(evidence.best_alone for _, evidence in loaded) else {}
     metrics = ordered_metrics(measured | set(absent))
     told = loaded[0][0] if loaded else runs[0]
@@ -83,17 +89,6 @@ def _current(records: Iterable[RunRecord]) -> list[RunRecord]:
     return sorted(kept, key=lambda run: (run.label, run.seed, run.run_id))
 
 
-def _refuse_mixed_candidates(runs: Sequence[RunRecord]) -> None:
-    """Numbers measured on different candidates are no comparison, so they get no table."""
-    by_digest: dict[str, list[str]] = defaultdict(list)
-    for run in runs:
-        if run.ok:
-            by_digest[run.candidates].append(run.run_id)
-    if len(by_digest) > 1:
-        older = {run.candidates for run in runs if run.ok and run.candidate_rules < CANDIDATE_RULES}
-        raise different_candidates(by_digest, older if len(older) < len(by_digest) else ())
-
-
 def _load(runs: Sequence[RunRecord], results: Path) -> tuple[list[tuple[RunRecord, Evidence]], list[Row]]:
     """Read each finished run; one whose arrays are unusable costs its own row and no other."""
     loaded: list[tuple[RunRecord, Evidence]] = []
@@ -114,19 +109,23 @@ def _load(runs: Sequence[RunRecord], results: Path) -> tuple[list[tuple[RunRecor
 
 
 def _contenders(loaded: Sequence[tuple[RunRecord, Evidence]]) -> list[Contender]:
-    """Put the seeds of one model and one configuration together, and draw the users again for pooled AUC."""
+    """Put the seeds of one model and one configuration together, and draw the users again for pooled AUC.
+
+    The draws are the same for all rows, since only replicates of the same draws can be paired.
+    """
     groups: dict[tuple[str, str], dict[int, tuple[RunRecord, Evidence]]] = defaultdict(dict)
     variants: dict[str, set[str]] = defaultdict(set)
     for run, evidence in loaded:
         variant = configuration(run.run_id)
         groups[run.label, variant][run.seed] = (run, evidence)
         variants[run.label].add(variant)
-    draws = _draws([evidence for _, evidence in loaded])
+    pairs = max((pairs.size for _, evidence in loaded for pairs in evidence.pairs), default=0)
+    draws = sig.draw_users(loaded[0][1].users.size, pairs, DRAW_SEED) if pairs else np.empty((0, 0), np.uint16)
     found = []
     for (label, variant), seeds in groups.items():
         name = f"{label} ({variant})" if len(variants[label]) > 1 else label
         evidence = average([evidence for _, evidence in seeds.values()])
-        replicates = draws(evidence) if evidence.pairs else None
+        replicates = sig.auc_replicates(evidence.pairs, draws) if evidence.pairs else None
         found.append(Contender(name, tuple(run for run, _ in seeds.values()), evidence, replicates))
     return found
 
@@ -135,17 +134,6 @@ def configuration(run_id: str) -> str:
     """Return the part of a run id that names its configuration whatever the seed: the digest after ``-<seed>-``."""
     found = re.search(r"-\d+-([0-9a-f]{8})$", run_id)
     return found[1] if found else ""
-
-
-def _draws(evidence: Sequence[Evidence]) -> Callable[[Evidence], sig.Floats]:
-    """Draw users once for all rows, since only replicates of the same draws can be paired."""
-    pairs = max((pairs.size for one in evidence for pairs in one.pairs), default=0)
-    drawn = sig.draw_users(evidence[0].users.size, pairs, DRAW_SEED) if pairs else np.empty((0, 0), np.uint16)
-    return lambda one: sig.auc_replicates(one.pairs, drawn)
-
-
-def _shown(contenders: Sequence[Contender]) -> set[str]:
-    return {name for contender in contenders for name in contender.evidence.metrics}
 
 
 def _row(contender: Contender, metrics: Sequence[str], parted: Sequence[Partition], valid: str) -> Row:
@@ -160,17 +148,13 @@ def _row(contender: Contender, metrics: Sequence[str], parted: Sequence[Partitio
         if name not in scores and all(name in run.metrics for run in runs):
             scores[name] = Score(float(np.mean([run.metrics[name] for run in runs])))
     seeds = tuple(run.seed for run in runs)
+    slices = {
+        name: {metric: Part(evidence.mean(metric, mask), int(mask.sum())) for metric in evidence.metrics}
+        for name, mask in ((name, evidence.masks[name]) for name in SLICES)
+    }
     groups = {part.dimension.key: measure(evidence.values[valid], part) for part in parted if valid in evidence.values}
-    return Row(contender.name, runs[0].kind, seeds, "ok", runs, scores, _cost(runs), _slices(evidence),
+    return Row(contender.name, runs[0].kind, seeds, "ok", runs, scores, _cost(runs), slices,
                metric_curves(evidence.ranks), groups)  # fmt: skip
-
-
-def _slices(evidence: Evidence) -> Mapping[str, Mapping[str, Part]]:
-    parts: dict[str, dict[str, Part]] = {}
-    for name in SLICES:
-        mask = evidence.masks[name]
-        parts[name] = {metric: Part(evidence.mean(metric, mask), int(mask.sum())) for metric in evidence.metrics}
-    return parts
 
 
 def _cost(runs: Sequence[RunRecord]) -> dict[str, float | None]:

@@ -14,11 +14,12 @@ import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from recbole_mllm.benchmark.variants import Kind
 from recbole_mllm.errors import UserError
 from recbole_mllm.files import whole_file
 from recbole_mllm.progress import tell_once
@@ -29,7 +30,6 @@ CANDIDATE_RULES = 2
 
 OK = "ok"
 
-Kind = Literal["baseline", "mllm"]
 Arrays = Mapping[str, NDArray[Any]]
 
 USER_COLUMNS = ("user", "item", "train_count", "tail", "history_length", "has_image")
@@ -143,16 +143,14 @@ class RunRecord:
 def append(path: Path, record: RunRecord) -> None:
     """Add `record` to `path` for good: it is on the disk, whole, when this returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = f"{record.to_line()}\n".encode()
-    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        _cut_torn_end(descriptor)
-        while data:
-            data = data[os.write(descriptor, data) :]
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with path.open("ab+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        written = file.read()
+        file.truncate(written.rfind(b"\n") + 1)  # what a killed writer left after the last newline
+        file.write(f"{record.to_line()}\n".encode())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_records(path: Path) -> list[RunRecord]:
@@ -162,29 +160,42 @@ def read_records(path: Path) -> list[RunRecord]:
     """
     if not path.exists():
         return []
+    records = []
     lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline was torn, or is being written
-    read = (_read_line(path, number, line) for number, line in enumerate(lines, start=1) if line.strip())
-    return [record for record in read if record is not None]
+    for number, line in enumerate(lines, start=1):
+        try:
+            if line.strip():
+                records.append(RunRecord.from_line(line.decode()))
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            why = " ".join(str(error).split())[:120]
+            tell_once(f"{path}:{number}: this line is no run record ({why}) and is left out; delete it")
+    return records
 
 
-def different_candidates(sets: Mapping[str, Iterable[str]], older: Iterable[str] = ()) -> UserError:
-    """Return the error about runs that no leaderboard may hold together.
+def one_set_of_candidates(sets: Mapping[str, Iterable[str]], older: Iterable[str] = ()) -> None:
+    """Refuse a leaderboard of runs that ranked different candidates: their numbers are no comparison.
 
     Args:
         sets: The runs of each digest.
         older: Digests of runs that are recorded under older rules.
+
+    Raises:
+        UserError: There is more than one digest.
     """
+    if len(sets) < 2:
+        return
     told = "; ".join(f"{digest or '(none)'}: {', '.join(runs)}" for digest, runs in sets.items())
     past = ", ".join(digest for digest in older if digest in sets)
-    why = (
-        f"{past} was drawn by the rules of an older version, so run those models again with --force, or "
-        if past
-        else ""
-    )
-    return UserError(
-        f"these runs ranked different candidates and cannot share a leaderboard ({told}); {why}"
+    why = f"{past} was drawn by the rules of an older version, so run those models again with --force, or "
+    raise UserError(
+        f"these runs ranked different candidates and cannot share a leaderboard ({told}); {why if past else ''}"
         "give one of them another --output_dir"
     )
+
+
+def records_of(path: Path, run_id: str) -> list[RunRecord]:
+    """Return the records of one run in `path`, oldest first."""
+    return [record for record in read_records(path) if record.run_id == run_id]
 
 
 def latest(records: Iterable[RunRecord]) -> dict[str, RunRecord]:
@@ -213,30 +224,6 @@ def read_arrays(path: Path, required: Iterable[str]) -> dict[str, NDArray[Any]]:
     if len({values.shape for values in arrays.values()}) != 1:
         raise UserError(f"{path} holds arrays of different lengths; run that model again")
     return arrays
-
-
-def _read_line(path: Path, number: int, line: bytes) -> RunRecord | None:
-    try:
-        return RunRecord.from_line(line.decode())
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        why = " ".join(str(error).split())[:120]
-        tell_once(f"{path}:{number}: this line is no run record ({why}) and is left out; delete it")
-        return None
-
-
-def _cut_torn_end(descriptor: int) -> None:
-    """Cut what a killed writer left after the last newline; the caller holds the lock."""
-    end = os.fstat(descriptor).st_size
-    keep, step = end, 1 << 16
-    while keep > 0:
-        start = max(0, keep - step)
-        newline = os.pread(descriptor, keep - start, start).rfind(b"\n")
-        if newline >= 0:
-            keep = start + newline + 1
-            break
-        keep = start
-    if keep != end:
-        os.ftruncate(descriptor, keep)
 
 
 def plain_json(value: Any) -> Any:

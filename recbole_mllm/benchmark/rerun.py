@@ -5,8 +5,6 @@ The repetition is written below ``reruns/`` in the results folder: it never touc
 
 from __future__ import annotations
 
-import json
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,15 +13,13 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from recbole_mllm.benchmark.child import LOG, claim, failure, run_child
-from recbole_mllm.benchmark.progress import HEARTBEAT_S
-from recbole_mllm.benchmark.records import RECORDS, RunRecord, latest, plain_json, read_records
+from recbole_mllm.benchmark.process import LOG, claim, failure, run_child
+from recbole_mllm.benchmark.records import RECORDS, RunRecord, latest, plain_json, read_records, records_of
+from recbole_mllm.benchmark.runner import HEARTBEAT_S, WORKER, write_order
 from recbole_mllm.demo.builtin import is_builtin
 from recbole_mllm.errors import UserError
-from recbole_mllm.files import write_text
 from recbole_mllm.keys import every_key
 
-WORKER = (sys.executable, "-m", "recbole_mllm.benchmark.worker")
 RERUNS = "reruns"
 
 TOLERANCE = 0.01
@@ -85,28 +81,25 @@ def rerun(
         tell: Takes each line for the user while the run is at work.
     """
     output = folder.resolve() / RERUNS
-    order = order_of(record, output, data_path)
     place = output / "runs" / record.run_id
+    order = order_of(record, output, data_path)
     tell(f"running {record.run_id} again in {folder / RERUNS / 'runs' / record.run_id}")
-    stop, heard = threading.Event(), [time.monotonic()]
+    last = time.monotonic()
 
     def tick(seconds: float, line: str) -> None:
-        if time.monotonic() - heard[0] >= HEARTBEAT_S:
-            heard[0] = time.monotonic()
+        nonlocal last
+        if time.monotonic() - last >= HEARTBEAT_S:
+            last = time.monotonic()
             tell(f"{seconds:.0f} s  {line}")
 
+    stop = threading.Event()
     with claim(place, stop, lambda process: tell(f"process {process} is still at this; waiting for it")) as lock:
-        write_text(place / "job.json", json.dumps(order, indent=2))
-        known = _records_of(output, record)
-        code = run_child([*worker, str(place / "job.json")], place, lock, stop, tick)
-    again = _records_of(output, record)
+        known = records_of(output / RECORDS, record.run_id)
+        code = run_child([*worker, write_order(place, order)], place, lock, stop, tick)
+    again = records_of(output / RECORDS, record.run_id)
     if len(again) == len(known):
         return Agreement(False, (f"it failed this time: {failure(place / LOG, code)} (log: {place / LOG})",))
     return compare(record, again[-1])
-
-
-def _records_of(output: Path, record: RunRecord) -> list[RunRecord]:
-    return [entry for entry in read_records(output / RECORDS) if entry.run_id == record.run_id]
 
 
 def order_of(record: RunRecord, output: Path, data_path: str | None = None) -> dict[str, Any]:
@@ -139,9 +132,17 @@ def order_of(record: RunRecord, output: Path, data_path: str | None = None) -> d
 
 def compare(before: RunRecord, now: RunRecord) -> Agreement:
     """Compare two runs of one configuration metric by metric."""
-    changes = _changes(before, now)
-    tolerance = TOLERANCE if changes else 0.0
-    lines = [_rule(changes), *changes]
+    then, later = (
+        {**run.versions, "device": run.device, "commit": run.commit, "processes": str(run.world_size)}
+        for run in (before, now)
+    )
+    changes = [
+        f"  {name}: {then.get(name) or 'unknown'} then, {later.get(name) or 'unknown'} now"
+        for name in sorted(then.keys() | later.keys())
+        if then.get(name) != later.get(name)
+    ]
+    rule = f"not the same surroundings, so each metric may differ by {TOLERANCE}:"
+    lines = [rule if changes else "same machine and versions: every metric must be equal", *changes]
     same = before.candidates == now.candidates
     if not same:
         why = "the dataset's files, or the candidates file, are not those of the first run"
@@ -152,44 +153,18 @@ def compare(before: RunRecord, now: RunRecord) -> Agreement:
         lines.append(
             f"the candidates differ ({before.candidates or 'none'} then, {now.candidates or 'none'} now): {why}"
         )
-    names = [*before.metrics, *(name for name in now.metrics if name not in before.metrics)]
-    verdicts = {name: _holds(before.metrics.get(name), now.metrics.get(name), tolerance) for name in names}
     lines.append(f"test: {before.protocol}")
     if now.protocol != before.protocol:
         lines.append(f"now:  {now.protocol}")
-    width = max(map(len, names))
-    for name, holds in verdicts.items():
-        then, later = (_number(run.metrics.get(name)) for run in (before, now))
-        lines.append(f"{name:<{width}}  {then}  {later}  {'agrees' if holds else 'DISAGREES'}")
-    agree = same and all(verdicts.values())
-    lines.append(
-        f"{sum(verdicts.values())} of {len(names)} metrics agree: the run is {'' if agree else 'NOT '}reproduced"
-    )
+    names = list(dict.fromkeys([*before.metrics, *now.metrics]))
+    width, agreeing = max(map(len, names)), 0
+    for name in names:
+        values = [run.metrics.get(name) for run in (before, now)]
+        one, two = values
+        holds = one is not None and two is not None and abs(one - two) <= (TOLERANCE if changes else 0.0)
+        shown = "  ".join("       –" if value is None else f"{value:.6f}" for value in values)
+        lines.append(f"{name:<{width}}  {shown}  {'agrees' if holds else 'DISAGREES'}")
+        agreeing += holds
+    agree = same and agreeing == len(names)
+    lines.append(f"{agreeing} of {len(names)} metrics agree: the run is {'' if agree else 'NOT '}reproduced")
     return Agreement(agree, tuple(lines))
-
-
-def _holds(then: float | None, now: float | None, tolerance: float) -> bool:
-    return then is not None and now is not None and abs(then - now) <= tolerance
-
-
-def _number(value: float | None) -> str:
-    return "       –" if value is None else f"{value:.6f}"
-
-
-def _rule(changes: Sequence[str]) -> str:
-    if not changes:
-        return "same machine and versions: every metric must be equal"
-    return f"not the same surroundings, so each metric may differ by {TOLERANCE}:"
-
-
-def _changes(before: RunRecord, now: RunRecord) -> list[str]:
-    """Return what differs between the surroundings of two runs, one thing a line."""
-    then, later = (
-        {**run.versions, "device": run.device, "commit": run.commit, "processes": str(run.world_size)}
-        for run in (before, now)
-    )
-    return [
-        f"  {name}: {then.get(name) or 'unknown'} then, {later.get(name) or 'unknown'} now"
-        for name in sorted(then.keys() | later.keys())
-        if then.get(name) != later.get(name)
-    ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import platform
 import resource
 import subprocess
@@ -24,11 +23,11 @@ import yaml
 import recbole_mllm
 from recbole_mllm import ranks
 from recbole_mllm.benchmark.cases import write_cases, write_titles
-from recbole_mllm.benchmark.field import baseline_defaults
 from recbole_mllm.benchmark.portable import config_digest
 from recbole_mllm.benchmark.records import CANDIDATE_RULES, RECORDS, RunRecord, append, plain_json, write_arrays
-from recbole_mllm.benchmark.tuning import TRIALS, search, space_of, trials
-from recbole_mllm.config import benchmark_defaults, config_paths, keys_for
+from recbole_mllm.benchmark.search import TRIALS, search, space_of, trials
+from recbole_mllm.benchmark.variants import baseline_defaults
+from recbole_mllm.config import benchmark_defaults, config_paths, file_keys, keys_for, per_model
 from recbole_mllm.data.texts import read_items
 from recbole_mllm.errors import UserError
 from recbole_mllm.files import write_text
@@ -46,13 +45,16 @@ NO_ONE_RANKING = (
     "user (split LS)"
 )
 NOTHING_TO_TUNE = ("Pop", "Random")
+_OF_OUTCOME = (
+    *("load_s", "train_s", "score_s", "summarize_reused", "scores_reused"),
+    *("converged", "retrieval", "world_size"),
+)
 _NO_CACHE = {"save_dataset": False, "save_dataloaders": False, "dataset_save_path": None, "dataloaders_save_path": None}
 
 
 def main() -> int:
     """Run the job whose file is the only argument; a mistake of the user's is one line on standard error."""
     job = json.loads(Path(sys.argv[1]).read_text())
-    sys.argv = sys.argv[:1]  # RecBole's Config reads it, and lets it win over everything
     try:
         run_job(job)
     except ranks.LostProcess:
@@ -62,7 +64,7 @@ def main() -> int:
             traceback.print_exc()
         print(f"UserError: {error}", file=sys.stderr)
         return 2
-    except Exception as error:  # any kind may have a meaning; without one it goes on as it is
+    except Exception as error:  # any kind may have a meaning; without one it stays as it is
         reason = reason_of(error, job["label"], job["dataset"])
         if reason is None:
             raise
@@ -73,43 +75,64 @@ def main() -> int:
 
 
 def run_job(job: dict[str, Any]) -> None:
-    """Run `job` (see `jobs.Job.order`) and append its record."""
+    """Run `job` (see `jobs.BenchmarkJob.order`) and append its record.
+
+    The paths in it, and in its config files, start from the folder ``home``, where the user stood; default: from here.
+    """
     from recbole_mllm.quick_start import run
 
-    started = datetime.now().astimezone()
-    output = Path(job["output_dir"]).resolve()
-    folder, home = output / "runs" / job["run_id"], Path.cwd()
+    started = datetime.now().astimezone().isoformat(timespec="seconds")
+    output = (_home(job) / job["output_dir"]).resolve()
+    folder = output / "runs" / job["run_id"]
     defaults = folder / ("defaults.yaml" if ranks.is_main() else f"defaults.{ranks.rank()}.yaml")
 
     def configured(tuned: dict[str, Any]) -> Any:
-        """Make a Config where the user stood, and run it in the run's folder: RecBole writes ``log/`` where it is."""
-        os.chdir(home)
-        config = _config(job, defaults, tuned)
-        _train_as_baseline(config)
-        os.chdir(folder)
-        return config
+        return _config(job, defaults, tuned)
 
     tuning = _tune(job, configured, folder)
-    check = partial(_check_split, job)
-    outcome = run(configured(tuning["chosen"] if tuning else {}), check)
+    outcome = run(configured(tuning["chosen"] if tuning else {}), partial(_check_split, job))
     peak = max(ranks.gather_objects(_peak_memory(outcome.config["device"])))
-    if not ranks.is_main():
-        return
-    evidence = _write_evidence(outcome, output, folder)
-    append(output / RECORDS, _record(job, outcome, started.isoformat(timespec="seconds"), evidence, tuning, peak))
+    if ranks.is_main():
+        evidence = _write_evidence(outcome, output, folder)
+        append(output / RECORDS, _record(job, outcome, started, evidence, tuning, peak))
 
 
-def _config(job: dict[str, Any], defaults: Path, tuned: dict[str, Any]) -> Any:
-    """Return the Config of `job`, whose defaults are written to the file `defaults` in the run's folder."""
+def _home(job: Mapping[str, Any]) -> Path:
+    return Path(job.get("home") or Path.cwd())
+
+
+def _files(job: Mapping[str, Any]) -> list[str]:
+    """Return the job's config files; what is no file may be a preset's name."""
+    return [str(path) if (path := _home(job) / name).exists() else name for name in job["config_files"]]
+
+
+def _config(job: Mapping[str, Any], defaults: Path, tuned: Mapping[str, Any]) -> Any:
+    """Return the Config of `job`, whose defaults are written to the file `defaults` in the run's folder.
+
+    Every path in it is absolute, and a retriever is trained as the row of its name is, unless its own ``per_model``
+    section says otherwise.
+    """
     from recbole_mllm.quick_start import make_config
 
-    kept = {
-        "retriever_dir": str(Path(job["output_dir"]).resolve() / RETRIEVERS)
-    }  # trained once for all that rank by it
-    write_text(defaults, yaml.safe_dump(benchmark_defaults() | kept | _negatives(job["model"]) | job["defaults"]))
-    files = [str(defaults), *config_paths(job["config_files"])]
-    config = make_config(job["model"], job["dataset"], files, {**tuned, **_overrides(job, defaults.parent)})
-    _make_absolute(config)
+    home, model = _home(job), job["model"]
+    retrievers = (home / job["output_dir"]).resolve() / RETRIEVERS  # trained once for all that rank by it
+    known = {**benchmark_defaults(), "retriever_dir": str(retrievers), **drawn_negatives(model), **job["defaults"]}
+    write_text(defaults, yaml.safe_dump(known))
+    files = config_paths(_files(job))
+    given = {key: value for name in files for key, value in file_keys(name).items()}
+    given |= per_model(files, model) | dict(job["overrides"])
+    own = {"seed": job["seed"], "limit_users": job["limit_users"], "checkpoint_dir": str(defaults.parent / "saved")}
+    fixed: dict[str, Any] = {**_NO_CACHE, "frozen_candidates": True, "show_progress": False}
+    if isinstance(place := given.get("data_path", "dataset"), str):
+        fixed["data_path"] = str(home / place)
+    config = make_config(model, job["dataset"], [str(defaults), *files], {**tuned, **job["overrides"], **own, **fixed})
+    for key in _PATHS:
+        value = config[key]
+        if isinstance(value, str) and (key in _FOLDERS_MADE or (home / value).exists()):
+            config[key] = str((home / value).resolve())
+    if name := config["retriever"]:
+        sections = config["per_model"] or {}
+        config["per_model"] = {**sections, name: {**baseline_defaults(name), **sections.get(name, {})}}
     return config
 
 
@@ -147,7 +170,7 @@ def digests_of(jobs: Sequence[Mapping[str, Any]], compared: bool) -> dict[str, s
         for job in jobs:
             with suppress(UserError, ImportError, ValueError):
                 label = job["label"]
-                made[label] = made.get(label) or _config(dict(job), Path(folder) / "defaults.yaml", {})
+                made[label] = made.get(label) or _config(job, Path(folder) / "defaults.yaml", {})
                 key, by_seed = decisive_keys(made[label])
                 keys[job["run_id"]] = key, job["seed"] if by_seed else None
         if len(set(keys.values())) < 2 and not compared:
@@ -164,7 +187,7 @@ def digests_of(jobs: Sequence[Mapping[str, Any]], compared: bool) -> dict[str, s
     return {run: digests[what] for run, what in keys.items() if what in digests}
 
 
-def _negatives(model: str) -> dict[str, Any]:
+def drawn_negatives(model: str) -> dict[str, Any]:
     """Let a context-aware model learn from drawn negatives, as RecBole would have it read labels (configurator.py:309).
 
     Where the interactions have some, by a threshold on a rating, `train_neg_sample_args: null` goes back to them.
@@ -176,23 +199,7 @@ def _negatives(model: str) -> dict[str, Any]:
     return {"train_neg_sample_args": drawn} if kind in (ModelType.CONTEXT, ModelType.DECISIONTREE) else {}
 
 
-def _overrides(job: dict[str, Any], folder: Path) -> dict[str, Any]:
-    own = {"seed": job["seed"], "limit_users": job["limit_users"], "checkpoint_dir": str(folder / "saved")}
-    return {**job["overrides"], **own, **_NO_CACHE, "frozen_candidates": True, "show_progress": False}
-
-
-def _train_as_baseline(config: Any) -> None:
-    """Train a retriever as the row of its name is trained, unless its own ``per_model`` section says otherwise."""
-    if name := config["retriever"]:
-        own = config["per_model"] or {}
-        config["per_model"] = {**own, name: {**baseline_defaults(name), **own.get(name, {})}}
-
-
-def _make_absolute(config: Any) -> None:
-    for key in _PATHS:
-        value = config[key]
-        if isinstance(value, str) and (key in _FOLDERS_MADE or Path(value).exists()):
-            config[key] = str(Path(value).resolve())
+_negatives = drawn_negatives  # SHIM _negatives -> recbole_mllm.benchmark.worker.drawn_negatives
 
 
 def _tune(job: dict[str, Any], configured: Callable[[dict[str, Any]], Any], folder: Path) -> dict[str, Any] | None:
@@ -202,7 +209,7 @@ def _tune(job: dict[str, Any], configured: Callable[[dict[str, Any]], Any], fold
     budget = job.get("tune")
     if not budget:
         return None
-    given = {key for name in job["config_files"] for key in keys_for(name, job["model"])}
+    given = {key for name in _files(job) for key in keys_for(name, job["model"])}
     default = configured({})
     space = {} if job["model"] in NOTHING_TO_TUNE else space_of(job["model"], given | set(job["overrides"]))
     tried = trials(space, budget, job["seed"], {key: default[key] for key in space})
@@ -227,33 +234,25 @@ def _write_evidence(outcome: Any, output: Path, folder: Path) -> dict[str, str]:
         name: data.field2id_token[field].astype(str)
         for name, field in (("user", data.uid_field), ("item", data.iid_field))
     }
-    columns = user_columns(data, outcome.train_data._dataset, pairs, _images(config))
+    images = None
+    with suppress(UserError):
+        images = _read_items(config).images
+    columns = user_columns(data, outcome.train_data._dataset, pairs, images)
     values = {name: column for name, column in outcome.users.items() if name != "user"}
     write_arrays(folder / "per_user.npz", columns | values)
     scores = {name: tokens[name][pairs[f"{name}_id"]] for name in tokens}
     known = {"label": pairs["label"].astype("int8"), "score": pairs["score"], "place": pairs["place"].astype("int32")}
     known |= {name: pairs[name] for name in ("among", "answer") if name in pairs}
     write_arrays(folder / "scores.npz", scores | known)
-    _keep_cases(outcome, folder)
+    try:
+        if write_cases(outcome, folder) is None and "among" in pairs:
+            write_titles(outcome, folder, _read_items(config).titles)
+    except Exception:  # what illustrates a result must not cost the hours that made it
+        logging.getLogger(__name__).exception("the case studies of this run could not be kept; the report goes without")
     return {name: str((folder / f"{name}.npz").relative_to(output)) for name in ("per_user", "scores")}
 
 
-def _keep_cases(outcome: Any, folder: Path) -> None:
-    try:
-        if write_cases(outcome, folder) is None and "among" in outcome.pairs:
-            write_titles(outcome, folder, _texts(outcome.config).titles)
-    except Exception:  # what illustrates a result must not cost the hours that made it
-        logging.getLogger(__name__).exception("the case studies of this run could not be kept; the report goes without")
-
-
-def _images(config: Any) -> Any:
-    try:
-        return _texts(config).images
-    except UserError:
-        return None
-
-
-def _texts(config: Any) -> Any:
+def _read_items(config: Any) -> Any:
     image_dir = config["image_dir"]
     return read_items(Path(config["data_path"]), Path(image_dir) if image_dir else None, config["ITEM_ID_FIELD"])
 
@@ -268,9 +267,13 @@ def _record(
 ) -> RunRecord:
     from recbole_mllm.evaluation.protocol import protocol_line
 
+    features_s = None
+    if outcome.config["item_features"]:
+        from recbole_mllm.features.prepare import seconds_of  # loads transformers, which the run has then done already
+
+        features_s = seconds_of(outcome.config)
     config = outcome.config.final_config_dict
     users = len(outcome.users["user"])
-    is_mllm = job["kind"] == "mllm"
     return RunRecord(
         **{key: job[key] for key in ("run_id", "model", "label", "kind", "seed", "dataset")},
         status="ok",
@@ -285,12 +288,9 @@ def _record(
         valid=outcome.valid,
         per_user=evidence["per_user"],
         scores=evidence["scores"],
-        load_s=outcome.load_s,
-        summarize_s=outcome.summarize_s if is_mllm else None,
-        summarize_reused=outcome.summarize_reused,
-        features_s=_features_s(outcome.config),
-        train_s=outcome.train_s,
-        score_s=outcome.score_s,
+        **{name: getattr(outcome, name) for name in _OF_OUTCOME},
+        summarize_s=outcome.summarize_s if job["kind"] == "mllm" else None,
+        features_s=features_s,
         pairs_per_s=max(0, outcome.pairs_scored - outcome.scores_reused) / outcome.score_s or None,
         tokens=getattr(outcome.model, "tokens_read", None),
         parameters_trained=_parameters_trained(outcome.model),
@@ -298,20 +298,8 @@ def _record(
         device=str(outcome.config["device"]),
         versions=_versions(),
         commit=_commit(),
-        world_size=outcome.world_size,
         tuning=tuning,
-        retrieval=outcome.retrieval,
-        scores_reused=outcome.scores_reused,
-        converged=outcome.converged,
     )
-
-
-def _features_s(config: Any) -> float | None:
-    if not config["item_features"]:
-        return None
-    from recbole_mllm.features.prepare import seconds_of  # loads transformers, which the run has then done already
-
-    return seconds_of(config)
 
 
 def _parameters_trained(model: Any) -> int:
@@ -331,23 +319,21 @@ def _peak_memory(device: Any) -> float:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "recbole_mllm": recbole_mllm.__version__, "machine": _machine()}
+    """Return what computed: floating-point sums differ from one processor, or number of threads, to another."""
+    import torch
+
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    machine = [f"{platform.system()} {cpu}", f"{torch.get_num_threads()} threads"]
+    machine += [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
+    found = {"python": platform.python_version(), "recbole_mllm": recbole_mllm.__version__}
+    found["machine"] = ", ".join(machine)
     for name in ("recbole", "torch", "transformers", "peft", "numpy", "pandas"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = "unknown"
     return found
-
-
-def _machine() -> str:
-    """Return what computed: floating-point sums differ from one processor, or number of threads, to another."""
-    import torch
-
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-    parts = [f"{platform.system()} {cpu}", f"{torch.get_num_threads()} threads"]
-    return ", ".join([*parts, torch.cuda.get_device_name()] if torch.cuda.is_available() else parts)
 
 
 def _commit() -> str:

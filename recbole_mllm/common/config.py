@@ -11,7 +11,9 @@ import difflib
 import importlib.util
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,8 @@ from recbole_mllm.errors import UserError
 from recbole_mllm.progress import tell_once
 from recbole_mllm.refusals import told_in_a_line
 
-WITHDRAWN: dict[str, str] = {}
+_OF_A_RUN = "scores are cached for as long as an evaluation runs, so that a killed one resumes"
+WITHDRAWN: dict[str, str] = {"score_cache": _OF_A_RUN, "score_cache_mb": _OF_A_RUN}
 """Keys of earlier versions, with why they have no effect: old files and records may hold one, and get one warning."""
 
 # Fields of RecBole's command line, and what its Config keeps beside what it is given
@@ -380,7 +383,7 @@ def check_dataset_file(path: Path) -> None:
 
 
 def recbole_config(model: str, dataset: str, files: list[str], keys: dict[str, Any]) -> Any:
-    """Return RecBole's Config; the caller sees to it that ``sys.argv`` holds nothing else.
+    """Return RecBole's Config, to which the command line of this process says nothing.
 
     Raises:
         UserError: RecBole refuses it, or would pass over a key in silence, or a value is none that a run could use.
@@ -388,7 +391,7 @@ def recbole_config(model: str, dataset: str, files: list[str], keys: dict[str, A
     check_files(files, model)
     # a text may become a number in RecBole's hands (configurator.py:124-147): it is checked behind them
     check_values({key: value for key, value in keys.items() if not isinstance(value, str)})
-    with told_in_a_line("read the configuration"):
+    with told_in_a_line("read the configuration"), _no_arguments():
         config = _config({"model": model, "dataset": dataset, "config_file_list": files}, keys)
     check_values(config.final_config_dict)
     _take_device(config)
@@ -426,6 +429,16 @@ def tell_missing_gpus(config: Any) -> None:
         tell_once(f"{what}: torch sees no such GPU here, so this run is on the CPU")
     elif len(ids) > (seen := torch.cuda.device_count()):
         tell_once(f"gpu_id {','.join(ids)}: torch sees {seen} of these GPUs here")
+
+
+@contextmanager
+def _no_arguments() -> Iterator[None]:
+    """Hide ``sys.argv``, which RecBole's Config would let win over everything (configurator.py:165-193)."""
+    words, sys.argv = sys.argv, sys.argv[:1]
+    try:
+        yield
+    finally:
+        sys.argv = words
 
 
 def _config(parts: dict[str, Any], keys: dict[str, Any]) -> Any:

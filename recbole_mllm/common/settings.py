@@ -239,7 +239,7 @@ class TrainSettings(_FromConfig):
 
 @dataclass(frozen=True, slots=True)
 class RankingSettings(_FromConfig):
-    """How all items are ranked (``eval_args.mode: full``), and which scores are kept."""
+    """How all items are ranked (``eval_args.mode: full``)."""
 
     retriever: str | None
     retriever_checkpoint: str | None
@@ -247,8 +247,6 @@ class RankingSettings(_FromConfig):
     top_k: Count
     fusion: Literal["auto"] | Share | None
     full_sort: Literal["rerank", "brute"]
-    score_cache: bool
-    score_cache_mb: Count
 
     def __post_init__(self) -> None:
         if self.retriever and self.retriever_checkpoint:

@@ -41,11 +41,6 @@ def usum_file(folder: Path, tag: str) -> Path:
     return folder / f"{folder.name}.{tag}.usum"
 
 
-def score_file(folder: Path) -> Path:
-    """Return the SQLite file of scores that finished evaluations left."""
-    return folder / f"{folder.name}.scores.sqlite"
-
-
 def store_file(folder: Path) -> Path:
     """Return the SQLite store of every answer an MLLM gave for this dataset."""
     return folder / f"{folder.name}.mllm.sqlite"

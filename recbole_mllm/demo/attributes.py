@@ -41,6 +41,11 @@ class Item:
         """The five attributes by field name."""
         return {field: getattr(self, field) for field in FIELDS}
 
+    @property
+    def title(self) -> str:
+        """Brand and theme, never anything the image shows."""
+        return f"{self.brand} {self.theme} edition"
+
 
 def is_reserved(traits: Traits) -> bool:
     """Say whether this look is kept for demo worlds, so that the tiny MLLM has never seen it in image or text.

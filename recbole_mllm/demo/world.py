@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from recbole_mllm.demo import texts
 from recbole_mllm.demo.attributes import FIELDS, VALUES, Item, Traits, draw_item
 from recbole_mllm.demo.render import render
-from recbole_mllm.files import publish_new, staged, write_text
+from recbole_mllm.files import write_text
 
 ITEMS, COLD_ITEMS, USERS = 600, 120, 400
 # How much a field counts, before each world changes it a little. They differ, so that counting agreeing fields, which
@@ -68,61 +67,37 @@ def demo_world(seed: int, items: int = ITEMS, users: int = USERS, cold: int = CO
     weights = {field: weight * rng.uniform(0.85, 1.15) for field, weight in _WEIGHTS.items()}
     trend = {field: _trend(len(values), rng) for field, values in VALUES.items()}
     rare = frozenset(rng.sample(range(items), cold))
-    shop = _Shop(
-        world=World(seed, products, (), rare, weights),
-        popularity=[rng.gauss(0, _POPULARITY) for _ in products],
-        shelves={is_cold: [n for n in range(items) if (n in rare) == is_cold] for is_cold in (False, True)},
-    )
-    customers = tuple(_user(shop, trend, rng) for _ in range(users))
-    return World(seed, products, customers, rare, weights)
+    shop = World(seed, products, (), rare, weights)
+    popularity = [rng.gauss(0, _POPULARITY) for _ in products]  # what makes items sell whatever their attributes
+    shelves = {is_cold: [n for n in range(items) if (n in rare) == is_cold] for is_cold in (False, True)}
 
-
-@dataclass(frozen=True, slots=True)
-class _Shop:
-    """A world without users yet, what makes items sell whatever their attributes, and where the cold ones stand."""
-
-    world: World
-    popularity: Sequence[float]
-    shelves: Mapping[bool, Sequence[int]]
-
-    def appeal(self, taste: Traits) -> list[float]:
+    def appeal(taste: Traits) -> list[float]:
         """Return how likely, up to a factor, a user of this taste takes each item."""
-        world = self.world
-        return [
-            math.exp(_DECISIVENESS * world.utility(taste, item) + extra)
-            for item, extra in zip(world.items, self.popularity, strict=True)
-        ]
+        pairs = zip(products, popularity, strict=True)
+        return [math.exp(_DECISIVENESS * shop.utility(taste, item) + extra) for item, extra in pairs]
 
-    def offer(self, rng: Random, taken: Sequence[int], *, cold: bool) -> list[int]:
-        """Return the items a user looks at now."""
-        shelf = self.shelves[cold]
-        return [n for n in rng.sample(shelf, min(len(shelf), _CONSIDERED)) if n not in taken]
+    def user() -> User:
+        """Draw a user's taste and let it choose item after item."""
+        taste = {field: rng.choices(VALUES[field], trend[field])[0] for field in FIELDS}
+        length = rng.randint(8, 20)
+        turn = rng.randint(length // 4, length // 2)
+        liking, history = appeal(taste), list[int]()
+        for step in range(length):
+            if step == turn:
+                taste |= {field: rng.choices(VALUES[field], trend[field])[0] for field in rng.sample(FIELDS, 2)}
+                liking = appeal(taste)
+            shelf = shelves[step == length - 1 and rng.random() < _COLD_SHARE]
+            offer = [n for n in rng.sample(shelf, min(len(shelf), _CONSIDERED)) if n not in history]
+            history.append(rng.choices(offer, [liking[n] for n in offer])[0])
+        return User(tuple(history), taste)
+
+    return World(seed, products, tuple(user() for _ in range(users)), rare, weights)
 
 
 def _trend(count: int, rng: Random) -> list[float]:
     weights = [(rank + 1) ** -_TREND for rank in range(count)]
     rng.shuffle(weights)
     return weights
-
-
-def _user(shop: _Shop, trend: Mapping[str, list[float]], rng: Random) -> User:
-    """Draw a user's taste and let it choose item after item."""
-
-    def wanted(field: str) -> str:
-        return rng.choices(VALUES[field], trend[field])[0]
-
-    taste = {field: wanted(field) for field in FIELDS}
-    length = rng.randint(8, 20)
-    turn = rng.randint(length // 4, length // 2)
-    appeal = shop.appeal(taste)
-    history: list[int] = []
-    for step in range(length):
-        if step == turn:
-            taste = taste | {field: wanted(field) for field in rng.sample(FIELDS, 2)}
-            appeal = shop.appeal(taste)
-        offer = shop.offer(rng, history, cold=step == length - 1 and rng.random() < _COLD_SHARE)
-        history.append(rng.choices(offer, [appeal[n] for n in offer])[0])
-    return User(tuple(history), taste)
 
 
 def item_id(number: int) -> str:
@@ -136,41 +111,25 @@ def user_id(number: int) -> str:
 
 
 def write_demo_dataset(folder: Path, seed: int) -> None:
-    """Write the world of `seed` as the RecBole dataset `folder`, whole or not at all.
+    """Write the world of `seed` as the RecBole dataset `folder`, a new or an empty one.
 
     Beside the atomic files and images stands ``truth.json``, the hidden attributes and tastes: for tests, never for
-    models. Of two processes that write the same folder at once, one wins and the other's copy is dropped.
+    models.
 
     Raises:
         FileExistsError: `folder` is there already, and not empty.
     """
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists; remove it to have the demo dataset built again")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with staged(folder.parent, folder.name) as stage:
-        _write(demo_world(seed), stage, folder.name)
-        try:
-            publish_new(stage, folder)
-        except OSError:
-            if not (folder / f"{folder.name}.inter").is_file():
-                raise
-
-
-def _write(world: World, folder: Path, name: str) -> None:
-    (folder / "images").mkdir()
+    world, name = demo_world(seed), folder.name
+    (folder / "images").mkdir(parents=True)
     for number, item in enumerate(world.items):
         render(item, world.image_seed(number)).save(folder / _image(number))
-    header = "item_id:token\ttitle:token_seq\timage:token"
-    rows = (f"{item_id(n)}\t{texts.title(item)}\t{_image(n)}" for n, item in enumerate(world.items))
-    _write_lines(folder / f"{name}.item", header, rows)
-    header = "user_id:token\titem_id:token\ttimestamp:float"
-    rows = (f"{user_id(u)}\t{item_id(n)}\t{time}" for time, u, n in _interactions(world))
-    _write_lines(folder / f"{name}.inter", header, rows)
+    items = [f"{item_id(n)}\t{item.title}\t{_image(n)}" for n, item in enumerate(world.items)]
+    rows = [f"{user_id(u)}\t{item_id(n)}\t{time}" for time, u, n in _interactions(world)]
+    write_text(folder / f"{name}.item", "\n".join(["item_id:token\ttitle:token_seq\timage:token", *items, ""]))
+    write_text(folder / f"{name}.inter", "\n".join(["user_id:token\titem_id:token\ttimestamp:float", *rows, ""]))
     write_text(folder / "truth.json", json.dumps(_truth(world), indent=1) + "\n")
-
-
-def _write_lines(path: Path, header: str, rows: Iterator[str]) -> None:
-    write_text(path, "\n".join([header, *rows]) + "\n")
 
 
 def _image(number: int) -> str:

@@ -40,7 +40,7 @@ METRICS = (
 
 
 def joined(batches: Sequence[Log]) -> dict[str, Any]:
-    """Return the batches of a ``score_log`` as one set of columns, sorted by user, best place first."""
+    """Return the batches of `tie_breaking.evaluate` as one set of columns, sorted by user, best place first."""
     columns = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
     order = np.lexsort((-columns["place"], columns["user_id"]))
     return {name: column[order] for name, column in columns.items()}

@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from recbole_mllm.mllm.base import Scored
+from recbole_mllm.common.prompts import IMAGE, Prompt
 from recbole_mllm.mllm.chat import cut, data_url, tokens
-from recbole_mllm.prompts import IMAGE, Prompt
+from recbole_mllm.mllm.interface import Scored
 
 QUESTION = "answer"
 TOP = 20  # log-probabilities a chat completion is asked for: OpenAI's most, and what servers allow by default

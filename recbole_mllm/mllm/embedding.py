@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
 from recbole_mllm.errors import UserError
-from recbole_mllm.mllm.encode import Encoded
+from recbole_mllm.mllm.encoder import Encoded
 from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.mllm.loading import dtype_of, source_of
 from recbole_mllm.progress import Progress

@@ -2,30 +2,81 @@
 
 Every row has its own length, position and random stream, so an answer does not depend on its neighbours. Rows are
 right-aligned in the key-value cache, their tokens without a gap, which sliding windows count on.
+
+A family without a row in ``families`` may keep its memory of a text in ways that rows cannot leave and join (state
+spaces, recurrences); so it is checked once, as it is for scoring, and else writes one answer at a time by its own
+``generate``.
 """
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LogitsProcessorList
+from transformers import AutoConfig, DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from recbole_mllm.common.prompts import Prompt
 from recbole_mllm.data.sampling import hash64
-from recbole_mllm.mllm.base import Answer, Ask, Decoding, Work
-from recbole_mllm.mllm.batching import free_memory, out_of_memory
-from recbole_mllm.mllm.encode import Encoded, Encoder
-from recbole_mllm.mllm.forward import Body
-from recbole_mllm.mllm.plain import drawn
-from recbole_mllm.mllm.rules import processors
+from recbole_mllm.mllm.backbone import Body
+from recbole_mllm.mllm.encoder import Encoded, Encoder
+from recbole_mllm.mllm.interface import Answer, Ask, Batch, Decoding, Work
+from recbole_mllm.mllm.loading import UNREADABLE, changed, gguf_of, source_of
+from recbole_mllm.mllm.memory import free_memory, out_of_memory
+from recbole_mllm.mllm.scoring import UNSUITED, error_line, way_of
 
 READ_TOKENS = 4096  # read in one pass; more would fill memory with activations, and short prompts with padding
 _REFILL = 4  # new rows are read once this share of the slots (1/4) is free: each refill copies the cache
+_CHECK = Decoding(4)
+
+
+def answer(body: Body, encoder: Encoder, stop: frozenset[int], slots: int, work: Work) -> None:
+    """Answer what `work` holds, up to `slots` prompts at a time; the tokens of `stop` end an answer."""
+    first = work.take(1)
+    if not first:
+        return
+    if _in_flight(body, encoder, stop, first[0].prompt):
+        Generation(body, encoder, stop, slots, first).run(work)
+    else:
+        PlainGeneration(body, encoder, stop, first).run(work)
+
+
+def _in_flight(body: Body, encoder: Encoder, stop: frozenset[int], prompt: Prompt) -> bool:
+    """Whether two short answers written side by side, to `prompt` and to a longer one, are those of ``generate``."""
+    if body.architecture.known:
+        return True
+    kind = bool(prompt.images)
+    if kind not in body.in_flight:
+        pair = [Prompt(prompt.marked, prompt.images), Prompt(f"{prompt.marked} And why?", prompt.images)]
+        own, fast = Batch(pair, _CHECK), Batch(pair, _CHECK)
+        PlainGeneration(body, encoder, stop).run(own)
+        reason = "other words"
+        try:
+            Generation(body, encoder, stop, len(pair)).run(fast)
+        except UNSUITED as error:
+            reason = error_line(error)
+        body.in_flight[kind] = fast.answers == own.answers and _reads_right(body, encoder, pair)
+        if not body.in_flight[kind]:
+            logging.getLogger().warning(
+                f"{body.config.model_type}: answers written side by side are not those of its own generate ({reason}); "
+                "they are written one by one"
+            )
+    return body.in_flight[kind]
+
+
+def _reads_right(body: Body, encoder: Encoder, prompts: Sequence[Prompt]) -> bool:
+    """Whether prompts are read as the model's plain forward pass does, which a few equal words do not show."""
+    encoded = [encoder(prompt) for prompt in prompts]
+    with body.without_gradients():
+        mode = way_of(body, encoded, sorted(set(encoded[0].ids)))
+    if not prompts[0].images:
+        body.way = None  # nothing is known of how images are read; scoring finds out
+    return mode != "plain"
 
 
 @dataclass(slots=True)
@@ -35,19 +86,36 @@ class _Row:
     ask: Ask
     encoded: Encoded
     shortened: bool
-    position: int  # of the next token
     rng: np.random.Generator | None
-    rules: LogitsProcessorList | None
-    seen: Tensor  # [1, T], the prompt's tokens and the new ones; kept where `rules` look at them
+    position: int = 0  # of the next token
+    rules: LogitsProcessorList | None = None
+    seen: Any = None  # [1, T], the prompt's tokens and the new ones, which `rules` look at
     new: list[int] = field(default_factory=list)
     done: bool = False
     given: bool = False
+
+    def answer(self, tokenizer: Any, stop: Collection[int]) -> Answer:
+        """Return the text of the new tokens; one of `stop` that ends them is no part of it."""
+        ended = self.new[-1] in stop
+        text = tokenizer.decode(self.new[:-1] if ended else self.new, skip_special_tokens=True)
+        return Answer(text.strip(), len(self.encoded.ids), len(self.new), not ended, self.shortened)
+
+
+def _row(encoder: Encoder, ask: Ask, work: Work) -> _Row | None:
+    """Encode a prompt; one whose image is gone since the work was planned fails alone, and None is returned."""
+    before = encoder.truncated
+    try:
+        encoded = encoder(ask.prompt, room=ask.decoding.max_new_tokens)
+    except OSError as error:
+        work.fail(ask.place, f"an image cannot be read any more: {error}")
+        return None
+    return _Row(ask, encoded, encoder.truncated > before, _stream(encoded, ask.decoding))
 
 
 class Generation:
     """Answers the prompts of one `Work`, at most `slots` at a time.
 
-    `first` has been taken from the work already. On out-of-memory the rows in flight start anew with half the slots; a
+    `first` has been taken from the work already. On out-of-memory the rows under way restart with half the slots; a
     prompt too large on its own fails alone.
     """
 
@@ -63,26 +131,20 @@ class Generation:
     def run(self, work: Work) -> None:
         """Take prompts from `work` and give their answers until none waits and none is under way."""
         with self.body.without_gradients():
-            self._run(work)
-
-    def _run(self, work: Work) -> None:
-        while True:
-            newcomers = self._newcomers(work)
-            if not newcomers and not self.rows:
-                break
-            try:
-                if newcomers:
-                    self._admit(newcomers, work)
+            while (newcomers := self._newcomers(work)) or self.rows:
+                try:
+                    if newcomers:
+                        self._admit(newcomers, work)
+                    else:
+                        self._step()
+                except RuntimeError as error:
+                    if not out_of_memory(error):
+                        raise
                 else:
-                    self._step()
-            except RuntimeError as error:
-                if not out_of_memory(error):
-                    raise
-            else:
-                self._hand_over(work)
-                continue
-            # not in the handler, where the error's traceback still holds the tensors of the failed call
-            self._retreat(newcomers, work)
+                    self._hand_over(work)
+                    continue
+                # not in the handler, where the error's traceback still holds the tensors of the failed call
+                self._restart(newcomers, work)
 
     def _newcomers(self, work: Work) -> list[Ask]:
         free = self.slots - len(self.rows)
@@ -94,7 +156,14 @@ class Generation:
 
     def _admit(self, newcomers: Sequence[Ask], work: Work) -> None:
         """Read the new prompts, those of like length together, and let them join the batch."""
-        rows = [row for ask in newcomers if (row := self._row(ask, work)) is not None]
+        rows = [row for ask in newcomers if (row := _row(self.encoder, ask, work)) is not None]
+        for row in rows:
+            row.position = int(self.body.positions(row.encoded)[..., -1].max()) + 1
+            if rules := row.ask.decoding.rules:
+                row.seen = torch.tensor([row.encoded.ids], device=self.body.logits_device)
+                row.rules = _processors(
+                    self.body.head_model, rules, row.seen, self.stop, row.ask.decoding.max_new_tokens
+                )
         for part in _alike(sorted(rows, key=lambda row: len(row.encoded.ids))):
             self._read(part)
 
@@ -106,24 +175,14 @@ class Generation:
         ends = states[torch.arange(len(rows)), (lengths - 1).to(states.device)]
         mask = _right_align(cache, lengths)
         self._append(rows, self.body.logits(ends))
-        self.cache = cache if self.cache is None else _joined(self.cache, cache)
-        self.mask = _stacked(self.mask, mask)
+        if self.cache is None:
+            self.cache, self.mask = cache, mask
+        else:
+            for mine, other in zip(_layers(self.cache), _layers(cache), strict=True):
+                mine.keys = _stacked(mine.keys, other.keys, 2)
+                mine.values = _stacked(mine.values, other.values, 2)
+            self.mask = _stacked(self.mask, mask, 1)
         self.rows += rows
-
-    def _row(self, ask: Ask, work: Work) -> _Row | None:
-        before = self.encoder.truncated
-        try:
-            encoded = self.encoder(ask.prompt, room=ask.decoding.max_new_tokens)
-        except OSError as error:  # an image that was there when the work was planned
-            work.fail(ask.place, f"an image cannot be read any more: {error}")
-            return None
-        position = int(self.body.positions(encoded)[..., -1].max()) + 1
-        how, seen = ask.decoding, torch.tensor([encoded.ids])
-        rules = None
-        if how.rules:
-            seen = seen.to(self.body.logits_device)
-            rules = processors(self.body.head_model, how.rules, seen, self.stop, how.max_new_tokens)
-        return _Row(ask, encoded, self.encoder.truncated > before, position, stream(encoded, how), rules, seen)
 
     def _step(self) -> None:
         """Write one token of every row."""
@@ -144,7 +203,7 @@ class Generation:
         for i, row in enumerate(rows):
             if row.done:
                 continue
-            token = best[i] if row.rng is None else drawn(logits[i], row.ask.decoding, row.rng)
+            token = best[i] if row.rng is None else _drawn(logits[i], row.ask.decoding, row.rng)
             row.new.append(token)
             if row.rules:
                 row.seen = torch.cat([row.seen, row.seen.new_tensor([[token]])], 1)
@@ -152,59 +211,118 @@ class Generation:
 
     def _hand_over(self, work: Work) -> None:
         """Give finished answers away at once; their rows leave when that is worth a copy of the cache."""
-        done = [row for row in self.rows if row.done and not row.given]
-        if done:
-            work.give([(row.ask.place, self._answer(row)) for row in done])
+        if done := [row for row in self.rows if row.done and not row.given]:
+            work.give([(row.ask.place, row.answer(self.encoder.tokenizer, self.stop)) for row in done])
             for row in done:
                 row.given = True
         gone = sum(row.done for row in self.rows)
         if gone and (gone * _REFILL >= self.slots or gone == len(self.rows)):
             self._compact()
 
-    def _answer(self, row: _Row) -> Answer:
-        return replace(answer_of(self.encoder.tokenizer, self.stop, row.encoded, row.new), shortened=row.shortened)
-
     def _compact(self) -> None:
-        kept = [i for i, row in enumerate(self.rows) if not row.done]
-        self.rows = [self.rows[i] for i in kept]
-        if not kept:
+        places = [i for i, row in enumerate(self.rows) if not row.done]
+        self.rows = [self.rows[i] for i in places]
+        if not places:
             self.cache, self.mask = None, torch.zeros(0, 0, dtype=torch.long)
             return
-        self.mask = self.mask[kept]
+        self.mask = self.mask[places]
         first = int(self.mask.any(0).int().argmax())  # columns that only rows now gone had filled
         self.mask = self.mask[:, first:]
         assert self.cache is not None
         for layer in _layers(self.cache):
-            index = torch.tensor(kept, device=layer.keys.device)
+            index = torch.tensor(places, device=layer.keys.device)
             layer.keys = layer.keys.index_select(0, index)[:, :, first:]
             layer.values = layer.values.index_select(0, index)[:, :, first:]
 
-    def _retreat(self, newcomers: Sequence[Ask], work: Work) -> None:
+    def _restart(self, newcomers: Sequence[Ask], work: Work) -> None:
         """Start what was under way anew, in a smaller batch."""
         under_way = {row.ask.place: row.ask for row in self.rows if not row.done}
         under_way |= {ask.place: ask for ask in newcomers}
         self.rows, self.cache, self.mask = [], None, torch.zeros(0, 0, dtype=torch.long)
         free_memory()
         if len(under_way) == 1:
-            ((place, ask),) = under_way.items()
-            begins = beginning(ask)
-            work.fail(place, f"it does not fit into memory even alone (lower max_text_tokens); it begins {begins!r}")
+            work.fail(*_too_large(*under_way.values()))
             return
         self.slots = max(1, len(under_way) // 2)
         self.again = [*under_way.values(), *self.again]
         logging.getLogger().warning(f"out of memory; writing goes on with {self.slots} prompts at a time")
 
 
-def answer_of(tokenizer: Any, stop: frozenset[int], prompt: Encoded, new: Sequence[int]) -> Answer:
-    """Return the text of the `new` tokens behind `prompt`; one that ends them is no part of it."""
-    ended = new[-1] in stop
-    text = tokenizer.decode(list(new[:-1] if ended else new), skip_special_tokens=True)
-    return Answer(text.strip(), len(prompt.ids), len(new), not ended)
+class PlainGeneration:
+    """Answers one prompt after the other by the model's own ``generate``; a prompt too large fails alone."""
+
+    def __init__(self, body: Body, encoder: Encoder, stop: frozenset[int], first: Sequence[Ask] = ()) -> None:
+        self.body, self.encoder, self.stop, self.first = body, encoder, stop, list(first)
+
+    def run(self, work: Work) -> None:
+        """Take prompts from `work` and give their answers until none waits."""
+        while asks := self.first or work.take(1):
+            self.first = []
+            for ask in asks:
+                if (row := _row(self.encoder, ask, work)) is None:
+                    continue
+                try:
+                    with self.body.without_gradients():
+                        row.new = self._generated(row)
+                except RuntimeError as error:
+                    if not out_of_memory(error):
+                        raise
+                if row.new:
+                    work.give([(ask.place, row.answer(self.encoder.tokenizer, self.stop))])
+                else:  # not in the handler, as above
+                    free_memory()
+                    work.fail(*_too_large(ask))
+
+    def _generated(self, row: _Row) -> list[int]:
+        """Return the tokens that transformers' own ``generate`` writes, the one that ends them included."""
+        decoding, model = row.ask.decoding, self.body.head_model
+        how = GenerationConfig(
+            **(json.loads(decoding.rules) if decoding.rules else {}),
+            max_new_tokens=decoding.max_new_tokens,
+            do_sample=False,
+            eos_token_id=sorted(self.stop) or None,
+            pad_token_id=min(self.stop, default=0),
+        )
+        draws = LogitsProcessorList([_Drawn(decoding, row.rng)] if row.rng is not None else [])
+        inputs = self.body.plain_inputs(row.encoded)
+        with changed(model, "generation_config", GenerationConfig()):  # which fills in what `how` leaves open
+            out = model.generate(**inputs, generation_config=how, logits_processor=draws)
+        tokens: list[int] = out[0, len(row.encoded.ids) :].tolist()
+        return tokens
 
 
-def beginning(ask: Ask) -> str:
-    """Return the first words of a prompt, to name it by."""
-    return " ".join(ask.prompt.text.split())[:80]
+class _Drawn(LogitsProcessor):  # type: ignore[misc]
+    """Leaves only the token that the row's own random numbers draw, so that greedy decoding takes it."""
+
+    def __init__(self, decoding: Decoding, rng: np.random.Generator) -> None:
+        self.decoding, self.rng = decoding, rng
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        only = torch.full_like(scores, float("-inf"))
+        only[0, _drawn(scores[0], self.decoding, self.rng)] = 0.0
+        return only
+
+
+def _drawn(logits: Tensor, decoding: Decoding, rng: np.random.Generator) -> int:
+    """Return a token drawn from the fewest most likely ones that together reach ``top_p`` (nucleus sampling)."""
+    share, token = torch.softmax(logits.double() / decoding.temperature, -1).sort(descending=True, stable=True)
+    before = share.cumsum(-1) - share
+    share = share[before < decoding.top_p]
+    place = torch.searchsorted((share / share.sum()).cumsum(-1), rng.random())
+    return int(token[min(int(place), len(share) - 1)])
+
+
+def _stream(encoded: Encoded, decoding: Decoding) -> np.random.Generator | None:
+    """Return the row's own random stream: the same prompt samples the same, in any batch and after any interruption."""
+    if not decoding.temperature:
+        return None
+    content = [*encoded.ids, *(image.key for image in encoded.images)]
+    return np.random.default_rng(hash64("write", decoding.seed, *content))
+
+
+def _too_large(ask: Ask) -> tuple[int, str]:
+    begins = " ".join(ask.prompt.text.split())[:80]
+    return ask.place, f"it does not fit into memory even alone (lower max_text_tokens); it begins {begins!r}"
 
 
 def _alike(rows: Sequence[_Row]) -> Iterator[list[_Row]]:
@@ -217,14 +335,6 @@ def _alike(rows: Sequence[_Row]) -> Iterator[list[_Row]]:
         batch.append(row)
     if batch:
         yield batch
-
-
-def stream(encoded: Encoded, decoding: Decoding) -> np.random.Generator | None:
-    """Return the row's own random stream: the same prompt samples the same, in any batch and after any interruption."""
-    if not decoding.temperature:
-        return None
-    content = [*encoded.ids, *(image.key for image in encoded.images)]
-    return np.random.default_rng(hash64("write", decoding.seed, *content))
 
 
 def _layers(cache: DynamicCache) -> list[Any]:
@@ -243,21 +353,90 @@ def _right_align(cache: DynamicCache, lengths: Tensor) -> Tensor:
     return (columns >= 0).long()
 
 
-def _joined(old: DynamicCache, new: DynamicCache) -> DynamicCache:
-    """Return the rows of both caches, right-aligned."""
-    for mine, other in zip(_layers(old), _layers(new), strict=True):
-        mine.keys = torch.cat(_widened(mine.keys, other.keys), 0)
-        mine.values = torch.cat(_widened(mine.values, other.values), 0)
-    return old
+def _stacked(old: Tensor, new: Tensor, axis: int) -> Tensor:
+    """Return the rows of both, right-aligned along `axis`."""
+    width, behind = max(old.size(axis), new.size(axis)), (0, 0) * (old.dim() - axis - 1)
+    return torch.cat([torch.nn.functional.pad(x, (*behind, width - x.size(axis), 0)) for x in (old, new)], 0)
 
 
-def _widened(a: Tensor, b: Tensor) -> list[Tensor]:
-    width = max(a.size(2), b.size(2))
-    return [torch.nn.functional.pad(x, (0, 0, width - x.size(2), 0)) for x in (a, b)]
+# --- what a model's ``generation_config`` says of its texts, beside where they end ---
+
+_PENALTY = "repetition_penalty"
+# Fields that change greedy text one token at a time, each with the values that do nothing
+_FOLLOWED: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys((_PENALTY, "encoder_repetition_penalty"), (1,)),
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_length", "min_new_tokens"), (0,)),
+    **dict.fromkeys(("bad_words_ids", "sequence_bias", "suppress_tokens", "begin_suppress_tokens"), ([], {})),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty"), ()),
+    "remove_invalid_values": (False,),
+}
+# Fields for another way of decoding altogether, which is not followed
+_IGNORED: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("num_beams", "num_beam_groups", "guidance_scale"), (1,)),
+    **dict.fromkeys(("penalty_alpha", "token_healing"), (0,)),
+    **dict.fromkeys(("constraints", "force_words_ids", "stop_strings"), ([], "")),
+    **dict.fromkeys(("dola_layers", "max_time", "watermarking_config"), ()),
+}
 
 
-def _stacked(old: Tensor, new: Tensor) -> Tensor:
-    if not len(old):
-        return new
-    width = max(old.size(1), new.size(1))
-    return torch.cat([torch.nn.functional.pad(x, (width - x.size(1), 0)) for x in (old, new)], 0)
+def own_rules(name: str, *, trust_remote_code: bool = False) -> str:
+    """Return the rules in the ``generation_config`` of model `name`, as JSON; "" for none. No weights are read."""
+    source = source_of(name)
+    if gguf_of(source) is not None:
+        return ""
+    try:
+        found = GenerationConfig.from_pretrained(source)
+    except UNREADABLE:
+        try:  # older models have it in their config.json
+            config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+            found = GenerationConfig.from_model_config(config)
+        except UNREADABLE:  # said when it is loaded
+            return ""
+    return _as_json({key: getattr(found, key, None) for key in _FOLLOWED})
+
+
+def with_penalty(rules: str, penalty: float | None, *, served: bool = False) -> str:
+    """Return `rules` with the user's own repetition penalty, if any; a server must be sent a 1 as well."""
+    if penalty is None:
+        return rules
+    if served:
+        return json.dumps({_PENALTY: penalty})
+    return _as_json((json.loads(rules) if rules else {}) | {_PENALTY: penalty})
+
+
+def ignored_rules(config: Any) -> str:
+    """Return what a ``generation_config`` says that is not followed, for people; "" for nothing."""
+    found = _effective({key: getattr(config, key, None) for key in _IGNORED}, _IGNORED)
+    return ", ".join(f"{key}: {value}" for key, value in found.items())
+
+
+def _processors(model: Any, rules: str, prompt: Tensor, stop: Collection[int], most: int) -> LogitsProcessorList:
+    """Return what transformers' own ``generate`` would do to the logits behind one `prompt`.
+
+    Args:
+        model: The causal language model.
+        rules: As of `own_rules`.
+        prompt: ``[1, T]`` token ids.
+        stop: The tokens that end an answer.
+        most: How many tokens it may have.
+    """
+    config = GenerationConfig(**json.loads(rules), do_sample=False, max_length=prompt.size(1) + most)
+    config._eos_token_tensor = torch.tensor(sorted(stop), device=prompt.device) if stop else None
+    return model._get_logits_processor(
+        config,
+        input_ids_seq_length=prompt.size(1),
+        encoder_input_ids=prompt,
+        logits_processor=LogitsProcessorList(),
+        device=prompt.device,
+        model_kwargs={},
+    )
+
+
+def _as_json(values: Mapping[str, Any]) -> str:
+    found = _effective(values, _FOLLOWED)
+    return json.dumps(found, sort_keys=True) if found else ""
+
+
+def _effective(values: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
+    """Return those of `values` that do something."""
+    return {key: value for key, value in values.items() if value is not None and value not in neutral[key]}

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import gc
-import weakref
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from recbole_mllm.common.prompts import Prompt, Style
 from recbole_mllm.mllm import dispatching, splitting
-from recbole_mllm.mllm.answering import answer
-from recbole_mllm.mllm.base import Work
-from recbole_mllm.mllm.encode import IMAGE_BYTES, AnswerTokens, Encoded, Encoder, answer_tokens, image_bytes
-from recbole_mllm.mllm.forward import Body
+from recbole_mllm.mllm.backbone import Body
+from recbole_mllm.mllm.encoder import IMAGE_BYTES, AnswerTokens, Encoded, Encoder, answer_tokens, image_bytes
+from recbole_mllm.mllm.generation import answer
+from recbole_mllm.mllm.interface import Work
 from recbole_mllm.mllm.loading import Loaded, dtype_of, load
+from recbole_mllm.mllm.loss import example_loss, make_examples
 from recbole_mllm.mllm.scoring import yes_logits
-from recbole_mllm.mllm.sft import example_loss, make_examples
-from recbole_mllm.prompts import Prompt, Style
 from recbole_mllm.settings import MLLMSettings
 
 
@@ -58,24 +56,21 @@ class HFModel:
         self.tokens_read = 0
 
     def replace_model(self, model: Any) -> None:
-        """Go on with `model`, the same one with an adapter around it."""
+        """Continue with `model`, the same one with an adapter around it."""
         self.model = model
         self.body = Body(model)
 
     def split(self) -> None:
         """Split the model's layers among the processes that share its work; all of them must do so."""
-        # called when this object goes, as what splits the layers may hold them whoever else does
-        weakref.finalize(self, splitting.split(self.model, self.device).let_go).atexit = False
+        splitting.split(self.model, self.device)
         self.body = Body(self.model, split=True)
 
     def checkpoint_gradients(self) -> None:
-        """Compute layers again on the way back rather than keep what they computed; the gradients are the same.
+        """Compute layers again on the way back rather than keep their activations; the gradients are the same.
 
         The non-reentrant kind needs no input that requires gradients, so frozen embeddings do not cut it off.
         """
-        same = {"context_fn": self.body.masks.once_more} if self.body.masks else {}  # the masks of dropout
-        kwargs = {"use_reentrant": False, **same}
-        self.body.head_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+        self.body.head_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def answers(self, style: Style) -> AnswerTokens:
         """Return the tokens of the style's Yes and No as they follow a prompt."""
@@ -83,24 +78,19 @@ class HFModel:
 
     def write(self, work: Work) -> None:
         """Answer what `work` holds, up to `slots` prompts at a time."""
-        stop = {self.encoder.tokenizer.eos_token_id}
-        said = getattr(self.model.generation_config, "eos_token_id", None)
-        stop |= set(said if isinstance(said, list) else [said])
+        own = getattr(self.model.generation_config, "eos_token_id", None)
+        stop = {self.encoder.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
         answer(self.body, self.encoder, frozenset(stop - {None}), self.slots, work)
 
     def yes_scores(self, prompts: Sequence[Prompt], answers: AnswerTokens, *, share_prefix: bool = True) -> Tensor:
         """Return ``[B]`` float32 log-odds of Yes against No for each prompt; its sigmoid is P(Yes) (paper, eq. 1)."""
+        out, words = torch.empty(len(prompts)), (answers.yes[0], answers.no[0])
         with self.body.without_gradients():
-            return self._yes_scores(prompts, answers, share_prefix)
-
-    def _yes_scores(self, prompts: Sequence[Prompt], answers: AnswerTokens, share_prefix: bool) -> Tensor:
-        out, asked = torch.empty(len(prompts)), (answers.yes[0], answers.no[0])
-        for places, encoded in self._parts(prompts):
-            self.tokens_read += sum(len(e.ids) for e in encoded)
-            texts = [prompts[place].text for place in places]
-            name = partial(_beginning, texts)
-            logits = yes_logits(self.body, encoded, asked, share_prefix=share_prefix, name=name)
-            out[places] = logits[:, 0] - logits[:, 1]
+            for places, encoded in self._parts(prompts):
+                self.tokens_read += sum(len(e.ids) for e in encoded)
+                names = [repr(prompts[place].text[:200]) for place in places]
+                logits = yes_logits(self.body, encoded, words, share_prefix=share_prefix, name=names.__getitem__)
+                out[places] = logits[:, 0] - logits[:, 1]
         return out
 
     def _parts(self, prompts: Sequence[Prompt]) -> Iterator[tuple[list[int], list[Encoded]]]:
@@ -118,6 +108,10 @@ class HFModel:
         if places:
             yield places, encoded
 
+    def encode(self, prompts: Sequence[Prompt]) -> list[Encoded]:
+        """Return the token ids and images of each prompt."""
+        return [self.encoder(prompt) for prompt in prompts]
+
     def examples(self, prompts: Sequence[Prompt], labels: Tensor, answers: AnswerTokens) -> list[Encoded]:
         """Return each prompt with its right answer, encoded: Yes where the label is 1, else No."""
         return make_examples(self.encode(prompts), [answers.yes if y else answers.no for y in labels.tolist()])
@@ -131,16 +125,8 @@ class HFModel:
         whole: bool = False,
         share_prefix: bool = False,
     ) -> Tensor:
-        """Return the mean next-token loss of the right answers, over the answer or over the `whole` sequence."""
+        """Return `example_loss` of the prompts' right answers."""
         return example_loss(self.body, self.examples(prompts, labels, answers), whole=whole, share=share_prefix)
-
-    def encode(self, prompts: Sequence[Prompt]) -> list[Encoded]:
-        """Return the token ids and images of each prompt."""
-        return [self.encoder(prompt) for prompt in prompts]
-
-
-def _beginning(texts: Sequence[str], i: int) -> str:
-    return repr(texts[i][:200])
 
 
 def positions_of(config: Any) -> int:

@@ -1,34 +1,46 @@
-"""Load a model with its processor by transformers' auto classes."""
+"""Load a model with its processor by transformers' auto classes: what its name means, and what names its weights."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
-from collections.abc import Collection, Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    ProcessorMixin,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
 from recbole_mllm.errors import UserError
-from recbole_mllm.mllm.architectures import language_part
 from recbole_mllm.mllm.dispatching import check_room
-from recbole_mllm.mllm.processors import changed, load_processor
-from recbole_mllm.mllm.quantization import compute_as_asked, quantized
-from recbole_mllm.mllm.sources import TINY, gguf_of, identity_of, source_of
+from recbole_mllm.mllm.families import language_part
 
-__all__ = ["TINY", "Loaded", "dtype_of", "identity_of", "load", "source_of"]
-
+TINY = "tiny"
+REFUSALS = (ValueError, ZeroDivisionError, OverflowError)  # what image processors raise at sizes they cannot take
 # What reading a folder that is damaged, or no model's, may raise
 UNREADABLE = (ImportError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
+_WHOLE = 64 * 2**20  # files up to this many bytes are digested whole, larger ones by size, head and tail
+_END = 2**20
+Size = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +51,61 @@ class Loaded:
     tokenizer: Any
     processor: Any | None
     identity: str
+
+
+# --- what a name means ---
+
+
+def source_of(name: str) -> str:
+    """Return the folder of the bundled model for `tiny`, else `name` itself."""
+    if name.startswith("server:"):
+        raise UserError(f"{name}: a model behind a server cannot be loaded here; give a hub id or a local folder")
+    return str(Path(__file__).resolve().parents[1] / "demo" / "tiny") if name == TINY else name
+
+
+def gguf_of(source: str) -> Path | None:
+    """Return the ``.gguf`` file `source` is, or holds in place of a ``config.json``; None where it is no such thing.
+
+    Raises:
+        UserError: There is no such file, there are several, or the package that reads it is missing.
+    """
+    path = Path(source)
+    if path.suffix.lower() == ".gguf":
+        found = [path] if path.is_file() else []
+    elif path.is_dir() and not (path / "config.json").is_file():
+        found = sorted(path.glob("*.gguf"))
+        if not found:
+            return None
+    else:
+        return None
+    if len(found) != 1:
+        what = f"holds {len(found)} .gguf files; give the path of one" if found else "is not there"
+        raise UserError(f"model {source!r} {what}")
+    if find_spec("gguf") is None:
+        raise UserError(f"reading {found[0].name} needs the gguf package: pip install 'recbole-mllm[gguf]'")
+    return found[0]
+
+
+def identity_of(name: str, revision: str | None) -> str:
+    """Return what names the weights: a digest of a folder's files or of one file, or a hub id with its commit."""
+    place = Path(source_of(name))
+    if place.is_file():
+        files, root = [place], place.parent
+    elif place.is_dir():
+        files = sorted(p for p in place.rglob("*") if p.is_file() and not p.name.startswith("."))
+        root = place
+    else:
+        return f"{name}@{revision or 'main'}"
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(root)}:{size}\n".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(min(size, _WHOLE) if size <= _WHOLE else _END))
+            if size > _WHOLE:
+                file.seek(-_END, 2)
+                digest.update(file.read())
+    return f"{place.name}#{digest.hexdigest()[:16]}"
 
 
 def dtype_of(name: str, device: torch.device) -> torch.dtype:
@@ -61,18 +128,7 @@ def family_of(name: str, *, trust_remote_code: bool = False) -> str | None:
         return None
 
 
-def load_images_processor(name: str, *, trust_remote_code: bool = False) -> Any:
-    """Return the processor of `name`, without its weights; None for a model of text alone or one that cannot be had."""
-    try:
-        source = source_of(name)
-        if gguf_of(source) is not None:
-            return None
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-        if config.model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
-            return None
-        return load_processor(source, trust_remote_code=trust_remote_code)
-    except (UserError, *UNREADABLE):  # said when it is loaded
-        return None
+# --- loading ---
 
 
 def load(
@@ -83,10 +139,12 @@ def load(
     trust_remote_code: bool = False,
     four_bit: bool = False,
     placed: Mapping[str, Any] | None = None,
+    weights: bool = True,
 ) -> Loaded:
     """Load `name` for inference, its linear layers in four bits where asked for.
 
-    `placed` says where its layers go (see `dispatching.placement`); else all go to `device`.
+    `placed` says where its layers go (see `dispatching.placement`); else all go to `device`. Without `weights` only
+    small files are read, and the model is on the meta device: it has shapes and no numbers.
 
     Raises:
         UserError: The name is neither a folder nor a model id that can be had, no auto class knows it, or it has not
@@ -105,11 +163,16 @@ def load(
         sees = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and file is None
         auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
         extra = (quantized(dtype, device) if four_bit else {}) | dict(placed or {})
-        with _without_bar() if file is not None else nullcontext():
-            model, found = auto.from_pretrained(source, dtype=dtype, output_loading_info=True, **options, **extra)
-        _check_weights(name, model.eval(), found["missing_keys"])
-        model = model if four_bit or placed else model.to(device)
-        check_room(model, device)
+        if weights:
+            with _without_bar() if file is not None else nullcontext():
+                model, found = auto.from_pretrained(source, dtype=dtype, output_loading_info=True, **options, **extra)
+            _check_weights(name, model.eval(), found["missing_keys"])
+            model = model if four_bit or placed else model.to(device)
+            check_room(model, device)
+        else:
+            with torch.device("meta"):
+                model = auto.from_config(config, trust_remote_code=trust_remote_code).eval()
+            model.tie_weights()
         processor = load_processor(source, **options) if sees else None
         tokenizer = processor.tokenizer if processor is not None else AutoTokenizer.from_pretrained(source, **options)
     except UserError:
@@ -118,20 +181,36 @@ def load(
         raise UserError(f"model {name!r} cannot be loaded: {_reason(error, Path(source))}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    compute_as_asked(model)
+    for module in model.modules():
+        # bitsandbytes 0.50 would repack weights for CPUs with AVX512-BF16 at their first use in evaluation: repacked,
+        # they compute in bfloat16 whatever is asked for and have no gradient, so that training after it learns nothing
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 (its type is not known)
     model.requires_grad_(False)
     return Loaded(model, tokenizer, processor, identity_of(name, getattr(config, "_commit_hash", None)))
 
 
+def quantized(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """Return what ``from_pretrained`` needs for QLoRA's 4-bit NormalFloat; head and vision side stay as they are."""
+    how = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=["lm_head", r".*(?:vision|visual|image|projector|connector|merger)[^.]*"],
+    )
+    return {"quantization_config": how, "device_map": {"": device}}
+
+
 def _without_bar() -> AbstractContextManager[None]:
-    """Let a .gguf file be read without a bar: its reader asks tqdm itself, not transformers', which is silent."""
+    """Read a .gguf file without a bar: its reader takes tqdm itself, not transformers', which is silent."""
     return changed(import_module("transformers.modeling_gguf_pytorch_utils"), "tqdm", transformers_logging.tqdm)
 
 
-def _check_weights(name: str, model: Any, missing: Collection[str]) -> None:
-    """Refuse a language model with weights left at random, which would answer anything; tell of others.
+def _check_weights(name: str, model: nn.Module, missing: Collection[str]) -> None:
+    """Refuse a language model with weights left at random, which would answer anything; warn of others.
 
-    A vision tower may have parts that are made and never run (SigLIP's head), and that no file holds.
+    A vision tower may have parts that are built and never run (SigLIP's head), and that no file holds.
 
     Raises:
         UserError: There are such weights.
@@ -164,3 +243,76 @@ def _reason(error: Exception, folder: Path) -> str:
     if "ignore_mismatched_sizes" in reason:
         reason = "its weights have other shapes than its config.json says"
     return f"its files are damaged or do not belong together ({type(error).__name__}: {reason})"
+
+
+# --- processors ---
+
+
+def load_images_processor(name: str, *, trust_remote_code: bool = False) -> Any:
+    """Return the processor of `name`, without its weights; None for a model of text alone or one that cannot be had."""
+    try:
+        if family_of(name, trust_remote_code=trust_remote_code) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+            return load_processor(source_of(name), trust_remote_code=trust_remote_code)
+    except (UserError, *UNREADABLE):  # said when it is loaded
+        pass
+    return None
+
+
+def refused_sizes(processor: Any, sizes: Iterable[Size]) -> dict[Size, str]:
+    """Return the reason of each (width, height) of an image, in pixels, that `processor` refuses."""
+    refused: dict[Size, str] = {}
+    for size in sizes:
+        try:
+            processor.image_processor(images=[Image.new("RGB", size)], return_tensors="pt")
+        except REFUSALS as error:
+            refused[size] = " ".join(str(error).split()) or type(error).__name__
+    return refused
+
+
+class NoVideos(dict[str, Any]):
+    """Stands where a processor wants its video processor; a dict, as a processor prints its parts as JSON."""
+
+    # SmolVLM's chat template passes these on, to nobody
+    num_frames: int = 0
+    fps: int = 0
+    model_input_names: tuple[str, ...] = ()
+    _auto_class: None = None
+
+    def save_pretrained(self, folder: str, **_: Any) -> None:
+        """Write nothing."""
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        """Refuse."""
+        raise UserError("videos need torchvision: pip install torchvision")
+
+
+def load_processor(source: str, **options: Any) -> Any:
+    """Return the processor of `source`, as ``AutoProcessor.from_pretrained`` does, also without torchvision.
+
+    Qwen-VL, SmolVLM and InternVL processors of transformers 5.23 insist on a video processor, whose class insists on
+    torchvision, and SmolVLM's on num2words. Only videos need them, and none is shown here: `NoVideos` takes the place.
+    """
+    stock = ProcessorMixin.check_argument_for_proper_class
+
+    def check(self: Any, name: str, argument: Any) -> Any:
+        return NoVideos if isinstance(argument, NoVideos) else stock(self, name, argument)
+
+    # the modules themselves: `transformers.AutoVideoProcessor` is a stub where torchvision is absent
+    video = import_module("transformers.models.auto.video_processing_auto").AutoVideoProcessor
+    smolvlm = import_module("transformers.models.smolvlm.processing_smolvlm")
+    with ExitStack() as stack:
+        stack.enter_context(changed(video, "from_pretrained", staticmethod(lambda *_, **__: NoVideos())))
+        stack.enter_context(changed(ProcessorMixin, "check_argument_for_proper_class", check))
+        stack.enter_context(changed(smolvlm, "num2words", smolvlm.num2words or str))
+        return AutoProcessor.from_pretrained(source, **options)
+
+
+@contextmanager
+def changed(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Give `owner` another attribute `name` for the while, and its own back, descriptor and all."""
+    stock = vars(owner)[name]
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, stock)

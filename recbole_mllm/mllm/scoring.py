@@ -2,26 +2,34 @@
 
 The order of prompts does not matter; they are sorted here. A shared prefix never ends inside an image, and always
 leaves each prompt at least one token of its own. Key-value caches live while their node is scored, no longer.
+
+Families with a row in ``families`` are tested; any other may read its prompt in a way nobody here has thought of, and
+is checked once against its own plain forward pass.
 """
 
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
-from typing import get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from recbole_mllm.mllm.batching import in_batches
-from recbole_mllm.mllm.check import Way, way_to_score
-from recbole_mllm.mllm.encode import Encoded
-from recbole_mllm.mllm.forward import Body
-from recbole_mllm.mllm.plain import plain_logits
+from recbole_mllm.mllm.backbone import Body
+from recbole_mllm.mllm.encoder import Encoded
+from recbole_mllm.mllm.memory import in_batches
 
+# fastest first. shared: common prefixes once; flat: batches of whole prompts; plain: its own call, one at a time
+Way = Literal["shared", "flat", "plain"]
 _LEAST_GAIN = 512  # tokens a shared prefix must save to be worth a forward pass, and smaller batches behind it
+_TOLERANCE = {torch.float32: 1e-4}  # of the largest logit; half precision moves more by batching alone
+_HALF = 5e-2
+# What a model that knows nothing of our caches, features or positions may raise
+UNSUITED = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
 def yes_logits(
@@ -43,36 +51,67 @@ def yes_logits(
     """
     if not prompts:
         return torch.empty(0, len(tokens))
-    found = way_of(body, prompts, tokens)
-    return _by("flat" if found == "shared" and not share_prefix else found, body, prompts, tokens, name, _LEAST_GAIN)
+    mode = way_of(body, prompts, tokens)
+    return _logits("flat" if mode == "shared" and not share_prefix else mode, body, prompts, tokens, name, _LEAST_GAIN)
+
+
+def _logits(
+    mode: Way, body: Body, prompts: Sequence[Encoded], tokens: Sequence[int], name: Callable[[int], str], gain: int
+) -> Tensor:
+    if mode == "plain":
+        return torch.stack([plain_logits(body, prompt, tokens) for prompt in prompts])
+    trie = Trie(body, prompts, tokens, name, gain)
+    trie.run(mode)
+    return trie.out
+
+
+def plain_logits(body: Body, prompt: Encoded, tokens: Sequence[int]) -> Tensor:
+    """Return ``[len(tokens)]`` float32 logits behind `prompt` by the model's own forward pass with pixels."""
+    return body.plain_logits(prompt)[-1, list(tokens)].cpu()
 
 
 def way_of(body: Body, prompts: Sequence[Encoded], tokens: Sequence[int]) -> Way:
-    """Return the fastest way that is exact for this model, found once, by two of `prompts` and logits of `tokens`.
+    """Return the fastest mode that is exact for this model, found once, by two of `prompts` and logits of `tokens`.
 
-    What was found by prompts without an image tells nothing of those with one: the first of these are checked too.
+    What was found by prompts without an image says nothing of those with one: the first of these are checked too.
     """
     images = any(prompt.images for prompt in prompts)
     if body.way is None or (images and not body.way_sees):
-        found = way_to_score(body, prompts, tokens, lambda pair, way: _by(way, body, pair, tokens, str, 1))
+        found = way_to_score(body, prompts, tokens)
         body.way, body.way_sees = max(body.way or found, found, key=get_args(Way).index), images
-    way: Way = body.way
-    return way
+    mode: Way = body.way
+    return mode
 
 
-def _by(
-    way: Way,
-    body: Body,
-    prompts: Sequence[Encoded],
-    tokens: Sequence[int],
-    name: Callable[[int], str],
-    least_gain: int,
-) -> Tensor:
-    if way == "plain":
-        return torch.stack([plain_logits(body, prompt, tokens) for prompt in prompts])
-    trie = Trie(body, prompts, tokens, name, least_gain)
-    trie.run(way)
-    return trie.out
+def way_to_score(body: Body, prompts: Sequence[Encoded], tokens: Sequence[int]) -> Way:
+    """Return the fastest mode whose scores of two short prompts are those of the plain forward pass."""
+    if body.architecture.known:
+        return "shared" if body.architecture.shares_prefix else "flat"
+    # the shortest that shows an image, if any does; its twin says its last words again and again
+    first = min(prompts, key=lambda p: (not p.images, len(p.ids)))
+    pair = [first, Encoded((*first.ids, *first.ids[-3:] * 8), first.images)]
+    own = torch.stack([plain_logits(body, prompt, tokens) for prompt in pair])
+    allowed = _TOLERANCE.get(body.head_model.dtype, _HALF) * max(1.0, own.abs().max().item())
+    modes: tuple[Way, ...] = ("shared", "flat")
+    for mode in modes:
+        try:
+            off = (_logits(mode, body, pair, tokens, str, 1) - own).abs().max().item()
+        except UNSUITED as error:
+            reason = error_line(error)
+        else:
+            if off <= allowed:
+                return mode
+            reason = f"logits differ by {off:.2g}"
+        logging.getLogger().warning(
+            f"{body.config.model_type}: {mode} scoring disagrees with a plain forward pass ({reason}); going on "
+            "without it"
+        )
+    return "plain"
+
+
+def error_line(error: Exception) -> str:
+    """Return an error's name and first line."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
 def input_key(body: Body, prompt: Encoded) -> tuple[int, ...]:
@@ -103,12 +142,18 @@ def fork(cache: DynamicCache, rows: int) -> DynamicCache:
     return new
 
 
-def common_prefix(a: Sequence[int], b: Sequence[int], start: int = 0) -> int:
-    """Return how many leading elements `a` and `b` share, given that the first `start` are equal."""
-    stop = min(len(a), len(b))
-    while start < stop and a[start] == b[start]:
+def common_prefix(keys: Sequence[Sequence[int]], rows: Sequence[int], start: int) -> int:
+    """Return how many leading elements of their keys all `rows` share, sorted by key, the first `start` being equal."""
+    first, last = keys[rows[0]], keys[rows[-1]]
+    stop = min(len(first), len(last))
+    while start < stop and first[start] == last[start]:
         start += 1
     return start
+
+
+def split_by_next(keys: Sequence[Sequence[int]], rows: Sequence[int], place: int) -> list[list[int]]:
+    """Split `rows`, sorted by key, by the element at `place`, before which their keys are alike."""
+    return [list(group) for _, group in groupby(rows, key=lambda i: keys[i][place : place + 1])]
 
 
 class Trie:
@@ -135,10 +180,12 @@ class Trie:
         """Score `rows` (sorted by key), whose first `depth` tokens `cache` holds."""
         shared = self._shared(rows, depth)
         if len(rows) > 1 and (shared - depth) * (len(rows) - 1) >= self.least_gain:
-            cache, depth = self._prefix(rows[0], depth, shared, cache), shared
+            start, parent = depth, cache
+            ((_, cache),) = self._in_batches(rows[:1], lambda one: self.read(one[0], start, shared, parent))
+            depth = shared
         alone: list[int] = []
         # where they part ways, which may lie behind words too few to be shared (the template's own before an image)
-        for group in self._groups(rows, shared):
+        for group in split_by_next(self.keys, rows, shared):
             deeper = self._shared(group, depth)
             if len(group) < len(rows) and (deeper - depth) * (len(group) - 1) >= self.least_gain:
                 self.node(group, depth, cache)
@@ -146,29 +193,16 @@ class Trie:
                 alone += group
         self.leaf(alone, depth, cache)
 
-    def _prefix(self, row: int, depth: int, stop: int, parent: DynamicCache | None) -> DynamicCache:
-        """Return a cache of the first `stop` tokens of `row`, `depth` of which `parent` holds."""
-
-        def run(_: Sequence[int]) -> DynamicCache:
-            return self.read(row, depth, stop, parent)
-
-        ((_, cache),) = in_batches([row], run, self._cost, self.body.budget, self._named)
-        return cache
-
     def read(self, row: int, depth: int, stop: int, parent: DynamicCache | None) -> DynamicCache:
-        """Compute what `_prefix` returns."""
+        """Return a cache of the first `stop` tokens of `row`, `depth` of which `parent` holds."""
         cache = fork(parent, 1) if parent is not None else self.body.new_cache()
         self.body.hidden([self.prompts[row]], depth, [stop], cache)
         return cache
 
     def leaf(self, rows: Sequence[int], depth: int, cache: DynamicCache | None) -> None:
         """Score `rows` in length-sorted batches behind the shared `depth` tokens."""
-
-        def run(batch: Sequence[int]) -> Tensor:
-            return self.scored(batch, depth, cache)
-
         by_length = sorted(rows, key=lambda i: (len(self.keys[i]), self.keys[i]))
-        for batch, logits in in_batches(by_length, run, self._cost, self.body.budget, self._named):
+        for batch, logits in self._in_batches(by_length, lambda batch: self.scored(batch, depth, cache)):
             self.out[list(batch)] = logits
 
     def scored(self, batch: Sequence[int], depth: int, cache: DynamicCache | None) -> Tensor:
@@ -180,23 +214,19 @@ class Trie:
         ends = states[torch.arange(len(batch), device=states.device), last]
         return self.body.logits(ends, self.tokens).cpu()
 
-    def _cost(self, batch: Sequence[int]) -> int:
-        """Tokens of keys and values of a batch sorted by length, padding included."""
-        return len(batch) * len(self.keys[batch[-1]])
+    def _in_batches(self, rows: Sequence[int], run: Callable[[Sequence[int]], Any]) -> Iterator[Any]:
+        """Run `rows`, sorted by length, by the tokens of keys and values a batch holds, padding included."""
+        keys = self.keys
 
-    def _named(self, row: int) -> str:
-        return f"{self.name(row)} ({len(self.keys[row])} tokens)"
+        def name(row: int) -> str:
+            return f"{self.name(row)} ({len(keys[row])} tokens)"
+
+        return in_batches(rows, run, lambda batch: len(batch) * len(keys[batch[-1]]), self.body.budget, name)
 
     def _shared(self, rows: Sequence[int], depth: int) -> int:
-        """Return the length of the prefix all of `rows` share: that of the first and the last, as they are sorted."""
-        shared = common_prefix(self.keys[rows[0]], self.keys[rows[-1]], depth)
-        shared = min(shared, min(len(self.keys[i]) for i in rows) - 1)
+        """Return the length of the prefix that all of `rows` share and that ends in no image's middle."""
+        shared = min(common_prefix(self.keys, rows, depth), min(len(self.keys[i]) for i in rows) - 1)
         # a prefix that ends inside an image would cut its features in two
         marks = [t for t, token in enumerate(self.prompts[rows[0]].ids) if token == self.body.image_token_id]
         inside = bool(marks) and marks[0] < shared <= marks[-1]
         return max(marks[0] if inside else shared, depth)
-
-    def _groups(self, rows: Sequence[int], place: int) -> Iterator[list[int]]:
-        """Split `rows` by their token at `place`, before which they are alike."""
-        for _, group in groupby(rows, key=lambda i: self.keys[i][place : place + 1]):
-            yield list(group)

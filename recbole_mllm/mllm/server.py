@@ -1,36 +1,40 @@
-"""A model behind OpenAI-compatible servers, as a writer: they share the prompts, and a failing one is left alone."""
+"""A model behind OpenAI-compatible servers, as a writer: servers share the prompts, and a failing one is set aside."""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import queue
 import threading
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 
-from recbole_mllm.endpoints import Endpoint
+from recbole_mllm.common.endpoints import Endpoint
 from recbole_mllm.errors import UserError
 from recbole_mllm.mllm.base import Answer, Ask, Work
-from recbole_mllm.mllm.chat import message
-from recbole_mllm.mllm.host import Host, Kind, Trouble
-from recbole_mllm.mllm.jobs import Job, Jobs
+from recbole_mllm.mllm.server_host import Failure, FailureKind, Host
+from recbole_mllm.mllm.server_messages import answer_of, message
 from recbole_mllm.settings import ServerSettings
 
+_TRIES = 3  # times a prompt may draw an error that could be its own doing, each retried by the client
 _HOPELESS = 3  # prompts refused before any was answered: it is not the prompts
 _TICK_S = 0.2
-_LOOK_S = 3.0  # for which the work waits for what servers list; a slow one is asked all the same
-Asking = Callable[[Host, Ask, int], Callable[[], Answer | Trouble]]
-"""Readies a server's request of one prompt, its longest text halved so many times; the result makes the request.
+_LOOK_S = 3.0  # for which the work waits for what servers list; a slow one is sent prompts all the same
+_GRACE_S = 1.0  # beyond the time for a request, which its client notices itself unless it retries
+Outcome = Answer | Failure | Exception
+Requesting = Callable[[Host, Ask, int], Answer | Failure]
+"""Makes a server's request of one prompt, its longest text halved so many times; called in a thread of its own.
 
-Raises `UserError` where the prompt cannot be asked: nothing is left to halve, or an image cannot be read.
+Raises `UserError` where the prompt cannot be sent: nothing is left to halve, or an image cannot be read.
 """
 
 
 class ServerModel:
-    """A `Writer` that asks a bounded number of prompts at a time and hands answers over as they come.
+    """A `Writer` that has a bounded number of prompts at each server, and hands answers over as they come.
 
     Raises:
         UserError: The client is not installed, or a server refuses the key.
@@ -49,7 +53,7 @@ class ServerModel:
                 ``server_patience`` seconds; or, after all others are answered, some prompts were refused. What had
                 arrived has been handed over before.
         """
-        serve(work, self.hosts, self.settings, _written)
+        Requests(work, self.hosts, self.settings, _complete).run()
 
 
 def make_hosts(endpoint: Endpoint, settings: ServerSettings) -> list[Host]:
@@ -72,18 +76,24 @@ def make_hosts(endpoint: Endpoint, settings: ServerSettings) -> list[Host]:
     return hosts
 
 
-def serve(work: Work, hosts: Sequence[Host], settings: ServerSettings, asking: Asking) -> None:
-    """Have `hosts` answer what `work` holds, each prompt by `asking`; raises as `ServerModel.write` does."""
-    shift = _Shift(work, hosts, settings, asking)
-    try:
-        shift.run()
-    finally:
-        shift.stop.set()
-        shift.jobs.close()
-
-
-def _written(host: Host, ask: Ask, shortened: int) -> Callable[[], Answer | Trouble]:
-    return partial(host.ask, message(ask.prompt, shortened), ask.decoding)
+def _complete(host: Host, ask: Ask, shortened: int) -> Answer | Failure:
+    """Ask for a chat completion."""
+    turn, decoding = message(ask.prompt, shortened), ask.decoding
+    sampled = {"top_p": decoding.top_p, "seed": decoding.seed} if decoding.temperature else {}
+    beside = (json.loads(decoding.rules) if decoding.rules else {}) | host.unthinking  # a repetition penalty
+    return host.call(
+        lambda client: answer_of(
+            client.chat.completions.create(
+                model=host.model,
+                messages=[turn],
+                max_tokens=decoding.max_new_tokens,
+                temperature=decoding.temperature,
+                extra_body=beside or None,
+                **sampled,
+            ),
+            decoding.most_characters,
+        )
+    )
 
 
 def _key(settings: ServerSettings) -> str | None:
@@ -96,7 +106,7 @@ def _key(settings: ServerSettings) -> str | None:
 
 
 def _look_at(host: Host, refused: queue.SimpleQueue[UserError]) -> None:
-    """Say so where the server lists models and not this one; a server that is down now may be up later."""
+    """Warn where the server lists models and not this one; a server that is down now may be up later."""
     try:
         there = host.models()
     except UserError as error:
@@ -107,131 +117,148 @@ def _look_at(host: Host, refused: queue.SimpleQueue[UserError]) -> None:
         logging.getLogger().warning(f"server {host.url} does not list model {host.model!r}; it lists: {listed}")
 
 
-@dataclass(frozen=True, slots=True)
-class _Refused:
-    text: str
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    ask: Ask
+    tries: int = 0
+    shortened: int = 0
 
 
-class _Shift:
-    """Prompts on their way: a queue of jobs, threads for each server that take them, a queue of results."""
+@dataclass(slots=True, eq=False)
+class _Sent:
+    prompt: _Waiting
+    host: Host
+    at: float
 
-    def __init__(self, work: Work, hosts: Sequence[Host], settings: ServerSettings, asking: Asking) -> None:
-        self.work, self.hosts, self.settings, self.asking = work, hosts, settings, asking
-        self.stop = threading.Event()
-        self.jobs = Jobs()
-        self.results: queue.SimpleQueue[tuple[Job, Answer] | _Refused | Exception] = queue.SimpleQueue()
-        self.under_way = 0
+
+class Requests:
+    """The prompts of a `work`, those that wait and those that are sent to `hosts`, each by a `request`.
+
+    One thread decides; each request has a thread that makes it.
+    """
+
+    def __init__(self, work: Work, hosts: Sequence[Host], settings: ServerSettings, request: Requesting) -> None:
+        self.work, self.hosts, self.settings, self.request = work, hosts, settings, request
+        self.waiting: deque[_Waiting] = deque()
+        self.sent: set[_Sent] = set()
+        self.arrivals: queue.SimpleQueue[tuple[_Sent, Outcome]] = queue.SimpleQueue()
+        self.refused: list[str] = []
+        self.answered, self.shortened = False, 0
         self.started = time.monotonic()
 
     def run(self) -> None:
-        """Start the threads and hand over what arrives; raise what the user must mend when all that arrived is out."""
-        refused: list[_Refused] = []
-        answered = shortened = 0
-        self._fill()
-        self._start()
-        while self.under_way:
-            arrived = self._arrived()
-            self.under_way -= sum(not isinstance(result, Exception) for result in arrived)
-            refused += [result for result in arrived if isinstance(result, _Refused)]
-            done = [result for result in arrived if isinstance(result, tuple)]
-            answered += len(done)
-            shortened += sum(job.shortened > 0 for job, _ in done)
-            # nothing too, so that what has arrived is kept while all others take long
-            self.work.give([(job.ask.place, replace(a, shortened=job.shortened > 0)) for job, a in done])
-            for result in arrived:
-                if isinstance(result, Exception):
-                    raise result
-            self._check(answered, refused)
-            self._fill()
-        if shortened:
-            logging.getLogger().warning(f"{shortened} prompts were too long for the server and had a text shortened")
-        if refused:
-            raise _refusal(refused)
+        """Send all and hand over what arrives.
 
-    def _fill(self) -> None:
-        """Keep as many jobs waiting as the servers could take at once, so that none of them runs dry."""
-        room = 2 * len(self.hosts) * self.settings.server_concurrency - self.under_way
-        for ask in self.work.take(room) if room > 0 else []:
-            self.jobs.put(Job(ask))
-            self.under_way += 1
+        Raises:
+            UserError: As `ServerModel.write`, when all that has arrived is out.
+        """
+        while self._fill():
+            self._send()
+            answers, errors = self._settled(self._arrived())
+            self._send()  # before the store is busy with the answers
+            self.work.give(answers)  # none too, so that what has arrived is stored while all others take long
+            if errors:
+                raise errors[0]
+            self._check()
+        if self.shortened:
+            logging.getLogger().warning(
+                f"{self.shortened} prompts were too long for the server and had a text shortened"
+            )
+        if self.refused:
+            raise self._refusal()
 
-    def _start(self) -> None:
-        for host in self.hosts:
-            host.begin()
-            for _ in range(self.settings.server_concurrency if self.under_way else 0):
-                # daemons, as one may hang in a request when the run is stopped
-                threading.Thread(target=self._work, args=(host,), daemon=True).start()
+    def _fill(self) -> bool:
+        """Have as many prompts at hand as the servers could take twice; return whether any are left."""
+        room = 2 * len(self.hosts) * self.settings.server_concurrency - len(self.waiting) - len(self.sent)
+        self.waiting += [_Waiting(ask) for ask in (self.work.take(room) if room > 0 else [])]
+        return bool(self.waiting or self.sent)
 
-    def _arrived(self) -> list[tuple[Job, Answer] | _Refused | Exception]:
-        """Return all results that are there, waiting a moment for the first."""
-        out: list[tuple[Job, Answer] | _Refused | Exception] = []
+    def _send(self) -> None:
+        """Send prompts to servers with room, those with the fewest first; a failing one is tried with one prompt."""
+        at, now = Counter(sent.host for sent in self.sent), time.monotonic()
+        hosts = [host for host in self.hosts if host.resume_at <= now]
+        while self.waiting and hosts:
+            host = min(hosts, key=lambda one: at[one])
+            tried = host.failing_since is not None and at[host]
+            if tried or not host.slots.acquire(blocking=False):
+                hosts.remove(host)
+                continue
+            at[host] += 1
+            sent = _Sent(self.waiting.popleft(), host, now)
+            self.sent.add(sent)
+            threading.Thread(target=self._make, args=(sent,), daemon=True).start()
+
+    def _make(self, sent: _Sent) -> None:
+        """Make one request; in a thread that is a daemon, as it may hang when the run is stopped."""
+        outcome: Outcome
         try:
-            out.append(self.results.get(timeout=_TICK_S))
-            while True:
-                out.append(self.results.get_nowait())
-        except queue.Empty:
-            return out
+            outcome = self.request(sent.host, sent.prompt.ask, sent.prompt.shortened)
+        except Exception as error:  # a prompt that cannot be sent, or a bug, which must stop the run and not hang it
+            outcome = error
+        sent.host.slots.release()
+        self.arrivals.put((sent, outcome))
 
-    def _check(self, answered: int, refused: Sequence[_Refused]) -> None:
-        if not answered and len(refused) >= _HOPELESS:
-            raise _refusal(refused)
-        since = [host.failing_since for host in self.hosts]
-        if (
-            None in since
-            or time.monotonic() - max(self.started, *(s or 0.0 for s in since)) < self.settings.server_patience
-        ):
+    def _arrived(self) -> list[tuple[_Sent, Outcome]]:
+        """Return what has arrived, waiting a moment for the first, and the failures of requests that take too long."""
+        out: list[tuple[_Sent, Outcome]] = []
+        with suppress(queue.Empty):
+            out.append(self.arrivals.get(timeout=_TICK_S))
+            while True:
+                out.append(self.arrivals.get_nowait())
+        out = [(sent, outcome) for sent, outcome in out if sent in self.sent]  # no longer, where it was too late
+        self.sent -= {sent for sent, _ in out}
+        end = time.monotonic() - self.settings.server_timeout - _GRACE_S
+        late = {sent for sent in self.sent if sent.at < end}
+        self.sent -= late
+        return out + [(sent, sent.host.too_late()) for sent in late]
+
+    def _settled(self, arrived: list[tuple[_Sent, Outcome]]) -> tuple[list[tuple[int, Answer]], list[Exception]]:
+        """Return the answers, and what ends the run; a prompt that failed is refused, or waits for a server again."""
+        answers: list[tuple[int, Answer]] = []
+        errors: list[Exception] = []
+        for sent, outcome in arrived:
+            prompt, host = sent.prompt, sent.host
+            if isinstance(outcome, UserError):
+                self.refused.append(str(outcome))
+                continue
+            if isinstance(outcome, Exception):
+                errors.append(outcome)
+                continue
+            host.record(outcome, sent.at)
+            if isinstance(outcome, Answer):
+                answers.append((prompt.ask.place, replace(outcome, shortened=prompt.shortened > 0)))
+                self.shortened += prompt.shortened > 0
+                continue
+            kind, text = outcome.kind, f"server {host.url}: {outcome.text}"
+            # a server that has answered nothing says nothing about a prompt while others answer
+            counts = host.answered or not any(other.answered for other in self.hosts)
+            prompt.tries += kind is FailureKind.UNCLEAR and counts
+            prompt.shortened += kind is FailureKind.TOO_LONG
+            if kind is FailureKind.FATAL:
+                errors.append(UserError(text))
+            elif kind is FailureKind.REFUSED or prompt.tries >= _TRIES:
+                self.refused.append(text)
+            else:
+                self.waiting.append(prompt)
+        self.answered = self.answered or bool(answers)
+        return answers, errors
+
+    def _check(self) -> None:
+        """Stop where all prompts are refused, or all servers have failed for too long."""
+        if not self.answered and len(self.refused) >= _HOPELESS:
+            raise self._refusal()
+        since = [host.failing_since for host in self.hosts if host.failing_since is not None]
+        patience = self.settings.server_patience
+        if len(since) < len(self.hosts) or time.monotonic() - max(self.started, *since) < patience:
             return
-        who = "; ".join(f"{host.url}: {host.last_trouble}" for host in self.hosts)
+        who = "; ".join(f"{host.url}: {host.last_failure}" for host in self.hosts)
         raise UserError(
-            f"no server has answered for {self.settings.server_patience:g} s ({who}); start them again and repeat the "
-            "command: what was finished is kept (server_patience sets how long is waited)"
+            f"no server has answered for {patience:g} s ({who}); start them again and repeat the command: what was "
+            "finished is kept (server_patience sets how long is waited)"
         )
 
-    def _work(self, host: Host) -> None:
-        try:
-            while given := host.admit(self.stop):
-                try:
-                    self._one(host, given)
-                finally:
-                    host.leave(given)
-        except Exception as error:  # a bug must stop the run, not hang it
-            self.results.put(error)
-
-    def _one(self, host: Host, given: int) -> None:
-        job = self.jobs.next(host, _TICK_S, partial(host.may_ask, given))
-        if job is not None:
-            self._settle(job, host, self._ask(job, host))
-
-    def _ask(self, job: Job, host: Host) -> Answer | Trouble:
-        try:
-            request = self.asking(host, job.ask, job.shortened)
-        except UserError as error:
-            return Trouble(Kind.REFUSED, str(error))
-        outcome = request()
-        return replace(outcome, text=f"server {host.url}: {outcome.text}") if isinstance(outcome, Trouble) else outcome
-
-    def _settle(self, job: Job, host: Host, outcome: Answer | Trouble) -> None:
-        """Pass an answer on, once; a prompt in trouble goes back to the others, unless a server still has it."""
-        if isinstance(outcome, Trouble) and outcome.kind is Kind.FATAL:
-            self.results.put(UserError(outcome.text))
-            return
-        if not self.jobs.back(job, host, answered=isinstance(outcome, Answer)):
-            return
-        if isinstance(outcome, Answer):
-            self.results.put((job, outcome))
-            return
-        # a server that has answered nothing says nothing about a prompt while others answer
-        counts = host.answered or not any(other.answered for other in self.hosts)
-        job.tries += outcome.kind is Kind.AGAIN_BUT_COUNT and counts
-        job.shortened += outcome.kind is Kind.TOO_LONG
-        if outcome.kind is Kind.REFUSED or self.jobs.hopeless(job):
-            self.results.put(_Refused(outcome.text))
-        else:
-            self.jobs.put(job)
-
-
-def _refusal(refused: Sequence[_Refused]) -> UserError:
-    return UserError(
-        f"{len(refused)} prompts were refused, the first for this: {refused[0].text}; "
-        "mend that and repeat the command: what was finished is kept"
-    )
+    def _refusal(self) -> UserError:
+        return UserError(
+            f"{len(self.refused)} prompts were refused, the first for this: {self.refused[0]}; "
+            "mend that and repeat the command: what was finished is kept"
+        )

@@ -1,20 +1,72 @@
-"""What ranking all items needs beside the MLLM: the retriever, how ties are broken, and the MLLM's share."""
+"""The best items of a retriever's ranking, which the MLLM puts in another order, and the MLLM's share of the score."""
 
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from recbole_mllm.data.sampling import tie_keys
 from recbole_mllm.errors import UserError
-from recbole_mllm.retrieval.obtain import obtain
-from recbole_mllm.retrieval.shortlist import Shortlist, shortlist
+from recbole_mllm.evaluation.full_ranking import best_items
+from recbole_mllm.retrieval.retriever import obtain
 from recbole_mllm.settings import EvaluationSettings, RankingSettings
+
+_STEP = 2.0**-20  # relative distance between placed scores: eight units of float32's last place
+
+
+@dataclass(frozen=True, slots=True)
+class Shortlist:
+    """The heads of some rows' rankings.
+
+    Args:
+        scores: ``[B, items]`` float32 of the retriever, -inf for items that are not to be ranked.
+        head: ``[B, M]`` the best items, best first and without ties; 0, the padding, where a row has fewer.
+        count: How many of a row's first items are re-ranked, at most M.
+    """
+
+    scores: Tensor
+    head: Any
+    count: int
+
+    @property
+    def asked(self) -> Any:
+        """``[B, K]`` the items to be re-ranked, 0 where a row has fewer."""
+        return self.head[:, : self.count]
+
+    def ranked(self, logodds: Any, share: float) -> Tensor:
+        """Return ``[B, items]`` float32: re-ranked items first, then the retriever's order.
+
+        Args:
+            logodds: ``[B, K]`` of the items `asked` about; what stands at padding is not read.
+            share: The MLLM's part of a re-ranked item's score, between 0 and 1.
+        """
+        asked = self.asked
+        before = np.take_along_axis(self.scores.numpy(), asked, 1).astype(float)
+        mixed = np.where(asked > 0, fused(logodds, before, asked > 0, share), -np.inf)
+        order = np.argsort(-mixed, axis=1, kind="stable")  # what is equal keeps the retriever's order
+        head = self.head.copy()
+        head[:, : self.count] = np.take_along_axis(asked, order, 1)
+        return _placed(self.scores, torch.from_numpy(head))
+
+
+def fused(logodds: Any, before: Any, real: Any, share: float) -> Any:
+    """Return ``share * P(Yes) + (1 - share) * r``, r being a row's retriever scores brought to [0, 1]; all ``[B, K]``.
+
+    A share of 1 gives the log-odds themselves, which do not tie where P(Yes) rounds to 0 or 1.
+    """
+    if share == 1:
+        return logodds
+    low = np.where(real, before, np.inf).min(1, keepdims=True, initial=np.inf)
+    high = np.where(real, before, -np.inf).max(1, keepdims=True, initial=-np.inf)
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        wide = np.where(real & (high > low), (before - low) / (high - low), 0.0)
+        return share / (1 + np.exp(-logodds)) + (1 - share) * wide
 
 
 class Reranker:
@@ -28,17 +80,16 @@ class Reranker:
 
     def __init__(self, config: Any, settings: RankingSettings, dataset: Any) -> None:
         self.settings = settings
-        started = time.perf_counter()
         self.retriever = obtain(config, settings, dataset) if settings.retrieves else None
-        self.seconds = time.perf_counter() - started  # to get the retriever: to train, to load or to wait for it
         self._user, self._items = dataset.uid_field, int(dataset.item_num)
         users, items = (
             np.asarray(dataset.field2id_token[f]).astype(str) for f in (dataset.uid_field, dataset.iid_field)
         )
-        self._keys = tie_keys(users, items, EvaluationSettings.from_config(config).candidate_seed)
+        evaluation = EvaluationSettings.from_config(config)
+        self._keys = tie_keys(users, items, evaluation.candidate_seed)
         self._depth = max(config["topk"])
         self.count = self._items - 1 if self.is_brute else settings.top_k
-        self._met = dataset.met if EvaluationSettings.from_config(config).exclude_seen else None
+        self._met = dataset.met if evaluation.exclude_seen else None
         self._users, self._item, self._numbers = users, dataset.iid_field, dataset.field2token_id[dataset.iid_field]
         self._share = None if settings.fusion == "auto" else 1.0 if settings.fusion is None else float(settings.fusion)
 
@@ -80,7 +131,8 @@ class Reranker:
             scores = torch.zeros(len(rows), self._items)
             scores[:, 0] = -torch.inf
         self._leave_out_met(scores, rows)
-        return shortlist(scores, rows[self._user].cpu().numpy(), self.count, self._depth, self._keys)
+        users, count = rows[self._user].cpu().numpy(), min(self.count, self._items - 1)
+        return Shortlist(scores, best_items(scores, users, max(count, self._depth), self._keys), count)
 
     def _leave_out_met(self, scores: Any, rows: Any) -> None:
         """Set to -inf, in place, what a row's user has met in any split but for the target, where that is asked for."""
@@ -104,3 +156,16 @@ class Reranker:
             )
             return
         self._share = float(state["share"])
+
+
+def _placed(scores: Tensor, head: Tensor) -> Tensor:
+    """Return `scores` with the items of `head` lifted above all others, each above the next."""
+    most = scores.where(scores > -torch.inf, -torch.inf).max(1, keepdim=True).values.double()
+    most = most.where(most > -torch.inf, 0.0)
+    lifts = torch.arange(head.shape[1], 0, -1) * _STEP
+    lifted = most + lifts * most.abs().clamp(min=1e-30)
+    lifted = lifted.where(most != 0, lifts)
+    out = scores.clone()
+    rows, places = (head > 0).nonzero(as_tuple=True)
+    out[rows, head[rows, places]] = lifted[rows, places].float()
+    return out

@@ -1,18 +1,52 @@
-"""A trained RecBole model that scores all items for the rows of our own dataset."""
+"""A trained RecBole model that scores all items for the rows of our own dataset, and where it comes from.
+
+It is trained here with its own defaults on this run's data and split, or loaded from a checkpoint.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import logging
+import sys
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from recbole.data import create_dataset, data_preparation
 from recbole.data.interaction import Interaction
 from recbole.model.abstract_recommender import AbstractRecommender
-from recbole.utils import ModelType
+from recbole.utils import ModelType, get_model, get_trainer, init_seed
+from recbole.utils.argument_list import dataset_arguments
 from torch import Tensor
 
+from recbole_mllm.config import recbole_config
 from recbole_mllm.data.schema import HISTORY_NUMBER, POSITION
 from recbole_mllm.errors import UserError
+from recbole_mllm.files import made_once
+from recbole_mllm.fitting import Fit
+from recbole_mllm.keys import check_keys
+from recbole_mllm.randomness import undisturbed
+from recbole_mllm.settings import RankingSettings
+
+# What a retriever shares with the run it serves; how it is trained is its own affair
+_SHARED = (
+    *dataset_arguments, "seed", "reproducibility", "gpu_id", "use_gpu", "state", "checkpoint_dir", "show_progress",
+    "metrics", "topk", "valid_metric", "metric_decimal_place", "train_on_histories", "candidate_seed",
+)  # fmt: skip
+_OWN = {"frozen_candidates": None, "limit_users": None, "save_dataset": False, "save_dataloaders": False}
+# What decides which rows are training rows; a checkpoint must agree, or it may have learnt this run's answers
+_SPLIT = (
+    "benchmark_filename", "user_inter_num_interval", "item_inter_num_interval", "val_interval", "rm_dup_inter",
+    "filter_inter_by_user_or_item",
+)  # fmt: skip
+_NO_TRACE = {
+    "data_path", "checkpoint_dir", "device", "gpu_id", "show_progress", "state", "per_model", "metrics", "topk",
+    "metric_decimal_place",
+}  # fmt: skip
 
 
 class Retriever:
@@ -94,3 +128,153 @@ def _places(ours: Any, theirs: Any, field: str, their_field: str, complaint: str
             "dataset with the same filters"
         )
     return torch.tensor([0, *(int(known[name]) for name in raw[1:])])
+
+
+def obtain(config: Any, settings: RankingSettings, ours: Any) -> Retriever:
+    """Return the retriever that `settings` ask for; random numbers go on as if nothing had been trained.
+
+    Args:
+        config: RecBole's, of the run whose rows are to be ranked.
+        settings: Name the model or its checkpoint.
+        ours: The run's training part, with `histories`.
+
+    Raises:
+        UserError: There is no such model or checkpoint, or it belongs to other data or another split.
+    """
+    with undisturbed():
+        if settings.retriever_checkpoint:
+            return _loaded(Path(settings.retriever_checkpoint), config, ours)
+        return _trained(str(settings.retriever), config, ours)
+
+
+def _config(name: str, config: Any) -> Any:
+    own = (config["per_model"] or {}).get(name, {})
+    check_keys(own, f"per_model, {name}")
+    shared = {key: config[key] for key in _SHARED if key in config}
+    modes = {"valid": "full", "test": "full"}
+    keys = {**shared, **_OWN, "eval_args": {**config["eval_args"], "mode": modes}, **own}
+    keys["data_path"] = str(Path(config["data_path"]).parent)
+    arguments, sys.argv = sys.argv, sys.argv[:1]  # else the command line wins over all (configurator.py:165-193)
+    try:
+        return recbole_config(name, config["dataset"], [], keys)
+    except ValueError as error:
+        raise UserError(f"retriever {name!r} cannot be had: {str(error).splitlines()[0]}") from error
+    finally:
+        sys.argv = arguments
+
+
+def _trained(name: str, config: Any, ours: Any) -> Retriever:
+    """Train `name`, or take it from where a run that would train the same has left it."""
+    log = logging.getLogger()
+    theirs = _config(name, config)
+    train, valid, _ = data_preparation(theirs, _dataset(theirs))
+    identity = f"{name}#{_digest(theirs, train._dataset)}"
+    folder = Path(config["retriever_dir"] or theirs["checkpoint_dir"])
+    path = folder / f"retriever-{identity.replace('#', '-')}.pth"
+    init_seed(theirs["seed"], theirs["reproducibility"])
+    started = time.perf_counter()
+    model = get_model(name)(theirs, train._dataset).to(theirs["device"])
+    made = time.perf_counter() - started if model.type == ModelType.TRADITIONAL else 0.0  # then it is the training
+    retriever = Retriever(model, train._dataset, identity, ours)  # refused before it is trained
+
+    def fit(scratch: Path) -> None:
+        log.info(f"training the retriever {identity}")
+        trainer = get_trainer(theirs["MODEL_TYPE"], name)(theirs, model)
+        trainer.saved_model_file = str(scratch)
+        training = Fit(trainer)
+        training.run(train, valid, saved=True, show_progress=theirs["show_progress"])
+        torch.save({**_read(scratch, theirs["device"]), "train_s": made + training.seconds}, scratch)
+
+    if not made_once(path, fit):
+        log.info(f"retriever {identity} was trained before: {path}")
+    checkpoint = _read(path, theirs["device"])
+    retriever.train_s = float(checkpoint.get("train_s", 0.0))
+    _fill(model, checkpoint)
+    model.eval()
+    return retriever
+
+
+def _dataset(config: Any) -> Any:
+    """Return the retriever's dataset, to be split in the exact order in which this run's is."""
+    dataset = create_dataset(config)
+    dataset.exact_order = True
+    return dataset
+
+
+def _digest(config: Any, train: Any) -> str:
+    """Return 12 hex digits of the settings, the training rows and the versions of what trains."""
+    kept = {key: value for key, value in config.final_config_dict.items() if key not in _NO_TRACE}
+    kept |= {name: version(name) for name in ("recbole", "torch")}
+    digest = hashlib.sha256(repr(sorted(kept.items(), key=lambda item: str(item[0]))).encode())
+    for field in (train.uid_field, train.iid_field):
+        digest.update("\0".join(map(str, train.field2id_token[field])).encode())
+        digest.update(train.inter_feat[field].numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def _loaded(path: Path, config: Any, ours: Any) -> Retriever:
+    """Load a RecBole checkpoint, its dataset read anew from this run's folder."""
+    checkpoint = _read(path, config["device"])
+    theirs = checkpoint["config"]
+    if found := _difference(theirs, config):
+        raise UserError(f"retriever_checkpoint {path} was trained with {found}; train one on this data and split")
+    for key in ("data_path", "device", "checkpoint_dir"):
+        theirs[key] = config[key]
+    frozen = theirs["frozen_candidates"] is True
+    for key, value in _OWN.items():
+        theirs[key] = value
+    theirs["eval_args"]["mode"] = {"valid": "full", "test": "full"}
+    dataset = _dataset(theirs)
+    if dataset.facts is not None and dataset.facts.reordered and not frozen:
+        raise UserError(
+            f"retriever_checkpoint {path} was trained without frozen_candidates, in the order of RecBole's float32 "
+            f"times: for {dataset.facts.reordered} users that is not the exact order, so it may have learnt their "
+            "answers; train it with frozen_candidates: true"
+        )
+    train, *_ = data_preparation(theirs, dataset)
+    name = theirs["model"]
+    identity = f"{name}#{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
+    init_seed(theirs["seed"], theirs["reproducibility"])
+    model = get_model(name)(theirs, train._dataset).to(config["device"])
+    retriever = Retriever(model, train._dataset, identity, ours)
+    _fill(model, checkpoint)
+    return retriever
+
+
+def _difference(theirs: Any, ours: Any) -> str | None:
+    if theirs["model"] == "MLLMMSR":
+        return "MLLMMSR, which is no retriever"
+    if theirs["dataset"] != ours["dataset"]:
+        return f"dataset {theirs['dataset']}, not {ours['dataset']}"
+    for key in ("split", "order"):
+        if theirs["eval_args"][key] != ours["eval_args"][key]:
+            return f"eval_args.{key} {theirs['eval_args'][key]}, not {ours['eval_args'][key]}"
+    for key in _SPLIT:
+        if theirs[key] != ours[key]:
+            return f"{key} {theirs[key]}, not {ours[key]}"
+    return None
+
+
+def _read(path: Path, device: torch.device) -> Mapping[str, Any]:
+    try:
+        found = torch.load(path, map_location=device, weights_only=False)
+    except FileNotFoundError:
+        raise UserError(f"retriever_checkpoint {path} does not exist; give a RecBole checkpoint (.pth)") from None
+    except Exception as error:  # whatever unpickling a file that is none may raise
+        raise UserError(
+            f"retriever checkpoint {path} cannot be read: {str(error).splitlines()[0]}; remove it (what is named in "
+            "`retriever` is trained again) or give another"
+        ) from error
+    if not isinstance(found, dict) or not {"config", "state_dict"} <= found.keys():
+        raise UserError(f"retriever checkpoint {path} is no checkpoint of RecBole's")
+    return found
+
+
+def _fill(model: Any, checkpoint: Mapping[str, Any]) -> None:
+    try:
+        model.load_state_dict(checkpoint["state_dict"])
+        model.load_other_parameter(checkpoint.get("other_parameter"))
+    except RuntimeError as error:
+        raise UserError(
+            f"the retriever's checkpoint does not fit this data: {' '.join(str(error).split())[:200]}; train it again"
+        ) from error

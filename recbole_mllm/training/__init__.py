@@ -1,1 +1,1 @@
-"""What the trainer is made of: learning rate, precision, checkpoints, and the report of a loss that is no number."""
+"""How the adapter is trained: optimizer steps and gradients, checkpoints, and the model that a run exports."""

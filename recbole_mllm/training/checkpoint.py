@@ -1,4 +1,4 @@
-"""Checkpoints from which a run goes on as if it had never stopped: where it stood, random numbers, whole files."""
+"""Checkpoints from which a run resumes as if it had never stopped: whole files, and which of them fit a run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from recbole.config import Config
 from safetensors import SafetensorError
 
-from recbole_mllm.errors import UserError
+from recbole_mllm.common.errors import UserError
 from recbole_mllm.files import replace_file, staged, whole_file
 
 LAST = ".last.pth"
@@ -30,7 +30,7 @@ _COURSE = (
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class TrainingPlace:
     """Where training stands: the epoch, its next batch, and the loss its batches have summed up to."""
 
     epoch: int = 0
@@ -162,7 +162,7 @@ def difference(checkpoint: Mapping[str, Any], config: Any, *, course: bool) -> s
 def newest(folder: Path, base: str, config: Any, device: torch.device) -> Path | None:
     """Return the newest checkpoint in `folder` of a run with the same settings on the same base model.
 
-    A file that is none to go on from is passed over, with a line.
+    A file that cannot be resumed from is passed over, with a line.
     """
     found = [path for path in folder.glob(f"{config['model']}-*.pth") if path.is_file()]
     for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):

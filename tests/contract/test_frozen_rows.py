@@ -20,11 +20,11 @@ LOO = {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mo
 CE = {"train_neg_sample_args": None}
 
 
-@pytest.fixture(params=[0, 1 << 22], ids=["lazy", "plain"])
-def settings(request, tmp_path, monkeypatch):
+@pytest.fixture
+def settings(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["pytest"])
-    monkeypatch.setattr(listcolumn, "PLAIN_ELEMENTS", request.param)
+    monkeypatch.setattr(listcolumn, "PLAIN_ELEMENTS", 0)  # lists are cut as they are read, as for large datasets
     random_world.write(tmp_path, "random", seed=11, users=50, items=60)
     return {
         "data_path": str(tmp_path),
@@ -56,7 +56,9 @@ class Given:
         return torch.from_numpy(np.concatenate([self.negatives[user] for user in users.tolist()]))
 
 
-def test_batches_are_laid_out_as_recboles(settings):
+@pytest.mark.parametrize("plain", [0, 1 << 22])
+def test_batches_are_laid_out_as_recboles(settings, plain, monkeypatch):
+    monkeypatch.setattr(listcolumn, "PLAIN_ELEMENTS", plain)
     features = {"load_col": None, "selected_features": ["class"]}
     config, _, (_, _, test) = prepared("GRU4RecF", settings | CE | features)
     stock = NegSampleEvalDataLoader(config, test._dataset.copy(test._dataset.inter_feat), Given(test))

@@ -3,11 +3,7 @@
 import json
 import os
 import shutil
-import socket
-import subprocess
 import sys
-import time
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -17,14 +13,15 @@ from recbole.quick_start import load_data_and_model, run_recbole
 from transformers import AutoModelForImageTextToText
 from transformers.decision import DecisionConfig
 from transformers.pipelines import DecisionPipeline
+from transformers_serve import TransformersServe
 
 from recbole_mllm.cli import main
-from recbole_mllm.endpoints import parse_endpoint
+from recbole_mllm.common.endpoints import parse_endpoint
 from recbole_mllm.errors import UserError
 from recbole_mllm.mllm.decision import decision_request
 from recbole_mllm.mllm.loading import source_of
 from recbole_mllm.mllm.processors import load_processor
-from recbole_mllm.mllm.served import ServedScorer
+from recbole_mllm.mllm.server_scoring import ServedScorer
 from recbole_mllm.prompts import recommend_prompt
 from recbole_mllm.settings import ServerSettings
 from recbole_mllm.training.export import export, find_checkpoint
@@ -33,45 +30,6 @@ pytest.importorskip("openai")
 pytest.importorskip("uvicorn")
 
 SERVERS = ServerSettings(4, 60.0, 90.0, None)
-
-
-class Serve:
-    """`transformers serve` of one folder on a port of its own, in float32."""
-
-    def __init__(self, model, folder, *more):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.model, self.log = model, folder / "serve.log"
-        command = ["-m", "transformers.cli.transformers", "serve", str(model), "--device", "cpu", "--dtype", "float32"]
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, *command, *more, "--host", "127.0.0.1", "--port", str(self.port)],
-                stdout=log,
-                stderr=log,
-                env=os.environ | {"HF_HUB_CACHE": str(folder / "hub"), "OMP_NUM_THREADS": "1"},
-            )
-
-    def wait(self):
-        for _ in range(600):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=2).close()
-                return self
-            except OSError:
-                assert self.process.poll() is None, self.log.read_text()
-                time.sleep(0.1)
-        raise AssertionError("the server did not start")
-
-    def __enter__(self):
-        return self.wait()
-
-    def __exit__(self, *_):
-        self.process.kill()
-        self.process.wait()
-
-    @property
-    def endpoint(self):
-        return f"server:{self.model}@http://127.0.0.1:{self.port}/v1"
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +94,7 @@ def merged(trained):
 
 @pytest.fixture(scope="module")
 def served(merged, tmp_path_factory):
-    with Serve(merged, tmp_path_factory.mktemp("hub")) as server:
+    with TransformersServe(merged, tmp_path_factory.mktemp("hub")) as server:
         yield server
 
 

@@ -1,12 +1,10 @@
-"""Summarisers behind a real `transformers serve` with the bundled model: the same texts as in this process."""
+"""Summarisers behind real `transformers serve`: the texts of this process, whoever is slow or killed."""
 
-import os
 import shutil
-import socket
-import subprocess
+import signal
 import sys
+import threading
 import time
-import urllib.request
 from dataclasses import replace
 
 import pytest
@@ -14,11 +12,13 @@ import small_world
 import torch
 import yaml
 from PIL import Image
+from transformers_serve import TransformersServe
 
 from recbole_mllm.cli import main
-from recbole_mllm.endpoints import parse_endpoint
+from recbole_mllm.common.endpoints import Endpoint, parse_endpoint
+from recbole_mllm.demo.attributes import VALUES
 from recbole_mllm.errors import UserError
-from recbole_mllm.mllm.base import Batch, Decoding, answers_of
+from recbole_mllm.mllm.base import Ask, Batch, Decoding, answers_of
 from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.mllm.loading import source_of
 from recbole_mllm.mllm.server import ServerModel
@@ -44,49 +44,10 @@ KEY = "sk-no-file-may-hold-this"
 MODEL = source_of("tiny")  # a server loads a local folder under its path
 
 
-class Served:
-    """A `transformers serve` process on a port of its own, which can be killed and started again."""
-
-    def __init__(self, folder):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.folder, self.process = folder, None
-        self.endpoint = f"server:{MODEL}@http://127.0.0.1:{self.port}/v1"
-
-    def start(self):
-        command = ["-m", "transformers.cli.transformers", "serve", MODEL, "--device", "cpu", "--dtype", "float32"]
-        environment = os.environ | {"HF_HUB_CACHE": str(self.folder), "OMP_NUM_THREADS": "1"}
-        with (self.folder / "log").open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, *command, "--host", "127.0.0.1", "--port", str(self.port)],
-                stdout=log,
-                stderr=log,
-                env=environment,
-            )
-
-    def wait(self):
-        for _ in range(600):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=2).close()
-                return
-            except OSError:
-                assert self.process.poll() is None, (self.folder / "log").read_text()
-                time.sleep(0.1)
-        raise AssertionError("the server did not start")
-
-    def kill(self):
-        self.process.kill()
-        self.process.wait()
-
-
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    server = Served(tmp_path_factory.mktemp("hub"))
-    server.start()
-    server.wait()
-    yield server
-    server.kill()
+    with TransformersServe(MODEL, tmp_path_factory.mktemp("hub")) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -164,22 +125,90 @@ def test_summaries_made_through_a_server_need_no_server_once_imported(served, tm
     assert not [path for path in files if KEY.encode() in path.read_bytes()]
 
 
-@pytest.mark.slow  # with servers that start at once: test_many_servers.py
-def test_a_server_that_is_killed_and_comes_back_loses_nothing(served, local, prompts, caplog):
-    many = [*prompts, *(text_summary_prompt(STYLE, f"Thing number {n}") for n in range(30))]
-    model = ServerModel(parse_endpoint(served.endpoint, "item_summarizer"), SETTINGS)
-    work = Batch(many, LENGTH)
-    keep = work.give
+CHAINS, STEPS = 24, 3
 
-    def give(arrived):
-        keep(arrived)
-        if len(work.answers) >= 8 and served.process.poll() is None and "set aside" not in caplog.text:
-            served.kill()
-            served.start()
 
-    work.give = give
-    model.write(work)
-    answers = work.answers
-    assert "set aside" in caplog.text
-    here = answers_of(local, many, LENGTH)
-    assert {place: a.text for place, a in answers.items()} == {place: a.text for place, a in enumerate(here)}
+class Chains:
+    """Work in which each prompt but the first of a chain holds the answer before it."""
+
+    def __init__(self):
+        self.waiting, self.texts = [(n, 0, "") for n in range(CHAINS)], {}
+        self.at = {}  # what to do when so many answers are there
+
+    def take(self, count):
+        out, self.waiting = self.waiting[:count], self.waiting[count:]
+        return [Ask((chain, step), prompt(chain, step, text), Decoding(10)) for chain, step, text in out]
+
+    def give(self, arrived):
+        for (chain, step), answer in arrived:
+            self.texts[chain, step] = answer.text
+            if step + 1 < STEPS:
+                self.waiting.append((chain, step + 1, answer.text))
+            if act := self.at.pop(len(self.texts), None):
+                act()
+
+
+def prompt(chain, step, previous):
+    colours, patterns = VALUES["colour"], VALUES["pattern"]
+    colour, pattern = colours[(chain + step) % len(colours)], patterns[chain % len(patterns)]
+    line = item_line(STYLE, f"Mug {chain}", f"A {colour} {pattern} mug, wood scene.")
+    return preference_prompt(STYLE, [line], previous or None)
+
+
+@pytest.fixture
+def servers(tmp_path):
+    made = []
+    try:
+        for name in ("slow", "killed", "well"):
+            (tmp_path / name).mkdir()
+            made.append(TransformersServe(MODEL, tmp_path / name))
+        yield [server.wait() for server in made]
+    finally:
+        for server in made:
+            server.process.send_signal(signal.SIGCONT)
+            server.kill()
+
+
+class Slow:
+    """Lets a process run for a tenth of the time."""
+
+    def __init__(self, process):
+        self.process, self.done = process, threading.Event()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+
+    def _run(self):
+        while not self.done.wait(0.1):
+            self.process.send_signal(signal.SIGSTOP)
+            time.sleep(0.9)
+            self.process.send_signal(signal.SIGCONT)
+
+    def __enter__(self):
+        self.thread.start()
+
+    def __exit__(self, *_):
+        self.done.set()
+        self.thread.join()
+
+
+@pytest.mark.slow
+def test_a_slow_one_and_one_killed_and_started_again_change_no_text(servers, local, tmp_path, caplog):
+    slow, killed, well = servers
+    urls = tuple(f"http://127.0.0.1:{server.port}/v1" for server in servers)
+    model = ServerModel(Endpoint(MODEL, urls), SETTINGS)
+    chains = Chains()
+    chains.at = {12: killed.kill, 30: killed.start}
+    with Slow(slow.process):
+        model.write(chains)
+    assert not chains.at and "set aside" in caplog.text and f":{killed.port}" in caplog.text
+    assert killed.process.poll() is None and len(chains.texts) == CHAINS * STEPS
+    truth = {}
+    last = [""] * CHAINS
+    for step in range(STEPS):
+        last = [a.text for a in answers_of(local, [prompt(n, step, text) for n, text in enumerate(last)], Decoding(10))]
+        truth |= {(n, step): text for n, text in enumerate(last)}
+    assert chains.texts == truth and len(set(truth.values())) > 10
+    # it came back, and is asked again
+    killed.wait()
+    again = Batch([text_summary_prompt(STYLE, f"later {n}") for n in range(12)], Decoding(10))
+    ServerModel(Endpoint(MODEL, urls[1:2]), SETTINGS).write(again)
+    assert len(again.answers) == 12

@@ -9,8 +9,8 @@ from PIL import Image
 from stock_forward import CPU, SETTINGS, STYLE, own_inputs, own_logits
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+from recbole_mllm.common.prompts import recommend_prompt
 from recbole_mllm.mllm.hf import HFModel
-from recbole_mllm.prompts import recommend_prompt
 
 SPREAD_BY_DEFAULT = {"llava_next", "qwen3_vl", "gemma3", "llama"}  # other families' models on disk: slow
 IMAGES = {"red": (40, 30), "blue": (96, 33), "green": (30, 70)}

@@ -6,11 +6,11 @@ import pytest
 import torch
 from stock_forward import CPU, SETTINGS
 
-from recbole_mllm.errors import UserError
+from recbole_mllm.common.errors import UserError
 from recbole_mllm.mllm import scoring
 from recbole_mllm.mllm.base import Decoding, answers_of
-from recbole_mllm.mllm.dispatching import is_dispatched
 from recbole_mllm.mllm.hf import HFModel
+from recbole_mllm.mllm.placement import is_dispatched
 from recbole_mllm.mllm.tuning import tune
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from stock_forward import STYLE, own_inputs, own_logits
 
-from recbole_mllm.prompts import recommend_prompt
+from recbole_mllm.common.prompts import recommend_prompt
 
 ELSEWHERE = ["<image>", "[INST]", "[/INST]", "<|im_end|>", "<|im_start|>", "<start_of_turn>", "</s>", "<eos>", "<bos>"]
 ELSEWHERE += ["<|image_pad|>", "<fake_token_around_image>", "<IMG_CONTEXT>", "<|begin_of_text|>", "<<s>", "<b>bold</b>"]

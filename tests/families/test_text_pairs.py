@@ -13,13 +13,13 @@ from PIL import Image
 from stock_forward import CPU, SETTINGS, STYLE, own_inputs
 from transformers import AutoModelForImageTextToText
 
-from recbole_mllm.mllm import architectures, scoring, sharing
-from recbole_mllm.mllm.base import Decoding, answers_of
+from recbole_mllm.common.prompts import recommend_prompt
+from recbole_mllm.mllm import families, scoring
 from recbole_mllm.mllm.exporting import write_model
 from recbole_mllm.mllm.hf import HFModel
-from recbole_mllm.mllm.sft import example_loss
-from recbole_mllm.mllm.tuning import tune
-from recbole_mllm.prompts import recommend_prompt
+from recbole_mllm.mllm.interface import Decoding, answers_of
+from recbole_mllm.mllm.lora import tune
+from recbole_mllm.mllm.loss import example_loss, groups
 
 QUICK = {"llava_cohere", "llava_next_granite", "aya_vision_cohere2"}
 CASES = [
@@ -87,8 +87,8 @@ def test_scores_and_texts_are_those_of_the_stock_model(pair, monkeypatch):
 def test_a_pair_without_a_test_is_checked_and_keeps_its_sharing(pair, monkeypatch):
     _, mllm, prompts = pair
     outer, text = mllm.body.config.model_type, mllm.body.config.get_text_config().model_type
-    row = architectures._FAMILIES[outer]
-    monkeypatch.setitem(architectures._FAMILIES, outer, replace(row, texts=row.texts - {text}))
+    row = families._FAMILIES[outer]
+    monkeypatch.setitem(families._FAMILIES, outer, replace(row, texts=row.texts - {text}))
     unknown = HFModel(str(pair[0]), SETTINGS.mllm, CPU)
     asked = []
     stock = scoring.way_to_score
@@ -101,7 +101,7 @@ def test_a_pair_without_a_test_is_checked_and_keeps_its_sharing(pair, monkeypatc
 
 def test_loss_gradients_and_the_merged_export_are_those_of_the_stock_model(pair, monkeypatch, tmp_path):
     folder, _, prompts = pair
-    monkeypatch.setattr(sharing, "_LEAST_GAIN", 1)
+    monkeypatch.setattr("recbole_mllm.mllm.loss._LEAST_GAIN", 1)
     mllm = HFModel(str(folder), SETTINGS.mllm, CPU)
     mllm.replace_model(tune(mllm.model, replace(SETTINGS.lora, lora_dropout=0.0), seed=1))
     torch.manual_seed(1)
@@ -118,7 +118,7 @@ def test_loss_gradients_and_the_merged_export_are_those_of_the_stock_model(pair,
         found = torch.autograd.grad(loss, adapted.values())
         off = torch.cat([(a - b).flatten() for a, b in zip(found, gradients, strict=True)])
         assert off.norm() < 2e-5 * torch.cat([g.flatten() for g in gradients]).norm()
-    assert len(sharing.groups(mllm.body, examples)) == (2 if mllm.body.architecture.shares_prefix else 1)
+    assert len(groups(mllm.body, examples)) == (2 if mllm.body.architecture.shares_prefix else 1)
     scores = mllm.yes_scores(prompts, answers := mllm.answers(STYLE))
     write_model(mllm, str(folder), tmp_path, merge=True)
     stock = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()

@@ -21,7 +21,7 @@ from statsmodels.stats.multitest import multipletests
 from recbole_mllm.benchmark.jobs import BenchmarkPlan
 from recbole_mllm.benchmark.records import RECORDS, RunRecord, read_records
 from recbole_mllm.benchmark.report import read_leaderboard
-from recbole_mllm.benchmark.run import benchmark
+from recbole_mllm.benchmark.runner import benchmark
 
 SCRIPT = Path(__file__).resolve().parents[1] / "bad_models.py"
 GOOD = ("Pop", "Sound")

@@ -9,30 +9,17 @@ import threading
 import time
 from contextlib import closing, contextmanager
 
-import pytest
 import small_world
 
 from recbole_mllm.cli import main
-from recbole_mllm.errors import UserError
-from recbole_mllm.mllm.base import Batch, Decoding
-from recbole_mllm.prompts import Prompt
-from recbole_mllm.summaries.estimate import Probe
 
 
 def test_a_dry_run_counts_what_the_run_then_does(tmp_path, monkeypatch, capsys, caplog):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["x"])
     small_world.write(tmp_path / "dataset")
-    words = [
-        "summarize",
-        "--dataset",
-        "steps",
-        "--limit_users",
-        "8",
-        "--block_size=2",
-        "--item_summary_tokens=6",
-        "--user_summary_tokens=8",
-    ]
+    words = ["summarize", "--dataset", "steps", "--limit_users=8", "--block_size=2"]
+    words += ["--item_summary_tokens=6", "--user_summary_tokens=8"]
     before = sorted(path.name for path in (tmp_path / "dataset" / "steps").iterdir())
     assert main([*words, "--dry-run"]) == 0
     told = capsys.readouterr().out
@@ -111,14 +98,8 @@ def test_neither_a_dry_run_nor_a_plan_sends_anything_to_a_server(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["x"])
     small_world.write(tmp_path / "dataset")
-    few = [
-        "--dataset",
-        "steps",
-        "--limit_users=6",
-        "--block_size=2",
-        "--item_summary_tokens=4",
-        "--user_summary_tokens=4",
-    ]
+    few = ["--dataset", "steps", "--limit_users=6", "--block_size=2"]
+    few += ["--item_summary_tokens=4", "--user_summary_tokens=4"]
     with listening() as (port, met):
         name = f"server:dear/model@http://127.0.0.1:{port}/v1"
         served = [f"--{key}={name}" for key in ("mllm", "item_summarizer", "user_summarizer")] + ["--finetune=none"]
@@ -128,7 +109,6 @@ def test_neither_a_dry_run_nor_a_plan_sends_anything_to_a_server(tmp_path, monke
         capsys.readouterr()
         assert main(["summarize", *few, f"--user_summarizer={name}", "--dry-run"]) == 0  # items by the bundled model
         mixed = capsys.readouterr().out.splitlines()
-        assert main(["plan", *few, f"--user_summarizer={name}", "--probe"]) == 0
         socket.create_connection(("127.0.0.1", port)).close()  # behind whoever came before; else nothing were shown
         while not met:
             time.sleep(0.01)
@@ -139,19 +119,3 @@ def test_neither_a_dry_run_nor_a_plan_sends_anything_to_a_server(tmp_path, monke
     assert main(["summarize", *few]) == 0
     made = tmp_path / "dataset" / "steps" / "steps.mllm.sqlite"
     assert counted[0] == _answers(made, "SELECT COUNT(*) FROM answers WHERE kind = 'item'")
-
-
-class Failing:
-    """A model that can answer nothing."""
-
-    identity = "failing"
-
-    def write(self, work):
-        while asks := work.take(8):
-            for ask in asks:
-                work.fail(ask.place, "no room")
-
-
-def test_a_model_that_answers_no_probed_prompt_is_one_line():
-    with pytest.raises(UserError, match=r"failing answered none of the first 16 prompts \(no room\)"):
-        Probe(Failing, "failing").write(Batch([Prompt(f"text {n}") for n in range(40)], Decoding(8)))

@@ -132,7 +132,7 @@ def test_a_shortlist_of_all_items_is_brute_force(settings):
         assert (np.diff(opinion[np.argsort(-one)]) <= 0).all() and (np.diff(opinion[np.argsort(-other)]) <= 0).all()
 
 
-@pytest.mark.parametrize("retriever", ["SASRec", "BPR", "Pop", "ItemKNN"])
+@pytest.mark.parametrize("retriever", ["SASRec", "BPR", "Pop"])
 def test_the_shortlist_takes_the_mllms_order_and_the_rest_keeps_the_retrievers(settings, retriever):
     made = Made(settings | {"retriever": retriever, "top_k": 5})
     found = made.evaluate()
@@ -187,7 +187,7 @@ def test_the_best_share_is_chosen_on_validation_saved_and_restored(settings):
     chosen = run(Config("MLLMMSR", "steps", config_dict=settings | {"fusion": "auto", "top_k": 10}))
     share = chosen.retrieval["fusion"]
     values = {}
-    for fixed in (0.0, 0.3, share, 1.0):
+    for fixed in {0.0, share}:
         outcome = run(Config("MLLMMSR", "steps", config_dict=settings | {"fusion": fixed, "top_k": 10}))
         values[fixed] = outcome.valid["NDCG@10"]
         if fixed == share:
@@ -256,60 +256,3 @@ def test_what_cannot_be_ranked_is_one_line(settings, keys, message):
     with pytest.raises(UserError, match=message) as caught:
         Made(settings | keys)
     assert "\n" not in str(caught.value)
-
-
-def _counted(settings, checkpoint=None, **keys):
-    """Return the test metrics and how many prompts the MLLM really read, in a run of its own."""
-    made = Made(settings | {"score_cache": True, "finetune": "lora", "epochs": 1} | keys)
-    real, asked = type(made.model.mllm).yes_scores, []
-
-    def counting(prompts, answers, *, share_prefix):
-        asked.append(len(prompts))
-        return real(made.model.mllm, prompts, answers, share_prefix=share_prefix)
-
-    made.model.mllm.yes_scores = counting
-    if checkpoint is None:
-        made.trainer.fit(made.train, made.valid, saved=True)
-        asked.clear()
-    found = made.trainer.evaluate(made.test, load_best_model=True, model_file=checkpoint)
-    return dict(found), sum(asked), made
-
-
-def test_a_second_evaluation_asks_about_new_pairs_alone_and_another_adapter_about_all(settings, place):
-    settings = settings | {"data_path": str(_own_copy(place))}
-    users = small_world.USERS
-    cold, asked, made = _counted(settings, top_k=4)
-    assert asked == 4 * users and made.model.scores_reused == 0
-    saved = made.trainer.saved_model_file
-    warm, asked, made = _counted(settings, saved, top_k=4)
-    assert asked == 0 and made.model.scores_reused == 4 * users and warm == cold
-    other, asked, _ = _counted(settings, saved, top_k=4, metrics=["NDCG", "Recall"], fusion=0.5)
-    assert asked == 0 and set(other) < set(cold)
-    assert _counted(settings, saved, top_k=6)[1] == 2 * users
-    fresh, asked, _ = _counted(settings, saved, top_k=6, score_cache=False)
-    assert asked == 6 * users and fresh == _counted(settings, saved, top_k=6)[0]
-    sampled = {"eval_args": {**FULL["eval_args"], "mode": "uni20"}, "retriever": None}
-    assert _counted(settings, saved, **sampled)[1] <= 21 * users
-    _, asked, made = _counted(settings, saved, **sampled, candidate_seed=5)
-    assert 0 < asked < 20 * users  # all targets, and the candidates that two draws share
-    assert _counted(settings, None, top_k=4, seed=8)[1] == 4 * users  # another adapter
-    made = Made(settings | {"score_cache": True, "finetune": "none", "top_k": 4})
-    made.evaluate()
-    assert made.opinion.asked == 4 * users  # and no adapter at all
-
-
-def _own_copy(place):
-    target = place / "copy"
-    small_world.write(target)
-    return target
-
-
-def test_epochs_leave_no_scores_behind(settings, place):
-    import sqlite3
-
-    small_world.write(place / "epochs")
-    keys = settings | {"data_path": str(place / "epochs"), "finetune": "lora", "score_cache": True, "top_k": 3}
-    run(Config("MLLMMSR", "steps", config_dict=keys | {"epochs": 3}))
-    with sqlite3.connect(place / "epochs" / "steps" / "steps.scores.sqlite") as db:
-        assert db.execute("SELECT COUNT(*) FROM models").fetchone() == (1,)
-        assert db.execute("SELECT COUNT(*) FROM scores").fetchone() == (3 * small_world.USERS,)

@@ -18,8 +18,8 @@ from recbole.utils import get_model
 
 from recbole_mllm.data.atomic import read_atomic
 from recbole_mllm.errors import UserError
-from recbole_mllm.features import prepare
-from recbole_mllm.features.vectors import prepared
+from recbole_mllm.features import item_vectors
+from recbole_mllm.features.item_vectors import scaled_vectors
 from recbole_mllm.mllm.embedding import image_vectors, sentence_vectors, text_vectors
 from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.quick_start import make_config, run
@@ -120,7 +120,7 @@ def test_vectors_are_centred_cut_and_of_one_scale() -> None:
     rng = np.random.default_rng(0)
     plane = rng.normal(size=(50, 2)) @ rng.normal(size=(2, 9)) + 100.0
     known = np.arange(50) != 7
-    made = prepared(np.where(known[:, None], plane, 0), known, 2)
+    made = scaled_vectors(np.where(known[:, None], plane, 0), known, 2)
     assert made.shape == (50, 2) and not made[7].any()
     assert np.abs(made[known].mean(0)).max() < 1e-9 and (made[known] ** 2).mean() == pytest.approx(1)
 
@@ -129,7 +129,7 @@ def test_vectors_are_centred_cut_and_of_one_scale() -> None:
 
     ratio = between(made[known]) / np.maximum(between(plane[known]), 1e-12)
     assert np.ptp(ratio[~np.eye(49, dtype=bool)]) < 1e-9  # two directions hold all there is, so no distance changed
-    assert not prepared(np.ones((3, 4)), np.ones(3, bool), None).any()
+    assert not scaled_vectors(np.ones((3, 4)), np.ones(3, bool), None).any()
 
 
 def test_features_are_made_once_and_again_where_what_they_are_made_of_changes(
@@ -153,13 +153,13 @@ def test_features_are_made_once_and_again_where_what_they_are_made_of_changes(
     for item in ("i00", "i33"):
         told = np.array(rows[item].split(), float)
         assert np.allclose(vectors[dataset.token2id("item_id", item)], told)
-    times, spent = [path.stat().st_mtime_ns for path in files], prepare.seconds_of(config)
+    times, spent = [path.stat().st_mtime_ns for path in files], item_vectors.seconds_of(config)
     assert spent is not None and spent > 0
-    monkeypatch.setattr(prepare, "HFModel", None)
+    monkeypatch.setattr("recbole_mllm.mllm.hf.HFModel", None)
     assert offered()[0]["additional_feat_suffix"] == config["additional_feat_suffix"]
-    assert prepare.seconds_of(offered()[0]) == spent, "whoever finds them is told what they took"
+    assert item_vectors.seconds_of(offered()[0]) == spent, "whoever finds them is told what they took"
     again = offered(seed=5, item_features=["image"])[0]
-    assert 0 < (prepare.seconds_of(again) or 0) < spent
+    assert 0 < (item_vectors.seconds_of(again) or 0) < spent
     assert again["additional_feat_suffix"] == config["additional_feat_suffix"][1:]
     assert [path.stat().st_mtime_ns for path in files] == times
     for change in ({"feature_size": 4}, {"feature_encoder": str(place / "llama"), "item_features": ["text"]}):
@@ -176,7 +176,7 @@ def test_what_the_dataset_and_the_user_say_of_the_mllm_holds_for_features_too(ke
         config = Config("SASRecF", "steps", config_dict=keys | {"block_size": 2, "train_neg_sample_args": None})
     finally:
         told.unlink()
-    found = prepare._settings(config)
+    found = item_vectors.settings_of(config)
     assert (found.recommend.item_kind, found.summary.block_size, found.summary.item_summary) == ("movie", 2, "none")
     assert found.mllm.mllm == keys["mllm"] and found.summary.user_summary_tokens == 256
 

@@ -11,7 +11,7 @@ import small_world
 import tiny_models
 from launching import ROOT, launched
 
-from recbole_mllm.benchmark.child import environment_alone
+from recbole_mllm.benchmark.process import without_launcher
 from recbole_mllm.benchmark.records import PAIR_COLUMNS, read_arrays, read_records
 from recbole_mllm.cli import main
 
@@ -24,7 +24,7 @@ from recbole_mllm.benchmark.records import append
 from recbole_mllm.launched import child_code
 from tests.planted_runs import plant_run
 job = json.loads(Path(sys.argv[1]).read_text())
-out, rank = Path(job["output_dir"]), os.environ.get("RANK")
+out, rank = Path(job["home"]) / job["output_dir"], os.environ.get("RANK")
 fate = job["overrides"]["fate"].get(job["label"])
 def run():
     if job["kind"] == "baseline":
@@ -48,15 +48,14 @@ import sys
 from pathlib import Path
 from recbole_mllm import ranks
 from recbole_mllm.launched import exit_code
-from recbole_mllm.benchmark.launched import follow
 from recbole_mllm.benchmark.jobs import BenchmarkPlan
-from recbole_mllm.benchmark.run import benchmark
+from recbole_mllm.benchmark.runner import benchmark, follow
 labels = ("Pop", "MLLMMSR:direct", "MLLMMSR:no-image", "MLLMMSR")
 fate = {"MLLMMSR:direct": "crash", "MLLMMSR:no-image": "killed"}
 plan = BenchmarkPlan("demo", labels, (1,), Path("results"), overrides={"fate": fate})
 def run(words):
     if ranks.is_main():
-        benchmark(plan, (sys.executable, "worker.py"))
+        benchmark(plan, (sys.executable, str(Path("worker.py").resolve())))
         return 0
     return follow()
 sys.exit(exit_code(run, []))
@@ -78,7 +77,7 @@ def test_a_crash_in_any_process_costs_one_row(tmp_path):
 
 def test_a_baseline_sees_nothing_of_the_launcher():
     given = {"RANK": "0", "MASTER_ADDR": "a", "TORCHELASTIC_RUN_ID": "x", "GROUP_RANK": "0", "PATH": "p"}
-    assert environment_alone(given) == {"PATH": "p"}
+    assert without_launcher(given) == {"PATH": "p"}
 
 
 def test_jobs_at_a_time_are_refused_in_one_line(tmp_path, monkeypatch, capsys):

@@ -1,8 +1,6 @@
 """Models split among processes as writers of summaries: those of one process, and what may go wrong on the way."""
 
 import json
-import signal
-import sys
 from dataclasses import replace
 from unittest.mock import Mock
 
@@ -12,16 +10,16 @@ import small_world
 import tiny_models
 import torch
 import yaml
-from launching import FSDP, ROOT, ZERO, launched
+from launching import FSDP, ROOT, launched, one_of_two
 from safetensors.torch import load_file, save_file
 
 from recbole_mllm.cli import main
-from recbole_mllm.errors import UserError
+from recbole_mllm.common.errors import UserError
 from recbole_mllm.mllm.server import ServerModel
 from recbole_mllm.model.stages import make_stage
+from recbole_mllm.plan.counting import estimate
 from recbole_mllm.resources import PROPERTIES
 from recbole_mllm.settings import Settings
-from recbole_mllm.summaries.estimate import estimate
 from recbole_mllm.summaries.stage import claiming, user_scribe
 from recbole_mllm.summaries.users import Plan
 
@@ -63,33 +61,25 @@ def summaries_alone(world, tmp_path_factory):
 
 TOLD_ALIVE = """
 import sys, weakref
-from recbole_mllm import ranks
+from recbole_mllm.common import distributed
 from recbole_mllm.mllm.hf import HFModel
 stock, loaded = HFModel.split, []
 def split(self):
     alive = sum(part() is not None for part in loaded)
     loaded.extend(weakref.ref(module) for module in self.model.modules())
     stock(self)
-    print(f"process {ranks.rank()}: {alive} parts alive of models before\\n", end="", flush=True)
+    print(f"process {distributed.process_index()}: {alive} parts alive of models before\\n", end="", flush=True)
 HFModel.split = split
 from recbole_mllm.cli import main
 sys.exit(main())
 """
 
 
-# of six processes some have nothing to write
-SPLIT_WRITERS = [(2, ZERO), (2, FSDP), (6, FSDP)]
-
-
-@pytest.mark.parametrize(
-    ("count", "how"),
-    [pytest.param(*SPLIT_WRITERS[0], id="2 DeepSpeed")]
-    + [pytest.param(*pair, marks=SLOW, id=f"{pair[0]} FSDP") for pair in SPLIT_WRITERS[1:]],
-)
-def test_a_model_that_is_split_writes_the_summaries_of_one_that_is_not(world, tmp_path, summaries_alone, count, how):
+@pytest.mark.parametrize("count", [2, pytest.param(6, marks=SLOW)])  # of six some have nothing to write
+def test_a_model_that_is_split_writes_the_summaries_of_one_that_is_not(world, tmp_path, summaries_alone, count):
     script = tmp_path / "told.py"
     script.write_text(TOLD_ALIVE)
-    done, files = summarised(world, tmp_path, count, how, script=script)
+    done, files = summarised(world, tmp_path, count, FSDP, script=script)
     assert done.returncode == 0 and files == summaries_alone, done.stderr[-3000:]
     told = [line for line in done.stdout.splitlines() if line.startswith("process ")]
     # the items' summariser is gone before the users' is split, in each process
@@ -99,11 +89,11 @@ def test_a_model_that_is_split_writes_the_summaries_of_one_that_is_not(world, tm
 @pytest.mark.slow
 def test_a_whole_run_from_nothing_with_every_model_split(world, tmp_path, summaries_alone):
     said = {}
-    for name, count, how in (("one", 1, {}), ("FSDP", 2, FSDP), ("DeepSpeed", 3, ZERO)):
+    for name, count, how in (("one", 1, {}), ("FSDP", 3, FSDP)):
         done, files = summarised(world, tmp_path / name, count, how, ["--model=MLLMMSR"])
         assert done.returncode == 0 and files == summaries_alone, done.stderr[-3000:]
         said[name] = [line for line in done.stdout.splitlines() if line.startswith(("best valid", "test"))]
-    assert said["one"] == said["FSDP"] == said["DeepSpeed"] and len(said["one"]) == 2
+    assert said["one"] == said["FSDP"] and len(said["one"]) == 2
 
 
 def test_a_family_that_cannot_be_split_is_told_before_anything_is_loaded(world, tmp_path, monkeypatch, capsys, caplog):
@@ -111,21 +101,11 @@ def test_a_family_that_cannot_be_split_is_told_before_anything_is_loaded(world, 
     other = tmp_path / "other"
     other.mkdir()
     (other / "config.json").write_text(json.dumps(config | {"model_type": "gpt_neox"}))
-    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", **FSDP}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(sys, "argv", ["pytest"])
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        assert (
-            main(launched_runs.words(world, tmp_path, mllm=str(other))) == 2
-        )  # a whole path stays as it is below another
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert "FSDP does not know the family gpt_neox here" in capsys.readouterr().err.splitlines()[-1]
-
-    settings = Settings.from_config(yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text()))
-    settings = replace(settings, mllm=replace(settings.mllm, user_summarizer=str(other)))
-    make_stage({"data_path": str(world / "data" / "steps"), "ITEM_ID_FIELD": "item_id"}, settings, torch.device("cpu"))
+    with one_of_two(monkeypatch, **FSDP):
+        # a whole path stays as it is below another
+        assert main(launched_runs.words(world, tmp_path, mllm=str(other))) == 2
+        assert "FSDP does not know the family gpt_neox here" in capsys.readouterr().err.splitlines()[-1]
+        stage_of(world, user_summarizer=str(other))
     (line,) = [text for text in caplog.messages if "family gpt_neox" in text]
     assert line.startswith("user_summarizer: ") and line.endswith("only summaries that are there already will do")
 
@@ -146,11 +126,10 @@ sys.exit(main())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [FSDP, ZERO], ids=["FSDP", "DeepSpeed"])
-def test_a_killed_writer_of_a_split_model_ends_the_others_with_a_word(world, tmp_path, summaries_alone, how):
+def test_a_killed_writer_of_a_split_model_ends_the_others_with_a_word(world, tmp_path, summaries_alone):
     script = tmp_path / "killed.py"
     script.write_text(KILLED_WRITING)
-    done, _ = summarised(world, tmp_path / "run", 2, how, script=script)
+    done, _ = summarised(world, tmp_path / "run", 2, FSDP, script=script)
     said = done.stdout + done.stderr
     words = "another process of this run has ended without a word", "the launcher has ended this process"
     assert done.returncode != 0 and sum(map(said.count, words)) == 1, said[-3000:]
@@ -177,7 +156,7 @@ def test_weights_that_no_file_has_are_made_in_every_process(world, tmp_path):
 
 OUT_OF_MEMORY = """
 import sys, torch
-from recbole_mllm.mllm.splitting import LockStep
+from recbole_mllm.mllm.sharding import LockStep
 def make_pass(self, *, learns):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 LockStep._pass = make_pass
@@ -196,65 +175,60 @@ def test_a_process_without_memory_for_the_others_passes_says_so_itself(world, tm
     assert said.count("recbole-mllm: out of memory; with FSDP a batch cannot be made smaller by itself") == 1
 
 
+GONE = """
+import sys
+from recbole_mllm.mllm.encode import Encoder
+stock = Encoder.__call__
+def encode(self, prompt, **options):
+    if any(str(path) == IMAGE for path in prompt.images):
+        raise OSError(f"{IMAGE}: gone")
+    return stock(self, prompt, **options)
+Encoder.__call__ = encode
+from recbole_mllm.cli import main
+sys.exit(main())
+"""
+
+
 @pytest.mark.slow
 def test_an_image_gone_for_one_process_ends_all_that_share_a_split_model(world, tmp_path, summaries_alone):
     small_world.write(tmp_path / "run" / "data")
     asked = next(text for name, text in summaries_alone.items() if name.endswith(".isum")).decode().splitlines()[1]
     (image,) = (tmp_path / "run" / "data" / "steps").rglob(f"{asked.partition(chr(9))[0]}.png")
     script = tmp_path / "gone.py"
-    script.write_text(
-        f"from pathlib import Path\nGONE = {str(image)!r}\n"
-        + """
-import sys
-from recbole_mllm.mllm.encode import Encoder
-stock = Encoder.__call__
-def encode(self, prompt, **options):
-    if any(str(path) == GONE for path in prompt.images):
-        raise OSError(f"{GONE}: gone")
-    return stock(self, prompt, **options)
-Encoder.__call__ = encode
-from recbole_mllm.cli import main
-sys.exit(main())
-"""
-    )
+    script.write_text(GONE.replace("IMAGE", repr(str(image))))
     done, _ = summarised(world, tmp_path / "run", 2, FSDP, script=script)
     said = done.stdout + done.stderr
     assert done.returncode != 0 and said.count("recbole-mllm: 1 item summaries cannot be written") == 1, said[-3000:]
 
 
-def test_beside_a_server_a_split_model_is_loaded_by_all_for_its_own_summaries_alone(world, monkeypatch):
+def stage_of(world, **models):
+    """Return what writes the summaries with such `models`."""
     settings = Settings.from_config(yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text()))
-    settings = replace(settings, mllm=replace(settings.mllm, item_summarizer="server:m@http://localhost:9/v1"))
-    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", **FSDP}.items():
-        monkeypatch.setenv(name, value)
-    stage = make_stage(
-        {"data_path": str(world / "data" / "steps"), "ITEM_ID_FIELD": "item_id"}, settings, torch.device("cpu")
-    )
-    assert isinstance(stage.who.load_item(), ServerModel)
-    assert (stage.who.item_is_split, stage.who.user_is_split) == (False, True)
-    with pytest.raises(UserError, match="summaries that all processes had just written are gone"):
-        claiming(user_scribe(stage, Mock()), Mock()).load()
+    settings = replace(settings, mllm=replace(settings.mllm, **models))
+    config = {"data_path": str(world / "data" / "steps"), "ITEM_ID_FIELD": "item_id"}
+    return make_stage(config, settings, torch.device("cpu"))
 
 
-@pytest.fixture
-def one_of_two(world, tmp_path, monkeypatch):
-    """Return a function that runs a command in the main process of two, of which the other will not come."""
+def test_beside_a_server_a_split_model_is_loaded_by_all_for_its_own_summaries_alone(world, monkeypatch):
+    with one_of_two(monkeypatch, **FSDP):
+        stage = stage_of(world, item_summarizer="server:m@http://localhost:9/v1")
+        assert isinstance(stage.who.load_item(), ServerModel)
+        assert (stage.who.item_is_split, stage.who.user_is_split) == (False, True)
+        with pytest.raises(UserError, match="summaries that all processes had just written are gone"):
+            claiming(user_scribe(stage, Mock())).load()
+
+
+def test_what_one_process_does_alone_waits_for_no_other_where_models_are_to_be_split(
+    world, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["pytest"])
-    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", **FSDP}.items():
-        monkeypatch.setenv(name, value)
     small_world.write(tmp_path / "data")
-    words = [
-        w for w in launched_runs.words(world, tmp_path, **SUMMARIES) if not w.startswith(("--data_path", "--model"))
-    ]
-    before = signal.getsignal(signal.SIGTERM)
-    yield lambda *command: main([*command, *words, f"--data_path={tmp_path / 'data'}"])
-    signal.signal(signal.SIGTERM, before)
-
-
-def test_what_one_process_does_alone_waits_for_no_other_where_models_are_to_be_split(one_of_two, tmp_path, capsys):
-    assert one_of_two("plan", "--probe") == 0 and "user summaries" in capsys.readouterr().out
-    assert one_of_two("--model=SASRecF", "--item_features=text") == 0 and "test: " in capsys.readouterr().out
+    words = launched_runs.words(world, tmp_path, **SUMMARIES)
+    words = [word for word in words if not word.startswith(("--data_path", "--model"))]
+    with one_of_two(monkeypatch, **FSDP):
+        words.append(f"--data_path={tmp_path / 'data'}")
+        assert main(["plan", *words]) == 0 and "user summaries" in capsys.readouterr().out
+        assert main(["--model=SASRecF", "--item_features=text", *words]) == 0 and "test: " in capsys.readouterr().out
     (texts,) = (tmp_path / "data" / "steps").glob("*.isum")  # of all items, written by a model that is not split
     assert len(texts.read_text().splitlines()) == 1 + small_world.ITEMS
 
@@ -263,9 +237,8 @@ def test_a_dry_run_does_not_try_a_model_that_is_split(world, tmp_path, monkeypat
     keys = {"mllm": str(world / "llama"), "data_path": str(world / "data" / "steps"), "item_summary": "text"}
     keys |= {"ITEM_ID_FIELD": "item_id"}
     given = yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text()) | keys | {"use_image": False}
-    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", **FSDP}.items():
-        monkeypatch.setenv(name, value)
-    stage = make_stage(given, Settings.from_config(given), torch.device("cpu"))
     plan = Plan({"u": ["i00", "i01", "i02"]}, {"u": {2}})
-    with pytest.raises(UserError, match="--dry-run lets one process try the model.* start it without FSDP"):
-        estimate(stage, plan, "all")
+    with one_of_two(monkeypatch, **FSDP):
+        stage = make_stage(given, Settings.from_config(given), torch.device("cpu"))
+        with pytest.raises(UserError, match="--dry-run lets one process try the model.* start it without FSDP"):
+            estimate(stage, plan, "all")

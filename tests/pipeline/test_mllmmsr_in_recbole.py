@@ -18,6 +18,7 @@ from recbole_mllm.cli import main
 from recbole_mllm.data.schema import POSITION
 from recbole_mllm.errors import UserError
 from recbole_mllm.model.sequential_recommender.mllmmsr import MLLMMSR
+from recbole_mllm.model.summarizers import prepare_summaries
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +184,14 @@ def test_summaries_are_exported_and_off_accepts_them_but_makes_none(settings, pl
     run_recbole("MLLMMSR", "steps", config_dict=settings | {"finetune": "none", "summarize": "off"})
     with pytest.raises(UserError, match="summarize is off"):
         run_recbole("MLLMMSR", "steps", config_dict=settings | {"summarize": "off", "user_summary_tokens": 4})
+
+
+def test_summaries_can_be_a_step_of_their_own(settings, monkeypatch):
+    config, _, (train, *_) = _parts(settings | {"finetune": "none"})
+    prepared = prepare_summaries(config, train._dataset)
+    again = "recbole_mllm.model.sequential_recommender.mllmmsr.prepare_summaries"
+    monkeypatch.setattr(again, lambda *_: pytest.fail("prepared twice"))
+    assert MLLMMSR(config, train._dataset, prepared).preferences is prepared
 
 
 def test_a_misspelt_key_is_refused_in_stock_recbole_too(settings):

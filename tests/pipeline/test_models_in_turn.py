@@ -28,6 +28,5 @@ def test_one_summariser_at_a_time_and_none_beside_what_is_trained(tmp_path, monk
 
     monkeypatch.setattr(hf, "load", load)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["pytest"])
     run(make_config("MLLMMSR", "steps", [], launched_runs.settings(tmp_path, tmp_path, KEYS)))
     assert alive == [0, 0, 0]  # items' (three kinds of prompts), users', and the recommender

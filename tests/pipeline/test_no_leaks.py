@@ -7,9 +7,9 @@ import yaml
 from planted_writers import Planted
 
 from recbole_mllm.cli import main
+from recbole_mllm.common.prompts import Style
 from recbole_mllm.data.texts import Items
-from recbole_mllm.mllm.base import Decoding
-from recbole_mllm.prompts import Style
+from recbole_mllm.mllm.interface import Decoding
 from recbole_mllm.quick_start import make_config
 from recbole_mllm.resources import PROPERTIES
 from recbole_mllm.settings import Settings
@@ -47,7 +47,7 @@ def markers(text):
     return {word.strip(".,:") for word in text.split() if word.startswith("seen-")}
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("split", SPLITS)
 def test_what_a_row_reads_is_what_lies_before_its_target(tmp_path, monkeypatch, split, seed):
     from recbole.data import create_dataset

@@ -69,7 +69,7 @@ def test_a_model_larger_than_a_card_is_told_how_to_split(keys, tmp_path, capsys)
         count = found["processes"]
         assert count >= 2 and found["bytes"] < found["room"] == 72e9 < total
         assert found["bytes"] == pytest.approx(total - weights * (1 - 1 / count), rel=0.1)
-        assert f"more than a H100's 72GB: fits when FSDP or DeepSpeed split it among {count} processes" in said
+        assert f"more than a H100's 72GB: fits when FSDP splits it among {count} processes" in said
     assert _plan(keys)["fits"] is None
     assert all(one["processes"] == 1 for one in _plan(keys, "--device", "H100")["fits"].values())
 
@@ -103,7 +103,8 @@ def test_what_is_planned_is_what_the_run_records(keys, tmp_path, capsys):
     read = sum(stages[name][kind] for name in ("valid", "test") for kind in ("text_tokens", "image_tokens"))
     assert read == outcome.model.tokens_read
     for kind in ("isum", "usum"):
-        assert known["disk_bytes"][kind] == sum(path.stat().st_size for path in folder.glob(f"*.{kind}"))
+        size = sum(path.stat().st_size for path in folder.glob(f"*.{kind}"))
+        assert known["disk_bytes"][kind] == pytest.approx(size, rel=0.15)
     saved = [outcome.checkpoint, *outcome.checkpoint.with_suffix("").iterdir()]
     assert known["disk_bytes"]["checkpoints"] == pytest.approx(sum(path.stat().st_size for path in saved), rel=0.25)
     trained = sum(p.numel() for p in outcome.model.parameters() if p.requires_grad)
@@ -111,22 +112,13 @@ def test_what_is_planned_is_what_the_run_records(keys, tmp_path, capsys):
     assert known["memory_bytes"]["sft"]["training_state"] == 16 * trained
 
 
-def test_a_probe_leaves_no_trace_and_prices_every_stage(keys, tmp_path):
-    before = _files(tmp_path / "dataset")
-    plan = _plan(keys, "--probe")
-    assert _files(tmp_path / "dataset") == before
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["dataset", "plan.json"]
-    assert all(one["seconds"] > 0 for one in plan["stages"].values())
-    assert set(plan["bill"]["hours"]) == {"items", "users", "sft", "valid", "test"}
-
-
 def test_hours_are_operations_by_the_assumed_share_of_the_peak(keys):
-    plan = _plan(keys, "--device", "a100-80gb", "--price_per_hour", "2")
+    plan = _plan(keys, "--device", "a100-80gb")
     flops, seconds = plan["stages"]["test"]["flops"]["total"], plan["stages"]["test"]["seconds"]
     assert seconds == pytest.approx(flops / (312e12 * 0.4))
     bill = plan["bill"]
     assert bill["wall_hours"] == pytest.approx(sum(bill["hours"].values()))
-    assert bill["price"] == pytest.approx(2 * bill["device_hours"])
+    assert bill["price"] is None and plan["probe"] is None  # no price stands in devices.yaml
 
 
 def test_many_nodes_are_bounded_by_the_longest_chain(keys):
@@ -162,21 +154,22 @@ def test_a_zero_shot_run_trains_nothing(keys):
     assert plan["stages"]["valid"]["prompts"] == 12 * 21 and "sft" not in plan["memory_bytes"]
 
 
-def test_servers_are_counted_and_priced_by_their_rate(keys):
+def test_servers_are_counted_and_not_timed(keys):
     served = {"user_summarizer": "server:M@http://127.0.0.1:9/v1", "item_summarizer": "server:M@http://127.0.0.1:9/v1"}
-    plan = _plan(keys | served, "--requests_per_s", "10")
+    plan = _plan(keys | served, "--device=H100")
     users = plan["stages"]["users"]
-    assert users["seconds"] == users["prompts"] / 10 and users["text_tokens"] > 10 * users["prompts"]
+    assert users["seconds"] is None and users["text_tokens"] > 10 * users["prompts"] > 0
     assert any(line.startswith("items, users ask servers") for line in plan["assumptions"])
-    assert not any("--probe" in line for line in plan["assumptions"])  # it asks no server
-    assert _plan(keys | served)["stages"]["users"]["seconds"] is None
+    assert set(plan["bill"]["hours"]) == {"sft", "valid", "test"}
 
 
 @pytest.mark.parametrize(
     ("more", "said"),
     [
         (["--device", "H1000"], "did you mean H100"),
-        (["--device", "H100", "--probe"], "give one of them"),
+        (["--device", "H100", "--probe"], "--probe is withdrawn"),
+        (["--price_per_hour", "2"], "--price_per_hour is withdrawn"),
+        (["--requests_per_s=10"], "--requests_per_s is withdrawn"),
         (["--device", "H100", "--nodes", "0"], "--nodes is 0"),
         (["--mllm=nobody/no-such-model"], "reads its config, tokenizer and processor files"),
         (["--json", "no/such/plan.json"], "there is no folder"),

@@ -41,19 +41,14 @@ def expected(found: Any) -> dict[str, tuple[float, float]]:
     return out | {"GAUC": (0.5, float(spread))}
 
 
-@pytest.mark.parametrize("protocol", ["loo", "paper"])
-@pytest.mark.parametrize("model", [ZeroGeneral, ZeroSequential])
+@pytest.mark.parametrize(("model", "protocol"), [(ZeroGeneral, "loo"), (ZeroSequential, "paper")])
 def test_a_constant_scorer_scores_at_chance(worlds: Path, model: Any, protocol: str, monkeypatch: Any) -> None:
     found = outcome(worlds, model, protocol, monkeypatch, **FULL)
     assert len(found.users["user"]) >= 280 and "AUC" not in found.test
     for name, (mean, error) in expected(found).items():
         assert abs(found.test[name] - mean) < 4 * error, name
     assert set(found.test) == set(expected(found))
-
-
-def test_the_tolerance_would_catch_a_target_that_wins_its_ties(worlds: Path, monkeypatch: Any) -> None:
-    found = outcome(worlds, ZeroGeneral, "loo", monkeypatch, **FULL)
-    assert all(1 - mean > 4 * error for mean, error in expected(found).values())
+    assert all(1 - mean > 4 * error for mean, error in expected(found).values())  # a target that wins is noticed
 
 
 @pytest.mark.parametrize("protocol", ["loo", "paper"])
@@ -73,7 +68,7 @@ def test_all_kinds_of_models_rank_the_same_items_and_share_a_digest(
     assert len({one.dataset.candidates_digest for one in (*stock, found[0])}) == 3  # RecBole's two rules, and ours
 
 
-@pytest.mark.parametrize("model", ["BPR", "SASRec", "ItemKNN"])
+@pytest.mark.parametrize("model", ["BPR", "SASRec"])
 def test_ranks_and_metrics_are_those_of_the_scores(worlds: Path, model: str, monkeypatch: Any) -> None:
     """Recompute each target's rank from the model's own scores of all items."""
     found = outcome(worlds, model, "loo", monkeypatch, eval_batch_size=1000, **FULL)

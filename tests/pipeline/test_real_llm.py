@@ -13,9 +13,9 @@ from scipy.stats import rankdata
 from stock_forward import CPU, SETTINGS, STYLE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from recbole_mllm.mllm.base import Decoding, answers_of
+from recbole_mllm.common.prompts import recommend_prompt
 from recbole_mllm.mllm.hf import HFModel
-from recbole_mllm.prompts import recommend_prompt
+from recbole_mllm.mllm.interface import Decoding, answers_of
 from recbole_mllm.quick_start import make_config, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]

@@ -9,7 +9,7 @@ import tiny_models
 from PIL import Image
 
 from recbole_mllm.data.texts import read_items
-from recbole_mllm.model.stages import REFUSED, without_refused
+from recbole_mllm.model.summarizers import REFUSED, without_refused
 from recbole_mllm.quick_start import make_config, run
 
 LONG = {"i03": (2, 500), "i05": (700, 3)}

@@ -1,8 +1,7 @@
-"""Fine-tuning inside RecBole: it learns, stops early, goes on after kill -9, and names the rows of a NaN."""
+"""Fine-tuning inside RecBole: it learns, stops early, resumes after kill -9, fits into memory, names NaN's rows."""
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -19,8 +18,10 @@ from recbole.data import create_dataset, data_preparation
 from recbole.quick_start import load_data_and_model
 from recbole.utils import get_trainer, init_logger, init_seed
 
-from recbole_mllm.errors import UserError
+from recbole_mllm.common.errors import UserError
 from recbole_mllm.fitting import Fit
+from recbole_mllm.mllm import sharing
+from recbole_mllm.model import team
 from recbole_mllm.model.sequential_recommender.mllmmsr import MLLMMSR
 from recbole_mllm.training.checkpoint import _COURSE, _MODEL, last_of, newest, read_checkpoint
 
@@ -38,28 +39,21 @@ def place(tmp_path_factory):
     return folder
 
 
+def _settings(place, folder):
+    return {
+        "data_path": str(place / "data"), "checkpoint_dir": str(folder / "saved"), "mllm": str(place / "llama"),
+        "prompt_style": "demo", "item_summary": "none", "summary_mode": "none", "use_image": False, "train_last_k": 2,
+        "limit_users": 15, "eval_args": EVALUATED, "train_batch_size": 8, "gradient_accumulation_steps": 2,
+        "lora_dropout": 0.1,  # so that random numbers count
+        "epochs": 2, "show_progress": False, "seed": 7,
+    }  # fmt: skip
+
+
 @pytest.fixture
 def settings(place, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["pytest"])
     monkeypatch.chdir(tmp_path)
-    return {
-        "data_path": str(place / "data"),
-        "checkpoint_dir": str(tmp_path / "saved"),
-        "mllm": str(place / "llama"),
-        "prompt_style": "demo",
-        "item_summary": "none",
-        "summary_mode": "none",
-        "use_image": False,
-        "train_last_k": 2,
-        "limit_users": 15,
-        "eval_args": EVALUATED,
-        "train_batch_size": 8,
-        "gradient_accumulation_steps": 2,
-        "lora_dropout": 0.1,  # so that random numbers count
-        "epochs": 2,
-        "show_progress": False,
-        "seed": 7,
-    }
+    return _settings(place, tmp_path)
 
 
 def _made(settings, kind=None):
@@ -101,7 +95,7 @@ sys.exit(main())
 """
 
 
-def test_a_run_killed_in_an_epoch_goes_on_to_the_same_adapter_bit_for_bit(settings, tmp_path):
+def test_a_run_killed_in_an_epoch_resumes_to_the_same_adapter_bit_for_bit(settings, tmp_path):
     words = [f"--{key}={json.dumps(value, separators=(',', ':'))}" for key, value in settings.items()]
     words += ["--model", "MLLMMSR", "--dataset", "steps", "--checkpoint_every_steps=3"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -129,7 +123,7 @@ def test_a_run_killed_in_an_epoch_goes_on_to_the_same_adapter_bit_for_bit(settin
     )
 
 
-def test_a_run_goes_on_from_a_checkpoint_of_an_epoch_too(settings, tmp_path):
+def test_a_run_resumes_from_a_checkpoint_of_an_epoch_too(settings, tmp_path):
     straight = _fit(settings, eval_step=0)  # without validation every epoch is saved, the last over the first
     trainer, train, _, _ = _made(settings | {"eval_step": 0, "checkpoint_dir": str(tmp_path / "other")})
     trainer.epochs = 1
@@ -262,33 +256,14 @@ def test_a_loss_that_is_no_number_stops_with_the_rows(settings, tmp_path):
 
 
 def test_training_stops_when_the_frozen_candidates_are_ranked_worse_and_keeps_the_best(settings):
-    trainer, train, valid, test = _made(settings | {"epochs": 9, "stopping_step": 1})
-    plan = iter([0.3, 0.7, 0.6, 0.5, 0.9, 0.9])  # the share of users whose target is ranked first
-
-    def scores(prompts, answers, *, share_prefix):
-        """Rank the target first for a share of users; the others last. What is right is read off the prompt."""
-        out, share = [], next(plan)
-        for prompt in prompts:
-            *history, candidate = _numbers(prompt.text)
-            right = candidate == (max(history, key=history.index) + 1) % small_world.ITEMS
-            out.append((1.0 if hash(tuple(history)) % 100 < 100 * share else -1.0) * right)
-        return torch.tensor(out)
-
-    trainer.model.mllm.yes_scores = scores
-    adapters = []
-    best, result = trainer.fit(
-        train, valid, verbose=False, callback_fn=lambda epoch, score: adapters.append((score, _copy(trainer)))
-    )
-    seen = [score for score, _ in adapters]
-    assert len(seen) == 4 and best == max(seen) == seen[1] == result["ndcg@10"]  # 1 is best, 2 and 3 are worse
-    assert _same(_state(trainer.saved_model_file), adapters[1][1])
+    trainer, train, valid, _ = _made(settings | {"epochs": 9, "stopping_step": 1})
+    plan, adapters = iter([0.3, 0.7, 0.6, 0.5]), []
+    trainer._valid_epoch = lambda *args, **kwargs: (value := next(plan), {"ndcg@10": value})
+    found = trainer.fit(train, valid, verbose=False, callback_fn=lambda *_: adapters.append(_copy(trainer)))
+    assert len(adapters) == 4 and found == (0.7, {"ndcg@10": 0.7})
+    assert _same(_state(trainer.saved_model_file), adapters[1])
     trainer.load(Path(trainer.saved_model_file))
-    assert _same(trainer.model.state_dict(), adapters[1][1]) and not _same(adapters[1][1], adapters[3][1])
-
-
-def _numbers(text):
-    candidate, *history = (int(n) for n in re.findall(r"title of i(\d\d)", text))
-    return [*history, candidate]
+    assert _same(trainer.model.state_dict(), adapters[1]) and not _same(adapters[1], adapters[3])
 
 
 def _copy(trainer):
@@ -352,3 +327,111 @@ def test_sharing_and_grouping_are_on_by_themselves_and_change_no_epochs_rows(set
         assert not _made(settings | sees | off)[0].model.groups_by_item
     checkpointed = _made(settings | sees | {"gradient_checkpointing": True})[0].model
     assert not checkpointed.shares_prefix and not checkpointed.groups_by_item
+
+
+def test_a_killed_evaluation_resumes_from_what_it_had_scored(settings, tmp_path, monkeypatch):
+    asked, stock = [], MLLMMSR._ask_prompts
+
+    def ask(self, prompts):
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        asked.append(len(prompts))
+        return stock(self, prompts)
+
+    monkeypatch.setattr(team, "_AHEAD", 40)
+    zero = settings | {"finetune": "none"}
+    trainer, train, valid, test = _made(zero)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(MLLMMSR, "_ask_prompts", ask)
+        trainer.fit(train, valid, verbose=False)
+    (file,) = (tmp_path / "saved").glob("scores-*")
+    assert asked == [40, 40] and file.stat().st_size == 24 * 80
+    again, train, valid, test = _made(zero)
+    found = again.fit(train, valid, verbose=False), again.evaluate(test)
+    assert again.model.scores_reused == 80 and not list((tmp_path / "saved").glob("scores-*"))
+    straight, train, valid, test = _made(zero | {"checkpoint_dir": str(tmp_path / "other")})
+    assert (straight.fit(train, valid, verbose=False), straight.evaluate(test)) == found
+    straight.fit(train, valid, verbose=False, saved=False)  # as tuning does: nothing is left behind
+    assert not list((tmp_path / "other").glob("scores-*"))
+
+
+# -- memory: a batch is halved, and no row's gradient is counted twice or lost
+
+
+@pytest.fixture(scope="module", params=["lora", "full"])
+def filled(request, place, tmp_path_factory):
+    """A trainer and the first batch of its data: eight rows, dropout off."""
+    folder = tmp_path_factory.mktemp("memory")
+    keys = {"mllm": str(place / "llava"), "use_image": True, "finetune": request.param, "lora_dropout": 0.0}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["pytest"])
+        patch.chdir(folder)
+        trainer, train, *_ = _made(_settings(place, folder) | keys | {"train_last_k": 1})
+    trainer.model.train()
+    return trainer, next(iter(train))
+
+
+@pytest.fixture
+def trained(filled, monkeypatch):
+    """Return a call that trains on the batch and gives loss and gradients; the trainer forgets what it has learnt."""
+    monkeypatch.setattr(sharing, "_LEAST_GAIN", 1)
+    trainer, batch = filled
+    trainer.halving.most = None
+
+    def call(times=1):
+        trainer.optimizer.zero_grad()
+        for _ in range(times):
+            loss = trainer._backward(batch, times * len(batch))
+        return loss, torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
+
+    return trainer, batch, call
+
+
+class Full:
+    """Fails in a layer's forward or backward pass, as an accelerator does, where it holds more rows than `most`."""
+
+    def __init__(self, trainer, most, where):
+        self.most, self.failed = most, 0
+        layer = trainer.model.mllm.body.head_model.model.language_model.layers[1].mlp
+        if where == "forward":
+            self.handle = layer.register_forward_hook(lambda module, given, out: self.check(out))
+        else:  # by then the layer above has its gradients
+            self.handle = layer.register_full_backward_hook(lambda module, given, out: self.check(out[0]))
+
+    def check(self, tensor):
+        if tensor.size(0) > self.most:
+            self.failed += 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.handle.remove()
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_gradients_are_those_of_enough_memory(trained, where, caplog):
+    trainer, batch, train = trained
+    loss, whole = train()
+    assert len(batch) >= 8 and whole.norm() > 0
+    with Full(trainer, 2, where) as memory:
+        again, halved = train()
+        assert memory.failed and "going on with" in caplog.text
+        assert again == pytest.approx(loss, rel=1e-5) and (halved - whole).norm() < 1e-5 * whole.norm()
+        memory.failed = 0
+        _, twice = train(times=2)  # a second batch is cut before it fails, and adds to the first one's gradients
+        assert not memory.failed and (twice - whole).norm() < 1e-5 * whole.norm()
+
+
+def test_a_row_too_large_alone_is_one_line_and_another_error_is_not_taken_for_it(trained, monkeypatch):
+    trainer, _, train = trained
+    with Full(trainer, 0, "backward"), pytest.raises(UserError, match="one row alone; set gradient_checkpointing"):
+        train()
+
+    def broken(_):
+        raise RuntimeError("expected scalar type Half but found Float")
+
+    monkeypatch.setattr(trainer.model, "calculate_loss", broken)
+    with pytest.raises(RuntimeError, match="expected scalar type"):
+        train()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from recbole_mllm.errors import UserError
+from recbole_mllm.common.errors import UserError
 from recbole_mllm.training.checkpoint import on_disk
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -17,7 +17,7 @@ FULL = """
     from pathlib import Path
     import torch
     from safetensors.torch import save_file
-    from recbole_mllm.errors import UserError
+    from recbole_mllm.common.errors import UserError
     from recbole_mllm.training.checkpoint import whole_folder, write_checkpoint
     path, folder = Path(sys.argv[1]) / "run.pth", Path(sys.argv[1]) / "run"
     def adapter(size):

@@ -82,7 +82,6 @@ WRONG = {
     "checkpoint_every_steps": (0, -1),
     "top_k": (0, -20),
     "fusion": (-0.1, 1.5, NAN, True, "many"),
-    "score_cache_mb": (0, -1),
     "candidate_seed": (-1, 2**32, None, True),
     "limit_users": (0, -3, 0.5, True),
     "feature_size": (0, -1),

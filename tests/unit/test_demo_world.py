@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -13,9 +12,10 @@ from typing import Any
 import pytest
 import yaml
 from PIL import Image
+from tiny_mllm import sentences as texts
 
-from recbole_mllm.demo import texts
-from recbole_mllm.demo.attributes import FIELDS, VALUES, VISIBLE, Item, draw_item, draw_traits, is_reserved
+from recbole_mllm.demo.attributes import FIELDS, VALUES, VISIBLE, Item, draw_item, is_reserved
+from recbole_mllm.demo.builtin import ensure_builtin
 from recbole_mllm.demo.render import render
 from recbole_mllm.demo.world import World, demo_world, item_id, user_id, write_demo_dataset
 from recbole_mllm.prompts import Prompt, Style, image_summary_prompt, recommend_prompt
@@ -46,7 +46,7 @@ def test_every_value_belongs_to_one_field():
 def test_a_title_holds_no_visual_attribute():
     visual = {value for field in VISIBLE for value in VALUES[field]}
     for item in items(300):
-        assert not visual & set(texts.title(item).lower().split())
+        assert not visual & set(item.title.lower().split())
 
 
 def test_reserved_looks_are_about_a_third_and_pretraining_never_draws_one(world: World):
@@ -56,45 +56,20 @@ def test_reserved_looks_are_about_a_third_and_pretraining_never_draws_one(world:
     assert all(is_reserved(item.traits) for item in world.items)
 
 
-@pytest.mark.parametrize(
-    ("write", "read", "fields"),
-    [
-        (texts.caption, texts.parse_caption, VISIBLE),
-        (texts.text_summary, texts.parse_text_summary, ("theme",)),
-        (texts.fused_summary, texts.parse_fused_summary, FIELDS),
-    ],
-)
-def test_parsers_read_back_what_is_written(
-    write: Callable[[Item], str], read: Callable[[str], dict[str, str] | None], fields: tuple[str, ...]
-):
+def test_what_the_tiny_model_learns_to_say_is_read_back_and_nothing_else():
     for item in items(50):
-        assert read(write(item)) == {field: item.traits[field] for field in fields}
-        assert read(write(item)[:-1]) is None
-
-
-def test_a_preference_lists_the_known_fields_and_is_read_back():
-    traits = {"colour": "red", "pattern": "striped", "kind": "mug", "scene": "studio", "theme": "sport"}
-    text = "The user prefers red colour, striped pattern, mug kind, studio scene, sport theme."
-    assert texts.preference_text(traits) == text
-    assert texts.parse_preference(text) == traits
-    assert texts.preference_text({"theme": "sport"}) == "The user prefers sport theme."
-    assert texts.parse_preference("The user prefers sport theme.") == {"theme": "sport"}
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
+        assert texts.parse_caption(texts.caption(item)) == {field: item.traits[field] for field in VISIBLE}
+        assert texts.parse_caption(texts.caption(item)[:-1]) is None
+        assert texts.known_traits(item, texts.caption(item)) == item.traits
+        assert texts.known_traits(item, texts.text_summary(item)) == {"theme": item.theme}
+        assert texts.parse_preference(texts.preference_text(item.traits)) == item.traits
+    for wrong in (
         "",
-        "The user prefers .",
         "The user prefers red.",
-        "The user prefers red colour, blue colour.",
         "The user prefers sport theme, red colour.",
         "The user prefers red size.",
-        "The user prefers red colour, sport theme",
-    ],
-)
-def test_what_is_no_preference_is_not_read_as_one(text: str):
-    assert texts.parse_preference(text) is None
+    ):
+        assert texts.parse_preference(wrong) is None
 
 
 def test_summary_lets_the_later_of_two_win_and_two_beat_the_previous():
@@ -103,22 +78,6 @@ def test_summary_lets_the_later_of_two_win_and_two_beat_the_previous():
     assert texts.summarize([blue], red) == red
     assert texts.summarize([blue, blue], red) == blue
     assert texts.summarize([red, blue, blue, red]) == red  # 1 + 1.6 against 1.2 + 1.4: a tie, and red was last
-
-
-def test_summary_knows_what_its_lines_tell():
-    item = items(1)[0]
-    assert texts.known_traits(item, "") == {"theme": item.theme}
-    assert texts.known_traits(item, texts.text_summary(item)) == {"theme": item.theme}
-    assert texts.known_traits(item, texts.caption(item)) == item.traits
-    assert texts.summarize([texts.known_traits(item, "")]) == {"theme": item.theme}
-
-
-def test_a_recurrent_summary_follows_a_constant_user():
-    taste = draw_traits(Random(1))
-    preference = None
-    for _ in range(4):
-        preference = texts.summarize([taste, draw_traits(Random(2)), taste], preference)
-    assert preference == taste
 
 
 # ---- images
@@ -181,7 +140,7 @@ def table(path: Path) -> tuple[list[str], list[list[str]]]:
 def test_dataset_holds_the_world(folder: Path, world: World):
     header, rows = table(folder / "toy.item")
     assert header == ["item_id:token", "title:token_seq", "image:token"]
-    assert [row[:2] for row in rows] == [[item_id(n), texts.title(item)] for n, item in enumerate(world.items)]
+    assert [row[:2] for row in rows] == [[item_id(n), item.title] for n, item in enumerate(world.items)]
     for _, _, image in rows[:20]:
         with Image.open(folder / image) as picture:
             assert picture.format == "PNG" and 64 <= picture.width <= 128
@@ -211,12 +170,12 @@ def small_worlds(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_same_seed_writes_the_same_bytes(tmp_path: Path):
     written = []
     for parent in ("a", "b"):
-        folder = tmp_path / parent / "toy"
-        write_demo_dataset(folder, SEED)
+        folder = tmp_path / parent / f"demo-{SEED}"
+        ensure_builtin(folder)
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         written.append({path.relative_to(folder): path.read_bytes() for path in files})
     assert written[0] == written[1]
-    assert len(written[0]) == 120 + 3
+    assert len(written[0]) == 120 + 5  # truth.json, dataset.yaml and the list of what was built beside the two tables
 
 
 @pytest.mark.usefixtures("small_worlds")
@@ -224,9 +183,9 @@ def test_a_dataset_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.Monkey
     def full_disk(*_: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("recbole_mllm.demo.world._write_lines", full_disk)
+    monkeypatch.setattr("recbole_mllm.demo.world.write_text", full_disk)
     with pytest.raises(OSError, match="no space"):
-        write_demo_dataset(tmp_path / "toy", SEED)
+        ensure_builtin(tmp_path / "demo-5")
     assert not list(tmp_path.iterdir())
 
 
@@ -313,7 +272,7 @@ def test_the_tiny_model_says_yes_to_what_agrees(tiny: tuple[Any, Any], style: St
         {field: rng.choice([v for v in VALUES[field] if v != item.traits[field]]) for field in FIELDS} for item in shown
     ]
     prompts = [
-        recommend_prompt(style, texts.preference_text(taste), texts.title(item), Path("x.png"), item_first=item_first)
+        recommend_prompt(style, texts.preference_text(taste), item.title, Path("x.png"), item_first=item_first)
         for item, other in zip(shown, unlike, strict=True)
         for taste in (item.traits, other)
     ]

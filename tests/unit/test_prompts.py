@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from recbole_mllm.errors import UserError
-from recbole_mllm.prompts import (
+from recbole_mllm.common.prompts import (
     Prompt,
     Style,
     item_line,
@@ -15,6 +14,7 @@ from recbole_mllm.prompts import (
     recommend_prompt,
     titles_as_preference,
 )
+from recbole_mllm.errors import UserError
 from recbole_mllm.resources import PROPERTIES, named
 
 WORDING = yaml.safe_load((PROPERTIES / "prompt" / "demo.yaml").read_text())

@@ -13,7 +13,8 @@ from planted_runs import plant_run
 from recbole_mllm.benchmark.jobs import BenchmarkPlan
 from recbole_mllm.benchmark.records import RECORDS, append, read_records
 from recbole_mllm.benchmark.rerun import TOLERANCE, compare, find_run, order_of, rerun
-from recbole_mllm.benchmark.run import benchmark
+from recbole_mllm.benchmark.runner import benchmark
+from recbole_mllm.cli import main
 from recbole_mllm.errors import UserError
 
 
@@ -77,11 +78,13 @@ def test_equal_surroundings_ask_for_equal_numbers_and_others_for_near_ones(tmp_p
     assert not compare(record, replace(record, metrics=fewer)).agree
 
 
-def test_a_run_is_found_below_results_and_an_unknown_one_named(tmp_path, monkeypatch):
+def test_a_run_is_found_below_results_and_an_unknown_one_named(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     record = planted(Path("results/a"))
     planted(Path("results/a/reruns"), run_id=record.run_id)
     assert find_run(record.run_id) == (Path("results/a"), record)
+    assert main(["rerun", "nothing"]) == 2
+    assert capsys.readouterr().err.startswith("recbole-mllm: no run 'nothing'")
     with pytest.raises(UserError, match=f"did you mean {record.run_id}"):
         find_run(record.run_id[:-1])
     with pytest.raises(UserError, match=r"no runs\.jsonl|holds no"):
@@ -109,11 +112,3 @@ def test_a_repetition_that_crashes_disagrees_and_says_why(tmp_path):
     script = "raise MemoryError('too small')"
     found = rerun(tmp_path, record, worker=(sys.executable, "-c", script))
     assert not found.agree and "MemoryError: too small" in found.lines[0]
-
-
-def test_the_command_exits_with_2_for_an_unknown_run(tmp_path, monkeypatch, capsys):
-    from recbole_mllm.cli import main
-
-    monkeypatch.chdir(tmp_path)
-    assert main(["rerun", "nothing"]) == 2
-    assert capsys.readouterr().err.startswith("recbole-mllm: no run 'nothing'")

@@ -9,7 +9,6 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from recbole_mllm.demo import texts
 from recbole_mllm.demo.attributes import FIELDS, VISIBLE, Item, Traits, draw_item, draw_traits
 from recbole_mllm.prompts import (
     Prompt,
@@ -22,6 +21,7 @@ from recbole_mllm.prompts import (
     text_summary_prompt,
     titles_as_preference,
 )
+from tiny_mllm import sentences
 from tiny_mllm.language import IMAGE_ID, one_token, rendered, value_tokens
 from tiny_mllm.settings import IMAGE_TOKENS
 
@@ -67,26 +67,26 @@ class Maker:
     # ---- texts that are written
 
     def summary(self) -> Sample:
-        """A step of the recurrent preference summary, by the rule `texts.summarize`."""
+        """A step of the recurrent preference summary, by the rule `sentences.summarize`."""
         prompt, preference = summary_step(self.style, self.rng)
-        return self._answered(prompt, texts.preference_text(preference))
+        return self._answered(prompt, sentences.preference_text(preference))
 
     def caption(self, item: Item | None = None) -> Sample:
         """The image's summary; its slots hold the four words until a real image takes their place."""
         item = item or draw_item(self.rng, reserved=False)
-        return self._answered(image_summary_prompt(self.style, PICTURE), texts.caption(item), 0.2, 0.15, item)
+        return self._answered(image_summary_prompt(self.style, PICTURE), sentences.caption(item), 0.2, 0.15, item)
 
     def text_summary(self) -> Sample:
         """The title's summary."""
         item = draw_item(self.rng, reserved=False)
-        return self._answered(text_summary_prompt(self.style, texts.title(item)), texts.text_summary(item), 0.3, 1.0)
+        return self._answered(text_summary_prompt(self.style, item.title), sentences.text_summary(item), 0.3, 1.0)
 
     def fused_summary(self) -> Sample:
         """The summary of image and title together."""
         item = draw_item(self.rng, reserved=False)
-        told = texts.text_summary(item) if self.rng.random() < 0.6 else texts.title(item)
+        told = sentences.text_summary(item) if self.rng.random() < 0.6 else item.title
         return self._answered(
-            fused_summary_prompt(self.style, texts.caption(item), told), texts.fused_summary(item), 0.3
+            fused_summary_prompt(self.style, sentences.caption(item), told), sentences.fused_summary(item), 0.3
         )
 
     def _answered(
@@ -111,7 +111,7 @@ class Maker:
         taste = _taste_near(item, rng)
         chance = rng.random()
         known = {} if chance < 0.05 else _some(taste, rng) if chance < 0.11 else taste
-        return self._judged(item, taste, known, texts.preference_text(known) if known else self.style.cold)
+        return self._judged(item, taste, known, sentences.preference_text(known) if known else self.style.cold)
 
     def title_match(self) -> Sample:
         """A match whose preference is the titles of past items, as without summaries."""
@@ -119,7 +119,7 @@ class Maker:
         item = draw_item(rng, reserved=False)
         taste = _taste_near(item, rng)
         past = [draw_item(rng, reserved=False, taste=taste, pull=0.7) for _ in range(rng.randint(3, 10))]
-        preference = titles_as_preference(self.style, [texts.title(bought) for bought in past])
+        preference = titles_as_preference(self.style, [bought.title for bought in past])
         return self._judged(item, taste, {}, preference)
 
     def _judged(self, item: Item, taste: Traits, known: Traits, preference: str) -> Sample:
@@ -127,7 +127,7 @@ class Maker:
         rng = self.rng
         item_first, has_image = rng.random() < 0.6, rng.random() >= 0.08
         image = PICTURE if has_image else None
-        prompt = recommend_prompt(self.style, preference, texts.title(item), image, item_first=item_first)
+        prompt = recommend_prompt(self.style, preference, item.title, image, item_first=item_first)
         ids, _ = self._encoded(prompt, self.style.answer_yes)
         slots = self._fill_slots(ids, item) if has_image else []
         agree = {name: item.traits[name] == taste[name] for name in known if has_image or name == "theme"}
@@ -168,13 +168,13 @@ def summary_step(style: Style, rng: Random) -> tuple[Prompt, dict[str, str]]:
     block = [_line(draw_item(rng, reserved=False, taste=taste, pull=pull), told, style, rng) for _ in range(size)]
     lines, traits = [line for line, _ in block], [known for _, known in block]
     if rng.random() < 0.4:
-        return preference_prompt(style, lines, None), texts.summarize(traits)
+        return preference_prompt(style, lines, None), sentences.summarize(traits)
     before = taste if rng.random() < 0.6 else draw_traits(rng)
     past = [draw_item(rng, reserved=False, taste=before, pull=pull).traits for _ in range(3)]
-    previous = texts.summarize(past)
+    previous = sentences.summarize(past)
     if told in ("bare", "text") and rng.random() < 0.7 or rng.random() < 0.03:
         previous = {"theme": previous["theme"]}
-    return preference_prompt(style, lines, texts.preference_text(previous)), texts.summarize(traits, previous)
+    return preference_prompt(style, lines, sentences.preference_text(previous)), sentences.summarize(traits, previous)
 
 
 def _how_told(rng: Random) -> str:
@@ -185,12 +185,12 @@ def _line(item: Item, told: str, style: Style, rng: Random) -> tuple[str, Mappin
     if told == "caption":
         told = rng.choices(("caption", "bare", "fused"), (80, 12, 8))[0]
     summary = {
-        "caption": texts.caption(item),
+        "caption": sentences.caption(item),
         "bare": "",
-        "text": texts.text_summary(item),
-        "fused": texts.fused_summary(item),
+        "text": sentences.text_summary(item),
+        "fused": sentences.fused_summary(item),
     }[told]
-    return item_line(style, texts.title(item), summary), texts.known_traits(item, summary)
+    return item_line(style, item.title, summary), sentences.known_traits(item, summary)
 
 
 def _taste_near(item: Item, rng: Random) -> dict[str, str]:

@@ -31,26 +31,26 @@ def tokenizer(places: Places, budget: Budget) -> None:
 
 def _corpus(rng: Random, count: int) -> Iterator[str]:
     """Yield the texts the tokenizer is trained on: those of the summaries, and all words in random orders."""
-    from recbole_mllm.demo import texts
     from recbole_mllm.demo.attributes import draw_item
     from recbole_mllm.prompts import fused_summary_prompt, image_summary_prompt, recommend_prompt, text_summary_prompt
+    from tiny_mllm import sentences
     from tiny_mllm.samples import PICTURE, summary_step
 
     style = language.demo_style()
     for _ in range(count):
         prompt, preference = summary_step(style, rng)
         item = draw_item(rng, reserved=False)
-        said, title = texts.preference_text(preference), texts.title(item)
-        yield from (prompt.text, f" {said}", f" {texts.caption(item)}", f" {texts.text_summary(item)}")
+        said, title = sentences.preference_text(preference), item.title
+        yield from (prompt.text, f" {said}", f" {sentences.caption(item)}", f" {sentences.text_summary(item)}")
         for ask in (
             image_summary_prompt(style, PICTURE),
             text_summary_prompt(style, title),
-            fused_summary_prompt(style, texts.caption(item), texts.text_summary(item)),
+            fused_summary_prompt(style, sentences.caption(item), sentences.text_summary(item)),
             recommend_prompt(style, said, title, PICTURE),
             recommend_prompt(style, style.cold, title, None),
         ):
             yield from ask.text.split("<image>")
-        yield from (f" {texts.fused_summary(item)}", f" {style.answer_yes}", f" {style.answer_no}")
+        yield from (f" {sentences.fused_summary(item)}", f" {style.answer_yes}", f" {style.answer_no}")
         yield language.vocabulary_words(rng)
 
 

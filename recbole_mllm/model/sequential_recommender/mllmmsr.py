@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,81 +17,82 @@ from recbole.utils import InputType
 from torch import Tensor
 
 from recbole_mllm import ranks
-from recbole_mllm.config import check_training
+from recbole_mllm.common.prompts import Prompt
 from recbole_mllm.data.peruser import user_of
 from recbole_mllm.data.schema import HISTORY_NUMBER, POSITION
-from recbole_mllm.data.training import check_negatives
 from recbole_mllm.endpoints import is_server, parse_endpoint
 from recbole_mllm.errors import UserError
-from recbole_mllm.mllm import dispatching, splitting, zero3
-from recbole_mllm.mllm.encode import Encoded
+from recbole_mllm.mllm import dispatching, splitting
+from recbole_mllm.mllm.encoder import Encoded
 from recbole_mllm.mllm.hf import HFModel
+from recbole_mllm.mllm.lora import load_trained_state, save_trained, trained_state, tune
+from recbole_mllm.mllm.loss import example_loss, micro_batches
 from recbole_mllm.mllm.served import ServedScorer
-from recbole_mllm.mllm.sft import example_loss, micro_batches
-from recbole_mllm.mllm.tuning import check_finetune, load_trained_state, save_trained, trained_state, tune
-from recbole_mllm.model.questions import deals_by_item, question, shares_in_training
-from recbole_mllm.model.stages import load_style, make_stage
-from recbole_mllm.model.team import Team
+from recbole_mllm.model.row_scoring import (
+    IMAGE_TOKENS,
+    Costs,
+    Row,
+    Scores,
+    deals_by_item,
+    item_major,
+    question,
+    row_costs,
+    score_in_chunks,
+    score_in_shares,
+    shares_in_training,
+    training_share,
+)
+from recbole_mllm.model.summarizers import check_recommender, prepare_summaries
+from recbole_mllm.model.score_cache import ScoreCache, state_digest
 from recbole_mllm.progress import Progress
-from recbole_mllm.prompts import Prompt
 from recbole_mllm.retrieval.reranker import Reranker
 from recbole_mllm.retrieval.shortlist import Shortlist
-from recbole_mllm.scorecache import KeptScores, state_digest
 from recbole_mllm.settings import Settings
-from recbole_mllm.summaries.prepare import make_preferences
-from recbole_mllm.summaries.users import Plan
-
-Row = tuple[int, int, int]
+from recbole_mllm.summaries.prepare import Preferences
 
 
 class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
     """MLLM-MSR: ask a fine-tuned multimodal LLM whether the user would take the item (Ye et al., AAAI 2025).
 
-    Making the model makes the summaries its rows will read, unless the store has them.
+    Args:
+        config: RecBole's.
+        dataset: The training part.
+        preferences: What `prepare_summaries` has returned; by default it is called here, as stock RecBole does not.
     """
 
     input_type = InputType.POINTWISE
 
-    def __init__(self, config: Any, dataset: Any) -> None:
+    def __init__(self, config: Any, dataset: Any, preferences: Preferences | None = None) -> None:
         super().__init__(config, dataset)
         self.settings = Settings.from_config(config)
-        # all that can be refused is, before a retriever is trained, a summary is paid for or a model is loaded
-        check_training(config)
-        load_style(self.settings)
-        if self.is_trained:
-            check_negatives(config, dataset)
-        check_finetune(self.settings.lora, self.device)
-        dispatching.check_dispatch(self.settings.mllm)
-        name = self.settings.mllm.mllm
-        if not is_server(name) and (why := splitting.why_not(name, self.settings.mllm)):
-            raise why
-        stage = make_stage(config, self.settings, self.device)  # a damaged .item stops before a retriever is trained
+        check_recommender(config, self.settings, dataset)
         ranks_all = "full" in config["eval_args"]["mode"].values()
         # trained, and written, by the main process alone; the others then find what it has left
         self.reranker = (
             ranks.main_first(lambda: Reranker(config, self.settings.ranking, dataset)) if ranks_all else None
         )
-        self.preferences = make_preferences(stage, Plan(dataset.histories, dataset.positions))
-        self.items, self.style = stage.items, stage.style
+        self.preferences = prepare_summaries(config, dataset) if preferences is None else preferences
+        self.items, self.style = self.preferences.items, self.preferences.style
         self.history_names = dataset.history_names
         self.tokens = np.asarray(dataset.field2id_token[self.ITEM_ID]).astype(str)
+        self.label_field = config["LABEL_FIELD"]
         self.summaries_spent, started = self.preferences.spent, time.perf_counter()
-        self.mllm: Any = self._made_mllm(config["seed"])
+        self.mllm: Any = self._load_mllm(config["seed"])
         self.load_s = self.preferences.load_s + time.perf_counter() - started
         self.answers = self.mllm.answers(self.style)
         self.backbone = getattr(self.mllm, "model", None)  # none where a server has it
-        self.label_field = config["LABEL_FIELD"]
-        self.team = Team(self)
-        self.answered: tuple[Any, Any] | None = None  # the last full ranking's items asked about, and the log-odds
-        self._ahead: dict[Row, float] = {}
-        self._kept = KeptScores(Path(config["data_path"]), self.settings.ranking)
+        # of the last full ranking, which hands scores alone to RecBole: the items asked about, and their log-odds
+        self.answered: tuple[Any, Any] | None = None
+        self._ahead: Scores = {}
+        self._cache = ScoreCache(Path(config["checkpoint_dir"]))
+        self._in_shares = False  # whether all processes now ask for the same scores at the same time
+        self._elsewhere = [0, 0]  # tokens read and cached scores found by other processes
 
-    def _made_mllm(self, seed: int) -> HFModel | ServedScorer:
+    def _load_mllm(self, seed: int) -> HFModel | ServedScorer:
         """Return what scores: a model in this process, ready to be trained, or one behind servers."""
         settings, lora = self.settings, self.settings.lora
         if is_server(settings.mllm.mllm):
             return ServedScorer(parse_endpoint(settings.mllm.mllm, "mllm"), settings.server)
-        splitting.tell_of_the_unsplit()
         split, four_bit = splitting.wanted() is not None, lora.finetune == "qlora"
         mllm = HFModel(settings.mllm.mllm, settings.mllm, self.device, four_bit=four_bit, to_split=split)
         mllm.replace_model(tune(mllm.model, lora, seed))
@@ -99,52 +102,52 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
             mllm.checkpoint_gradients()
         return mllm
 
-    def prompts_of(self, rows: Iterable[Row]) -> list[Prompt]:
-        """Return the question of each (history, position, item), by number; training and scoring both ask it."""
-        out = []
-        for history, position, item in rows:
-            preference = self.preferences.of(self.history_names.name(history), position)
-            out.append(question(self.style, self.settings.recommend, self.items, preference, str(self.tokens[item])))
-        return out
+    # --- rows and their questions ---
 
     def rows_of(self, interaction: Interaction) -> list[Row]:
         """Return (history, position, item) of each row, by number."""
         columns = (interaction[HISTORY_NUMBER], interaction[POSITION], interaction[self.ITEM_ID])
         return list(zip(*(column.tolist() for column in columns), strict=True))
 
+    def prompts_of(self, rows: Iterable[Row]) -> list[Prompt]:
+        """Return the question of each (history, position, item), by number; training and scoring both ask it."""
+        return [self._prompt_of(row) for row in rows]
+
+    def _prompt_of(self, row: Row) -> Prompt:
+        history, position, item = row
+        preference = self.preferences.of(self.history_names.name(history), position)
+        return question(self.style, self.settings.recommend, self.items, preference, str(self.tokens[item]))
+
+    def raw_rows(self, interaction: Interaction) -> list[tuple[str, str, int, int]]:
+        """Return the raw user, raw item, position and label of each row, for people to read."""
+        rows = zip(self.rows_of(interaction), interaction[self.label_field].tolist(), strict=True)
+        name = self.history_names.name
+        return [(user_of(name(h)), str(self.tokens[i]), p, int(label)) for (h, p, i), label in rows]
+
+    # --- training ---
+
     def calculate_loss(self, interaction: Interaction) -> Tensor:
-        """Return the mean next-token loss of the right answers (paper, eq. 2, or over the answer alone)."""
-        return self.loss_of(self.examples_of(interaction))
+        """Return the mean next-token loss of the right answers (paper, eq. 2, or over the answer alone).
 
-    def begin_batch(self, *place: int) -> None:
-        """Take the LoRA dropout of the batch at `place` (seed, epoch, number) from here on."""
-        if self.mllm.body.masks:
-            self.mllm.body.masks.begin(*place)
+        What rows have in common is computed once where that is exact.
+        """
+        whole = self.settings.train.loss_on == "all"
+        return example_loss(self.mllm.body, self._examples(interaction), whole=whole, share=self._computes_shared)
 
-    def examples_of(self, interaction: Interaction) -> list[Encoded]:
+    def micro_batches(self, interaction: Interaction) -> list[list[int]]:
+        """Return which rows of a batch one backward pass holds together: `calculate_loss` then takes each part."""
+        size = self.settings.train.micro_batch_size
+        return micro_batches(self.mllm.body, self._examples(interaction), size, share=self._computes_shared)
+
+    def _examples(self, interaction: Interaction) -> list[Encoded]:
         """Return the question of each row with its right answer."""
         prompts = self.prompts_of(self.rows_of(interaction))
-        made: list[Encoded] = self.mllm.examples(prompts, interaction[self.label_field], self.answers)
-        return made
+        examples: list[Encoded] = self.mllm.examples(prompts, interaction[self.label_field], self.answers)
+        return examples
 
-    def loss_of(self, examples: Sequence[Encoded]) -> Tensor:
-        """Return the mean loss of `examples`; what they have in common is computed once where that is exact."""
-        whole = self.settings.train.loss_on == "all"
-        return example_loss(self.mllm.body, examples, whole=whole, share=self._computes_shared)
-
-    def micro_batches(self, examples: Sequence[Encoded]) -> list[list[int]]:
-        """Return which of a batch's `examples` one backward pass holds together."""
-        size = self.settings.train.micro_batch_size
-        return micro_batches(self.mllm.body, examples, size, share=self._computes_shared)
-
-    @property
-    def _computes_shared(self) -> bool:
-        """Whether it is done: the processes that hold a split model's layers make one pass forward for each back."""
-        return self.shares_prefix and not self.mllm.body.split
-
-    def release_memory(self) -> bool:
-        """Give back what can be made anew (image features); return whether there was any."""
-        return bool(self.mllm.body.forget_features())
+    def training_share(self, interaction: Interaction) -> list[int]:
+        """Return the places of a batch's rows that this process trains on."""
+        return training_share(self.rows_of(interaction), self._costs)
 
     @property
     def shares_prefix(self) -> bool:
@@ -152,21 +155,29 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
         return shares_in_training(self.settings, self.mllm.body)
 
     @property
+    def _computes_shared(self) -> bool:
+        """Whether they do: the processes that hold a split model's layers make one pass forward for each back."""
+        return self.shares_prefix and not self.mllm.body.split
+
+    @property
     def groups_by_item(self) -> bool:
         """Whether rows of one item should meet in a batch: they share a prefix, and a pass may hold several rows."""
         return self.is_trained and deals_by_item(self.settings, self.mllm.body)  # a server's model has no body here
 
-    def raw_rows(self, interaction: Interaction) -> list[tuple[str, str, int, int]]:
-        """Return the raw user, raw item, position and label of each row, for people to read."""
-        labels = interaction[self.label_field].tolist()
-        rows = zip(self.rows_of(interaction), labels, strict=True)
-        name = self.history_names.name
-        return [(user_of(name(h)), str(self.tokens[i]), p, int(label)) for (h, p, i), label in rows]
+    @property
+    def is_trained(self) -> bool:
+        """Whether there is anything to fine-tune (not so for ``finetune: none``)."""
+        return self.settings.lora.finetune != "none"
+
+    def release_memory(self) -> bool:
+        """Free what can be computed again (image features); return whether there was any."""
+        return bool(self.mllm.body.forget_features())
+
+    # --- scoring ---
 
     def predict(self, interaction: Interaction) -> Tensor:
         """Return ``[B]`` float32 log-odds of Yes: monotone in P(Yes) (paper, eq. 1), without its ties near 0 and 1."""
-        rows = self.rows_of(interaction)
-        return torch.tensor(self._known(rows), device=self.device)
+        return torch.tensor(self._log_odds(self.rows_of(interaction)), device=self.device)
 
     def full_sort_predict(self, interaction: Interaction) -> Tensor:
         """Return ``[B * items]`` float32: the retriever's best items as the MLLM orders them, then its other items.
@@ -174,40 +185,67 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
         Without a retriever every item is asked about, as RecBole's ``full_sort_topk`` wants it for a few users.
         """
         if self.reranker is None:
-            return self._all_asked(interaction)
+            moments = list(zip(interaction[HISTORY_NUMBER].tolist(), interaction[POSITION].tolist(), strict=True))
+            every = self._log_odds([(*moment, item) for moment in moments for item in range(1, self.n_items)])
+            scores = torch.full((len(moments), self.n_items), float("-inf"))
+            scores[:, 1:] = torch.tensor(every).view(len(moments), -1)
+            return scores.to(self.device).view(-1)
         short = self.reranker.shortlist(interaction)
-        logodds = np.zeros(short.asked.shape)
-        logodds[short.asked > 0] = self._known(self.rows_asked(interaction, short))
-        self.answered = short.asked, logodds
-        return short.ranked(logodds, self.reranker.share).to(self.device).view(-1)
-
-    def _all_asked(self, interaction: Interaction) -> Tensor:
-        moments = list(zip(interaction[HISTORY_NUMBER].tolist(), interaction[POSITION].tolist(), strict=True))
-        asked = self._known([(*moment, item) for moment in moments for item in range(1, self.n_items)])
-        scores = torch.full((len(moments), self.n_items), float("-inf"))
-        scores[:, 1:] = torch.tensor(asked).view(len(moments), -1)
-        return scores.to(self.device).view(-1)
+        log_odds = np.zeros(short.asked.shape)
+        log_odds[short.asked > 0] = self._log_odds(self.rows_asked(interaction, short))
+        self.answered = short.asked, log_odds
+        return short.ranked(log_odds, self.reranker.share).to(self.device).view(-1)
 
     def rows_asked(self, interaction: Interaction, short: Shortlist) -> list[Row]:
-        """Return (history, position, item) of each pair that `short`, made of `interaction`, asks about, row by row."""
+        """Return (history, position, item) of each pair that `short`, of `interaction`, asks about, row by row."""
         histories, places = interaction[HISTORY_NUMBER].tolist(), interaction[POSITION].tolist()
         rows, columns = np.nonzero(short.asked)
         items = short.asked[rows, columns].tolist()
         return [(histories[row], places[row], item) for row, item in zip(rows.tolist(), items, strict=True)]
 
-    def _known(self, rows: Sequence[Row]) -> list[float]:
-        """Return the log-odds of `rows`; what has not been scored ahead is scored item by item, and forgotten."""
-        missing = sorted({row for row in rows if row not in self._ahead}, key=_item_major)
-        new = self.team.scores(missing) if missing else {}
-        return [self._ahead[row] if row in self._ahead else new[row] for row in rows]
-
-    def scores_of(self, rows: Sequence[Row]) -> dict[Row, float]:
-        """Return the log-odds of `rows`, those kept from earlier evaluations where that is allowed."""
-        return dict(zip(rows, self._kept.scores(self.prompts_of(rows), self._ask_prompts, self._state), strict=True))
+    def score_ahead(self, rows: Iterable[Row]) -> int:
+        """Score distinct `rows` item by item, so that users of one item share its computation; return how many."""
+        ordered = sorted(set(rows), key=item_major)
+        with Progress(len(ordered), "scoring", "pair") as progress:
+            self._ahead |= self._scores(ordered, progress)
+        return len(ordered)
 
     def ask(self, rows: Sequence[Row]) -> list[float]:
         """Return the log-odds of `rows` from the MLLM itself."""
         return self._ask_prompts(self.prompts_of(rows))
+
+    def _log_odds(self, rows: Sequence[Row]) -> list[float]:
+        """Return the log-odds of `rows`; what has not been scored ahead is scored item by item, and forgotten."""
+        missing = sorted({row for row in rows if row not in self._ahead}, key=item_major)
+        new = self._scores(missing) if missing else {}
+        return [self._ahead[row] if row in self._ahead else new[row] for row in rows]
+
+    def _scores(self, ordered: Sequence[Row], progress: Progress | None = None) -> Scores:
+        """Return the log-odds of rows in item-major order, shared out among the processes within `evaluating`."""
+        if not self._in_shares or not ranks.is_launched():
+            return score_in_chunks(ordered, self._scores_here, progress, len(ordered))
+        scores, elsewhere = score_in_shares(
+            ordered, self._costs, self._scores_here, lambda: (self.mllm.tokens_read, self._cache.reused), progress
+        )
+        self._elsewhere = [a + b for a, b in zip(self._elsewhere, elsewhere, strict=True)]
+        return scores
+
+    def _costs(self, rows: Sequence[Row]) -> Costs:
+        item_first = self.settings.recommend.prompt_order == "item-first"
+        return row_costs(rows, map(self._prompt_of, rows), self._image_tokens, item_first=item_first)
+
+    @cached_property
+    def _image_tokens(self) -> int:
+        """The tokens of the first item's image, which stands for all, so that every process finds the same number."""
+        encoder: Any = getattr(self.mllm, "encoder", None)  # none where a server has the model
+        first = next(iter(self.items.images.values()), None)
+        if encoder is None or first is None or not self.settings.recommend.use_image:
+            return IMAGE_TOKENS
+        return len(encoder.image(first).ids)
+
+    def _scores_here(self, rows: Sequence[Row]) -> Scores:
+        """Return the log-odds of `rows`, those cached by earlier evaluations where that is allowed."""
+        return dict(zip(rows, self._cache.scores(self.prompts_of(rows), self._ask_prompts, self._state), strict=True))
 
     def _ask_prompts(self, prompts: Sequence[Prompt]) -> list[float]:
         if not prompts:
@@ -216,6 +254,28 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
         values: list[float] = self.mllm.yes_scores(prompts, self.answers, share_prefix=share).tolist()
         return values
 
+    @contextmanager
+    def evaluating(self, *, cached: bool) -> Iterator[None]:
+        """Let the processes share what is scored within; scores made ahead are forgotten before and behind it.
+
+        Args:
+            cached: Whether scores are looked up in the cache and added to it: of a final state, not of a passing one.
+        """
+        self.forget()
+        self._in_shares = True
+        self._cache.use(cached and self.backbone is not None)  # a server's weights may change behind its model's name
+        try:
+            yield
+        finally:
+            self._in_shares = False
+            self._cache.use(False)
+            self.forget()
+
+    def forget(self) -> None:
+        """Drop the scores made ahead; they hold for one state of the adapter."""
+        self._ahead = {}
+        self._cache.forget_state()
+
     def _state(self) -> str:
         """Return a digest of everything but the prompt that changes a score."""
         lora = self.settings.lora
@@ -223,27 +283,9 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
                  lora.lora_alpha, lora.lora_target)  # fmt: skip
         return state_digest(parts, self.state_dict())
 
-    def keep_scores(self, wanted: bool) -> None:
-        """Say whether scores are looked up among those kept, and kept: of a final state, not of a passing one."""
-        # a server's weights may change behind its model's name
-        self._kept.use(wanted and self.backbone is not None)
-
-    @property
-    def scores_reused(self) -> int:
-        """How many scores came from earlier evaluations."""
-        return self._kept.reused + self.team.reused_elsewhere
-
-    def score_ahead(self, rows: Iterable[Row]) -> int:
-        """Score distinct `rows` item by item, so that users of one item share its computation; return how many."""
-        ordered = sorted(set(rows), key=_item_major)
-        with Progress(len(ordered), "scoring", "pair") as progress:
-            self._ahead |= self.team.scores(ordered, progress)
-        return len(ordered)
-
-    def forget(self) -> None:
-        """Drop the scores made ahead; they hold for one state of the adapter."""
-        self._ahead = {}
-        self._kept.forget_state()
+    def remove_cached_scores(self) -> None:
+        """Remove the cached scores of an evaluation that is done."""
+        self._cache.remove()
 
     @property
     def processes(self) -> int:
@@ -253,17 +295,19 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
     @property
     def tokens_read(self) -> int:
         """How many tokens of prompts have been scored, shared prefixes counted each time."""
-        return int(self.mllm.tokens_read) + self.team.tokens_elsewhere
+        return int(self.mllm.tokens_read) + self._elsewhere[0]
 
     @property
-    def is_trained(self) -> bool:
-        """Whether there is anything to fine-tune (not so for ``finetune: none``)."""
-        return self.settings.lora.finetune != "none"
+    def scores_reused(self) -> int:
+        """How many scores came from earlier evaluations."""
+        return self._cache.reused + self._elsewhere[1]
+
+    # --- checkpoints ---
 
     def __str__(self) -> str:
         """Name the model and what is trained, not every layer of an LLM."""
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
-        every = sum(map(zero3.whole_numel, self.parameters()))
+        every = sum(p.numel() for p in self.parameters())
         return f"MLLMMSR({self.mllm.identity})\nTrainable parameters: {trained} of {every}"
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
@@ -299,7 +343,3 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
         """Write what is trained into `folder`: PEFT's files, or a fully tuned model's parameters."""
         if self.is_trained:
             save_trained(self.backbone, folder, self.mllm.identity)
-
-
-def _item_major(row: Row) -> Row:
-    return row[2], row[0], row[1]

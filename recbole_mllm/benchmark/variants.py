@@ -1,0 +1,150 @@
+"""Who may enter a benchmark: every RecBole model by its own name, and the named variants of MLLMMSR.
+
+This is the one place that knows what a label such as ``MLLMMSR:direct`` stands for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any, Literal
+
+from recbole_mllm.errors import UserError
+from recbole_mllm.resources import PROPERTIES
+from recbole_mllm.yamlfile import read_mapping
+
+MLLM = "MLLMMSR"
+
+Kind = Literal["baseline", "mllm"]
+"""Whether a row is held against the best baseline or may be that baseline."""
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "zero-shot": {"finetune": "none"},
+    "no-sft": {"finetune": "none"},
+    "direct": {"summary_mode": "direct"},
+    "no-user-summary": {"summary_mode": "none"},
+    "no-summary": {"summary_mode": "none"},
+    "no-image-summary": {"item_summary": "none"},
+    "no-item-summary": {"item_summary": "none"},
+    "no-image": {"use_image": False},
+    "text": {"use_image": False, "item_summary": "text"},
+}
+"""What each variant of MLLMMSR changes; ``block-N`` (``block_size: N``) is read by pattern.
+
+``no-image-summary`` leaves the titles of the items read (the paper's MLLM-MSR_I), ``no-image`` leaves the candidate's
+image out of the question, ``text`` every image out of everything.
+"""
+
+ALONE: Mapping[str, Mapping[str, Any]] = {
+    "TALLRec": {"summary_mode": "none", "item_summary": "none", "use_image": False},
+}
+"""Methods with a name of their own that are settings of MLLMMSR.
+
+TALLRec (Bao et al., RecSys 2023) tunes an LLM to answer Yes or No from the titles of the history and of the item; which
+LLM is `mllm`, as for MLLMMSR.
+"""
+
+FEATURES: Mapping[str, Mapping[str, Any]] = {
+    "text": {"item_features": ["text"]},
+    "image": {"item_features": ["image"]},
+    "both": {"item_features": ["text", "image"]},
+}
+"""What each variant of RecBole's feature models reads of an item; without a variant, both."""
+
+FEATURE_MODELS = ("SASRecF", "GRU4RecF", "FDSA")
+
+SETS: Mapping[str, tuple[str, ...]] = {
+    "quick": ("Pop", "ItemKNN", "SASRec", "GRU4Rec", MLLM),
+    "baselines": (
+        *("Random", "Pop", "ItemKNN", "BPR", "LightGCN", "FPMC"),
+        *("GRU4Rec", "NARM", "SASRec", "BERT4Rec", "LightSANs"),
+    ),
+    "features": tuple(f"{model}:{kind}" for model in ("SASRecF", "GRU4RecF") for kind in FEATURES),
+    "ablations": (
+        *(f"{MLLM}:{name}" for name in ("zero-shot", "direct", "no-image-summary", "no-user-summary", "no-image")),
+        *(f"{MLLM}:block-{size}" for size in range(1, 6)),
+    ),
+}
+"""Names for many labels, for ``--models quick,features``."""
+
+UNTRAINED = frozenset({"Pop", "ItemKNN", "Random", "EASE", "SLIMElastic", "ADMMSLIM", "NCEPLRec"})
+"""Baselines solved in one pass, which need no training budget."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One row of a benchmark, before it has run.
+
+    Args:
+        label: What the user asked for and what the table shows.
+        model: RecBole's name of the model.
+        defaults: Settings that any of the user's own, in files or on the command line, replace.
+        overrides: Settings that make the label true; they win over the user's.
+    """
+
+    label: str
+    model: str
+    kind: Kind
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+
+
+def expand(models: str) -> tuple[str, ...]:
+    """Return the labels that a list such as ``quick,TALLRec`` stands for, each once, in its order."""
+    words = [word.strip() for word in models.split(",") if word.strip()]
+    return tuple(dict.fromkeys(label for word in words for label in SETS.get(word, (word,))))
+
+
+def resolve(label: str) -> Entry:
+    """Return what `label` stands for; any name without a colon is taken for a RecBole model.
+
+    Raises:
+        UserError: It has no such variant; names the nearest, or those there are.
+    """
+    label = label.strip()
+    model, colon, variant = label.partition(":")
+    if model in FEATURE_MODELS:
+        if variant and variant not in FEATURES:
+            raise UserError(f"unknown variant {label!r}; known: {', '.join(f'{model}:{name}' for name in FEATURES)}")
+        defaults = {**baseline_defaults(model), **FEATURES["both"]}
+        return Entry(label, model, "baseline", defaults, FEATURES[variant] if variant else {})
+    if colon and model != MLLM:
+        raise UserError(f"{label!r}: only these have named variants: {known_variants()}")
+    if model in ALONE:
+        return Entry(model, MLLM, "baseline", overrides=ALONE[model])
+    if model == MLLM:
+        return Entry(label, MLLM, "mllm", overrides=_variant(label, variant) if colon else {})
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", model):
+        raise UserError(f"{label!r} is no model's name; give RecBole's, such as SASRec, or one of {known_variants()}")
+    return Entry(model, model, "baseline", defaults=baseline_defaults(model))
+
+
+def _variant(label: str, variant: str) -> Mapping[str, Any]:
+    if block := re.fullmatch(r"block-([1-9][0-9]*)", variant):
+        return {"block_size": int(block[1])}
+    if variant not in PRESETS:
+        near = get_close_matches(variant, [*PRESETS, *(f"block-{n}" for n in range(1, 6))], n=1)
+        hint = f"did you mean {MLLM}:{near[0]}? Known" if near else "known"
+        raise UserError(f"unknown variant {label!r}; {hint}: {known_variants()}")
+    return PRESETS[variant]
+
+
+def baseline_defaults(model: str) -> dict[str, Any]:
+    """Return what properties/baselines.yaml says of the model."""
+    found = read_mapping(PROPERTIES / "baselines.yaml")
+    return {**({} if model in UNTRAINED else found["every"]), **found.get(model, {})}
+
+
+def quick_look(model: str) -> dict[str, Any]:
+    """Return the few epochs that baselines.yaml gives a model for a first look; nothing if it needs no training."""
+    found = read_mapping(PROPERTIES / "baselines.yaml")["quick"]
+    return {} if model in UNTRAINED else {**found["every"], **found.get(model, {})}
+
+
+def known_variants() -> str:
+    """Return every named variant, for help and error messages."""
+    ours = [f"{MLLM}:{name}" for name in (*PRESETS, "block-N")]
+    features = [f"{model}:{'|'.join(FEATURES)}" for model in FEATURE_MODELS]
+    return ", ".join([*ours, *features, *ALONE])

@@ -1,0 +1,143 @@
+"""What every command is given, and the configuration that it makes."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from recbole_mllm.benchmark.variants import ALONE, MLLM, SETS
+from recbole_mllm.errors import UserError
+from recbole_mllm.keys import is_model, nearest_model, recbole_home
+from recbole_mllm.prompts import read_style
+from recbole_mllm.settings import EvaluationSettings, Settings
+from recbole_mllm.yamlfile import read_mapping
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What every command takes: configuration keys, config files or presets, a seed."""
+
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    config_files: tuple[str, ...] = ()
+    seed: int | None = None
+
+    def keys(self) -> dict[str, Any]:
+        """Return the overrides with the seed among them."""
+        return {**self.overrides, **({"seed": self.seed} if self.seed is not None else {})}
+
+
+def dataset_of(args: Namespace) -> str:
+    """Return the name of the dataset that was given.
+
+    Raises:
+        UserError: None was.
+    """
+    if not args.dataset:
+        raise UserError("--dataset is missing: give the name of a folder under data_path, or demo, or ml-100k-posters")
+    return str(args.dataset)
+
+
+def read_overrides(words: Sequence[str]) -> dict[str, Any]:
+    """Read ``--key=value`` words; values are YAML, so 5 is a number, [1,2] a list and null nothing."""
+    out: dict[str, Any] = {}
+    for word in words:
+        key, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or not equals or not key:
+            raise UserError(f"cannot read {word!r}; settings are written --key=value")
+        try:
+            out[key] = yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError, RecursionError):  # YAML reads 2026-02-30 as a date, and is surprised
+            raise UserError(f"cannot read the value of --{key}: {value[:80]!r} is no valid YAML") from None
+    return out
+
+
+def config_of(model: str, dataset: str, options: Options) -> Any:
+    """Return RecBole's Config of one run.
+
+    Raises:
+        UserError: A key, a value, the model or the dataset is not what it should be; nothing has run yet.
+    """
+    from recbole_mllm.config import check_values, config_paths
+    from recbole_mllm.keys import check_keys
+    from recbole_mllm.quick_start import make_config
+
+    check_keys(options.overrides, "the command line")
+    given = options.keys()
+    check_values({key: value for key, value in given.items() if not isinstance(value, str)}, lambda key: f"--{key}")
+    check_model(model)
+    check_dataset_name(dataset, given)
+    files = config_paths(with_preset(dataset, options.config_files))
+    try:
+        config = make_config(model, dataset, files, {"frozen_candidates": True, **given})
+    except ValueError as error:  # RecBole's word for a model, mode or metric it does not know
+        raise UserError(f"{error}".strip().replace("\n", " ")) from error
+    EvaluationSettings.from_config(config)
+    if model == MLLM:
+        settings = Settings.from_config(config)
+        if (style := settings.recommend.prompt_style) != "auto":
+            read_style(style)
+    for key in ("image_dir", "candidates_file", "retriever_checkpoint"):
+        if (path := config[key]) and not Path(str(path)).exists():
+            raise UserError(f"{key} {str(path)!r} does not exist")
+    _check_dataset(Path(config["data_path"]), config)
+    return config
+
+
+def check_model(name: str) -> None:
+    """Refuse a name that is no model's.
+
+    Raises:
+        UserError: Names the nearest one, or says what is meant.
+    """
+    if is_model(name):
+        return
+    if name.startswith(f"{MLLM}:") or name in ALONE or name in SETS:
+        raise UserError(f"--model {name}: variants and sets of models are for `benchmark --models {name}`")
+    hint = nearest_model(name, (*ALONE, *SETS)) or f"; give RecBole's name of one, such as SASRec, or {MLLM}"
+    is_path = any(sign in name for sign in "/\\\0") or name.endswith(".pth")
+    what = "is a path where a model's name is wanted" if is_path else "is not the name of an existing model"
+    raise UserError(f"--model [{name}] {what}{hint}")
+
+
+def check_dataset_name(name: str, keys: Mapping[str, Any]) -> None:
+    """Refuse a path, or nothing, where the name of a folder under data_path is wanted.
+
+    Raises:
+        UserError: Says which words would mean the folder.
+    """
+    if name.strip() and name not in (".", "..") and not any(sign in name for sign in "/\\\0"):
+        return
+    meant = Path(name.replace("\0", "")).resolve()
+    home = str(keys.get("data_path") or "dataset")
+    told = f"--dataset {meant.name}" + ("" if meant.parent == Path(home).resolve() else f" --data_path={meant.parent}")
+    hint = f"for that folder write {told}" if name.strip() and meant.is_dir() else "it is no folder either"
+    raise UserError(f"--dataset {name!r}: give the name of a folder under data_path ({home}), not a path; {hint}")
+
+
+def _check_dataset(folder: Path, config: Any) -> None:
+    """Refuse a dataset that is not there; one that RecBole knows how to download is RecBole's business."""
+    urls = read_mapping(recbole_home() / "properties" / "dataset" / "url.yaml")
+    if folder.is_dir() or config["dataset"] in urls:
+        return
+    if folder.exists():
+        raise UserError(f"{folder} is a file; a dataset is a folder that holds {folder.name}.inter")
+    there = sorted(path.name for path in folder.parent.glob("*") if path.is_dir() and not path.name.startswith("."))
+    near = get_close_matches(folder.name, there, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(there)}" if there else "there is none yet"
+    raise UserError(
+        f"no dataset {folder.name!r} in {folder.parent} ({hint}); give its folder's name, or --data_path=DIR"
+    )
+
+
+def with_preset(dataset: str, files: tuple[str, ...]) -> list[str]:
+    """Return `files` behind the preset of a built-in dataset, whose settings they may change."""
+    from recbole_mllm.demo.builtin import preset_of
+
+    preset = preset_of(dataset)
+    return [*([preset] if preset and preset not in files else []), *files]

@@ -1,0 +1,190 @@
+"""The words of the command line: one parser, and one table from each command to the function that does it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from recbole_mllm import launched, ranks
+from recbole_mllm.benchmark.variants import SETS, known_variants
+from recbole_mllm.cli import benchmark_commands, commands, store_commands
+from recbole_mllm.cli.arguments import Options, read_overrides
+from recbole_mllm.common.console import Parser, exit_code
+from recbole_mllm.errors import UserError
+
+_DESCRIPTION = "MLLM-MSR for RecBole. Without arguments: the demo."
+_EPILOG = "Any configuration key may follow as --key=value. Exit code 2 means a mistake in what was given."
+
+COMMANDS = {
+    "convert": (commands.convert, "raw dump to atomic files; see convert --help"),
+    "summarize": (commands.summarize, "make the summaries alone; resumable"),
+    "plan": (commands.plan, "what a run would cost, before it runs"),
+    "benchmark": (benchmark_commands.benchmark, "many models, same candidates, one leaderboard"),
+    "inspect": (commands.inspect, "a dataset's health, as text and as a page"),
+    "report": (benchmark_commands.report, "render leaderboard.* again from runs.jsonl"),
+    "candidates export": (commands.export_candidates, "write them as JSON lines"),
+    "rerun": (
+        benchmark_commands.rerun,
+        "repeat a recorded run and compare: exit code 0 if the numbers agree, 1 if not",
+    ),
+    "export": (commands.export, "a fine-tuned model as a folder that servers load (docs/servers.md)"),
+    "store stats": (store_commands.stats, "answers, tokens and seconds by model, kind of prompt and origin"),
+    "store prune": (store_commands.prune, "delete answers"),
+    "store export": (store_commands.export, "write the answers as JSON lines"),
+    "store import": (store_commands.import_file, "add the answers of an exported file; known ones stay"),
+}
+"""What does each command, given what argparse has read and the configuration keys beside it; and its help."""
+
+_GROUPS = {
+    "candidates": ("the frozen candidates as a file; import them with --candidates_file=FILE", "{export}"),
+    "store": ("the summary store: stats, prune, export, import", "{stats,prune,export,import}"),
+}
+_SHOWN = "{convert,inspect,plan,summarize,store,candidates,benchmark,report,rerun,export}"
+_CONFIGURED = ("summarize", "plan", "benchmark", "candidates export")  # read a run's configuration
+_SHARED = ("", "summarize", "benchmark")  # several processes have something to share in them
+_COMMON: dict[str, dict[str, Any]] = {
+    "--dataset": {"help": "a folder name under data_path (default ./dataset)"},
+    "--config_files": {"help": "YAML files or preset names, separated by spaces"},
+    "--limit_users": {"type": int, "help": "evaluate a seeded sample of this many users"},
+    "--image_dir": {"help": "images by item id, where .item has no image column"},
+    "--seed": {"type": int, "help": "the run's seed; without a command: also the demo world's"},
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code: 0, 2 for a user's mistake (one line, no traceback), 1 otherwise."""
+    # Threads that spin while they wait slow each other down several times over on a busy machine; read when torch loads
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    words = sys.argv[1:] if argv is None else argv
+    return exit_code(lambda rest: launched.exit_code(_run, words) if ranks.is_launched() else _run(rest), words)
+
+
+def _run(words: list[str]) -> int:
+    if not ranks.is_main() and ({"-h", "--help"} & set(words) or words[:1] == ["convert"]):
+        return 0
+    if words[:1] == ["convert"]:  # has a parser of its own
+        return commands.convert(argparse.Namespace(words=words[1:]), Options())
+    known, rest = _read(words, _parser())
+    name = " ".join(filter(None, (known.command, getattr(known, "action", None))))
+    if name not in _SHARED and not ranks.is_main():
+        return 0
+    if rest and known.command in ("store", "export"):
+        raise UserError(f"{known.command} takes no {rest[0]!r}; see --help")
+    given = {key: getattr(known, key, None) for key in ("limit_users", "image_dir")}
+    overrides = read_overrides(rest) | {key: value for key, value in given.items() if value is not None}
+    options = Options(overrides, tuple(str(known.config_files or "").split()), known.seed)
+    if name:
+        return COMMANDS[name][0](known, options)
+    if known.model:
+        return commands.run_model(known, options)
+    if known.dataset:
+        raise UserError("--dataset without --model: add --model MLLMMSR, or use the commands benchmark or summarize")
+    return benchmark_commands.demo(options)
+
+
+def _read(words: Sequence[str], parser: Parser) -> tuple[argparse.Namespace, list[str]]:
+    """Return what `parser` reads of `words`, and the rest of them.
+
+    argparse takes ``--key=value`` with a space in it for no option, so those of the configuration are held back.
+    """
+    options = {option for one in _parsers(parser) for option in one._option_string_actions}
+    ours = [word for word in words if word.startswith("--") and "=" in word and word.partition("=")[0] not in options]
+    known, rest = parser.parse_known_args([word for word in words if word not in ours])
+    return known, rest + ours
+
+
+def _parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    yield parser
+    for action in parser._actions:
+        for command in action.choices.values() if isinstance(action, argparse._SubParsersAction) else ():
+            yield from _parsers(command)
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="recbole-mllm", description=_DESCRIPTION, epilog=_EPILOG)
+    for option, settings in _COMMON.items():
+        parser.add_argument(option, **settings)
+    parser.add_argument("--model", help="a RecBole model or MLLMMSR")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    first = parser.add_subparsers(dest="command", metavar=_SHOWN, parser_class=Parser)
+    parsers: dict[str, Parser] = {}
+    groups: dict[str, Any] = {}
+    for name, (_, told) in COMMANDS.items():
+        group, _, word = name.rpartition(" ")
+        if group and group not in groups:
+            one = first.add_parser(group, help=_GROUPS[group][0])
+            groups[group] = one.add_subparsers(
+                dest="action", metavar=_GROUPS[group][1], required=True, parser_class=Parser
+            )
+        configured = name in _CONFIGURED
+        parsers[name] = groups.get(group, first).add_parser(word, help=told, epilog=_EPILOG if configured else None)
+        for option, settings in _COMMON.items() if configured else ():
+            parsers[name].add_argument(option, default=argparse.SUPPRESS, **settings)  # what stood before it stays
+    _add_options(parsers)
+    return parser
+
+
+class _Withdrawn(argparse.Action):
+    """An option that `plan` had in an earlier version."""
+
+    def __call__(self, _parser: Any, _known: Any, _value: Any, name: str | None = None) -> None:
+        raise UserError(f"{name} is withdrawn: plan prices the devices of properties/devices.yaml (--device NAME)")
+
+
+def _add_options(of: dict[str, Parser]) -> None:
+    """Add what each command takes of its own."""
+    add = of["summarize"].add_argument
+    add("--stage", choices=("items", "users", "all"), default="all")
+    add("--dry-run", action="store_true", help="only say how many prompts, tokens and how long")
+    add("--since", metavar="WHEN", help="users with an interaction at or after this date or timestamp alone")
+    add = of["plan"].add_argument
+    add("--device", metavar="NAME", help="hours on a device of properties/devices.yaml, e.g. H100")
+    add("--nodes", type=int, default=1, metavar="N", help="split the work over N nodes")
+    add("--devices_per_node", type=int, metavar="N", help="default: 8, on one node 1")
+    add("--json", metavar="PATH", help="also write the plan as JSON (docs/plan.md)")
+    for name in ("probe", "price_per_hour", "requests_per_s"):
+        add(f"--{name}", nargs="?", dest=argparse.SUPPRESS, action=_Withdrawn, help=argparse.SUPPRESS)
+    add = of["benchmark"].add_argument
+    models = f"RecBole's by name, MLLMMSR, {known_variants()}; or sets of them: {', '.join(SETS)}"
+    add("--models", required=True, help=models)
+    add("--seeds", help="e.g. 2024,2025; default: --seed, else 2024")
+    add("--output_dir", help="default: results/<dataset>")
+    add("--force", action="store_true", help="run again what is finished")
+    add("--jobs", type=int, default=1, help="runs at a time")
+    add("--quick", action="store_true", help="baselines train for a few epochs: a first look, marked")
+    add("--tune", type=int, default=0, metavar="N", help="configurations each model may try first")
+    add = of["inspect"].add_argument
+    add("directory", help="a dataset's folder, or its name under data_path (default ./dataset)")
+    add("--image_dir", default=argparse.SUPPRESS, help="images by item id")
+    add("--config_files", default=argparse.SUPPRESS, help="YAML files that name the dataset's fields")
+    add("--output", help="the page's file; default: inspect.html in the dataset's folder")
+    of["report"].add_argument("directory")
+    for name in ("benchmark", "report"):
+        shown = "thumbnails in the report's case studies"
+        of[name].add_argument("--embed_images", choices=("on", "off"), default="on", help=shown)
+    of["candidates export"].add_argument("--out", required=True, metavar="FILE", help="FILE.jsonl or FILE.jsonl.gz")
+    add = of["rerun"].add_argument
+    add("run_id", help="as in runs.jsonl")
+    add("--output_dir", help="the benchmark's; default: the one below results/ that has the run")
+    add = of["export"].add_argument
+    add("run", metavar="RUN", help="a checkpoint (FILE.pth), a run's folder, or its id under results/")
+    add("--out", required=True, metavar="DIR", help="the folder to write; an earlier export is replaced")
+    add("--merge", action="store_true", help="merge the adapter, so that the folder stands alone")
+    add = of["store prune"].add_argument
+    add("--older-than", type=float, metavar="DAYS", help="only those written longer ago")
+    add("--dry-run", action="store_true", help="only say what would go")
+    of["store export"].add_argument("--out", required=True, metavar="FILE", help="FILE.jsonl or FILE.jsonl.gz")
+    for name in ("store prune", "store export"):
+        of[name].add_argument("--model", help="only this model's, as stats names it; * and ? match any characters")
+    for name in ("store stats", "store prune", "store export", "store import"):
+        of[name].add_argument("where", metavar="D", help="a dataset's folder, or its name under ./dataset")
+    add = of["store import"].add_argument
+    add("file", help="what `store export` wrote")
+    add("--origin", help="what marks the answers, e.g. the paper; default: the file's name")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

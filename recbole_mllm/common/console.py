@@ -1,0 +1,119 @@
+"""What every command line here shares: errors of one line, and what they mean as an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from recbole_mllm.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, like every other mistake's; options are never abbreviated."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **settings})
+
+    def error(self, message: str) -> Any:
+        """Raise the error of every other mistake."""
+        raise UserError(f"{message}; see --help")
+
+
+def exit_code(run: Callable[[list[str]], int], words: Sequence[str]) -> int:
+    """Return what `run` returns; 2 for a user's mistake, told in one line (``--debug`` shows the traceback).
+
+    What the machine refuses (a full disk, a folder that may not be written to, want of memory) is told in one line too;
+    a reader that has closed the pipe is told nothing.
+    """
+    debug = "--debug" in words
+    with usable_streams():
+        try:
+            try:
+                return run([word for word in words if word != "--debug"])
+            finally:
+                sys.stdout.flush()  # here, as what cannot be written at Python's end is told in Python's words
+        except KeyboardInterrupt:
+            _say("stopped; what was finished is kept")
+            return 1
+        except Exception as error:  # the outermost place; what is no line of its own is raised again
+            told = in_a_line(error, "standard output" if _leave_stdout() else "")
+            if debug or told is None:
+                raise
+            code, line = told
+            if line:
+                _say(line)
+            return code
+
+
+def in_a_line(error: BaseException, place: str = "") -> tuple[int, str] | None:
+    """Return the exit code and the line for an error that is no fault of the program; None for one that is.
+
+    The line is empty where nobody is there to read it. `place` is what could not be written to, where that is known.
+    """
+    if isinstance(error, UserError):
+        return 2, str(error)
+    if isinstance(error, BrokenPipeError):
+        return 1, ""
+    if isinstance(error, OSError):
+        why = error.strerror or str(error) or type(error).__name__
+        names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+        line = f"{' -> '.join(names) or place or 'a file, or the standard output, could not be written'}: {why}"
+        # a server that is gone is nothing the user has given; a full disk, or a folder that is a file, is
+        return (1 if isinstance(error, ConnectionError | TimeoutError) else 2), " ".join(line.split())
+    if type(error).__name__ == "SafetensorError" and "I/O error" in str(error):  # no OSError, though it means one
+        return 2, f"weights could not be written: {' '.join(str(error).split())}; make room on the disk there"
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        what = str(error).partition("\n")[0].partition(". ")[0]
+        return 1, f"memory ran out{f' ({what})' if what else ''}; smaller batches, or fewer --jobs, need less"
+    if isinstance(error, RecursionError):
+        return 1, "something given is nested too deeply to be read; --debug shows where"
+    return None
+
+
+@contextmanager
+def usable_streams() -> Iterator[None]:
+    """Let standard output and error take any text, and whatever is closed go nowhere, for the time of a command.
+
+    A stream that is closed leaves its number to the next file that is opened, and what is then printed would end up in
+    that file. A character that the terminal cannot show becomes a question mark.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free, which is this one
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w", encoding="utf-8", closefd=False))  # noqa: SIM115  # stays open
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
+    raises, logging.raiseExceptions = logging.raiseExceptions, False  # a full disk costs a log its lines, and no more
+    try:
+        yield
+    finally:
+        logging.raiseExceptions = raises
+
+
+def _leave_stdout() -> bool:
+    """Return whether standard output takes no more; what is still to be written there then goes nowhere."""
+    try:
+        sys.stdout.flush()
+        return False
+    except (OSError, ValueError):
+        with suppress(OSError, ValueError):  # a stand-in for the standard output may have no number
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            os.close(nowhere)
+        return True
+
+
+def _say(line: str) -> None:
+    with suppress(OSError, ValueError):
+        print(f"recbole-mllm: {' '.join(line.splitlines())}", file=sys.stderr, flush=True)

@@ -1,0 +1,69 @@
+"""How far long work is: a bar with rate and time left on a terminal, a plain log line every half minute elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from functools import lru_cache
+from types import TracebackType
+from typing import Self
+
+from tqdm import tqdm
+
+from recbole_mllm.common import distributed
+
+EVERY_S = 30.0
+
+
+class Progress:
+    """Counts work that is done; a context manager, so that the bar is closed whatever happens."""
+
+    def __init__(self, total: float, what: str, unit: str) -> None:
+        self.total, self.what, self.unit = total, what, unit
+        self.done: float = 0
+        self._started = self._told = time.monotonic()
+        live = sys.stderr.isatty() and distributed.is_main()
+        self._bar: tqdm[None] | None = tqdm(total=total, desc=what, unit=unit, ncols=100) if live and total else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def update(self, count: float, note: str = "") -> None:
+        """Note that `count` more are done; `note` is shown behind the rate."""
+        self.done += count
+        if self._bar is not None:
+            self._bar.set_postfix_str(note, refresh=False)
+            self._bar.update(count)
+            return
+        now = time.monotonic()
+        if now - self._told >= EVERY_S:
+            self._told = now
+            rate = self.done / (now - self._started)
+            left = (self.total - self.done) / rate if rate else float("inf")
+            text = (
+                f"{self.what}: {self.done:.0f} of {self.total:.0f}, {rate:.1f} {self.unit}/s, {left:.0f} s left"
+                + f", {note}" * bool(note)
+            )
+            logging.getLogger().info(text)
+
+
+def log_to_terminal() -> None:
+    """Show log lines of a command that runs without RecBole, which has a logger of its own."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+
+
+@lru_cache
+def tell_once(line: str) -> None:
+    """Log `line` as a warning, the first time it is told."""
+    logging.getLogger().warning(line)

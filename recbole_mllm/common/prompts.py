@@ -1,0 +1,212 @@
+"""What is said to a model: styles are data, filling them in is pure, training and scoring call the same function."""
+
+from __future__ import annotations
+
+import os
+import re
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Self
+
+from recbole_mllm.errors import UserError
+from recbole_mllm.resources import named, resource
+from recbole_mllm.yamlfile import read_mapping
+
+IMAGE = "<image>"
+# Private-use characters that no title can hold (``data.atomic.clean`` removes them). They mark where text that is not
+# the style's own begins and ends, so that the MLLM's side can shorten it, and keep a special token in it plain text.
+OPEN, CLOSE = "\ue001", "\ue002"
+_PIECES = re.compile(f"{OPEN}(.*?){CLOSE}", re.DOTALL)
+_QUESTION = {"preference", "title"}
+_FIELDS: dict[str, set[str]] = {  # of each wording; of those not named here, none
+    "text_summary": {"title"},
+    "text_summary_length": {"words"},
+    "fused_summary": {"image", "text"},
+    "item_line": {"title", "summary"},
+    "item_line_bare": {"title"},
+    "first_block": {"items"},
+    "next_block": {"preference", "items"},
+    "titles": {"titles"},
+    "recommend_item_first": _QUESTION,
+    "recommend_item_first_without_image": _QUESTION,
+    "recommend_user_first": _QUESTION,
+    "recommend_user_first_without_image": _QUESTION,
+}
+_SHOW_AN_IMAGE = ("image_summary", "recommend_item_first", "recommend_user_first")
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One question to an MLLM: text with one ``<image>`` mark for each image.
+
+    `marked` is the text with titles, summaries and preferences between `OPEN` and `CLOSE`; ``<image>`` there is none.
+    """
+
+    marked: str
+    images: tuple[Path, ...] = ()
+
+    def __post_init__(self) -> None:
+        marks = _PIECES.sub("", self.marked).count(IMAGE)
+        if marks != len(self.images):
+            raise ValueError(f"{marks} {IMAGE} marks for {len(self.images)} images: {self.marked!r}")
+
+    @property
+    def text(self) -> str:
+        """The text as a person reads it."""
+        return unmark(self.marked)
+
+    def pieces(self) -> list[str]:
+        """Return the text cut into the style's own words (even places) and the filled-in texts (odd places)."""
+        return _PIECES.split(self.marked)
+
+    def begin_and_rest(self) -> tuple[str, str]:
+        """Return the text up to and with the first filled-in text, which prompts about it share, and what follows."""
+        pieces = self.pieces()
+        return "".join(pieces[:2]), "".join(pieces[2:])
+
+
+@dataclass(frozen=True, slots=True)
+class Style:
+    """The wording of every question, read from ``properties/prompt/<style>.yaml``."""
+
+    name: str
+    image_summary: str
+    text_summary: str
+    fused_summary: str
+    item_line: str
+    item_line_bare: str
+    first_block: str
+    next_block: str
+    titles: str
+    cold: str
+    recommend_item_first: str
+    recommend_item_first_without_image: str
+    recommend_user_first: str
+    recommend_user_first_without_image: str
+    answer_yes: str
+    answer_no: str
+    text_summary_length: str = ""
+
+    @classmethod
+    def from_mapping(cls, name: str, wording: Mapping[str, Any], path: Path | None = None) -> Self:
+        """Check that every wording is there, is text, and names only the fields it is filled with, as plain {field}.
+
+        Args:
+            name: The style's.
+            wording: What the style's file holds.
+            path: That file, for complaints.
+
+        Raises:
+            UserError: A wording is missing, unknown, not text, or names another field, or one with a format.
+        """
+        where = str(path) if path else f"prompt style {name!r}"
+        known = {f.name for f in fields(cls)} - {"name"}
+        wording = {"text_summary_length": "", **wording}
+        for key in wording.keys() - known:
+            near = get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else "see docs/prompts.md"
+            raise UserError(f"{where}: there is no wording {key!r}; {hint}")
+        if missing := sorted(known - wording.keys()):
+            raise UserError(f"{where}: missing wording {', '.join(missing)}; see docs/prompts.md")
+        for key, text in wording.items():
+            if key == "text_summary_length" and text == "":
+                continue
+            fields_of, marks = _FIELDS.get(key, set()), int(key in _SHOW_AN_IMAGE)
+            wanted = ", ".join(f"{{{n}}}" for n in sorted(fields_of)) or "no field"
+            if isinstance(text, str) and (wrong := _wrong_fields(text)) is not None:
+                raise UserError(f"{where}: {key} holds {wrong}; write plain {{field}} alone, with {wanted} in it")
+            if not isinstance(text, str) or _names(text) != fields_of:
+                raise UserError(f"{where}: {key} must be a text with {wanted} in it; see docs/prompts.md")
+            if text.count(IMAGE) != marks:
+                raise UserError(f"{where}: {key} must hold {marks} {IMAGE}; see docs/prompts.md")
+            if OPEN in text or CLOSE in text:
+                raise UserError(f"{where}: {key} holds a private-use character (U+E001 or U+E002); remove it")
+        return cls(name=name, **{key: text.strip("\n") for key, text in wording.items()})
+
+
+def read_style(name: str) -> Style:
+    """Return the style called `name`: one in properties/prompt, or a YAML file's path.
+
+    Raises:
+        UserError: There is none, or it is not complete.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else resource("prompt", name)
+    if path is None or not path.is_file():
+        what = "no file" if path is not None and os.path.lexists(path) else "unknown"
+        raise UserError(f"prompt_style {name!r} is {what}; give a YAML file or one of {', '.join(named('prompt'))}")
+    return Style.from_mapping(path.stem, read_mapping(path), path)
+
+
+def _wrong_fields(template: str) -> str | None:
+    """Return a field of `template` that is not plain ``{name}``, or what is wrong with its braces; else None."""
+    try:
+        for _, name, form, conversion in string.Formatter().parse(template):
+            if name is not None and (form or conversion or not name.isidentifier()):
+                return f"{{{name}{'!' + conversion if conversion else ''}{':' + form if form else ''}}}"
+    except ValueError as error:
+        return f"unpaired braces ({error}; a brace that is meant is written twice)"
+    return None
+
+
+def _names(template: str) -> frozenset[str]:
+    return frozenset(name for _, name, _, _ in string.Formatter().parse(template) if name is not None)
+
+
+def unmark(text: str) -> str:
+    """Return `text` without the marks around filled-in texts."""
+    return text.replace(OPEN, "").replace(CLOSE, "")
+
+
+def _fill(template: str, **texts: str) -> str:
+    return template.format(**{name: f"{OPEN}{unmark(text)}{CLOSE}" for name, text in texts.items()})
+
+
+def image_summary_prompt(style: Style, image: Path) -> Prompt:
+    """Ask what the item's image shows (the paper's item image summary)."""
+    return Prompt(style.image_summary, (image,))
+
+
+def text_summary_prompt(style: Style, title: str, words: int | None = None) -> Prompt:
+    """Ask for a summary of the item's text (the paper's item text summary), of about as many `words` if any."""
+    asked = style.text_summary_length.format(words=words) if words and style.text_summary_length else ""
+    return Prompt(_fill(style.text_summary, title=title) + asked)
+
+
+def fused_summary_prompt(style: Style, image: str, text: str) -> Prompt:
+    """Ask to fuse the summaries of image and text into one (the paper's fusion prompt)."""
+    return Prompt(_fill(style.fused_summary, image=image, text=text))
+
+
+def item_line(style: Style, title: str, summary: str) -> str:
+    """Return how one item of a history reads; without a summary its title stands alone."""
+    if not summary:
+        return _fill(style.item_line_bare, title=title)
+    return _fill(style.item_line, title=title, summary=summary)
+
+
+def preference_prompt(style: Style, lines: Sequence[str], previous: str | None) -> Prompt:
+    """Ask for the preference behind `lines` (from `item_line`, oldest first), given the `previous` one if any."""
+    items = "\n".join(lines)
+    if previous is None:
+        return Prompt(style.first_block.format(items=items))
+    return Prompt(style.next_block.format(items=items, preference=f"{OPEN}{unmark(previous)}{CLOSE}"))
+
+
+def titles_as_preference(style: Style, titles: Sequence[str]) -> str:
+    """Return what stands for the preference under ``summary_mode: none``: the titles themselves, oldest first."""
+    return _fill(style.titles, titles="\n".join(titles)) if titles else style.cold
+
+
+def recommend_prompt(
+    style: Style, preference: str, title: str, image: Path | None, *, item_first: bool = True
+) -> Prompt:
+    """Ask whether the user would take the item; training and scoring both call this.
+
+    Without an image the wording speaks of none, the same in training and scoring.
+    """
+    order = "recommend_item_first" if item_first else "recommend_user_first"
+    template = getattr(style, order if image else f"{order}_without_image")
+    return Prompt(_fill(template, preference=preference, title=title), (image,) if image else ())

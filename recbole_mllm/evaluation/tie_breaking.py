@@ -1,0 +1,98 @@
+"""Ties are broken by a permutation that knows the pair and the seed but not the label: a constant scorer is at chance.
+
+RecBole lays positives first (general_dataloader.py:160) and topk keeps an order of its own among equal scores, so ties
+would otherwise be settled by where the answer happens to stand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
+import numpy as np
+import torch
+
+from recbole_mllm.compat.patching import wrap
+from recbole_mllm.data.schema import ITEM, TIE, USER
+from recbole_mllm.errors import UserError
+
+Keys = Callable[[Any, Any], Any]
+"""Of internal (users, items) ``[B]``: int64 ``[B]`` that order equal scores (`data.sampling.tie_keys`)."""
+
+_RECORDED: ContextVar[list[dict[str, Any]] | None] = ContextVar("recorded", default=None)
+
+
+def evaluate(trainer: Any, loader: Any, **options: Any) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Return RecBole's result of a `loader`, and what was scored and ranked for it, batch by batch (`metrics.joined`).
+
+    No pairs are returned where candidates are not frozen.
+
+    Args:
+        trainer: RecBole's.
+        loader: An evaluation loader.
+        options: Of ``Trainer.evaluate``.
+    """
+    batches: list[dict[str, Any]] = []
+    token = _RECORDED.set(batches)
+    try:
+        return dict(trainer.evaluate(loader, **options) or {}), batches
+    finally:
+        _RECORDED.reset(token)
+
+
+def record_scores(columns: Callable[[], dict[str, Any]]) -> None:
+    """Add a batch's columns to what `evaluate` returns, if it is at work."""
+    batches = _RECORDED.get()
+    if batches is not None:
+        batches.append(columns())
+
+
+def ranks(owner: Any, scores: Any, keys: Any) -> Any:
+    """Return the place of each pair among its owner's pairs, 0 for the worst; equal scores are ordered by key.
+
+    Args:
+        owner: ``[B]`` whose pair it is, non-decreasing.
+        scores: ``[B]`` float.
+        keys: ``[B]`` int.
+    """
+    order = np.lexsort((keys, scores, owner))
+    starts = np.searchsorted(owner, owner[order], side="left")
+    out = np.empty(len(owner), dtype=np.int64)
+    out[order] = np.arange(len(owner)) - starts
+    return out
+
+
+def install(trainer_class: Any) -> None:
+    """Make RecBole's trainer rank frozen candidates without ties, and record raw scores.
+
+    Wraps ``Trainer._neg_sample_batch_eval`` (trainer.py:505-524), between a model's scores and RecBole's collector.
+    """
+
+    def make(stock: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+        def batch_eval(self: Any, batched: Any) -> Any:
+            interaction, scores, positive_u, positive_i = stock(self, batched)
+            pairs, owner = batched[0], batched[1]
+            if TIE not in pairs or scores.dim() != 2:
+                return interaction, scores, positive_u, positive_i
+            config = self.config
+            items = pairs[config["ITEM_ID_FIELD"]]
+            raw = scores[owner, items].float().cpu()
+            if bool(torch.isnan(raw).any()):
+                raise UserError(
+                    f"{config['model']} scored {int(torch.isnan(raw).sum())} pairs with NaN; it cannot be ranked"
+                )
+            place = ranks(owner.numpy(), raw.numpy(), pairs[TIE].cpu().numpy())
+            scores[owner, items] = torch.from_numpy(place).to(scores)
+            fields = {USER: config["USER_ID_FIELD"], ITEM: config["ITEM_ID_FIELD"], "label": config["LABEL_FIELD"]}
+            record_scores(
+                lambda: (
+                    {name: pairs[field].cpu().numpy() for name, field in fields.items()}
+                    | {"score": raw.numpy(), "place": place}
+                )
+            )
+            return interaction, scores, positive_u, positive_i
+
+        return batch_eval
+
+    wrap(trainer_class, "_neg_sample_batch_eval", make)

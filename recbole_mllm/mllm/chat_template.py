@@ -1,0 +1,121 @@
+"""A conversation of one question and its answer, as the model's chat template writes it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from datetime import datetime
+from functools import cached_property
+from typing import Any
+
+from jinja2 import TemplateError
+
+from recbole_mllm.errors import UserError
+
+_QUESTION, _ANSWER = "A question?", "Yes"
+_DAY = datetime(2024, 7, 26)  # the day that Llama 3's template names where it cannot know today's
+_NOW = re.compile(r"""\bstrftime_now\(\s*(["'])(.*?)\1\s*\)""")
+
+
+class ChatTemplate:
+    """Writes conversations for one model; without a chat template, bare text.
+
+    Args:
+        tokenizer: The model's.
+        processor: Its processor, whose template is taken; None for a text-only model.
+        image_token: What stands for an image in a rendered text.
+        bos_behind_image: Whether a bare text has <bos> behind its last image (PaliGemma).
+    """
+
+    def __init__(self, tokenizer: Any, processor: Any | None, image_token: str, *, bos_behind_image: bool) -> None:
+        self.tokenizer, self.image_token, self.bos_behind_image = tokenizer, image_token, bos_behind_image
+        self.owner = tokenizer if processor is None else processor
+        self.sees = processor is not None
+
+    @cached_property
+    def template(self) -> Any:
+        """The chat template, if any; one that names today's date (Llama 3.2) always names the same day.
+
+        A prompt is then the same tomorrow, and so is its score.
+        """
+        own = getattr(self.owner, "chat_template", None)
+        return _NOW.sub(lambda found: json.dumps(_DAY.strftime(found[2])), own) if isinstance(own, str) else own
+
+    def render(self, texts: Sequence[str], answer: str = "") -> str:
+        """Return a question of `texts` with an image between each two, with the generation prompt or the answer."""
+        if not self.template:
+            return self._bare(texts, answer)
+        turn = self._turn("user", texts)
+        rendered = self._chat([turn], add_generation_prompt=True) + self.lead
+        if not answer:
+            return rendered
+        whole = self._chat([turn, self._turn("assistant", [answer])])  # with the answer's end tag
+        return whole if whole.startswith(rendered) else rendered + answer + str(self.tokenizer.eos_token or "")
+
+    @cached_property
+    def lead(self) -> str:
+        """The words a template puts before every answer and leaves out of its generation prompt.
+
+        An empty thought (Qwen3), a channel's name (gpt-oss), or the assistant's own header: none is part of the answer.
+        """
+        if not self.template:
+            return ""
+        turn = self._turn("user", [_QUESTION])
+        prompt = self._chat([turn], add_generation_prompt=True)
+        whole = self._chat([turn, self._turn("assistant", [_ANSWER])])
+        found = whole[len(prompt) :].partition(_ANSWER)[0] if whole.startswith(prompt) else ""
+        return found.rstrip(" ") if found.strip() else ""  # a space belongs to the word behind it
+
+    @cached_property
+    def _in_parts(self) -> bool:
+        """Whether the template takes a list of texts and images, as most processors' do and most tokenisers' do not.
+
+        Raises:
+            UserError: It writes neither.
+        """
+        texts, shown, errors = ["", _QUESTION] if self.sees else [_QUESTION], dict[bool, str](), list[UserError]()
+        for in_parts in (self.sees, not self.sees):  # the usual form first
+            try:
+                shown[in_parts] = self._chat([{"role": "user", "content": self._content(texts, in_parts)}])
+            except UserError as error:
+                errors.append(error)
+        if not shown:
+            raise errors[0]
+        for wanted in (True, False) if self.sees else (False,):  # one that shows an image, if there is any
+            for in_parts, text in shown.items():
+                if _QUESTION in text and "'type'" not in text and (not wanted or self.image_token in text):
+                    return in_parts
+        raise UserError("the model's chat template does not write the text of a question; mend or remove it")
+
+    def _turn(self, role: str, texts: Sequence[str]) -> dict[str, Any]:
+        return {"role": role, "content": self._content(texts, self._in_parts)}
+
+    def _content(self, texts: Sequence[str], in_parts: bool) -> Any:
+        if not in_parts:
+            return self.image_token.join(texts)
+        content = [{"type": "text", "text": texts[0]}] if texts[0] else []
+        for text in texts[1:]:
+            content += [{"type": "image"}, *([{"type": "text", "text": text}] if text else [])]
+        return content
+
+    def _chat(self, turns: list[dict[str, Any]], **options: Any) -> str:
+        """Return `turns` as the template writes them; thinking is switched off where the template can.
+
+        Raises:
+            UserError: The template is broken, or refuses them.
+        """
+        options |= {"enable_thinking": False} if "enable_thinking" in str(self.template) else {}
+        options |= {"chat_template": self.template} if self.template != self.owner.chat_template else {}
+        try:
+            return str(self.owner.apply_chat_template(turns, tokenize=False, **options))
+        except (TemplateError, TypeError) as error:
+            raise UserError(f"the model's chat template fails: {error}; mend or remove it") from error
+
+    def _bare(self, texts: Sequence[str], answer: str) -> str:
+        end = self.tokenizer.eos_token or ""
+        text = self.image_token.join(texts)
+        if self.bos_behind_image:  # PaliGemmaProcessor.prepare_inputs_layout; the answer: its `suffix`
+            head, mark, tail = text.rpartition(self.image_token)
+            return f"{head}{mark}{self.tokenizer.bos_token}{tail}\n" + (f"{answer}{end}" if answer else "")
+        return text + (f" {answer}{end}" if answer else "")

@@ -1,0 +1,121 @@
+"""From a prompt to an OpenAI-style chat message, and from a completion to an answer."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from recbole_mllm.data.images import open_image
+from recbole_mllm.errors import UserError
+from recbole_mllm.mllm.base import MOST_CHARACTERS, Answer
+from recbole_mllm.mllm.shortening import FEWEST, SHORTER_HISTORY, lists_items, longest_text
+from recbole_mllm.prompts import IMAGE, Prompt
+
+# A server tokenises the whole text, so a special token's spelling inside a title would become that token (and an image
+# mark without an image an error). A space behind its first character keeps it plain text.
+_SPECIAL = re.compile(
+    r"<\|[^|<>\s]{1,40}\|>|</?s>|\[/?INST\]|<</?SYS>>|<(?:image|video|audio|pad|unk|bos|eos|mask)>|"
+    r"<(?:start|end)_of_\w{1,20}>|<\w{1,20}_soft_token>|</?think>"
+)
+_AS_IS = {"JPEG": "image/jpeg", "PNG": "image/png"}
+_ORIENTATION = 0x0112
+_MOST_TOKENS = 2**31
+
+
+def message(prompt: Prompt, shortened: int = 0) -> dict[str, Any]:
+    """Return the user's turn: plain text, or text and images in their order; no mark of ours is in it.
+
+    `shortened` halves the longest filled-in text that many times (a server that finds the prompt too long).
+    """
+    pieces = cut(prompt, shortened)
+    parts: list[dict[str, Any]] = [{"type": "text", "text": ""}]
+    images = iter(prompt.images)
+    for place, piece in enumerate(pieces):
+        if place % 2:
+            parts[-1]["text"] += _SPECIAL.sub(lambda found: f"{found[0][0]} {found[0][1:]}", piece)
+            continue
+        head, *tails = piece.split(IMAGE)
+        parts[-1]["text"] += head
+        for tail in tails:
+            image = {"type": "image_url", "image_url": {"url": data_url(next(images))}}
+            parts += [image, {"type": "text", "text": tail}]
+    if not prompt.images:
+        return {"role": "user", "content": parts[0]["text"]}
+    return {"role": "user", "content": [p for p in parts if p["type"] != "text" or p["text"]]}
+
+
+def cut(prompt: Prompt, times: int) -> list[str]:
+    """Return the prompt's pieces, the longest filled-in text halved that many `times`.
+
+    Raises:
+        UserError: What is left is the style's own wording.
+    """
+    pieces = prompt.pieces()
+    for _ in range(times):
+        if (longest := longest_text(pieces)) is None:
+            what, advice = "fixed wording", ""
+            if lists_items(pieces):
+                what, advice = f"the first letters of the {len(pieces) // 2} texts it lists", f"{SHORTER_HISTORY}, or "
+            raise UserError(
+                f"the server finds a prompt too long, and what is left of it is {what}; {advice}serve the model with a "
+                "longer context"
+            )
+        pieces[longest] = pieces[longest][: max(FEWEST, len(pieces[longest]) // 2)].rstrip()
+    return pieces
+
+
+def data_url(path: Path) -> str:
+    """Return the image as a data URL: its own bytes where every server reads them as we do, else an upright RGB PNG.
+
+    Raises:
+        UserError: It is no image that can be read.
+    """
+    try:
+        with Image.open(path) as image:
+            mime = _AS_IS.get(image.format or "")
+            plain = (
+                image.mode == "RGB" and image.getexif().get(_ORIENTATION, 1) == 1 and "transparency" not in image.info
+            )
+        upright = open_image(path)  # also refuses what is broken or too large
+    except OSError as error:
+        raise UserError(f"{path}: no image that can be read ({error}); mend or remove it") from error
+    if mime and plain:
+        data = path.read_bytes()
+    else:
+        mime, buffer = "image/png", io.BytesIO()
+        upright.save(buffer, "PNG")
+        data = buffer.getvalue()
+    return f"data:{mime};base64,{base64.b64encode(data).decode()}"
+
+
+def tokens(count: Any) -> int:
+    """Return a count of tokens that a server tells; 0 for what is none, and what the store could not hold."""
+    return int(count) if isinstance(count, int | float) and 0 <= count < _MOST_TOKENS else 0
+
+
+def answer_of(completion: Any, most_characters: int = MOST_CHARACTERS) -> Answer:
+    """Return the text of a chat completion, less what the model thought before it, with its costs if the server tells.
+
+    Raises:
+        ValueError: There is no choice in it, or its text has more than `most_characters`.
+    """
+    choices = getattr(completion, "choices", None)
+    if not choices or getattr(choices[0], "message", None) is None:
+        said = getattr(completion, "error", None)  # some servers put it into an answer of status 200
+        raise ValueError(
+            f"the answer holds no choice{f' but {said}' * bool(said)}; is this URL an OpenAI-compatible /v1?"
+        )
+    usage = getattr(completion, "usage", None)
+    if len(choices[0].message.content or "") > most_characters:
+        raise ValueError(f"an answer of {len(choices[0].message.content):,} characters, where a summary was asked for")
+    return Answer(
+        (choices[0].message.content or "").rpartition("</think>")[2].strip(),
+        tokens(getattr(usage, "prompt_tokens", 0)),
+        tokens(getattr(usage, "completion_tokens", 0)),
+        choices[0].finish_reason == "length",
+    )

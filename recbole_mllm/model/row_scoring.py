@@ -1,0 +1,132 @@
+"""Rows of a recommender, (history, position, item) by number: the question each asks, its cost, who scores it.
+
+Several processes share the rows such that each reads about as many tokens as another. What a row costs follows from
+lengths, nothing is tokenised for it: these numbers decide who does what, never the scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from recbole_mllm import ranks
+from recbole_mllm.common.prompts import Prompt, Style, recommend_prompt
+from recbole_mllm.data.texts import Items
+from recbole_mllm.mllm.backbone import Body
+from recbole_mllm.mllm.loss import can_share
+from recbole_mllm.progress import Progress
+from recbole_mllm.settings import RecommendSettings, Settings
+from recbole_mllm.shares import cut
+
+_AHEAD = 1024  # prompts encoded at a time when a whole split is scored
+_PER_TOKEN = 4  # characters, about, in the languages that tokenisers were made for
+IMAGE_TOKENS = 512  # of an image that a server's model reads
+
+Row = tuple[int, int, int]
+Scores = dict[Row, float]
+Costs = tuple[list[int], list[int], list[int]]
+
+
+def question(style: Style, settings: RecommendSettings, items: Items, preference: str, item: str) -> Prompt:
+    """Return what is asked about raw id `item`; training, scoring and planning all ask it."""
+    image = items.image(item) if settings.use_image else None
+    first = settings.prompt_order == "item-first"
+    return recommend_prompt(style, preference, items.title(item), image, item_first=first)
+
+
+def shares_in_training(settings: Settings, body: Body) -> bool:
+    """Return whether rows of a micro-batch share the computation of a common prefix: asked for, and possible."""
+    return settings.train.share_prefix == "auto" and settings.lora.finetune != "none" and can_share(body)
+
+
+def deals_by_item(settings: Settings, body: Body) -> bool:
+    """Return whether rows of one item should meet in a batch: they share a prefix, and a pass may hold several rows."""
+    train, first = settings.train, settings.recommend.prompt_order == "item-first"
+    return (
+        train.group_by_item == "auto" and first and shares_in_training(settings, body) and train.micro_batch_size != 1
+    )
+
+
+def item_major(row: Row) -> Row:
+    """Return the key that sorts rows by item, so that users of one item share its computation."""
+    return row[2], row[0], row[1]
+
+
+def row_costs(rows: Sequence[Row], prompts: Iterable[Prompt], image_tokens: int, *, item_first: bool) -> Costs:
+    """Return each row's key, the tokens that rows of its key share, and its own, as `shares.cut` takes them.
+
+    Args:
+        rows: In item-major order.
+        prompts: The question of each.
+        image_tokens: How many tokens an image takes, one number for all.
+        item_first: Whether the item stands first in the question, so that an item's rows share what is said of it.
+    """
+    keys, shared, own = list[int](), list[int](), list[int]()
+    for place, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
+        begin, rest = prompt.begin_and_rest()
+        head, tail = len(begin) // _PER_TOKEN + image_tokens * len(prompt.images), len(rest) // _PER_TOKEN
+        keys.append(row[2] if item_first else place)
+        shared.append(head if item_first else 0)
+        own.append(1 + tail if item_first else 1 + tail + head)
+    return keys, shared, own
+
+
+def training_share(rows: Sequence[Row], costs: Callable[[Sequence[Row]], Costs]) -> list[int]:
+    """Return the places of a batch's `rows` that this process trains on; an item's stay together if they can.
+
+    Every process cuts for itself, by costs on which all agree.
+    """
+    if not ranks.is_launched():
+        return list(range(len(rows)))
+    first: dict[int, int] = {}
+    for place, row in enumerate(rows):
+        first.setdefault(row[2], place)
+    order = sorted(range(len(rows)), key=lambda place: first[rows[place][2]])
+    parts = cut(*costs([rows[place] for place in order]), ranks.world_size())
+    return sorted(order[n] for n in parts[ranks.rank()])
+
+
+def score_in_chunks(
+    rows: Sequence[Row], score: Callable[[Sequence[Row]], Scores], progress: Progress | None, shown: int
+) -> Scores:
+    """Return the scores of `rows`, some prompts at a time; by its end `progress` has advanced by `shown`."""
+    found: Scores = {}
+    for start in range(0, len(rows), _AHEAD):
+        part = rows[start : start + _AHEAD]
+        found |= score(part)
+        if progress:
+            progress.update(len(part) * shown / len(rows))
+    return found
+
+
+def score_in_shares(
+    rows: Sequence[Row],
+    costs: Callable[[Sequence[Row]], Costs],
+    score: Callable[[Sequence[Row]], Scores],
+    spent: Callable[[], tuple[int, int]],
+    progress: Progress | None,
+) -> tuple[Scores, tuple[int, int]]:
+    """Score this process's share of `rows`, and get all scores; all processes do so at the same time.
+
+    Args:
+        rows: In item-major order, the same in every process.
+        costs: As `row_costs` gives them; the main process's count.
+        score: Scores a few rows here.
+        spent: The tokens read and the cached scores found here so far.
+        progress: Shows all rows, as this process's share is scored.
+
+    Returns:
+        The scores, and what the other processes have spent.
+    """
+    parts = ranks.on_main(lambda: cut(*costs(rows), ranks.world_size()))
+    tokens, reused = spent()
+    share = [rows[n] for n in parts[ranks.rank()] if n < len(rows)]
+    mine = score_in_chunks(share, score, progress, len(rows))
+    now = spent()
+    gathered = ranks.gather_objects((mine, now[0] - tokens, now[1] - reused))
+    others = [found for number, found in enumerate(gathered) if number != ranks.rank()]
+    scores = dict(mine)
+    for found, _, _ in others:
+        scores |= {row: value for row, value in found.items() if row not in mine}
+    # all ask for the same rows, unless a sampler of RecBole's drew others here than in the main process
+    scores |= score_in_chunks([row for row in rows if row not in scores], score, None, 0)
+    return scores, (sum(read for _, read, _ in others), sum(known for _, _, known in others))

@@ -1,0 +1,213 @@
+"""From RecBole's Config to what the summaries are generated from, and the step that generates them."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from recbole_mllm import ranks
+from recbole_mllm.common.prompts import Style, read_style
+from recbole_mllm.config import check_training
+from recbole_mllm.data.images import write_report
+from recbole_mllm.data.texts import Items, read_items
+from recbole_mllm.data.training import check_negatives
+from recbole_mllm.endpoints import is_server, parse_endpoint
+from recbole_mllm.errors import UserError
+from recbole_mllm.mllm import splitting
+from recbole_mllm.mllm.dispatching import check_dispatch
+from recbole_mllm.mllm.generation import ignored_rules, own_rules, with_penalty
+from recbole_mllm.mllm.hf import HFModel
+from recbole_mllm.mllm.interface import Writer
+from recbole_mllm.mllm.loading import (
+    TINY,
+    Size,
+    dtype_of,
+    identity_of,
+    load_images_processor,
+    refused_sizes,
+    source_of,
+)
+from recbole_mllm.mllm.lora import check_finetune
+from recbole_mllm.mllm.server import ServerModel
+from recbole_mllm.settings import Settings
+from recbole_mllm.summaries.prepare import Preferences, Stage, Summarizers, make_preferences
+from recbole_mllm.summaries.users import Plan
+
+REFUSED = "refused_images.tsv"
+_NO_TEXT_CHANGE = {"summarize", "summarize_batch_size", "history_titles", "summary_repetition_penalty"}
+SLOTS = {"cpu": 64, "gpu": 256}
+_SAMPLING = {"summary_temperature", "summary_top_p", "summary_seed"}
+
+
+def prepare_summaries(config: Any, dataset: Any) -> Preferences:
+    """Generate the summaries that the rows of `dataset` (the training part) read, unless the store has them.
+
+    A step of its own: the result is handed to `MLLMMSR`, which calls this itself where it is given none. All that can
+    be refused is, before a summary is paid for or a model is loaded.
+
+    Raises:
+        UserError: The configuration cannot be run here, or a summary is missing and may not be generated.
+    """
+    settings = Settings.from_config(config)
+    check_recommender(config, settings, dataset)
+    stage = make_stage(config, settings, torch.device(config["device"]))
+    return make_preferences(stage, Plan(dataset.histories, dataset.positions))
+
+
+def check_recommender(config: Any, settings: Settings, dataset: Any) -> None:
+    """Refuse what the recommender cannot do here, before anything is trained, generated or loaded.
+
+    Raises:
+        UserError: With what to change.
+    """
+    check_training(config)
+    load_style(settings)
+    if settings.lora.finetune != "none":
+        check_negatives(config, dataset)
+    check_finetune(settings.lora, torch.device(config["device"]))
+    check_dispatch(settings.mllm)
+    name = settings.mllm.mllm
+    if not is_server(name) and (why := splitting.why_not(name, settings.mllm)):
+        raise why
+
+
+def load_style(settings: Settings) -> Style:
+    """Return the wording ``prompt_style`` names; `auto` is what the model knows (tiny) or what the items are.
+
+    Raises:
+        UserError: No such style, or it is not complete.
+    """
+    name = settings.recommend.prompt_style
+    if name == "auto":
+        name = "demo" if settings.mllm.mllm == TINY else settings.recommend.item_kind
+    return read_style(name)
+
+
+def make_stage(config: Mapping[str, Any], settings: Settings, device: torch.device) -> Stage:
+    """Read titles and images, and find who writes the summaries and under which tag they are exported.
+
+    Raises:
+        UserError: A file, a style or a model's name cannot be used.
+    """
+    check_dispatch(settings.mllm)
+    folder = Path(config["data_path"])
+    image_dir = settings.recommend.image_dir
+    items = read_items(folder, Path(image_dir) if image_dir else None, config["ITEM_ID_FIELD"])
+    items = without_refused(items, folder, _image_readers(settings), trust_remote_code=settings.mllm.trust_remote_code)
+    if not items.images and (settings.recommend.use_image or settings.summary.item_summary in ("image", "fused")):
+        raise UserError(
+            "no item has an image; give --image_dir, or set use_image: false and item_summary: text to go without"
+        )
+    style = load_style(settings)
+    who = _summarizers(settings, device)
+    return Stage(folder, _tag(settings, style, who), style, items, settings.summary, who)
+
+
+def _image_readers(settings: Settings) -> list[str]:
+    """Return the models that a run shows images to."""
+    summarizer = settings.mllm.item_summarizer or settings.mllm.mllm
+    names = [summarizer] if settings.summary.item_summary in ("image", "fused") else []
+    names += [settings.mllm.mllm] if settings.recommend.use_image else []
+    return list(dict.fromkeys(names))
+
+
+def without_refused(items: Items, folder: Path, models: Sequence[str], *, trust_remote_code: bool = False) -> Items:
+    """Return `items` without the images that a processor of `models` refuses, however few prompts would show them.
+
+    What a server's model refuses is not known. Refused images count as missing: one line in the log, and a list in
+    ``refused_images.tsv``. Only those of odd sizes are checked, and without any no processor is loaded.
+    """
+    reasons: dict[Size, str] = {}
+    for name in (name for name in models if items.extreme and not is_server(name)):
+        processor = load_images_processor(name, trust_remote_code=trust_remote_code)
+        if processor is not None:
+            found = refused_sizes(processor, sorted(set(items.extreme.values())))
+            reasons |= {size: f"is refused by the image processor of {name}: {why}" for size, why in found.items()}
+    refused = {item: reasons[size] for item, size in items.extreme.items() if size in reasons}
+    if not refused:
+        return items
+    rows = [(item, str(items.images[item]), reason) for item, reason in refused.items()]
+    if ranks.is_main():
+        _report_refused(folder / REFUSED, rows)
+    return replace(items, images={item: path for item, path in items.images.items() if item not in refused})
+
+
+def _report_refused(path: Path, rows: Sequence[tuple[str, str, str]]) -> None:
+    try:
+        write_report(path, rows)
+        listed = f"{path} lists them"
+    except OSError as error:
+        listed = f"they are not listed, as {path} cannot be written ({error.strerror})"
+    item, image, reason = rows[0]
+    logging.getLogger().warning(
+        f"{len(rows)} images count as missing, the first of item {item}: {image} {reason}; {listed}"
+    )
+
+
+def _summarizers(settings: Settings, device: torch.device) -> Summarizers:
+    item = settings.mllm.item_summarizer or settings.mllm.mllm
+    user = settings.mllm.user_summarizer or settings.mllm.mllm
+    writes = settings.summary.item_summary != "none", settings.summary.summary_mode != "none"
+    for name, kind, needed in ((item, "item", writes[0]), (user, "user", writes[1])):
+        if needed and not is_server(name) and (why := splitting.why_not(name, settings.mllm)):
+            logging.getLogger().warning(f"{kind}_summarizer: {why}; only summaries that are there already will do")
+    split = splitting.wanted() is not None
+    return Summarizers(
+        _identity(item, settings, device),
+        _identity(user, settings, device),
+        partial(_writer, item, "item_summarizer", settings, device),
+        partial(_writer, user, "user_summarizer", settings, device),
+        split and not is_server(item),
+        split and not is_server(user),
+        _rules(item, settings) if writes[0] else "",
+        _rules(user, settings) if writes[1] else "",
+    )
+
+
+def _rules(name: str, settings: Settings) -> str:
+    own = settings.summary.summary_repetition_penalty
+    if is_server(name):
+        return with_penalty("", own, served=True)
+    return with_penalty(own_rules(name, trust_remote_code=settings.mllm.trust_remote_code), own)
+
+
+def _identity(name: str, settings: Settings, device: torch.device) -> str:
+    if is_server(name):
+        quiet = " (no thinking)" if settings.server.server_thinking == "off" else ""
+        return parse_endpoint(name, "summarizer").identity + quiet
+    dtype = str(dtype_of(settings.mllm.dtype, device)).removeprefix("torch.")
+    return f"{identity_of(name, None)}:{dtype}"
+
+
+def _writer(name: str, key: str, settings: Settings, device: torch.device) -> Writer:
+    if is_server(name):
+        return ServerModel(parse_endpoint(name, key), settings.server)
+    slots = settings.summary.summarize_batch_size or SLOTS["cpu" if device.type == "cpu" else "gpu"]
+    split = splitting.wanted() is not None
+    mllm = HFModel(name, settings.mllm, device, slots, to_split=split)
+    if split:
+        mllm.split()
+    if left := ignored_rules(mllm.model.generation_config):
+        logging.getLogger().warning(f"{key} {name}: its generation_config asks for {left}, which is not followed here")
+    return mllm
+
+
+def _tag(settings: Settings, style: Style, who: Summarizers) -> str:
+    """Return a readable name and 8 hex digits of everything that changes the summaries' text."""
+    unread = _NO_TEXT_CHANGE if settings.summary.summary_temperature else _NO_TEXT_CHANGE | _SAMPLING
+    fields = {key: value for key, value in asdict(settings.summary).items() if key not in unread}
+    parts = [fields, asdict(style), who.item_identity, who.user_identity, settings.mllm.max_text_tokens]
+    parts += [[who.item_rules, who.user_rules]] if who.item_rules or who.user_rules else []
+    digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:8]
+    writer = settings.mllm.user_summarizer or settings.mllm.mllm
+    model = Path(parse_endpoint(writer, "user_summarizer").model if is_server(writer) else source_of(writer)).name
+    name = f"{model}-{settings.summary.summary_mode}-b{settings.summary.block_size}-{settings.summary.item_summary}"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + f"-{digest}"

@@ -1,0 +1,360 @@
+"""What counts cost: a model's sizes, operations, bytes of memory and of disk, hours on a device. Formulas alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from math import prod
+from typing import Any, Self
+
+from torch import Tensor, nn
+
+from recbole_mllm.errors import UserError
+from recbole_mllm.mllm.architectures import language_part
+from recbole_mllm.mllm.lora import target_modules
+from recbole_mllm.resources import PROPERTIES
+from recbole_mllm.settings import LoraSettings, TrainSettings
+from recbole_mllm.yamlfile import read_mapping
+
+_BETWEEN = ("projector", "connector", "merger")  # modules that hand the vision tower's features to the language model
+_NF4_BYTES = 0.5 + 4.127 / 32 / 8  # a 4-bit weight with its share of the doubly quantised scales
+_ROOM = 0.9  # of a device's memory that is counted on; the rest is the allocator's, and what no formula knows
+_MOST_PROCESSES = 64
+
+
+@dataclass(slots=True)
+class Count:
+    """What a stage reads, writes and computes; fractions where a sample stands for the whole.
+
+    Args:
+        prompts: Prompts for a model; `known` those the store answers.
+        text_tokens: Of all those prompts, in training with their answers; `image_tokens` what their images become,
+            `new_tokens` what is written.
+        computed: Prompt tokens that pass through the language model: what is shared counts once.
+        attended: Keys that those tokens' queries meet, masked ones included; `cache_reads` those of written tokens.
+        steps: Tokens that are written one by one, behind the first of each answer; `logits` that are computed.
+        images: How often the vision tower reads an image; `vision_flops` what that takes, with the projector.
+        longest: The longest prompt in tokens; `widest` the most tokens, padding included, that one pass (in training:
+            one backward pass) holds; `prefix` the longest shared one; `at_once` the most tokens one pass computes. They
+            neither add nor scale.
+    """
+
+    prompts: float = 0
+    known: float = 0
+    text_tokens: float = 0
+    image_tokens: float = 0
+    new_tokens: float = 0
+    computed: float = 0
+    attended: float = 0
+    cache_reads: float = 0
+    steps: float = 0
+    logits: float = 0
+    images: float = 0
+    vision_flops: float = 0
+    longest: int = 0
+    widest: int = 0
+    prefix: int = 0
+    at_once: int = 0
+
+    @property
+    def tokens(self) -> float:
+        """Tokens of the prompts, each read whole."""
+        return self.text_tokens + self.image_tokens
+
+    def add(self, other: Count) -> None:
+        """Add `other` to this count."""
+        for name in _SUMS:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for name in _MOSTS:
+            setattr(self, name, max(getattr(self, name), getattr(other, name)))
+
+    def times(self, factor: float) -> Self:
+        """Return the count of `factor` times as much."""
+        return replace(self, **{name: getattr(self, name) * factor for name in _SUMS})
+
+
+_MOSTS = ("longest", "widest", "prefix", "at_once")
+_SUMS = tuple(f.name for f in fields(Count) if f.name not in _MOSTS)
+
+
+# ---- a model
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSizes:
+    """What a model's costs follow from, read from its modules, which may be on the meta device.
+
+    `vision` to `head` are parameters, `language` those of the decoder's layers, `head` those that make logits:
+    vocabulary times `width`. `queries` and `keys` are the widths of a layer's queries, and of its keys (or values),
+    `inner` its MLP's, `norms` how many norms it has; `patch` is the side of an image patch in pixels.
+    """
+
+    family: str
+    vision: int
+    projector: int
+    language: int
+    embedding: int
+    head: int
+    head_is_own: bool
+    layers: int
+    width: int
+    inner: int
+    queries: int
+    keys: int
+    norms: float
+    vision_layers: int
+    vision_width: int
+    patch: int
+
+    @property
+    def parameters(self) -> int:
+        """All parameters."""
+        return self.vision + self.projector + self.language + self.embedding + self.head * self.head_is_own
+
+    @property
+    def vocabulary(self) -> int:
+        """Logits at one position."""
+        return self.head // max(1, self.width)
+
+    def weight_bytes(self, item: int, *, four_bit: bool = False) -> float:
+        """Return the bytes of all weights at `item` bytes each; in `four_bit` the decoder's layers take less."""
+        small = self.language if four_bit else 0
+        return (self.parameters - small) * item + small * _NF4_BYTES
+
+    def cache_bytes(self, item: int) -> int:
+        """Return the bytes of one token's keys and values in all layers."""
+        return 2 * self.layers * self.keys * item
+
+    def split_bytes(self, item: int) -> float:
+        """Return the bytes that FSDP can split among processes: all layers but the one put together."""
+        return self.weight_bytes(item) * self.language / self.parameters * (1 - 1 / max(1, self.layers))
+
+    def image_flops(self, tensors: Mapping[str, Tensor], tokens: int) -> float:
+        """Return the operations of one image in tower and projector; it becomes `tokens` tokens.
+
+        The tower's attention is taken to reach over a whole tile, which is an upper bound where it has windows.
+        """
+        pixels = tensors.get("pixel_values")
+        if pixels is None:
+            return 0.0
+        if pixels.dim() < 4:  # Qwen-VL's come as rows of patches
+            patches, tiles = prod(pixels.shape[:-1]), 1
+        else:
+            tiles = prod(pixels.shape[:-3])
+            patches = tiles * (pixels.shape[-2] // self.patch) * (pixels.shape[-1] // self.patch)
+        attended = 4.0 * self.vision_layers * self.vision_width * patches * patches / tiles
+        return 2.0 * self.vision * patches + attended + 2.0 * self.projector * tokens
+
+
+def sizes_of(model: Any) -> ModelSizes:
+    """Return the sizes of `model`, which may be on the meta device."""
+    name, language = language_part(model)
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    text, vision = model.config.get_text_config(), getattr(model.config, "vision_config", None)
+    inside = {id(p): p.numel() for p in language.parameters()}
+    ends = {id(p): p.numel() for p in (*embedding.parameters(), *head.parameters())}
+    bridges = [
+        module
+        for path, module in model.named_modules()
+        if any(word in path.rpartition(".")[2] for word in _BETWEEN) and not f"{path}.".startswith(f"{name}.")
+    ]
+    bridge = {id(p): p.numel() for module in bridges for p in module.parameters()}
+    rest = {id(p): p.numel() for p in model.parameters() if id(p) not in inside | bridge | ends}
+    heads = text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    norms = sum(type(module).__name__.endswith("Norm") for module in language.modules())
+    return ModelSizes(
+        family=str(model.config.model_type),
+        vision=sum(rest.values()),
+        projector=sum(n for p, n in bridge.items() if p not in inside | ends),
+        language=sum(n for p, n in inside.items() if p not in ends),
+        embedding=sum(p.numel() for p in embedding.parameters()),
+        head=head.weight.numel(),
+        head_is_own=head.weight is not embedding.weight,
+        layers=text.num_hidden_layers,
+        width=text.hidden_size,
+        inner=text.intermediate_size,
+        queries=heads * size,
+        keys=(getattr(text, "num_key_value_heads", None) or heads) * size,
+        norms=norms // text.num_hidden_layers,
+        vision_layers=_first(vision, "num_hidden_layers", "depth"),
+        vision_width=_first(vision, "embed_dim", "hidden_size"),  # Qwen2-VL's `hidden_size` is what the tower hands on
+        patch=_first(vision, "patch_size") or 1,
+    )
+
+
+def _first(config: Any, *names: str) -> int:
+    found = (value for name in names if (value := getattr(config, name, None)) is not None)
+    value = next(found, 0)
+    return int(value[0] if isinstance(value, list | tuple) else value)
+
+
+def trained_parameters(model: Any, settings: LoraSettings) -> int:
+    """Return how many parameters `finetune` trains of `model`."""
+    if settings.finetune == "none":
+        return 0
+    if settings.finetune == "full":
+        chosen: nn.Module = model if settings.lora_target == "all" else language_part(model)[1]
+        trained = {id(p): p.numel() for p in (*chosen.parameters(), *model.get_output_embeddings().parameters())}
+        return sum(trained.values())
+    linear = (model.get_submodule(name) for name in target_modules(model, settings.lora_target))
+    return sum(settings.lora_r * (one.in_features + one.out_features) for one in linear)
+
+
+# ---- operations
+
+
+def flops(sizes: ModelSizes, count: Count) -> dict[str, float]:
+    """Return the operations of `count` by kind: two a weight and token, four a query, key and channel of attention."""
+    each, attention = 2.0 * sizes.language, 4.0 * sizes.layers * sizes.queries
+    return {
+        "vision": count.vision_flops,
+        "prompt": each * count.computed + attention * count.attended,
+        "decode": each * count.steps + attention * count.cache_reads,
+        "head": 2.0 * sizes.width * count.logits,
+        "backward": 0.0,
+    }
+
+
+def backward_flops(sizes: ModelSizes, count: Count, trained: int, lora: LoraSettings, train: TrainSettings) -> float:
+    """Return the operations on the way back through the decoder's layers and the head.
+
+    Through frozen weights it takes what the way forth does, twice that through trained ones, and with an adapter the
+    adapter's own beside; gradient checkpointing computes the layers once more.
+    """
+    forth, full = flops(sizes, count), lora.finetune == "full"
+    linear = 2.0 * sizes.language * count.computed
+    attention = forth["prompt"] - linear
+    back = (1 + full) * (linear + forth["head"]) + 2 * attention
+    back += 0 if full else 6.0 * trained * count.computed
+    return back + (forth["prompt"] if train.gradient_checkpointing else 0)
+
+
+# ---- bytes
+
+
+def activations(
+    sizes: ModelSizes, item: int, lora: LoraSettings, train: TrainSettings, tokens: int, labelled: int
+) -> float:
+    """Return about how many bytes the largest backward pass holds, of `tokens` tokens, `labelled` with logits.
+
+    A layer holds its norms' inputs in float32 (and outputs, where their weights are trained); queries, keys and values,
+    the latter for every head of queries, and attention's output; the MLP's two branches, the gate's activation and
+    their product; and what its trained linear layers read, each a copy of its own where that is cast or dropped from,
+    beside a byte of mask. Under checkpointing each layer holds its input alone, and one at a time the rest.
+    """
+    if lora.finetune == "none":
+        return 0.0
+    full = lora.finetune == "full"
+    dropped = not full and bool(lora.lora_dropout)
+    read = 5 * sizes.width + sizes.queries if item < 4 or dropped else 2 * sizes.width
+    layer = 4 * sizes.norms * sizes.width * (1 + full) + item * (read + 4 * sizes.queries + 4 * sizes.inner)
+    if dropped:
+        layer += 5 * sizes.width + sizes.queries + sizes.inner
+    if not full:
+        layer += 7 * item * lora.lora_r  # what leaves the adapters' first halves
+    held = sizes.layers * item * sizes.width + layer if train.gradient_checkpointing else sizes.layers * layer
+    # for a moment: an MLP's way back, or its product cast to LoRA's float32, dropped from and cast again
+    held += 8 * sizes.inner + 4 * sizes.width if item == 4 else (10 if dropped else 6) * sizes.inner
+    return float(tokens * held + labelled * sizes.vocabulary * 8)
+
+
+def pass_bytes(sizes: ModelSizes, item: int, tokens: float, written: float = 0) -> float:
+    """Return about how many bytes a pass of `tokens` tokens that learns nothing holds, beside keys and values.
+
+    One layer's MLP or the float32 of its norms, whichever is more, and logits of the `written` rows' next tokens.
+    """
+    layer = 4 * item * sizes.width + max(3 * item * sizes.inner, 12 * sizes.width)
+    return tokens * layer + written * sizes.vocabulary * (4 + item)
+
+
+def fits(parts: Mapping[str, float], split: float, device: Device) -> dict[str, Any]:
+    """Return the `bytes` a stage needs on a `device`, the `room` there, and in how many `processes` it fits.
+
+    Args:
+        parts: What it holds, with their total.
+        split: What FSDP can split among processes; each then needs as many bytes less.
+        device: One of them.
+
+    Returns:
+        `processes` is None where not even 64 make it fit; `bytes` are those of one process then.
+    """
+    room = device.memory_gb * 1e9 * _ROOM
+    each = {n: parts["total"] - split * (1 - 1 / n) for n in range(1, _MOST_PROCESSES + 1 if split else 2)}
+    found = next((n for n, need in each.items() if need <= room), None)
+    return {"bytes": each[found or 1], "room": room, "processes": found}
+
+
+# ---- hours
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A device of properties/devices.yaml; the assumed shares say how much of its peaks a run reaches."""
+
+    name: str
+    bf16_tflops: float
+    fp32_tflops: float
+    memory_gb: float
+    bandwidth_gb_s: float
+    assumed_share_of_peak: float
+    assumed_share_of_bandwidth: float
+    price_per_hour: float | None
+    assumed_network_gb_s: float
+
+    @classmethod
+    def called(cls, name: str) -> Self:
+        """Return the device of this name, in any case.
+
+        Raises:
+            UserError: There is none.
+        """
+        table = read_mapping(PROPERTIES / "devices.yaml")
+        known = {key.lower(): key for key in table["devices"]}
+        key = known.get(name.lower().replace(" ", "-"))
+        if key is None:
+            near = get_close_matches(name.lower(), known, n=1)
+            hint = f"did you mean {known[near[0]]}?" if near else f"there are {', '.join(known.values())}"
+            raise UserError(f"--device {name!r} is not in properties/devices.yaml; {hint}")
+        return cls(key, **table["devices"][key], assumed_network_gb_s=table["assumed_network_gb_s"])
+
+    @property
+    def kind(self) -> str:
+        """What torch calls it."""
+        return "cpu" if self.name.startswith("CPU") else "cuda"
+
+    def seconds(self, sizes: ModelSizes, count: Count, operations: Mapping[str, float], item: int, slots: int) -> float:
+        """Return the seconds of `count`: arithmetic for reading and training, memory for writing where that is slower.
+
+        Args:
+            sizes: The model's.
+            count: Of a stage.
+            operations: By kind (`flops`).
+            item: Bytes of one number.
+            slots: Prompts that are written side by side.
+        """
+        total = sum(operations.values())
+        if not count.steps or not count.prompts:
+            return self._arithmetic(total, item)
+        written = operations["decode"] + operations["head"]
+        # each step reads all weights, and every row's own keys and values
+        moved = count.steps / min(slots, max(1.0, count.prompts)) * sizes.weight_bytes(item)
+        moved += count.cache_reads * sizes.cache_bytes(item)
+        return self._arithmetic(total - written, item) + max(self._arithmetic(written, item), self._memory(moved))
+
+    def chain_seconds(self, sizes: ModelSizes, count: Count, item: int, chain: int) -> float:
+        """Return how long the longest user's `chain` of prompts takes, which wait for one another.
+
+        The mean prompt of `count` stands for each.
+        """
+        each = 1 / max(1.0, count.prompts)
+        moved = count.steps * sizes.weight_bytes(item)
+        return chain * each * (self._arithmetic(flops(sizes, count)["prompt"], item) + self._memory(moved))
+
+    def _arithmetic(self, operations: float, item: int) -> float:
+        peak = self.bf16_tflops if item <= 2 else self.fp32_tflops
+        return operations / (peak * 1e12 * self.assumed_share_of_peak)
+
+    def _memory(self, moved: float) -> float:
+        return moved / (self.bandwidth_gb_s * 1e9 * self.assumed_share_of_bandwidth)

@@ -1,0 +1,321 @@
+"""Scoring: unknown families are checked once, prefixes are shared, and out of memory lowers the batch."""
+
+import copy
+import logging
+from dataclasses import replace
+
+import pytest
+import tiny_models
+import torch
+from PIL import Image
+from stock_forward import CPU, SETTINGS, STYLE, own_inputs, own_logits
+from tiny_models.parts import TEXT, write
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
+)
+
+from recbole_mllm.common.prompts import Prompt, recommend_prompt
+from recbole_mllm.errors import UserError
+from recbole_mllm.mllm import families, scoring
+from recbole_mllm.mllm.hf import HFModel
+from recbole_mllm.mllm.interface import Decoding, answers_of
+from recbole_mllm.mllm.lora import tune
+from recbole_mllm.mllm.memory import Budget, in_batches
+
+SMALL = {"vocab_size": 389, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+HEADS = {"head_dim": 16}
+# model, settings, how it is scored, whether its answers are written in flight
+UNKNOWN = {
+    # its linear layers are no `nn.Linear`
+    "gpt2": (GPT2LMHeadModel, GPT2Config(n_embd=64, n_layer=2, n_head=4, **SMALL), "shared", True),
+    # two layers of a sliding window, and capped logits
+    "gemma2": (Gemma2ForCausalLM, Gemma2Config(**TEXT, **SMALL, **HEADS, sliding_window=16), "shared", True),
+    # logits are more than the head's rows
+    "granite": (GraniteForCausalLM, GraniteConfig(**TEXT, **SMALL, logits_scaling=8.0), "shared", True),
+    "cohere": (
+        CohereForCausalLM,
+        CohereConfig(**TEXT, **SMALL, logit_scale=0.25, tie_word_embeddings=False),
+        "shared",
+        True,
+    ),
+    # no keys and values at all
+    "mamba": (MambaForCausalLM, MambaConfig(hidden_size=64, num_hidden_layers=2, **SMALL), "flat", False),
+    # some layers with keys and values, some without
+    "lfm2": (
+        Lfm2ForCausalLM,
+        Lfm2Config(**TEXT, **SMALL, layer_types=["conv", "full_attention", "conv"]),
+        "flat",
+        False,
+    ),
+    # a recurrence, and logits capped by a setting of another name
+    "recurrent_gemma": (
+        RecurrentGemmaForCausalLM,
+        RecurrentGemmaConfig(
+            **{k: v for k, v in TEXT.items() if k != "max_position_embeddings"},
+            **SMALL,
+            **HEADS,
+            lru_width=64,
+            attention_window_size=16,
+            block_types=["recurrent", "recurrent", "attention"],
+        ),
+        "flat",
+        False,
+    ),
+}
+PROMPTS = [recommend_prompt(STYLE, f"likes {what} cats", "a mug", None) for what in ("big", "very small", "no")]
+
+
+@pytest.fixture(scope="module", params=UNKNOWN)
+def unknown(request, tmp_path_factory):
+    """A model of a family without a row in the table, and what is expected of it."""
+    place = tmp_path_factory.mktemp(request.param)
+    words = tiny_models.llama(place / "words")
+    build, config, *expected = UNKNOWN[request.param]
+    write(place, build, config, seed=1)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (place / name).write_bytes((words / name).read_bytes())
+    return HFModel(str(place), SETTINGS.mllm, CPU, slots=3), *expected
+
+
+def own_of(model, prompt):
+    return own_inputs(model.encoder.tokenizer, None, prompt)
+
+
+def flat(gradients):
+    return torch.cat(
+        [g.flatten() for g in gradients if g is not None]
+    )  # Mamba reads one layer's weight, not its output
+
+
+def test_an_unknown_family_scores_as_its_plain_forward(unknown, monkeypatch, caplog):
+    model, way, _ = unknown
+    monkeypatch.setattr(scoring, "_LEAST_GAIN", 1)
+    answers = model.answers(STYLE)
+    with caplog.at_level(logging.WARNING):
+        got = model.yes_scores(PROMPTS, answers)
+    own = torch.stack([own_logits(model.model, own_of(model, prompt))[-1] for prompt in PROMPTS])
+    margin = own[:, answers.yes[0]] - own[:, answers.no[0]]
+    assert margin.std() > 1e-3 and torch.allclose(got, margin, atol=1e-5)
+    assert model.body.way == way
+    assert ("disagrees with a plain forward pass" in caplog.text) == (way != "shared")
+
+
+def test_an_unknown_family_writes_as_its_own_generate(unknown, caplog):
+    model, _, in_flight = unknown
+    ends = ("what is it?", "a dog", "9 TREES;", "no-one:", "x")
+    prompts = [Prompt("and so " * n + end) for n, end in zip((1, 9, 4, 30, 2), ends, strict=True)]
+    expected = []
+    for prompt in prompts:
+        inputs = own_of(model, prompt)
+        out = model.model.generate(**inputs, max_new_tokens=10, do_sample=False)
+        new = out[0, inputs["input_ids"].size(1) :]
+        expected.append(model.encoder.tokenizer.decode(new, skip_special_tokens=True).strip())
+    with caplog.at_level(logging.WARNING):
+        assert [answer.text for answer in answers_of(model, prompts, Decoding(10))] == expected
+    assert len(set(expected)) > 1 and model.body.in_flight == {False: in_flight}
+    assert ("written one by one" in caplog.text) == (not in_flight)
+    # sampling depends on the prompt and the seed alone, and a nucleus of next to nothing is the greedy choice
+    assert [answer.text for answer in answers_of(model, prompts, Decoding(10, 0.9, 1e-9))] == expected
+    sampled = Decoding(10, 0.9, 0.95, seed=3)
+    assert answers_of(model, prompts[::-1], sampled)[::-1] == answers_of(model, prompts, sampled)
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["answer", "whole"])
+def test_an_unknown_family_is_trained_by_its_own_likelihood(unknown, whole):
+    given, *_ = unknown
+    model = copy.deepcopy(given)
+    model.replace_model(tune(model.model, replace(SETTINGS.lora, lora_dropout=0.0), seed=1))
+    answers = model.answers(STYLE)
+    losses = []
+    for prompt in PROMPTS:
+        start = own_of(model, prompt)["input_ids"][0]
+        ids = torch.cat([start, torch.tensor(answers.yes)])
+        places = torch.arange(1 if whole else len(start), len(ids))
+        logits = model.model(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None]).logits[0]
+        losses.append(torch.nn.functional.cross_entropy(logits[places - 1], ids[places]))
+    adapted = [p for p in model.model.parameters() if p.requires_grad]
+    loss = model.loss(PROMPTS, torch.ones(len(PROMPTS)), answers, whole=whole, share_prefix=True)
+    own, got = (
+        flat(torch.autograd.grad(one, adapted, allow_unused=True)) for one in (torch.stack(losses).mean(), loss)
+    )
+    assert torch.allclose(loss, torch.stack(losses).mean(), atol=1e-5)
+    assert own.norm() > 0 and (got - own).norm() < 2e-5 * own.norm()
+    model.model.train()
+    model.body.way = None  # the check must not leave dropout off
+    model.loss(PROMPTS, torch.ones(len(PROMPTS)), answers)
+    assert all(module.training for module in model.model.modules())
+
+
+def test_a_prefix_lm_nobody_told_of_is_caught(tmp_path, monkeypatch, caplog):
+    """PaliGemma without its row in the table."""
+    monkeypatch.setattr(scoring, "_LEAST_GAIN", 1)
+    monkeypatch.delitem(families._FAMILIES, "paligemma")
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
+    model = HFModel(str(tiny_models.paligemma(tmp_path / "model")), SETTINGS.mllm, CPU)
+    prompts = [recommend_prompt(STYLE, f"likes {w}", "a mug", tmp_path / "red.png") for w in ("cats", "small dogs")]
+    answers = model.answers(STYLE)
+    together = model.yes_scores(prompts, answers)
+    assert model.body.way != "shared" and "paligemma: shared scoring disagrees" in caplog.text
+    alone = torch.cat([model.yes_scores([prompt], answers) for prompt in prompts])
+    assert torch.allclose(together, alone, atol=1e-5)
+
+
+def test_what_holds_without_an_image_is_checked_again_with_one(tmp_path, monkeypatch):
+    """Gemma3 without its row in the table: text is read in one direction, an image in both."""
+    monkeypatch.setattr(scoring, "_LEAST_GAIN", 1)
+    monkeypatch.delitem(families._FAMILIES, "gemma3")
+    Image.effect_noise((40, 30), 60).convert("RGB").save(tmp_path / "red.png")
+    config = tiny_models.gemma3(tmp_path / "model") / "config.json"
+    config.write_text(config.read_text().replace('"final_logit_softcapping": 0.5', '"final_logit_softcapping": null'))
+    model = HFModel(str(tmp_path / "model"), SETTINGS.mllm, CPU)
+    answers = model.answers(STYLE)
+    model.yes_scores(PROMPTS, answers)
+    assert model.body.way == "shared"
+    model.yes_scores([recommend_prompt(STYLE, "likes cats", "a mug", tmp_path / "red.png")], answers)
+    assert model.body.way != "shared"
+    model.body.way, model.body.way_sees = None, False
+    model.loss(PROMPTS, torch.ones(len(PROMPTS)), answers)
+    assert model.body.way == "shared"
+    shown = [recommend_prompt(STYLE, "likes cats", "a mug", tmp_path / "red.png")]
+    model.loss(shown, torch.ones(1), answers)
+    assert model.body.way != "shared"
+
+
+def test_the_check_is_made_once_and_a_known_family_needs_none(tmp_path, monkeypatch):
+    made = []
+    stock = scoring.way_to_score
+    monkeypatch.setattr(scoring, "plain_logits", made.append)
+    monkeypatch.setattr(scoring, "way_to_score", lambda *args: made.append("check") or stock(*args))
+    model = HFModel(str(tiny_models.llama(tmp_path)), SETTINGS.mllm, CPU)
+    for _ in range(3):
+        model.yes_scores(PROMPTS, model.answers(STYLE))
+    assert made == ["check"]
+
+
+def test_items_are_shared_behind_a_prefix_too_short_to_share(tmp_path, monkeypatch):
+    """Prompts of several images have the template's first words in common: too few, but what follows is worth it."""
+    folder, colours = tmp_path, ("red", "blue", "green")
+    for width, colour in enumerate(colours, start=30):
+        Image.new("RGB", (width, 40), colour).save(folder / f"{colour}.png")
+    mllm = HFModel(str(tiny_models.llava_next(folder / "model")), SETTINGS.mllm, CPU)
+    calls, vision = [], mllm.body.head_model.model.get_image_features
+    monkeypatch.setattr(mllm.body.head_model.model, "get_image_features", lambda **kw: calls.append(1) or vision(**kw))
+    shown = [(user, colour) for user in ("cats", "dogs", "cars") for colour in colours]
+    prompts = [recommend_prompt(STYLE, f"likes {user}", "the mug", folder / f"{colour}.png") for user, colour in shown]
+    encoded = mllm.encode(prompts)
+    start = encoded[0].ids.index(mllm.body.image_token_id)
+    image = len(encoded[0].images[0].ids)
+    monkeypatch.setattr(scoring, "_LEAST_GAIN", len(prompts) * start + 1)
+    assert 2 * image > scoring._LEAST_GAIN
+    read, stock = [], mllm.body.hidden
+    spy = lambda rows, first, stops, cache: (  # noqa: E731
+        read.append(sum(stop - first for stop in stops)) or stock(rows, first, stops, cache)
+    )
+    monkeypatch.setattr(mllm.body, "hidden", spy)
+    mllm.yes_scores(prompts, mllm.answers(STYLE))
+    assert len(calls) == len(colours)  # an image is seen once, however many prompts show it
+    assert sum(read) <= sum(len(e.ids) for e in encoded) - 6 * image  # each of three images read once, not three times
+
+
+@pytest.fixture
+def mllm(tmp_path):
+    return HFModel(str(tiny_models.llama(tmp_path)), SETTINGS.mllm, CPU)
+
+
+@pytest.fixture
+def prompts():
+    likes = [f"likes {letter} {'very ' * n}big cats" for n, letter in enumerate("abcdefghijklmnopqrstuvwx")]
+    return [recommend_prompt(STYLE, preference, "a mug", None) for preference in likes]
+
+
+@pytest.fixture
+def small_memory(mllm, monkeypatch):
+    """Let the model itself fail, as an accelerator would, when a call holds more than so many tokens in its cache."""
+
+    def limit(tokens, error=None):
+        tried, stock = [], mllm.model.model.forward
+
+        def forward(*args, attention_mask, **kwargs):
+            tried.append(attention_mask.numel())
+            if attention_mask.numel() > tokens:
+                raise error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+            return stock(*args, attention_mask=attention_mask, **kwargs)
+
+        monkeypatch.setattr(mllm.model.model, "forward", forward)
+        return tried
+
+    return limit
+
+
+CPU_FULL = "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: tried 9 bytes."
+
+
+@pytest.mark.parametrize(("least_gain", "error"), [(1, None), (10**6, None), (1, RuntimeError(CPU_FULL))])
+def test_scores_are_the_same_in_little_memory(mllm, prompts, small_memory, monkeypatch, least_gain, error):
+    monkeypatch.setattr(scoring, "_LEAST_GAIN", least_gain)
+    answers = mllm.answers(STYLE)
+    expected = mllm.yes_scores(prompts, answers)
+    tried = small_memory(300, error)
+    assert torch.allclose(mllm.yes_scores(prompts, answers), expected, atol=1e-5)
+    failed = [size for size in tried if size > 300]
+    assert failed and failed == sorted(failed, reverse=True)
+    tried.clear()
+    assert torch.allclose(mllm.yes_scores(prompts, answers), expected, atol=1e-5)
+    assert all(size <= 300 for size in tried)  # what was learnt stays
+
+
+def test_one_prompt_too_large_is_named_and_another_error_is_not_swallowed(mllm, prompts, small_memory):
+    answers = mllm.answers(STYLE)
+    small_memory(130)
+    long = recommend_prompt(STYLE, "likes one thing " * 40, "a particular mug", None)
+    with pytest.raises(UserError, match="out of memory with one prompt alone: .*a particular mug.*tokens"):
+        mllm.yes_scores([*prompts, long], answers)
+    small_memory(0, RuntimeError("expected scalar type Float"))
+    with pytest.raises(RuntimeError, match="expected scalar type"):
+        mllm.yes_scores(prompts, answers)
+
+
+def test_what_can_be_released_is_released_before_one_row_is_given_up():
+    kept = [1]
+
+    def run(batch):
+        if kept:
+            raise torch.OutOfMemoryError("out")
+        return sum(batch)
+
+    budget = Budget(8, lambda: bool(kept) and not kept.clear())
+    assert [out for _, out in in_batches([5], run, len, budget, str)] == [5]
+
+
+def test_what_is_made_anew_at_each_try_is_no_way_out():
+    def run(_):
+        raise torch.OutOfMemoryError("out")
+
+    with pytest.raises(UserError, match="one prompt alone"):
+        list(in_batches([5], run, len, Budget(8, lambda: True), str))
+
+
+def test_rows_come_once_each_and_in_order():
+    def run(batch):
+        if len(batch) > 3:
+            raise torch.OutOfMemoryError("out")
+        return len(batch)
+
+    budget = Budget(100)
+    batches = [list(batch) for batch, _ in in_batches(range(20), run, len, budget, str)]
+    assert sum(batches, []) == list(range(20))
+    assert budget.size == 2 and max(map(len, batches)) == 2
+    assert list(in_batches([], run, len, budget, str)) == []

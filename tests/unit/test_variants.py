@@ -1,0 +1,116 @@
+"""What a label stands for, and the name of a run by what decides its outcome."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from recbole_mllm import preset
+from recbole_mllm.benchmark.jobs import BenchmarkJob, BenchmarkPlan, jobs_of
+from recbole_mllm.benchmark.variants import PRESETS, SETS, expand, resolve
+from recbole_mllm.config import config_paths, per_model
+from recbole_mllm.errors import UserError
+from recbole_mllm.settings import Settings
+
+
+def jobs(*labels: str, **changes: Any) -> list[BenchmarkJob]:
+    values: dict[str, Any] = {"dataset": "demo", "labels": labels, "seeds": (2024,), "output_dir": Path("results")}
+    return jobs_of(BenchmarkPlan(**(values | changes)))
+
+
+def test_the_order_given_to_the_worker(tmp_path):
+    (config := tmp_path / "mine.yaml").write_text("epochs: 3")
+    job, variant = jobs("SASRec", "MLLMMSR:no-image", config_files=(str(config),), limit_users=5,
+                        overrides={"epochs": 7, "use_image": True})  # fmt: skip
+    order = job.order()
+    assert order["overrides"]["epochs"] == 7 and order["defaults"]["epochs"] == 50
+    assert variant.order()["overrides"]["use_image"] is False, "a label must mean what it says"
+    assert (order["model"], order["limit_users"], order["config_files"]) == ("SASRec", 5, [str(config)])
+
+
+def test_a_quick_look_shortens_baselines_alone_and_the_command_line_wins():
+    names = ("SASRec", "GRU4Rec", "ItemKNN", "TALLRec", "MLLMMSR")
+    slow, quick = ({job.entry.label: job for job in jobs(*names, quick=how)} for how in (False, True))
+    assert quick["SASRec"].order()["overrides"] == {"epochs": 3, "eval_step": 1}
+    assert quick["GRU4Rec"].order()["overrides"]["epochs"] == 4
+    for name in ("ItemKNN", "TALLRec", "MLLMMSR"):
+        assert quick[name].order() == slow[name].order() and quick[name].run_id == slow[name].run_id
+    assert quick["SASRec"].run_id != slow["SASRec"].run_id
+    (given,) = jobs("SASRec", quick=True, overrides={"epochs": 9})
+    assert given.order()["overrides"]["epochs"] == 9
+    cap = per_model(config_paths(["ml-100k-posters"]), "SASRec")
+    assert cap["epochs"] >= 50 and cap["stopping_step"] == 2 and cap["eval_step"] == 1
+
+
+def test_a_run_id_covers_what_decides_the_outcome_files_by_what_they_hold(tmp_path):
+    first, moved, config = tmp_path / "first.jsonl", tmp_path / "moved.jsonl", tmp_path / "given.yaml"
+    config.write_text(f"candidates_file: {first}\n")
+
+    def named() -> list[str]:
+        ways = ({"overrides": {"candidates_file": str(file)}} for file in (first, moved))
+        return [jobs("Pop", **way)[0].run_id for way in (*ways, {"config_files": (str(config),)})]
+
+    for file in (first, moved):
+        file.write_text("one")
+    before = named()
+    for file in (first, moved):
+        file.write_text("another")
+    after = named()
+    assert before[0] == before[1] != after[0] == after[1] and before[2] != after[2]
+    one, two = jobs("Pop", "Pop", seeds=(1, 2, 1), config_files=(str(config),))
+    assert one.run_id.startswith("Pop-1-") and one.run_id[-8:] == two.run_id[-8:], "seeds are averaged"
+    config.write_text("epochs: 4")
+    assert jobs("Pop", seeds=(1,), config_files=(str(config),))[0].run_id != one.run_id
+
+
+def test_presets_change_what_they_say():
+    assert resolve("MLLMMSR").kind == "mllm" and not resolve("MLLMMSR").overrides
+    assert resolve("MLLMMSR:block-5").overrides == {"block_size": 5}
+    assert resolve("MLLMMSR:no-sft").overrides == resolve("MLLMMSR:zero-shot").overrides == {"finetune": "none"}
+    defaults = yaml.safe_load(Path(preset("MLLMMSR")).read_text())
+    for entry in (resolve(f"MLLMMSR:{name}") for name in PRESETS):
+        complete = defaults | entry.overrides
+        Settings.from_config(complete)  # each key exists and each value is one of those it may have
+        assert complete != defaults, "a variant must differ from what it varies"
+
+
+def test_baselines_have_their_own_defaults():
+    entry = resolve("TALLRec")
+    assert (entry.label, entry.model, entry.kind) == ("TALLRec", "MLLMMSR", "baseline")
+    assert entry.overrides == {"summary_mode": "none", "item_summary": "none", "use_image": False}
+    assert resolve("ItemKNN").defaults == {"k": 200} and not resolve("Pop").defaults
+    narm = resolve("NARM").defaults
+    assert (narm["learning_rate"], narm["train_batch_size"]) == (0.005, 256)
+
+
+def test_sets_of_models():
+    assert expand("quick, TALLRec,Pop") == ("Pop", "ItemKNN", "SASRec", "GRU4Rec", "MLLMMSR", "TALLRec")
+    assert {f"MLLMMSR:block-{size}" for size in range(1, 6)} <= set(expand("ablations"))
+    for label in expand(",".join(SETS)):
+        resolve(label)
+    assert {"SASRecF:text", "GRU4RecF:image"} <= set(expand("features")) and len(expand("baselines")) == 11
+
+
+@pytest.mark.parametrize(
+    ("label", "words"),
+    [
+        ("MLLMMSR:zeroshot", "MLLMMSR:zero-shot"),
+        ("MLLMMSR:block-0", "block-N"),
+        ("MLLMMSR:no-images", "did you mean MLLMMSR:no-image"),
+        ("MLLMMSR:block3", "did you mean MLLMMSR:block-3"),
+        ("Pop:direct", "only these have named variants: MLLMMSR:zero-shot"),
+        ("", "no model"),
+    ],
+)
+def test_an_unknown_label_is_refused_before_anything_runs(label, words):
+    with pytest.raises(UserError, match=words):
+        jobs("Pop", label)
+
+
+@pytest.mark.parametrize("changes", [{"labels": ()}, {"seeds": ()}, {"jobs": 0}, {"limit_users": 0}])
+def test_a_plan_that_cannot_run_is_refused(changes):
+    with pytest.raises(UserError):
+        jobs("Pop", **changes)
