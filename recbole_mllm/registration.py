@@ -76,7 +76,7 @@ def read_our_files(configurator: ModuleType) -> None:
 
     @replace(configurator.Config)
     def _load_config_files(stock: Any, self: Any, file_list: Sequence[Any] | None) -> Any:
-        readable = importlib.import_module("recbole_mllm.yamlfile").check_readable
+        readable = importlib.import_module("recbole_mllm.common.yaml_files").check_readable
         self.config_files = [str(file) for file in file_list or ()]
         return stock(self, [file for file in self.config_files if readable(Path(file))])
 
@@ -90,8 +90,11 @@ def read_our_files(configurator: ModuleType) -> None:
             # RecBole's sample.yaml, for datasets without a file of their own, leaves the times out
             self.internal_config_dict["load_col"] = copy.deepcopy(_EVERY_TIME)  # what a run changes is its own
         ours = [path for kind in reversed(model_class.__mro__) if (path := resource("model", kind.__name__))]
-        if ours:
-            _check(self, model)
+        if ours:  # what nobody reads is refused where the user wrote it for us; a script's own words are not judged
+            values = importlib.import_module("recbole_mllm.common.config")
+            values.check_files(self.config_files, model)
+            values.check_keys(self.variable_config_dict, "config_dict")
+            values.check_values(self.variable_config_dict)
             # again after quick_start_config/sequential.yaml, which RecBole reads last (:307-317): it says for every
             # sequential model to rank all items, and our model's own protocol must stand
             of_dataset = Path(configurator.__file__ or "").parent.parent / "properties/dataset" / f"{dataset}.yaml"
@@ -102,14 +105,6 @@ def read_our_files(configurator: ModuleType) -> None:
         if known.get("load_col") == _EVERY_TIME:  # nobody says which columns to load: the dataset's own fields
             names = [known.get(key) for key in ("USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD")]
             self.internal_config_dict["load_col"] = {"inter": [name for name in names if name]}
-
-
-def _check(config: Any, model: str) -> None:
-    """Refuse what nobody reads, where the user wrote it for us; a script's own ``--words`` are not ours to judge."""
-    values = importlib.import_module("recbole_mllm.config")
-    values.check_files(config.config_files, model)
-    importlib.import_module("recbole_mllm.keys").check_keys(config.variable_config_dict, "config_dict")
-    values.check_values(config.variable_config_dict)
 
 
 def _dataset_files(config: Any, dataset: str) -> Iterator[Path]:
@@ -127,7 +122,7 @@ def _dataset_files(config: Any, dataset: str) -> Iterator[Path]:
     folder = Path(known["data_path"]) / dataset
     _build(folder)
     if os.path.lexists(folder / "dataset.yaml"):
-        importlib.import_module("recbole_mllm.config").check_dataset_file(folder / "dataset.yaml")
+        importlib.import_module("recbole_mllm.common.config").check_dataset_file(folder / "dataset.yaml")
         yield folder / "dataset.yaml"
 
 
@@ -149,7 +144,7 @@ def prepare_data(utils: ModuleType) -> None:
     @replace(utils)
     def create_dataset(stock: Any, config: Any) -> Any:
         _build(Path(config["data_path"]))
-        importlib.import_module("recbole_mllm.config").tell_missing_gpus(config)
+        importlib.import_module("recbole_mllm.common.config").tell_missing_gpus(config)
         if config["item_features"]:
             importlib.import_module("recbole_mllm.features.prepare").offer_features(config)
         if config["model"] == "MLLMMSR":  # :41-42 looks for a dataset of the model's name in this package

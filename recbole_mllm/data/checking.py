@@ -25,9 +25,6 @@ _MISSING = frozenset({"", "na", "n/a", "nan", "-nan", "null", "none", "<na>", "#
                       "-1.#ind", "1.#qnan", "-1.#qnan"})  # fmt: skip
 
 
-_BLOCK = 1 << 24
-
-
 @dataclass(frozen=True, slots=True)
 class Rules:
     """What a run needs of a file.
@@ -181,59 +178,12 @@ def fault(path: Path, number: int, name: str, problem: str, rules: Rules) -> Use
     return UserError(f"{path}:{number}: {name} {problem}; {todo}")
 
 
-def is_plain(path: Path, delimiter: str) -> bool:
-    """Return whether every line has as many fields as the first, two or more, and nothing that parsers read apart.
-
-    That is quotes, carriage returns, NULs, a byte order mark, repeated names and lines that begin with a space.
-    """
-    separator = delimiter.encode()
-    with path.open("rb") as file:
-        header = file.readline().rstrip(b"\n")
-    fields = header.split(separator)
-    if len(separator) != 1 or len(fields) < 2 or len(set(fields)) < len(fields) or header.startswith(b"\xef\xbb\xbf"):
-        return False
-    lines = 0
-    for block in _blocks(path):
-        if not _is_plain_block(np.frombuffer(block, np.uint8), separator[0], len(fields) - 1):
-            return False
-        lines += block.count(b"\n")
-    return lines >= 2
-
-
-def _blocks(path: Path) -> Iterator[bytes]:
-    """Yield the file in blocks of whole lines."""
-    rest = b""
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            whole, newline, rest = (rest + block).rpartition(b"\n")
-            if newline:
-                yield whole + newline
-    if rest:
-        yield rest + b"\n"
-
-
-def _is_plain_block(array: Any, separator: int, separators: int) -> bool:
-    control = array[array < 0x23]  # few: line ends, tabs and spaces
-    if np.isin(control, [0x00, 0x0D, 0x22]).any():
-        return False
-    ends = np.flatnonzero(array == 0x0A)
-    starts = np.r_[0, ends[:-1] + 1]
-    places = np.flatnonzero(array == separator)
-    if (array[starts] == 0x20).any() or len(places) != separators * len(ends):
-        return False
-    table = places.reshape(-1, separators)
-    return bool((table[:, 0] >= starts).all() and (table[:, -1] < ends).all())
-
-
 def read_checked(path: Path, rules: Rules, read: Callable[[], Any]) -> Any:
     """Return the frame that `read` makes of `path`; the slow check comes only where the quick one is not certain.
 
-    Whatever stops RecBole is looked for in the file first, as its words name no line.
+    Whatever stops RecBole is looked for in the file, as its words name no line.
     """
     check_columns(path, rules)
-    if not is_plain(path, rules.separator):
-        check_file(path, rules)
-        return read()
     try:
         frame = read()
     except UserError:
@@ -241,7 +191,7 @@ def read_checked(path: Path, rules: Rules, read: Callable[[], Any]) -> Any:
     except Exception:  # whatever pandas or RecBole raise for a file: the exact reader may know its place
         check_file(path, rules)
         raise
-    if frame is not None and _is_suspicious(frame, rules):
+    if frame is None or not frame.attrs.pop("plain", False) or _is_suspicious(frame, rules):
         check_file(path, rules)
     return frame
 

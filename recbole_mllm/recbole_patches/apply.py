@@ -50,7 +50,6 @@ _COLLECTOR = "recbole.evaluator.collector"
 PATCHES = (
     # Libraries that have changed since, or need not be there
     Patch(_QUICK_START, ".libraries:do_without_ray", "20", "imports ray, which need not be installed", before=True),
-    Patch(_QUICK_START, ".hooks:end_lending", "20", "takes the stand-in for ray back"),
     Patch(_CONFIG, ".libraries:restore_numpy_names", "625-635", "numpy 2 has no np.float_"),
     Patch(_UTILS, ".libraries:load_checkpoints_whole", "trainer/trainer.py:323", "torch 2.6 loads weights only"),
     Patch(_DATASET, ".libraries:adapt_to_pandas_3", "636-657, 712", "copy-on-write, and agg(len) of a whole column"),
@@ -64,7 +63,6 @@ PATCHES = (
     Patch("recbole.sampler.sampler", ".used_ids:look_up_pairs", "142-262", "a set of items for each user and phase"),
     # What goes wrong between a model's name and its first epoch
     Patch(_UTILS, ".behaviour:count_no_llm_flops", "250", "copies the model to count its FLOPs"),
-    Patch(_QUICK_START, ".behaviour:ask_for_nccl", "53", "several processes need NCCL, and fail without a word of it"),
     Patch(_COLLECTOR, ".behaviour:collect_plain_numbers", "226", "asks numbers for .cpu()"),
     Patch("recbole.model.sequential_recommender.sine", ".behaviour:train_without_detector", "25",
           "its import slows down the training of every model"),
@@ -89,7 +87,7 @@ PATCHES = (
           "counts an item of a batch once"),
     Patch("recbole.model.general_recommender.random", "recbole_mllm.model.random_model:score_by_pair", "38-45",
           "scores change with the batch", "Random"),
-    Patch("recbole.model.layers", "recbole_mllm.features.item_vectors:read_vectors", "1246-1270", "reads no item vectors"),
+    Patch("recbole.model.layers", "recbole_mllm.features.item_vectors:read_vectors", "1246-1270", "no item vectors"),
     Patch("recbole.utils.case_study", "recbole_mllm.evaluation.loader:refuse_users_without_rows", "19-83",
           "fails for users without rows, unnamed"),
     Patch("recbole.trainer.trainer", "recbole_mllm.evaluation.tie_breaking:install", "463-524",

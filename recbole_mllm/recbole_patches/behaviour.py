@@ -12,12 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from recbole_mllm import ranks
 from recbole_mllm.data import checking
 from recbole_mllm.data.facts import Facts, facts_of, wants_exact_order
 from recbole_mllm.errors import UserError
 from recbole_mllm.recbole_patches.hooks import replace
-from recbole_mllm.recbole_patches.processes import two_launchers
 
 _ATOMIC = (".inter", ".item", ".user", ".kg", ".link", ".net")
 
@@ -34,24 +32,6 @@ def count_no_llm_flops(utils: ModuleType) -> None:
         if any(kind.__name__ == "MLLMMSR" for kind in type(model).__mro__):
             return 0
         return stock(model, *args, **kwargs)
-
-
-def ask_for_nccl(quick_start: ModuleType) -> None:
-    """Refuse ``run(nproc > 1)`` where there is no NCCL (quick_start.py:53, config/configurator.py:495-505)."""
-    import torch
-    import torch.distributed as dist
-
-    @replace(quick_start)
-    def run(stock: Any, *args: Any, **kwargs: Any) -> Any:
-        nproc = kwargs.get("nproc", args[5] if len(args) > 5 else 1)
-        if nproc != 1 and ranks.is_launched():
-            raise two_launchers("run()")
-        if nproc != 1 and not (dist.is_available() and dist.is_nccl_available() and torch.cuda.is_available()):
-            raise UserError(
-                "RecBole's run_recboles needs GPUs and a torch with NCCL; on CPU start "
-                f"`ACCELERATE_USE_CPU=true torchrun --nproc_per_node {nproc} run_recbole_mllm.py …` instead"
-            )
-        return stock(*args, **kwargs)
 
 
 def train_without_detector(sine: ModuleType) -> None:

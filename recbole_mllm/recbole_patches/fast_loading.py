@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from recbole_mllm.data.checking import is_plain
 from recbole_mllm.data.histories import places_in_groups
 from recbole_mllm.recbole_patches.hooks import replace
 from recbole_mllm.recbole_patches.list_column import ListColumn
@@ -24,6 +23,7 @@ _SEPARATORS = ("\t", ",", ";", "|")
 _ENCODINGS = ("utf-8", "utf8", "ascii")
 _OPTIONS = {"delimiter", "usecols", "dtype", "encoding", "engine", "na_values", "keep_default_na"}
 _EXACT = 2.0**53
+_BLOCK = 1 << 24
 _LONG = 32  # torch reads shorter lists in ways of its own
 
 
@@ -38,7 +38,7 @@ def is_on() -> bool:
 def read_fast(path: Any, **options: Any) -> Any:
     """Return the frame of RecBole's ``read_csv(path, **options)`` (data/dataset/dataset.py:486), texts as objects.
 
-    None where that is not certain.
+    None where that is not certain; else its ``attrs["plain"]`` says that the file `is_plain`.
     """
     import pandas as pd
 
@@ -54,13 +54,60 @@ def read_fast(path: Any, **options: Any) -> Any:
         frame = pd.read_csv(path, **options | how)
     except ValueError:  # pandas' parser errors are ValueErrors too; the other parser words its own
         return None
-    return None if any(kind is not str and _may_differ(frame[name]) for name, kind in dtype.items()) else frame
+    if any(kind is not str and _may_differ(frame[name]) for name, kind in dtype.items()):
+        return None
+    frame.attrs["plain"] = True
+    return frame
 
 
 def _may_differ(numbers: Any) -> bool:
     """Return whether a parser that first reads a column as whole numbers may give other ones: -0, beyond 53 bits."""
     values = numbers.to_numpy()
     return bool(((np.abs(values) >= _EXACT) | (np.signbit(values) & (values == 0))).any())
+
+
+def is_plain(path: Path, delimiter: str) -> bool:
+    """Return whether every line has as many fields as the first, two or more, and nothing that parsers read apart.
+
+    That is quotes, carriage returns, NULs, a byte order mark, repeated names and lines that begin with a space.
+    """
+    separator = delimiter.encode()
+    with path.open("rb") as file:
+        header = file.readline().rstrip(b"\n")
+    fields = header.split(separator)
+    if len(separator) != 1 or len(fields) < 2 or len(set(fields)) < len(fields) or header.startswith(b"\xef\xbb\xbf"):
+        return False
+    lines = 0
+    for block in _blocks(path):
+        if not _is_plain_block(np.frombuffer(block, np.uint8), separator[0], len(fields) - 1):
+            return False
+        lines += block.count(b"\n")
+    return lines >= 2
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    """Yield the file in blocks of whole lines."""
+    rest = b""
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            whole, newline, rest = (rest + block).rpartition(b"\n")
+            if newline:
+                yield whole + newline
+    if rest:
+        yield rest + b"\n"
+
+
+def _is_plain_block(array: Any, separator: int, separators: int) -> bool:
+    control = array[array < 0x23]  # few: line ends, tabs and spaces
+    if np.isin(control, [0x00, 0x0D, 0x22]).any():
+        return False
+    ends = np.flatnonzero(array == 0x0A)
+    starts = np.r_[0, ends[:-1] + 1]
+    places = np.flatnonzero(array == separator)
+    if (array[starts] == 0x20).any() or len(places) != separators * len(ends):
+        return False
+    table = places.reshape(-1, separators)
+    return bool((table[:, 0] >= starts).all() and (table[:, -1] < ends).all())
 
 
 # --- choosing rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import csv
 import sys
 import warnings
@@ -10,7 +11,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from recbole_mllm.errors import UserError
-from recbole_mllm.recbole_patches.hooks import called_from, lend_imports, replace
+from recbole_mllm.recbole_patches.hooks import called_from, replace
 
 # What config/configurator.py:625-635 adds to numpy, without reading the names that numpy 2 removed
 _NUMPY_NAMES = {"bool": "bool_", "int": "int_", "float": "float64", "complex": "complex128", "object": "object_",
@@ -40,8 +41,17 @@ class MissingRecBoleFinder:
 
 
 def do_without_ray(module: ModuleType) -> None:
-    """Let ``from ray import tune`` give something that reports nothing where ray is absent or cannot be imported."""
-    lend_imports(module, {"ray": SimpleNamespace(tune=SimpleNamespace(report=report_to_ray))})
+    """Let `module` alone, about to be imported, see something that reports nothing where it says ``from ray import``.
+
+    Nothing is put into ``sys.modules``: transformers and accelerate look there, and in ``find_spec``, for what is
+    installed.
+    """
+    ray = SimpleNamespace(tune=SimpleNamespace(report=report_to_ray))
+
+    def lending_import(name: str, *args: Any, **kwargs: Any) -> Any:
+        return ray if name == "ray" else builtins.__import__(name, *args, **kwargs)
+
+    vars(module)["__builtins__"] = {**vars(builtins), "__import__": lending_import}
 
 
 def report_to_ray(**metrics: Any) -> None:

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from recbole.data.dataset import dataset as dataset_module
 from recbole.data.interaction import Interaction, cat_interactions
 
-from recbole_mllm.data import checking
 from recbole_mllm.recbole_patches import fast_loading, list_column
 from recbole_mllm.recbole_patches.fast_loading import as_places, read_fast
 from recbole_mllm.recbole_patches.list_column import ListColumn
@@ -108,12 +107,12 @@ def test_what_the_parsers_may_read_apart_is_left_to_recbole(tmp_path, text_of_fi
 
 def test_lines_are_told_apart_across_blocks(tmp_path, monkeypatch):
     path, good = tmp_path / "x", as_file([(f"u{n}", str(n), "é" * (n % 7)) for n in range(200)])
-    monkeypatch.setattr(checking, "_BLOCK", 64)
+    monkeypatch.setattr(fast_loading, "_BLOCK", 64)
     path.write_bytes(good.encode())
-    assert checking.is_plain(path, "\t")
+    assert fast_loading.is_plain(path, "\t")
     for place in range(40, len(good), 131):
         path.write_bytes((good[:place] + "\t" + good[place:]).encode())
-        assert not checking.is_plain(path, "\t")
+        assert not fast_loading.is_plain(path, "\t")
 
 
 ROWS, WIDTH = 40, 6
