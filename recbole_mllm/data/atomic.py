@@ -80,7 +80,7 @@ def write_atomic(path: Path, types: Mapping[str, str], rows: Iterable[Sequence[s
 
 
 def _is_plain(line: str) -> bool:
-    """Return whether no value of `line` can be at fault, but for a lone surrogate."""
+    # no value can be at fault, but for a lone surrogate
     if '"' in line and (line[0] == '"' or '\t"' in line):
         return False
     return line.strip() != "" and len(line) <= MAX_CHARACTERS and not ("\n" in line or "\r" in line or "\0" in line)

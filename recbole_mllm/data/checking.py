@@ -154,7 +154,6 @@ def check_file(path: Path, rules: Rules) -> None:
 
 
 def _check_of(name: str, kind: str, rules: Rules) -> Callable[[str], str | None] | None:
-    """Return what finds fault with a value of a column, if anything may."""
     if name in rules.ids:
         return id_fault
     if not rules.loaded(name):

@@ -162,7 +162,6 @@ def _reason(path: Path, error: Exception) -> str:
 
 
 def _kind(path: Path) -> str:
-    """Say what a file that is no image looks like instead."""
     with path.open("rb") as file:
         start = file.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if b"<svg" in start:

@@ -210,12 +210,6 @@ def test_writing_in_place_is_refused_as_it_would_be_lost(column):
     column.clone().add_(1)
 
 
-def test_small_ones_are_plain(column, monkeypatch):
-    monkeypatch.setattr(list_column, "PLAIN_ELEMENTS", column[:3].numel())
-    assert type(column[:3]) is torch.Tensor and type(column[:4]) is ListColumn
-    assert torch.equal(column[:3], padded(column)[:3])
-
-
 def test_checkpoints_hold_no_padding(column):
     wide, file = ListColumn(column.flat, column.start, column.length, 10_000), io.BytesIO()
     torch.save({"column": wide}, file)
