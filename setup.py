@@ -47,7 +47,13 @@ setup(
         "recbole_mllm.dataset_converters": "dataset_converters",
     },
     package_data={
-        "recbole_mllm": ["demo/tiny/*", "benchmark/templates/*", "common/templates/*", "inspect/templates/*", "py.typed"],
+        "recbole_mllm": [
+            "demo/tiny/*",
+            "benchmark/templates/*",
+            "common/templates/*",
+            "inspect/templates/*",
+            "py.typed",
+        ],
         "recbole_mllm.properties": ["*.yaml", "*/*.yaml"],
     },
     entry_points={"console_scripts": ["recbole-mllm = recbole_mllm.cli:main"]},

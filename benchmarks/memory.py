@@ -27,9 +27,9 @@ import yaml
 from PIL import Image
 
 from recbole_mllm.common.prompts import Prompt, Style, recommend_prompt
+from recbole_mllm.common.resources import PROPERTIES
+from recbole_mllm.common.settings import Settings
 from recbole_mllm.mllm import backbone, encoder, hf
-from recbole_mllm.resources import PROPERTIES
-from recbole_mllm.settings import Settings
 
 STYLE = Style.from_mapping("demo", yaml.safe_load((PROPERTIES / "prompt" / "demo.yaml").read_text()))
 SETTINGS = Settings.from_config(yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text()))
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--cache_mb", type=int, default=8, help="of preprocessed images, and of image features")
     parser.add_argument("--full", action="store_true", help="a thousand items, then four thousand")
     args = parser.parse_args()
-    encoder.IMAGE_BYTES = hf.IMAGE_BYTES = backbone._FEATURE_BYTES = args.cache_mb * 2**20
+    encoder.IMAGE_BYTES = hf.IMAGE_BYTES = backbone.FEATURE_BYTES = args.cache_mb * 2**20
     items = 1000 if args.full else args.items
     with tempfile.TemporaryDirectory() as folder:
         first, second = measure(Path(folder), items, args.users)

@@ -25,9 +25,9 @@ import yaml
 from PIL import Image
 
 from recbole_mllm.common.prompts import Prompt, Style, recommend_prompt
+from recbole_mllm.common.resources import PROPERTIES
+from recbole_mllm.common.settings import Settings
 from recbole_mllm.mllm.hf import HFModel
-from recbole_mllm.resources import PROPERTIES
-from recbole_mllm.settings import Settings
 
 STYLE = Style.from_mapping("demo", yaml.safe_load((PROPERTIES / "prompt" / "demo.yaml").read_text()))
 SETTINGS = Settings.from_config(yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text()))

@@ -26,17 +26,17 @@ import torch
 import yaml
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from recbole_mllm.common.prompts import Style, item_line, preference_prompt
 from recbole_mllm.common.resources import PROPERTIES
 from recbole_mllm.common.settings import Settings
 from recbole_mllm.data.atomic import clean
-from recbole_mllm.data.texts import Items
-from recbole_mllm.mllm.base import Answer, Decoding
+from recbole_mllm.data.item_table import Items
 from recbole_mllm.mllm.hf import HFModel
-from recbole_mllm.prompts import Style, item_line, preference_prompt
-from recbole_mllm.summaries.generator import Scribe
+from recbole_mllm.mllm.interface import Answer, Decoding
+from recbole_mllm.summaries.generator import CachedGenerator
 from recbole_mllm.summaries.quality import cut_at_sentence
 from recbole_mllm.summaries.store import Store
-from recbole_mllm.summaries.user_summaries import Plan, preferences
+from recbole_mllm.summaries.user_summaries import SummaryRequests, preferences
 
 STYLE = Style.from_mapping("video", yaml.safe_load((PROPERTIES / "prompt" / "video.yaml").read_text()))
 SETTINGS = Settings.from_config(yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text()))
@@ -94,11 +94,13 @@ def one_at_a_time(model: HFModel, histories: dict[str, list[str]], items: Items)
 
 def ours(model: HFModel, histories: dict[str, list[str]], items: Items) -> Texts:
     """Write them through the store, all chains side by side."""
-    plan = Plan(histories, {user: set(range(BLOCK, len(h), BLOCK)) | {len(h)} for user, h in histories.items()})
+    plan = SummaryRequests(
+        histories, {user: set(range(BLOCK, len(h), BLOCK)) | {len(h)} for user, h in histories.items()}
+    )
     settings = replace(SETTINGS.summary, block_size=BLOCK, item_summary="none", max_history=None)
     with tempfile.TemporaryDirectory() as name:
         store = Store(Path(name) / "store.sqlite")
-        scribe = Scribe("user", lambda: model, model.identity, store, Decoding(LENGTH))
+        scribe = CachedGenerator("user", lambda: model, model.identity, store, Decoding(LENGTH))
         texts = preferences(scribe, STYLE, items, {}, plan, settings)
         store.close()
     return {(user, state.seen): text for (user, state), text in texts.items()}

@@ -2,7 +2,7 @@
 
 import sys
 
-from recbole_mllm.arguments import exit_code
+from recbole_mllm.common.console import exit_code
 
 from .options import main
 

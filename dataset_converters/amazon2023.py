@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from recbole_mllm.errors import UserError
+from recbole_mllm.common.errors import UserError
 
 from .convert import Source, add_option
 from .interactions import Row

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from recbole_mllm.data.values import impossible_times
-from recbole_mllm.errors import UserError
-from recbole_mllm.files import CONVERTED, digest, publish, whole_file
+from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.files import CONVERTED, digest, publish, whole_file
+from recbole_mllm.data.atomic import impossible_times
 
 from . import output
 from .interactions import Interactions, Limits, Row, Step, collect, in_time_order, narrow

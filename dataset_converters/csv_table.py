@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from recbole_mllm.errors import UserError
+from recbole_mllm.common.errors import UserError
 
 from .convert import Source, add_option
 from .interactions import Row

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from recbole_mllm.common.errors import UserError
+from recbole_mllm.data.atomic import find_impossible_times, id_problem
 from recbole_mllm.data.sampling import sample_users
-from recbole_mllm.data.values import find_impossible_times, id_problem
-from recbole_mllm.errors import UserError
 
 from .source import Intake
 

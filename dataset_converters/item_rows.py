@@ -17,12 +17,11 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.files import bring, sweep_scratch, whole_file
 from recbole_mllm.data import schema
-from recbole_mllm.data.atomic import write_atomic
+from recbole_mllm.data.atomic import clean, write_atomic
 from recbole_mllm.data.images import IMAGES, SUFFIXES, problem, resolve, write_report
-from recbole_mllm.data.values import clean
-from recbole_mllm.errors import UserError
-from recbole_mllm.files import bring, sweep_scratch, whole_file
 
 from .source import Intake
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from recbole_mllm.common.files import whole_file
 from recbole_mllm.data import schema
-from recbole_mllm.data.atomic import clean, read_atomic, whole_file, write_atomic
+from recbole_mllm.data.atomic import clean, read_atomic, write_atomic
 
 from .interactions import Row, collect, in_time_order
 from .output import dataset_yaml, write_interactions

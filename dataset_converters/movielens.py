@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from recbole_mllm.errors import UserError
+from recbole_mllm.common.errors import UserError
 
 from .convert import Source
 from .interactions import Row

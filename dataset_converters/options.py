@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from recbole_mllm.arguments import Parser
-from recbole_mllm.errors import UserError
-from recbole_mllm.progress import Progress, log_to_terminal
+from recbole_mllm.common.console import Parser
+from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.progress import Progress, log_to_terminal
 
 from .amazon2023 import Amazon2023
 from .convert import Converted, Job, Source, add_option, convert

@@ -11,13 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from recbole_mllm.data import schema
-from recbole_mllm.data.atomic import read_atomic, read_columns, write_atomic
-from recbole_mllm.data.images import IMAGES
-from recbole_mllm.data.sampling import hash64
-from recbole_mllm.data.values import word_problem
-from recbole_mllm.errors import UserError
-from recbole_mllm.files import (
+from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.files import (
     CONVERTED,
     check_folder,
     remove_empty_folder,
@@ -26,6 +21,10 @@ from recbole_mllm.files import (
     whole_file,
     write_text,
 )
+from recbole_mllm.data import schema
+from recbole_mllm.data.atomic import read_atomic, read_columns, word_problem, write_atomic
+from recbole_mllm.data.images import IMAGES
+from recbole_mllm.data.sampling import hash64
 
 from .interactions import Column, Interactions, float32_confuses, places
 from .item_rows import MISSING, URLS

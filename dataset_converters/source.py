@@ -22,7 +22,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, overload
 
-from recbole_mllm.errors import UserError
+from recbole_mllm.common.errors import UserError
 
 _TOLD_EVERY = 1 << 20
 _KEPT_REJECTS = 100_000

@@ -8,9 +8,9 @@ and finds our model, and that is all stock RecBole needs:
     run_recbole(model="MLLMMSR", dataset="demo", config_file_list=[recbole_mllm.preset("demo")])
 """
 
-from recbole_mllm.errors import UserError
+from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.resources import named, resource
 from recbole_mllm.recbole_patches.apply import apply as _apply
-from recbole_mllm.resources import named, resource
 
 __version__ = "0.1.0"
 __all__ = ["UserError", "__version__", "preset"]

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from recbole.data import create_dataset, data_preparation
@@ -15,19 +15,21 @@ from recbole.evaluator.register import metrics_dict
 from recbole.trainer import TraditionalTrainer
 from recbole.utils import get_model, get_trainer, init_logger, init_seed
 
-from recbole_mllm.config import check_training, per_model, recbole_config, sections
+from recbole_mllm.common import distributed
+from recbole_mllm.common.config import check_keys, check_training, per_model, recbole_config, sections
+from recbole_mllm.common.errors import UserError, as_user_error
+from recbole_mllm.common.files import check_place
+from recbole_mllm.common.fitting import Fit
+from recbole_mllm.common.settings import Settings
 from recbole_mllm.data.checking import nothing_left
 from recbole_mllm.data.schema import isum_file, usum_file
-from recbole_mllm.errors import UserError
 from recbole_mllm.evaluation.candidates_file import write_candidates
 from recbole_mllm.evaluation.metrics import has_several_rows, joined, per_user, pooled_auc
 from recbole_mllm.evaluation.protocol import protocol_line
 from recbole_mllm.evaluation.tie_breaking import evaluate
-from recbole_mllm.files import check_place
-from recbole_mllm.fitting import Fit
-from recbole_mllm.keys import check_keys
-from recbole_mllm.refusals import told_in_a_line
-from recbole_mllm.settings import Settings
+
+MLLM = "MLLMMSR"
+"""RecBole's name of this project's model, the one that reads summaries."""
 
 
 @dataclass(slots=True)
@@ -85,131 +87,194 @@ def metric_name(key: str) -> str:
     return (metrics_dict[name].__name__ if name in metrics_dict else name) + at + k
 
 
-@dataclass(slots=True)
-class _Trained:
-    dataset: Any
-    train: Any
-    test: Any
-    model: Any
-    trainer: Any
-    score: float
-    valid: Any
-    spent: Any  # on summaries, none of a baseline
-    train_s: float | None
-    converged: bool | None
-
-
 Check = Callable[[Any, Any], None]
 """Called with the dataset and its test loader once it is split, before anything is trained; may raise."""
 
 
-def _train(config: Any, saved: bool, check: Check | None = None) -> _Trained:
+def run(config: Any, check: Check | None = None) -> Outcome:
+    """Run what `config` says, as RecBole's ``run_recbole`` does (quick_start.py:94-178)."""
+    _begin(config)
+    dataset, loaders = _data(config)
+    if check is not None:
+        check(dataset, loaders.test)
+    summaries = _summaries(config, loaders.train)
+    model, build_s = _model(config, loaders.train, summaries)
+    fitted = _fit(config, model, build_s, loaders, saved=True)
+    scored = _score(config, fitted.trainer, loaders.test)
+    metrics, users, pairs = _metrics(config, scored)
+    return Outcome(
+        config=config,
+        dataset=dataset,
+        train_data=loaders.train,
+        test_data=loaders.test,
+        model=model,
+        checkpoint=Path(fitted.trainer.saved_model_file),
+        valid=fitted.valid,
+        test=metrics,
+        users=users,
+        pairs=pairs,
+        summarize_s=summaries.preferences.spent.seconds if summaries else 0.0,
+        train_s=_with_retriever(fitted.train_s, summaries),
+        score_s=scored.seconds,
+        retrieval=_retrieval(fitted.trainer, summaries),
+        scores_reused=scored.reused,
+        world_size=distributed.world_size() if summaries else 1,
+        converged=fitted.converged,
+        load_s=summaries.preferences.load_s + model.load_s if summaries else None,
+        summarize_reused=summaries.preferences.spent.reused if summaries else 0,
+    )
+
+
+def validate(config: Any) -> float:
+    """Train as `run` does and return the best validation score, leaving the test split and the disk alone."""
+    _begin(config)
+    dataset, loaders = _data(config)
+    if not len(loaders.valid):
+        raise nothing_left(dataset, "validate on")
+    model, build_s = _model(config, loaders.train, _summaries(config, loaders.train))
+    return _fit(config, model, build_s, loaders, saved=False).score
+
+
+def _begin(config: Any) -> None:
+    """Seed, open the log, and refuse keys and places that cannot be, before the dataset is read."""
     init_seed(config["seed"], config["reproducibility"])
     init_logger(config)
-    log = logging.getLogger()
     check_keys(config.external_config_dict, "the configuration")
     check_training(config)
     for key in ("checkpoint_dir", "retriever_dir"):
         if config[key]:
             check_place(Path(str(config[key])), f"{key}:")
-    refused = config["model"], config["dataset"]
-    with told_in_a_line("read the dataset", *refused):
+
+
+class _Loaders(NamedTuple):
+    """RecBole's, of a split dataset; those for evaluation hold the frozen candidates."""
+
+    train: Any
+    valid: Any
+    test: Any
+
+
+def _data(config: Any) -> tuple[Any, _Loaders]:
+    """Return the dataset, and its loaders with the candidates that every model is asked about."""
+    refused, log = (config["model"], config["dataset"]), logging.getLogger()
+    with as_user_error("read the dataset", *refused):
         dataset = create_dataset(config)
     log.info(dataset)
-    with told_in_a_line("split the dataset", *refused):
-        train, valid, test = data_preparation(config, dataset)
-    if not saved and not len(valid):
-        raise nothing_left(dataset, "validate on")
-    if check is not None:
-        check(dataset, test)
+    with as_user_error("split the dataset", *refused):
+        loaders = _Loaders(*data_preparation(config, dataset))
     for phase in ("valid", "test"):  # what RecBole's lines below are results of
         log.info(f"{phase}: {protocol_line(config, phase=phase)}")
+    init_seed(config["seed"] + config["local_rank"], config["reproducibility"])  # as run_recbole, before its model
+    return dataset, loaders
+
+
+class _Summaries(NamedTuple):
+    """What MLLMMSR is built from: what its rows read of their users, and under full ranking what is re-ranked."""
+
+    preferences: Any
+    reranker: Any
+
+
+def _summaries(config: Any, train: Any) -> _Summaries | None:
+    """Return the summaries that rows read, generating what the store lacks; None of a baseline, which reads none.
+
+    The retriever of a full ranking is found or trained first, as a wrong checkpoint is better known before the texts
+    are paid for.
+    """
+    if config["model"] != MLLM:
+        return None
+    from recbole_mllm.model.summarizers import check_recommender, prepare_summaries  # loads transformers
+    from recbole_mllm.retrieval.reranker import obtain_reranker
+
+    with as_user_error("write the summaries", config["model"], config["dataset"]):
+        check_recommender(config, Settings.from_config(config), train._dataset)
+        reranker = obtain_reranker(config, train._dataset)
+        return _Summaries(prepare_summaries(config, train._dataset), reranker)
+
+
+def _model(config: Any, train: Any, summaries: _Summaries | None) -> tuple[Any, float]:
+    """Return the model on its device, and the seconds it took: of a model solved in one pass, its training."""
     started = time.perf_counter()
-    init_seed(config["seed"] + config["local_rank"], config["reproducibility"])
-    with told_in_a_line(f"make the model {config['model']}", *refused):
-        model = get_model(config["model"])(config, train._dataset).to(config["device"])
-    log.info(model)
-    made = time.perf_counter()
-    with told_in_a_line("make the trainer", *refused):
+    with as_user_error(f"make the model {config['model']}", config["model"], config["dataset"]):
+        model = get_model(config["model"])(config, train._dataset, *(summaries or ())).to(config["device"])
+    logging.getLogger().info(model)
+    return model, time.perf_counter() - started
+
+
+class _Fitted(NamedTuple):
+    trainer: Any
+    score: float
+    valid: dict[str, float]
+    train_s: float | None
+    converged: bool | None
+
+
+def _fit(config: Any, model: Any, build_s: float, loaders: _Loaders, saved: bool) -> _Fitted:
+    """Train `model` with validation as its configuration says; `saved` writes the best state to the disk."""
+    refused = config["model"], config["dataset"]
+    with as_user_error("make the trainer", *refused):
         trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
     one_pass = isinstance(trainer, TraditionalTrainer)
     if one_pass:  # one epoch whatever `epochs` says, so an eval_step of 2 saves nothing
         trainer.eval_step = min(trainer.eval_step, trainer.epochs)
     fit = Fit(trainer)
-    with told_in_a_line("train", *refused):
-        score, best = fit.run(train, valid, saved=saved, show_progress=config["show_progress"])
-    reranker = getattr(model, "reranker", None)
-    learnt = getattr(reranker, "train_s", 0.0)
-    trained = _train_seconds(config["model"], trainer, fit, made - started if one_pass else 0.0)
-    # A retriever's training is training, whichever run did it: what many runs share each of them would have paid
-    train_s = (trained or 0.0) + learnt if trained is not None or learnt else None
-    converged = None if one_pass else fit.converged
-    spent = getattr(model, "summaries_spent", None)
-    return _Trained(dataset, train, test, model, trainer, score, best, spent, train_s, converged)
+    with as_user_error("train", *refused):
+        score, best = fit.run(loaders.train, loaders.valid, saved=saved, show_progress=config["show_progress"])
+    seconds: float | None = None
+    if trainer.epochs and config["model"] != "Random":  # which learns nothing
+        # ours counts the seconds itself, those before a run was resumed included
+        seconds = trainer.train_s if config["model"] == MLLM else fit.seconds + (build_s if one_pass else 0.0)
+    valid = {metric_name(key): float(value) for key, value in (best or {}).items()}
+    return _Fitted(trainer, float(score), valid, seconds, None if one_pass else fit.converged)
 
 
-def _train_seconds(name: str, trainer: Any, fit: Fit, making: float) -> float | None:
-    """Return what a run's own model took to train, None if nothing of it was.
+class _Scored(NamedTuple):
+    """RecBole's result of the test split; what was scored for it; the seconds; scores that a killed run had left."""
 
-    Args:
-        name: RecBole's name of the model; `Random` learns nothing.
-        trainer: Ours counts the seconds itself, those before a run was resumed included.
-        fit: What RecBole's spent.
-        making: What making the model took, where that is its training (ItemKNN, EASE: all but Pop of the one-pass).
-    """
-    if not trainer.epochs or name == "Random":
+    result: dict[str, float]
+    batches: list[dict[str, Any]]
+    seconds: float
+    reused: int
+
+
+def _score(config: Any, trainer: Any, test: Any) -> _Scored:
+    """Score and rank the test split with the best state of the model."""
+    reused, started = _reused(config, trainer.model), time.perf_counter()
+    result, batches = evaluate(trainer, test, load_best_model=True, show_progress=config["show_progress"])
+    seconds = time.perf_counter() - started
+    return _Scored(result, batches, seconds, _reused(config, trainer.model) - reused)
+
+
+def _reused(config: Any, model: Any) -> int:
+    return int(model.scores_reused) if config["model"] == MLLM else 0
+
+
+def _metrics(config: Any, scored: _Scored) -> tuple[dict[str, float], dict[str, Any], dict[str, Any] | None]:
+    """Return the metrics, each user's part in them, and the pairs they are of (None where rows give no one ranking)."""
+    metrics = {metric_name(key): float(value) for key, value in scored.result.items()}
+    pairs = joined(scored.batches) if scored.batches else None
+    if pairs is None or has_several_rows(pairs):
+        return metrics, {}, None
+    users = per_user(pairs, config)
+    targets = np.unique(pairs["user_id"][pairs["label"] > 0], return_counts=True)[1]
+    _agree(metrics, users, targets, config["metric_decimal_place"])
+    # ours, as RecBole has it only beside no top-k; where all of a user's pairs are there
+    if "among" not in pairs and "GAUC" in metrics:
+        metrics["AUC"] = pooled_auc(pairs["label"], pairs["score"])
+    return metrics, users, pairs
+
+
+def _with_retriever(train_s: float | None, summaries: _Summaries | None) -> float | None:
+    """Return `train_s` and the retriever's: what many runs share each of them would have paid."""
+    learnt = summaries.reranker.train_s if summaries and summaries.reranker else 0.0
+    return (train_s or 0.0) + learnt if train_s is not None or learnt else None
+
+
+def _retrieval(trainer: Any, summaries: _Summaries | None) -> dict[str, Any] | None:
+    """Return by what all items were ranked, None where they were not."""
+    if summaries is None or summaries.reranker is None or trainer.retrieval is None:
         return None
-    return float(getattr(trainer, "train_s", making + fit.seconds))
-
-
-def validate(config: Any) -> float:
-    """Train as `run` does and return the best validation score, leaving the test split and the disk alone."""
-    return float(_train(config, saved=False).score)
-
-
-def run(config: Any, check: Check | None = None) -> Outcome:
-    """Run what `config` says, as RecBole's ``run_recbole`` does (quick_start.py:94-178)."""
-    done = _train(config, saved=True, check=check)
-    trainer, started = done.trainer, time.perf_counter()
-    reused = getattr(done.model, "scores_reused", 0)
-    result, scored = evaluate(trainer, done.test, load_best_model=True, show_progress=config["show_progress"])
-    score_s = time.perf_counter() - started
-    pairs = joined(scored) if scored else None
-    pairs = None if pairs and has_several_rows(pairs) else pairs
-    users = per_user(pairs, config) if pairs else {}
-    metrics = {metric_name(key): float(value) for key, value in result.items()}
-    if pairs:
-        targets = np.unique(pairs["user_id"][pairs["label"] > 0], return_counts=True)[1]
-        _agree(metrics, users, targets, config["metric_decimal_place"])
-        # ours, as RecBole has it only beside no top-k; where all of a user's pairs are there
-        if "among" not in pairs and "GAUC" in metrics:
-            metrics["AUC"] = pooled_auc(pairs["label"], pairs["score"])
-    return Outcome(
-        config,
-        done.dataset,
-        done.train,
-        done.test,
-        done.model,
-        Path(trainer.saved_model_file),
-        {metric_name(key): float(value) for key, value in (done.valid or {}).items()},
-        metrics,
-        users,
-        pairs,
-        done.spent.seconds if done.spent else 0.0,
-        done.train_s,
-        score_s,
-        _retrieval(trainer),
-        getattr(done.model, "scores_reused", 0) - reused,
-        getattr(done.model, "processes", 1),
-        done.converged,
-        load_s=getattr(done.model, "load_s", None),
-        summarize_reused=done.spent.reused if done.spent else 0,
-    )
-
-
-def _retrieval(trainer: Any) -> dict[str, Any] | None:
-    found: dict[str, Any] | None = getattr(trainer, "retrieval", None)
-    return found and {**found, "fusion": trainer.model.reranker.share}
+    return {**trainer.retrieval, "fusion": summaries.reranker.share}
 
 
 def _agree(metrics: dict[str, float], users: dict[str, Any], targets: Any, decimals: int) -> None:
@@ -238,7 +303,7 @@ def read_and_split(config: Any) -> tuple[Any, tuple[Any, Any, Any]]:
     Raises:
         UserError: RecBole can do neither with what it is given.
     """
-    with told_in_a_line("read and split the dataset"):
+    with as_user_error("read and split the dataset"):
         dataset = create_dataset(config)
         train, valid, test = data_preparation(config, dataset)
     return dataset, (train, valid, test)
@@ -251,18 +316,18 @@ def prepare_summaries(config: Any, stage: str, *, since: str | None = None) -> l
     none.
     """
     # here, as every run of a baseline would wait seconds for transformers
-    from recbole_mllm.model.stages import make_stage
-    from recbole_mllm.summaries.prepare import make_item_summaries, refresh
+    from recbole_mllm.model.summarizers import make_summary_setup
+    from recbole_mllm.summaries.preferences import make_item_summaries, refresh
     from recbole_mllm.summaries.since import users_since
-    from recbole_mllm.summaries.users import Plan
+    from recbole_mllm.summaries.user_summaries import SummaryRequests
 
     init_seed(config["seed"], config["reproducibility"])
     init_logger(config)
     check_keys(config.external_config_dict, "the configuration")
     dataset, (train, *_) = read_and_split(config)
     settings = Settings.from_config(config)
-    made = make_stage(config, settings, config["device"])
-    plan = Plan(train._dataset.histories, train._dataset.positions)
+    made = make_summary_setup(config, settings, config["device"])
+    plan = SummaryRequests(train._dataset.histories, train._dataset.positions)
     users = users_since(dataset, since) if since is not None else None
     lines = []
     if stage != "items":

@@ -14,9 +14,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from recbole_mllm.files import CONVERTED, recover
+from recbole_mllm.common.files import CONVERTED, recover
+from recbole_mllm.common.resources import PROPERTIES, resource
 from recbole_mllm.recbole_patches.hooks import replace
-from recbole_mllm.resources import PROPERTIES, resource
 
 MODELS = {"MLLMMSR": "recbole_mllm.model.sequential_recommender.mllmmsr"}
 _EVERY_TIME = {"inter": ["user_id", "item_id", "timestamp"]}
@@ -146,7 +146,7 @@ def prepare_data(utils: ModuleType) -> None:
         _build(Path(config["data_path"]))
         importlib.import_module("recbole_mllm.common.config").tell_missing_gpus(config)
         if config["item_features"]:
-            importlib.import_module("recbole_mllm.features.prepare").offer_features(config)
+            importlib.import_module("recbole_mllm.features.item_vectors").offer_features(config)
         if config["model"] == "MLLMMSR":  # :41-42 looks for a dataset of the model's name in this package
             ours = importlib.import_module("recbole_mllm.data.dataset").MLLMMSRDataset
             importlib.import_module("recbole.data.dataset").MLLMMSRDataset = ours  # type: ignore[attr-defined]

@@ -24,8 +24,8 @@ from recbole_mllm.common import distributed
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.progress import Progress
 from recbole_mllm.common.seeding import random_state, restore_random_state, seed_step
+from recbole_mllm.data.dataloader import SeededTrainDataLoader
 from recbole_mllm.data.schema import TIE
-from recbole_mllm.data.training import SeededTrainDataLoader
 from recbole_mllm.mllm.loading import dtype_of
 from recbole_mllm.training.checkpoint import (
     TrainingPlace,

@@ -11,7 +11,7 @@ import torch
 from recbole.model.abstract_recommender import GeneralRecommender
 from recbole.utils import InputType
 
-from recbole_mllm import registry
+from recbole_mllm import registration
 
 SECRET = "/home/somebody/private/table.bin"
 
@@ -65,7 +65,7 @@ class Killed(Sound):
 
 BAD = ("Crashing", "NoNumber", "NoScore", "Starved", "Killed")
 for name in ("Sound", *BAD):
-    registry.MODELS[name] = "bad_models"
+    registration.MODELS[name] = "bad_models"
 
 if __name__ == "__main__":
     from recbole_mllm.benchmark.worker import main

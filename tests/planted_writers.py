@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from recbole_mllm.mllm.base import Answer, Work
-from recbole_mllm.prompts import Prompt
+from recbole_mllm.common.prompts import Prompt
+from recbole_mllm.mllm.interface import Answer, Work
 
 
 class Planted:

@@ -22,14 +22,14 @@ sys.path[:0] = [str(ROOT), str(ROOT.parent)]
 
 from planted_writers import Planted  # noqa: E402
 
-from recbole_mllm import launched  # noqa: E402
+from recbole_mllm.common import distributed  # noqa: E402
+from recbole_mllm.common.prompts import Prompt, Style  # noqa: E402
 from recbole_mllm.common.resources import PROPERTIES  # noqa: E402
 from recbole_mllm.common.settings import SummarySettings  # noqa: E402
-from recbole_mllm.data.texts import Items  # noqa: E402
-from recbole_mllm.prompts import Prompt, Style  # noqa: E402
-from recbole_mllm.summaries.generator import Stage, Summarizers  # noqa: E402
+from recbole_mllm.data.item_table import Items  # noqa: E402
+from recbole_mllm.summaries.generator import Summarizers, SummarySetup  # noqa: E402
 from recbole_mllm.summaries.preferences import make_preferences  # noqa: E402
-from recbole_mllm.summaries.user_summaries import Plan  # noqa: E402
+from recbole_mllm.summaries.user_summaries import SummaryRequests  # noqa: E402
 
 
 def write(folder: Path, pause: float, killed: int, after: int) -> None:
@@ -58,8 +58,8 @@ def write(folder: Path, pause: float, killed: int, after: int) -> None:
     writer = Planted(reply, 2)
     who = Summarizers("planted", "planted", lambda: writer, lambda: writer)
     items = Items({f"i{n}": f"title {n // 2}" for n in range(80)}, {})
-    plan = Plan(histories, {user: set(range(1, len(history))) for user, history in histories.items()})
-    known = make_preferences(Stage(folder, "t", style, items, settings, who), plan)
+    plan = SummaryRequests(histories, {user: set(range(1, len(history))) for user, history in histories.items()})
+    known = make_preferences(SummarySetup(folder, "t", style, items, settings, who), plan)
     assert all(known.of(user, place) for user, places in plan.positions.items() for place in places)
 
 
@@ -69,4 +69,4 @@ def _run(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(launched.exit_code(_run, sys.argv[1:]))
+    sys.exit(distributed.exit_code(_run, sys.argv[1:]))

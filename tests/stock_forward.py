@@ -10,8 +10,8 @@ from PIL import Image
 from torch import Tensor
 
 from recbole_mllm.common.prompts import IMAGE, Prompt, Style
-from recbole_mllm.resources import PROPERTIES
-from recbole_mllm.settings import Settings
+from recbole_mllm.common.resources import PROPERTIES
+from recbole_mllm.common.settings import Settings
 
 SETTINGS = Settings.from_config(yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text()))
 STYLE = Style.from_mapping("demo", yaml.safe_load((PROPERTIES / "prompt" / "demo.yaml").read_text()))

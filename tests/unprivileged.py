@@ -20,7 +20,7 @@ from pathlib import Path
 
 import dataset_converters.options, recbole_mllm.cli{modules}
 from recbole_mllm.cli import main
-from recbole_mllm.errors import UserError
+from recbole_mllm.common.errors import UserError
 
 place = Path(sys.argv[1])
 if os.geteuid() == 0:

@@ -27,9 +27,7 @@ from tiny_mllm.language import demo_style
 from tiny_mllm.reader import Reader
 from tiny_mllm.settings import SHIPPED
 
-from recbole_mllm.demo.attributes import FIELDS, VISIBLE
-from recbole_mllm.demo.world import World, demo_world, item_id, write_demo_dataset
-from recbole_mllm.prompts import (
+from recbole_mllm.common.prompts import (
     Prompt,
     Style,
     image_summary_prompt,
@@ -38,6 +36,8 @@ from recbole_mllm.prompts import (
     recommend_prompt,
     titles_as_preference,
 )
+from recbole_mllm.demo.attributes import FIELDS, VISIBLE
+from recbole_mllm.demo.world import World, demo_world, item_id, write_demo_dataset
 
 BLOCK, NEGATIVES = 4, 20
 Moment = tuple[int, int, int]  # user, how many interactions the summary has read, item

@@ -20,13 +20,13 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
-from recbole_mllm.benchmark.field import MLLM
 from recbole_mllm.benchmark.leaderboard import Leaderboard
 from recbole_mllm.benchmark.records import PAIR_COLUMNS, RunRecord, read_arrays
+from recbole_mllm.benchmark.variants import MLLM
+from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.files import whole_file
 from recbole_mllm.data.images import open_image, resolve
 from recbole_mllm.data.schema import HISTORY_NUMBER, POSITION
-from recbole_mllm.errors import UserError
-from recbole_mllm.files import whole_file
 
 CASES = "cases.json"
 TITLES = "titles.json"
@@ -103,7 +103,7 @@ def case_of(preferences: Any, history: str, position: int, target: str) -> dict[
     ``history`` holds items ``[start, position)`` of the whole history; each step has read items ``[since, seen)`` of it
     on top of the step before; ``read`` is the text that stood in the question.
     """
-    from recbole_mllm.data.peruser import user_of
+    from recbole_mllm.data.histories import user_of
 
     start = max(0, position - LAST_ITEMS)
     return {
@@ -187,7 +187,7 @@ class Case:
 
 
 @dataclass(frozen=True, slots=True)
-class Casebook:
+class CaseStudies:
     """All cases of a page, with the items they name by raw id; `problem` says why there are none."""
 
     model: str
@@ -204,7 +204,7 @@ class Casebook:
         return self.items.get(item, Shown(item))
 
 
-def read_casebook(board: Leaderboard, results: Path, *, embed_images: bool = True) -> Casebook | None:
+def read_cases(board: Leaderboard, results: Path, *, embed_images: bool = True) -> CaseStudies | None:
     """Return the cases of MLLMMSR itself, else of its best variant that stored some, or None if none did."""
     baselines = {row.model: row.runs[0] for row in board.ranked if row.kind == "baseline"}
     beside = BESIDE if BESIDE in baselines else board.best_baseline or ""
@@ -213,7 +213,7 @@ def read_casebook(board: Leaderboard, results: Path, *, embed_images: bool = Tru
         path = (results / str(run.per_user)).with_name(CASES)
         if not path.is_file():
             continue
-        book = Casebook(model, beside, run.seed)
+        book = CaseStudies(model, beside, run.seed)
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
             return _fill(book, stored, run, baselines.get(beside), results, embed_images)
@@ -225,8 +225,8 @@ def read_casebook(board: Leaderboard, results: Path, *, embed_images: bool = Tru
 
 
 def _fill(
-    book: Casebook, stored: Mapping[str, Any], run: RunRecord, other: RunRecord | None, results: Path, embed: bool
-) -> Casebook:
+    book: CaseStudies, stored: Mapping[str, Any], run: RunRecord, other: RunRecord | None, results: Path, embed: bool
+) -> CaseStudies:
     users = {case["user"]: case for case in stored["users"]}
     mine, theirs = (read_order(each, results, list(users)) for each in (run, other))
     chosen = choose(list(users), mine, theirs, book)
@@ -273,7 +273,7 @@ def read_order(run: RunRecord | None, results: Path, users: Sequence[str]) -> Or
     return order
 
 
-def choose(names: Sequence[str], mine: Order, theirs: Order, book: Casebook) -> dict[str, str]:
+def choose(names: Sequence[str], mine: Order, theirs: Order, book: CaseStudies) -> dict[str, str]:
     """Return the users to show and why each is: the first drawn, then the furthest apart of the rest, one each way."""
     chosen = dict.fromkeys(names[:SHOWN], "drawn by seed, whatever came of it")
     rest = [name for name in names[SHOWN:] if name in theirs]

@@ -25,7 +25,7 @@ from recbole_mllm.benchmark.significance import (
     pooled_auc,
     sort_pairs,
 )
-from recbole_mllm.errors import UserError
+from recbole_mllm.common.errors import UserError
 from recbole_mllm.evaluation.metrics import METRICS
 
 POOLED = "AUC"

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from recbole_mllm.benchmark.cases import SIDE, Casebook
+from recbole_mllm.benchmark.cases import SIDE, CaseStudies
 from recbole_mllm.benchmark.evidence import CURVES, FEW
 from recbole_mllm.benchmark.leaderboard import SLICES, Dimension, GroupPart, Leaderboard, LeaderboardRow
 from recbole_mllm.benchmark.tables import template, tests_table
@@ -38,7 +38,7 @@ BOLD = 1.2  # how much wider an MLLM's label is
 TIMES = (0.1, 1, 10, 60, 600, 3600, 36_000, 360_000, 3_600_000)
 
 
-def page(board: Leaderboard, cases: Casebook | None = None) -> str:
+def page(board: Leaderboard, cases: CaseStudies | None = None) -> str:
     """Return the report; every text in it is escaped."""
     parts = [board.slice_of(row, name, board.valid_metric) for row in board.ranked for name in SLICES]
     return template("leaderboard.html").render(

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recbole_mllm import ranks
 from recbole_mllm.benchmark.portable import DECISIVE_FILES
 from recbole_mllm.benchmark.records import plain_json
 from recbole_mllm.benchmark.variants import MLLM, Entry, quick_look, resolve
-from recbole_mllm.config import file_keys
-from recbole_mllm.errors import UserError
-from recbole_mllm.ranges import COUNT, SEED, Range
+from recbole_mllm.common import distributed
+from recbole_mllm.common.config import file_keys
+from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.settings import COUNT, SEED, Range
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class BenchmarkPlan:
         if not self.labels or not self.seeds:
             raise UserError("a benchmark needs at least one model and one seed: --models Pop,SASRec --seeds 2024")
         COUNT.checked("--jobs", self.jobs)
-        if self.jobs > 1 and ranks.is_launched():
+        if self.jobs > 1 and distributed.is_launched():
             raise UserError(
                 f"--jobs {self.jobs}: under a launcher its processes share one run at a time; leave --jobs out"
             )

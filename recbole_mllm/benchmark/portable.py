@@ -10,7 +10,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from recbole_mllm.benchmark.records import plain_json
-from recbole_mllm.mllm.sources import identity_of
+from recbole_mllm.common.model_names import identity_of
 
 _PLACES = ("data_path", "checkpoint_dir", "retriever_dir", "image_dir", "note")
 """Keys that say where files lie, or what is said beside them."""

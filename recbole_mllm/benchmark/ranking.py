@@ -19,15 +19,22 @@ from typing import Any
 
 import numpy as np
 
-from recbole_mllm.benchmark.curves import metric_curves
-from recbole_mllm.benchmark.evidence import POOLED, Evidence, average, load_evidence
-from recbole_mllm.benchmark.groups import Partition, measure, partitions
+from recbole_mllm.benchmark import significance as sig
+from recbole_mllm.benchmark.evidence import (
+    POOLED,
+    Evidence,
+    Partition,
+    average,
+    load_evidence,
+    measure,
+    metric_curves,
+    partitions,
+)
 from recbole_mllm.benchmark.leaderboard import ALL_COSTS, SLICES, Leaderboard, Part, Row, Score, ordered_metrics
 from recbole_mllm.benchmark.records import CANDIDATE_RULES, RunRecord, latest, one_set_of_candidates
+from recbole_mllm.benchmark.significance import DRAW_SEED
 from recbole_mllm.benchmark.variants import MLLM
-from recbole_mllm.errors import UserError
-from recbole_mllm.evaluation import significance as sig
-from recbole_mllm.evaluation.significance import DRAW_SEED
+from recbole_mllm.common.errors import UserError
 
 NO_POOLED = (
     "AUC has no value here: it pools the scores of all users' pairs, and of a ranking of all items each user's best "

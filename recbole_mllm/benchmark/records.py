@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recbole_mllm.benchmark.variants import Kind
-from recbole_mllm.errors import UserError
-from recbole_mllm.files import whole_file
-from recbole_mllm.progress import tell_once
+from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.files import whole_file
+from recbole_mllm.common.progress import warn_once
 
 RECORDS = "runs.jsonl"
 CANDIDATE_RULES = 2
@@ -168,7 +168,7 @@ def read_records(path: Path) -> list[RunRecord]:
                 records.append(RunRecord.from_line(line.decode()))
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             why = " ".join(str(error).split())[:120]
-            tell_once(f"{path}:{number}: this line is no run record ({why}) and is left out; delete it")
+            warn_once(f"{path}:{number}: this line is no run record ({why}) and is left out; delete it")
     return records
 
 

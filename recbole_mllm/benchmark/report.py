@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from recbole_mllm.benchmark.cases import read_casebook
+from recbole_mllm.benchmark.cases import read_cases
 from recbole_mllm.benchmark.html import page
 from recbole_mllm.benchmark.leaderboard import Leaderboard
 from recbole_mllm.benchmark.ranking import build
@@ -21,7 +21,7 @@ from recbole_mllm.benchmark.tables import (
     groups_table,
     numbers_table,
 )
-from recbole_mllm.files import write_text
+from recbole_mllm.common.files import write_text
 
 HTML = "leaderboard.html"
 NOTE = "note.txt"
@@ -41,7 +41,7 @@ def render(results: Path, *, embed_images: bool = True) -> Leaderboard:
         "leaderboard-curves.csv": curves_table(board).to_csv(),
         "leaderboard.md": format_markdown(board),
         "leaderboard.tex": format_latex(board),
-        HTML: page(board, read_casebook(board, results, embed_images=embed_images)),
+        HTML: page(board, read_cases(board, results, embed_images=embed_images)),
     }
     for name, text in forms.items():
         write_text(results / name, text)

@@ -16,9 +16,9 @@ from typing import Any
 from recbole_mllm.benchmark.process import LOG, claim, failure, run_child
 from recbole_mllm.benchmark.records import RECORDS, RunRecord, latest, plain_json, read_records, records_of
 from recbole_mllm.benchmark.runner import HEARTBEAT_S, WORKER, write_order
+from recbole_mllm.common.config import every_key
+from recbole_mllm.common.errors import UserError
 from recbole_mllm.demo.builtin import is_builtin
-from recbole_mllm.errors import UserError
-from recbole_mllm.keys import every_key
 
 RERUNS = "reruns"
 

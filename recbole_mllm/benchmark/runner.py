@@ -27,7 +27,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from recbole_mllm import ranks
 from recbole_mllm.benchmark.jobs import BenchmarkJob, BenchmarkPlan, jobs_of
 from recbole_mllm.benchmark.leaderboard import VALID_METRIC
 from recbole_mllm.benchmark.portable import said_anywhere
@@ -45,8 +44,9 @@ from recbole_mllm.benchmark.records import (
 )
 from recbole_mllm.benchmark.report import HTML, render, write_note
 from recbole_mllm.benchmark.search import TRIALS
-from recbole_mllm.errors import UserError
-from recbole_mllm.files import BENCHMARK, check_folder, remove_file, write_text
+from recbole_mllm.common import distributed
+from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.files import BENCHMARK, check_folder, remove_file, write_text
 
 WORKER = (sys.executable, "-m", "recbole_mllm.benchmark.worker")
 HEARTBEAT_S = 60.0
@@ -189,8 +189,8 @@ class _Bench:
         finally:
             self.stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
-            if ranks.is_launched():
-                ranks.post(f"order/{self.shared + 1}", pickle.dumps(None))  # lets the others go
+            if distributed.is_launched():
+                distributed.post(f"order/{self.shared + 1}", pickle.dumps(None))  # lets the others go
 
     def finished(self, job: BenchmarkJob) -> RunRecord | None:
         """Return the job's record if its last run succeeded."""
@@ -226,7 +226,7 @@ class _Bench:
             self.lines.tick(job, seconds, line)
 
         tick(0, "")
-        if ranks.is_launched() and job.entry.kind == "mllm":
+        if distributed.is_launched() and job.entry.kind == "mllm":
             self.shared += 1
             reason = _share(self.shared, self.worker, order, job.folder.resolve(), lock, self.stop, tick)
         else:
@@ -255,7 +255,7 @@ def _failed(job: BenchmarkJob, reason: str, started: datetime) -> RunRecord:
         status=f"{said_anywhere(reason)} (log: {(job.folder / LOG).relative_to(job.plan.output_dir)})",
         started=started.isoformat(timespec="seconds"),
         config=job.order(),
-        world_size=ranks.world_size() if job.entry.kind == "mllm" else 1,
+        world_size=distributed.world_size() if job.entry.kind == "mllm" else 1,
     )
 
 
@@ -321,13 +321,15 @@ def _share(
         probe.bind(("", 0))
         port = int(probe.getsockname()[1])
     order = {"worker": list(worker), "job": dict(job), "folder": str(folder), "port": port}
-    ranks.post(f"order/{number}", pickle.dumps(order))
+    distributed.post(f"order/{number}", pickle.dumps(order))
     own = _run_part(number, order, lock, stop, tick)
-    others = [pickle.loads(ranks.read(f"report/{number}/{process}")) for process in range(1, ranks.world_size())]
+    others = [
+        pickle.loads(distributed.read(f"report/{number}/{process}")) for process in range(1, distributed.world_size())
+    ]
     failed = [ended for ended in (own, *others) if ended.code]
     if not failed:
         return ""
-    first = min(failed, key=lambda ended: (ended.code == ranks.LOST, ended.code != -signal.SIGKILL, ended.turn))
+    first = min(failed, key=lambda ended: (ended.code == distributed.LOST, ended.code != -signal.SIGKILL, ended.turn))
     words = (
         f"process {first.process}: {first.words}; its log: log.{first.process}.txt" if first.process else first.words
     )
@@ -339,18 +341,18 @@ def follow() -> int:
     number = 0
     while True:
         number += 1
-        order = pickle.loads(ranks.read(f"order/{number}"))
+        order = pickle.loads(distributed.read(f"order/{number}"))
         if order is None:
             return 0
         ended = _run_part(number, order, None, threading.Event(), lambda seconds, line: None)
-        ranks.post(f"report/{number}/{ranks.rank()}", pickle.dumps(ended))
+        distributed.post(f"report/{number}/{distributed.rank()}", pickle.dumps(ended))
 
 
 def _run_part(number: int, order: Mapping[str, Any], lock: int | None, stop: threading.Event, tick: Tick) -> _Ended:
     """Run this process's child of the shared run `number`; as soon as one process's has failed, the others' end."""
-    folder, process = Path(order["folder"]), ranks.rank()
+    folder, process = Path(order["folder"]), distributed.rank()
     folder.mkdir(parents=True, exist_ok=True)
-    name, log = ("job.json", LOG) if ranks.is_main() else (f"job.{process}.json", f"log.{process}.txt")
+    name, log = ("job.json", LOG) if distributed.is_main() else (f"job.{process}.json", f"log.{process}.txt")
     command = [*order["worker"], write_order(folder, order["job"], name)]
     failed, checked = f"stop/{number}", time.monotonic()
 
@@ -358,7 +360,7 @@ def _run_part(number: int, order: Mapping[str, Any], lock: int | None, stop: thr
         nonlocal checked
         if time.monotonic() - checked > _CHECK_S:
             checked = time.monotonic()
-            if ranks.is_posted(failed):
+            if distributed.is_posted(failed):
                 raise _OtherFailed
         tick(seconds, line)
 
@@ -367,14 +369,14 @@ def _run_part(number: int, order: Mapping[str, Any], lock: int | None, stop: thr
             command, folder, lock, stop, watch, environment=_environment_of_part(os.environ, order["port"]), log=log
         )
     except _OtherFailed:
-        return _Ended(process, ranks.LOST)
+        return _Ended(process, distributed.LOST)
     except BaseException:
-        ranks.post(failed, b"1")
+        distributed.post(failed, b"1")
         raise
     if not code:
         return _Ended(process, 0)
-    ranks.post(failed, b"1")
-    return _Ended(process, code, ranks.count(f"failed/{number}"), failure(folder / log, code))
+    distributed.post(failed, b"1")
+    return _Ended(process, code, distributed.count(f"failed/{number}"), failure(folder / log, code))
 
 
 def _environment_of_part(given: Mapping[str, str], port: int) -> dict[str, str]:

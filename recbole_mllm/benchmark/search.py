@@ -17,11 +17,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from recbole_mllm import ranks
 from recbole_mllm.benchmark.portable import said_anywhere
-from recbole_mllm.errors import UserError
-from recbole_mllm.resources import resource
-from recbole_mllm.yamlfile import read_mapping
+from recbole_mllm.common import distributed
+from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.resources import resource
+from recbole_mllm.common.yaml_files import read_mapping
 
 Choice = dict[str, Any]
 
@@ -73,7 +73,7 @@ def search(
         before = " (from before)" if entry else ""
         if entry is None:
             entry = _tried(choice, score)
-            if journal is not None and ranks.is_main():
+            if journal is not None and distributed.is_main():
                 with journal.open("a", encoding="utf-8") as file:
                     file.write(f"\n{json.dumps(entry)}\n")  # the newline in front ends a line that was torn
                     file.flush()
@@ -96,7 +96,7 @@ def _tried(choice: Choice, score: Callable[[Choice], float]) -> dict[str, Any]:
     except UserError:
         raise
     except Exception as error:  # whatever RecBole or torch raises for settings that do not go together
-        if ranks.is_launched():
+        if distributed.is_launched():
             raise  # the other processes are in the middle of the trial that failed here
         entry["error"] = said_anywhere(f"{type(error).__name__}: {error}".partition("\n")[0])
     return entry | {"seconds": time.perf_counter() - started}

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, Literal
 
-from recbole_mllm.errors import UserError
-from recbole_mllm.resources import PROPERTIES
-from recbole_mllm.yamlfile import read_mapping
+from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.resources import PROPERTIES
+from recbole_mllm.common.yaml_files import read_mapping
 
 MLLM = "MLLMMSR"
 

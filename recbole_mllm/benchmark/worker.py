@@ -21,18 +21,17 @@ from typing import Any
 import yaml
 
 import recbole_mllm
-from recbole_mllm import ranks
 from recbole_mllm.benchmark.cases import write_cases, write_titles
 from recbole_mllm.benchmark.portable import config_digest
 from recbole_mllm.benchmark.records import CANDIDATE_RULES, RECORDS, RunRecord, append, plain_json, write_arrays
 from recbole_mllm.benchmark.search import TRIALS, search, space_of, trials
 from recbole_mllm.benchmark.variants import baseline_defaults
-from recbole_mllm.config import benchmark_defaults, config_paths, file_keys, keys_for, per_model
-from recbole_mllm.data.texts import read_items
-from recbole_mllm.errors import UserError
-from recbole_mllm.files import write_text
-from recbole_mllm.launched import child_code
-from recbole_mllm.refusals import reason_of
+from recbole_mllm.common import distributed
+from recbole_mllm.common.config import benchmark_defaults, config_paths, file_keys, keys_for, per_model
+from recbole_mllm.common.distributed import child_code
+from recbole_mllm.common.errors import UserError, reason_of
+from recbole_mllm.common.files import write_text
+from recbole_mllm.data.item_table import read_items
 
 _PATHS = (
     *("data_path", "image_dir", "mllm", "item_summarizer", "user_summarizer", "prompt_style", "checkpoint_dir"),
@@ -57,7 +56,7 @@ def main() -> int:
     job = json.loads(Path(sys.argv[1]).read_text())
     try:
         run_job(job)
-    except ranks.LostProcess:
+    except distributed.LostProcess:
         raise
     except UserError as error:
         if error.__cause__:
@@ -84,15 +83,15 @@ def run_job(job: dict[str, Any]) -> None:
     started = datetime.now().astimezone().isoformat(timespec="seconds")
     output = (_home(job) / job["output_dir"]).resolve()
     folder = output / "runs" / job["run_id"]
-    defaults = folder / ("defaults.yaml" if ranks.is_main() else f"defaults.{ranks.rank()}.yaml")
+    defaults = folder / ("defaults.yaml" if distributed.is_main() else f"defaults.{distributed.rank()}.yaml")
 
     def configured(tuned: dict[str, Any]) -> Any:
         return _config(job, defaults, tuned)
 
     tuning = _tune(job, configured, folder)
     outcome = run(configured(tuning["chosen"] if tuning else {}), partial(_check_split, job))
-    peak = max(ranks.gather_objects(_peak_memory(outcome.config["device"])))
-    if ranks.is_main():
+    peak = max(distributed.gather_objects(_peak_memory(outcome.config["device"])))
+    if distributed.is_main():
         evidence = _write_evidence(outcome, output, folder)
         append(output / RECORDS, _record(job, outcome, started, evidence, tuning, peak))
 
@@ -269,7 +268,7 @@ def _record(
 
     features_s = None
     if outcome.config["item_features"]:
-        from recbole_mllm.features.prepare import seconds_of  # loads transformers, which the run has then done already
+        from recbole_mllm.features.item_vectors import seconds_of
 
         features_s = seconds_of(outcome.config)
     config = outcome.config.final_config_dict
@@ -293,7 +292,7 @@ def _record(
         features_s=features_s,
         pairs_per_s=max(0, outcome.pairs_scored - outcome.scores_reused) / outcome.score_s or None,
         tokens=getattr(outcome.model, "tokens_read", None),
-        parameters_trained=_parameters_trained(outcome.model),
+        parameters_trained=parameters_trained(outcome.model),
         peak_memory_mb=peak,
         device=str(outcome.config["device"]),
         versions=_versions(),
@@ -302,7 +301,7 @@ def _record(
     )
 
 
-def _parameters_trained(model: Any) -> int:
+def parameters_trained(model: Any) -> int:
     """Return how many parameters learn; none of a model that RecBole calls traditional, whose one is a stand-in."""
     if getattr(getattr(model, "type", None), "name", "") == "TRADITIONAL":
         return 0

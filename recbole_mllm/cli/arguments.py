@@ -12,11 +12,11 @@ from typing import Any
 import yaml
 
 from recbole_mllm.benchmark.variants import ALONE, MLLM, SETS
-from recbole_mllm.errors import UserError
-from recbole_mllm.keys import is_model, nearest_model, recbole_home
-from recbole_mllm.prompts import read_style
-from recbole_mllm.settings import EvaluationSettings, Settings
-from recbole_mllm.yamlfile import read_mapping
+from recbole_mllm.common.config import is_model, nearest_model, recbole_home
+from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.prompts import read_style
+from recbole_mllm.common.settings import EvaluationSettings, Settings
+from recbole_mllm.common.yaml_files import read_mapping
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +63,7 @@ def config_of(model: str, dataset: str, options: Options) -> Any:
     Raises:
         UserError: A key, a value, the model or the dataset is not what it should be; nothing has run yet.
     """
-    from recbole_mllm.config import check_values, config_paths
-    from recbole_mllm.keys import check_keys
+    from recbole_mllm.common.config import check_keys, check_values, config_paths
     from recbole_mllm.quick_start import make_config
 
     check_keys(options.overrides, "the command line")

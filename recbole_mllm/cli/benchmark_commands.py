@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from recbole_mllm import ranks
 from recbole_mllm.benchmark.variants import expand, resolve
 from recbole_mllm.cli.arguments import Options, config_of, dataset_of, with_preset
-from recbole_mllm.errors import UserError
-from recbole_mllm.files import BENCHMARK, check_folder, check_place, set_folder_aside
+from recbole_mllm.common import distributed
+from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.files import BENCHMARK, check_folder, check_place, set_folder_aside
 
 DEMO_MODELS = "quick"
 DEMO_NOTE = (
@@ -47,7 +47,7 @@ def run_benchmark(
     from recbole_mllm.benchmark.report import format_leaderboard
     from recbole_mllm.benchmark.runner import benchmark, follow
     from recbole_mllm.benchmark.worker import digests_of
-    from recbole_mllm.config import config_paths
+    from recbole_mllm.common.config import config_paths
 
     keys = dict(options.overrides)
     plan = BenchmarkPlan(
@@ -62,7 +62,7 @@ def run_benchmark(
         **more,
     )
     _check_models(plan.labels, dataset, options)
-    if not ranks.is_main():
+    if not distributed.is_main():
         return follow()
     html = benchmark(plan, digests=digests_of)
     print(format_leaderboard(folder), f"report: {html}", sep="\n")
@@ -71,7 +71,7 @@ def run_benchmark(
 
 def _check_models(labels: tuple[str, ...], dataset: str, options: Options) -> None:
     """Refuse what could not run, with the settings that each run will have, before hours are spent on the rest."""
-    from recbole_mllm.config import benchmark_defaults, check_training
+    from recbole_mllm.common.config import benchmark_defaults, check_training
 
     for entry in map(resolve, labels):
         with suppress(ModuleNotFoundError):  # a model that lacks its library gets a row that says so
@@ -125,7 +125,7 @@ def demo(options: Options) -> int:
 
     world = "demo" if options.seed in (None, DEMO_SEED) else f"demo-{options.seed}"
     folder = Path("results/demo")
-    if ranks.is_main():
+    if distributed.is_main():
         check_folder(folder, BENCHMARK, "the results folder")
         others = {record.dataset for record in read_records(folder / RECORDS)} - {world}
         if others:

@@ -11,36 +11,36 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from recbole_mllm import ranks
 from recbole_mllm.benchmark.variants import MLLM
 from recbole_mllm.cli.arguments import Options, config_of, dataset_of
-from recbole_mllm.errors import UserError
-from recbole_mllm.files import CONVERTED, EXPORT, check_file, check_folder, recover, write_text
+from recbole_mllm.common import distributed
+from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.files import CONVERTED, EXPORT, check_file, check_folder, recover, write_text
 
 
 def convert(args: Namespace, options: Options) -> int:
     """Turn a raw dump into atomic files; without torch, pandas or RecBole."""
-    from recbole_mllm.resources import converters
+    from recbole_mllm.common.resources import converters
 
     return int(converters("options").main(args.words))
 
 
 def run_model(args: Namespace, options: Options) -> int:
     """Train and evaluate one model, as RecBole's ``run_recbole.py`` does."""
-    from recbole_mllm.config import check_training
+    from recbole_mllm.common.config import check_training
     from recbole_mllm.evaluation.protocol import protocol_line
     from recbole_mllm.quick_start import run
 
-    if args.model != MLLM and ranks.is_launched():
-        if not ranks.is_main():
+    if args.model != MLLM and distributed.is_launched():
+        if not distributed.is_main():
             return 0  # RecBole's own models run in one process
-        from recbole_mllm.mllm.splitting import keep_whole
+        from recbole_mllm.mllm.sharding import keep_whole
 
         keep_whole()  # what may read their items for them
     config = config_of(args.model, dataset_of(args), options)
     check_training(config)
     outcome = run(config)
-    if ranks.is_main():
+    if distributed.is_main():
         users = len(outcome.users["user"]) if outcome.users else None
         print(f"best valid: {_metrics(outcome.valid)}\n            {protocol_line(outcome.config, phase='valid')}")
         print(f"test:       {_metrics(outcome.test)}\n            {protocol_line(outcome.config, users, 'test')}")
@@ -62,7 +62,7 @@ def summarize(args: Namespace, options: Options) -> int:
         lines = dry_run(config, args.stage, args.since)
     else:
         lines = prepare_summaries(config, args.stage, since=args.since)
-    if ranks.is_main():
+    if distributed.is_main():
         print("".join(f"{line}\n" for line in lines), end="")
     return 0
 
@@ -91,10 +91,9 @@ def plan(args: Namespace, options: Options) -> int:
 
 def inspect(args: Namespace, options: Options) -> int:
     """Print a dataset's health and write it as a page; a poor dataset is no error, one that cannot be read is."""
-    from recbole_mllm.config import file_keys
-    from recbole_mllm.health.measure import measure
-    from recbole_mllm.health.report import is_page, write_health
-    from recbole_mllm.health.text import format_health
+    from recbole_mllm.common.config import file_keys
+    from recbole_mllm.inspect.health_page import format_health, is_page, write_health
+    from recbole_mllm.inspect.measure import measure
 
     path = check_file(Path(args.output), "--output", is_page, "a page that `inspect` wrote") if args.output else None
     keys = {key: value for name in options.config_files for key, value in file_keys(name).items()}
@@ -107,7 +106,7 @@ def inspect(args: Namespace, options: Options) -> int:
 def _dataset_folder(given: str, overrides: Mapping[str, Any]) -> Path:
     """Return the folder that `given` is, or names under data_path; a built-in dataset is built there."""
     from recbole_mllm.demo.builtin import ensure_builtin
-    from recbole_mllm.health.layout import LAYOUT_KEYS
+    from recbole_mllm.inspect.measure import LAYOUT_KEYS
 
     if unknown := set(overrides) - {"data_path", *LAYOUT_KEYS}:
         takes = ", ".join(f"--{name}" for name in ("output", "data_path", "config_files", *LAYOUT_KEYS))
@@ -131,7 +130,7 @@ def export(args: Namespace, options: Options) -> int:
     """Write a run's model as a folder that transformers and servers load."""
     out = Path(args.out)
     check_folder(out, EXPORT, "--out")
-    from recbole_mllm.training.export import export as write  # loads transformers
+    from recbole_mllm.training.model_export import export as write
 
     folder = write(args.run, out, merge=args.merge)
     print(f"written: {folder}; its README.md says how to serve it")
@@ -140,11 +139,11 @@ def export(args: Namespace, options: Options) -> int:
 
 def export_candidates(args: Namespace, options: Options) -> int:
     """Write the frozen candidates that every model meets on a dataset."""
-    from recbole_mllm.evaluation.exchange import is_export
+    from recbole_mllm.evaluation.candidates_file import is_export
 
     dataset = dataset_of(args)
     path = check_file(Path(args.out), "--out", is_export, "a file that `candidates export` wrote")
-    from recbole_mllm.config import benchmark_defaults
+    from recbole_mllm.common.config import benchmark_defaults
     from recbole_mllm.quick_start import frozen_candidates  # loads torch
 
     chosen = config_of("Pop", dataset, options).external_config_dict

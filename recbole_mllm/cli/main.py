@@ -8,12 +8,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from recbole_mllm import launched, ranks
 from recbole_mllm.benchmark.variants import SETS, known_variants
 from recbole_mllm.cli import benchmark_commands, commands, store_commands
 from recbole_mllm.cli.arguments import Options, read_overrides
+from recbole_mllm.common import distributed
 from recbole_mllm.common.console import Parser, exit_code
-from recbole_mllm.errors import UserError
+from recbole_mllm.common.errors import UserError
 
 _DESCRIPTION = "MLLM-MSR for RecBole. Without arguments: the demo."
 _EPILOG = "Any configuration key may follow as --key=value. Exit code 2 means a mistake in what was given."
@@ -59,17 +59,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Threads that spin while they wait slow each other down several times over on a busy machine; read when torch loads
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     words = sys.argv[1:] if argv is None else argv
-    return exit_code(lambda rest: launched.exit_code(_run, words) if ranks.is_launched() else _run(rest), words)
+    return exit_code(
+        lambda rest: distributed.exit_code(_run, words) if distributed.is_launched() else _run(rest), words
+    )
 
 
 def _run(words: list[str]) -> int:
-    if not ranks.is_main() and ({"-h", "--help"} & set(words) or words[:1] == ["convert"]):
+    if not distributed.is_main() and ({"-h", "--help"} & set(words) or words[:1] == ["convert"]):
         return 0
     if words[:1] == ["convert"]:  # has a parser of its own
         return commands.convert(argparse.Namespace(words=words[1:]), Options())
     known, rest = _read(words, _parser())
     name = " ".join(filter(None, (known.command, getattr(known, "action", None))))
-    if name not in _SHARED and not ranks.is_main():
+    if name not in _SHARED and not distributed.is_main():
         return 0
     if rest and known.command in ("store", "export"):
         raise UserError(f"{known.command} takes no {rest[0]!r}; see --help")

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from recbole_mllm.cli.arguments import Options
+from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.files import check_file
 from recbole_mllm.data.schema import store_file
-from recbole_mllm.errors import UserError
-from recbole_mllm.files import check_file
 
 
 def _folder(where: str) -> Path:
@@ -25,7 +25,7 @@ def _folder(where: str) -> Path:
 @contextmanager
 def _store(folder: Path, *, new: bool = False) -> Iterator[Any]:
     """Open the store in `folder`; unless it may be `new`, one must be there."""
-    from recbole_mllm.summaries.shards import opened_store
+    from recbole_mllm.summaries.work_shares import opened_store
 
     if not new and not store_file(folder).is_file():
         raise UserError(f"{folder} holds no summary store yet ({store_file(folder).name}); `summarize` makes one")
@@ -35,7 +35,7 @@ def _store(folder: Path, *, new: bool = False) -> Iterator[Any]:
 
 def stats(args: Namespace, options: Options) -> int:
     """Print answers, tokens and seconds by model, kind of prompt and origin."""
-    from recbole_mllm.summaries.upkeep import groups, size
+    from recbole_mllm.summaries.store_tools import groups, size
 
     folder = _folder(args.where)
     with _store(folder) as store:
@@ -56,7 +56,7 @@ def stats(args: Namespace, options: Options) -> int:
 
 def prune(args: Namespace, options: Options) -> int:
     """Delete the answers of a model, or those of long ago."""
-    from recbole_mllm.summaries.upkeep import prune as delete
+    from recbole_mllm.summaries.store_tools import prune as delete
 
     with _store(_folder(args.where)) as store:
         done = delete(store, args.model, args.older_than, dry_run=args.dry_run)
@@ -69,8 +69,8 @@ def prune(args: Namespace, options: Options) -> int:
 
 def export(args: Namespace, options: Options) -> int:
     """Write the answers to a file."""
-    from recbole_mllm.summaries.exchange import export as write
-    from recbole_mllm.summaries.exchange import is_export
+    from recbole_mllm.summaries.store_tools import export as write
+    from recbole_mllm.summaries.store_tools import is_export
 
     folder = _folder(args.where)
     out = check_file(Path(args.out), "--out", is_export, "a file that `store export` wrote")
@@ -82,7 +82,7 @@ def export(args: Namespace, options: Options) -> int:
 
 def import_file(args: Namespace, options: Options) -> int:
     """Add the answers of a file that `export` wrote."""
-    from recbole_mllm.summaries.exchange import import_answers
+    from recbole_mllm.summaries.store_tools import import_answers
 
     folder, path = _folder(args.where), Path(args.file)
     if not path.is_file():

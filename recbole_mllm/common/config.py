@@ -18,14 +18,12 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from recbole_mllm import ranks
+from recbole_mllm.common import distributed
+from recbole_mllm.common.errors import UserError, as_user_error
+from recbole_mllm.common.progress import warn_once
 from recbole_mllm.common.resources import PROPERTIES, named, resource
 from recbole_mllm.common.settings import COUNT, SEED, Range, RankingSettings, WrongValue, check_value, known_keys
 from recbole_mllm.common.yaml_files import line_of, read_mapping
-from recbole_mllm.compat.ranked import two_launchers
-from recbole_mllm.errors import UserError
-from recbole_mllm.progress import tell_once
-from recbole_mllm.refusals import told_in_a_line
 
 _OF_A_RUN = "scores are cached for as long as an evaluation runs, so that a killed one resumes"
 WITHDRAWN: dict[str, str] = {"score_cache": _OF_A_RUN, "score_cache_mb": _OF_A_RUN}
@@ -73,7 +71,7 @@ def check_keys(keys: Iterable[str], where: str) -> None:
     """
     for key in keys:
         if key == "nproc":
-            raise two_launchers(where)
+            raise distributed.two_launchers(where)
         if key in WITHDRAWN:
             _warn_withdrawn(str(key))
             continue
@@ -391,7 +389,7 @@ def recbole_config(model: str, dataset: str, files: list[str], keys: dict[str, A
     check_files(files, model)
     # a text may become a number in RecBole's hands (configurator.py:124-147): it is checked behind them
     check_values({key: value for key, value in keys.items() if not isinstance(value, str)})
-    with told_in_a_line("read the configuration"), _no_arguments():
+    with as_user_error("read the configuration"), _no_arguments():
         config = _config({"model": model, "dataset": dataset, "config_file_list": files}, keys)
     check_values(config.final_config_dict)
     _take_device(config)
@@ -407,7 +405,7 @@ def _take_device(config: Any) -> None:
     import torch
 
     given = config.external_config_dict
-    if ranks.is_launched() or not (given.get("device") or given.get("use_gpu") is False):
+    if distributed.is_launched() or not (given.get("device") or given.get("use_gpu") is False):
         return
     check_values({"device": given.get("device") or "cpu"})
     wanted = torch.device(str(given.get("device") or "cpu"))
@@ -422,13 +420,13 @@ def tell_missing_gpus(config: Any) -> None:
 
     given, device = config.external_config_dict, str(config["device"])
     ids = [name for name in str(given.get("gpu_id", "")).split(",") if name.strip()]
-    if ranks.is_launched() or given.get("device") or given.get("use_gpu") is False:
+    if distributed.is_launched() or given.get("device") or given.get("use_gpu") is False:
         return
     if device == "cpu" and (ids or given.get("use_gpu") is True):
         what = f"gpu_id {','.join(ids)}" if ids else "use_gpu"
-        tell_once(f"{what}: torch sees no such GPU here, so this run is on the CPU")
+        warn_once(f"{what}: torch sees no such GPU here, so this run is on the CPU")
     elif len(ids) > (seen := torch.cuda.device_count()):
-        tell_once(f"gpu_id {','.join(ids)}: torch sees {seen} of these GPUs here")
+        warn_once(f"gpu_id {','.join(ids)}: torch sees {seen} of these GPUs here")
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from recbole_mllm.errors import UserError
+from recbole_mllm.common.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):

@@ -322,7 +322,7 @@ def _fail(code: int) -> tuple[bool, int]:
 
 def exit_code(run: Callable[[list[str]], int], words: Sequence[str]) -> int:
     """Return what `run` returns, and what `arguments.exit_code` does for a mistake; anything else raised is 1."""
-    from recbole_mllm.arguments import in_a_line, usable_streams
+    from recbole_mllm.common.console import in_a_line, usable_streams
 
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _ended_by_launcher)
@@ -421,3 +421,16 @@ def cut(keys: Any, shared: Any, own: Any, parts: int) -> list[range]:
 
 
 rank, local_rank, meet = process_index, local_process_index, barrier  # old names, until their callers have the new ones
+
+
+def two_launchers(where: str) -> UserError:
+    """Return the complaint about RecBole's `nproc`, its own way to several GPUs, given in `where`."""
+    if is_launched():
+        return UserError(
+            f"nproc in {where} asks RecBole to start processes, and a launcher has started {world_size()} "
+            "already; leave nproc out"
+        )
+    return UserError(
+        f"nproc in {where} is RecBole's own way to several GPUs, which MLLMMSR does not go; leave it out and start "
+        "`accelerate launch --num_processes N run_recbole_mllm.py …` (docs/launching.md)"
+    )

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from recbole_mllm.errors import UserError
+from recbole_mllm.common.errors import UserError
 
 PREFIX = "server:"
 _FORM = "server:MODEL@http://host:port/v1[,http://host2:port/v1]"

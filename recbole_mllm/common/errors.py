@@ -101,7 +101,7 @@ _COMPLAINTS = (
 
 
 @contextmanager
-def told_in_a_line(what: str, model: str = "", dataset: str = "") -> Iterator[None]:
+def as_user_error(what: str, model: str = "", dataset: str = "") -> Iterator[None]:
     """Turn what RecBole itself raises within into a complaint that it cannot do `what`, or why `model` cannot run.
 
     What this project's code raises goes through as it is, and so does a subclass of those errors, such as want of

@@ -28,7 +28,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import IO, Any
 
-from recbole_mllm.errors import UserError
+from recbole_mllm.common.errors import UserError
 
 _WRITER = "recbole-mllm"
 _STAGED, _COMPLETE = "staged.json", "complete"  # in a folder that is being made: whose it is, and that all is there
@@ -96,7 +96,7 @@ def whole_text(path: Path) -> Iterator[IO[str]]:
         yield text
 
 
-def made_once(path: Path, make: Callable[[Path], None]) -> bool:
+def make_once(path: Path, make: Callable[[Path], None]) -> bool:
     """Let `make` write `path` unless it is there; return whether it did.
 
     Processes that come meanwhile wait. The lock ends with the process that holds it, so after ``kill -9`` the next one

@@ -64,6 +64,6 @@ def log_to_terminal() -> None:
 
 
 @lru_cache
-def tell_once(line: str) -> None:
+def warn_once(line: str) -> None:
     """Log `line` as a warning, the first time it is told."""
     logging.getLogger().warning(line)

@@ -11,9 +11,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Self
 
-from recbole_mllm.errors import UserError
-from recbole_mllm.resources import named, resource
-from recbole_mllm.yamlfile import read_mapping
+from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.resources import named, resource
+from recbole_mllm.common.yaml_files import read_mapping
 
 IMAGE = "<image>"
 # Private-use characters that no title can hold (``data.atomic.clean`` removes them). They mark where text that is not

@@ -10,9 +10,9 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
-from recbole_mllm.endpoints import is_server, parse_endpoint
-from recbole_mllm.errors import UserError
-from recbole_mllm.placement import check_placement
+from recbole_mllm.common.device_map import check_placement
+from recbole_mllm.common.endpoints import is_server, parse_endpoint
+from recbole_mllm.common.errors import UserError
 
 _SHOWN = 80  # characters of a value that an error repeats
 _LARGEST = 2**53  # what floats count exactly; a number beyond it is a slip, and arrays of it would not fit anywhere

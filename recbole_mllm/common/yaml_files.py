@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from recbole_mllm.errors import UserError
+from recbole_mllm.common.errors import UserError
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]

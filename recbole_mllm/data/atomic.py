@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from recbole_mllm.errors import UserError
-from recbole_mllm.files import whole_file as whole_file  # SHIM whole_file -> recbole_mllm.files
+from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.files import whole_file
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from recbole_mllm.common.errors import UserError
 from recbole_mllm.data.atomic import id_fault, read_columns, read_values
-from recbole_mllm.errors import UserError
 
 # what pandas takes for a missing number, in any case and with spaces around (recbole_patches/libraries.py has the list)
 _MISSING = frozenset({"", "na", "n/a", "nan", "-nan", "null", "none", "<na>", "#n/a", "#na", "#n/a n/a", "1.#ind",

@@ -15,10 +15,10 @@ import torch
 from recbole.data.dataloader import TrainDataLoader
 from recbole.data.interaction import Interaction
 
+from recbole_mllm.common.errors import UserError
 from recbole_mllm.data.histories import places_in_groups
 from recbole_mllm.data.sampling import Pairs, hash64
 from recbole_mllm.data.schema import HISTORY_NUMBER, POSITION
-from recbole_mllm.errors import UserError
 
 _ROWS_TOGETHER = 8  # most rows of one item that stand together: sharing gains little beyond, and batches stay mixed
 

@@ -11,10 +11,10 @@ from recbole.data.dataset import SequentialDataset
 from recbole.data.interaction import Interaction
 from recbole.utils import FeatureSource, FeatureType
 
+from recbole_mllm.common.settings import EvaluationSettings, TrainSettings
 from recbole_mllm.data.histories import HistoryNames, PerHistory, places_in_groups, raw_ids, shared_histories
 from recbole_mllm.data.sampling import limited_users
 from recbole_mllm.data.schema import HISTORY_NUMBER, POSITION
-from recbole_mllm.settings import EvaluationSettings, TrainSettings
 
 
 class MLLMMSRDataset(SequentialDataset):  # type: ignore[misc]  # RecBole is untyped

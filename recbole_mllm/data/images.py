@@ -22,9 +22,9 @@ from typing import NamedTuple
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from recbole_mllm.common.files import whole_file
+from recbole_mllm.common.progress import Progress
 from recbole_mllm.data.atomic import clean
-from recbole_mllm.files import whole_file
-from recbole_mllm.progress import Progress
 
 IMAGES = "images"  # the folder of a dataset that holds its images
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from recbole_mllm.common.errors import UserError
 from recbole_mllm.data import schema
 from recbole_mllm.data.atomic import clean, id_fault, read_atomic, read_columns, read_numbered, write_atomic
 from recbole_mllm.data.images import ItemImages
-from recbole_mllm.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,10 +8,10 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.files import BUILTIN, check_place, publish_new, staged, write_text
+from recbole_mllm.common.resources import converters
 from recbole_mllm.data.schema import INTER_TYPES
-from recbole_mllm.errors import UserError
-from recbole_mllm.files import BUILTIN, check_place, publish_new, staged, write_text
-from recbole_mllm.resources import converters
 
 DEMO_SEED = 1  # the world behind the plain name `demo`; `demo-7` is the world of seed 7
 _DEMO = re.compile(r"demo(?:-(\d+))?")

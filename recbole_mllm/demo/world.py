@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
+from recbole_mllm.common.files import write_text
 from recbole_mllm.demo.attributes import FIELDS, VALUES, Item, Traits, draw_item
 from recbole_mllm.demo.render import render
-from recbole_mllm.files import write_text
 
 ITEMS, COLD_ITEMS, USERS = 600, 120, 400
 # How much a field counts, before each world changes it a little. They differ, so that counting agreeing fields, which

@@ -18,15 +18,13 @@ from typing import Any
 import numpy as np
 from recbole.utils import ModelType
 
-from recbole_mllm.data.sampling import hashes64, limited_users, mix64, tie_keys
-from recbole_mllm.errors import UserError
+from recbole_mllm.common.errors import UserError, as_user_error
+from recbole_mllm.common.settings import EvaluationSettings
+from recbole_mllm.data.sampling import Pairs, hashes64, limited_users, mix64, tie_keys
 from recbole_mllm.evaluation.candidates_file import in_drawn_order, read_candidates
 from recbole_mllm.evaluation.full_ranking import AllItems, RankedBatches
 from recbole_mllm.evaluation.loader import FrozenEvalDataLoader, UserRows
 from recbole_mllm.evaluation.protocol import training_counts
-from recbole_mllm.fastdata.pairs import Pairs
-from recbole_mllm.refusals import told_in_a_line
-from recbole_mllm.settings import EvaluationSettings
 
 _PHASES = ("valid", "test")
 # Settings of the dataset that come after `facts` are taken, or add to it
@@ -73,7 +71,7 @@ def digest_of(config: Any) -> str:
     """
     from recbole.data import create_dataset, data_preparation
 
-    with told_in_a_line("read and split the dataset"):
+    with as_user_error("read and split the dataset"):
         dataset = create_dataset(config)
         if dataset.facts is not None and dataset.facts.split(config) is not None:
             return Candidates(config, dataset).digest()

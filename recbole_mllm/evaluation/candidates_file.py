@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from recbole_mllm.errors import UserError
-from recbole_mllm.files import whole_text
+from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.files import whole_text
 
 FORMAT = "recbole-mllm candidates 1"
 

@@ -15,12 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recbole_mllm.compat.patching import wrap
-from recbole_mllm.data.sampling import mix64
+from recbole_mllm.common.errors import UserError
+from recbole_mllm.data.sampling import Pairs, mix64
 from recbole_mllm.data.schema import ITEM, USER
-from recbole_mllm.errors import UserError
 from recbole_mllm.evaluation.tie_breaking import Keys, record_scores
-from recbole_mllm.fastdata.pairs import Pairs
+from recbole_mllm.recbole_patches.hooks import wrap
 
 DEEPEST = 50
 """How many of a row's best items are recorded beside the target; fewer where there are very many rows."""

@@ -13,9 +13,9 @@ from recbole.data.dataloader import NegSampleEvalDataLoader
 from recbole.data.interaction import Interaction
 from recbole.utils import InputType
 
-from recbole_mllm.compat.patching import wrap
+from recbole_mllm.common.errors import UserError
 from recbole_mllm.data.schema import TIE
-from recbole_mllm.errors import UserError
+from recbole_mllm.recbole_patches.hooks import wrap
 
 
 @dataclass(frozen=True, slots=True)

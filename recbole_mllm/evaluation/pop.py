@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from recbole_mllm.compat.patching import wrap
 from recbole_mllm.data.facts import wants_exact_order
 from recbole_mllm.evaluation.protocol import training_counts
+from recbole_mllm.recbole_patches.hooks import wrap
 
 
 def count_all(pop: Any) -> None:

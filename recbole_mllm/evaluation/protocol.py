@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from recbole_mllm.common.settings import EvaluationSettings
 from recbole_mllm.data.schema import POSITION
-from recbole_mllm.settings import EvaluationSettings
 
 HEAD_SHARE = 0.2  # the most popular fifth of the trained items is the head, the rest the long tail
 

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from recbole_mllm.compat.patching import wrap
+from recbole_mllm.common.errors import UserError
 from recbole_mllm.data.schema import ITEM, TIE, USER
-from recbole_mllm.errors import UserError
+from recbole_mllm.recbole_patches.hooks import wrap
 
 Keys = Callable[[Any, Any], Any]
 """Of internal (users, items) ``[B]``: int64 ``[B]`` that order equal scores (`data.sampling.tie_keys`)."""

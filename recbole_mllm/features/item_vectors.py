@@ -27,15 +27,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from recbole_mllm.compat.patching import wrap
+from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.files import make_once, write_text
+from recbole_mllm.common.resources import PROPERTIES
+from recbole_mllm.common.settings import FeatureSettings, Settings, known_keys
+from recbole_mllm.common.yaml_files import read_mapping
 from recbole_mllm.data.atomic import read_columns, read_values, write_atomic
 from recbole_mllm.data.images import image_digest
-from recbole_mllm.data.texts import read_items
-from recbole_mllm.errors import UserError
-from recbole_mllm.files import made_once, write_text
-from recbole_mllm.resources import PROPERTIES
-from recbole_mllm.settings import FeatureSettings, Settings, known_keys
-from recbole_mllm.yamlfile import read_mapping
+from recbole_mllm.data.item_table import read_items
+from recbole_mllm.recbole_patches.hooks import wrap
 
 _EDITION = 1  # of how vectors are made
 
@@ -196,9 +196,9 @@ def _feature(kind: str, config: Any, chosen: FeatureSettings, folder: Path, want
     """Return the feature of a `kind` (``text`` or ``image``) of the `wanted` raw ids, in their order."""
     from recbole_mllm.mllm import embedding  # here, as whoever reads no features waits for no transformers
     from recbole_mllm.mllm.hf import HFModel
-    from recbole_mllm.model.stages import make_stage, without_refused
-    from recbole_mllm.summaries.prepare import export_item_summaries
-    from recbole_mllm.summaries.shards import opened_store
+    from recbole_mllm.model.summarizers import make_summary_setup, without_refused
+    from recbole_mllm.summaries.preferences import export_item_summaries
+    from recbole_mllm.summaries.work_shares import opened_store
 
     settings, device = settings_of(config), config["device"]
     place, trusted = settings.recommend.image_dir, settings.mllm.trust_remote_code
@@ -217,7 +217,7 @@ def _feature(kind: str, config: Any, chosen: FeatureSettings, folder: Path, want
         return ItemFeature(kind, tag, lambda: (embedding.image_vectors(loaded(), paths), known))
     summaries: dict[str, str] = {}
     if settings.summary.item_summary != "none" and (items.images or settings.summary.item_summary == "text"):
-        setup = make_stage({**config.final_config_dict, "data_path": str(folder)}, settings, device)
+        setup = make_summary_setup({**config.final_config_dict, "data_path": str(folder)}, settings, device)
         with closing(opened_store(folder)) as store:
             summaries = export_item_summaries(setup, store, wanted)
     texts = [". ".join(filter(None, (items.title(item), summaries.get(item, "")))) for item in wanted]
@@ -233,7 +233,8 @@ def _feature(kind: str, config: Any, chosen: FeatureSettings, folder: Path, want
 
 
 def _tag(kind: str, encoder: str, settings: Settings, chosen: FeatureSettings, content: Sequence[str]) -> str:
-    from recbole_mllm.mllm.loading import dtype_of, identity_of, source_of
+    from recbole_mllm.common.model_names import identity_of, source_of
+    from recbole_mllm.mllm.loading import dtype_of
 
     dtype = dtype_of(settings.mllm.dtype, torch.device("cpu"))
     known = [_EDITION, kind, identity_of(encoder, None), str(dtype), settings.mllm.max_text_tokens, chosen.feature_size]
@@ -264,7 +265,7 @@ def _ensure(feature: ItemFeature, folder: Path, wanted: list[str], size: int | N
         rows = ([item, " ".join(f"{n:.5g}" for n in vector)] for item, vector in zip(wanted, vectors, strict=True))
         write_atomic(scratch, dict(zip(feature.columns, ("token", "float_seq"), strict=True)), rows)
 
-    if made_once(path, make):
+    if make_once(path, make):
         lack = f"; {missing} items have no {feature.kind}, zeros stand for it" if missing else ""
         log.info(f"{path}: {len(wanted)} vectors{lack}")
 

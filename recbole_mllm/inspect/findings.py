@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from recbole_mllm.data.atomic import clean
-from recbole_mllm.data.item_images import Missing
-from recbole_mllm.data.values import MAX_CHARACTERS
+from recbole_mllm.data.atomic import MAX_CHARACTERS, clean
+from recbole_mllm.data.images import Missing
 from recbole_mllm.inspect.measure import LONG_TITLE, Health, Sample
 
 FEW = 3  # of a shorter history, leave-one-out keeps a training row at most: sequential models are not tested on it

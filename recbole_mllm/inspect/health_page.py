@@ -14,10 +14,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.files import head, may_replace, whole_file
 from recbole_mllm.common.svg import Axis, Chart, count_axis, environment, log_count_axis
 from recbole_mllm.data.images import MISSING_HEADER, write_report
-from recbole_mllm.errors import UserError
-from recbole_mllm.files import head, may_replace, whole_file
 from recbole_mllm.inspect.findings import findings, many, share
 from recbole_mllm.inspect.measure import Health
 

@@ -13,10 +13,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from recbole_mllm.common.config import checked_file
+from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.files import head
 from recbole_mllm.data import schema
 from recbole_mllm.data.atomic import (
+    MAX_CHARACTERS,
     clean,
     id_problem,
+    impossible_times,
     read_atomic,
     read_columns,
     read_numbered,
@@ -25,12 +30,7 @@ from recbole_mllm.data.atomic import (
     word_problem,
 )
 from recbole_mllm.data.checking import Rules, check_columns, fault, is_missing, time_problem
-from recbole_mllm.data.images import MOST_LONG
-from recbole_mllm.data.item_images import ItemImages, Missing
-from recbole_mllm.data.values import MAX_CHARACTERS, impossible_times
-from recbole_mllm.errors import UserError
-from recbole_mllm.files import head
-from recbole_mllm.keys import checked_file
+from recbole_mllm.data.images import MOST_LONG, ItemImages, Missing
 
 BINS = 60  # of interactions over time
 LONG_TITLE = 1_000  # characters; a prompt of ten such titles leaves no room for anything else

@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from recbole_mllm.mllm.dispatching import computes_on, input_device, present
 from recbole_mllm.mllm.encoder import Encoded, ImageInput
 from recbole_mllm.mllm.families import architecture_of, language_part
 from recbole_mllm.mllm.memory import Budget, ByteCache
+from recbole_mllm.mllm.placement import computes_on, input_device, present
 
 _BATCH_TOKENS = 8192  # tokens of keys and values a batch holds, padding included
-_FEATURE_BYTES = 2 * 2**30
+FEATURE_BYTES = 2 * 2**30
 
 
-class Body:
+class Backbone:
     """The transformer under a (possibly adapted) causal language model, with a cache of image features.
 
     Features are cached only while the vision tower is frozen (`frozen_vision`): training it changes them.
@@ -43,7 +43,7 @@ class Body:
         self.way_sees = False  # whether it was found by prompts with images
         self.in_flight: dict[bool, bool] = {}  # whether answers are written side by side, with images or without
         self.budget = Budget(_BATCH_TOKENS, self.forget_features)
-        self._features = ByteCache[BaseModelOutputWithPooling](lambda: _FEATURE_BYTES, _bytes)
+        self._features = ByteCache[BaseModelOutputWithPooling](lambda: FEATURE_BYTES, _bytes)
 
     def without_gradients(self) -> AbstractContextManager[None]:
         """Compute within as fast as can be where nothing is learnt.

@@ -11,7 +11,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from recbole_mllm.errors import UserError
+from recbole_mllm.common.errors import UserError
 
 _QUESTION, _ANSWER = "A question?", "Yes"
 _DAY = datetime(2024, 7, 26)  # the day that Llama 3's template names where it cannot know today's

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from recbole_mllm.common.prompts import IMAGE, Prompt
-from recbole_mllm.mllm.chat import cut, data_url, tokens
 from recbole_mllm.mllm.interface import Scored
+from recbole_mllm.mllm.server_messages import cut, data_url, tokens
 
 QUESTION = "answer"
 TOP = 20  # log-probabilities a chat completion is asked for: OpenAI's most, and what servers allow by default

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
-from recbole_mllm.errors import UserError
+from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.model_names import source_of
+from recbole_mllm.common.progress import Progress
 from recbole_mllm.mllm.encoder import Encoded
 from recbole_mllm.mllm.hf import HFModel
-from recbole_mllm.mllm.loading import dtype_of, source_of
-from recbole_mllm.progress import Progress
+from recbole_mllm.mllm.loading import dtype_of
 
 _BATCH = 64
 

@@ -13,9 +13,9 @@ from unicodedata import combining
 
 from torch import Tensor
 
+from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.prompts import IMAGE, Prompt
 from recbole_mllm.data.images import image_digest, open_image
-from recbole_mllm.errors import UserError
 from recbole_mllm.mllm.chat_template import ChatTemplate
 from recbole_mllm.mllm.families import Architecture
 from recbole_mllm.mllm.loading import REFUSALS

@@ -21,21 +21,22 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from recbole_mllm.common.model_names import gguf_of, source_of
 from recbole_mllm.common.prompts import Prompt
 from recbole_mllm.data.sampling import hash64
-from recbole_mllm.mllm.backbone import Body
+from recbole_mllm.mllm.backbone import Backbone
 from recbole_mllm.mllm.encoder import Encoded, Encoder
 from recbole_mllm.mllm.interface import Answer, Ask, Batch, Decoding, Work
-from recbole_mllm.mllm.loading import UNREADABLE, changed, gguf_of, source_of
+from recbole_mllm.mllm.loading import UNREADABLE, changed
 from recbole_mllm.mllm.memory import free_memory, out_of_memory
-from recbole_mllm.mllm.scoring import UNSUITED, error_line, way_of
+from recbole_mllm.mllm.scoring import UNSUITED, error_line, scoring_mode
 
 READ_TOKENS = 4096  # read in one pass; more would fill memory with activations, and short prompts with padding
 _REFILL = 4  # new rows are read once this share of the slots (1/4) is free: each refill copies the cache
 _CHECK = Decoding(4)
 
 
-def answer(body: Body, encoder: Encoder, stop: frozenset[int], slots: int, work: Work) -> None:
+def answer(body: Backbone, encoder: Encoder, stop: frozenset[int], slots: int, work: Work) -> None:
     """Answer what `work` holds, up to `slots` prompts at a time; the tokens of `stop` end an answer."""
     first = work.take(1)
     if not first:
@@ -46,7 +47,7 @@ def answer(body: Body, encoder: Encoder, stop: frozenset[int], slots: int, work:
         PlainGeneration(body, encoder, stop, first).run(work)
 
 
-def _in_flight(body: Body, encoder: Encoder, stop: frozenset[int], prompt: Prompt) -> bool:
+def _in_flight(body: Backbone, encoder: Encoder, stop: frozenset[int], prompt: Prompt) -> bool:
     """Whether two short answers written side by side, to `prompt` and to a longer one, are those of ``generate``."""
     if body.architecture.known:
         return True
@@ -69,11 +70,11 @@ def _in_flight(body: Body, encoder: Encoder, stop: frozenset[int], prompt: Promp
     return body.in_flight[kind]
 
 
-def _reads_right(body: Body, encoder: Encoder, prompts: Sequence[Prompt]) -> bool:
+def _reads_right(body: Backbone, encoder: Encoder, prompts: Sequence[Prompt]) -> bool:
     """Whether prompts are read as the model's plain forward pass does, which a few equal words do not show."""
     encoded = [encoder(prompt) for prompt in prompts]
     with body.without_gradients():
-        mode = way_of(body, encoded, sorted(set(encoded[0].ids)))
+        mode = scoring_mode(body, encoded, sorted(set(encoded[0].ids)))
     if not prompts[0].images:
         body.way = None  # nothing is known of how images are read; scoring finds out
     return mode != "plain"
@@ -120,7 +121,7 @@ class Generation:
     """
 
     def __init__(
-        self, body: Body, encoder: Encoder, stop: frozenset[int], slots: int, first: Sequence[Ask] = ()
+        self, body: Backbone, encoder: Encoder, stop: frozenset[int], slots: int, first: Sequence[Ask] = ()
     ) -> None:
         self.body, self.encoder, self.stop, self.slots = body, encoder, stop, slots
         self.rows: list[_Row] = []
@@ -251,7 +252,7 @@ class Generation:
 class PlainGeneration:
     """Answers one prompt after the other by the model's own ``generate``; a prompt too large fails alone."""
 
-    def __init__(self, body: Body, encoder: Encoder, stop: frozenset[int], first: Sequence[Ask] = ()) -> None:
+    def __init__(self, body: Backbone, encoder: Encoder, stop: frozenset[int], first: Sequence[Ask] = ()) -> None:
         self.body, self.encoder, self.stop, self.first = body, encoder, stop, list(first)
 
     def run(self, work: Work) -> None:

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from recbole_mllm.common.prompts import Prompt, Style
-from recbole_mllm.mllm import dispatching, splitting
-from recbole_mllm.mllm.backbone import Body
+from recbole_mllm.common.settings import MLLMSettings
+from recbole_mllm.mllm import placement, sharding
+from recbole_mllm.mllm.backbone import Backbone
 from recbole_mllm.mllm.encoder import IMAGE_BYTES, AnswerTokens, Encoded, Encoder, answer_tokens, image_bytes
 from recbole_mllm.mllm.generation import answer
 from recbole_mllm.mllm.interface import Work
 from recbole_mllm.mllm.loading import Loaded, dtype_of, load
 from recbole_mllm.mllm.loss import example_loss, make_examples
 from recbole_mllm.mllm.scoring import yes_logits
-from recbole_mllm.settings import MLLMSettings
 
 
 class HFModel:
@@ -43,13 +43,13 @@ class HFModel:
         if loaded is None:
             gc.collect()  # a model is a web of references in circles: the one before would stay beside this one
             at = torch.device("cpu") if to_split else device
-            placed = dispatching.placement(settings, device)
+            placed = placement.placement(settings, device)
             trusted = settings.trust_remote_code
             loaded = load(name, dtype, at, trust_remote_code=trusted, four_bit=four_bit, placed=placed)
         self.identity = f"{loaded.identity}:{str(dtype).removeprefix('torch.')}{':nf4' if four_bit else ''}"
         self.model: Any = loaded.model
         self.device = device
-        self.body = Body(loaded.model)
+        self.body = Backbone(loaded.model)
         self.slots = slots
         parts = loaded.tokenizer, loaded.processor, settings.max_text_tokens
         self.encoder = Encoder(*parts, self.body.architecture, positions_of(loaded.model.config))
@@ -58,12 +58,12 @@ class HFModel:
     def replace_model(self, model: Any) -> None:
         """Continue with `model`, the same one with an adapter around it."""
         self.model = model
-        self.body = Body(model)
+        self.body = Backbone(model)
 
     def split(self) -> None:
         """Split the model's layers among the processes that share its work; all of them must do so."""
-        splitting.split(self.model, self.device)
-        self.body = Body(self.model, split=True)
+        sharding.split(self.model, self.device)
+        self.body = Backbone(self.model, split=True)
 
     def checkpoint_gradients(self) -> None:
         """Compute layers again on the way back rather than keep their activations; the gradients are the same.

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.prompts import Prompt
-from recbole_mllm.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)

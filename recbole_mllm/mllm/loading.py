@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -10,7 +9,6 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +28,14 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
-from recbole_mllm.errors import UserError
-from recbole_mllm.mllm.dispatching import check_room
+from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.model_names import gguf_of, identity_of, source_of
 from recbole_mllm.mllm.families import language_part
+from recbole_mllm.mllm.placement import check_room
 
-TINY = "tiny"
 REFUSALS = (ValueError, ZeroDivisionError, OverflowError)  # what image processors raise at sizes they cannot take
 # What reading a folder that is damaged, or no model's, may raise
 UNREADABLE = (ImportError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
-_WHOLE = 64 * 2**20  # files up to this many bytes are digested whole, larger ones by size, head and tail
-_END = 2**20
 Size = tuple[int, int]
 
 
@@ -51,61 +47,6 @@ class Loaded:
     tokenizer: Any
     processor: Any | None
     identity: str
-
-
-# --- what a name means ---
-
-
-def source_of(name: str) -> str:
-    """Return the folder of the bundled model for `tiny`, else `name` itself."""
-    if name.startswith("server:"):
-        raise UserError(f"{name}: a model behind a server cannot be loaded here; give a hub id or a local folder")
-    return str(Path(__file__).resolve().parents[1] / "demo" / "tiny") if name == TINY else name
-
-
-def gguf_of(source: str) -> Path | None:
-    """Return the ``.gguf`` file `source` is, or holds in place of a ``config.json``; None where it is no such thing.
-
-    Raises:
-        UserError: There is no such file, there are several, or the package that reads it is missing.
-    """
-    path = Path(source)
-    if path.suffix.lower() == ".gguf":
-        found = [path] if path.is_file() else []
-    elif path.is_dir() and not (path / "config.json").is_file():
-        found = sorted(path.glob("*.gguf"))
-        if not found:
-            return None
-    else:
-        return None
-    if len(found) != 1:
-        what = f"holds {len(found)} .gguf files; give the path of one" if found else "is not there"
-        raise UserError(f"model {source!r} {what}")
-    if find_spec("gguf") is None:
-        raise UserError(f"reading {found[0].name} needs the gguf package: pip install 'recbole-mllm[gguf]'")
-    return found[0]
-
-
-def identity_of(name: str, revision: str | None) -> str:
-    """Return what names the weights: a digest of a folder's files or of one file, or a hub id with its commit."""
-    place = Path(source_of(name))
-    if place.is_file():
-        files, root = [place], place.parent
-    elif place.is_dir():
-        files = sorted(p for p in place.rglob("*") if p.is_file() and not p.name.startswith("."))
-        root = place
-    else:
-        return f"{name}@{revision or 'main'}"
-    digest = hashlib.sha256()
-    for path in files:
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(root)}:{size}\n".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(min(size, _WHOLE) if size <= _WHOLE else _END))
-            if size > _WHOLE:
-                file.seek(-_END, 2)
-                digest.update(file.read())
-    return f"{place.name}#{digest.hexdigest()[:16]}"
 
 
 def dtype_of(name: str, device: torch.device) -> torch.dtype:

@@ -13,12 +13,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from recbole_mllm.errors import UserError
-from recbole_mllm.files import write_text
-from recbole_mllm.mllm import splitting
-from recbole_mllm.mllm.dispatching import check_trainable
+from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.files import write_text
+from recbole_mllm.common.settings import LoraSettings
+from recbole_mllm.mllm import sharding
 from recbole_mllm.mllm.families import language_part
-from recbole_mllm.settings import LoraSettings
+from recbole_mllm.mllm.placement import check_trainable
 
 TRAINED, DESCRIPTION = "trained.safetensors", "trained.json"
 _NEVER = ("lm_head", "projector", "connector", "merger", "embed")
@@ -33,7 +33,7 @@ def check_finetune(settings: LoraSettings, device: torch.device) -> None:
         UserError: ``finetune: qlora`` without bitsandbytes, or on a device it has nothing for; or something that
             cannot be split among processes here.
     """
-    if (how := splitting.wanted()) and settings.finetune in ("full", "qlora"):
+    if (how := sharding.wanted()) and settings.finetune in ("full", "qlora"):
         raise UserError(f"finetune: {settings.finetune} cannot be split by {how} here; set finetune: lora")
     if settings.finetune == "qlora":
         _check_four_bits(device)

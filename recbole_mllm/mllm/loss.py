@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from recbole_mllm.mllm.backbone import Body
+from recbole_mllm.mllm.backbone import Backbone
 from recbole_mllm.mllm.encoder import Encoded
-from recbole_mllm.mllm.scoring import Way, common_prefix, fork, input_key, split_by_next, way_of
+from recbole_mllm.mllm.scoring import ScoringMode, common_prefix, fork, input_key, scoring_mode, split_by_next
 
-_LEAST_GAIN = 256  # tokens a shared prefix must save to be worth a forward pass of its own
+LEAST_GAIN = 256  # tokens a shared prefix must save to be worth a forward pass of its own
 
 
 def make_examples(prompts: Sequence[Encoded], answers: Sequence[Sequence[int]]) -> list[Encoded]:
@@ -25,7 +25,7 @@ def make_examples(prompts: Sequence[Encoded], answers: Sequence[Sequence[int]]) 
     return [Encoded((*p.ids, *a), p.images, len(a)) for p, a in zip(prompts, answers, strict=True)]
 
 
-def example_loss(body: Body, examples: Sequence[Encoded], *, whole: bool = False, share: bool = False) -> Tensor:
+def example_loss(body: Backbone, examples: Sequence[Encoded], *, whole: bool = False, share: bool = False) -> Tensor:
     """Return the mean loss over rows of the mean loss over each row's labelled tokens.
 
     Args:
@@ -38,7 +38,7 @@ def example_loss(body: Body, examples: Sequence[Encoded], *, whole: bool = False
     Returns:
         A scalar, float32.
     """
-    if way_to_train(body, examples) == "plain":
+    if training_mode(body, examples) == "plain":
         return torch.stack([_plain_loss(body, example, whole) for example in examples]).mean()
     losses = [
         _summed_loss(body, [examples[i] for i in group.rows], group.shared, whole)
@@ -47,7 +47,7 @@ def example_loss(body: Body, examples: Sequence[Encoded], *, whole: bool = False
     return torch.stack(losses).sum() / len(examples)
 
 
-def _summed_loss(body: Body, examples: Sequence[Encoded], shared: int, whole: bool) -> Tensor:
+def _summed_loss(body: Backbone, examples: Sequence[Encoded], shared: int, whole: bool) -> Tensor:
     """Return the sum of the rows' losses, their first `shared` tokens being computed once."""
     states, width = _states(body, examples, shared)
     # what is predicted, at which state, with what weight; the shared part's own tokens are labelled by every row
@@ -64,7 +64,7 @@ def _summed_loss(body: Body, examples: Sequence[Encoded], shared: int, whole: bo
     return (losses * torch.tensor(list(labels.values()), device=losses.device)).sum().to(body.device)
 
 
-def _states(body: Body, rows: Sequence[Encoded], shared: int) -> tuple[Tensor, int]:
+def _states(body: Backbone, rows: Sequence[Encoded], shared: int) -> tuple[Tensor, int]:
     """Return ``[shared + B * S, D]`` last hidden states, those of the shared tokens first, and S.
 
     The keys and values of the shared tokens are part of the graph: each row's loss reaches them through its own view.
@@ -79,34 +79,36 @@ def _states(body: Body, rows: Sequence[Encoded], shared: int) -> tuple[Tensor, i
     return torch.cat([before[0], behind.flatten(0, 1)]), behind.size(1)
 
 
-def _labelled(body: Body, example: Encoded, whole: bool) -> list[int]:
+def _labelled(body: Backbone, example: Encoded, whole: bool) -> list[int]:
     """Return the places of the tokens that are to be predicted."""
     ids = example.ids
     first = 1 if whole and body.architecture.shares_prefix else len(ids) - example.answer
     return [t for t in range(first, len(ids)) if ids[t] != body.image_token_id]
 
 
-def _plain_loss(body: Body, example: Encoded, whole: bool) -> Tensor:
+def _plain_loss(body: Backbone, example: Encoded, whole: bool) -> Tensor:
     """Return one row's mean loss by the model's own forward pass, for a family that no faster way is right for."""
     places = torch.tensor(_labelled(body, example, whole), device=body.device)
     targets = torch.tensor(example.ids, device=body.device)[places]
     return functional.cross_entropy(body.plain_logits(example)[places - 1], targets)
 
 
-def way_to_train(body: Body, examples: Sequence[Encoded]) -> Way:
+def training_mode(body: Backbone, examples: Sequence[Encoded]) -> ScoringMode:
     """Return how the model is run; a family without a row in the table is checked first, as it is to be scored."""
     if body.way is None or (not body.way_sees and any(example.images for example in examples)):
         model, answers = body.head_model, sorted({token for e in examples for token in e.ids[-e.answer :]})
         training = model.training
         model.eval()  # dropout would make any two passes differ
         with torch.no_grad():
-            way_of(body, [Encoded(e.ids[: -e.answer], e.images) for e in examples], answers)
+            scoring_mode(body, [Encoded(e.ids[: -e.answer], e.images) for e in examples], answers)
         model.train(training)
-    mode: Way = body.way
+    mode: ScoringMode = body.way
     return mode
 
 
-def micro_batches(body: Body, examples: Sequence[Encoded], size: int | None, *, share: bool = False) -> list[list[int]]:
+def micro_batches(
+    body: Backbone, examples: Sequence[Encoded], size: int | None, *, share: bool = False
+) -> list[list[int]]:
     """Cut a batch into parts that one backward pass each holds; every row is in exactly one.
 
     Rows of like length stand together, at most `size` of them (None: all). Rows that share a prefix stay together as
@@ -138,7 +140,7 @@ class SharedPrefix:
     shared: int
 
 
-def can_share(body: Body) -> bool:
+def can_share(body: Backbone) -> bool:
     """Return whether the model's forward pass can continue behind keys and values it has computed, with gradients.
 
     Gradient checkpointing computes layers again, without a cache; a prefix-LM reads its prompt in both directions; of a
@@ -148,7 +150,7 @@ def can_share(body: Body) -> bool:
     return own.known and own.shares_prefix and not getattr(body.head_model, "is_activation_checkpointing", False)
 
 
-def groups(body: Body, rows: Sequence[Encoded], *, share: bool = True) -> list[SharedPrefix]:
+def groups(body: Backbone, rows: Sequence[Encoded], *, share: bool = True) -> list[SharedPrefix]:
     """Partition `rows` such that shared prefixes save most; what shares nothing is one last group."""
     found: list[SharedPrefix] = []
     if share and can_share(body):
@@ -175,6 +177,6 @@ def _best(keys: Sequence[tuple[int, ...]], rows: Sequence[int], start: int) -> t
     for part in parts if len(parts) > 1 else ():
         saved, deeper = _best(keys, part, common)
         below, found = below + saved, found + deeper
-    if gain > below and gain >= _LEAST_GAIN:
+    if gain > below and gain >= LEAST_GAIN:
         return gain, [SharedPrefix(tuple(rows), shared)]
     return below, found

@@ -12,8 +12,8 @@ from typing import Generic, TypeVar
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
-from recbole_mllm.errors import UserError
-from recbole_mllm.mllm import splitting
+from recbole_mllm.common.errors import UserError
+from recbole_mllm.mllm import sharding
 
 Row = TypeVar("Row")
 Out = TypeVar("Out")
@@ -78,8 +78,8 @@ def out_of_memory(error: Exception) -> bool:
         UserError: It does, and the model is split: the other processes are in the middle of the pass that failed here.
     """
     found = isinstance(error, torch.OutOfMemoryError) or bool(should_reduce_batch_size(error))
-    if found and splitting.wanted():
-        raise splitting.out_of_memory() from None
+    if found and sharding.wanted():
+        raise sharding.out_of_memory() from None
     return found
 
 

@@ -17,8 +17,8 @@ from accelerate.utils import get_max_memory
 
 from recbole_mllm.common import distributed
 from recbole_mllm.common.errors import UserError
-from recbole_mllm.files import check_place
-from recbole_mllm.settings import MLLMSettings
+from recbole_mllm.common.files import check_place
+from recbole_mllm.common.settings import MLLMSettings
 
 
 def check_dispatch(settings: MLLMSettings) -> None:

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from recbole_mllm.mllm.backbone import Body
+from recbole_mllm.mllm.backbone import Backbone
 from recbole_mllm.mllm.encoder import Encoded
 from recbole_mllm.mllm.memory import in_batches
 
 # fastest first. shared: common prefixes once; flat: batches of whole prompts; plain: its own call, one at a time
-Way = Literal["shared", "flat", "plain"]
-_LEAST_GAIN = 512  # tokens a shared prefix must save to be worth a forward pass, and smaller batches behind it
+ScoringMode = Literal["shared", "flat", "plain"]
+LEAST_GAIN = 512  # tokens a shared prefix must save to be worth a forward pass, and smaller batches behind it
 _TOLERANCE = {torch.float32: 1e-4}  # of the largest logit; half precision moves more by batching alone
 _HALF = 5e-2
 # What a model that knows nothing of our caches, features or positions may raise
@@ -33,7 +33,7 @@ UNSUITED = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeEr
 
 
 def yes_logits(
-    body: Body,
+    body: Backbone,
     prompts: Sequence[Encoded],
     tokens: Sequence[int],
     *,
@@ -51,12 +51,17 @@ def yes_logits(
     """
     if not prompts:
         return torch.empty(0, len(tokens))
-    mode = way_of(body, prompts, tokens)
-    return _logits("flat" if mode == "shared" and not share_prefix else mode, body, prompts, tokens, name, _LEAST_GAIN)
+    mode = scoring_mode(body, prompts, tokens)
+    return _logits("flat" if mode == "shared" and not share_prefix else mode, body, prompts, tokens, name, LEAST_GAIN)
 
 
 def _logits(
-    mode: Way, body: Body, prompts: Sequence[Encoded], tokens: Sequence[int], name: Callable[[int], str], gain: int
+    mode: ScoringMode,
+    body: Backbone,
+    prompts: Sequence[Encoded],
+    tokens: Sequence[int],
+    name: Callable[[int], str],
+    gain: int,
 ) -> Tensor:
     if mode == "plain":
         return torch.stack([plain_logits(body, prompt, tokens) for prompt in prompts])
@@ -65,25 +70,25 @@ def _logits(
     return trie.out
 
 
-def plain_logits(body: Body, prompt: Encoded, tokens: Sequence[int]) -> Tensor:
+def plain_logits(body: Backbone, prompt: Encoded, tokens: Sequence[int]) -> Tensor:
     """Return ``[len(tokens)]`` float32 logits behind `prompt` by the model's own forward pass with pixels."""
     return body.plain_logits(prompt)[-1, list(tokens)].cpu()
 
 
-def way_of(body: Body, prompts: Sequence[Encoded], tokens: Sequence[int]) -> Way:
+def scoring_mode(body: Backbone, prompts: Sequence[Encoded], tokens: Sequence[int]) -> ScoringMode:
     """Return the fastest mode that is exact for this model, found once, by two of `prompts` and logits of `tokens`.
 
     What was found by prompts without an image says nothing of those with one: the first of these are checked too.
     """
     images = any(prompt.images for prompt in prompts)
     if body.way is None or (images and not body.way_sees):
-        found = way_to_score(body, prompts, tokens)
-        body.way, body.way_sees = max(body.way or found, found, key=get_args(Way).index), images
-    mode: Way = body.way
+        found = find_scoring_mode(body, prompts, tokens)
+        body.way, body.way_sees = max(body.way or found, found, key=get_args(ScoringMode).index), images
+    mode: ScoringMode = body.way
     return mode
 
 
-def way_to_score(body: Body, prompts: Sequence[Encoded], tokens: Sequence[int]) -> Way:
+def find_scoring_mode(body: Backbone, prompts: Sequence[Encoded], tokens: Sequence[int]) -> ScoringMode:
     """Return the fastest mode whose scores of two short prompts are those of the plain forward pass."""
     if body.architecture.known:
         return "shared" if body.architecture.shares_prefix else "flat"
@@ -92,7 +97,7 @@ def way_to_score(body: Body, prompts: Sequence[Encoded], tokens: Sequence[int]) 
     pair = [first, Encoded((*first.ids, *first.ids[-3:] * 8), first.images)]
     own = torch.stack([plain_logits(body, prompt, tokens) for prompt in pair])
     allowed = _TOLERANCE.get(body.head_model.dtype, _HALF) * max(1.0, own.abs().max().item())
-    modes: tuple[Way, ...] = ("shared", "flat")
+    modes: tuple[ScoringMode, ...] = ("shared", "flat")
     for mode in modes:
         try:
             off = (_logits(mode, body, pair, tokens, str, 1) - own).abs().max().item()
@@ -114,7 +119,7 @@ def error_line(error: Exception) -> str:
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
-def input_key(body: Body, prompt: Encoded) -> tuple[int, ...]:
+def input_key(body: Backbone, prompt: Encoded) -> tuple[int, ...]:
     """Return the prompt's ids with image placeholders named after their image, so that equal keys are equal inputs."""
     if not prompt.images:
         return prompt.ids
@@ -161,7 +166,7 @@ class Trie:
 
     def __init__(
         self,
-        body: Body,
+        body: Backbone,
         prompts: Sequence[Encoded],
         tokens: Sequence[int],
         name: Callable[[int], str],
@@ -171,7 +176,7 @@ class Trie:
         self.keys = [input_key(body, prompt) for prompt in prompts]
         self.out = torch.empty(len(prompts), len(tokens))
 
-    def run(self, way: Way) -> None:
+    def run(self, way: ScoringMode) -> None:
         """Score all prompts, sharing prefixes or not."""
         order = sorted(range(len(self.prompts)), key=self.keys.__getitem__)
         (self.node if way == "shared" else self.leaf)(order, 0, None)

@@ -14,11 +14,11 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from recbole_mllm.common.endpoints import Endpoint
-from recbole_mllm.errors import UserError
-from recbole_mllm.mllm.base import Answer, Ask, Work
+from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.settings import ServerSettings
+from recbole_mllm.mllm.interface import Answer, Ask, Work
 from recbole_mllm.mllm.server_host import Failure, FailureKind, Host
 from recbole_mllm.mllm.server_messages import answer_of, message
-from recbole_mllm.settings import ServerSettings
 
 _TRIES = 3  # times a prompt may draw an error that could be its own doing, each retried by the client
 _HOPELESS = 3  # prompts refused before any was answered: it is not the prompts

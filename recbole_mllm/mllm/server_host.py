@@ -15,9 +15,9 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from recbole_mllm.errors import UserError
-from recbole_mllm.mllm.base import Answer
-from recbole_mllm.settings import ServerSettings
+from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.settings import ServerSettings
+from recbole_mllm.mllm.interface import Answer
 
 RETRIES = 2  # of the client itself, which waits as long as a Retry-After of up to two minutes says
 MOST_BYTES = 1 << 23  # of an answer, unpacked; a completion has some thousands, a long list of models a million

@@ -10,11 +10,11 @@ from typing import Any
 
 from PIL import Image
 
+from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.prompts import IMAGE, Prompt
 from recbole_mllm.data.images import open_image
-from recbole_mllm.errors import UserError
-from recbole_mllm.mllm.base import MOST_CHARACTERS, Answer
-from recbole_mllm.mllm.shortening import FEWEST, SHORTER_HISTORY, lists_items, longest_text
-from recbole_mllm.prompts import IMAGE, Prompt
+from recbole_mllm.mllm.encoder import FEWEST, SHORTER_HISTORY, lists_items, longest_text
+from recbole_mllm.mllm.interface import MOST_CHARACTERS, Answer
 
 # A server tokenises the whole text, so a special token's spelling inside a title would become that token (and an image
 # mark without an image an error). A space behind its first character keeps it plain text.

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from recbole_mllm.common.endpoints import Endpoint
-from recbole_mllm.mllm.base import Answer, Ask, Batch, Decoding, Scored
+from recbole_mllm.common.prompts import Prompt, Style
+from recbole_mllm.common.settings import ServerSettings
 from recbole_mllm.mllm.decision import TOP, decision_request, same_question, scored_completion, scored_decision
+from recbole_mllm.mllm.interface import Answer, Ask, Batch, Decoding, Scored
 from recbole_mllm.mllm.server import Requests, make_hosts
 from recbole_mllm.mllm.server_host import Failure, FailureKind, Host
 from recbole_mllm.mllm.server_messages import message
-from recbole_mllm.prompts import Prompt, Style
-from recbole_mllm.settings import ServerSettings
 
 _ONE_TOKEN = Decoding(1)
 _ABSENT = (404, 405, 501)  # what servers say to a path they do not have

@@ -21,9 +21,9 @@ from torch.distributed.fsdp import fully_shard
 
 from recbole_mllm.common import distributed
 from recbole_mllm.common.errors import UserError
-from recbole_mllm.mllm.architectures import can_be_split, language_part
+from recbole_mllm.common.settings import MLLMSettings
+from recbole_mllm.mllm.families import can_be_split, language_part
 from recbole_mllm.mllm.loading import family_of
-from recbole_mllm.settings import MLLMSettings
 
 _IDLE, _SCORES, _LEARNS = range(3)
 

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recbole_mllm.compat.patching import wrap
 from recbole_mllm.data.sampling import hashes64, mix64
+from recbole_mllm.recbole_patches.hooks import wrap
 
 
 def score_by_pair(model: Any) -> None:

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from recbole_mllm import ranks
+from recbole_mllm.common import distributed
+from recbole_mllm.common.distributed import cut
+from recbole_mllm.common.progress import Progress
 from recbole_mllm.common.prompts import Prompt, Style, recommend_prompt
-from recbole_mllm.data.texts import Items
-from recbole_mllm.mllm.backbone import Body
+from recbole_mllm.common.settings import RecommendSettings, Settings
+from recbole_mllm.data.item_table import Items
+from recbole_mllm.mllm.backbone import Backbone
 from recbole_mllm.mllm.loss import can_share
-from recbole_mllm.progress import Progress
-from recbole_mllm.settings import RecommendSettings, Settings
-from recbole_mllm.shares import cut
 
-_AHEAD = 1024  # prompts encoded at a time when a whole split is scored
+AHEAD = 1024  # prompts encoded at a time when a whole split is scored
 _PER_TOKEN = 4  # characters, about, in the languages that tokenisers were made for
 IMAGE_TOKENS = 512  # of an image that a server's model reads
 
@@ -33,12 +33,12 @@ def question(style: Style, settings: RecommendSettings, items: Items, preference
     return recommend_prompt(style, preference, items.title(item), image, item_first=first)
 
 
-def shares_in_training(settings: Settings, body: Body) -> bool:
+def shares_in_training(settings: Settings, body: Backbone) -> bool:
     """Return whether rows of a micro-batch share the computation of a common prefix: asked for, and possible."""
     return settings.train.share_prefix == "auto" and settings.lora.finetune != "none" and can_share(body)
 
 
-def deals_by_item(settings: Settings, body: Body) -> bool:
+def deals_by_item(settings: Settings, body: Backbone) -> bool:
     """Return whether rows of one item should meet in a batch: they share a prefix, and a pass may hold several rows."""
     train, first = settings.train, settings.recommend.prompt_order == "item-first"
     return (
@@ -75,14 +75,14 @@ def training_share(rows: Sequence[Row], costs: Callable[[Sequence[Row]], Costs])
 
     Every process cuts for itself, by costs on which all agree.
     """
-    if not ranks.is_launched():
+    if not distributed.is_launched():
         return list(range(len(rows)))
     first: dict[int, int] = {}
     for place, row in enumerate(rows):
         first.setdefault(row[2], place)
     order = sorted(range(len(rows)), key=lambda place: first[rows[place][2]])
-    parts = cut(*costs([rows[place] for place in order]), ranks.world_size())
-    return sorted(order[n] for n in parts[ranks.rank()])
+    parts = cut(*costs([rows[place] for place in order]), distributed.world_size())
+    return sorted(order[n] for n in parts[distributed.rank()])
 
 
 def score_in_chunks(
@@ -90,8 +90,8 @@ def score_in_chunks(
 ) -> Scores:
     """Return the scores of `rows`, some prompts at a time; by its end `progress` has advanced by `shown`."""
     found: Scores = {}
-    for start in range(0, len(rows), _AHEAD):
-        part = rows[start : start + _AHEAD]
+    for start in range(0, len(rows), AHEAD):
+        part = rows[start : start + AHEAD]
         found |= score(part)
         if progress:
             progress.update(len(part) * shown / len(rows))
@@ -117,13 +117,13 @@ def score_in_shares(
     Returns:
         The scores, and what the other processes have spent.
     """
-    parts = ranks.on_main(lambda: cut(*costs(rows), ranks.world_size()))
+    parts = distributed.on_main(lambda: cut(*costs(rows), distributed.world_size()))
     tokens, reused = spent()
-    share = [rows[n] for n in parts[ranks.rank()] if n < len(rows)]
+    share = [rows[n] for n in parts[distributed.rank()] if n < len(rows)]
     mine = score_in_chunks(share, score, progress, len(rows))
     now = spent()
-    gathered = ranks.gather_objects((mine, now[0] - tokens, now[1] - reused))
-    others = [found for number, found in enumerate(gathered) if number != ranks.rank()]
+    gathered = distributed.gather_objects((mine, now[0] - tokens, now[1] - reused))
+    others = [found for number, found in enumerate(gathered) if number != distributed.rank()]
     scores = dict(mine)
     for found, _, _ in others:
         scores |= {row: value for row, value in found.items() if row not in mine}

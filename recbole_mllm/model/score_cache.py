@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from recbole_mllm.common import distributed
+from recbole_mllm.common.files import remove_file
+from recbole_mllm.common.prompts import Prompt
 from recbole_mllm.data.images import image_digest
-from recbole_mllm.files import remove_file
-from recbole_mllm.prompts import Prompt
 
 _RECORD = struct.Struct("<16sd")
 _VERSION = 1  # of how prompts are encoded and scored

@@ -13,33 +13,27 @@ from typing import Any
 
 import torch
 
-from recbole_mllm import ranks
+from recbole_mllm.common import distributed
+from recbole_mllm.common.config import check_training
+from recbole_mllm.common.endpoints import is_server, parse_endpoint
+from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.model_names import TINY, identity_of, source_of
 from recbole_mllm.common.prompts import Style, read_style
-from recbole_mllm.config import check_training
+from recbole_mllm.common.settings import Settings
+from recbole_mllm.data.dataloader import check_negatives
 from recbole_mllm.data.images import write_report
-from recbole_mllm.data.texts import Items, read_items
-from recbole_mllm.data.training import check_negatives
-from recbole_mllm.endpoints import is_server, parse_endpoint
-from recbole_mllm.errors import UserError
-from recbole_mllm.mllm import splitting
-from recbole_mllm.mllm.dispatching import check_dispatch
+from recbole_mllm.data.item_table import Items, read_items
+from recbole_mllm.mllm import sharding
 from recbole_mllm.mllm.generation import ignored_rules, own_rules, with_penalty
 from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.mllm.interface import Writer
-from recbole_mllm.mllm.loading import (
-    TINY,
-    Size,
-    dtype_of,
-    identity_of,
-    load_images_processor,
-    refused_sizes,
-    source_of,
-)
+from recbole_mllm.mllm.loading import Size, dtype_of, load_images_processor, refused_sizes
 from recbole_mllm.mllm.lora import check_finetune
+from recbole_mllm.mllm.placement import check_dispatch
 from recbole_mllm.mllm.server import ServerModel
-from recbole_mllm.settings import Settings
-from recbole_mllm.summaries.prepare import Preferences, Stage, Summarizers, make_preferences
-from recbole_mllm.summaries.users import Plan
+from recbole_mllm.summaries.generator import Summarizers, SummarySetup
+from recbole_mllm.summaries.preferences import Preferences, make_preferences
+from recbole_mllm.summaries.user_summaries import SummaryRequests
 
 REFUSED = "refused_images.tsv"
 _NO_TEXT_CHANGE = {"summarize", "summarize_batch_size", "history_titles", "summary_repetition_penalty"}
@@ -58,8 +52,8 @@ def prepare_summaries(config: Any, dataset: Any) -> Preferences:
     """
     settings = Settings.from_config(config)
     check_recommender(config, settings, dataset)
-    stage = make_stage(config, settings, torch.device(config["device"]))
-    return make_preferences(stage, Plan(dataset.histories, dataset.positions))
+    stage = make_summary_setup(config, settings, torch.device(config["device"]))
+    return make_preferences(stage, SummaryRequests(dataset.histories, dataset.positions))
 
 
 def check_recommender(config: Any, settings: Settings, dataset: Any) -> None:
@@ -75,7 +69,7 @@ def check_recommender(config: Any, settings: Settings, dataset: Any) -> None:
     check_finetune(settings.lora, torch.device(config["device"]))
     check_dispatch(settings.mllm)
     name = settings.mllm.mllm
-    if not is_server(name) and (why := splitting.why_not(name, settings.mllm)):
+    if not is_server(name) and (why := sharding.why_not(name, settings.mllm)):
         raise why
 
 
@@ -91,7 +85,7 @@ def load_style(settings: Settings) -> Style:
     return read_style(name)
 
 
-def make_stage(config: Mapping[str, Any], settings: Settings, device: torch.device) -> Stage:
+def make_summary_setup(config: Mapping[str, Any], settings: Settings, device: torch.device) -> SummarySetup:
     """Read titles and images, and find who writes the summaries and under which tag they are exported.
 
     Raises:
@@ -108,7 +102,7 @@ def make_stage(config: Mapping[str, Any], settings: Settings, device: torch.devi
         )
     style = load_style(settings)
     who = _summarizers(settings, device)
-    return Stage(folder, _tag(settings, style, who), style, items, settings.summary, who)
+    return SummarySetup(folder, _tag(settings, style, who), style, items, settings.summary, who)
 
 
 def _image_readers(settings: Settings) -> list[str]:
@@ -135,7 +129,7 @@ def without_refused(items: Items, folder: Path, models: Sequence[str], *, trust_
     if not refused:
         return items
     rows = [(item, str(items.images[item]), reason) for item, reason in refused.items()]
-    if ranks.is_main():
+    if distributed.is_main():
         _report_refused(folder / REFUSED, rows)
     return replace(items, images={item: path for item, path in items.images.items() if item not in refused})
 
@@ -157,9 +151,9 @@ def _summarizers(settings: Settings, device: torch.device) -> Summarizers:
     user = settings.mllm.user_summarizer or settings.mllm.mllm
     writes = settings.summary.item_summary != "none", settings.summary.summary_mode != "none"
     for name, kind, needed in ((item, "item", writes[0]), (user, "user", writes[1])):
-        if needed and not is_server(name) and (why := splitting.why_not(name, settings.mllm)):
+        if needed and not is_server(name) and (why := sharding.why_not(name, settings.mllm)):
             logging.getLogger().warning(f"{kind}_summarizer: {why}; only summaries that are there already will do")
-    split = splitting.wanted() is not None
+    split = sharding.wanted() is not None
     return Summarizers(
         _identity(item, settings, device),
         _identity(user, settings, device),
@@ -191,7 +185,7 @@ def _writer(name: str, key: str, settings: Settings, device: torch.device) -> Wr
     if is_server(name):
         return ServerModel(parse_endpoint(name, key), settings.server)
     slots = settings.summary.summarize_batch_size or SLOTS["cpu" if device.type == "cpu" else "gpu"]
-    split = splitting.wanted() is not None
+    split = sharding.wanted() is not None
     mllm = HFModel(name, settings.mllm, device, slots, to_split=split)
     if split:
         mllm.split()

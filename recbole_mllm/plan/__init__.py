@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from recbole_mllm.common.settings import COUNT
 from recbole_mllm.data.schema import ISUM_TYPES, USUM_TYPES
 from recbole_mllm.mllm.generation import READ_TOKENS
-from recbole_mllm.model.stages import SLOTS
+from recbole_mllm.model.summarizers import SLOTS
 from recbole_mllm.plan.cost import Count, Device, activations, backward_flops, fits, flops, pass_bytes
 from recbole_mllm.plan.counting import (
     CHARACTERS,
@@ -21,8 +22,7 @@ from recbole_mllm.plan.counting import (
     count_summaries,
     count_training,
 )
-from recbole_mllm.ranges import COUNT
-from recbole_mllm.summaries.prepare import Preferences
+from recbole_mllm.summaries.preferences import Preferences
 
 SCHEMA = 1
 LIMIT = 20_000  # prompts of a stage that are all counted; beyond, a sample stands for them

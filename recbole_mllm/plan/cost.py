@@ -10,12 +10,12 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from recbole_mllm.errors import UserError
-from recbole_mllm.mllm.architectures import language_part
+from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.resources import PROPERTIES
+from recbole_mllm.common.settings import LoraSettings, TrainSettings
+from recbole_mllm.common.yaml_files import read_mapping
+from recbole_mllm.mllm.families import language_part
 from recbole_mllm.mllm.lora import target_modules
-from recbole_mllm.resources import PROPERTIES
-from recbole_mllm.settings import LoraSettings, TrainSettings
-from recbole_mllm.yamlfile import read_mapping
 
 _BETWEEN = ("projector", "connector", "merger")  # modules that hand the vision tower's features to the language model
 _NF4_BYTES = 0.5 + 4.127 / 32 / 8  # a 4-bit weight with its share of the doubly quantised scales

@@ -20,46 +20,44 @@ import torch
 from PIL import Image
 from recbole.utils import init_seed
 
-from recbole_mllm import ranks
+from recbole_mllm.common import distributed
+from recbole_mllm.common.config import check_keys
+from recbole_mllm.common.endpoints import is_server
+from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.prompts import Prompt
+from recbole_mllm.common.settings import MLLMSettings, Settings
+from recbole_mllm.data.dataloader import SeededTrainDataLoader
 from recbole_mllm.data.images import image_digest
 from recbole_mllm.data.sampling import hash64
 from recbole_mllm.data.schema import HISTORY_NUMBER, POSITION
-from recbole_mllm.data.training import SeededTrainDataLoader
-from recbole_mllm.endpoints import is_server
-from recbole_mllm.errors import UserError
-from recbole_mllm.keys import check_keys
-from recbole_mllm.mllm.base import Answer, Ask, Batch, Decoding, Work, Writer
-from recbole_mllm.mllm.encode import Encoded, Encoder, ImageInput, answer_tokens
-from recbole_mllm.mllm.forward import Body
+from recbole_mllm.mllm.backbone import Backbone
+from recbole_mllm.mllm.encoder import Encoded, Encoder, ImageInput, answer_tokens
 from recbole_mllm.mllm.hf import positions_of
+from recbole_mllm.mllm.interface import Answer, Ask, Batch, Decoding, Work, Writer
 from recbole_mllm.mllm.loading import dtype_of, load
+from recbole_mllm.mllm.loss import SharedPrefix, groups, make_examples, micro_batches
 from recbole_mllm.mllm.scoring import input_key
-from recbole_mllm.mllm.sft import make_examples, micro_batches
-from recbole_mllm.mllm.sharing import SharedPrefix, groups
-from recbole_mllm.model.questions import deals_by_item, question, shares_in_training
-from recbole_mllm.model.stages import make_stage
+from recbole_mllm.model.row_scoring import deals_by_item, question, shares_in_training
+from recbole_mllm.model.summarizers import make_summary_setup
 from recbole_mllm.plan.cost import Count, ModelSizes, sizes_of, trained_parameters
 from recbole_mllm.plan.plan_text import duration
-from recbole_mllm.prompts import Prompt
 from recbole_mllm.quick_start import read_and_split
-from recbole_mllm.settings import MLLMSettings, Settings
 from recbole_mllm.summaries.chains import steps
-from recbole_mllm.summaries.items import summarize_items
-from recbole_mllm.summaries.known import KnownTexts
-from recbole_mllm.summaries.prepare import Preferences, Stage, item_scribe, user_scribe
+from recbole_mllm.summaries.generator import CachedGenerator, SummarySetup, item_generator, user_generator
+from recbole_mllm.summaries.item_summaries import summarize_items
+from recbole_mllm.summaries.preferences import Preferences
 from recbole_mllm.summaries.since import users_since
-from recbole_mllm.summaries.store import Store
-from recbole_mllm.summaries.users import Plan, preferences
-from recbole_mllm.summaries.writing import Scribe
+from recbole_mllm.summaries.store import ReadOnlyStore, Store
+from recbole_mllm.summaries.user_summaries import SummaryRequests, preferences
 
 CHARACTERS = 4  # of a token, where only a server has the tokenizer
 _TRIED = 16  # prompts that a dry run has answered
 _AT_A_TIME = 4096
 _TOKENS = 4e6  # of a stage's prompts that are looked at one by one: prompts with images are long
 _CALL = 1024  # pairs that are scored together
-_LEAST_GAIN = 512  # tokens that sharing a prefix must save there, as `mllm.scoring` has it
+LEAST_GAIN = 512  # tokens that sharing a prefix must save there, as `mllm.scoring` has it
 _PAIRS = 2**20  # pairs of a ranking of all items that are listed; those of the other rows are like them
-_FEATURE_BYTES = 2**31  # of images' features that a run holds
+FEATURE_BYTES = 2**31  # of images' features that a run holds
 _ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)
 
 
@@ -90,7 +88,7 @@ class PlannedModel:
     """A model without its weights: `body` is on the meta device, it has shapes and no numbers."""
 
     name: str
-    body: Body
+    body: Backbone
     encoder: Encoder
     sizes: ModelSizes
 
@@ -109,7 +107,7 @@ class PlannedModel:
                 f"{error}; a plan reads its config, tokenizer and processor files and no weights: "
                 f"`hf download {name} --include '*.json' '*.jinja' '*.model' '*.txt'` fetches them"
             ) from error
-        body = Body(loaded.model)
+        body = Backbone(loaded.model)
         limits = settings.max_text_tokens, body.architecture, positions_of(loaded.model.config)
         return cls(name, body, SizedEncoder(loaded.tokenizer, loaded.processor, *limits), sizes_of(loaded.model))
 
@@ -121,7 +119,9 @@ class PlannedModel:
         count.cache_reads = steps * (count.longest + new / 2)
         return count
 
-    def read(self, prompts: Sequence[Encoded], parts: Iterable[Sequence[SharedPrefix]], most: int | None = None) -> Count:
+    def read(
+        self, prompts: Sequence[Encoded], parts: Iterable[Sequence[SharedPrefix]], most: int | None = None
+    ) -> Count:
         """Return the count of reading `prompts` in passes that compute what each group shares once.
 
         Args:
@@ -268,14 +268,14 @@ class StandInWriter:
 # ---- the run
 
 
-def _prepared(config: Any, device: torch.device) -> tuple[Settings, Stage, Any, dict[str, Any]]:
+def _prepared(config: Any, device: torch.device) -> tuple[Settings, SummarySetup, Any, dict[str, Any]]:
     """Return the settings, who summarises what, the dataset and its loaders, as a run of `config` has them."""
     config["show_progress"], config["state"] = False, "ERROR"
     settings = Settings.from_config(config)
     init_seed(config["seed"], config["reproducibility"])  # as a run: a random split draws from it
     check_keys(config.external_config_dict, "the configuration")
     dataset, loaders = read_and_split(config)
-    setup = make_stage(config, settings, device)
+    setup = make_summary_setup(config, settings, device)
     return settings, setup, dataset, dict(zip(("train", "valid", "test"), loaders, strict=True))
 
 
@@ -299,8 +299,8 @@ class PlannedRun:
 
     config: Any
     settings: Settings
-    setup: Stage
-    requests: Plan
+    setup: SummarySetup
+    requests: SummaryRequests
     loaders: dict[str, Any]
     histories: Any
     items: Any
@@ -334,7 +334,7 @@ class PlannedRun:
             config,
             settings,
             setup,
-            Plan(own.histories, own.positions),
+            SummaryRequests(own.histories, own.positions),
             loaders,
             own.history_names,
             np.asarray(own.field2id_token[own.iid_field]).astype(str),
@@ -359,7 +359,7 @@ class PlannedRun:
         new = {i for i in items.tolist() if str(self.items[i]) in images} - self._images_read
         self._images_read |= new
         each = len(model.encoder.image(next(iter(images.values()))).ids) * model.sizes.width * self.item_bytes
-        if each * len(self._images_read) <= _FEATURE_BYTES:
+        if each * len(self._images_read) <= FEATURE_BYTES:
             count.vision_flops *= len(new) / count.images
             count.images = len(new)
         return count
@@ -401,9 +401,9 @@ def count_summaries(run: PlannedRun) -> tuple[CountedSummaries, CountedSummaries
         stage: str,
         identity: str,
         most: int,
-        make: Callable[[Stage, Store], Scribe],
+        make: Callable[[SummarySetup, Store], CachedGenerator],
         sizes: Mapping[str, int],
-        write: Callable[[Scribe, list[str]], Mapping[Any, str]],
+        write: Callable[[CachedGenerator, list[str]], Mapping[Any, str]],
     ) -> CountedSummaries:
         total, sampled, chosen = sum(sizes.values()), 0, list[str]()
         for name in sorted(sizes, key=lambda name: hash64("plan", name)) if total > run.limit else sizes:
@@ -428,13 +428,13 @@ def count_summaries(run: PlannedRun) -> tuple[CountedSummaries, CountedSummaries
         count = writer.count.times(total / max(1, sampled))
         return CountedSummaries(count, StandInTexts(texts, stand_ins), text_bytes, total, row_bytes, not samples)
 
-    with closing(KnownTexts(setup.folder)) as known:
+    with closing(ReadOnlyStore(setup.folder)) as known:
         wanted = run.requests.items(s) if s.summary_mode != "none" and s.item_summary != "none" else []
         of_items = counted(
             "items",
             who.item_identity,
             s.item_summary_tokens,
-            item_scribe,
+            item_generator,
             dict.fromkeys(wanted, 1),
             lambda scribe, chosen: summarize_items(scribe, style, items, chosen, s.item_summary),
         )
@@ -445,7 +445,7 @@ def count_summaries(run: PlannedRun) -> tuple[CountedSummaries, CountedSummaries
             "users",
             who.user_identity,
             s.user_summary_tokens,
-            user_scribe,
+            user_generator,
             {name: sum(map(len, levels)) for name, levels in chains.items()},
             lambda scribe, chosen: preferences(scribe, style, items, summaries, run.requests.reading(chosen), s),
         )
@@ -496,7 +496,7 @@ def count_training(run: PlannedRun, summaries: Preferences) -> Count:
     return run.with_images(count.times(epochs * total / max(1, count.prompts)), items)
 
 
-def _groups(body: Body, prompts: Sequence[Encoded], part: Sequence[int], *, share: bool) -> list[SharedPrefix]:
+def _groups(body: Backbone, prompts: Sequence[Encoded], part: Sequence[int], *, share: bool) -> list[SharedPrefix]:
     """Return the groups among a `part` of the prompts that share a prefix."""
     found = groups(body, [prompts[i] for i in part]) if share else [SharedPrefix(tuple(range(len(part))), 0)]
     return [SharedPrefix(tuple(part[i] for i in group.rows), group.shared) for group in found]
@@ -529,16 +529,16 @@ def count_scoring(run: PlannedRun, summaries: Preferences, phase: str) -> Count:
     return run.with_images(count.times(times * total / count.prompts), np.unique(rows[:, 0]))
 
 
-def scoring_groups(body: Body, prompts: Sequence[Encoded], *, share: bool) -> list[SharedPrefix]:
+def scoring_groups(body: Backbone, prompts: Sequence[Encoded], *, share: bool) -> list[SharedPrefix]:
     """Return about the groups in which `prompts` are scored: those that share much, and what is left."""
     found = _groups(body, prompts, range(len(prompts)), share=share)
-    worth = [group for group in found if group.shared * (len(group.rows) - 1) >= _LEAST_GAIN]
+    worth = [group for group in found if group.shared * (len(group.rows) - 1) >= LEAST_GAIN]
     rest = sorted({i for group in found if group not in worth for i in group.rows})
     if not rest:
         return worth
     keys = [input_key(body, prompts[i]) for i in rest] if share else []
     common = len(os.path.commonprefix([min(keys), max(keys)])) if len(keys) > 1 else 0
-    return [*worth, SharedPrefix(tuple(rest), common if common * (len(rest) - 1) >= _LEAST_GAIN else 0)]
+    return [*worth, SharedPrefix(tuple(rest), common if common * (len(rest) - 1) >= LEAST_GAIN else 0)]
 
 
 def pairs_of(run: PlannedRun, phase: str) -> tuple[Any, int]:
@@ -575,13 +575,13 @@ def dry_run(config: Any, which: str, since: str | None = None) -> list[str]:
     """Return what summarising for a run of `config` would take, of users active `since` then alone (`estimate`)."""
     _, setup, dataset, loaders = _prepared(config, config["device"])
     own = loaders["train"]._dataset
-    requests = Plan(own.histories, own.positions)
+    requests = SummaryRequests(own.histories, own.positions)
     if since is not None:
         requests = requests.of(users_since(dataset, since))
-    return ranks.on_main(lambda: estimate(setup, requests, which))
+    return distributed.on_main(lambda: estimate(setup, requests, which))
 
 
-def estimate(setup: Stage, requests: Plan, which: str) -> list[str]:
+def estimate(setup: SummarySetup, requests: SummaryRequests, which: str) -> list[str]:
     """Return, a line a stage, how many prompts ``items``, ``users`` or ``all`` would take, and how long; write nothing.
 
     What a killed run of several processes has left unmerged counts as written, and stays where it is. Users' later
@@ -591,20 +591,20 @@ def estimate(setup: Stage, requests: Plan, which: str) -> list[str]:
         UserError: The model is split among processes, or answers none of the first prompts.
     """
     s, lines = setup.settings, []
-    with closing(KnownTexts(setup.folder)) as known:
-        scribe = item_scribe(setup, cast(Store, known))
+    with closing(ReadOnlyStore(setup.folder)) as known:
+        scribe = item_generator(setup, cast(Store, known))
         writer = _trying(scribe)
         texts = summarize_items(scribe, setup.style, setup.items, requests.items(s), s.item_summary)
         lines.append(_line(scribe, writer))
         if which != "items" and s.summary_mode != "none":
-            scribe = user_scribe(setup, cast(Store, known))
+            scribe = user_generator(setup, cast(Store, known))
             writer = _trying(scribe)
             preferences(scribe, setup.style, setup.items, texts, requests, s)
             lines.append(_line(scribe, writer))
     return lines
 
 
-def _trying(scribe: Scribe) -> StandInWriter:
+def _trying(scribe: CachedGenerator) -> StandInWriter:
     """Let a writer answer for `scribe` that tries its model on a few prompts, unless a server has it."""
     load = None if is_server(scribe.identity) else _refuse if scribe.in_step else scribe.load
     numbers = StandIns([f"{n:05}" for n in range(100_000)], 1, 1)
@@ -620,7 +620,7 @@ def _refuse() -> Writer:
     )
 
 
-def _line(scribe: Scribe, writer: StandInWriter) -> str:
+def _line(scribe: CachedGenerator, writer: StandInWriter) -> str:
     """Return the counts of a dry run and what they would take, for people."""
     head = f"{scribe.kind} summaries: {scribe.tally.asked:,} prompts, {scribe.tally.known:,} known"
     prompts = round(writer.count.prompts)

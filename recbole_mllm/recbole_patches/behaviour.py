@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from recbole_mllm.common.errors import UserError
 from recbole_mllm.data import checking
 from recbole_mllm.data.facts import Facts, facts_of, wants_exact_order
-from recbole_mllm.errors import UserError
 from recbole_mllm.recbole_patches.hooks import replace
 
 _ATOMIC = (".inter", ".item", ".user", ".kg", ".link", ".net")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-from recbole_mllm.errors import UserError
+from recbole_mllm.common.errors import UserError
 from recbole_mllm.recbole_patches.hooks import called_from, replace
 
 # What config/configurator.py:625-635 adds to numpy, without reading the names that numpy 2 removed

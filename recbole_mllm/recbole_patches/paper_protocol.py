@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from recbole.data.interaction import Interaction
 
+from recbole_mllm.common.errors import UserError
 from recbole_mllm.data.atomic import read_columns
-from recbole_mllm.errors import UserError
 from recbole_mllm.recbole_patches.hooks import replace
 
 _TARGETS_ALONE = {"Pop"}  # counts what users take next, which is what it is asked for

@@ -7,8 +7,8 @@ import os
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-from recbole_mllm import ranks, switches
-from recbole_mllm.errors import UserError
+from recbole_mllm.common import distributed
+from recbole_mllm.common.distributed import wants_cpu
 from recbole_mllm.recbole_patches.hooks import replace
 
 
@@ -20,14 +20,14 @@ def give_each_process_its_gpu(configurator: ModuleType) -> None:
 
     @replace(configurator.Config)
     def _init_device(stock: Any, self: Any) -> None:
-        if not ranks.is_launched():
+        if not distributed.is_launched():
             stock(self)
             return
         values = self.final_config_dict
         if int(values.get("nproc") or 1) > 1 or "local_rank" in values:
-            raise two_launchers("the configuration")
+            raise distributed.two_launchers("the configuration")
         gpu_id, visible = values["gpu_id"], os.environ.get("CUDA_VISIBLE_DEVICES")
-        values["gpu_id"] = "" if switches.wants_cpu() else _all_gpus() if visible is None else visible
+        values["gpu_id"] = "" if wants_cpu() else _all_gpus() if visible is None else visible
         try:
             stock(self)
         finally:
@@ -36,28 +36,15 @@ def give_each_process_its_gpu(configurator: ModuleType) -> None:
                 os.environ["CUDA_VISIBLE_DEVICES"] = visible
         values["gpu_id"] = gpu_id
         if values["device"].type == "cuda":
-            values["device"] = type(values["device"])("cuda", ranks.local_rank())
-        if not ranks.is_main():
+            values["device"] = type(values["device"])("cuda", distributed.local_rank())
+        if not distributed.is_main():
             values.update({"state": "ERROR", "show_progress": False})
             if values.get("log_wandb"):
                 values["log_wandb"] = False
 
 
 def _all_gpus() -> str:
-    return ",".join(map(str, range(int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size())))))
-
-
-def two_launchers(where: str) -> UserError:
-    """Return the complaint about RecBole's `nproc`, its own way to several GPUs, given in `where`."""
-    if ranks.is_launched():
-        return UserError(
-            f"nproc in {where} asks RecBole to start processes, and a launcher has started {ranks.world_size()} "
-            "already; leave nproc out"
-        )
-    return UserError(
-        f"nproc in {where} is RecBole's own way to several GPUs, which MLLMMSR does not go; leave it out and start "
-        "`accelerate launch --num_processes N run_recbole_mllm.py …` (docs/launching.md)"
-    )
+    return ",".join(map(str, range(int(os.environ.get("LOCAL_WORLD_SIZE", distributed.world_size())))))
 
 
 def log_in_main_alone(logger: ModuleType) -> None:
@@ -65,10 +52,10 @@ def log_in_main_alone(logger: ModuleType) -> None:
 
     @replace(logger)
     def init_logger(stock: Any, config: Any) -> None:
-        if ranks.is_main():
+        if distributed.is_main():
             stock(config)
             return
-        form = f"process {ranks.rank()}: %(message)s"
+        form = f"process {distributed.rank()}: %(message)s"
         logging.basicConfig(level=logging.ERROR, format=form)
         logging.getLogger().setLevel(logging.ERROR)
 
@@ -81,4 +68,4 @@ def draw_curves_in_main_alone(utils: ModuleType) -> None:
 
     @replace(utils)
     def get_tensorboard(stock: Any, logger: Any) -> Any:
-        return stock(logger) if ranks.is_main() else SimpleNamespace(add_scalar=nothing, add_hparams=nothing)
+        return stock(logger) if distributed.is_main() else SimpleNamespace(add_scalar=nothing, add_hparams=nothing)

@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from recbole_mllm.common import distributed
+from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.settings import EvaluationSettings, RankingSettings
 from recbole_mllm.data.sampling import tie_keys
-from recbole_mllm.errors import UserError
 from recbole_mllm.evaluation.full_ranking import best_items
 from recbole_mllm.retrieval.retriever import obtain
-from recbole_mllm.settings import EvaluationSettings, RankingSettings
 
 _STEP = 2.0**-20  # relative distance between placed scores: eight units of float32's last place
 
@@ -156,6 +157,17 @@ class Reranker:
             )
             return
         self._share = float(state["share"])
+
+
+def obtain_reranker(config: Any, dataset: Any) -> Reranker | None:
+    """Return what re-ranks a retriever's best items, None where no phase ranks all items.
+
+    The retriever is trained, and written, by the main process alone; the others then find what it has left.
+    """
+    if "full" not in config["eval_args"]["mode"].values():
+        return None
+    settings = RankingSettings.from_config(config)
+    return distributed.main_first(lambda: Reranker(config, settings, dataset))
 
 
 def _placed(scores: Tensor, head: Tensor) -> Tensor:

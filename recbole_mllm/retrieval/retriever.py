@@ -23,14 +23,13 @@ from recbole.utils import ModelType, get_model, get_trainer, init_seed
 from recbole.utils.argument_list import dataset_arguments
 from torch import Tensor
 
-from recbole_mllm.config import recbole_config
+from recbole_mllm.common.config import check_keys, recbole_config
+from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.files import make_once
+from recbole_mllm.common.fitting import Fit
+from recbole_mllm.common.seeding import undisturbed
+from recbole_mllm.common.settings import RankingSettings
 from recbole_mllm.data.schema import HISTORY_NUMBER, POSITION
-from recbole_mllm.errors import UserError
-from recbole_mllm.files import made_once
-from recbole_mllm.fitting import Fit
-from recbole_mllm.keys import check_keys
-from recbole_mllm.randomness import undisturbed
-from recbole_mllm.settings import RankingSettings
 
 # What a retriever shares with the run it serves; how it is trained is its own affair
 _SHARED = (
@@ -185,7 +184,7 @@ def _trained(name: str, config: Any, ours: Any) -> Retriever:
         training.run(train, valid, saved=True, show_progress=theirs["show_progress"])
         torch.save({**_read(scratch, theirs["device"]), "train_s": made + training.seconds}, scratch)
 
-    if not made_once(path, fit):
+    if not make_once(path, fit):
         log.info(f"retriever {identity} was trained before: {path}")
     checkpoint = _read(path, theirs["device"])
     retriever.train_s = float(checkpoint.get("train_s", 0.0))

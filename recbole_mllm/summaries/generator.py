@@ -15,14 +15,14 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from recbole_mllm import ranks
+from recbole_mllm.common import distributed
+from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.progress import Progress
+from recbole_mllm.common.prompts import Prompt, Style
 from recbole_mllm.common.settings import SummarySettings
 from recbole_mllm.data.atomic import clean
-from recbole_mllm.data.texts import Items
-from recbole_mllm.errors import UserError
-from recbole_mllm.mllm.base import Answer, Ask, Decoding, Writer
-from recbole_mllm.progress import Progress
-from recbole_mllm.prompts import Prompt, Style
+from recbole_mllm.data.item_table import Items
+from recbole_mllm.mllm.interface import Answer, Ask, Decoding, Writer
 from recbole_mllm.summaries.quality import Findings, cut_at_sentence, repeats_prompt, table
 from recbole_mllm.summaries.store import AnswerStore, Leases, Store, answer_key
 
@@ -96,7 +96,7 @@ class _Job:
 
 
 @dataclass(slots=True)
-class Scribe:
+class CachedGenerator:
     """Answers requests with one model through a store. The model is loaded only when something must be generated.
 
     Attributes:
@@ -167,7 +167,7 @@ class Scribe:
                 f"{len(self._waiting)} {self.kind} summaries are missing or stale and summarize is off; "
                 "run `python run_recbole_mllm.py summarize` with the same settings, or set summarize: auto"
             )
-        if any(ranks.gather_objects(must)) if self.in_step else must:
+        if any(distributed.gather_objects(must)) if self.in_step else must:
             started = time.perf_counter()
             writer = self.load()
             self.tally.load_s += time.perf_counter() - started
@@ -362,7 +362,7 @@ class Summarizers:
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
+class SummarySetup:
     """Everything the summaries of one dataset are made from."""
 
     folder: Path
@@ -373,22 +373,26 @@ class Stage:
     who: Summarizers
 
 
-def item_scribe(setup: Stage, store: AnswerStore, load: Callable[[], Writer] | None = None) -> Scribe:
+def item_generator(
+    setup: SummarySetup, store: AnswerStore, load: Callable[[], Writer] | None = None
+) -> CachedGenerator:
     """Return what generates item summaries; its model is loaded once, by `load` if given, and goes with it."""
     who, length = setup.who, setup.settings.item_summary_tokens
     decoding = _decoding(setup.settings, length, who.item_rules)
     may = setup.settings.summarize == "auto"
-    return Scribe(
+    return CachedGenerator(
         "item", load or cache(who.load_item), who.item_identity, store, decoding, may, in_step=who.item_is_split
     )
 
 
-def user_scribe(setup: Stage, store: AnswerStore, load: Callable[[], Writer] | None = None) -> Scribe:
+def user_generator(
+    setup: SummarySetup, store: AnswerStore, load: Callable[[], Writer] | None = None
+) -> CachedGenerator:
     """Return what generates user summaries; its model is loaded once, by `load` if given, and goes with it."""
     who, length = setup.who, setup.settings.user_summary_tokens
     decoding = _decoding(setup.settings, length, who.user_rules)
     may = setup.settings.summarize == "auto"
-    return Scribe(
+    return CachedGenerator(
         "user", load or cache(who.load_user), who.user_identity, store, decoding, may, in_step=who.user_is_split
     )
 
@@ -397,7 +401,7 @@ def _decoding(settings: SummarySettings, length: int, rules: str) -> Decoding:
     return Decoding(length, settings.summary_temperature, settings.summary_top_p, settings.summary_seed, rules)
 
 
-def claiming(generator: Scribe, store: Store) -> Scribe:
+def claiming(generator: CachedGenerator, store: Store) -> CachedGenerator:
     """Return `generator`, which from now on leaves alone what other processes at its `store` are generating.
 
     It works in one process by itself. A model that is split has generated everything before, or cannot.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from recbole_mllm.data.texts import Items
-from recbole_mllm.prompts import Prompt, Style, fused_summary_prompt, image_summary_prompt, text_summary_prompt
+from recbole_mllm.common.prompts import Prompt, Style, fused_summary_prompt, image_summary_prompt, text_summary_prompt
+from recbole_mllm.data.item_table import Items
 
 
 class Answering(Protocol):

@@ -9,18 +9,18 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from recbole_mllm import ranks
+from recbole_mllm.common import distributed
+from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.prompts import Style, titles_as_preference
 from recbole_mllm.common.settings import SummarySettings
 from recbole_mllm.data import schema
-from recbole_mllm.data.peruser import user_of
-from recbole_mllm.data.texts import Items, write_item_summaries, write_user_summaries
-from recbole_mllm.errors import UserError
-from recbole_mllm.prompts import Style, titles_as_preference
+from recbole_mllm.data.histories import user_of
+from recbole_mllm.data.item_table import Items, write_item_summaries, write_user_summaries
 from recbole_mllm.summaries.chains import State, before, state_at
-from recbole_mllm.summaries.generator import Stage, claiming, item_scribe, user_scribe
+from recbole_mllm.summaries.generator import SummarySetup, claiming, item_generator, user_generator
 from recbole_mllm.summaries.item_summaries import summarize_items
 from recbole_mllm.summaries.store import Spent, Store
-from recbole_mllm.summaries.user_summaries import Plan, as_rows, preferences
+from recbole_mllm.summaries.user_summaries import SummaryRequests, as_rows, preferences
 from recbole_mllm.summaries.work_shares import generate_in_shares, opened_store
 
 
@@ -33,7 +33,7 @@ class Preferences:
     """
 
     texts: Mapping[tuple[str, State], str]
-    plan: Plan
+    plan: SummaryRequests
     items: Items
     style: Style
     settings: SummarySettings
@@ -72,7 +72,7 @@ class Preferences:
         return found[::-1]
 
 
-def make_item_summaries(setup: Stage, requests: Plan) -> None:
+def make_item_summaries(setup: SummarySetup, requests: SummaryRequests) -> None:
     """Generate the summaries of all items that some row of `requests` reads, and export them."""
     generate_in_shares(setup, requests, None, only_items=True)
 
@@ -80,21 +80,21 @@ def make_item_summaries(setup: Stage, requests: Plan) -> None:
         with closing(opened_store(setup.folder)) as store:
             export_item_summaries(setup, store, requests.items(setup.settings))
 
-    ranks.on_main(export)
+    distributed.on_main(export)
 
 
-def make_preferences(setup: Stage, requests: Plan) -> Preferences:
+def make_preferences(setup: SummarySetup, requests: SummaryRequests) -> Preferences:
     """Generate every summary that some row of `requests` reads, item summaries first, and export both."""
     s = setup.settings
     if s.summary_mode == "none":
         return Preferences({}, requests, setup.items, setup.style, s)
     started = time.time()
     load_s = generate_in_shares(setup, requests, None)
-    found = ranks.main_first(lambda: _refreshed(setup, requests, None, started))
+    found = distributed.main_first(lambda: _refreshed(setup, requests, None, started))
     return Preferences(found.texts, requests, setup.items, setup.style, s, found.spent, load_s + found.load_s)
 
 
-def refresh(setup: Stage, requests: Plan, users: Set[str] | None = None) -> list[str]:
+def refresh(setup: SummarySetup, requests: SummaryRequests, users: Set[str] | None = None) -> list[str]:
     """Generate and export the summaries that the rows of `requests` read, those of `users` alone if given.
 
     Of other users what the store knows is exported: nothing is generated that it has, so a refresh costs what has
@@ -106,7 +106,7 @@ def refresh(setup: Stage, requests: Plan, users: Set[str] | None = None) -> list
     left: list[str] = []
     if setup.settings.summary_mode != "none":
         generate_in_shares(setup, requests, users)
-        ranks.on_main(lambda: left.extend(_refreshed(setup, requests, users, time.time()).left))
+        distributed.on_main(lambda: left.extend(_refreshed(setup, requests, users, time.time()).left))
     return left
 
 
@@ -117,18 +117,18 @@ class _Refreshed(NamedTuple):
     load_s: float
 
 
-def _refreshed(setup: Stage, requests: Plan, users: Set[str] | None, started: float) -> _Refreshed:
+def _refreshed(setup: SummarySetup, requests: SummaryRequests, users: Set[str] | None, started: float) -> _Refreshed:
     """Export the summaries of all users, those of `users` (None: all) complete."""
     s = setup.settings
     with closing(opened_store(setup.folder)) as store:
         items = _exported_items(setup, store, requests.items(s))
-        generator = claiming(user_scribe(setup, store), store)
+        generator = claiming(user_generator(setup, store), store)
         given = generator, setup.style, setup.items, items.texts
         texts = preferences(*given, requests if users is None else requests.of(users), s)
         others = requests.of(users if users is not None else requests.positions, others=True)
         texts |= preferences(*given, others, s, known_only=True)
         generator.report()
-        if ranks.is_main():
+        if distributed.is_main():
             path = schema.usum_file(setup.folder, setup.tag)
             rows = write_user_summaries(path, as_rows(texts, requests))
             logging.getLogger().info(f"{path}: {rows} summaries")
@@ -138,7 +138,7 @@ def _refreshed(setup: Stage, requests: Plan, users: Set[str] | None, started: fl
     return _Refreshed(texts, left, spent, items.load_s + generator.tally.load_s)
 
 
-def export_item_summaries(setup: Stage, store: Store, wanted: list[str]) -> dict[str, str]:
+def export_item_summaries(setup: SummarySetup, store: Store, wanted: list[str]) -> dict[str, str]:
     """Generate the summaries of `wanted` items that are missing, export all of them, and return them."""
     return _exported_items(setup, store, wanted).texts
 
@@ -149,13 +149,13 @@ class _Exported(NamedTuple):
     load_s: float
 
 
-def _exported_items(setup: Stage, store: Store, wanted: list[str]) -> _Exported:
+def _exported_items(setup: SummarySetup, store: Store, wanted: list[str]) -> _Exported:
     """Return what `export_item_summaries` does, with the answers' keys and the seconds that loading the model took."""
-    generator = claiming(item_scribe(setup, store), store)
+    generator = claiming(item_generator(setup, store), store)
     with generator.progress(len(wanted)):
         found = summarize_items(generator, setup.style, setup.items, wanted, setup.settings.item_summary)
     generator.report()
-    if setup.settings.item_summary != "none" and ranks.is_main():
+    if setup.settings.item_summary != "none" and distributed.is_main():
         path = schema.isum_file(setup.folder, setup.tag)
         rows = write_item_summaries(path, found)
         logging.getLogger().info(f"{path}: {rows} summaries")

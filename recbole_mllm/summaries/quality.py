@@ -6,8 +6,8 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 
-from recbole_mllm.mllm.base import Answer
-from recbole_mllm.prompts import Prompt
+from recbole_mllm.common.prompts import Prompt
+from recbole_mllm.mllm.interface import Answer
 
 _END = re.compile(r"[.!?](?=\s|$)|[。！？]")
 _REFUSAL = re.compile(

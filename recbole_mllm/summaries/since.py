@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from recbole_mllm.errors import UserError
+from recbole_mllm.common.errors import UserError
 
 _UNITS = ((1e17, 1e9), (1e14, 1e6), (1e11, 1e3), (1e8, 1.0))  # the latest time of a column, and its units a second
 

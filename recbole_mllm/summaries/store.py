@@ -23,12 +23,12 @@ from typing import Any, NamedTuple, Protocol, TypeVar, get_type_hints
 
 import psutil  # type: ignore[import-untyped]
 
+from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.files import copy_file, replace_file, set_file_aside, staged
+from recbole_mllm.common.prompts import Prompt
 from recbole_mllm.data.images import image_digest
 from recbole_mllm.data.schema import store_file
-from recbole_mllm.errors import UserError
-from recbole_mllm.mllm.base import MOST_CHARACTERS, Answer, Decoding
-from recbole_mllm.prompts import Prompt
+from recbole_mllm.mllm.interface import MOST_CHARACTERS, Answer, Decoding
 
 T = TypeVar("T")
 
@@ -530,7 +530,7 @@ def _started(process: int) -> float | None:
 # Without a trace
 
 
-class KnownTexts:
+class ReadOnlyStore:
     """A dataset's store for reading alone: no file is created or touched. Unmerged stores of processes are part of it.
 
     Raises:
@@ -569,7 +569,7 @@ class KnownTexts:
         return found
 
 
-class NothingKnown:
+class EmptyStore:
     """A store without answers that keeps none."""
 
     def get(self, keys: Iterable[str]) -> dict[str, str]:

@@ -13,9 +13,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.files import whole_text
 from recbole_mllm.data.atomic import clean
-from recbole_mllm.errors import UserError
 from recbole_mllm.summaries.store import COLUMNS, Row, Store, wal_of
 
 _DAY_S = 86400.0

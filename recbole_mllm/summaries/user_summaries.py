@@ -9,16 +9,16 @@ from itertools import groupby
 from operator import itemgetter
 from typing import cast
 
+from recbole_mllm.common.prompts import Prompt, Style, item_line, preference_prompt
 from recbole_mllm.common.settings import SummarySettings
-from recbole_mllm.data.peruser import user_of
-from recbole_mllm.data.texts import Items, UserSummary
-from recbole_mllm.prompts import Prompt, Style, item_line, preference_prompt
+from recbole_mllm.data.histories import user_of
+from recbole_mllm.data.item_table import Items, UserSummary
 from recbole_mllm.summaries.chains import State, before, history_digest, state_at, steps
-from recbole_mllm.summaries.generator import Request, Scribe
+from recbole_mllm.summaries.generator import CachedGenerator, Request
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class SummaryRequests:
     """Whose summaries are needed: the ordered raw item ids of each history, and the positions that rows stand at in it.
 
     Histories go by name (`HistoryNames`), as a user may have several; a user's stand together in `positions`.
@@ -45,21 +45,21 @@ class Plan:
                     seen.update(dict.fromkeys(history[state.start : state.seen]))
         return list(seen)
 
-    def of(self, users: Container[str], *, others: bool = False) -> Plan:
+    def of(self, users: Container[str], *, others: bool = False) -> SummaryRequests:
         """Return the part that is about `users`, or about all `others`."""
         return self.reading(name for name in self.positions if (user_of(name) in users) is not others)
 
-    def reading(self, names: Iterable[str]) -> Plan:
+    def reading(self, names: Iterable[str]) -> SummaryRequests:
         """Return the part that is about the histories of these `names`."""
-        return Plan(self.histories, {name: self.positions[name] for name in names})
+        return SummaryRequests(self.histories, {name: self.positions[name] for name in names})
 
 
 def preferences(
-    generator: Scribe,
+    generator: CachedGenerator,
     style: Style,
     items: Items,
     summaries: Mapping[str, str],
-    requests: Plan,
+    requests: SummaryRequests,
     settings: SummarySettings,
     *,
     known_only: bool = False,
@@ -76,7 +76,7 @@ def preferences(
 
 
 def openings(
-    style: Style, items: Items, summaries: Mapping[str, str], requests: Plan, settings: SummarySettings
+    style: Style, items: Items, summaries: Mapping[str, str], requests: SummaryRequests, settings: SummarySettings
 ) -> Iterator[Prompt]:
     """Yield the prompts of `preferences` that wait for no other: users who began alike share them."""
     for name in requests.positions:
@@ -89,7 +89,12 @@ class _Chains:
     """All users' chains: a state's prompt is ready once the state before it has its text."""
 
     def __init__(
-        self, style: Style, items: Items, summaries: Mapping[str, str], requests: Plan, settings: SummarySettings
+        self,
+        style: Style,
+        items: Items,
+        summaries: Mapping[str, str],
+        requests: SummaryRequests,
+        settings: SummarySettings,
     ) -> None:
         self.style, self.items, self.summaries = style, items, summaries
         self.histories, self.settings = requests.histories, settings
@@ -132,7 +137,7 @@ class _Chains:
         self.waiting.extend((history, later) for later in self.after.pop((history, state), []))
 
 
-def as_rows(texts: Mapping[tuple[str, State], str], requests: Plan) -> Iterator[UserSummary]:
+def as_rows(texts: Mapping[tuple[str, State], str], requests: SummaryRequests) -> Iterator[UserSummary]:
     """Yield `texts` as rows of ``X.<tag>.usum``, by user and moment; what several histories begin with stands once."""
     ordered = sorted((user_of(name), state, name) for name, state in texts)
     for user, keys in groupby(ordered, key=itemgetter(0)):

@@ -17,16 +17,22 @@ from functools import cache
 from itertools import count
 from pathlib import Path
 
-from recbole_mllm import ranks
+from recbole_mllm.common import distributed
 from recbole_mllm.common.files import remove_file
+from recbole_mllm.common.prompts import Prompt
 from recbole_mllm.common.settings import SummarySettings
 from recbole_mllm.data.schema import store_file
-from recbole_mllm.mllm.base import Answer, Writer
-from recbole_mllm.prompts import Prompt
-from recbole_mllm.summaries.generator import FixedRequests, Scribe, Stage, item_scribe, user_scribe
+from recbole_mllm.mllm.interface import Answer, Writer
+from recbole_mllm.summaries.generator import (
+    CachedGenerator,
+    FixedRequests,
+    SummarySetup,
+    item_generator,
+    user_generator,
+)
 from recbole_mllm.summaries.item_summaries import summarize_items
 from recbole_mllm.summaries.store import COLUMNS, Leases, Row, Store, answer_key, shard_files, wal_of
-from recbole_mllm.summaries.user_summaries import Plan, openings, preferences
+from recbole_mllm.summaries.user_summaries import SummaryRequests, openings, preferences
 
 _OWNER = "this file"  # the lease that says who writes a shard
 _ROWS = 10_000  # rows merged in a transaction
@@ -108,7 +114,9 @@ def share_of(content: str, size: int) -> int:
     return int.from_bytes(hashlib.sha256(content.encode()).digest()[:8], "big") % size
 
 
-def generate_in_shares(setup: Stage, requests: Plan, users: Set[str] | None, *, only_items: bool = False) -> float:
+def generate_in_shares(
+    setup: SummarySetup, requests: SummaryRequests, users: Set[str] | None, *, only_items: bool = False
+) -> float:
     """Generate what the rows of `requests` lack, of `users` (None: all), each process its share.
 
     Afterwards the store has it all. Nothing is done in a run of one process, or where nothing may be generated.
@@ -116,18 +124,18 @@ def generate_in_shares(setup: Stage, requests: Plan, users: Set[str] | None, *, 
     Returns:
         The seconds that loading models took.
     """
-    if not ranks.is_launched() or setup.settings.summarize == "off":
+    if not distributed.is_launched() or setup.settings.summarize == "off":
         return 0.0
     _merge_all(setup.folder)
     s = setup.settings
-    with _shares(setup, item_scribe, setup.who.load_item) as items:
+    with _shares(setup, item_generator, setup.who.load_item) as items:
         summaries = summarize_items(items, setup.style, setup.items, requests.items(s), s.item_summary)
         load_s = items.load_s
     del items  # and its model
     if not only_items:
         due = requests if users is None else requests.of(users)
         given = setup.style, setup.items, summaries
-        with _shares(setup, user_scribe, setup.who.load_user) as chains:
+        with _shares(setup, user_generator, setup.who.load_user) as chains:
             chains.spread(openings(*given, due, s))
             mine = due.reading(name for name in due.positions if chains.is_mine(_beginning(due, name, s)))
             chains.work(lambda generator: preferences(generator, *given, mine, s))
@@ -136,19 +144,23 @@ def generate_in_shares(setup: Stage, requests: Plan, users: Set[str] | None, *, 
 
 
 @contextmanager
-def _shares(setup: Stage, generator: Callable[..., Scribe], load: Callable[[], Writer]) -> Iterator[_Shares]:
+def _shares(
+    setup: SummarySetup, generator: Callable[..., CachedGenerator], load: Callable[[], Writer]
+) -> Iterator[_Shares]:
     """Yield a `_Shares`; if its model is split, no process is led through it afterwards."""
     yield _Shares(setup, generator, cache(load))
-    ranks.before_meeting(None)
+    distributed.before_meeting(None)
 
 
 class _Shares:
     """This process's part in the summaries of one kind; every process takes the same steps in the same order."""
 
-    def __init__(self, setup: Stage, generator: Callable[..., Scribe], load: Callable[[], Writer]) -> None:
+    def __init__(
+        self, setup: SummarySetup, generator: Callable[..., CachedGenerator], load: Callable[[], Writer]
+    ) -> None:
         self._folder = setup.folder
-        self._make: Callable[[Store], Scribe] = lambda store: generator(setup, store, load)
-        self._rank, self._size = ranks.rank(), ranks.world_size()
+        self._make: Callable[[Store], CachedGenerator] = lambda store: generator(setup, store, load)
+        self._rank, self._size = distributed.rank(), distributed.world_size()
         self.load_s = 0.0  # what loading the model took
 
     def answer(self, prompts: Sequence[Prompt]) -> list[str]:
@@ -161,7 +173,7 @@ class _Shares:
         """Have each of `prompts` answered by the process its content belongs to."""
         self.work(lambda generator: generator.generate(FixedRequests(enumerate(self._own(generator, prompts)))))
 
-    def work(self, work: Callable[[Scribe], object]) -> None:
+    def work(self, work: Callable[[CachedGenerator], object]) -> None:
         """Let every process do its `work` with a generator that has a store of its own; then merge all stores."""
         with closing(ShardStore(self._folder, self._rank)) as store:
             generator = self._make(store)
@@ -175,7 +187,7 @@ class _Shares:
         """Return whether this process generates what belongs to `content`."""
         return share_of(content, self._size) == self._rank
 
-    def _own(self, generator: Scribe, prompts: Iterable[Prompt]) -> Iterator[Prompt]:
+    def _own(self, generator: CachedGenerator, prompts: Iterable[Prompt]) -> Iterator[Prompt]:
         seen: set[str] = set()
         for prompt in prompts:
             try:
@@ -189,11 +201,11 @@ class _Shares:
 
 def _merge_all(folder: Path) -> None:
     """Merge the stores of all processes, once all have come here."""
-    ranks.meet()
-    ranks.on_main(lambda: opened_store(folder).close())
+    distributed.meet()
+    distributed.on_main(lambda: opened_store(folder).close())
 
 
-def _beginning(requests: Plan, name: str, settings: SummarySettings) -> str:
+def _beginning(requests: SummaryRequests, name: str, settings: SummarySettings) -> str:
     """Return what decides who generates a history's chain: the items it starts with, as other chains may start so."""
     first, most = 0, settings.max_history
     if most is not None and requests.positions[name]:

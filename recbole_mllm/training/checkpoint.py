@@ -17,7 +17,7 @@ from recbole.config import Config
 from safetensors import SafetensorError
 
 from recbole_mllm.common.errors import UserError
-from recbole_mllm.files import replace_file, staged, whole_file
+from recbole_mllm.common.files import replace_file, staged, whole_file
 
 LAST = ".last.pth"
 # What another value of would make another model of, and what would make the rest of a begun epoch another one

@@ -30,19 +30,27 @@ from PIL import Image
 from transformers import AutoTokenizer
 from transformers.decision import DecisionConfig, label_token_ids
 
+from recbole_mllm.common.endpoints import is_server
 from recbole_mllm.common.errors import UserError
-from recbole_mllm.endpoints import is_server
-from recbole_mllm.files import EXPORT, check_folder, outputs_of, publish, publish_new, remove_file, staged, write_text
+from recbole_mllm.common.files import (
+    EXPORT,
+    check_folder,
+    outputs_of,
+    publish,
+    publish_new,
+    remove_file,
+    staged,
+    write_text,
+)
+from recbole_mllm.common.model_names import gguf_of, source_of
+from recbole_mllm.common.prompts import IMAGE, Prompt, Style, recommend_prompt
+from recbole_mllm.common.settings import MLLMSettings, Settings
 from recbole_mllm.mllm.decision import decision_request
-from recbole_mllm.mllm.encode import AnswerTokens
+from recbole_mllm.mllm.encoder import AnswerTokens
 from recbole_mllm.mllm.hf import HFModel
-from recbole_mllm.mllm.processors import load_processor
-from recbole_mllm.mllm.quantization import dequantized
-from recbole_mllm.mllm.sources import gguf_of, source_of
-from recbole_mllm.mllm.tuning import check_finetune, load_trained_state, tune
-from recbole_mllm.model.stages import load_style
-from recbole_mllm.prompts import IMAGE, Prompt, Style, recommend_prompt
-from recbole_mllm.settings import MLLMSettings, Settings
+from recbole_mllm.mllm.loading import load_processor
+from recbole_mllm.mllm.lora import check_finetune, dequantized, load_trained_state, tune
+from recbole_mllm.model.summarizers import load_style
 from recbole_mllm.training.checkpoint import LAST, read_checkpoint
 
 _CPU = torch.device("cpu")

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from recbole_mllm.common import distributed
 from recbole_mllm.common.errors import UserError
-from recbole_mllm.files import whole_file
-from recbole_mllm.mllm.batching import free_memory, out_of_memory
+from recbole_mllm.common.files import whole_file
+from recbole_mllm.mllm.memory import free_memory, out_of_memory
 
 NONFINITE_COLUMNS = ("user_id", "item_id", "position", "label", "suspect")
 

@@ -17,14 +17,14 @@ from transformers_serve import TransformersServe
 
 from recbole_mllm.cli import main
 from recbole_mllm.common.endpoints import parse_endpoint
-from recbole_mllm.errors import UserError
+from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.model_names import source_of
+from recbole_mllm.common.prompts import recommend_prompt
+from recbole_mllm.common.settings import ServerSettings
 from recbole_mllm.mllm.decision import decision_request
-from recbole_mllm.mllm.loading import source_of
-from recbole_mllm.mllm.processors import load_processor
+from recbole_mllm.mllm.loading import load_processor
 from recbole_mllm.mllm.server_scoring import ServedScorer
-from recbole_mllm.prompts import recommend_prompt
-from recbole_mllm.settings import ServerSettings
-from recbole_mllm.training.export import export, find_checkpoint
+from recbole_mllm.training.model_export import export, find_checkpoint
 
 pytest.importorskip("openai")
 pytest.importorskip("uvicorn")

@@ -16,13 +16,9 @@ from transformers_serve import TransformersServe
 
 from recbole_mllm.cli import main
 from recbole_mllm.common.endpoints import Endpoint, parse_endpoint
-from recbole_mllm.demo.attributes import VALUES
-from recbole_mllm.errors import UserError
-from recbole_mllm.mllm.base import Ask, Batch, Decoding, answers_of
-from recbole_mllm.mllm.hf import HFModel
-from recbole_mllm.mllm.loading import source_of
-from recbole_mllm.mllm.server import ServerModel
-from recbole_mllm.prompts import (
+from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.model_names import source_of
+from recbole_mllm.common.prompts import (
     Style,
     fused_summary_prompt,
     image_summary_prompt,
@@ -30,8 +26,12 @@ from recbole_mllm.prompts import (
     preference_prompt,
     text_summary_prompt,
 )
-from recbole_mllm.resources import PROPERTIES, resource
-from recbole_mllm.settings import ServerSettings, Settings
+from recbole_mllm.common.resources import PROPERTIES, resource
+from recbole_mllm.common.settings import ServerSettings, Settings
+from recbole_mllm.demo.attributes import VALUES
+from recbole_mllm.mllm.hf import HFModel
+from recbole_mllm.mllm.interface import Ask, Batch, Decoding, answers_of
+from recbole_mllm.mllm.server import ServerModel
 
 pytest.importorskip("openai")
 pytest.importorskip("uvicorn")

@@ -40,7 +40,7 @@ def spread(model, here, there):
     """Put the last two layers of `model` with its norm and head `there`, the rest `here`, as Accelerate does it."""
     from accelerate.hooks import attach_align_device_hook_on_blocks
 
-    from recbole_mllm.mllm.architectures import language_part
+    from recbole_mllm.mllm.families import language_part
 
     name, language = language_part(model)
     layers = max(
@@ -78,8 +78,8 @@ def loaded(folder, places):
 
 def gradients(folder, prompts, places, finetune):
     """Return the loss and the gradients of a batch, prefixes shared and not."""
-    from recbole_mllm.mllm.sft import example_loss
-    from recbole_mllm.mllm.tuning import tune
+    from recbole_mllm.mllm.lora import tune
+    from recbole_mllm.mllm.loss import example_loss
 
     made = loaded(folder, places)
     made.replace_model(tune(made.model, replace(SETTINGS.lora, finetune=finetune, lora_dropout=0.0), 1))
@@ -96,8 +96,8 @@ def gradients(folder, prompts, places, finetune):
 
 def compared(folder, picture):
     """Return how far the model in two places is from itself in one."""
-    from recbole_mllm.mllm.base import Decoding, answers_of
-    from recbole_mllm.prompts import recommend_prompt
+    from recbole_mllm.common.prompts import recommend_prompt
+    from recbole_mllm.mllm.interface import Decoding, answers_of
 
     one, two = loaded(folder, None), loaded(folder, ("card:0", "card:1"))
     image = picture if one.encoder.processor is not None else None
@@ -129,7 +129,7 @@ if __name__ == "__main__":
 
     from recbole_mllm.mllm import scoring
 
-    scoring._LEAST_GAIN = 1
+    scoring.LEAST_GAIN = 1
     out, name = Path(sys.argv[1]), sys.argv[2]
     with cards():
         Image.new("RGB", (40, 30), "red").save(picture := out.with_name("red.png"))

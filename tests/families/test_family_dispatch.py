@@ -8,10 +8,10 @@ from stock_forward import CPU, SETTINGS
 
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.mllm import scoring
-from recbole_mllm.mllm.base import Decoding, answers_of
 from recbole_mllm.mllm.hf import HFModel
+from recbole_mllm.mllm.interface import Decoding, answers_of
+from recbole_mllm.mllm.lora import tune
 from recbole_mllm.mllm.placement import is_dispatched
-from recbole_mllm.mllm.tuning import tune
 
 
 def spread(folder, mllm, room):
@@ -40,7 +40,7 @@ def test_nothing_in_memory_is_one_clear_line(folder, mllm):
 
 @pytest.mark.parametrize("share", [True, False], ids=["shared", "flat"])
 def test_scores_are_those_of_the_plain_forward(dispatched, prompts, tokens, expected, share, monkeypatch):
-    monkeypatch.setattr(scoring, "_LEAST_GAIN", 1)
+    monkeypatch.setattr(scoring, "LEAST_GAIN", 1)
     with torch.inference_mode():
         found = scoring.yes_logits(dispatched.body, dispatched.encode(prompts), tokens, share_prefix=share)
     assert (found - expected).abs().max() < 1e-5

@@ -5,9 +5,9 @@ from stock_forward import STYLE
 from transformers import AutoTokenizer
 from transformers.decision import DecisionConfig
 
+from recbole_mllm.common.prompts import recommend_prompt
 from recbole_mllm.mllm.decision import decision_request
-from recbole_mllm.mllm.processors import load_processor
-from recbole_mllm.prompts import recommend_prompt
+from recbole_mllm.mllm.loading import load_processor
 from recbole_mllm.training.model_export import Question, copy_own_files, write_decision
 
 NONE = {"paligemma": "no chat template"}

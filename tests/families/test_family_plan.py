@@ -8,13 +8,13 @@ from stock_forward import CPU, SETTINGS, STYLE
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from recbole_mllm.common.prompts import recommend_prompt
+from recbole_mllm.common.settings import LoraSettings
 from recbole_mllm.mllm.hf import HFModel
-from recbole_mllm.mllm.sharing import Group
-from recbole_mllm.mllm.tuning import tune
+from recbole_mllm.mllm.lora import tune
+from recbole_mllm.mllm.loss import Group
 from recbole_mllm.plan.cost import flops, trained_parameters
 from recbole_mllm.plan.counting import PlannedModel, scoring_groups
-from recbole_mllm.prompts import recommend_prompt
-from recbole_mllm.settings import LoraSettings
 
 LORA = {"finetune": "lora", "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
 

@@ -14,7 +14,7 @@ from recbole_mllm.mllm.interface import Decoding, answers_of
 
 @pytest.fixture(autouse=True)
 def every_prefix_is_shared(monkeypatch):
-    monkeypatch.setattr(scoring, "_LEAST_GAIN", 1)
+    monkeypatch.setattr(scoring, "LEAST_GAIN", 1)
 
 
 @torch.inference_mode()

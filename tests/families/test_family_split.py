@@ -19,12 +19,12 @@ from PIL import Image
 from stock_forward import CPU, SETTINGS, STYLE
 
 from recbole_mllm.common import distributed
+from recbole_mllm.common.prompts import recommend_prompt
 from recbole_mllm.mllm import scoring
-from recbole_mllm.mllm.base import Batch, Decoding
 from recbole_mllm.mllm.hf import HFModel
-from recbole_mllm.mllm.sft import example_loss
-from recbole_mllm.mllm.tuning import tune
-from recbole_mllm.prompts import recommend_prompt
+from recbole_mllm.mllm.interface import Batch, Decoding
+from recbole_mllm.mllm.lora import tune
+from recbole_mllm.mllm.loss import example_loss
 
 FAMILIES = {build.__name__: build for build in (*tiny_models.FAMILIES, *tiny_models.PAIRS, *tiny_models.TEXT_FAMILIES)}
 LORA = replace(SETTINGS.lora, finetune="lora", lora_dropout=0.0)
@@ -136,7 +136,7 @@ def compared(folder, picture):
 
 
 if __name__ == "__main__":
-    scoring._LEAST_GAIN = 1
+    scoring.LEAST_GAIN = 1
     with TemporaryDirectory() as scratch:
         picture = Path(scratch) / "red.png"
         Image.new("RGB", (40, 30), "red").save(picture)

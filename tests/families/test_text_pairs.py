@@ -15,11 +15,11 @@ from transformers import AutoModelForImageTextToText
 
 from recbole_mllm.common.prompts import recommend_prompt
 from recbole_mllm.mllm import families, scoring
-from recbole_mllm.mllm.exporting import write_model
 from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.mllm.interface import Decoding, answers_of
 from recbole_mllm.mllm.lora import tune
 from recbole_mllm.mllm.loss import example_loss, groups
+from recbole_mllm.training.model_export import write_model
 
 QUICK = {"llava_cohere", "llava_next_granite", "aya_vision_cohere2"}
 CASES = [
@@ -60,7 +60,7 @@ def likelihood(mllm, stock, prompts):
 
 def test_scores_and_texts_are_those_of_the_stock_model(pair, monkeypatch):
     folder, mllm, prompts = pair
-    monkeypatch.setattr(scoring, "_LEAST_GAIN", 1)
+    monkeypatch.setattr(scoring, "LEAST_GAIN", 1)
     stock = AutoModelForImageTextToText.from_pretrained(folder).eval()
     answers = mllm.answers(STYLE)
     with torch.no_grad():
@@ -91,8 +91,8 @@ def test_a_pair_without_a_test_is_checked_and_keeps_its_sharing(pair, monkeypatc
     monkeypatch.setitem(families._FAMILIES, outer, replace(row, texts=row.texts - {text}))
     unknown = HFModel(str(pair[0]), SETTINGS.mllm, CPU)
     asked = []
-    stock = scoring.way_to_score
-    monkeypatch.setattr(scoring, "way_to_score", lambda *args: asked.append(1) or stock(*args))
+    stock = scoring.find_scoring_mode
+    monkeypatch.setattr(scoring, "find_scoring_mode", lambda *args: asked.append(1) or stock(*args))
     answers = mllm.answers(STYLE)
     assert (unknown.yes_scores(prompts, answers) - mllm.yes_scores(prompts, answers)).abs().max() < 1e-5
     assert not unknown.body.architecture.known and asked
@@ -101,7 +101,7 @@ def test_a_pair_without_a_test_is_checked_and_keeps_its_sharing(pair, monkeypatc
 
 def test_loss_gradients_and_the_merged_export_are_those_of_the_stock_model(pair, monkeypatch, tmp_path):
     folder, _, prompts = pair
-    monkeypatch.setattr("recbole_mllm.mllm.loss._LEAST_GAIN", 1)
+    monkeypatch.setattr("recbole_mllm.mllm.loss.LEAST_GAIN", 1)
     mllm = HFModel(str(folder), SETTINGS.mllm, CPU)
     mllm.replace_model(tune(mllm.model, replace(SETTINGS.lora, lora_dropout=0.0), seed=1))
     torch.manual_seed(1)

@@ -14,13 +14,13 @@ import small_world
 import tiny_models
 import torch
 
-from recbole_mllm.benchmark.casebook import DEEPEST, read_casebook
+from recbole_mllm.benchmark.cases import DEEPEST, read_cases
 from recbole_mllm.benchmark.jobs import BenchmarkPlan, jobs_of
 from recbole_mllm.benchmark.ranking import build
 from recbole_mllm.benchmark.records import RECORDS, read_arrays, read_records
 from recbole_mllm.benchmark.report import render
 from recbole_mllm.benchmark.worker import run_job
-from recbole_mllm.errors import UserError
+from recbole_mllm.common.errors import UserError
 
 TOP_K = 6
 
@@ -133,7 +133,7 @@ def test_the_pages_hold_and_what_cannot_be_had_is_a_dash_with_its_reason(place: 
 
 def test_cases_show_the_top_of_the_ranking_and_the_target_where_it_is(place: Path) -> None:
     results = place / "results"
-    book = read_casebook(build(read_records(results / RECORDS), results), results)
+    book = read_cases(build(read_records(results / RECORDS), results), results)
     assert book is not None and book.problem == "" and book.beside == "SASRec"
     for case in book.cases:
         assert case.of == small_world.ITEMS - (small_world.LENGTH - 1)

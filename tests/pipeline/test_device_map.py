@@ -15,10 +15,10 @@ import yaml
 from launching import one_of_two
 
 from recbole_mllm.cli import main
+from recbole_mllm.common.resources import PROPERTIES
+from recbole_mllm.common.settings import Settings
 from recbole_mllm.mllm.placement import placement
 from recbole_mllm.quick_start import make_config, run
-from recbole_mllm.resources import PROPERTIES
-from recbole_mllm.settings import Settings
 
 SMALL = {
     "mllm": "llava", "use_image": True, "summary_mode": "recurrent", "item_summary": "image", "finetune": "none",

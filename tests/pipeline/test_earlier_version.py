@@ -11,7 +11,7 @@ import pytest
 from recbole.utils import get_model, get_trainer, init_seed
 
 from recbole_mllm.cli import main
-from recbole_mllm.config import config_paths
+from recbole_mllm.common.config import config_paths
 from recbole_mllm.quick_start import make_config, read_and_split
 
 ARCHIVE = Path(__file__).parents[1] / "earlier_version" / "results.tar.xz"

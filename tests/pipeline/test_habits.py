@@ -20,8 +20,8 @@ from recbole.utils import get_trainer, init_seed
 from recbole.utils.case_study import full_sort_topk
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from recbole_mllm.common.errors import UserError
 from recbole_mllm.data.schema import HISTORY_NUMBER, POSITION
-from recbole_mllm.errors import UserError
 from recbole_mllm.model.sequential_recommender.mllmmsr import MLLMMSR
 from recbole_mllm.quick_start import make_config, run
 

@@ -16,14 +16,14 @@ from recbole.config import Config
 from recbole.data import create_dataset
 from recbole.utils import get_model
 
+from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.settings import MLLMSettings
 from recbole_mllm.data.atomic import read_atomic
-from recbole_mllm.errors import UserError
 from recbole_mllm.features import item_vectors
 from recbole_mllm.features.item_vectors import scaled_vectors
 from recbole_mllm.mllm.embedding import image_vectors, sentence_vectors, text_vectors
 from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.quick_start import make_config, run
-from recbole_mllm.settings import MLLMSettings
 
 KINDS = ("red car", "blue mug", "green hat", "black shoe", "white lamp", "brown chair")
 FULL = {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "full"}

@@ -11,7 +11,7 @@ import small_world
 import tiny_models
 
 from recbole_mllm.benchmark.cases import write_cases
-from recbole_mllm.benchmark.worker import _parameters_trained
+from recbole_mllm.benchmark.worker import parameters_trained
 from recbole_mllm.quick_start import make_config, run
 
 
@@ -54,5 +54,5 @@ def test_a_baseline_keeps_none_and_pop_trains_nothing(tmp_path, monkeypatch):
     small_world.write(tmp_path / "data", images=False)
     outcome = _outcome(tmp_path, "Pop", monkeypatch)
     assert write_cases(outcome, tmp_path) is None and not (tmp_path / "cases.json").exists()
-    assert _parameters_trained(outcome.model) == 0
-    assert _parameters_trained(_outcome(tmp_path, "BPR", monkeypatch, embedding_size=4).model) == 4 * (31 + 61)
+    assert parameters_trained(outcome.model) == 0
+    assert parameters_trained(_outcome(tmp_path, "BPR", monkeypatch, embedding_size=4).model) == 4 * (31 + 61)

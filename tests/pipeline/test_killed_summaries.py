@@ -15,13 +15,13 @@ from pathlib import Path
 sys.path[:0] = [{tests!r}, {root!r}]
 import yaml
 from planted_writers import Planted
-from recbole_mllm.data.texts import Items
-from recbole_mllm.prompts import Style
+from recbole_mllm.data.item_table import Items
+from recbole_mllm.common.prompts import Style
 from recbole_mllm.common.resources import PROPERTIES
 from recbole_mllm.common.settings import SummarySettings
-from recbole_mllm.summaries.generator import Stage, Summarizers
+from recbole_mllm.summaries.generator import SummarySetup, Summarizers
 from recbole_mllm.summaries.preferences import make_preferences
-from recbole_mllm.summaries.user_summaries import Plan
+from recbole_mllm.summaries.user_summaries import SummaryRequests
 
 folder, pause = Path(sys.argv[1]), float(sys.argv[2])
 style = Style.from_mapping("demo", yaml.safe_load((PROPERTIES / "prompt" / "demo.yaml").read_text()))
@@ -36,8 +36,8 @@ def reply(prompt):
     return str(sum(map(ord, prompt.text)) % 10_007) + " is what I read"
 
 who = Summarizers("planted", "planted", lambda: Planted(reply, 2), lambda: Planted(reply, 2))
-plan = Plan(histories, {{user: set(range(1, len(h) + 1)) for user, h in histories.items()}})
-make_preferences(Stage(folder, "t", style, items, settings, who), plan)
+plan = SummaryRequests(histories, {{user: set(range(1, len(h) + 1)) for user, h in histories.items()}})
+make_preferences(SummarySetup(folder, "t", style, items, settings, who), plan)
 print("finished", flush=True)
 """
 

@@ -14,7 +14,7 @@ import torch
 from launching import FSDP, ROOT, launched, one_of_two
 
 from recbole_mllm.cli import main
-from recbole_mllm.resources import PROPERTIES
+from recbole_mllm.common.resources import PROPERTIES
 from recbole_mllm.training.checkpoint import read_checkpoint
 
 SLOW = pytest.mark.slow
@@ -138,7 +138,7 @@ def ask(self, prompts):
     return stock(self, prompts)
 MLLMMSR._ask_prompts = ask
 from recbole_mllm.model import team
-team._AHEAD = 20
+team.AHEAD = 20
 """
 NAN = """
 stock = MLLMMSR.calculate_loss

@@ -21,7 +21,7 @@ from pathlib import Path
 sys.path[:0] = [{str(ROOT)!r}]
 from recbole_mllm import ranks
 from recbole_mllm.benchmark.records import append
-from recbole_mllm.launched import child_code
+from recbole_mllm.common.distributed import child_code
 from tests.planted_runs import plant_run
 job = json.loads(Path(sys.argv[1]).read_text())
 out, rank = Path(job["home"]) / job["output_dir"], os.environ.get("RANK")
@@ -47,7 +47,7 @@ BENCH = """
 import sys
 from pathlib import Path
 from recbole_mllm import ranks
-from recbole_mllm.launched import exit_code
+from recbole_mllm.common.distributed import exit_code
 from recbole_mllm.benchmark.jobs import BenchmarkPlan
 from recbole_mllm.benchmark.runner import benchmark, follow
 labels = ("Pop", "MLLMMSR:direct", "MLLMMSR:no-image", "MLLMMSR")

@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 
 from recbole_mllm.cli import main
 from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.resources import PROPERTIES
+from recbole_mllm.common.settings import Settings
 from recbole_mllm.mllm.server import ServerModel
-from recbole_mllm.model.stages import make_stage
+from recbole_mllm.model.summarizers import make_summary_setup
 from recbole_mllm.plan.counting import estimate
-from recbole_mllm.resources import PROPERTIES
-from recbole_mllm.settings import Settings
-from recbole_mllm.summaries.stage import claiming, user_scribe
-from recbole_mllm.summaries.users import Plan
+from recbole_mllm.summaries.generator import claiming, user_generator
+from recbole_mllm.summaries.user_summaries import SummaryRequests
 
 
 @pytest.fixture(scope="module")
@@ -112,14 +112,14 @@ def test_a_family_that_cannot_be_split_is_told_before_anything_is_loaded(world, 
 
 KILLED_WRITING = """
 import os, signal, sys
-from recbole_mllm.summaries.writing import Scribe
-stock, given = Scribe.give, []
+from recbole_mllm.summaries.generator import CachedGenerator
+stock, given = CachedGenerator.give, []
 def give(self, arrived):
     stock(self, arrived)
     given.append(self.kind)
     if given.count("user") == 2 and os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGKILL)
-Scribe.give = give
+CachedGenerator.give = give
 from recbole_mllm.cli import main
 sys.exit(main())
 """
@@ -177,7 +177,7 @@ def test_a_process_without_memory_for_the_others_passes_says_so_itself(world, tm
 
 GONE = """
 import sys
-from recbole_mllm.mllm.encode import Encoder
+from recbole_mllm.mllm.encoder import Encoder
 stock = Encoder.__call__
 def encode(self, prompt, **options):
     if any(str(path) == IMAGE for path in prompt.images):
@@ -206,7 +206,7 @@ def stage_of(world, **models):
     settings = Settings.from_config(yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text()))
     settings = replace(settings, mllm=replace(settings.mllm, **models))
     config = {"data_path": str(world / "data" / "steps"), "ITEM_ID_FIELD": "item_id"}
-    return make_stage(config, settings, torch.device("cpu"))
+    return make_summary_setup(config, settings, torch.device("cpu"))
 
 
 def test_beside_a_server_a_split_model_is_loaded_by_all_for_its_own_summaries_alone(world, monkeypatch):
@@ -215,7 +215,7 @@ def test_beside_a_server_a_split_model_is_loaded_by_all_for_its_own_summaries_al
         assert isinstance(stage.who.load_item(), ServerModel)
         assert (stage.who.item_is_split, stage.who.user_is_split) == (False, True)
         with pytest.raises(UserError, match="summaries that all processes had just written are gone"):
-            claiming(user_scribe(stage, Mock())).load()
+            claiming(user_generator(stage, Mock())).load()
 
 
 def test_what_one_process_does_alone_waits_for_no_other_where_models_are_to_be_split(
@@ -237,8 +237,8 @@ def test_a_dry_run_does_not_try_a_model_that_is_split(world, tmp_path, monkeypat
     keys = {"mllm": str(world / "llama"), "data_path": str(world / "data" / "steps"), "item_summary": "text"}
     keys |= {"ITEM_ID_FIELD": "item_id"}
     given = yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text()) | keys | {"use_image": False}
-    plan = Plan({"u": ["i00", "i01", "i02"]}, {"u": {2}})
+    plan = SummaryRequests({"u": ["i00", "i01", "i02"]}, {"u": {2}})
     with one_of_two(monkeypatch, **FSDP):
-        stage = make_stage(given, Settings.from_config(given), torch.device("cpu"))
+        stage = make_summary_setup(given, Settings.from_config(given), torch.device("cpu"))
         with pytest.raises(UserError, match="--dry-run lets one process try the model.* start it without FSDP"):
             estimate(stage, plan, "all")

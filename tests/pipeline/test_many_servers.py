@@ -11,13 +11,12 @@ from pathlib import Path
 from server_processes import reply, served
 
 from recbole_mllm.common.endpoints import Endpoint
-from recbole_mllm.mllm.base import Decoding
+from recbole_mllm.common.prompts import Prompt
+from recbole_mllm.common.settings import ServerSettings
+from recbole_mllm.mllm.interface import Decoding
 from recbole_mllm.mllm.server import ServerModel
-from recbole_mllm.prompts import Prompt
-from recbole_mllm.settings import ServerSettings
-from recbole_mllm.summaries.generator import Request
+from recbole_mllm.summaries.generator import CachedGenerator, Request
 from recbole_mllm.summaries.store import Store
-from recbole_mllm.summaries.writing import Scribe
 
 SETTINGS = ServerSettings(4, 120.0, 60.0, None)
 
@@ -58,7 +57,7 @@ def run(folder, servers, chains, settings=SETTINGS):
     model = ServerModel(Endpoint("m", tuple(server.url for server in servers)), settings)
     store = Store(folder / "store.sqlite")
     started = time.monotonic()
-    Scribe("user", lambda: model, "server:m", store, Decoding(9)).generate(chains)
+    CachedGenerator("user", lambda: model, "server:m", store, Decoding(9)).generate(chains)
     took = time.monotonic() - started
     assert chains.texts == chains.truth() and len(store) == len(chains.texts)
     store.close()
@@ -114,14 +113,14 @@ sys.path[:0] = [{tests!r}, {tests!r} + "/pipeline", {root!r}]
 from pathlib import Path
 from test_many_servers import Chains, SETTINGS
 from recbole_mllm.common.endpoints import Endpoint
-from recbole_mllm.mllm.base import Decoding
+from recbole_mllm.mllm.interface import Decoding
 from recbole_mllm.mllm.server import ServerModel
-from recbole_mllm.summaries.leases import Leases
+from recbole_mllm.summaries.store import Leases
 from recbole_mllm.summaries.store import Store
-from recbole_mllm.summaries.writing import Scribe
+from recbole_mllm.summaries.generator import CachedGenerator
 store = Store(Path(sys.argv[1]))
 model = ServerModel(Endpoint("m", (sys.argv[2],)), SETTINGS)
-scribe = Scribe("user", lambda: model, "server:m", store, Decoding(9), leases=Leases(store))
+scribe = CachedGenerator("user", lambda: model, "server:m", store, Decoding(9), leases=Leases(store))
 chains = Chains(60, 4)
 print("ready", flush=True)
 sys.stdin.readline()

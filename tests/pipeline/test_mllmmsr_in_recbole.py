@@ -15,8 +15,8 @@ from recbole.quick_start import load_data_and_model, objective_function, run_rec
 from recbole.utils import get_trainer, init_seed
 
 from recbole_mllm.cli import main
+from recbole_mllm.common.errors import UserError
 from recbole_mllm.data.schema import POSITION
-from recbole_mllm.errors import UserError
 from recbole_mllm.model.sequential_recommender.mllmmsr import MLLMMSR
 from recbole_mllm.model.summarizers import prepare_summaries
 

@@ -8,15 +8,15 @@ from planted_writers import Planted
 
 from recbole_mllm.cli import main
 from recbole_mllm.common.prompts import Style
-from recbole_mllm.data.texts import Items
+from recbole_mllm.common.resources import PROPERTIES
+from recbole_mllm.common.settings import Settings
+from recbole_mllm.data.item_table import Items
 from recbole_mllm.mllm.interface import Decoding
 from recbole_mllm.quick_start import make_config
-from recbole_mllm.resources import PROPERTIES
-from recbole_mllm.settings import Settings
-from recbole_mllm.summaries.prepare import Preferences
+from recbole_mllm.summaries.generator import CachedGenerator
+from recbole_mllm.summaries.preferences import Preferences
 from recbole_mllm.summaries.store import Store
-from recbole_mllm.summaries.users import Plan, preferences
-from recbole_mllm.summaries.writing import Scribe
+from recbole_mllm.summaries.user_summaries import SummaryRequests, preferences
 
 STYLE = Style.from_mapping("demo", yaml.safe_load((PROPERTIES / "prompt" / "demo.yaml").read_text()))
 SPLITS = {
@@ -61,11 +61,13 @@ def test_what_a_row_reads_is_what_lies_before_its_target(tmp_path, monkeypatch, 
     config = make_config("MLLMMSR", "made", [], {**keys, "load_col": settings_file["load_col"]})
     settings = Settings.from_config(config).summary
     parts = create_dataset(config).build()
-    plan = Plan(parts[0].histories, parts[0].positions)
+    plan = SummaryRequests(parts[0].histories, parts[0].positions)
     items = Items({item: f"seen-{item}" for own in exact.values() for item in own}, {})
     echo = Planted(lambda prompt: " ".join(sorted(markers(prompt.text))))
     store = Store(tmp_path / "store.sqlite")
-    texts = preferences(Scribe("user", lambda: echo, "echo", store, Decoding(9)), STYLE, items, {}, plan, settings)
+    texts = preferences(
+        CachedGenerator("user", lambda: echo, "echo", store, Decoding(9)), STYLE, items, {}, plan, settings
+    )
     store.close()
     known, rows, read = Preferences(texts, plan, items, STYLE, settings), 0, 0
     for part in parts:

@@ -9,7 +9,7 @@ import small_world
 import tiny_models
 
 from recbole_mllm.cli import main
-from recbole_mllm.options import Options, config_of
+from recbole_mllm.cli.arguments import Options, config_of
 from recbole_mllm.quick_start import run
 
 PROTOCOL = {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user"}

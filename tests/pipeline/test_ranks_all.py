@@ -99,7 +99,7 @@ def test_ranks_and_metrics_are_those_of_the_scores(worlds: Path, model: str, mon
 
 
 def test_few_items_are_kept_where_rows_are_many() -> None:
-    from recbole_mllm.evaluation.allitems import DEEPEST, KEPT_PAIRS, AllItems
+    from recbole_mllm.evaluation.full_ranking import DEEPEST, KEPT_PAIRS, AllItems
 
     few, many = (AllItems(None, None, lambda u, i: i, rows) for rows in (100, 10_000_000))
     assert few.depth(10) == DEEPEST and many.depth(10) == 11 and few.depth(100) == 101
@@ -107,8 +107,7 @@ def test_few_items_are_kept_where_rows_are_many() -> None:
 
 
 def test_two_targets_of_one_user_are_both_ranked() -> None:
-    from recbole_mllm.evaluation.allitems import AllItems
-    from recbole_mllm.evaluation.wholerank import rank_all
+    from recbole_mllm.evaluation.full_ranking import AllItems, rank_all
 
     pool = np.array([False, True, True, True, True, False])
     every = AllItems(pool, None, lambda users, items: -np.asarray(items), 1)

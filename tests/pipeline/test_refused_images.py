@@ -8,7 +8,7 @@ import small_world
 import tiny_models
 from PIL import Image
 
-from recbole_mllm.data.texts import read_items
+from recbole_mllm.data.item_table import read_items
 from recbole_mllm.model.summarizers import REFUSED, without_refused
 from recbole_mllm.quick_start import make_config, run
 

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 from planned_server import Planned, completion, serving
 
-from recbole_mllm.errors import UserError
+from recbole_mllm.common.errors import UserError
 from recbole_mllm.quick_start import make_config
 
 pytest.importorskip("openai")

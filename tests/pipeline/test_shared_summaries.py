@@ -12,7 +12,7 @@ from launching import TORCHRUN
 from server_processes import served
 
 from recbole_mllm.data.schema import store_file
-from recbole_mllm.mllm.base import Answer
+from recbole_mllm.mllm.interface import Answer
 from recbole_mllm.summaries.store import Store, shard_files
 from recbole_mllm.summaries.work_shares import ShardStore, opened_store, share_of
 

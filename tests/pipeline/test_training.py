@@ -19,9 +19,9 @@ from recbole.quick_start import load_data_and_model
 from recbole.utils import get_trainer, init_logger, init_seed
 
 from recbole_mllm.common.errors import UserError
-from recbole_mllm.fitting import Fit
-from recbole_mllm.mllm import sharing
-from recbole_mllm.model import team
+from recbole_mllm.common.fitting import Fit
+from recbole_mllm.mllm import loss
+from recbole_mllm.model import row_scoring
 from recbole_mllm.model.sequential_recommender.mllmmsr import MLLMMSR
 from recbole_mllm.training.checkpoint import _COURSE, _MODEL, last_of, newest, read_checkpoint
 
@@ -338,7 +338,7 @@ def test_a_killed_evaluation_resumes_from_what_it_had_scored(settings, tmp_path,
         asked.append(len(prompts))
         return stock(self, prompts)
 
-    monkeypatch.setattr(team, "_AHEAD", 40)
+    monkeypatch.setattr(row_scoring, "AHEAD", 40)
     zero = settings | {"finetune": "none"}
     trainer, train, valid, test = _made(zero)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -374,7 +374,7 @@ def filled(request, place, tmp_path_factory):
 @pytest.fixture
 def trained(filled, monkeypatch):
     """Return a call that trains on the batch and gives loss and gradients; the trainer forgets what it has learnt."""
-    monkeypatch.setattr(sharing, "_LEAST_GAIN", 1)
+    monkeypatch.setattr(loss, "LEAST_GAIN", 1)
     trainer, batch = filled
     trainer.halving.most = None
 

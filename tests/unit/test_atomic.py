@@ -9,6 +9,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.files import whole_file
 from recbole_mllm.data.atomic import (
     clean,
     find_impossible_times,
@@ -18,8 +20,6 @@ from recbole_mllm.data.atomic import (
     value_problem,
     write_atomic,
 )
-from recbole_mllm.errors import UserError
-from recbole_mllm.files import whole_file
 
 TRAPS = [
     "NA", "null", "nan", "None", "N/A", "", " ", "a b", "a  b", " a", "a ", '"', '"a', '"a"', 'a"', 'say "yes"', "'til",

@@ -6,11 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from recbole_mllm.data.sampling import hash64, hashes64, limited_users, sample_users, tie_keys
-from recbole_mllm.errors import UserError
+from recbole_mllm.common.errors import UserError
+from recbole_mllm.data.sampling import Pairs, hash64, hashes64, limited_users, sample_users, tie_keys
 from recbole_mllm.evaluation.candidates import Pool, candidates_digest, draw_negatives
 from recbole_mllm.evaluation.tie_breaking import ranks
-from recbole_mllm.fastdata.pairs import Pairs
 
 ITEMS = [f"i{n}" for n in range(60)]
 

@@ -19,12 +19,12 @@ from recbole_mllm.benchmark.cases import (
     BUDGET,
     SHOWN,
     Candidate,
-    Casebook,
+    CaseStudies,
     Piece,
     case_of,
     choose,
     drawn,
-    read_casebook,
+    read_cases,
     thumbnails,
     word_changes,
 )
@@ -57,8 +57,8 @@ def copied(world, tmp_path) -> SimpleNamespace:
     return SimpleNamespace(results=tmp_path, runs=world.runs, board=world.board)
 
 
-def book_of(world, board=None, **options) -> Casebook:
-    book = read_casebook(board or world.board, world.results, **options)
+def book_of(world, board=None, **options) -> CaseStudies:
+    book = read_cases(board or world.board, world.results, **options)
     assert book is not None
     return book
 
@@ -77,7 +77,7 @@ def test_the_first_drawn_are_shown_whatever_came_of_them(world):
 def test_sasrec_stands_beside_even_where_another_baseline_is_best(world):
     assert world.board.best_baseline == "ItemKNN" and book_of(world).beside == "SASRec"
     assert book_of(world, without(world.board, "SASRec")).beside == "ItemKNN"
-    assert read_casebook(without(world.board, "MLLMMSR"), world.results) is None
+    assert read_cases(without(world.board, "MLLMMSR"), world.results) is None
 
 
 def test_mllmmsr_itself_is_shown_before_a_variant_that_did_better(copied):
@@ -119,7 +119,7 @@ def test_the_two_chosen_are_the_furthest_apart_one_each_way():
     names = [f"u{n}" for n in range(SHOWN + 4)]
     mine = {name: order(rank) for name, rank in zip(names, [21] * SHOWN + [1, 2, 9, 5], strict=True)}
     theirs = {name: order(rank) for name, rank in zip(names, [1] * SHOWN + [4, 20, 3, 5], strict=True)}
-    book = Casebook("MLLMMSR", "SASRec", 2024)
+    book = CaseStudies("MLLMMSR", "SASRec", 2024)
     chosen = choose(names, mine, theirs, book)
     assert list(chosen) == [*names[:SHOWN], names[SHOWN + 1], names[SHOWN + 2]]
     assert "MLLMMSR ranks the hit furthest above SASRec" in chosen[names[SHOWN + 1]]

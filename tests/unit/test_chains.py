@@ -8,15 +8,15 @@ from hypothesis import settings as settings_
 from hypothesis import strategies as st
 from planted_writers import Planted
 
+from recbole_mllm.common.prompts import Style
 from recbole_mllm.common.resources import PROPERTIES
 from recbole_mllm.common.settings import SummarySettings
-from recbole_mllm.data.texts import Items
-from recbole_mllm.prompts import Style
+from recbole_mllm.data.item_table import Items
 from recbole_mllm.summaries.chains import State, before, history_digest, state_at, steps
-from recbole_mllm.summaries.generator import Scribe
+from recbole_mllm.summaries.generator import CachedGenerator
 from recbole_mllm.summaries.preferences import Preferences
 from recbole_mllm.summaries.store import Decoding, Store
-from recbole_mllm.summaries.user_summaries import Plan, as_rows, preferences
+from recbole_mllm.summaries.user_summaries import SummaryRequests, as_rows, preferences
 
 BASE = SummarySettings.from_config(yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text()))
 STYLE = Style.from_mapping("demo", yaml.safe_load((PROPERTIES / "prompt" / "demo.yaml").read_text()))
@@ -54,7 +54,7 @@ def _world(lengths):
 
 def _run(folder, plan, items, settings, echo):
     store = Store(folder / "store.sqlite")
-    scribe = Scribe("user", lambda: echo, echo.identity, store, Decoding(9))
+    scribe = CachedGenerator("user", lambda: echo, echo.identity, store, Decoding(9))
     texts = preferences(scribe, STYLE, items, {}, plan, settings)
     store.close()
     return texts
@@ -64,7 +64,7 @@ def _run(folder, plan, items, settings, echo):
 @given(lengths=HISTORIES, settings=SETTINGS)
 def test_a_row_reads_only_what_lies_before_it(tmp_path_factory, lengths, settings):
     histories, items = _world(lengths)
-    plan = Plan(histories, {user: set(range(len(h))) for user, h in histories.items()})
+    plan = SummaryRequests(histories, {user: set(range(len(h))) for user, h in histories.items()})
     texts = _run(tmp_path_factory.mktemp("s"), plan, items, settings, Echo())
     known = Preferences(texts, plan, items, STYLE, settings)
     for user, history in histories.items():
@@ -81,10 +81,10 @@ def test_a_row_reads_only_what_lies_before_it(tmp_path_factory, lengths, setting
 @given(lengths=HISTORIES, settings=SETTINGS)
 def test_shared_chains_say_what_each_row_alone_would(tmp_path_factory, lengths, settings):
     histories, items = _world(lengths)
-    whole = Plan(histories, {user: set(range(1, len(h))) for user, h in histories.items()})
+    whole = SummaryRequests(histories, {user: set(range(1, len(h))) for user, h in histories.items()})
     together, folder = _run(tmp_path_factory.mktemp("s"), whole, items, settings, Echo()), tmp_path_factory.mktemp("t")
     for user, history in histories.items():
-        alone = Plan(histories, {user: {len(history) - 1}})
+        alone = SummaryRequests(histories, {user: {len(history) - 1}})
         for key, text in _run(folder, alone, items, settings, Echo()).items():
             assert together[key] == text
 
@@ -109,7 +109,7 @@ def test_no_partial_block_means_a_cold_start_before_the_first_full_one():
 
 def test_rows_name_the_history_they_have_read(tmp_path):
     histories, items = _world({"u1": 5})
-    plan = Plan(histories, {"u1": {4}})
+    plan = SummaryRequests(histories, {"u1": {4}})
     rows = as_rows(_run(tmp_path, plan, items, BASE, Echo()), plan)
     assert [(row.seen, row.history) for row in rows] == [
         (3, history_digest(histories["u1"][:3])),
@@ -121,7 +121,7 @@ def test_rows_name_the_history_they_have_read(tmp_path):
 @settings_(max_examples=40, deadline=None)
 def test_the_chain_of_a_position_ends_with_what_its_row_reads(tmp_path_factory, lengths, settings):
     histories, items = _world(lengths)
-    plan = Plan(histories, {user: {len(history) - 1} for user, history in histories.items()})
+    plan = SummaryRequests(histories, {user: {len(history) - 1} for user, history in histories.items()})
     texts = _run(tmp_path_factory.mktemp("chain"), plan, items, settings, Echo())
     told = Preferences(texts, plan, items, STYLE, settings)
     for user, history in histories.items():

@@ -7,11 +7,11 @@ from stock_forward import CPU, SETTINGS, STYLE
 from transformers import AutoTokenizer
 from transformers.decision import DecisionConfig
 
+from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.prompts import recommend_prompt
-from recbole_mllm.errors import UserError
 from recbole_mllm.mllm.decision import decision_request
-from recbole_mllm.mllm.exporting import Question, copy_own_files, write_decision
 from recbole_mllm.mllm.hf import HFModel
+from recbole_mllm.training.model_export import Question, copy_own_files, write_decision
 
 _TURN = "{% for m in messages %}[INST]{{ m.role }}\n{% if m.role == 'assistant' %}THOUGHT{% endif %}"
 _TURN += "{{ m.content }}[/INST]\n{% endfor %}"

@@ -10,8 +10,8 @@ from recbole.config import Config
 from recbole.data import create_dataset
 
 from recbole_mllm.cli import main
+from recbole_mllm.common.errors import UserError
 from recbole_mllm.data import checking
-from recbole_mllm.errors import UserError
 
 HEAD = "user_id:token\titem_id:token\ttimestamp:float\trating:float\n"
 ROWS = [f"u{u}\ti{(u + t) % 9}\t{100 * u + t}\t{t % 5}" for u in range(6) for t in range(5)]

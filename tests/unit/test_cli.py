@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from recbole_mllm.cli import benchmark_commands, commands, main
 from recbole_mllm.cli.arguments import Options, config_of
-from recbole_mllm.errors import UserError
+from recbole_mllm.common.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -211,7 +211,7 @@ sys.exit(console.exit_code(run, []))
 
 
 def test_a_gpu_that_is_not_there_is_a_line_in_the_log(caplog):
-    from recbole_mllm.config import tell_missing_gpus
+    from recbole_mllm.common.config import tell_missing_gpus
 
     config = config_of("Pop", "demo", Options({"gpu_id": 4099}))
     tell_missing_gpus(config)
@@ -274,7 +274,7 @@ def test_results_of_another_world_are_set_aside_not_lost(tmp_path, monkeypatch):
 
 
 def test_progress_is_plain_lines_off_a_terminal(caplog, monkeypatch):
-    from recbole_mllm import progress
+    from recbole_mllm.common import progress
 
     caplog.set_level("INFO")
     monkeypatch.setattr(progress, "EVERY_S", 0.0)

@@ -20,11 +20,11 @@ from recbole_mllm.common.config import (
     is_model,
     per_model,
 )
+from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.resources import PROPERTIES, named, resource
 from recbole_mllm.common.settings import Settings, known_keys
 from recbole_mllm.common.yaml_files import check_readable, line_of, read_mapping
-from recbole_mllm.errors import UserError
-from recbole_mllm.health.layout import find_layout
+from recbole_mllm.inspect.measure import find_layout
 
 BASE = yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text())
 PRESETS = {"demo", "ml-100k-posters", "microlens", "amazon2023", "paper", "llava-1.6-mistral-7b", "qwen2.5-vl-7b"}

@@ -419,8 +419,8 @@ def test_impossible_times_are_told_and_are_never_the_earliest_copy(tmp_path: Pat
     assert manifest["impossible_times"] == {"read": [2, 1], "written": [1, 1]}
     told = "Impossible times: 2 at or before 1970-01-01 and 1 after tomorrow were read; 2 such interactions are written"
     assert told in (out / "README.md").read_text()
-    from recbole_mllm.health.findings import findings
-    from recbole_mllm.health.measure import measure
+    from recbole_mllm.inspect.findings import findings
+    from recbole_mllm.inspect.measure import measure
 
     found = " ".join(finding.what for finding in findings(measure(out)))
     assert "1 time lies at or before 1970-01-01" in found and "1 time lies after tomorrow" in found

@@ -11,9 +11,9 @@ import torch
 from recbole.config import Config
 from recbole.data import create_dataset, data_preparation
 
+from recbole_mllm.common.errors import UserError
 from recbole_mllm.data.dataloader import Negatives, SeededTrainDataLoader
 from recbole_mllm.data.schema import POSITION
-from recbole_mllm.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def test_what_no_training_could_do_is_refused_before_a_summary_or_a_model_is_mad
     def made(*given):
         pytest.fail("summaries would be made, or a model loaded")
 
-    for name in ("make_stage", "HFModel", "Reranker"):
+    for name in ("make_summary_setup", "HFModel", "Reranker"):
         monkeypatch.setattr(mllmmsr, name, made, raising=False)
     folder = small_world.write(tmp_path, images=False)
     everything = [f"all\t{small_world.item(n)}\t{n + 1}\n" for n in range(small_world.ITEMS + 2)]

@@ -14,11 +14,11 @@ import yaml
 from PIL import Image
 from tiny_mllm import sentences as texts
 
+from recbole_mllm.common.prompts import Prompt, Style, image_summary_prompt, recommend_prompt
 from recbole_mllm.demo.attributes import FIELDS, VALUES, VISIBLE, Item, draw_item, is_reserved
 from recbole_mllm.demo.builtin import ensure_builtin
 from recbole_mllm.demo.render import render
 from recbole_mllm.demo.world import World, demo_world, item_id, user_id, write_demo_dataset
-from recbole_mllm.prompts import Prompt, Style, image_summary_prompt, recommend_prompt
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "recbole_mllm" / "demo" / "tiny"

@@ -13,17 +13,17 @@ from stock_forward import CPU, SETTINGS, STYLE
 from tiny_models.words import byte_level, gemma_sentencepiece, llama_sentencepiece
 from tokenizers import AddedToken, normalizers
 
+from recbole_mllm.common.endpoints import Endpoint
+from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.prompts import Prompt, recommend_prompt
-from recbole_mllm.data.texts import Items
-from recbole_mllm.endpoints import Endpoint
-from recbole_mllm.errors import UserError
+from recbole_mllm.common.settings import ServerSettings
+from recbole_mllm.data.item_table import Items
 from recbole_mllm.mllm import encoder as encoder_module
 from recbole_mllm.mllm.encoder import CUT, ROOM, PlainText
 from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.mllm.interface import Batch, Decoding, answers_of
 from recbole_mllm.mllm.server import ServerModel
-from recbole_mllm.settings import ServerSettings
-from recbole_mllm.summaries.users import Plan, openings
+from recbole_mllm.summaries.user_summaries import SummaryRequests, openings
 
 COLOURS = ("red", "blue", "green")
 SPECIAL = ["<a>", "<<a>", "a><", "<s>", "<|x|>", "x|><s"]
@@ -133,7 +133,7 @@ SHOWN = dict.fromkeys(FILMS, "A drama in a small town, with a dog.")
 def asked(**changes):
     """Return the first prompt about a user who has seen all films, as the summaries' stage asks it."""
     settings = replace(SETTINGS.summary, **changes)
-    return next(openings(STYLE, FILM_ITEMS, SHOWN, Plan({"u": FILMS}, {"u": {len(FILMS)}}), settings, {}))
+    return next(openings(STYLE, FILM_ITEMS, SHOWN, SummaryRequests({"u": FILMS}, {"u": {len(FILMS)}}), settings, {}))
 
 
 @pytest.fixture(scope="module")

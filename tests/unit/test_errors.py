@@ -8,15 +8,15 @@ import small_world
 import torch
 from recbole.utils import early_stopping, ensure_dir
 
-from recbole_mllm.common.errors import UserError, told_in_a_line
-from recbole_mllm.options import Options, config_of
+from recbole_mllm.cli.arguments import Options, config_of
+from recbole_mllm.common.errors import UserError, as_user_error
 from recbole_mllm.quick_start import run
 
 
 def test_recboles_own_error_is_a_users_mistake(monkeypatch):
     monkeypatch.setattr(logging.getLogger(), "handlers", [])
     words = r"^RecBole cannot stop: TypeError '>=' not supported .*\(--debug shows where\)$"
-    with pytest.raises(UserError, match=words) as found, told_in_a_line("stop"):
+    with pytest.raises(UserError, match=words) as found, as_user_error("stop"):
         early_stopping("high", 1.0, 0, 3)
     assert isinstance(found.value.__cause__, TypeError)
 
@@ -25,7 +25,7 @@ def test_where_a_run_keeps_a_log_the_traceback_is_in_it_and_not_on_the_console(t
     file = logging.FileHandler(tmp_path / "run.log")
     logging.getLogger().addHandler(file)
     try:
-        with pytest.raises(UserError, match=r"\(the log file, or --debug, shows where\)$"), told_in_a_line("stop"):
+        with pytest.raises(UserError, match=r"\(the log file, or --debug, shows where\)$"), as_user_error("stop"):
             early_stopping("high", 1.0, 0, 3)
     finally:
         logging.getLogger().removeHandler(file)
@@ -35,7 +35,7 @@ def test_where_a_run_keeps_a_log_the_traceback_is_in_it_and_not_on_the_console(t
 
 
 def test_an_error_deeper_than_recbole_is_recboles_too():
-    with pytest.raises(UserError, match="^RecBole cannot read: TypeError stat: "), told_in_a_line("read"):
+    with pytest.raises(UserError, match="^RecBole cannot read: TypeError stat: "), as_user_error("read"):
         ensure_dir([])  # raised by Python's library, which RecBole called
 
 
@@ -46,7 +46,7 @@ def test_ours_and_want_of_memory_go_through(error):
     def raises():
         raise error
 
-    with pytest.raises(type(error)) as found, told_in_a_line("do it"):
+    with pytest.raises(type(error)) as found, as_user_error("do it"):
         raises()
     assert found.value is error
 

@@ -15,7 +15,7 @@ from recbole.data import create_dataset, data_preparation
 from recbole.evaluator.collector import Collector
 from recbole.utils import init_seed
 
-from recbole_mllm.errors import UserError
+from recbole_mllm.common.errors import UserError
 from recbole_mllm.evaluation.candidates import digest_of
 from recbole_mllm.evaluation.protocol import training_counts
 from recbole_mllm.quick_start import make_config, run

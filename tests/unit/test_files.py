@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.files import (
     BENCHMARK,
     BUILTIN,
@@ -23,7 +24,7 @@ from recbole_mllm.common.files import (
     EXPORT,
     check_file,
     check_folder,
-    made_once,
+    make_once,
     outputs_of,
     publish,
     recover,
@@ -33,7 +34,6 @@ from recbole_mllm.common.files import (
     whole_text,
     write_text,
 )
-from recbole_mllm.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -102,7 +102,7 @@ def test_a_file_is_as_open_as_the_umask_says_and_a_link_is_not_followed(tmp_path
 
 
 def test_offloaded_weights_go_into_a_folder_of_their_own(tmp_path):
-    from recbole_mllm.mllm.dispatching import _check_offload
+    from recbole_mllm.mllm.placement import _check_offload
 
     for name in ("index.json", "lm_head.weight.dat"):  # as accelerate leaves it
         (tmp_path / name).write_text("")
@@ -322,7 +322,7 @@ MAKER = f"""
 import sys, time
 from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
-from recbole_mllm.common.files import made_once
+from recbole_mllm.common.files import make_once
 path, pause = Path(sys.argv[1]), float(sys.argv[2])
 def make(scratch):
     with (path.parent / "made.txt").open("a") as file:
@@ -330,7 +330,7 @@ def make(scratch):
     scratch.write_text("half")
     time.sleep(pause)
     scratch.write_text("whole")
-made_once(path, make)
+make_once(path, make)
 print(path.read_text())
 """
 
@@ -355,10 +355,10 @@ def test_after_kill_9_the_next_one_makes_it_and_clears_up(tmp_path):
     os.kill(maker.pid, signal.SIGKILL)
     maker.wait()
     assert not path.exists()
-    assert made_once(path, lambda scratch: scratch.write_text("whole") and None)
+    assert make_once(path, lambda scratch: scratch.write_text("whole") and None)
     assert path.read_text() == "whole"
     assert sorted(left.name for left in tmp_path.iterdir()) == [".retriever-x.pth.lock", "made.txt", path.name]
-    assert not made_once(path, lambda scratch: scratch.unlink())
+    assert not make_once(path, lambda scratch: scratch.unlink())
 
 
 def test_what_a_killed_one_left_is_removed_and_another_files_scratch_is_not(tmp_path):
@@ -367,6 +367,6 @@ def test_what_a_killed_one_left_is_removed_and_another_files_scratch_is_not(tmp_
         (tmp_path / f".{name}.0.tmp" / name).mkdir(parents=True)
         (tmp_path / f".{name}.0.tmp" / "staged.json").write_text(content)
     (tmp_path / "x.part-99.tag-a").write_text("of the user")
-    assert made_once(tmp_path / "x.tag-a", lambda scratch: scratch.write_text("whole") and None)
+    assert make_once(tmp_path / "x.tag-a", lambda scratch: scratch.write_text("whole") and None)
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"x.tag-a", ".x.tag-a.lock", ".x.tag-ab.0.tmp", ".x.tag-a.mine.0.tmp", "x.part-99.tag-a"}

@@ -10,14 +10,14 @@ from PIL import Image
 from transformers import GenerationConfig
 
 from recbole_mllm.common.prompts import Prompt
+from recbole_mllm.common.resources import PROPERTIES
+from recbole_mllm.common.settings import MLLMSettings, Settings
 from recbole_mllm.data.sampling import hash64
 from recbole_mllm.mllm.generation import PlainGeneration, ignored_rules, own_rules, with_penalty
 from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.mllm.interface import Ask, Batch, Decoding, answers_of
-from recbole_mllm.model.summarizers import make_stage
-from recbole_mllm.resources import PROPERTIES
-from recbole_mllm.settings import MLLMSettings, Settings
-from recbole_mllm.summaries.prepare import item_scribe, user_scribe
+from recbole_mllm.model.summarizers import make_summary_setup
+from recbole_mllm.summaries.generator import item_generator, user_generator
 
 COLORS = ("red", "green", "blue")
 LONG = Decoding(24)
@@ -269,8 +269,8 @@ def test_the_summaries_of_a_run_take_a_models_own_rules_into_their_key_and_tag(t
     def made(name, **keys):
         own = {"mllm": str(models[name]), "use_image": False, "item_summary": "text"}
         config = {"data_path": str(data), "ITEM_ID_FIELD": "item_id"}
-        stage = make_stage(config, Settings.from_config(base | own | keys), torch.device("cpu"))
-        return str(item_scribe(stage, None).decoding), str(user_scribe(stage, None).decoding), stage.tag
+        stage = make_summary_setup(config, Settings.from_config(base | own | keys), torch.device("cpu"))
+        return str(item_generator(stage, None).decoding), str(user_generator(stage, None).decoding), stage.tag
 
     penalty = '{"repetition_penalty": 1.05}'
     assert made("plain")[:2] == ("greedy:200", "greedy:256") == made("penalised", summary_repetition_penalty=1)[:2]

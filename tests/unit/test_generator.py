@@ -7,14 +7,14 @@ import pytest
 from planned_server import Planned, serving
 from planted_writers import Planted
 
+from recbole_mllm.common.endpoints import Endpoint
+from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.prompts import Prompt
 from recbole_mllm.common.settings import ServerSettings
-from recbole_mllm.endpoints import Endpoint
-from recbole_mllm.errors import UserError
-from recbole_mllm.mllm.base import Answer, Decoding, Work
+from recbole_mllm.mllm.interface import Answer, Decoding, Work
 from recbole_mllm.mllm.server import ServerModel
-from recbole_mllm.prompts import Prompt
 from recbole_mllm.summaries import store as store_module
-from recbole_mllm.summaries.generator import FixedRequests, Request, Scribe
+from recbole_mllm.summaries.generator import CachedGenerator, FixedRequests, Request
 from recbole_mllm.summaries.quality import asked_start, cut_at_sentence, repeats_prompt
 from recbole_mllm.summaries.store import Leases, Store
 
@@ -26,7 +26,7 @@ FINE = "The user appears to have a preference for quiet films with blue covers a
 
 
 def generator(writer, store, kind="user", length=50, **more):
-    return Scribe(kind, lambda: writer, "m", store, Decoding(length), **more)
+    return CachedGenerator(kind, lambda: writer, "m", store, Decoding(length), **more)
 
 
 @pytest.fixture

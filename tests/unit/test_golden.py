@@ -11,16 +11,16 @@ import recbole
 import torch
 from recbole.utils import init_seed
 
-from recbole_mllm.benchmark.field import resolve
 from recbole_mllm.benchmark.jobs import BenchmarkPlan, run_id
 from recbole_mllm.benchmark.portable import config_digest
-from recbole_mllm.config import benchmark_defaults, config_paths
+from recbole_mllm.benchmark.variants import resolve
+from recbole_mllm.common.config import benchmark_defaults, config_paths
+from recbole_mllm.common.prompts import Prompt
+from recbole_mllm.common.settings import Settings
 from recbole_mllm.data.sampling import hash64, hashes64, tie_keys
-from recbole_mllm.mllm.base import Decoding
-from recbole_mllm.model.stages import make_stage
-from recbole_mllm.prompts import Prompt
+from recbole_mllm.mllm.interface import Decoding
+from recbole_mllm.model.summarizers import make_summary_setup
 from recbole_mllm.quick_start import make_config, read_and_split
-from recbole_mllm.settings import Settings
 from recbole_mllm.summaries.chains import history_digest
 from recbole_mllm.summaries.store import answer_key
 
@@ -62,7 +62,7 @@ def demo_config(tmp_path_factory):
 )
 def test_the_tag_of_a_run_of_yesterday(demo_config, keys, tag):
     config = demo_config(**keys)
-    assert make_stage(config, Settings.from_config(config), torch.device("cpu")).tag == tag
+    assert make_summary_setup(config, Settings.from_config(config), torch.device("cpu")).tag == tag
 
 
 def test_the_key_of_an_answer(tmp_path):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from recbole_mllm.common.errors import UserError
 from recbole_mllm.data.images import (
     ItemImages,
     Missing,
@@ -22,7 +23,6 @@ from recbole_mllm.data.images import (
     write_report,
 )
 from recbole_mllm.data.item_table import read_items
-from recbole_mllm.errors import UserError
 
 RED = (255, 0, 0)
 

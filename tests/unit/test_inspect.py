@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from recbole_mllm.cli import main
-from recbole_mllm.errors import UserError
+from recbole_mllm.common.errors import UserError
 from recbole_mllm.inspect.findings import findings
 from recbole_mllm.inspect.health_page import format_health, health_page, write_health
 from recbole_mllm.inspect.measure import measure

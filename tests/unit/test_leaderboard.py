@@ -24,7 +24,7 @@ from recbole_mllm.benchmark.records import RunRecord, append, read_arrays
 from recbole_mllm.benchmark.report import format_leaderboard, render, write_note
 from recbole_mllm.benchmark.significance import auc_replicates, draw_users, sort_pairs
 from recbole_mllm.benchmark.tables import escape_latex, format_latex, format_markdown, format_table, numbers_table
-from recbole_mllm.errors import UserError
+from recbole_mllm.common.errors import UserError
 from tests.planted_runs import CANDIDATES, plant_run, user_metrics
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,11 +12,12 @@ from stock_forward import CPU, SETTINGS, STYLE
 from tiny_models import gguf_file
 from transformers import ProcessorMixin
 
+from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.model_names import identity_of
 from recbole_mllm.common.prompts import recommend_prompt
-from recbole_mllm.errors import UserError
 from recbole_mllm.mllm import loading
 from recbole_mllm.mllm.hf import HFModel
-from recbole_mllm.mllm.loading import NoVideos, identity_of, load_processor
+from recbole_mllm.mllm.loading import NoVideos, load_processor
 
 PROMPTS = [recommend_prompt(STYLE, f"likes {what}", "a mug", None) for what in ("cats", "</s> dogs", "red [INST] cars")]
 

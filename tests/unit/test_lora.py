@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from stock_forward import CPU, SETTINGS, STYLE
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.prompts import recommend_prompt
-from recbole_mllm.errors import UserError
 from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.mllm.loading import quantized
 from recbole_mllm.mllm.lora import check_finetune, load_trained_state, save_trained, target_modules, trained_state, tune

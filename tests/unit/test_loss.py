@@ -78,7 +78,7 @@ def _step(mllm, examples, parts=None, **how):
     ("build", "whole"), [*((build, False) for build in FAMILIES), (tiny_models.llava, True), (tiny_models.llama, True)]
 )
 def test_shared_prefixes_change_no_gradient(place, build, whole, monkeypatch):
-    monkeypatch.setattr("recbole_mllm.mllm.loss._LEAST_GAIN", 1)
+    monkeypatch.setattr("recbole_mllm.mllm.loss.LEAST_GAIN", 1)
     mllm = _model(place, build)
     examples = _examples(mllm, place, users=2)
     assert sorted(sorted(g.rows) for g in groups(mllm.body, examples)) == [[0, 3], [1, 4], [2, 5]]  # one an item
@@ -112,7 +112,7 @@ def test_what_is_not_worth_sharing_is_not_shared(place):
 
 
 def test_rows_that_are_the_same_share_all_but_a_token(place, monkeypatch):
-    monkeypatch.setattr("recbole_mllm.mllm.loss._LEAST_GAIN", 1)
+    monkeypatch.setattr("recbole_mllm.mllm.loss.LEAST_GAIN", 1)
     mllm = _model(place, tiny_models.llava)
     twice = [_examples(mllm, place)[0]] * 2
     assert _relative(_step(mllm, twice, share=True), _step(mllm, twice[:1])) < 1e-5
@@ -121,7 +121,7 @@ def test_rows_that_are_the_same_share_all_but_a_token(place, monkeypatch):
 @pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("size", [1, 2, 4, None])
 def test_micro_batches_hold_every_row_once_and_change_no_gradient(place, size, share, monkeypatch):
-    monkeypatch.setattr("recbole_mllm.mllm.loss._LEAST_GAIN", 1)
+    monkeypatch.setattr("recbole_mllm.mllm.loss.LEAST_GAIN", 1)
     mllm = _model(place, tiny_models.llava)
     examples = _examples(mllm, place)
     parts = micro_batches(mllm.body, examples, size, share=share)
@@ -165,7 +165,7 @@ def test_features_of_a_frozen_tower_are_computed_once_and_are_exact(place, monke
 @pytest.mark.parametrize("finetune", ["lora", "full"])
 @pytest.mark.parametrize("share", [False, True])
 def test_a_tower_that_is_trained_gets_gradients_and_no_cache(place, finetune, share, monkeypatch):
-    monkeypatch.setattr("recbole_mllm.mllm.loss._LEAST_GAIN", 1)
+    monkeypatch.setattr("recbole_mllm.mllm.loss.LEAST_GAIN", 1)
     mllm = _model(place, tiny_models.llava, finetune=finetune, lora_target="all")
     examples = _examples(mllm, place)
     gradient = _step(mllm, examples, share=share)

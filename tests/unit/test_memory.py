@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from stock_forward import CPU, SETTINGS, STYLE
 
+from recbole_mllm.common.prompts import recommend_prompt
 from recbole_mllm.mllm import scoring
-from recbole_mllm.mllm.forward import Body
+from recbole_mllm.mllm.backbone import Backbone
 from recbole_mllm.mllm.hf import HFModel
-from recbole_mllm.prompts import recommend_prompt
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +40,9 @@ def _tensors():
 
 
 def test_scoring_more_items_holds_no_more_caches_and_leaves_no_more_tensors(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(scoring, "_LEAST_GAIN", 1)
-    monkeypatch.setattr("recbole_mllm.mllm.forward._FEATURE_BYTES", 40_000)
-    monkeypatch.setattr("recbole_mllm.mllm.encode.IMAGE_BYTES", 100_000)
+    monkeypatch.setattr(scoring, "LEAST_GAIN", 1)
+    monkeypatch.setattr("recbole_mllm.mllm.backbone.FEATURE_BYTES", 40_000)
+    monkeypatch.setattr("recbole_mllm.mllm.encoder.IMAGE_BYTES", 100_000)
     monkeypatch.setattr("recbole_mllm.mllm.hf.IMAGE_BYTES", 100_000)
     alive, most = weakref.WeakSet(), []
 
@@ -55,7 +55,7 @@ def test_scoring_more_items_holds_no_more_caches_and_leaves_no_more_tensors(fold
 
         return made
 
-    monkeypatch.setattr(Body, "new_cache", seen(Body.new_cache))
+    monkeypatch.setattr(Backbone, "new_cache", seen(Backbone.new_cache))
     monkeypatch.setattr(scoring, "fork", seen(scoring.fork))
     mllm = HFModel(str(folder), SETTINGS.mllm, CPU)
     answers, left = mllm.answers(STYLE), {}

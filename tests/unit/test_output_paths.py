@@ -23,7 +23,9 @@ FOLDERS = {
     "convert --out": "convert microlens --raw RAW --out",
 }
 
-MODULES = [f"recbole_mllm.{name}" for name in ("evaluation.candidates_file", "summaries.store_tools", "inspect.health_page")]
+MODULES = [
+    f"recbole_mllm.{name}" for name in ("evaluation.candidates_file", "summaries.store_tools", "inspect.health_page")
+]
 
 
 @pytest.fixture
@@ -85,7 +87,7 @@ def test_no_command_writes_to_a_path_that_is_not_its_own(place):
 
 
 PLACES = """
-    import recbole_mllm.files as files
+    import recbole_mllm.common.files as files
     for name in ("unlink", "rename", "replace", "rmdir", "mkdir", "scandir", "access"):
         setattr(os, name, None)  # whoever comes so far fails
     shutil.rmtree = None

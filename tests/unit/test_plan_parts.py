@@ -10,16 +10,16 @@ from stock_forward import CPU, SETTINGS, STYLE
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from recbole_mllm.errors import UserError
-from recbole_mllm.mllm.base import Answer, Batch, Decoding
+from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.prompts import Prompt, recommend_prompt
+from recbole_mllm.common.settings import LoraSettings
 from recbole_mllm.mllm.hf import HFModel
-from recbole_mllm.mllm.sft import example_loss, make_examples
-from recbole_mllm.mllm.tuning import tune
+from recbole_mllm.mllm.interface import Answer, Batch, Decoding
+from recbole_mllm.mllm.lora import tune
+from recbole_mllm.mllm.loss import example_loss, make_examples
 from recbole_mllm.plan.cost import Count, Device, activations, fits, flops, pass_bytes, sizes_of
 from recbole_mllm.plan.counting import PlannedModel, StandIns, StandInTexts, StandInWriter
 from recbole_mllm.plan.plan_text import duration, number, what_helps
-from recbole_mllm.prompts import Prompt, recommend_prompt
-from recbole_mllm.settings import LoraSettings
 
 MEMORY_BAND = 0.25  # what docs/plan.md says of activations
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.prompts import (
     Prompt,
     Style,
@@ -14,8 +15,7 @@ from recbole_mllm.common.prompts import (
     recommend_prompt,
     titles_as_preference,
 )
-from recbole_mllm.errors import UserError
-from recbole_mllm.resources import PROPERTIES, named
+from recbole_mllm.common.resources import PROPERTIES, named
 
 WORDING = yaml.safe_load((PROPERTIES / "prompt" / "demo.yaml").read_text())
 STYLE = Style.from_mapping("demo", WORDING)

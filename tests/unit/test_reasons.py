@@ -12,9 +12,8 @@ from recbole.data import create_dataset, data_preparation
 from recbole.utils import get_model
 
 from recbole_mllm.benchmark.worker import _negatives
-from recbole_mllm.errors import UserError
+from recbole_mllm.common.errors import UserError, reason_of
 from recbole_mllm.quick_start import make_config, run
-from recbole_mllm.refusals import reason_of
 
 FIXED = {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "uni20"}
 

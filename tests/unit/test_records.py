@@ -19,7 +19,7 @@ from recbole_mllm.benchmark.records import (
     read_records,
     write_arrays,
 )
-from recbole_mllm.errors import UserError
+from recbole_mllm.common.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 

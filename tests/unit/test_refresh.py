@@ -13,18 +13,18 @@ from PIL import Image
 from planted_writers import Planted
 
 from benchmarks import refresh as refresh_benchmark
+from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.prompts import Style
 from recbole_mllm.common.resources import PROPERTIES
 from recbole_mllm.common.settings import SummarySettings
+from recbole_mllm.data.item_table import Items, read_user_summaries
 from recbole_mllm.data.schema import store_file, usum_file
-from recbole_mllm.data.texts import Items, read_user_summaries
-from recbole_mllm.errors import UserError
-from recbole_mllm.prompts import Style
 from recbole_mllm.summaries.chains import history_digest
-from recbole_mllm.summaries.generator import Stage, Summarizers
+from recbole_mllm.summaries.generator import Summarizers, SummarySetup
 from recbole_mllm.summaries.preferences import make_preferences, refresh
 from recbole_mllm.summaries.store import Store
 from recbole_mllm.summaries.store_tools import prune
-from recbole_mllm.summaries.user_summaries import Plan
+from recbole_mllm.summaries.user_summaries import SummaryRequests
 
 STYLE = Style.from_mapping("demo", yaml.safe_load((PROPERTIES / "prompt" / "demo.yaml").read_text()))
 BASE = replace(
@@ -52,7 +52,7 @@ class World:
         if self.last_k is not None:
             first = {u: len(h) - 2 - self.last_k for u, h in self.histories.items()}
             places = {u: {p for p in found if p >= first[u]} for u, found in places.items()}
-        return Plan(self.histories, {u: found for u, found in places.items() if found})
+        return SummaryRequests(self.histories, {u: found for u, found in places.items() if found})
 
     def stage(self, settings=None):
         def caption(prompt):
@@ -63,7 +63,7 @@ class World:
         self.item, self.user = Planted(caption), Planted(lambda prompt: f"likes {_digest(prompt.text)}")
         titles = {item: self.titles.get(item, f"title of {item}") for item in items}
         who = Summarizers(self.identity, self.identity, lambda: self.item, lambda: self.user)
-        return Stage(self.folder, "t", self.style, Items(titles, self.images), settings or self.settings, who)
+        return SummarySetup(self.folder, "t", self.style, Items(titles, self.images), settings or self.settings, who)
 
     def refresh(self, users=None):
         """Return how many item and user prompts were generated, and who is left."""

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recbole_mllm.config import sections
+from recbole_mllm.common.config import sections
 from recbole_mllm.data.sampling import tie_keys
 from recbole_mllm.evaluation.full_ranking import best_items
 from recbole_mllm.retrieval.reranker import Shortlist, fused

@@ -15,7 +15,7 @@ from recbole_mllm.benchmark.records import RECORDS, append, read_records
 from recbole_mllm.benchmark.rerun import TOLERANCE, compare, find_run, order_of, rerun
 from recbole_mllm.benchmark.runner import benchmark
 from recbole_mllm.cli import main
-from recbole_mllm.errors import UserError
+from recbole_mllm.common.errors import UserError
 
 
 def planted(folder: Path, label: str = "SASRec", **changes):

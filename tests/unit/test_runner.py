@@ -21,7 +21,7 @@ from recbole_mllm.benchmark.process import LOG, failure, run_child
 from recbole_mllm.benchmark.records import read_records
 from recbole_mllm.benchmark.runner import benchmark
 from recbole_mllm.benchmark.worker import digests_of, run_job
-from recbole_mllm.errors import UserError
+from recbole_mllm.common.errors import UserError
 from recbole_mllm.evaluation import candidates
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -5,8 +5,8 @@ import os
 import pytest
 import torch
 
+from recbole_mllm.common.prompts import Prompt
 from recbole_mllm.model.score_cache import ScoreCache, prompt_digest, state_digest
-from recbole_mllm.prompts import Prompt
 
 PROMPTS = [Prompt(f"question {n}") for n in range(50)]
 

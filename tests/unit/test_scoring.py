@@ -27,8 +27,8 @@ from transformers import (
     RecurrentGemmaForCausalLM,
 )
 
+from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.prompts import Prompt, recommend_prompt
-from recbole_mllm.errors import UserError
 from recbole_mllm.mllm import families, scoring
 from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.mllm.interface import Decoding, answers_of
@@ -102,7 +102,7 @@ def flat(gradients):
 
 def test_an_unknown_family_scores_as_its_plain_forward(unknown, monkeypatch, caplog):
     model, way, _ = unknown
-    monkeypatch.setattr(scoring, "_LEAST_GAIN", 1)
+    monkeypatch.setattr(scoring, "LEAST_GAIN", 1)
     answers = model.answers(STYLE)
     with caplog.at_level(logging.WARNING):
         got = model.yes_scores(PROMPTS, answers)
@@ -161,7 +161,7 @@ def test_an_unknown_family_is_trained_by_its_own_likelihood(unknown, whole):
 
 def test_a_prefix_lm_nobody_told_of_is_caught(tmp_path, monkeypatch, caplog):
     """PaliGemma without its row in the table."""
-    monkeypatch.setattr(scoring, "_LEAST_GAIN", 1)
+    monkeypatch.setattr(scoring, "LEAST_GAIN", 1)
     monkeypatch.delitem(families._FAMILIES, "paligemma")
     Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
     model = HFModel(str(tiny_models.paligemma(tmp_path / "model")), SETTINGS.mllm, CPU)
@@ -175,7 +175,7 @@ def test_a_prefix_lm_nobody_told_of_is_caught(tmp_path, monkeypatch, caplog):
 
 def test_what_holds_without_an_image_is_checked_again_with_one(tmp_path, monkeypatch):
     """Gemma3 without its row in the table: text is read in one direction, an image in both."""
-    monkeypatch.setattr(scoring, "_LEAST_GAIN", 1)
+    monkeypatch.setattr(scoring, "LEAST_GAIN", 1)
     monkeypatch.delitem(families._FAMILIES, "gemma3")
     Image.effect_noise((40, 30), 60).convert("RGB").save(tmp_path / "red.png")
     config = tiny_models.gemma3(tmp_path / "model") / "config.json"
@@ -196,9 +196,9 @@ def test_what_holds_without_an_image_is_checked_again_with_one(tmp_path, monkeyp
 
 def test_the_check_is_made_once_and_a_known_family_needs_none(tmp_path, monkeypatch):
     made = []
-    stock = scoring.way_to_score
+    stock = scoring.find_scoring_mode
     monkeypatch.setattr(scoring, "plain_logits", made.append)
-    monkeypatch.setattr(scoring, "way_to_score", lambda *args: made.append("check") or stock(*args))
+    monkeypatch.setattr(scoring, "find_scoring_mode", lambda *args: made.append("check") or stock(*args))
     model = HFModel(str(tiny_models.llama(tmp_path)), SETTINGS.mllm, CPU)
     for _ in range(3):
         model.yes_scores(PROMPTS, model.answers(STYLE))
@@ -218,8 +218,8 @@ def test_items_are_shared_behind_a_prefix_too_short_to_share(tmp_path, monkeypat
     encoded = mllm.encode(prompts)
     start = encoded[0].ids.index(mllm.body.image_token_id)
     image = len(encoded[0].images[0].ids)
-    monkeypatch.setattr(scoring, "_LEAST_GAIN", len(prompts) * start + 1)
-    assert 2 * image > scoring._LEAST_GAIN
+    monkeypatch.setattr(scoring, "LEAST_GAIN", len(prompts) * start + 1)
+    assert 2 * image > scoring.LEAST_GAIN
     read, stock = [], mllm.body.hidden
     spy = lambda rows, first, stops, cache: (  # noqa: E731
         read.append(sum(stop - first for stop in stops)) or stock(rows, first, stops, cache)
@@ -265,7 +265,7 @@ CPU_FULL = "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate 
 
 @pytest.mark.parametrize(("least_gain", "error"), [(1, None), (10**6, None), (1, RuntimeError(CPU_FULL))])
 def test_scores_are_the_same_in_little_memory(mllm, prompts, small_memory, monkeypatch, least_gain, error):
-    monkeypatch.setattr(scoring, "_LEAST_GAIN", least_gain)
+    monkeypatch.setattr(scoring, "LEAST_GAIN", least_gain)
     answers = mllm.answers(STYLE)
     expected = mllm.yes_scores(prompts, answers)
     tried = small_memory(300, error)

@@ -9,9 +9,9 @@ import pytest
 
 from recbole_mllm.benchmark.search import TRIALS, read_journal, search, space_of, trials
 from recbole_mllm.benchmark.variants import resolve
-from recbole_mllm.errors import UserError
+from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.resources import named
 from recbole_mllm.quick_start import make_config
-from recbole_mllm.resources import named
 
 SPACE = {"rate": [0.1, 0.01, 0.001], "size": [8, 16]}
 DEFAULT = {"rate": 0.01, "size": 8}

@@ -22,21 +22,19 @@ from planned_server import Planned, completion, error, serving
 from stock_forward import STYLE
 
 from recbole_mllm.common.endpoints import Endpoint, parse_endpoint
-from recbole_mllm.errors import UserError
-from recbole_mllm.mllm.base import MOST_CHARACTERS, Answer, Batch, Decoding
-from recbole_mllm.mllm.rules import with_penalty
+from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.prompts import CLOSE, OPEN, Prompt, recommend_prompt
+from recbole_mllm.common.resources import PROPERTIES
+from recbole_mllm.common.settings import ServerSettings, Settings
+from recbole_mllm.mllm.generation import with_penalty
+from recbole_mllm.mllm.interface import MOST_CHARACTERS, Answer, Batch, Decoding
 from recbole_mllm.mllm.server import ServerModel
 from recbole_mllm.mllm.server_host import Failure, FailureKind, Host
 from recbole_mllm.mllm.server_messages import answer_of, message
-from recbole_mllm.model.stages import make_stage
-from recbole_mllm.prompts import CLOSE, OPEN, Prompt, recommend_prompt
-from recbole_mllm.resources import PROPERTIES
-from recbole_mllm.settings import ServerSettings, Settings
-from recbole_mllm.summaries.known import KnownTexts
-from recbole_mllm.summaries.leases import Leases
+from recbole_mllm.model.summarizers import make_summary_setup
+from recbole_mllm.summaries.generator import CachedGenerator
 from recbole_mllm.summaries.quality import Findings, table
-from recbole_mllm.summaries.store import Store, answer_key
-from recbole_mllm.summaries.writing import Scribe
+from recbole_mllm.summaries.store import Leases, ReadOnlyStore, Store, answer_key
 
 pytest.importorskip("openai")
 
@@ -69,7 +67,7 @@ def texts(answers):
 
 
 def scribe(planned, store, **keys):
-    return Scribe(
+    return CachedGenerator(
         "item", lambda: ServerModel(Endpoint("m", (planned.url,)), SETTINGS), "server:m", store, GREEDY, **keys
     )
 
@@ -165,11 +163,11 @@ def test_all_dead_longer_than_patience_names_them_and_keeps_what_was_finished(tm
         model = ServerModel(Endpoint("m", (planned.url, other)), replace(SETTINGS, server_patience=1.0))
         store = Store(tmp_path / "s")
         with pytest.raises(UserError, match="no server has answered for 1 s") as caught:
-            Scribe("item", lambda: model, "server:m", store, GREEDY).answer(PROMPTS)
+            CachedGenerator("item", lambda: model, "server:m", store, GREEDY).answer(PROMPTS)
         assert planned.url in str(caught.value) and other in str(caught.value) and "draining" in str(caught.value)
         assert len(store) == 5  # each was committed when it arrived
         planned.plan = lambda n, text: None
-        again = Scribe("item", lambda: model, "server:m", store, GREEDY)
+        again = CachedGenerator("item", lambda: model, "server:m", store, GREEDY)
         assert again.answer(PROMPTS) == list(RIGHT.values()) and again.tally.written == 7
 
 
@@ -503,13 +501,13 @@ def test_an_answer_far_too_long_in_a_store_is_written_anew(leased, tmp_path, cap
     store, prompt = Store(folder / "d.mllm.sqlite"), Prompt("a")
     key = answer_key("server:m", prompt, GREEDY)
     store.add("item", "server:m", [key], [Answer("x" * 20_000_000, 1, 1)], 0.0)
-    assert KnownTexts(folder).get([key]) == {}
+    assert ReadOnlyStore(folder).get([key]) == {}
     for turn in (1, 2):
         with serving(Planned()) as planned:
             assert scribe(planned, store, leases=Leases(store) if leased else None).answer([prompt]) == ["A"]
             assert len(planned.bodies) == (turn == 1)
     assert f"1 answers of more than {MOST_CHARACTERS:,} characters" in caplog.text
-    assert store.get([key]) == KnownTexts(folder).get([key]) == {key: "A"} and len(store) == 1
+    assert store.get([key]) == ReadOnlyStore(folder).get([key]) == {key: "A"} and len(store) == 1
 
 
 def test_an_answer_in_the_store_is_not_replaced_by_a_second_one(tmp_path):
@@ -551,7 +549,9 @@ def test_sampling_and_thinking_change_the_tag_only_where_they_are_set(tmp_path):
 
     def tag(**keys):
         settings = Settings.from_config(base | keys)
-        return make_stage({"data_path": str(tmp_path), "ITEM_ID_FIELD": "item_id"}, settings, torch.device("cpu")).tag
+        return make_summary_setup(
+            {"data_path": str(tmp_path), "ITEM_ID_FIELD": "item_id"}, settings, torch.device("cpu")
+        ).tag
 
     assert tag(**both) == tag(**both, summary_seed=5, server_concurrency=2) != tag(**both, summary_temperature=0.6)
     assert tag(**both) != tag(**both, server_thinking=False), "YAML's off"

@@ -5,11 +5,11 @@ from dataclasses import replace
 
 from planned_server import Planned, completion, error, serving
 
-from recbole_mllm.endpoints import Endpoint
-from recbole_mllm.mllm.base import Batch, Decoding
+from recbole_mllm.common.endpoints import Endpoint
+from recbole_mllm.common.prompts import Prompt
+from recbole_mllm.common.settings import ServerSettings
+from recbole_mllm.mllm.interface import Batch, Decoding
 from recbole_mllm.mllm.server import ServerModel
-from recbole_mllm.prompts import Prompt
-from recbole_mllm.settings import ServerSettings
 
 SETTINGS = ServerSettings(2, 5.0, 20.0, None)
 

@@ -13,12 +13,12 @@ from PIL import Image
 from planned_server import Planned, completion, error, serving
 
 from recbole_mllm.common.endpoints import Endpoint
-from recbole_mllm.errors import UserError
+from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.prompts import Style, recommend_prompt
+from recbole_mllm.common.resources import resource
+from recbole_mllm.common.settings import ServerSettings, Settings
 from recbole_mllm.mllm.decision import decision_request, scored_decision, spelt
 from recbole_mllm.mllm.server_scoring import ServedScorer
-from recbole_mllm.prompts import Style, recommend_prompt
-from recbole_mllm.resources import resource
-from recbole_mllm.settings import ServerSettings, Settings
 
 pytest.importorskip("openai")
 

@@ -16,11 +16,21 @@ import pytest
 from PIL import Image
 from planted_writers import Planted
 
-from recbole_mllm.errors import UserError
-from recbole_mllm.mllm.base import Answer, Decoding
-from recbole_mllm.prompts import Prompt
-from recbole_mllm.summaries.generator import Request, Scribe
-from recbole_mllm.summaries.store import PAGE, VERSION, KnownTexts, Leases, Row, Store, answer_key, log_ahead, owner_of
+from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.prompts import Prompt
+from recbole_mllm.mllm.interface import Answer, Decoding
+from recbole_mllm.summaries.generator import CachedGenerator, Request
+from recbole_mllm.summaries.store import (
+    PAGE,
+    VERSION,
+    Leases,
+    ReadOnlyStore,
+    Row,
+    Store,
+    answer_key,
+    log_ahead,
+    owner_of,
+)
 from recbole_mllm.summaries.work_shares import opened_store
 
 A_PAGE = 130  # answers one page holds, at most
@@ -201,7 +211,7 @@ def test_two_who_wait_for_each_others_last_answer_both_get_it(tmp_path):
         leases = Leases(store)
         if owner == "two":  # as another process that lives
             leases._owner = owner_of(os.getppid())
-        Scribe("user", lambda: Planted(reply), "m", store, Decoding(9), leases=leases).generate(source)
+        CachedGenerator("user", lambda: Planted(reply), "m", store, Decoding(9), leases=leases).generate(source)
 
     threads = [threading.Thread(target=write, args=a, daemon=True) for a in zip(sources, ("one", "two"), strict=True)]
     [thread.start() for thread in threads]
@@ -325,7 +335,7 @@ def test_an_older_store_is_brought_up_and_a_newer_one_refused(tmp_path):
         assert db.execute("SELECT origin, truncated FROM answers ORDER BY key").fetchall() == [("", 0), ("", 1)]
         db.execute(f"PRAGMA user_version = {VERSION + 1}")
     store.close()
-    for opened in (lambda: Store(path), lambda: KnownTexts(folder)):
+    for opened in (lambda: Store(path), lambda: ReadOnlyStore(folder)):
         with pytest.raises(UserError, match="written by a newer version"):
             opened()
 
@@ -347,7 +357,7 @@ def test_a_database_of_something_else_is_left_as_it_is(what, tmp_path):
         for statement in FOREIGN[what]:
             db.execute(statement)
     before = path.read_bytes()
-    for opened in (lambda: Store(path), lambda: opened_store(folder), lambda: KnownTexts(folder)):
+    for opened in (lambda: Store(path), lambda: opened_store(folder), lambda: ReadOnlyStore(folder)):
         with pytest.raises(UserError, match=r"is an SQLite file of something else \(.*\); move it away") as caught:
             opened()
         assert "\n" not in str(caught.value)
@@ -367,7 +377,7 @@ def test_what_is_no_file_in_its_place_is_one_line_and_an_empty_file_becomes_a_st
     folder = tmp_path / "d"
     folder.mkdir()
     (folder / "d.mllm.sqlite").write_bytes(b"")
-    assert KnownTexts(folder).get(["k"]) == {} and (folder / "d.mllm.sqlite").stat().st_size == 0
+    assert ReadOnlyStore(folder).get(["k"]) == {} and (folder / "d.mllm.sqlite").stat().st_size == 0
     assert len(Store(folder / "d.mllm.sqlite")) == 0
 
 
@@ -376,8 +386,8 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path):
         """
         import resource, sys
         from pathlib import Path
-        from recbole_mllm.errors import UserError
-        from recbole_mllm.mllm.base import Answer
+        from recbole_mllm.common.errors import UserError
+        from recbole_mllm.mllm.interface import Answer
         from recbole_mllm.summaries.store import Store
         store = Store(Path(sys.argv[1]))
         resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
@@ -407,8 +417,8 @@ def test_a_read_only_folder_is_one_line_and_the_store_stays_as_it_was():
                 """
                 import os, sys
                 from pathlib import Path
-                from recbole_mllm.errors import UserError
-                from recbole_mllm.mllm.base import Answer
+                from recbole_mllm.common.errors import UserError
+                from recbole_mllm.mllm.interface import Answer
                 from recbole_mllm.summaries.store import Store
                 if os.geteuid() == 0:
                     os.setuid(65534)  # root may write anywhere

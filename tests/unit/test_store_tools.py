@@ -10,10 +10,10 @@ import pytest
 from planted_writers import Planted
 
 from recbole_mllm.cli import main
+from recbole_mllm.common.prompts import Prompt
 from recbole_mllm.data.schema import store_file
-from recbole_mllm.mllm.base import Decoding
-from recbole_mllm.prompts import Prompt
-from recbole_mllm.summaries.generator import Scribe
+from recbole_mllm.mllm.interface import Decoding
+from recbole_mllm.summaries.generator import CachedGenerator
 from recbole_mllm.summaries.store import Store
 
 PROMPTS = [Prompt(f"p{n}") for n in range(5)]
@@ -37,7 +37,7 @@ def make(name, prompts=PROMPTS, identity="counting"):
     folder = os.path.join("dataset", name)
     os.makedirs(folder, exist_ok=True)
     store, writer = open_store(name), Counting()
-    texts = Scribe("item", lambda: writer, identity, store, Decoding(9)).answer(prompts)
+    texts = CachedGenerator("item", lambda: writer, identity, store, Decoding(9)).answer(prompts)
     store.close()
     return texts, writer.asked
 

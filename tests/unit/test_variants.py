@@ -11,9 +11,9 @@ import yaml
 from recbole_mllm import preset
 from recbole_mllm.benchmark.jobs import BenchmarkJob, BenchmarkPlan, jobs_of
 from recbole_mllm.benchmark.variants import PRESETS, SETS, expand, resolve
-from recbole_mllm.config import config_paths, per_model
-from recbole_mllm.errors import UserError
-from recbole_mllm.settings import Settings
+from recbole_mllm.common.config import config_paths, per_model
+from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.settings import Settings
 
 
 def jobs(*labels: str, **changes: Any) -> list[BenchmarkJob]:

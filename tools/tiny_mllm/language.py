@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
+from recbole_mllm.common.prompts import Prompt, Style
 from recbole_mllm.demo.attributes import BRANDS, FIELDS, VALUES
-from recbole_mllm.prompts import Prompt, Style
 from tiny_mllm.settings import IMAGE_SIDE, PATCH, ROOT
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>", "[INST]", "[/INST]")

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from recbole_mllm.prompts import Prompt
+from recbole_mllm.common.prompts import Prompt
 from tiny_mllm.language import EOS, PAD, one_token, rendered
 from tiny_mllm.settings import IMAGE_TOKENS
 

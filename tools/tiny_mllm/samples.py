@@ -9,8 +9,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from recbole_mllm.demo.attributes import FIELDS, VISIBLE, Item, Traits, draw_item, draw_traits
-from recbole_mllm.prompts import (
+from recbole_mllm.common.prompts import (
     Prompt,
     Style,
     fused_summary_prompt,
@@ -21,6 +20,7 @@ from recbole_mllm.prompts import (
     text_summary_prompt,
     titles_as_preference,
 )
+from recbole_mllm.demo.attributes import FIELDS, VISIBLE, Item, Traits, draw_item, draw_traits
 from tiny_mllm import sentences
 from tiny_mllm.language import IMAGE_ID, one_token, rendered, value_tokens
 from tiny_mllm.settings import IMAGE_TOKENS

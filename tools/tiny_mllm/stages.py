@@ -31,8 +31,13 @@ def tokenizer(places: Places, budget: Budget) -> None:
 
 def _corpus(rng: Random, count: int) -> Iterator[str]:
     """Yield the texts the tokenizer is trained on: those of the summaries, and all words in random orders."""
+    from recbole_mllm.common.prompts import (
+        fused_summary_prompt,
+        image_summary_prompt,
+        recommend_prompt,
+        text_summary_prompt,
+    )
     from recbole_mllm.demo.attributes import draw_item
-    from recbole_mllm.prompts import fused_summary_prompt, image_summary_prompt, recommend_prompt, text_summary_prompt
     from tiny_mllm import sentences
     from tiny_mllm.samples import PICTURE, summary_step
 

@@ -16,18 +16,20 @@ from recbole.model.abstract_recommender import SequentialRecommender
 from recbole.utils import InputType
 from torch import Tensor
 
-from recbole_mllm import ranks
+from recbole_mllm.common import distributed
+from recbole_mllm.common.endpoints import is_server, parse_endpoint
+from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.progress import Progress
 from recbole_mllm.common.prompts import Prompt
-from recbole_mllm.data.peruser import user_of
+from recbole_mllm.common.settings import Settings
+from recbole_mllm.data.histories import user_of
 from recbole_mllm.data.schema import HISTORY_NUMBER, POSITION
-from recbole_mllm.endpoints import is_server, parse_endpoint
-from recbole_mllm.errors import UserError
-from recbole_mllm.mllm import dispatching, splitting
+from recbole_mllm.mllm import placement, sharding
 from recbole_mllm.mllm.encoder import Encoded
 from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.mllm.lora import load_trained_state, save_trained, trained_state, tune
 from recbole_mllm.mllm.loss import example_loss, micro_batches
-from recbole_mllm.mllm.served import ServedScorer
+from recbole_mllm.mllm.server_scoring import ServedScorer
 from recbole_mllm.model.row_scoring import (
     IMAGE_TOKENS,
     Costs,
@@ -42,13 +44,10 @@ from recbole_mllm.model.row_scoring import (
     shares_in_training,
     training_share,
 )
-from recbole_mllm.model.summarizers import check_recommender, prepare_summaries
 from recbole_mllm.model.score_cache import ScoreCache, state_digest
-from recbole_mllm.progress import Progress
-from recbole_mllm.retrieval.reranker import Reranker
-from recbole_mllm.retrieval.shortlist import Shortlist
-from recbole_mllm.settings import Settings
-from recbole_mllm.summaries.prepare import Preferences
+from recbole_mllm.model.summarizers import check_recommender, prepare_summaries
+from recbole_mllm.retrieval.reranker import Reranker, Shortlist, obtain_reranker
+from recbole_mllm.summaries.preferences import Preferences
 
 
 class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
@@ -57,28 +56,29 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
     Args:
         config: RecBole's.
         dataset: The training part.
-        preferences: What `prepare_summaries` has returned; by default it is called here, as stock RecBole does not.
+        preferences: What `prepare_summaries` has returned.
+        reranker: What `obtain_reranker` has returned.
+
+    Both are steps of `quick_start.run`. Stock RecBole knows of neither: then they are taken here.
     """
 
     input_type = InputType.POINTWISE
 
-    def __init__(self, config: Any, dataset: Any, preferences: Preferences | None = None) -> None:
+    def __init__(
+        self, config: Any, dataset: Any, preferences: Preferences | None = None, reranker: Reranker | None = None
+    ) -> None:
         super().__init__(config, dataset)
         self.settings = Settings.from_config(config)
         check_recommender(config, self.settings, dataset)
-        ranks_all = "full" in config["eval_args"]["mode"].values()
-        # trained, and written, by the main process alone; the others then find what it has left
-        self.reranker = (
-            ranks.main_first(lambda: Reranker(config, self.settings.ranking, dataset)) if ranks_all else None
-        )
-        self.preferences = prepare_summaries(config, dataset) if preferences is None else preferences
+        self.reranker = reranker or obtain_reranker(config, dataset)
+        self.preferences = preferences or prepare_summaries(config, dataset)
         self.items, self.style = self.preferences.items, self.preferences.style
         self.history_names = dataset.history_names
         self.tokens = np.asarray(dataset.field2id_token[self.ITEM_ID]).astype(str)
         self.label_field = config["LABEL_FIELD"]
-        self.summaries_spent, started = self.preferences.spent, time.perf_counter()
+        started = time.perf_counter()
         self.mllm: Any = self._load_mllm(config["seed"])
-        self.load_s = self.preferences.load_s + time.perf_counter() - started
+        self.load_s = time.perf_counter() - started
         self.answers = self.mllm.answers(self.style)
         self.backbone = getattr(self.mllm, "model", None)  # none where a server has it
         # of the last full ranking, which hands scores alone to RecBole: the items asked about, and their log-odds
@@ -93,7 +93,7 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
         settings, lora = self.settings, self.settings.lora
         if is_server(settings.mllm.mllm):
             return ServedScorer(parse_endpoint(settings.mllm.mllm, "mllm"), settings.server)
-        split, four_bit = splitting.wanted() is not None, lora.finetune == "qlora"
+        split, four_bit = sharding.wanted() is not None, lora.finetune == "qlora"
         mllm = HFModel(settings.mllm.mllm, settings.mllm, self.device, four_bit=four_bit, to_split=split)
         mllm.replace_model(tune(mllm.model, lora, seed))
         if split:
@@ -222,7 +222,7 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
 
     def _scores(self, ordered: Sequence[Row], progress: Progress | None = None) -> Scores:
         """Return the log-odds of rows in item-major order, shared out among the processes within `evaluating`."""
-        if not self._in_shares or not ranks.is_launched():
+        if not self._in_shares or not distributed.is_launched():
             return score_in_chunks(ordered, self._scores_here, progress, len(ordered))
         scores, elsewhere = score_in_shares(
             ordered, self._costs, self._scores_here, lambda: (self.mllm.tokens_read, self._cache.reused), progress
@@ -288,11 +288,6 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
         self._cache.remove()
 
     @property
-    def processes(self) -> int:
-        """How many processes share the work."""
-        return ranks.world_size()
-
-    @property
     def tokens_read(self) -> int:
         """How many tokens of prompts have been scored, shared prefixes counted each time."""
         return int(self.mllm.tokens_read) + self._elsewhere[0]
@@ -312,7 +307,7 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """Leave a model that lies in several places where it is, whatever RecBole's ``.to(device)`` wants."""
-        return self if dispatching.is_dispatched(self.backbone) else super()._apply(fn, recurse)
+        return self if placement.is_dispatched(self.backbone) else super()._apply(fn, recurse)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Return what is trained alone: checkpoints do not carry the base model."""

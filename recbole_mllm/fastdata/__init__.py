@@ -1,1 +1,0 @@
-# SHIM package of shims alone

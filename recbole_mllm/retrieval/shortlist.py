@@ -1,2 +1,0 @@
-# SHIM Shortlist -> recbole_mllm.retrieval.reranker
-from recbole_mllm.retrieval.reranker import Shortlist  # noqa: F401

@@ -1,6 +1,0 @@
-# SHIM * -> recbole_mllm.summaries.user_summaries
-import sys
-
-from recbole_mllm.summaries.user_summaries import *  # noqa: F403
-
-sys.modules[__name__] = sys.modules["recbole_mllm.summaries.user_summaries"]
