@@ -90,17 +90,17 @@ def usual_training(mllm: HFModel, prompts: list[Prompt], size: int) -> None:
 
 
 def our_scoring(mllm: HFModel, prompts: list[Prompt], size: int) -> None:
-    mllm.body.budget.size = size
-    mllm.body.forget_features()
+    mllm.backbone.budget.size = size
+    mllm.backbone.forget_features()
     mllm.yes_scores(prompts, mllm.answers(STYLE))
 
 
 def our_training(mllm: HFModel, prompts: list[Prompt], size: int) -> None:
-    mllm.body.forget_features()
+    mllm.backbone.forget_features()
     labels = torch.tensor([float(i % 2) for i in range(len(prompts))])
     examples = mllm.examples(prompts, labels, mllm.answers(STYLE))
-    for part in micro_batches(mllm.body, examples, size, share=True):
-        example_loss(mllm.body, [examples[i] for i in part], share=True).backward()
+    for part in micro_batches(mllm.backbone, examples, size, share=True):
+        example_loss(mllm.backbone, [examples[i] for i in part], share=True).backward()
 
 
 def measure(way: Callable[..., None], mllm: HFModel, prompts: list[Prompt], size: int, peak: float) -> dict[str, float]:
@@ -145,7 +145,7 @@ def largest(way: Callable[..., None], mllm: HFModel, prompts: list[Prompt], size
 
 def way_shrank(mllm: HFModel, way: Callable[..., None], size: int) -> bool:
     """Whether scoring ran out of memory and went on with less."""
-    return way is our_scoring and mllm.body.budget.size < size
+    return way is our_scoring and mllm.backbone.budget.size < size
 
 
 def main() -> None:
@@ -169,7 +169,7 @@ def main() -> None:
         powers = [2**n for n in range(1, 10)]
         found["scoring"] = {
             "usual": measure(usual_scoring, mllm, prompts, 6, peak),
-            "ours": measure(our_scoring, mllm, prompts, mllm.body.budget.size, peak),
+            "ours": measure(our_scoring, mllm, prompts, mllm.backbone.budget.size, peak),
             "largest": {
                 "usual_rows": largest(usual_scoring, mllm, prompts, powers),
                 "our_cached_tokens": largest(our_scoring, mllm, prompts, [4096 * n for n in powers]),

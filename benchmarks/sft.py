@@ -74,8 +74,8 @@ def plain(mllm: HFModel, prompts: list[Prompt], labels: torch.Tensor, size: int)
 def ours(mllm: HFModel, prompts: list[Prompt], labels: torch.Tensor, size: int) -> None:
     """Add up the gradients of one batch as the trainer does."""
     examples = mllm.examples(prompts, labels, mllm.answers(STYLE))
-    for part in micro_batches(mllm.body, examples, size, share=True):
-        loss = example_loss(mllm.body, [examples[i] for i in part], share=True)
+    for part in micro_batches(mllm.backbone, examples, size, share=True):
+        loss = example_loss(mllm.backbone, [examples[i] for i in part], share=True)
         (loss * (len(part) / len(examples))).backward()
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from recbole_mllm.common.prompts import IMAGE, Prompt, Style
 from recbole_mllm.common.resources import PROPERTIES
 from recbole_mllm.common.settings import Settings
+from recbole_mllm.mllm.loss import example_loss
 
 SETTINGS = Settings.from_config(yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text()))
 STYLE = Style.from_mapping("demo", yaml.safe_load((PROPERTIES / "prompt" / "demo.yaml").read_text()))
@@ -54,3 +55,8 @@ def own_logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     """Return the stock forward pass's ``[T, V]`` float32 logits of one prompt."""
     with torch.no_grad():
         return model(**inputs).logits[0].float()
+
+
+def loss_of(mllm: Any, prompts: list[Prompt], labels: Tensor, **how: bool) -> Tensor:
+    """Return our loss of the prompts' right answers."""
+    return example_loss(mllm.backbone, mllm.examples(prompts, labels, mllm.answers(STYLE)), **how)

@@ -11,13 +11,14 @@ import io
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from difflib import SequenceMatcher
-from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from recbole_mllm.benchmark.leaderboard import Leaderboard
@@ -28,28 +29,16 @@ from recbole_mllm.common.files import whole_file
 from recbole_mllm.data.images import open_image, resolve
 from recbole_mllm.data.schema import HISTORY_NUMBER, POSITION
 
-CASES = "cases.json"
-TITLES = "titles.json"
-STORED = 200
-"""How many users are stored: enough for a rule to choose from, a megabyte or two on the disk."""
-
+CASES, TITLES = "cases.json", "titles.json"
+STORED = 200  # users: enough for a rule to choose from, a megabyte or two on the disk
 CASE_SEED = 2024
-LAST_ITEMS = 60
-"""Items of a history that are stored, the newest; what the preference texts had read before is only counted."""
-
+LAST_ITEMS = 60  # of a history are stored, the newest
 SHOWN = 6
-DEEPEST = 21
-"""How many of a user's best items are shown where all are ranked, as many as candidates where 20 are drawn."""
-
-BESIDE = "SASRec"
-"""The baseline that is shown beside, where it has run; else the best one."""
-
-SIDE = 96
-"""The longest side of a thumbnail in pixels: enough to recognise an item, too little to replace the picture."""
-
+DEEPEST = 21  # of a user's best items are shown where all are ranked, as many as candidates where 20 are drawn
+BESIDE = "SASRec"  # the baseline that is shown beside, where it has run; else the best one
+SIDE = 96  # the longest side of a thumbnail in pixels: enough to recognise an item, too little to replace the picture
 TRIES = ((SIDE, 70), (72, 60), (48, 55))  # side in pixels, JPEG quality: the next where the page would grow too big
-BUDGET = 1_300_000
-"""Characters that all thumbnails together may take, so that the page stays below two megabytes."""
+BUDGET = 1_300_000  # characters that all thumbnails may take, so that the page stays below two megabytes
 
 
 # ---- what a run stores
@@ -60,16 +49,14 @@ def write_cases(outcome: Any, folder: Path) -> Path | None:
     preferences = getattr(outcome.model, "preferences", None)
     if preferences is None:
         return None
-    data, pairs = outcome.dataset, outcome.pairs
-    users, tokens = (np.asarray(data.field2id_token[f]).astype(str) for f in (data.uid_field, data.iid_field))
-    rows = outcome.test_data._dataset.inter_feat
-    owners, answers = users[rows[data.uid_field].numpy()], tokens[rows[data.iid_field].numpy()]
-    read = zip(rows[HISTORY_NUMBER].tolist(), rows[POSITION].tolist(), answers.tolist(), strict=True)
-    asked = dict(zip(owners.tolist(), read, strict=True))
+    data, rows = outcome.dataset, outcome.test_data._dataset.inter_feat
+    users, tokens = _raw_ids(data)
+    owners, targets = users[rows[data.uid_field].numpy()].tolist(), tokens[rows[data.iid_field].numpy()].tolist()
+    histories = map(data.history_names.name, rows[HISTORY_NUMBER].tolist())
+    asked = dict(zip(owners, zip(histories, rows[POSITION].tolist(), targets, strict=True), strict=True))
     chosen = drawn(asked, STORED)
-    stored = [case_of(preferences, data.history_names.name(asked[user][0]), *asked[user][1:]) for user in chosen]
-    candidates = tokens[pairs["item_id"][np.isin(pairs["user_id"], np.flatnonzero(np.isin(users, chosen)))]]
-    wanted = {item for case in stored for item in case["history"]} | set(candidates.tolist())
+    stored = [case_of(preferences, *asked[user]) for user in chosen]
+    wanted = {item for case in stored for item in case["history"]} | _ranked(outcome, chosen)
     folders = [Path(str(p)) for p in (outcome.config["data_path"], outcome.config["image_dir"]) if p]
     items = {item: _stored_item(preferences.items, item, folders) for item in sorted(wanted)}
     with whole_file(folder / CASES) as file:
@@ -82,13 +69,24 @@ def write_titles(outcome: Any, folder: Path, titles: Mapping[str, str]) -> Path:
 
     Where all items are ranked, they need not be among those that MLLMMSR's cases name.
     """
-    data, pairs = outcome.dataset, outcome.pairs
-    users, tokens = (np.asarray(data.field2id_token[f]).astype(str) for f in (data.uid_field, data.iid_field))
-    chosen = drawn(dict.fromkeys(users[np.unique(pairs["user_id"])].tolist()), STORED)
-    items = tokens[np.unique(pairs["item_id"][np.isin(users[pairs["user_id"]], chosen)])].tolist()
+    users, _ = _raw_ids(outcome.dataset)
+    chosen = drawn(dict.fromkeys(users[np.unique(outcome.pairs["user_id"])].tolist()), STORED)
     with whole_file(folder / TITLES) as file:
-        json.dump({item: titles.get(item, item) for item in items}, file, ensure_ascii=False)
+        named = {item: titles.get(item, item) for item in sorted(_ranked(outcome, chosen))}
+        json.dump(named, file, ensure_ascii=False)
     return folder / TITLES
+
+
+def _raw_ids(data: Any) -> tuple[NDArray[np.str_], NDArray[np.str_]]:
+    users, items = (np.asarray(data.field2id_token[field]).astype(str) for field in (data.uid_field, data.iid_field))
+    return users, items
+
+
+def _ranked(outcome: Any, users: Sequence[str]) -> set[str]:
+    """Return the items that were ranked for `users`."""
+    names, tokens = _raw_ids(outcome.dataset)
+    own = np.isin(names[outcome.pairs["user_id"]], users)
+    return set(tokens[np.unique(outcome.pairs["item_id"][own])].tolist())
 
 
 def drawn(users: Mapping[str, Any], limit: int) -> list[str]:
@@ -152,9 +150,9 @@ Order = dict[str, list[Candidate]]
 
 
 class Piece(NamedTuple):
-    """Some words and what became of them; without the ``gone`` pieces, a list of these is the later text."""
+    """Words that are the ``same``, ``new`` or ``gone``; a list of these without the ``gone`` is the later text."""
 
-    change: Literal["same", "gone", "new"]
+    change: str
     text: str
 
 
@@ -180,11 +178,6 @@ class Case:
     mine: Sequence[Candidate]
     theirs: Sequence[Candidate]
 
-    @property
-    def of(self) -> int:
-        """How many items were ranked."""
-        return self.mine[0].of
-
 
 @dataclass(frozen=True, slots=True)
 class CaseStudies:
@@ -196,7 +189,7 @@ class CaseStudies:
     cases: Sequence[Case] = ()
     items: Mapping[str, Shown] = field(default_factory=dict)
     drawn_from: int = 0
-    images: Literal["off", "none", "some"] = "none"
+    images: str = "none"  # or "some", or "off"
     problem: str = ""
 
     def show(self, item: str) -> Shown:
@@ -227,28 +220,22 @@ def read_cases(board: Leaderboard, results: Path, *, embed_images: bool = True) 
 def _fill(
     book: CaseStudies, stored: Mapping[str, Any], run: RunRecord, other: RunRecord | None, results: Path, embed: bool
 ) -> CaseStudies:
-    users = {case["user"]: case for case in stored["users"]}
+    users, known = {case["user"]: case for case in stored["users"]}, stored["items"]
     mine, theirs = (read_order(each, results, list(users)) for each in (run, other))
-    chosen = choose(list(users), mine, theirs, book)
     cases = [
         Case(user, why, users[user]["start"], _blocks(users[user]), mine[user], theirs.get(user, []))
-        for user, why in chosen.items()
+        for user, why in choose(list(users), mine, theirs, book).items()
     ]
-    known = stored["items"]
     used = [known[item]["image"] for case in cases
             for item in (*users[case.user]["history"], *(one.item for one in case.mine))]  # fmt: skip
     folders = [Path(str(value)) for key in ("data_path", "image_dir") if (value := run.config.get(key))]
     pictures = thumbnails(used, folders) if embed else {}
-    items = {item: Shown(title) for item, title in _titles(other, results).items()}
+    path = (results / str(other.per_user)).with_name(TITLES) if other is not None else None
+    titles = json.loads(path.read_text(encoding="utf-8")) if path is not None and path.is_file() else {}
+    items = {item: Shown(title) for item, title in titles.items()}
     items |= {item: Shown(entry["title"] or item, pictures.get(entry["image"], "")) for item, entry in known.items()}
-    images: Literal["off", "none", "some"] = "off" if not embed else "some" if pictures else "none"
+    images = "off" if not embed else "some" if pictures else "none"
     return replace(book, cases=cases, items=items, drawn_from=len(users), images=images)
-
-
-def _titles(run: RunRecord | None, results: Path) -> dict[str, str]:
-    """Return the titles that a run without texts of its own stored of the items it ranked best."""
-    path = (results / str(run.per_user)).with_name(TITLES) if run is not None else None
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path is not None and path.is_file() else {}
 
 
 def read_order(run: RunRecord | None, results: Path, users: Sequence[str]) -> Order:
@@ -305,21 +292,12 @@ def _blocks(case: Mapping[str, Any]) -> list[Block]:
 
 
 def word_changes(before: str, after: str) -> list[Piece]:
-    """Return `after` in pieces, with what has gone from `before` where it stood.
-
-    A single unchanged word between two changes is part of the change: lone "the"s make no text readable.
-    """
+    """Return `after` in pieces, with what has gone from `before` where it stood."""
     old, new = before.split(), after.split()
-    blocks = SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
-    parts = []
-    for number, (tag, a, b, c, d) in enumerate(blocks):
-        lone = b - a < 2 and 0 < number < len(blocks) - 1
-        parts.append((tag == "equal" and not lone, old[a:b], new[c:d]))
     pieces: list[Piece] = []
-    for same, group in groupby(parts, key=lambda part: part[0]):
-        _, left, right = zip(*group, strict=True)
-        gone, come = (" ".join(sum(words, [])) for words in (left, right))
-        found = [Piece("same", come)] if same else [Piece("gone", gone), Piece("new", come)]
+    for tag, a, b, c, d in SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+        gone, come = " ".join(old[a:b]), " ".join(new[c:d])
+        found = [Piece("same", come)] if tag == "equal" else [Piece("gone", gone), Piece("new", come)]
         pieces += [piece for piece in found if piece.text]
     return pieces
 
@@ -332,32 +310,26 @@ def thumbnails(images: Iterable[str], folders: Sequence[Path]) -> Mapping[str, s
     """
     uses = Counter(image for image in images if image)
     opened = {image: picture for image in uses if (picture := _open_small(image, folders)) is not None}
-    uris: dict[str, str] = {}
     for side, quality in TRIES:
         uris = {image: _encode(picture, side, quality) for image, picture in opened.items()}
-        if sum(len(uri) * uses[image] for image, uri in uris.items()) <= BUDGET:
-            return uris
-    spent = np.cumsum([len(uri) * uses[image] for image, uri in uris.items()])
+        spent = np.cumsum([len(uri) * uses[image] for image, uri in uris.items()])
+        if not opened or spent[-1] <= BUDGET:
+            break
     return {image: uri for (image, uri), total in zip(uris.items(), spent, strict=True) if total <= BUDGET}
 
 
 def _open_small(image: str, folders: Sequence[Path]) -> Image.Image | None:
-    for folder in folders:
-        path, _ = resolve(folder, image)
-        if path is None:
-            continue
-        try:
-            picture = open_image(path)
-        except OSError:
-            continue
-        picture.thumbnail((SIDE, SIDE))
-        return picture
+    for path in (resolve(folder, image)[0] for folder in folders):
+        if path is not None:
+            with suppress(OSError):
+                picture = open_image(path)
+                picture.thumbnail((SIDE, SIDE))
+                return picture
     return None
 
 
 def _encode(picture: Image.Image, side: int, quality: int) -> str:
-    smaller = picture.copy()
+    smaller, data = picture.copy(), io.BytesIO()
     smaller.thumbnail((side, side))
-    data = io.BytesIO()
     smaller.save(data, "JPEG", quality=quality, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()

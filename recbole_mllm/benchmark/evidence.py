@@ -8,23 +8,17 @@ users side by side.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from recbole_mllm.benchmark.leaderboard import Dimension, GroupPart
+from recbole_mllm.benchmark import significance as sig
+from recbole_mllm.benchmark.leaderboard import Dimension
 from recbole_mllm.benchmark.records import PAIR_COLUMNS, USER_COLUMNS, Arrays, RunRecord, read_arrays
-from recbole_mllm.benchmark.significance import (
-    DRAW_SEED,
-    Floats,
-    SortedPairs,
-    estimate_means,
-    pooled_auc,
-    sort_pairs,
-)
+from recbole_mllm.benchmark.significance import Estimate, Floats, SortedPairs
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.evaluation.metrics import METRICS
 
@@ -80,7 +74,7 @@ class Evidence:
             return None
         if metric != POOLED:
             return float(self.values[metric][mask].mean())
-        mean = float(np.mean([pooled_auc(pairs, mask.astype(np.float64)) for pairs in self.pairs]))
+        mean = float(np.mean([sig.pooled_auc(pairs, mask.astype(np.float64)) for pairs in self.pairs]))
         return mean if np.isfinite(mean) else None
 
 
@@ -100,12 +94,9 @@ def load_evidence(record: RunRecord, results: Path) -> Evidence:
     count = arrays["train_count"]
     masks = {"cold": count == 0, "warm": count > 0, "tail": arrays["tail"].astype(bool)}
     evidence = Evidence(users, values, masks, columns={name: arrays[name] for name in USER_COLUMNS})
-    return evidence if record.scores is None else _with_scores(evidence, record, results / record.scores)
-
-
-def _with_scores(evidence: Evidence, record: RunRecord, path: Path) -> Evidence:
-    """Add what the scored pairs show."""
-    users, arrays = evidence.users, read_arrays(path, PAIR_COLUMNS)
+    if record.scores is None:
+        return evidence
+    arrays = read_arrays(results / record.scores, PAIR_COLUMNS)
     names, score = arrays["user"].astype(str), arrays["score"].astype(np.float64)
     index = np.minimum(np.searchsorted(users, names), users.size - 1)
     if not (users[index] == names).all():
@@ -114,10 +105,8 @@ def _with_scores(evidence: Evidence, record: RunRecord, path: Path) -> Evidence:
         raise UserError(f"run {record.run_id}: some scores are not finite")
     label, best_alone = arrays["label"].astype(np.float64), "among" in arrays
     ranks = target_ranks(index, label, arrays.get("place", score), users.size)
-    pairs = () if best_alone else (sort_pairs(index, label, score),)
-    return Evidence(
-        users, evidence.values, evidence.masks, pairs, (ranks,) if ranks else (), evidence.columns, best_alone
-    )
+    pairs = () if best_alone else (sig.sort_pairs(index, label, score),)
+    return replace(evidence, pairs=pairs, ranks=(ranks,) if ranks else (), best_alone=best_alone)
 
 
 def average(seeds: Sequence[Evidence]) -> Evidence:
@@ -127,7 +116,7 @@ def average(seeds: Sequence[Evidence]) -> Evidence:
     values = {name: np.mean([seed.values[name] for seed in seeds], axis=0) for name in shared}
     pairs = tuple(pairs for seed in seeds for pairs in seed.pairs) if all(seed.pairs for seed in seeds) else ()
     ranks = tuple(ranks for seed in seeds for ranks in seed.ranks) if all(seed.ranks for seed in seeds) else ()
-    return Evidence(first.users, values, first.masks, pairs, ranks, first.columns, first.best_alone)
+    return replace(first, values=values, pairs=pairs, ranks=ranks)
 
 
 def target_ranks(user: NDArray[Any], label: NDArray[Any], order: NDArray[Any], n_users: int) -> Ranks | None:
@@ -186,8 +175,8 @@ def partitions(columns: Mapping[str, NDArray[Any]]) -> tuple[Partition, ...]:
          {"with image": image, "without image": ~image}),
     )  # fmt: skip
     parts = []
-    for key, title, meaning, masks in dimensions:
-        masks = {label: mask for label, mask in masks.items() if mask.any()}
+    for key, title, meaning, groups in dimensions:
+        masks = {label: mask for label, mask in groups.items() if mask.any()}
         counts = tuple(int(mask.sum()) for mask in masks.values())
         parts.append(Partition(Dimension(key, title, meaning, tuple(masks), counts), tuple(masks.values())))
     return tuple(parts)
@@ -197,17 +186,14 @@ def bands(values: NDArray[Any], parts: int) -> dict[str, Mask]:
     """Cut users into up to `parts` groups of about one size by `values`, lowest first; equal values share a group."""
     edges = np.unique(np.quantile(values, np.arange(1, parts) / parts, method="lower"))
     band = np.searchsorted(edges, values, side="left")
-    masks = [band == number for number in np.unique(band)]
-    ends = [(values[mask].min(), values[mask].max()) for mask in masks]
-    return {
-        f"{low:,}" if low == high else f"{low:,}–{high:,}": mask for (low, high), mask in zip(ends, masks, strict=True)
-    }
+    masks: dict[str, Mask] = {}
+    for number in np.unique(band):
+        mask = band == number
+        low, high = values[mask].min(), values[mask].max()
+        masks[f"{low:,}" if low == high else f"{low:,}–{high:,}"] = mask
+    return masks
 
 
-def measure(values: Floats, partition: Partition) -> tuple[GroupPart, ...]:
+def measure(values: Floats, partition: Partition) -> tuple[Estimate, ...]:
     """Return mean and 95 % interval of ``[users]`` `values` in each group."""
-    parts = []
-    for mask in partition.masks:
-        (estimate,) = estimate_means(values[mask][None], DRAW_SEED, BUDGET)
-        parts.append(GroupPart(estimate.mean, estimate.low, estimate.high, int(mask.sum())))
-    return tuple(parts)
+    return tuple(sig.estimate_means(values[mask][None], sig.DRAW_SEED, BUDGET)[0] for mask in partition.masks)

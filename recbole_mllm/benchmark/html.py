@@ -12,26 +12,13 @@ from typing import NamedTuple
 
 from recbole_mllm.benchmark.cases import SIDE, CaseStudies
 from recbole_mllm.benchmark.evidence import CURVES, FEW
-from recbole_mllm.benchmark.leaderboard import SLICES, Dimension, GroupPart, Leaderboard, LeaderboardRow
+from recbole_mllm.benchmark.leaderboard import SLICES, Dimension, Leaderboard, LeaderboardRow
+from recbole_mllm.benchmark.significance import Estimate
 from recbole_mllm.benchmark.tables import template, tests_table
 from recbole_mllm.benchmark.wording import score_text, seconds_text
-from recbole_mllm.common.svg import (
-    CHARACTER,
-    Axis,
-    Chart,
-    Label,
-    place_labels,
-    score_axis,
-)
+from recbole_mllm.common.svg import CHARACTER, Axis, Chart, linear_axis, place_labels
 
-SLICE_TITLES = {
-    "cold": ("Cold", "the target item has no interaction in training"),
-    "warm": ("Warm", "the target item has at least one interaction in training"),
-    "tail": ("Long tail", "the target item is in the long tail of popularity"),
-}
-LAST_BLOCKS = 4
-"""Blocks of a history that stand open; those before are a click away."""
-
+LAST_BLOCKS = 4  # of a history stand open; those before are a click away
 COLOURS = 8
 NAMED = 8  # marks of the cost chart that can carry their names; of more each carries its number, explained below
 BOLD = 1.2  # how much wider an MLLM's label is
@@ -44,8 +31,7 @@ def page(board: Leaderboard, cases: CaseStudies | None = None) -> str:
     return template("leaderboard.html").render(
         board=board,
         metrics=[(name, name.partition("@")[2]) for name in board.metrics],
-        slice_titles=SLICE_TITLES,
-        largest=max((part.mean or 0.0 for part in parts), default=0.0) or 1.0,
+        largest=max([part.mean or 0.0 for part in parts], default=0.0) or 1.0,
         tests=tests_table(board, board.metrics),
         cost=quality_versus_cost(board),
         series=series(board),
@@ -83,12 +69,10 @@ class Mark(NamedTuple):
 
 def series(board: Leaderboard) -> dict[str, str]:
     """Return the style of each finished row, in the table's order; the best MLLM has the first to itself."""
-    first = next((row.model for row in board.ranked if row.kind == "mllm"), None)
-    others = [row.model for row in board.ranked if row.model != first]
-    if first is None and others:
-        first = others.pop(0)
-    styles = {first: "s0"} | {model: f"s{1 + index % (COLOURS - 1)}" for index, model in enumerate(others)}
-    return {row.model: styles[row.model] for row in board.ranked}
+    models = [row.model for row in board.ranked]
+    first = next((row.model for row in board.ranked if row.kind == "mllm"), models[0] if models else "")
+    others = [model for model in models if model != first]
+    return {m: "s0" if m == first else f"s{1 + others.index(m) % (COLOURS - 1)}" for m in models}
 
 
 def quality_versus_cost(board: Leaderboard) -> Chart | None:
@@ -103,27 +87,26 @@ def quality_versus_cost(board: Leaderboard) -> Chart | None:
     low_s, high_s = min(low_s, middle / math.sqrt(10)), max(high_s, middle * math.sqrt(10))
     times = [(time, seconds_text(time)) for time in TIMES if low_s <= time <= high_s]
     x = Axis(low_s, high_s, 52, 504, log=True, labels=times)
-    y = score_axis(min(low for low, _ in ends), max(high for _, high in ends), 294, 18)
+    y = linear_axis(min(low for low, _ in ends), max(high for _, high in ends), 294, 18)
     numbers = {row.model: str(number) for number, row in enumerate(board.rows, start=1)}
     marks, labels = [], []
     for row, (low, high) in sorted(zip(rows, ends, strict=True), key=lambda pair: y(pair[0].mean(metric))):
         label = row.model if len(rows) <= NAMED else numbers[row.model]
         length = len(label) * CHARACTER * (BOLD if row.kind == "mllm" else 1)
         at = x(row.seconds), y(row.mean(metric))
-        right = at[0] + 10 + length <= 520
-        start = at[0] + 10 if right else at[0] - 10 - length
-        labels.append(Label(at[1], start, start + length))
+        is_right = at[0] + 10 + length <= 520
+        labels.append((at[1], *((at[0] + 10, at[0] + 10 + length) if is_right else (at[0] - 10 - length, at[0] - 10))))
         text = score_text(board, row, metric)
         hover = f"{row.model}: {metric} {text.mean} {text.interval}, {seconds_text(row.seconds)}"
-        side = (at[0] + 10, "start") if right else (at[0] - 10, "end")
+        side = (at[0] + 10, "start") if is_right else (at[0] - 10, "end")
         marks.append(Mark(row.model, row.kind, hover, *at, y(low), y(high), label=label, label_x=side[0],
                           anchor=side[1]))  # fmt: skip
     marks = [mark._replace(label_y=round(at + 4, 1)) for mark, at in zip(marks, place_labels(labels), strict=True)]
     features = "features + " if "features_s" in board.costs else ""
-    key = sorted(marks, key=lambda mark: int(mark.label)) if len(marks) > NAMED else []
     return Chart(
         f"{metric} against seconds spent, one mark a model", x, y, 520, 340,
-        f"summarise + {features}train + score, log scale", metric, marks, more={"key": key},
+        f"summarise + {features}train + score, log scale", metric, marks,
+        more={"key": sorted(marks, key=lambda mark: int(mark.label)) if len(marks) > NAMED else []},
     )  # fmt: skip
 
 
@@ -134,23 +117,23 @@ def curve_charts(board: Leaderboard) -> list[Chart]:
 
 
 def _curve_chart(metric: str, rows: list[LeaderboardRow], styles: Mapping[str, str]) -> Chart:
+    rows = sorted(rows, key=lambda row: -row.curves[metric][-1])
     depth = max(len(row.curves[metric]) for row in rows)
     names = max(len(row.model) for row in rows) * CHARACTER
     right, height = round(max(200, min(340, 420 - 28 - names))), 300
     x = Axis(1, max(2, depth), 44, right, labels=[(k, str(k)) for k in (1, 5, 10, 15, 20) if k <= depth])
-    y = score_axis(0.0, max(max(row.curves[metric]) for row in rows), 258, 20)
-    marks, labels = [], []
-    for row in sorted(rows, key=lambda row: -row.curves[metric][-1]):
+    y = linear_axis(0.0, max(max(row.curves[metric]) for row in rows), 258, 20)
+    heights = place_labels((y(row.curves[metric][-1]), 0, 1) for row in rows)
+    over = max(0.0, heights[-1] + 6 - height)  # many equal curves: names move up together rather than out of sight
+    marks = []
+    for row, at in zip(rows, heights, strict=True):
         values = row.curves[metric]
         points = [(x(k), y(value)) for k, value in enumerate(values, start=1)]
-        said = ", ".join(f"{metric}@{k} {values[k - 1]:.3f}" for k in (1, 3, 5, 10, 20) if k <= len(values))
-        text = " ".join(f"{a},{b}" for a, b in points)
-        marks.append(Mark(row.model, styles[row.model], f"{row.model}: {said}", *points[-1], points=text,
-                          label=row.model, label_x=points[-1][0] + 12))  # fmt: skip
-        labels.append(Label(points[-1][1], 0, 1))
-    heights = place_labels(labels)
-    over = max(0.0, heights[-1] + 6 - height)  # many equal curves: names move up together rather than out of sight
-    marks = [mark._replace(label_y=round(at + 4 - over, 1)) for mark, at in zip(marks, heights, strict=True)]
+        some = ", ".join(f"{metric}@{k} {values[k - 1]:.3f}" for k in (1, 3, 5, 10, 20) if k <= len(values))
+        marks.append(Mark(
+            row.model, styles[row.model], f"{row.model}: {some}", *points[-1], label=row.model,
+            points=" ".join(f"{a},{b}" for a, b in points), label_x=points[-1][0] + 12, label_y=round(at + 4 - over, 1),
+        ))  # fmt: skip
     summary = f"{metric} at k from 1 to {depth}. " + ". ".join(mark.hover for mark in marks)
     return Chart(f"{metric}@k", x, y, 420, height, "k", f"{metric}@k", marks, summary)
 
@@ -173,7 +156,7 @@ def group_charts(board: Leaderboard) -> list[Chart]:
     if not rows or not parted:
         return []
     parts = [part for row in rows for dimension in parted for part in row.groups[dimension.key]]
-    x = score_axis(min(part.low for part in parts), max(part.high for part in parts), 104, 408)
+    x = linear_axis(min(part.low for part in parts), max(part.high for part in parts), 104, 408)
     return [_group_chart(dimension, rows, series(board), x, board.valid_metric) for dimension in parted]
 
 
@@ -188,19 +171,18 @@ def _group_chart(
         marks = []
         for place, row in enumerate(rows):
             part = row.groups[dimension.key][number]
-            hover = f"{row.model}, {label}: {metric} {_interval(part)}, {part.n} users"
+            hover = f"{row.model}, {label}: {metric} {_interval(part)}, {count} users"
             at = middle + (place + 0.5 - len(rows) / 2) * pitch
             marks.append(Mark(row.model, styles[row.model], hover, x(part.mean), at, x(part.low), x(part.high)))
         users = f"{count:,} {'user' if count == 1 else 'users'}"
         bands.append(Band(label, users, count < FEW, top + number * tall, middle, marks))
-    bottom = top + len(bands) * tall
+    bottom, title = top + len(bands) * tall, f"{metric} by {dimension.title.lower()}"
     table = [(row.model, [_interval(part) for part in row.groups[dimension.key]]) for row in rows]
     return Chart(
-        f"{metric} by {dimension.title.lower()}", x, Axis(0, 1, bottom, top), 420, bottom + 26, marks=bands,
-        summary=f"{metric} by {dimension.title.lower()}; the same numbers are in the table below.",
-        more={"dimension": dimension, "table": table},
+        title, x, Axis(0, 1, bottom, top), 420, bottom + 26, marks=bands,
+        summary=f"{title}; the same numbers are in the table below.", more={"dimension": dimension, "table": table},
     )  # fmt: skip
 
 
-def _interval(part: GroupPart) -> str:
+def _interval(part: Estimate) -> str:
     return f"{part.mean:.3f} [{part.low:.3f}, {part.high:.3f}]"

@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from recbole_mllm.benchmark.records import RunRecord
+from recbole_mllm.benchmark.significance import Estimate
 from recbole_mllm.evaluation.metrics import METRICS
 
 VALID_METRIC = "NDCG@10"
@@ -17,27 +18,21 @@ VALID_METRIC = "NDCG@10"
 
 LEVEL = 0.05
 ALL_COSTS = {
-    "load_s": "Load",
-    "summarize_s": "Summarise",
-    "features_s": "Features",
-    "train_s": "Train",
-    "score_s": "Score",
-    "pairs_per_s": "Pairs/s",
-    "peak_memory_mb": "Memory MB",
-    "tokens": "Tokens",
-    "parameters_trained": "Parameters",
-}
+    "load_s": "Load", "summarize_s": "Summarise", "features_s": "Features", "train_s": "Train", "score_s": "Score",
+    "pairs_per_s": "Pairs/s", "peak_memory_mb": "Memory MB", "tokens": "Tokens", "parameters_trained": "Parameters",
+}  # fmt: skip
 """Costs that the reports show, with their titles."""
 
 COUNTS = ("tokens", "parameters_trained")
 COSTS = [name for name in ALL_COSTS if name not in ("features_s", *COUNTS)]
 """Costs in the published schema of ``leaderboard.json``."""
 
-SLICES = ("cold", "warm", "tail")
-FAMILIES = [metric.name for metric in METRICS]
-CUTOFFS = ("10", "5", "3")
-SHORT = {f"{metric.name}@{cut}".rstrip("@") for metric in METRICS for cut in metric.short}
-"""Metrics of the short tables; RecBole's Recall equals Hit where a user has one target."""
+SLICES = {
+    "cold": ("Cold", "the target item has no interaction in training"),
+    "warm": ("Warm", "the target item has at least one interaction in training"),
+    "tail": ("Long tail", "the target item is in the long tail of popularity"),
+}
+"""Slices of the users, with title and meaning."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,16 +57,6 @@ class Part:
     """A metric on some of the users; `mean` is None where there are none."""
 
     mean: float | None
-    n: int
-
-
-@dataclass(frozen=True, slots=True)
-class GroupPart:
-    """The ranking metric on one group of users, with its 95 % interval."""
-
-    mean: float
-    low: float
-    high: float
     n: int
 
 
@@ -103,7 +88,7 @@ class LeaderboardRow:
     cost: Mapping[str, float | None] = field(default_factory=dict)
     slices: Mapping[str, Mapping[str, Part]] = field(default_factory=dict)
     curves: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    groups: Mapping[str, tuple[GroupPart, ...]] = field(default_factory=dict)
+    groups: Mapping[str, tuple[Estimate, ...]] = field(default_factory=dict)
     tested_against: str | None = None
 
     @property
@@ -137,7 +122,11 @@ Row = LeaderboardRow  # SHIM name: `ranking` still says Row
 
 @dataclass(frozen=True, slots=True)
 class Leaderboard:
-    """All rows, best first, and what they were measured on."""
+    """All rows, best first, and what they were measured on.
+
+    `without_validation` are baselines that recorded no validation metric: where there are some, the best one was chosen
+    on the test split. `absent` says of each expected metric without a value under this protocol why it has none.
+    """
 
     dataset: str
     protocol: str
@@ -148,10 +137,8 @@ class Leaderboard:
     best_baseline: str | None
     note: str = ""
     without_validation: tuple[str, ...] = ()
-    """Baselines that recorded no validation metric; where there are some, the best one was chosen on the test split."""
     dimensions: tuple[Dimension, ...] = ()
     absent: Mapping[str, str] = field(default_factory=dict)
-    """For each metric that people look for and that has no value under this protocol, a sentence that says why."""
 
     @property
     def valid_metric(self) -> str:
@@ -161,13 +148,14 @@ class Leaderboard:
     @property
     def costs(self) -> tuple[str, ...]:
         """The costs that the pages show: loading and making features only where a row tells them."""
-        known = {name for row in self.rows for name in ("load_s", "features_s") if row.cost.get(name) is not None}
-        return tuple(name for name in ALL_COSTS if name not in ("load_s", "features_s") or name in known)
+        known = {name for row in self.rows for name, value in row.cost.items() if value is not None}
+        return tuple(name for name in ALL_COSTS if name in known or name not in ("load_s", "features_s"))
 
     @property
     def short_metrics(self) -> list[str]:
-        """The metrics that fit a terminal or a page of LaTeX: those of `SHORT`, or the first seven."""
-        return [name for name in self.metrics if name in SHORT] or list(self.metrics[:7])
+        """The metrics that fit a terminal or a page of LaTeX, or the first seven."""
+        short = {f"{metric.name}@{cut}".rstrip("@") for metric in METRICS for cut in metric.short}
+        return [name for name in self.metrics if name in short] or list(self.metrics[:7])
 
     @property
     def ranked(self) -> list[LeaderboardRow]:
@@ -193,56 +181,46 @@ class Leaderboard:
         """Return `metric` of one row on one slice of the users."""
         return row.slices.get(name, {}).get(metric, Part(None, 0))
 
+    def p_vs_best_baseline(self, row: LeaderboardRow, metric: str) -> float | None:
+        """Return the corrected p-value of a row's `metric` where it is one against the best baseline."""
+        score = row.scores.get(metric)
+        return score.p if score is not None and row.tested_against == self.best_baseline else None
+
     def to_json(self) -> dict[str, Any]:
         """Return the published schema of ``leaderboard.json``; a failed row has the same keys with null values."""
-        return {
-            "dataset": self.dataset,
-            "protocol": self.protocol,
-            "candidates": self.candidates,
-            "n_users": self.n_users,
-            "metrics": list(self.metrics),
-            "best_baseline": self.best_baseline,
+        about = ("dataset", "protocol", "candidates", "n_users", "metrics", "best_baseline")
+        return {name: getattr(self, name) for name in about} | {
             "best_baseline_chosen_on": self.chosen_on if self.best_baseline else None,
-            "rows": [self._row_json(row) for row in self.rows],
+            "rows": [
+                {name: getattr(row, name) for name in ("model", "seeds", "status", "tested_against")}
+                | {
+                    "metrics": {name: self._score_json(row, name) for name in self.metrics},
+                    "converged": row.converged,
+                    "summarize_reused": row.summarize_reused,
+                    "cost": {name: row.cost.get(name) for name in COSTS},
+                    "slices": {s: {m: asdict(self.slice_of(row, s, m)) for m in self.metrics} for s in SLICES},
+                }
+                for row in self.rows
+            ],
         }
 
-    def _row_json(self, row: LeaderboardRow) -> dict[str, Any]:
-        scores = {name: row.scores.get(name) for name in self.metrics}
-        parts = {s: {m: self.slice_of(row, s, m) for m in self.metrics} for s in SLICES}
+    def _score_json(self, row: LeaderboardRow, metric: str) -> dict[str, Any]:
+        score = row.scores.get(metric)
         return {
-            "model": row.model,
-            "seeds": list(row.seeds),
-            "status": row.status,
-            "tested_against": row.tested_against,
-            "metrics": {name: self._score_json(row, score) for name, score in scores.items()},
-            "converged": row.converged,
-            "summarize_reused": row.summarize_reused,
-            "cost": {name: row.cost.get(name) for name in COSTS},
-            "slices": {s: {m: {"mean": p.mean, "n": p.n} for m, p in by.items()} for s, by in parts.items()},
-        }
-
-    def p_vs_best_baseline(self, row: LeaderboardRow, score: Score) -> float | None:
-        """Return the corrected p-value where it is one against the best baseline."""
-        return score.p if row.tested_against == self.best_baseline else None
-
-    def _score_json(self, row: LeaderboardRow, score: Score | None) -> dict[str, Any]:
-        if score is None:
-            return dict.fromkeys(("mean", "ci95", "p_vs_best_baseline", "p_raw", "p_holm"))
-        return {
-            "mean": score.mean,
-            "ci95": score.ci95 and list(score.ci95),
-            "p_vs_best_baseline": self.p_vs_best_baseline(row, score),
-            "p_raw": score.p_raw,
-            "p_holm": score.p,
+            "mean": score and score.mean,
+            "ci95": score and score.ci95,
+            "p_vs_best_baseline": self.p_vs_best_baseline(row, metric),
+            "p_raw": score and score.p_raw,
+            "p_holm": score and score.p,
         }
 
 
 def ordered_metrics(names: set[str]) -> tuple[str, ...]:
     """Return metric names in reading order: by cut-off, then as in `METRICS`; those not there last, by name."""
+    cutoffs, families = ["10", "5", "3"], [metric.name for metric in METRICS]
 
     def place(name: str) -> tuple[int, int, str]:
         family, _, cutoff = name.partition("@")
-        at = CUTOFFS.index(cutoff) if cutoff in CUTOFFS else len(CUTOFFS)
-        return at, FAMILIES.index(family) if family in FAMILIES else len(FAMILIES), name
+        return [*cutoffs, cutoff].index(cutoff), [*families, family].index(family), name
 
     return tuple(sorted(names, key=place))

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from recbole_mllm.benchmark.records import plain_json
@@ -38,15 +38,6 @@ def _content(key: str, value: Any) -> Any:
     if key in _MODELS:
         return identity_of(str(value), None)
     return hashlib.sha256(Path(value).read_bytes()).hexdigest() if Path(value).is_file() else value
-
-
-def without_folders(value: Any) -> Any:
-    """Return `value`, a text or what holds texts, with the last part alone of each text that is an absolute path."""
-    if isinstance(value, dict):
-        return {key: without_folders(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [without_folders(entry) for entry in value]
-    return f"…/{PurePath(value).name}" if isinstance(value, str) and PurePath(value).is_absolute() else value
 
 
 def said_anywhere(words: str) -> str:

@@ -8,19 +8,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from recbole_mllm.benchmark import tables
 from recbole_mllm.benchmark.cases import read_cases
 from recbole_mllm.benchmark.html import page
 from recbole_mllm.benchmark.leaderboard import Leaderboard
 from recbole_mllm.benchmark.ranking import build
 from recbole_mllm.benchmark.records import RECORDS, read_records
-from recbole_mllm.benchmark.tables import (
-    curves_table,
-    format_latex,
-    format_markdown,
-    format_table,
-    groups_table,
-    numbers_table,
-)
 from recbole_mllm.common.files import write_text
 
 HTML = "leaderboard.html"
@@ -36,11 +29,11 @@ def render(results: Path, *, embed_images: bool = True) -> Leaderboard:
     board = read_leaderboard(results)
     forms = {
         "leaderboard.json": json.dumps(board.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n",
-        "leaderboard.csv": numbers_table(board).to_csv(),
-        "leaderboard-groups.csv": groups_table(board).to_csv(),
-        "leaderboard-curves.csv": curves_table(board).to_csv(),
-        "leaderboard.md": format_markdown(board),
-        "leaderboard.tex": format_latex(board),
+        "leaderboard.csv": tables.csv_text(tables.numbers_table(board)),
+        "leaderboard-groups.csv": tables.csv_text(tables.groups_table(board)),
+        "leaderboard-curves.csv": tables.csv_text(tables.curves_table(board)),
+        "leaderboard.md": tables.format_markdown(board),
+        "leaderboard.tex": tables.format_latex(board),
         HTML: page(board, read_cases(board, results, embed_images=embed_images)),
     }
     for name, text in forms.items():
@@ -57,7 +50,7 @@ def read_leaderboard(results: Path) -> Leaderboard:
 
 def format_leaderboard(results: Path) -> str:
     """Return the leaderboard of the runs in `results` for a terminal."""
-    return format_table(read_leaderboard(results))
+    return tables.format_table(read_leaderboard(results))
 
 
 def write_note(results: Path, note: str) -> None:

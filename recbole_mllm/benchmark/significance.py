@@ -67,18 +67,10 @@ def estimate_means(values: Floats, seed: int, budget: float = BOOTSTRAP_BUDGET) 
         reach = stats.norm.ppf(0.5 + CONFIDENCE / 2) * stats.sem(values, axis=1)
         low, high = means - reach, means + reach
     else:
-        drawn = stats.bootstrap(
-            (values,),
-            np.mean,
-            axis=1,
-            vectorized=True,
-            n_resamples=RESAMPLES,
-            batch=max(1, int(BATCH_VALUES / values.size)),
-            confidence_level=CONFIDENCE,
-            method="percentile",
-            rng=np.random.default_rng(seed),
-        )
-        low, high = drawn.confidence_interval
+        low, high = stats.bootstrap(
+            (values,), np.mean, axis=1, vectorized=True, n_resamples=RESAMPLES, confidence_level=CONFIDENCE,
+            method="percentile", batch=max(1, int(BATCH_VALUES / values.size)), rng=np.random.default_rng(seed),
+        ).confidence_interval  # fmt: skip
     return [Estimate(float(m), float(lo), float(hi)) for m, lo, hi in zip(means, low, high, strict=True)]
 
 

@@ -1,6 +1,6 @@
 """The leaderboard as text: for the terminal, for spreadsheets, and as a page of Markdown or a table of LaTeX.
 
-Every form is made of the same `Table` values, whose words come from `wording`.
+The words of every form come from `wording`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import re
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 from jinja2 import Template
@@ -24,47 +24,44 @@ NAME_WIDTH = 28
 ALSO_SHOWN = 5  # metrics beside the ranking one in the terminal
 
 
-class Table(NamedTuple):
-    """A table of any form: its head, and its rows of numbers or texts; None is an empty field."""
-
-    head: Sequence[str]
-    rows: Sequence[Sequence[Any]]
-
-    def to_csv(self) -> str:
-        """Return the table for a spreadsheet, numbers at full precision."""
-        frame = pd.DataFrame(list(self.rows), columns=list(self.head), dtype=object)
-        return str(frame.to_csv(index=False, lineterminator="\n"))
+def csv_text(frame: pd.DataFrame) -> str:
+    """Return a table for a spreadsheet, numbers at full precision."""
+    return str(frame.to_csv(index=False, lineterminator="\n"))
 
 
-def tests_table(board: Leaderboard, metrics: Sequence[str]) -> Table:
-    """Return every test of `metrics`."""
+def _frame(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> pd.DataFrame:
+    return pd.DataFrame(list(rows), columns=list(head), dtype=object)
+
+
+def tests_table(board: Leaderboard, metrics: Sequence[str]) -> pd.DataFrame:
+    """Return every test of `metrics`, in words."""
     texts = [(row, name, score_text(board, row, name)) for row in board.ranked for name in metrics]
-    return Table(
+    return _frame(
         ["model", "tested against", "metric", "difference", "Cohen's d_z", "p (raw)", "p (Holm)", "verdict"],
         [[row.model, row.tested_against, name, text.difference, text.effect, text.p_raw, text.p, text.word]
          for row, name, text in texts if text.word],
     )  # fmt: skip
 
 
-def numbers_table(board: Leaderboard) -> Table:
-    """Return every number of the leaderboard.
+def numbers_table(board: Leaderboard) -> pd.DataFrame:
+    """Return every number of the leaderboard, one line a row.
 
     Of each metric ``p`` is the corrected one against the best baseline; ``p_raw`` and ``p_holm`` are against the row of
     ``tested_against``.
     """
     rows: list[dict[str, Any]] = []
     for row in board.rows:
-        converged = None if row.converged is None else str(row.converged).lower()
         cells: dict[str, Any] = {
             "model": row.model, "kind": row.kind, "seeds": " ".join(map(str, row.seeds)), "status": row.status,
-            "converged": converged, "tested_against": row.tested_against,
+            "converged": None if row.converged is None else str(row.converged).lower(),
+            "tested_against": row.tested_against,
         }  # fmt: skip
         for name in board.metrics:
             score = row.scores.get(name)
             low, high = (score and score.ci95) or (None, None)
             cells |= {
                 name: score and score.mean, f"{name} low": low, f"{name} high": high,
-                f"{name} p": score and board.p_vs_best_baseline(row, score), f"{name} p_raw": score and score.p_raw,
+                f"{name} p": board.p_vs_best_baseline(row, name), f"{name} p_raw": score and score.p_raw,
                 f"{name} p_holm": score and score.p, f"{name} difference": score and score.difference,
                 f"{name} d": score and score.effect,
             }  # fmt: skip
@@ -74,21 +71,21 @@ def numbers_table(board: Leaderboard) -> Table:
                 users = board.slice_of(row, part, name)
                 cells |= {f"{part} {name}": users.mean, f"{part} {name} n": users.n}
         rows.append(cells)
-    return Table(list(rows[0]), [list(cells.values()) for cells in rows])
+    return pd.DataFrame(rows, dtype=object)
 
 
-def groups_table(board: Leaderboard) -> Table:
+def groups_table(board: Leaderboard) -> pd.DataFrame:
     """Return one line a (model, dimension, group) of users, with the ranking metric and its 95 % interval."""
     rows = [
-        [row.model, dimension.key, label, part.n, part.mean, part.low, part.high]
+        [row.model, dimension.key, label, n, part.mean, part.low, part.high]
         for row in board.rows
         for dimension in board.dimensions
-        for label, part in zip(dimension.labels, row.groups.get(dimension.key, ()), strict=False)
+        for label, n, part in zip(dimension.labels, dimension.counts, row.groups.get(dimension.key, ()), strict=False)
     ]
-    return Table(["model", "dimension", "group", "n", board.valid_metric, "low", "high"], rows)
+    return _frame(["model", "dimension", "group", "n", board.valid_metric, "low", "high"], rows)
 
 
-def curves_table(board: Leaderboard) -> Table:
+def curves_table(board: Leaderboard) -> pd.DataFrame:
     """Return one line a (model, metric, k)."""
     rows = [
         [row.model, name, k, value]
@@ -96,7 +93,7 @@ def curves_table(board: Leaderboard) -> Table:
         for name, values in row.curves.items()
         for k, value in enumerate(values, start=1)
     ]
-    return Table(["model", "metric", "k", "mean"], rows)
+    return _frame(["model", "metric", "k", "mean"], rows)
 
 
 # ---- the terminal
@@ -113,33 +110,28 @@ def format_table(board: Leaderboard) -> str:
         cells = [score_text(board, row, name) for name in also]
         marked = [f"{c.mean} {c.mark if c.verdict in ('better', 'worse') else ' '}" for c in cells]
         costs = [cost_text(row, name) for name in ("summarize_s", "train_s", "score_s")]
-        name = _cut(row.model, NAME_WIDTH) + (f" {NOT_CONVERGED}" if row.converged is False else "")
+        name = _cut(row.model) + (f" {NOT_CONVERGED}" if row.converged is False else "")
         lines.append([name, f"{text.mean} {text.interval}", text.mark, *marked, *costs])
     while True:  # rather lose a column than break a line
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         if sum(widths) + 2 * len(widths) - 2 <= WIDTH or len(widths) <= 6:
             break
         lines = [line[:-4] + line[-3:] for line in lines]
-    table = [
-        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
-        for line in lines
-    ]
+    table = []
+    for name, *values in lines:
+        padded = [value.rjust(width) for value, width in zip(values, widths[1:], strict=True)]
+        table.append("  ".join([name.ljust(widths[0]), *padded]))
     table.insert(1, "─" * len(table[0]))
-    failed = [
-        f"{_cut(row.model, NAME_WIDTH)} seed {seeds(row)} failed: {row.status}" for row in board.rows if not row.ok
-    ]
+    failed = [f"{_cut(row.model)} seed {seeds(row)} failed: {row.status}" for row in board.rows if not row.ok]
     users = "" if f"{board.n_users} users" in board.protocol else f" · {board.n_users} users"
     title = f"{board.dataset}: {board.protocol}{users} · candidates {board.candidates}"
     fixed = [_cut(line, WIDTH) for line in ["", *table, *failed, ""]]
-    return "\n".join([*_wrap([title]), *fixed, *_wrap([legend(board), finding(board), board.note])])
+    below = [line for text in (legend(board), finding(board), board.note) for line in textwrap.wrap(text, WIDTH)]
+    return "\n".join([*textwrap.wrap(title, WIDTH), *fixed, *below])
 
 
-def _cut(text: str, width: int) -> str:
+def _cut(text: str, width: int = NAME_WIDTH) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
-
-
-def _wrap(paragraphs: Iterable[str]) -> list[str]:
-    return [line for paragraph in paragraphs for line in textwrap.wrap(paragraph, WIDTH)]
 
 
 # ---- Markdown

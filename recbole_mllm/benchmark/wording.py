@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import PurePath
+from typing import Any, NamedTuple
 
 import yaml
 
-from recbole_mllm.benchmark.leaderboard import COUNTS, LEVEL, Leaderboard, LeaderboardRow, Score
-from recbole_mllm.benchmark.portable import without_folders
+from recbole_mllm.benchmark.leaderboard import COUNTS, LEVEL, Leaderboard, LeaderboardRow
 from recbole_mllm.benchmark.records import RunRecord, plain_json
 
-Verdict = Literal["better", "worse", "n.s.", "reference", ""]
-
 MARKS = {"better": "▲", "worse": "▼", "n.s.": "n.s.", "reference": "ref.", "": ""}
-WORDS = {"better": "better", "worse": "worse", "n.s.": "not significant"}
+WORDS = {"better": "better", "worse": "worse", "n.s.": "not significant", "reference": "", "": ""}
 NOTHING = "–"
 NOT_CONVERGED = "‡"
 
@@ -36,28 +33,19 @@ COST_NOTE = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class ScoreText:
+class ScoreText(NamedTuple):
     """One metric of one row in words; `highest` where no row has a higher mean."""
 
     mean: str = NOTHING
     interval: str = ""
-    verdict: Verdict = ""
+    verdict: str = ""
+    mark: str = ""
+    word: str = ""
     p: str = ""
     p_raw: str = ""
     effect: str = NOTHING
     difference: str = NOTHING
     highest: bool = False
-
-    @property
-    def mark(self) -> str:
-        """What stands beside the mean."""
-        return MARKS[self.verdict]
-
-    @property
-    def word(self) -> str:
-        """The verdict of a test in words; empty where nothing was tested."""
-        return WORDS.get(self.verdict, "")
 
 
 def score_text(board: Leaderboard, row: LeaderboardRow, metric: str) -> ScoreText:
@@ -65,24 +53,24 @@ def score_text(board: Leaderboard, row: LeaderboardRow, metric: str) -> ScoreTex
     score = row.scores.get(metric)
     if score is None:
         return ScoreText()
+    if score.difference is None:
+        verdict = "reference" if row.model == board.best_baseline else ""
+    elif score.significant:
+        verdict = "better" if score.difference > 0 else "worse"
+    else:
+        verdict = "n.s."
     return ScoreText(
         mean=f"{score.mean:.3f}",
         interval=f"[{score.ci95[0]:.3f}, {score.ci95[1]:.3f}]" if score.ci95 else "",
-        verdict=_verdict(board, row, score),
+        verdict=verdict,
+        mark=MARKS[verdict],
+        word=WORDS[verdict],
         p=_p(score.p),
         p_raw=_p(score.p_raw),
         effect=NOTHING if score.effect is None else f"{score.effect:+.2f}",
         difference=NOTHING if score.difference is None else f"{score.difference:+.3f}",
         highest=score.mean == max(other.mean(metric) for other in board.rows),
     )
-
-
-def _verdict(board: Leaderboard, row: LeaderboardRow, score: Score) -> Verdict:
-    if score.p is None or score.difference is None:
-        return "reference" if row.model == board.best_baseline else ""
-    if not score.significant:
-        return "n.s."
-    return "better" if score.difference > 0 else "worse"
 
 
 def _p(p: float | None) -> str:
@@ -116,14 +104,11 @@ def cost_text(row: LeaderboardRow, name: str) -> str:
 def cost_notes(board: Leaderboard) -> str:
     """Say what the costs of this table hold."""
     notes = [COST_NOTE]
-    if any(row.ok and row.summarize_reused for row in board.rows):
-        notes.append(
-            "* Some or all of these summaries were in the store already; they are priced by what they took then."
-        )
+    if any(row.summarize_reused for row in board.ranked):
+        notes.append("* Some of these summaries were in the store already; they are priced by what they took then.")
     if any(run.tuning for row in board.rows for run in row.runs):
         notes.append("What --tune tried before is not in Train; its seconds stand in each run's record.")
-    old = [row.model for row in board.ranked if any(run.valid is None for run in row.runs)]
-    if old:
+    if old := [row.model for row in board.ranked if any(run.valid is None for run in row.runs)]:
         notes.append(
             f"Recorded by an earlier version, whose Train includes validation and Summarise loading: {_and(old)}."
         )
@@ -144,8 +129,7 @@ def finding(board: Leaderboard) -> str:
     if best is None or rival is None:
         return said[0]
     text = score_text(board, rival, metric)
-    if text.verdict in ("better", "worse"):
-        side = "above" if text.verdict == "better" else "below"
+    if side := {"better": "above", "worse": "below"}.get(text.verdict):
         amount = text.difference.lstrip("+-")
         said.append(f"{rival.model} is {amount} {side} the best baseline, {best}: significant ({text.p}).")
     else:
@@ -172,11 +156,9 @@ def legend(board: Leaderboard) -> str:
         found = [run.retrieval for run in row.runs if run.ok and run.retrieval and run.retrieval.get("retriever")]
         if found:
             recall = sum(one["recall"] for one in found) / len(found)
-            model = str(found[0]["retriever"]).partition("#")[0]
-            said.append(
-                f"{row.model} re-ranks the best {found[0]['top_k']} items of {model}, "
-                f"which hold {recall:.3f} of the targets, the ceiling of its Hit."
-            )
+            items = f"{found[0]['top_k']} items of {str(found[0]['retriever']).partition('#')[0]}"
+            ceiling = f"which hold {recall:.3f} of the targets, the ceiling of its Hit"
+            said.append(f"{row.model} re-ranks the best {items}, {ceiling}.")
     return " ".join([*said, *board.absent.values()])
 
 
@@ -210,12 +192,18 @@ def command(run: RunRecord) -> str:
 
 
 def shown_config(run: RunRecord) -> dict[str, Any]:
-    """Return a run's configuration as a page shows it: nothing of the machine's folders, which are nobody's business.
-
-    Where the dataset and the run's own files lay is left out; of any other path the last part is shown.
-    """
+    """Return a run's configuration without the machine's folders: of other paths than those the last part is shown."""
     ours = ("data_path", "checkpoint_dir", "retriever_dir")
     return {key: without_folders(value) for key, value in plain_json(run.config).items() if key not in ours}
+
+
+def without_folders(value: Any) -> Any:
+    """Return `value`, a text or what holds texts, with the last part alone of each text that is an absolute path."""
+    if isinstance(value, dict):
+        return {key: without_folders(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [without_folders(entry) for entry in value]
+    return f"…/{PurePath(value).name}" if isinstance(value, str) and PurePath(value).is_absolute() else value
 
 
 def config_yaml(config: dict[str, Any]) -> str:

@@ -9,20 +9,29 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib.util
-import logging
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from recbole_mllm.common import distributed
 from recbole_mllm.common.errors import UserError, as_user_error
 from recbole_mllm.common.progress import warn_once
 from recbole_mllm.common.resources import PROPERTIES, named, resource
-from recbole_mllm.common.settings import COUNT, SEED, Range, RankingSettings, WrongValue, check_value, known_keys
+from recbole_mllm.common.settings import (
+    COUNT,
+    Count,
+    Range,
+    RankingSettings,
+    Seed,
+    WrongValue,
+    check_value,
+    checked,
+    known_keys,
+)
 from recbole_mllm.common.yaml_files import line_of, read_mapping
 
 _OF_A_RUN = "scores are cached for as long as an evaluation runs, so that a killed one resumes"
@@ -34,9 +43,7 @@ _UNLISTED = {
     "model", "dataset", "config_files", "data_path", "device", "single_spec", "MODEL_TYPE", "eval_type", "local_rank",
 }  # fmt: skip
 _READ = re.compile(r"""config\[\s*["'](\w+)["']\s*\]|config\.get\(\s*["'](\w+)["']""")
-_PACKAGES = ("general", "context_aware", "sequential", "knowledge_aware", "exlib")
 _WITHOUT_FILE = {"Random", "MLLMMSR"}  # models for which RecBole has no YAML file
-_MODEL_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 
 
 def recbole_home() -> Path:
@@ -73,14 +80,9 @@ def check_keys(keys: Iterable[str], where: str) -> None:
         if key == "nproc":
             raise distributed.two_launchers(where)
         if key in WITHDRAWN:
-            _warn_withdrawn(str(key))
-            continue
-        check_known(str(key), every_key(), where, "see properties/ for the keys there are")
-
-
-@cache
-def _warn_withdrawn(key: str) -> None:
-    logging.getLogger().warning(f"{key} is ignored: {WITHDRAWN[key]}")
+            warn_once(f"{key} is ignored: {WITHDRAWN[key]}")
+        else:
+            check_known(str(key), every_key(), where, "see properties/ for the keys there are")
 
 
 def check_known(key: str, known: Iterable[str], where: str, otherwise: str) -> None:
@@ -106,31 +108,21 @@ def checked_file(path: Path, *, of_dataset: bool = False) -> dict[str, Any]:
     for key, value in found.items():
         check_keys([key], _at(path, key))
         if key == "benchmark_defaults":
-            if isinstance(value, Mapping):
-                for inner in value:
-                    check_keys([str(inner)], f"{_at(path, key, str(inner))}, {key}")
-            raise UserError(
-                f"{_at(path, key)}: {key} is read from properties/overall.yaml alone; write its keys as they are: they "
-                "win over it"
-            )
-        if key == "per_model":
-            if of_dataset:
-                raise UserError(f"{_at(path, key)}: {key} is not read here; put it into a file for --config_files")
+            raise UserError(f"{_at(path, key)}: {key} is not read here; write its keys as they are: they win over it")
+        if key == "per_model" and of_dataset:
+            raise UserError(f"{_at(path, key)}: {key} is not read here; put it into a file for --config_files")
+        if key == "per_model" and value is not None:
             _check_sections(path, value)
     return found
 
 
 def _check_sections(path: Path, sections: Any) -> None:
-    if sections is None:
-        return
     if not isinstance(sections, dict) or not all(isinstance(keys, dict) for keys in sections.values()):
         raise UserError(
             f"{_at(path, 'per_model')}: per_model must hold a model's name, and below it `key: value` lines"
         )
     for model, keys in sections.items():
         at = _at(path, "per_model", str(model))
-        if ":" in str(model):
-            raise UserError(f"{at}: per_model names models, not variants such as {model}; write {model.split(':')[0]}")
         if not is_model(str(model)):
             raise UserError(f"{at}: per_model names {str(model)!r}, which is no model{nearest_model(str(model))}")
         for key in keys:
@@ -148,14 +140,8 @@ def model_names() -> set[str]:
 
 
 def is_model(name: str) -> bool:
-    """Return whether `name` is a model's: one that is known, or that has a module where RecBole looks for models."""
-    if name in model_names():
-        return True
-    small, known = name.lower(), {known.lower() for known in model_names()}
-    if not _MODEL_NAME.fullmatch(name) or small in known:  # written in another case, RecBole does not find it
-        return False
-    folders = (recbole_home() / "model" / f"{kind}_recommender" for kind in _PACKAGES)
-    return any((folder / f"{small}.py").is_file() for folder in folders)
+    """Return whether `name` is a model's, in RecBole's own spelling."""
+    return name in model_names()
 
 
 def nearest_model(name: str, others: Iterable[str] = ()) -> str:
@@ -169,32 +155,32 @@ def nearest_model(name: str, others: Iterable[str] = ()) -> str:
 
 _LEARNERS = ("adam", "adamw", "sgd", "adagrad", "rmsprop", "sparse_adam")
 _WITHOUT_PLACES = ("gauc", "auc", "mae", "rmse", "logloss")
-_WHOLE, _FROM_0, _POSITIVE = Range(int, least=0), Range(float, least=0), Range(float, above=0)
-# RecBole's own numbers; it finds out late, or never
-_NUMBERS = {
-    "epochs": _WHOLE, "stopping_step": _WHOLE, "eval_step": _WHOLE, "train_batch_size": COUNT, "eval_batch_size": COUNT,
-    "learning_rate": _POSITIVE, "weight_decay": _FROM_0, "metric_decimal_place": _WHOLE,
-    "loss_decimal_place": _WHOLE, "worker": _WHOLE, "seed": SEED,
+_Whole = Annotated[int, Range(int, least=0)]
+_Positive = Annotated[float, Range(float, above=0)]
+_SHARE = Range(float, least=0)
+_From0 = Annotated[float, _SHARE]
+# RecBole's own keys; it finds out late, or never
+_TYPES: dict[str, Any] = {
+    "learning_rate": _Positive, "weight_decay": _From0, "seed": Seed, "train_batch_size": Count,
+    "eval_batch_size": Count, "metrics": str | list[str], "valid_metric": str,
+    "rm_dup_inter": Literal["first", "last"] | None, "MAX_ITEM_LIST_LENGTH": Count | None,
+    "benchmark_filename": list[str] | None, "checkpoint_dir": str, "data_path": str,
+    **dict.fromkeys((
+        "epochs", "stopping_step", "eval_step", "metric_decimal_place", "loss_decimal_place", "worker"), _Whole),
+    **dict.fromkeys((
+        "reproducibility", "show_progress", "use_gpu", "save_dataset", "save_dataloaders", "shuffle", "enable_amp",
+        "enable_scaler", "normalize_all", "filter_inter_by_user_or_item"), bool | None),
 }  # fmt: skip
-# Keys within keys that RecBole passes over in silence where it does not know them, and the ranges of their numbers
-_INNER: dict[str, dict[str, Range | None]] = {
-    "eval_args": dict.fromkeys(("split", "order", "group_by", "mode")),
+# Keys within keys that RecBole passes over in silence where it does not know them, and their types
+_INNER: dict[str, dict[str, Any]] = {
+    "eval_args": dict.fromkeys(("split", "order", "group_by", "mode"), Any),
     "train_neg_sample_args": {
-        "distribution": None, "sample_num": COUNT, "alpha": _FROM_0, "dynamic": None, "candidate_num": _WHOLE,
+        "distribution": Any, "sample_num": Count, "alpha": _From0, "dynamic": Any, "candidate_num": _Whole,
     },
-    "clip_grad_norm": {"max_norm": _POSITIVE, "norm_type": _FROM_0, "error_if_nonfinite": None, "foreach": None},
+    "clip_grad_norm": {"max_norm": _Positive, "norm_type": _From0, "error_if_nonfinite": Any, "foreach": Any},
 }  # fmt: skip
 _MODE = re.compile(r"full|labeled|(uni|pop)0*[1-9][0-9]*")
-_INTERVALS = re.compile(r"\s*[(\[]\s*([^,;\s]+)\s*,\s*([^,;\s]+)\s*[)\]]\s*")
-
-
-def _are_names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
-
-
-def _are_places(value: Any) -> bool:
-    places = value if isinstance(value, list) else [value]
-    return value is None or (bool(places) and all(COUNT.read(place) is not None for place in places))
+_INTERVAL = re.compile(r"\s*[(\[]\s*([^,;\s]+)\s*,\s*([^,;\s]+)\s*[)\]]\s*")
 
 
 def _are_intervals(value: Any) -> bool:
@@ -202,54 +188,43 @@ def _are_intervals(value: Any) -> bool:
 
     It reads an unquoted ``[0, 5]``, a list to YAML, as the interval that it looks like (data/dataset/dataset.py:994).
     """
-    parts = str(value).split(";") if isinstance(value, str | list | tuple) else []
-    found = [_INTERVALS.fullmatch(part) for part in parts]
-    return value is None or (bool(found) and all(one is not None and _are_ends(*one.groups()) for one in found))
-
-
-def _are_ends(low: str, high: str) -> bool:
+    parts = str(value).split(";") if isinstance(value, str | list | tuple) else [""]
     try:
-        return float(low) <= float(high)
-    except ValueError:
+        ends = [tuple(map(float, _INTERVAL.fullmatch(part).groups())) for part in parts]  # type: ignore[union-attr]
+    except (AttributeError, ValueError):
         return False
+    return all(low <= high for low, high in ends)
 
 
 def _are_filters(value: Any) -> bool:
-    wanted = list(value.values()) if isinstance(value, dict) else [None]
-    return value is None or all(isinstance(one, list) or (one and _are_intervals(one)) for one in wanted)
+    return isinstance(value, dict) and all(isinstance(one, list) or _are_intervals(one) for one in value.values())
+
+
+def _are_places(value: Any) -> bool:
+    places = value if isinstance(value, list) else [value]
+    return places != [] and all(COUNT.read(place) is not None for place in places)
 
 
 def _are_columns(value: Any) -> bool:
-    return value is None or (
-        isinstance(value, dict) and all(columns == "*" or _are_names(columns) for columns in value.values())
+    return isinstance(value, dict) and all(
+        columns == "*" or (isinstance(columns, list) and all(isinstance(name, str) for name in columns))
+        for columns in value.values()
     )
 
 
-# Other keys of RecBole's: the check of a value, and what it must be in words
+# More of RecBole's keys: the check of a value that is not null, and what it must be in words
 _Rule = tuple[Callable[[Any], bool], str]
-_INTERVAL: _Rule = (_are_intervals, "intervals, such as '[5,inf)' or '[0,1];(3,4]'")
-_SWITCH: _Rule = (lambda value: isinstance(value, bool | None), "true or false")
-_TEXT: _Rule = (lambda value: isinstance(value, str) and bool(value), "a text")
+_INTERVALS: _Rule = (_are_intervals, "intervals, such as '[5,inf)' or '[0,1];(3,4]'")
 _COLUMNS: _Rule = (_are_columns, "the columns of each file, such as {inter: [user_id, item_id, timestamp]}")
+_SEPARATOR: _Rule = (lambda value: isinstance(value, str) and value != "", "a text")
 _RULES: dict[str, _Rule] = {
     "topk": (_are_places, "whole numbers, at least 1, such as [5, 10]"),
-    "metrics": (lambda value: isinstance(value, str) or (_are_names(value) and bool(value)),
-                "a list of metrics, such as [Hit, NDCG]"),
-    "valid_metric": (lambda value: isinstance(value, str), "a metric, such as NDCG@10"),
     "device": (lambda value: bool(re.fullmatch(r"cpu|cuda(:[0-9]+)?", str(value))), "cpu, cuda or cuda:N"),
     "val_interval": (_are_filters, "the intervals of each field, such as {rating: '[3,inf)'}, or the tokens that stay, "
                      "as a list"),
-    "rm_dup_inter": (lambda value: value in (None, "first", "last"), "first, last or null"),
-    "MAX_ITEM_LIST_LENGTH": (lambda value: value is None or COUNT.read(value) is not None, str(COUNT)),
-    "load_col": _COLUMNS, "unload_col": _COLUMNS,
-    "benchmark_filename": (lambda value: value is None or (_are_names(value) and bool(value)),
-                           "a list of parts, such as [train, valid, test]"),
-    "user_inter_num_interval": _INTERVAL, "item_inter_num_interval": _INTERVAL,
-    "entity_kg_num_interval": _INTERVAL, "relation_kg_num_interval": _INTERVAL,
-    "checkpoint_dir": _TEXT, "data_path": _TEXT, "field_separator": _TEXT, "seq_separator": _TEXT,
-    "reproducibility": _SWITCH, "show_progress": _SWITCH, "use_gpu": _SWITCH, "save_dataset": _SWITCH,
-    "save_dataloaders": _SWITCH, "shuffle": _SWITCH, "enable_amp": _SWITCH, "enable_scaler": _SWITCH,
-    "normalize_all": _SWITCH, "filter_inter_by_user_or_item": _SWITCH,
+    "load_col": _COLUMNS, "unload_col": _COLUMNS, "field_separator": _SEPARATOR, "seq_separator": _SEPARATOR,
+    "user_inter_num_interval": _INTERVALS, "item_inter_num_interval": _INTERVALS,
+    "entity_kg_num_interval": _INTERVALS, "relation_kg_num_interval": _INTERVALS,
 }  # fmt: skip
 
 
@@ -259,15 +234,12 @@ def config_path(name: str) -> Path:
     Raises:
         UserError: There is neither.
     """
-    if Path(name).is_file():
-        return Path(name)
     if Path(name).is_dir():
         raise UserError(f"config file {name!r} is a folder; give a YAML file in it")
-    found = resource("quick_start_config", name.removesuffix(".yaml"))
+    found = Path(name) if Path(name).is_file() else resource("quick_start_config", name.removesuffix(".yaml"))
     if found is None:
-        raise UserError(
-            f"config file {name!r} does not exist and is no preset; presets: {', '.join(named('quick_start_config'))}"
-        )
+        presets = ", ".join(named("quick_start_config"))
+        raise UserError(f"config file {name!r} does not exist and is no preset; presets: {presets}")
     return found
 
 
@@ -280,11 +252,7 @@ def config_paths(names: Sequence[str]) -> list[str]:
 
 
 def per_model(files: Sequence[str], model: str) -> dict[str, Any]:
-    """Return what the ``per_model`` sections of `files` say of `model`; a later file wins.
-
-    Raises:
-        UserError: A section is no mapping of models to known keys.
-    """
+    """Return what the ``per_model`` sections of `files` say of `model`; a later file wins (see `sections`)."""
     return sections(files).get(model, {})
 
 
@@ -326,17 +294,17 @@ def check_values(values: Mapping[str, Any], where: Callable[[str], str] = lambda
         try:
             _check_value(key, value)
         except WrongValue as error:
-            raise (error.at(place) if (place := where(key)) else error) from None
+            raise UserError(f"{error} ({place})") if (place := where(key)) else error from None
 
 
 def _check_value(key: str, value: Any) -> None:
-    if key in _NUMBERS:
-        _NUMBERS[key].checked(key, value)
+    if key in _TYPES:
+        checked(key, value, _TYPES[key])
     elif key in _INNER:
         _check_inner(key, value)
     elif key in _RULES:
         passes, wanted = _RULES[key]
-        if not passes(value):
+        if value is not None and not passes(value):
             raise WrongValue(key, value, wanted)
         if key == "load_col" and value is not None and not value.get("inter"):  # RecBole loads no file it does not name
             raise WrongValue(key, value, "columns of inter, at least, such as {inter: [user_id, item_id, timestamp]}")
@@ -345,7 +313,7 @@ def _check_value(key: str, value: Any) -> None:
 
 
 def _check_inner(name: str, value: Any) -> None:
-    """Check the keys within `name`, some of which take numbers."""
+    """Check the keys within `name`."""
     known = _INNER[name]
     if value is None or value == "None":  # RecBole's words for none at all
         return
@@ -354,16 +322,16 @@ def _check_inner(name: str, value: Any) -> None:
     drawn = name != "train_neg_sample_args" or value.get("distribution", "uniform") in ("uniform", "popularity")
     for key, inner in value.items():
         check_known(str(key), known, name, f"it takes {', '.join(known)}")
-        if (limits := known[key]) is not None and drawn:
-            limits.checked(f"{name}.{key}", inner)
+        if drawn:
+            checked(f"{name}.{key}", inner, known[key])
     if name == "eval_args":
         modes = value.get("mode", "full")
         for mode in modes.values() if isinstance(modes, dict) else [modes]:
             if not isinstance(mode, str) or not _MODE.fullmatch(mode):
                 wanted = "full, or uniN or popN with a number above 0, such as uni20 (labeled, with labels)"
                 raise WrongValue("eval_args.mode", mode, wanted)
-        parts = (value.get("split") or {}).get("RS") if isinstance(value.get("split"), dict) else None
-        if isinstance(parts, list) and (any(_FROM_0.read(part) is None for part in parts) or not sum(parts)):
+        parts = value["split"].get("RS") if isinstance(value.get("split"), dict) else None
+        if isinstance(parts, list) and (any(_SHARE.read(part) is None for part in parts) or not sum(parts)):
             raise WrongValue("eval_args.split.RS", parts, "shares of the rows, none below 0, such as [0.8, 0.1, 0.1]")
 
 
@@ -418,15 +386,13 @@ def tell_missing_gpus(config: Any) -> None:
     """Say in the log that GPUs the user has named are not there, where RecBole quietly takes fewer, or the CPU."""
     import torch
 
-    given, device = config.external_config_dict, str(config["device"])
-    ids = [name for name in str(given.get("gpu_id", "")).split(",") if name.strip()]
+    given = config.external_config_dict
     if distributed.is_launched() or given.get("device") or given.get("use_gpu") is False:
         return
-    if device == "cpu" and (ids or given.get("use_gpu") is True):
-        what = f"gpu_id {','.join(ids)}" if ids else "use_gpu"
-        warn_once(f"{what}: torch sees no such GPU here, so this run is on the CPU")
-    elif len(ids) > (seen := torch.cuda.device_count()):
-        warn_once(f"gpu_id {','.join(ids)}: torch sees {seen} of these GPUs here")
+    ids = [name for name in str(given.get("gpu_id", "")).split(",") if name.strip()]
+    if (seen := torch.cuda.device_count()) < max(len(ids), given.get("use_gpu") is True):
+        named = f"gpu_id {','.join(ids)}" if ids else "use_gpu"
+        warn_once(f"{named}: torch sees {seen} such GPUs here, so this run is on {config['device']}")
 
 
 @contextmanager

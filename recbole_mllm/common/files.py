@@ -18,7 +18,6 @@ import os
 import re
 import secrets
 import shutil
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -31,12 +30,11 @@ from typing import IO, Any
 from recbole_mllm.common.errors import UserError
 
 _WRITER = "recbole-mllm"
-_STAGED, _COMPLETE = "staged.json", "complete"  # in a folder that is being made: whose it is, and that all is there
-_SCRATCH = re.compile(r"\..+\.(\d+)\.[0-9a-f]{8}\.tmp", re.DOTALL)
+_STAGED, _COMPLETE = "staged.json", "complete"  # in a folder that is being written: whose it is, and that all is there
+_SCRATCH = re.compile(r"\.(.+)\.[0-9a-f]{8}\.tmp", re.DOTALL)
 _NO_PATH = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}  # of a write, which does not say to which file
 _HEAD = 4096  # bytes that say of what kind a file is
 _PACKED = b"\x1f\x8b"
-_SETTLED_S = 60.0
 _LINES = 20  # of a manifest that grows by lines, among which one must be ours
 
 
@@ -48,7 +46,7 @@ def whole_file(path: Path, *, binary: bool = False, sweep: bool = True) -> Itera
     """Open a file for writing UTF-8 text, or bytes, that appears as `path` only when all of it is written.
 
     Args:
-        path: Where it is to appear; folders above it are made.
+        path: Where it is to appear; folders above it are created.
         binary: Whether bytes are written.
         sweep: Whether to remove what killed processes had begun to write in its place, which reads the whole folder.
 
@@ -58,20 +56,28 @@ def whole_file(path: Path, *, binary: bool = False, sweep: bool = True) -> Itera
     path.parent.mkdir(parents=True, exist_ok=True)
     if sweep:
         sweep_scratch(path.parent, path.name)
-    scratch = _scratch(path)
     try:
-        with scratch.open("xb") if binary else scratch.open("x", encoding="utf-8", newline="\n") as file:
+        how: dict[str, Any] = {"mode": "xb"} if binary else {"mode": "x", "encoding": "utf-8", "newline": "\n"}
+        with _replacing(path) as scratch, scratch.open(**how) as file:
             _lock(file.fileno())
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(scratch, path)
     except OSError as error:
         if error.errno in _NO_PATH and error.filename is None:
             error.filename = str(path)
         raise
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Yield a new name beside `path`; what is written there takes its place, unless there is an error."""
+    scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        yield scratch
+        os.replace(scratch, path)
     finally:
-        with suppress(OSError):
+        with suppress(OSError):  # gone, or left where both are one file already
             os.unlink(scratch)
 
 
@@ -122,22 +128,12 @@ def make_once(path: Path, make: Callable[[Path], None]) -> bool:
 def bring(path: Path, target: Path) -> None:
     """Link `path` to `target` where the file system allows, which costs no space, else copy it; whole or not at all."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = _scratch(target)
-    try:
+    with _replacing(target) as scratch:
         try:
             os.link(path, scratch)
         except OSError:
             with path.open("rb") as given, scratch.open("xb") as copy:
                 shutil.copyfileobj(given, copy)
-        os.replace(scratch, target)
-    finally:
-        with suppress(OSError):  # gone, or left where both are one file already
-            os.unlink(scratch)
-
-
-def copy_file(path: Path, target: Path) -> None:
-    """Copy a file's bytes to `target`, which lies in a folder of `staged`."""
-    shutil.copyfile(path, target)
 
 
 def replace_file(fresh: Path, path: Path) -> None:
@@ -152,7 +148,7 @@ def remove_file(path: Path) -> None:
 
 
 def remove_empty_folder(folder: Path) -> None:
-    """Remove a folder that this process has made, unless there is something in it."""
+    """Remove a folder that this process has created, unless there is something in it."""
     with suppress(OSError):
         os.rmdir(folder)
 
@@ -168,43 +164,40 @@ def set_file_aside(path: Path, word: str, beside: Sequence[str] = ()) -> Path:
     Raises:
         OSError: It cannot be renamed, and stays.
     """
-    for number in count(1):
-        aside = path.with_name(f"{path.name}.{word}-{number}")
-        try:
-            os.close(os.open(aside, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        except FileExistsError:
-            continue
-        try:
-            os.replace(path, aside)
-        except OSError:
-            os.unlink(aside)
-            raise
-        for ending in beside:
-            with suppress(FileNotFoundError):
-                os.replace(path.with_name(path.name + ending), aside.with_name(aside.name + ending))
-        return aside
-    raise AssertionError("unreachable")
+    aside = _free_name(path, f".{word}-")
+    os.rename(path, aside)
+    for ending in beside:
+        with suppress(FileNotFoundError):
+            os.rename(path.with_name(path.name + ending), aside.with_name(aside.name + ending))
+    return aside
+
+
+def set_folder_aside(folder: Path) -> Path:
+    """Rename an output of ours to a free name, ``NAME.N``, which is returned.
+
+    Raises:
+        UserError: It is a link.
+    """
+    if folder.is_symlink():
+        raise UserError(f"{folder} is a link, and must make room; move what it leads to yourself")
+    aside = _free_name(folder, ".")
+    os.rename(folder, aside)
+    return aside
+
+
+def _free_name(path: Path, ending: str) -> Path:
+    names = (path.with_name(f"{path.name}{ending}{number}") for number in count(1))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def sweep_scratch(folder: Path, name: str | None = None) -> None:
     """Remove what processes that are gone had begun to write in `folder`, in the place of `name` or of any file."""
-    pattern = f".{escape(name)}.*.tmp" if name else ".*.tmp"
-    for left in folder.glob(pattern):
+    for left in folder.glob(f".{escape(name) if name else '*'}.*.tmp"):
         found = _SCRATCH.fullmatch(left.name)
-        if found is None or (name and len(left.name) != len(f".{name}.{found[1]}.01234567.tmp")):
-            continue
-        if not left.is_symlink() and left.is_file() and _is_gone(int(found[1])):
+        if found and name in (None, found[1]) and left.is_file() and not left.is_symlink():
             with suppress(OSError), left.open("rb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held on another machine that shares the folder
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # else a living process holds it
                 os.unlink(left)
-
-
-def _is_gone(process: int) -> bool:
-    return Path("/proc/self").exists() and not Path(f"/proc/{process}").exists()
-
-
-def _scratch(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
 
 
 def _lock(descriptor: int) -> None:
@@ -284,30 +277,20 @@ class Kind:
 
     def outputs(self, folder: Path) -> list[Any] | None:
         """Return what the manifest in `folder` says of its files; None where there is no manifest of this kind."""
-        about = self._manifest(folder)
-        found = about.get("outputs", []) if about is not None else None
-        return found if isinstance(found, list) else None
-
-    def _manifest(self, folder: Path) -> Mapping[str, Any] | None:
         path = folder / self.manifest
         if path.is_symlink() or not path.is_file():
             return None
         if self.manifest.endswith(".jsonl"):  # grows from nothing; its last line may be torn
             lines = path.read_bytes().splitlines()
-            return {} if not lines or any(map(self._read, lines[:_LINES])) or _is_torn(lines) else None
+            return [] if not lines or any(self._read(line) is not None for line in lines[:_LINES]) else None
         return self._read(path.read_bytes())
 
-    def _read(self, text: bytes) -> Mapping[str, Any] | None:
+    def _read(self, text: bytes) -> list[Any] | None:
         with suppress(ValueError, RecursionError):
             about = json.loads(text)
-            if isinstance(about, dict) and self.is_ours(about):
-                return about
+            if isinstance(about, dict) and self.is_ours(about) and isinstance(found := about.get("outputs", []), list):
+                return found
         return None
-
-
-def _is_torn(lines: Sequence[bytes]) -> bool:
-    """Return whether all there is was torn when the first record was being written; keys are sorted."""
-    return len(lines) == 1 and lines[0].startswith(b'{"candidates"')
 
 
 CONVERTED = Kind(
@@ -381,32 +364,19 @@ def recover(folder: Path, kind: Kind) -> None:
         if complete:
             _move_in(home / name, folder, kind)
         _remove_stage(home, name)
-    for husk in _husks(folder):
-        if time.time() - husk.stat().st_mtime > _SETTLED_S:  # else of a process that is about to fill it, perhaps
-            remove_empty_folder(husk)
-
-
-def _husks(folder: Path) -> list[Path]:
-    """Return the empty folders that `staged` leaves where a process is killed at its very beginning or end."""
-    return [
-        home for home in folder.glob(".*.tmp") if not home.is_symlink() and home.is_dir() and not any(home.iterdir())
-    ]
 
 
 def _move_in(stage: Path, folder: Path, kind: Kind) -> None:
     """Move what is left in `stage` to `folder`, removing what only an earlier output had; may be done twice."""
-    manifest = stage / kind.manifest
-    if not manifest.is_file():  # it comes last: all is done
+    if not (stage / kind.manifest).is_file():  # it comes last: all is done
         return
     new = _plain(kind.outputs(stage) or [])
     for name, entry in _plain(kind.outputs(folder) or []).items():
         if name not in new or (name.endswith(kind.key) and (stage / name).exists()):
             _remove_owned(folder / name, entry)
-    names = sorted((path.name for path in stage.iterdir()), key=lambda name: (name.endswith(kind.key), name))
-    for name in names:
-        if name != kind.manifest:
-            _move(stage / name, folder / name)
-    os.replace(manifest, folder / kind.manifest)
+    names = {path.name for path in stage.iterdir()}
+    for name in sorted(names, key=lambda name: (name == kind.manifest, name.endswith(kind.key), name)):
+        _move(stage / name, folder / name)
 
 
 def _move(path: Path, target: Path) -> None:
@@ -433,11 +403,10 @@ def _remove_owned(path: Path, entry: Mapping[str, Any]) -> None:
 def _plain(entries: Any) -> dict[str, Mapping[str, Any]]:
     """Return a manifest's entries by name, without those whose name would lead anywhere else."""
     named = [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
-    names = [(entry.get("file"), entry) for entry in named]
     return {
         name: entry
-        for name, entry in names
-        if isinstance(name, str) and name not in ("", ".", "..") and not {"/", "\\", "\0"} & set(name)
+        for entry in named
+        if isinstance(name := entry.get("file"), str) and name not in ("", ".", "..") and not set("/\\\0") & set(name)
     }
 
 
@@ -466,23 +435,6 @@ def may_replace(path: Path, rewritten: Mapping[str, bytes]) -> bool:
     if path.is_symlink() or not path.is_file() or path.name not in rewritten:
         return False
     return head(path).startswith(rewritten[path.name])
-
-
-def set_folder_aside(folder: Path) -> Path:
-    """Rename an output of ours to a free name, ``NAME.N``, which is returned.
-
-    Raises:
-        UserError: It is a link.
-    """
-    if folder.is_symlink():
-        raise UserError(f"{folder} is a link, and must make room; move what it leads to yourself")
-    for number in count(1):
-        aside = folder.with_name(f"{folder.name}.{number}")
-        with suppress(FileExistsError):
-            aside.mkdir()
-            os.rename(folder, aside)  # over the empty folder just made
-            return aside
-    raise AssertionError("unreachable")
 
 
 # What a user gives
@@ -551,7 +503,7 @@ def check_folder(
     begun = sorted(found.glob(f".*.tmp/{_STAGED}"))
     if begun:
         raise UserError(f"{option} {path}: another process is writing there ({begun[0].parent.name}); let it finish")
-    entries = sorted({entry.name for entry in os.scandir(found)} - {husk.name for husk in _husks(found)})
+    entries = sorted(entry.name for entry in found.iterdir() if not _is_husk(entry))
     if not entries:
         return
     outputs = kind.outputs(found)
@@ -570,12 +522,13 @@ def check_folder(
             raise UserError(f"{option} {path} holds {name}, which is not of the earlier output; move it away")
 
 
-def check_place(path: Path, option: str) -> None:
-    """Refuse a folder that files are to be added to and that cannot be made or written to.
+def _is_husk(path: Path) -> bool:
+    """Whether `path` is the empty folder that `staged` leaves where it is killed at its very beginning or end."""
+    return path.match(".*.tmp") and path.is_dir() and not path.is_symlink() and not any(path.iterdir())
 
-    Raises:
-        UserError: It says why.
-    """
+
+def check_place(path: Path, option: str) -> None:
+    """Refuse, with a `UserError`, a folder that files are to be added to and that cannot be created or written to."""
     _check_writable(_resolved(path, option), path, option)
 
 
@@ -603,25 +556,16 @@ def _check_writable(folder: Path, path: Path, option: str) -> None:
 def _refuse_place(found: Path, given: str, inputs: Sequence[Path]) -> None:
     if found.parent == found or os.path.ismount(found):
         raise UserError(f"{given} is a root or a mount point; give a folder below it")
-    for place, what in _kept_places():
+    for place, what in ((os.path.expanduser("~"), "the home folder"), (os.curdir, "the working folder")):
         if _is_at_or_above(found, place):
             raise UserError(f"{given} is {what}, or above it; give a folder of its own")
-    for place in inputs:
-        if _is_at_or_above(found, place):
-            raise UserError(f"{given} holds {place}, which is only read; give a folder of its own")
+    for source in inputs:
+        if _is_at_or_above(found, source):
+            raise UserError(f"{given} holds {source}, which is only read; give a folder of its own")
 
 
-def _kept_places() -> Iterator[tuple[Path, str]]:
-    with suppress(RuntimeError):
-        yield Path.home(), "the home folder"
+def _is_at_or_above(found: Path, place: str | Path) -> bool:
     with suppress(OSError):
-        yield Path.cwd(), "the working folder"
-
-
-def _is_at_or_above(found: Path, place: Path) -> bool:
-    place = Path(os.path.realpath(place))
-    for one in (place, *place.parents):
-        with suppress(OSError):
-            if one == found or os.path.samefile(one, found):
-                return True
+        resolved = Path(os.path.realpath(place))
+        return any(os.path.samefile(one, found) for one in (resolved, *resolved.parents) if one.exists())
     return False

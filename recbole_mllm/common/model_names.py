@@ -28,16 +28,15 @@ def gguf_of(source: str) -> Path | None:
     """
     path = Path(source)
     if path.suffix.lower() == ".gguf":
-        found = [path] if path.is_file() else []
-    elif path.is_dir() and not (path / "config.json").is_file():
-        found = sorted(path.glob("*.gguf"))
-        if not found:
-            return None
+        if not path.is_file():
+            raise UserError(f"model {source!r} is not there")
+        found = [path]
     else:
+        found = [] if (path / "config.json").is_file() else sorted(path.glob("*.gguf"))
+    if not found:
         return None
-    if len(found) != 1:
-        what = f"holds {len(found)} .gguf files; give the path of one" if found else "is not there"
-        raise UserError(f"model {source!r} {what}")
+    if len(found) > 1:
+        raise UserError(f"model {source!r} holds {len(found)} .gguf files; give the path of one")
     if find_spec("gguf") is None:
         raise UserError(f"reading {found[0].name} needs the gguf package: pip install 'recbole-mllm[gguf]'")
     return found[0]
@@ -46,15 +45,11 @@ def gguf_of(source: str) -> Path | None:
 def identity_of(name: str, revision: str | None) -> str:
     """Return what names the weights: a digest of a folder's files or of one file, or a hub id with its commit."""
     place = Path(source_of(name))
-    if place.is_file():
-        files, root = [place], place.parent
-    elif place.is_dir():
-        files = sorted(p for p in place.rglob("*") if p.is_file() and not p.name.startswith("."))
-        root = place
-    else:
+    if not place.exists():
         return f"{name}@{revision or 'main'}"
-    digest = hashlib.sha256()
-    for path in files:
+    files = [place] if place.is_file() else [p for p in place.rglob("*") if p.is_file() and not p.name.startswith(".")]
+    root, digest = place.parent if place.is_file() else place, hashlib.sha256()
+    for path in sorted(files):
         size = path.stat().st_size
         digest.update(f"{path.relative_to(root)}:{size}\n".encode())
         with path.open("rb") as file:

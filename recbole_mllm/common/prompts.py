@@ -62,11 +62,6 @@ class Prompt:
         """Return the text cut into the style's own words (even places) and the filled-in texts (odd places)."""
         return _PIECES.split(self.marked)
 
-    def begin_and_rest(self) -> tuple[str, str]:
-        """Return the text up to and with the first filled-in text, which prompts about it share, and what follows."""
-        pieces = self.pieces()
-        return "".join(pieces[:2]), "".join(pieces[2:])
-
 
 @dataclass(frozen=True, slots=True)
 class Style:
@@ -94,13 +89,9 @@ class Style:
     def from_mapping(cls, name: str, wording: Mapping[str, Any], path: Path | None = None) -> Self:
         """Check that every wording is there, is text, and names only the fields it is filled with, as plain {field}.
 
-        Args:
-            name: The style's.
-            wording: What the style's file holds.
-            path: That file, for complaints.
-
         Raises:
-            UserError: A wording is missing, unknown, not text, or names another field, or one with a format.
+            UserError: A wording is missing, unknown, not text, or names another field, or one with a format; the file
+                at `path`, if any, is named.
         """
         where = str(path) if path else f"prompt style {name!r}"
         known = {f.name for f in fields(cls)} - {"name"}
@@ -112,18 +103,8 @@ class Style:
         if missing := sorted(known - wording.keys()):
             raise UserError(f"{where}: missing wording {', '.join(missing)}; see docs/prompts.md")
         for key, text in wording.items():
-            if key == "text_summary_length" and text == "":
-                continue
-            fields_of, marks = _FIELDS.get(key, set()), int(key in _SHOW_AN_IMAGE)
-            wanted = ", ".join(f"{{{n}}}" for n in sorted(fields_of)) or "no field"
-            if isinstance(text, str) and (wrong := _wrong_fields(text)) is not None:
-                raise UserError(f"{where}: {key} holds {wrong}; write plain {{field}} alone, with {wanted} in it")
-            if not isinstance(text, str) or _names(text) != fields_of:
-                raise UserError(f"{where}: {key} must be a text with {wanted} in it; see docs/prompts.md")
-            if text.count(IMAGE) != marks:
-                raise UserError(f"{where}: {key} must hold {marks} {IMAGE}; see docs/prompts.md")
-            if OPEN in text or CLOSE in text:
-                raise UserError(f"{where}: {key} holds a private-use character (U+E001 or U+E002); remove it")
+            if (key, text) != ("text_summary_length", "") and (wrong := _wrong(key, text)):
+                raise UserError(f"{where}: {key} {wrong}")
         return cls(name=name, **{key: text.strip("\n") for key, text in wording.items()})
 
 
@@ -140,19 +121,25 @@ def read_style(name: str) -> Style:
     return Style.from_mapping(path.stem, read_mapping(path), path)
 
 
-def _wrong_fields(template: str) -> str | None:
-    """Return a field of `template` that is not plain ``{name}``, or what is wrong with its braces; else None."""
+def _wrong(key: str, text: Any) -> str:
+    """Return what is wrong with a wording; "" for nothing."""
+    fields_of, marks, names = _FIELDS.get(key, set()), int(key in _SHOW_AN_IMAGE), set[str]()
+    wanted = ", ".join(f"{{{name}}}" for name in sorted(fields_of)) or "no field"
     try:
-        for _, name, form, conversion in string.Formatter().parse(template):
+        for _, name, form, conversion in string.Formatter().parse(text):
             if name is not None and (form or conversion or not name.isidentifier()):
-                return f"{{{name}{'!' + conversion if conversion else ''}{':' + form if form else ''}}}"
+                field = f"{{{name}{'!' + conversion if conversion else ''}{':' + form if form else ''}}}"
+                return f"holds {field}; write plain {{field}} alone, with {wanted} in it"
+            names |= {name} if name is not None else set()
     except ValueError as error:
-        return f"unpaired braces ({error}; a brace that is meant is written twice)"
-    return None
-
-
-def _names(template: str) -> frozenset[str]:
-    return frozenset(name for _, name, _, _ in string.Formatter().parse(template) if name is not None)
+        return f"holds unpaired braces ({error}; a brace that is meant is written twice)"
+    except TypeError:
+        names = {""}
+    if names != fields_of:
+        return f"must be a text with {wanted} in it; see docs/prompts.md"
+    if text.count(IMAGE) != marks:
+        return f"must hold {marks} {IMAGE}; see docs/prompts.md"
+    return "holds a private-use character (U+E001 or U+E002); remove it" if OPEN in text or CLOSE in text else ""
 
 
 def unmark(text: str) -> str:
@@ -182,9 +169,7 @@ def fused_summary_prompt(style: Style, image: str, text: str) -> Prompt:
 
 def item_line(style: Style, title: str, summary: str) -> str:
     """Return how one item of a history reads; without a summary its title stands alone."""
-    if not summary:
-        return _fill(style.item_line_bare, title=title)
-    return _fill(style.item_line, title=title, summary=summary)
+    return _fill(style.item_line if summary else style.item_line_bare, title=title, summary=summary)
 
 
 def preference_prompt(style: Style, lines: Sequence[str], previous: str | None) -> Prompt:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import cache
 from types import NoneType, UnionType
@@ -19,16 +20,11 @@ _LARGEST = 2**53  # what floats count exactly; a number beyond it is a slip, and
 
 
 class WrongValue(UserError):
-    """A setting's value is none it takes; `where` is where the value was given, once that is known."""
+    """A setting's value is none it takes."""
 
-    def __init__(self, key: str, value: object, wanted: object, where: str = "") -> None:
-        self.key, self.value, self.wanted, self.where = key, value, wanted, where
+    def __init__(self, key: str, value: object, wanted: object) -> None:
         shown = repr(value)[:_SHOWN] + "…" * (len(repr(value)) > _SHOWN)
-        super().__init__(f"{key} is {shown}; it must be {wanted}" + (f" ({where})" if where else ""))
-
-    def at(self, where: str) -> WrongValue:
-        """Return the same complaint with the place that the value comes from."""
-        return WrongValue(self.key, self.value, self.wanted, where)
+        super().__init__(f"{key} is {shown}; it must be {wanted}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,37 +35,26 @@ class Range:
     """
 
     kind: type[int] | type[float]
-    least: float | None = None
-    most: float | None = None
-    above: float | None = None
-    below: float | None = None
-
-    def __str__(self) -> str:
-        return self.described(None)
+    least: float = -math.inf
+    most: float = _LARGEST
+    above: float = -math.inf
+    below: float = math.inf
 
     def described(self, value: object) -> str:
         """Return the range in words; the bound that every number has is only named where `value` is beyond it."""
         beyond = isinstance(value, int | float) and value > _LARGEST
-        most = _LARGEST if self.most is None and beyond else self.most
-        bounds = {"at least": self.least, "above": self.above, "at most": most, "below": self.below}
-        words = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if bound is not None)
+        bounds = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
+        named = (f"{word} {bound}" for word, bound in bounds.items() if bound != _LARGEST or beyond)
+        words = " and ".join(one for one in named if not one.endswith("inf"))
         return ("a whole number" if self.kind is int else "a number") + (f", {words}" if words else "")
 
     def read(self, value: Any) -> int | float | None:
         """Return `value` as a number of this kind, or None where it is none of them."""
         if isinstance(value, bool) or not isinstance(value, int | float):
             return None
-        if isinstance(value, float) and not math.isfinite(value):
+        if not (self.least <= value <= self.most and self.above < value < self.below):
             return None
-        if self.kind is int and value != int(value):
-            return None
-        inside = (
-            (self.least is None or value >= self.least)
-            and (self.above is None or value > self.above)
-            and (self.below is None or value < self.below)
-            and value <= (_LARGEST if self.most is None else self.most)
-        )
-        return self.kind(value) if inside else None
+        return self.kind(value) if self.kind is float or value == int(value) else None
 
     def checked(self, key: str, value: Any) -> int | float:
         """Return `value` as a number of this kind.
@@ -101,42 +86,46 @@ class _FromConfig:
             WrongValue: A key's value has the wrong type, is out of its range, or is none of the allowed words.
         """
         hints = get_type_hints(cls, include_extras=True)
-        values = {f.name: _checked(f.name, config[f.name], hints[f.name]) for f in fields(cls)}  # type: ignore[arg-type]
-        return cls(**values)
+        return cls(**{f.name: checked(f.name, config[f.name], hints[f.name]) for f in fields(cls)})  # type: ignore[arg-type]
 
 
-def _checked(key: str, value: Any, hint: Any) -> Any:
-    """Return `value` as one of the alternatives of `hint` has it; integers pass as floats, whole floats as integers."""
+_WORDS = {NoneType: "null", bool: "true or false", str: "a text", dict: "{key: value} pairs"}
+
+
+def checked(key: str, value: Any, hint: Any) -> Any:
+    """Return `value` as one of the alternatives of the type `hint` has it.
+
+    Integers pass as floats, whole floats as integers; a list is not empty.
+
+    Raises:
+        WrongValue: It is none of them.
+    """
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     for kind in kinds:
-        words = get_args(kind) if get_origin(kind) is Literal else ()
-        # YAML 1.1 reads a bare `off` as False
-        word = "off" if value is False and "off" in words else value
-        if isinstance(word, str) and word in words:
-            return word
-        if (kind is NoneType and value is None) or (kind is bool and isinstance(value, bool)):
+        origin, inner = get_origin(kind), get_args(kind)
+        if kind is Any or (kind is NoneType and value is None) or (kind is bool and isinstance(value, bool)):
             return value
-        if isinstance(limits := _range_of(kind), Range) and (number := limits.read(value)) is not None:
+        if origin is Literal and (word := "off" if value is False else value) in inner:  # YAML 1.1 reads off as False
+            return word
+        if origin is Annotated and (number := inner[1].read(value)) is not None:
             return number
         if kind is str and isinstance(value, str) and value.strip() and "\0" not in value:
             return value
-        if get_origin(kind) in (list, dict) and isinstance(value, get_origin(kind)):
+        if origin is dict and isinstance(value, dict):
             return value
+        if origin is list and isinstance(value, list) and value:
+            with suppress(WrongValue):
+                return [checked(key, one, inner[0]) for one in value]
     raise WrongValue(key, value, ", or ".join(_described(kind, value) for kind in kinds))
 
 
-def _range_of(kind: Any) -> Range | None:
-    """Return the range that a field's type carries."""
-    return get_args(kind)[1] if get_origin(kind) is Annotated else None
-
-
 def _described(kind: Any, value: Any) -> str:
-    if get_origin(kind) is Literal:
-        words = get_args(kind)
-        return f"one of {', '.join(words)}" if len(words) > 1 else str(words[0])
-    names = {NoneType: "null", bool: "true or false", str: "a text", list: "a list", dict: "{key: value} pairs"}
-    limits = _range_of(kind)
-    return limits.described(value) if limits else names[get_origin(kind) or kind]
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return f"one of {', '.join(inner)}" if len(inner) > 1 else str(inner[0])
+    if origin is list:
+        return f"a list, each of it {_described(inner[0], None)}"
+    return str(inner[1].described(value)) if origin is Annotated else _WORDS[origin or kind]
 
 
 @dataclass(frozen=True, slots=True)
@@ -352,7 +341,7 @@ def check_value(key: str, value: Any) -> None:
         WrongValue: Names the key, the value, and what it takes.
     """
     if key in _hints():
-        _checked(key, value, _hints()[key])
+        checked(key, value, _hints()[key])
 
 
 def known_keys() -> frozenset[str]:

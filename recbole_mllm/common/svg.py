@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -69,16 +69,20 @@ class Chart:
     more: dict[str, Any] = field(default_factory=dict)
 
 
-def score_axis(low: float, high: float, start: float, end: float) -> Axis:
-    """Return a linear axis of a metric that encloses ``[low, high]``, at least 0.02 wide, with round labels."""
-    steps = round_steps(low, max(high, low + 0.02), most=6, least=0.01)
-    return Axis(steps[0], steps[-1], start, end, labels=list(zip(steps, tick_texts(steps), strict=True)))
+def linear_axis(low: float, high: float, start: float, end: float, *, counts: bool = False) -> Axis:
+    """Return an axis that encloses ``[low, high]``, with up to about six round labels; of `counts` whole numbers.
 
-
-def count_axis(high: int, start: float, end: float) -> Axis:
-    """Return a linear axis of a count, from 0."""
-    steps = round_steps(0, max(1, high), most=5, least=1)
-    return Axis(0, steps[-1], start, end, labels=[(step, short(int(step))) for step in steps])
+    Labels are 1, 2 or 5 times a power of ten apart, at least 0.01.
+    """
+    most, least = (5, 1.0) if counts else (6, 0.01)
+    high = max(high, low + (1 if counts else 0.02))
+    power = 10.0 ** math.floor(math.log10((high - low) / most))
+    size = max(least, next(f * power for f in (1, 2, 5, 10) if (high - low) / (f * power) <= most * (1 + 1e-9)))
+    first, last = math.floor(low / size + 1e-9), math.ceil(high / size - 1e-9)
+    steps = [round(index * size, 6) for index in range(first, max(last, first + 1) + 1)]
+    places = max(1, *(len(f"{step:g}".partition(".")[2]) for step in steps))
+    texts = [short(int(step)) if counts else f"{step:.{places}f}" for step in steps]
+    return Axis(steps[0], steps[-1], start, end, labels=list(zip(steps, texts, strict=True)))
 
 
 def log_count_axis(low: int, high: int, start: float, end: float) -> Axis:
@@ -93,23 +97,6 @@ def log_count_axis(low: int, high: int, start: float, end: float) -> Axis:
     return Axis(low, high, start, end, log=True, labels=[(value, short(value)) for value in values])
 
 
-def round_steps(low: float, high: float, most: int, least: float) -> list[float]:
-    """Return up to about `most` round values that enclose ``[low, high]``, 1, 2 or 5 times a power of ten apart."""
-    power = 10.0 ** math.floor(math.log10((high - low) / most))
-    size = max(least, next(f * power for f in (1, 2, 5, 10) if (high - low) / (f * power) <= most * (1 + 1e-9)))
-    first, last = math.floor(low / size + 1e-9), math.ceil(high / size - 1e-9)
-    return [round(index * size, 6) for index in range(first, max(last, first + 1) + 1)]
-
-
-def tick_texts(steps: Sequence[float]) -> list[str]:
-    """Return tick values with as many decimals as tell them apart, the same for all."""
-    for places in range(1, 6):
-        texts = [f"{step:.{places}f}" for step in steps]
-        if all(abs(float(text) - step) < 1e-9 for text, step in zip(texts, steps, strict=True)):
-            break
-    return texts
-
-
 def short(value: int) -> str:
     """Return a tick's number in few characters."""
     for unit, letter in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
@@ -118,22 +105,14 @@ def short(value: int) -> str:
     return str(value)
 
 
-class Label(NamedTuple):
-    """Where a mark's label stands: its height, and its left and right end."""
+def place_labels(wanted: Iterable[tuple[float, float, float]]) -> list[float]:
+    """Return each label's height, given height, left and right end, from the top one down.
 
-    y: float
-    left: float
-    right: float
-
-
-def place_labels(wanted: Iterable[Label]) -> list[float]:
-    """Return each label's height, from the top one down, moved below those before where they would overlap."""
-    placed: list[Label] = []
-    for label in wanted:
-        y = label.y
-        while hit := [
-            p.y for p in placed if p.left < label.right and label.left < p.right and abs(p.y - y) < LABEL_GAP - 1
-        ]:
+    A label is moved below those before it that it would overlap.
+    """
+    placed: list[tuple[float, float, float]] = []
+    for y, left, right in wanted:
+        while hit := [p[0] for p in placed if p[1] < right and left < p[2] and abs(p[0] - y) < LABEL_GAP - 1]:
             y = max(hit) + LABEL_GAP
-        placed.append(label._replace(y=y))
-    return [label.y for label in placed]
+        placed.append((y, left, right))
+    return [y for y, _, _ in placed]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import os
 import re
 from pathlib import Path
@@ -20,7 +19,20 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
-_KINDS = {yaml.SequenceNode: "a list", yaml.ScalarNode: "a single value"}
+
+
+class _StrictLoader(_Loader):
+    """Refuses a key that stands twice."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node, lines = super().compose_mapping_node(anchor), dict[str, int]()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in lines:
+                    problem = f"{key.value} stands there already, on line {lines[key.value]}; keep one of them"
+                    raise yaml.composer.ComposerError(None, None, problem, key.start_mark)
+                lines[key.value] = key.start_mark.line + 1
+        return node
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
@@ -30,22 +42,21 @@ def read_mapping(path: Path) -> dict[str, Any]:
         UserError: It cannot be read, is not UTF-8, no valid YAML or no mapping, names a key twice, or holds a tag that
             would make a Python object.
     """
-    node = _mapping_node(path)
+    node = _mapping_node(path, _StrictLoader)
     if node is None:
         return {}
-    _check_nodes(path, node)
     found: dict[str, Any] = {}
-    loader, at = _Loader(""), node
+    loader, value = _Loader(""), node
     try:
         loader.flatten_mapping(node)
-        for key, at in node.value:
+        for key, value in node.value:
             name = key.value if isinstance(key, yaml.ScalarNode) else loader.construct_object(key, deep=True)
-            found[str(name)] = loader.construct_object(at, deep=True)
+            found[str(name)] = loader.construct_object(value, deep=True)
     except yaml.YAMLError as error:
-        raise _complaint(path, error) from error
+        raise _invalid(path, error) from error
     except (ValueError, OverflowError, RecursionError) as error:  # a date that is none, a number of 5,000 digits
         why = str(error).partition(";")[0] or type(error).__name__
-        raise UserError(f"{path}:{at.start_mark.line + 1}: the value cannot be read ({why})") from error
+        raise UserError(f"{path}:{value.start_mark.line + 1}: the value cannot be read ({why})") from error
     return found
 
 
@@ -75,24 +86,25 @@ def line_of(path: Path, *keys: str) -> int | None:
     return line
 
 
-def _mapping_node(path: Path) -> Any:
+def _mapping_node(path: Path, loader: type[_Loader] = _Loader) -> Any:
     """Return the file's content as a mapping of YAML nodes, None for an empty file."""
     text = _text(path)
     try:
-        node = yaml.compose(text, _Loader)
+        node = yaml.compose(text, loader)
     except yaml.reader.ReaderError as error:
         line, code = text.count("\n", 0, error.position) + 1, int(error.character)
-        raise UserError(f"{path}:{line}: it holds a control character (code {code}); remove it") from error
+        raise UserError(
+            f"{path}:{line}: it holds a control character (code {code}); remove it, or save the file as UTF-8"
+        ) from error
     except yaml.YAMLError as error:
-        raise _complaint(path, error) from error
+        raise _invalid(path, error) from error
     except RecursionError:
         raise UserError(f"{path} is nested too deeply to be read; it must hold `key: value` lines") from None
     if node is None or (isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:null"):
         return None
     if not isinstance(node, yaml.MappingNode):
-        raise UserError(
-            f"{path}:{node.start_mark.line + 1}: it must hold `key: value` lines, and here is {_KINDS[type(node)]}"
-        )
+        what = "a list" if isinstance(node, yaml.SequenceNode) else "a single value"
+        raise UserError(f"{path}:{node.start_mark.line + 1}: it must hold `key: value` lines, and here is {what}")
     return node
 
 
@@ -104,57 +116,15 @@ def _text(path: Path) -> str:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or (b"\0" in data and _is_utf16(data)):
-        raise UserError(f"{path} is UTF-16; save it as UTF-8")
-    if (place := data.find(b"\0")) >= 0:
-        raise UserError(f"{path}:{_line(data, place)}: it holds a NUL byte, so it is no text file; give a YAML file")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}:{_line(data, error.start)}: it is not UTF-8 (byte 0x{data[error.start]:02x}), maybe Latin-1; save "
-            "it as UTF-8"
-        ) from error
+        line, byte = data.count(b"\n", 0, error.start) + 1, data[error.start]
+        raise UserError(f"{path}:{line}: it is not UTF-8 (byte 0x{byte:02x}); save it as UTF-8") from error
 
 
-def _is_utf16(data: bytes) -> bool:
-    """Whether every other byte of the beginning is NUL, as in English text."""
-    head = data[:64]
-    return len(head) > 1 and any(not head[first::2].strip(b"\0") for first in (0, 1))
-
-
-def _line(data: bytes, place: int) -> int:
-    return data.count(b"\n", 0, place) + 1
-
-
-def _check_nodes(path: Path, root: Any) -> None:
-    """Refuse tags that are not plain, and keys that stand twice; no recursion, as a file may be deep."""
-    waiting, seen = [root], set[int]()  # an alias is another way to a node
-    while waiting:
-        node = waiting.pop()
-        if id(node) in seen:
-            continue
-        seen.add(id(node))
-        if not node.tag.startswith("tag:yaml.org,2002:") or node.tag.startswith("tag:yaml.org,2002:python"):
-            tag = node.tag.replace("tag:yaml.org,2002:", "!!")
-            raise UserError(f"{path}:{node.start_mark.line + 1}: the tag {tag} is not read; write a plain value")
-        if isinstance(node, yaml.SequenceNode):
-            waiting += node.value
-        lines: dict[str, int] = {}
-        for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
-            waiting += [key, value]
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                line = key.start_mark.line + 1
-                if key.value in lines:
-                    first = lines[key.value]
-                    raise UserError(
-                        f"{path}:{line}: {key.value} stands there already, on line {first}; keep one of them"
-                    )
-                lines[key.value] = line
-
-
-def _complaint(path: Path, error: Any) -> UserError:
+def _invalid(path: Path, error: Any) -> UserError:
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     place = f"{path}:{mark.line + 1}: it" if mark is not None else str(path)
-    what = " ".join(filter(None, (getattr(error, "context", None), getattr(error, "problem", None)))) or error
-    return UserError(f"{place} is no valid YAML: {' '.join(str(what).split())}")
+    words = [getattr(error, "context", None), getattr(error, "problem", None) or error]
+    return UserError(f"{place} is no valid YAML: {' '.join(' '.join(str(word) for word in words if word).split())}")

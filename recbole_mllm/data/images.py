@@ -33,7 +33,6 @@ _NO_FILE = {errno.ENOENT: "does not exist", errno.ENOTDIR: "does not exist", err
 # Pillow knows many more, of which EPS would even start Ghostscript
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 _SMALL, _LONG = 64, 10  # a processor that refuses images beyond these would refuse the ordinary ones too
-MOST_LONG = 200  # times as long as wide: more is refused by Qwen-VL, and shows nothing
 _DRAFT = (64, 64)  # JPEG is decoded at an eighth of its size where only its soundness is asked
 _EASY = {"1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"}  # modes that `_rgb` never fails on
 

@@ -5,11 +5,47 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from recbole_mllm.data.atomic import MAX_CHARACTERS, clean
-from recbole_mllm.data.images import Missing
-from recbole_mllm.inspect.measure import LONG_TITLE, Health, Sample
+from recbole_mllm.inspect.measure import LONG_TITLE, Health
 
 FEW = 3  # of a shorter history, leave-one-out keeps a training row at most: sequential models are not tested on it
+SAMPLES = (
+    ("quoted", "value starts", "values start", "with a quote",
+     "remove the quotes: RecBole drops them or, where the second is missing, cannot read the file"),
+    ("twice", "item stands", "items stand", "twice in .item",
+     "keep one row of each: RecBole would shift all items behind it, and MLLMMSR refuses the file"),
+    ("unfit", "id does", "ids do", "not survive RecBole's reader",
+     "rename them; a run stops at an id that is empty, and RecBole alone drops its rows"),
+    ("alike_users", "user id differs", "user ids differ", "from another only in case or outer space",
+     "make them one where they mean the same"),
+    ("alike_items", "item id differs", "item ids differ", "from another only in case or outer space",
+     "make them one where they mean the same"),
+    ("invisible", "id holds", "ids hold", "invisible characters", "remove them where they came in by accident"),
+    ("unlisted", "item with interactions has", "items with interactions have", "no row in .item",
+     "add them; without a title and an image MLLMMSR can only guess"),
+    ("lines_twice", "line repeats", "lines repeat", "an earlier one",
+     "remove them: a history would hold the same event twice"),
+    ("met_again", "interaction repeats", "interactions repeat", "an earlier one of the same user and item",
+     "keep them if people do come back to an item; else set rm_dup_inter: first (RecBole keeps one)"),
+    ("early", "time lies", "times lie", "at or before 1970-01-01, and so first in a history",
+     "check the raw times: they are to be seconds or milliseconds since 1970"),
+    ("late", "time lies", "times lie", "after tomorrow, and so last in a history",
+     "check the raw times: they are to be seconds or milliseconds since 1970"),
+    ("untimed", "interaction has", "interactions have", "no time", "add it: a run stops at the first of them"),
+    ("reordered", "user has", "users have",
+     "their items in another order in RecBole, which rounds times to float32, than by exact time",
+     "sort the rows by time: RecBole keeps the file's order where rounded times are equal"),
+    ("other_last", "user has", "users have", "another last item in that order",
+     "a leave-one-out test of RecBole alone asks for a wrong one; sort the rows by time"),
+    ("untitled", "item has", "items have", "no title", "add them; MLLMMSR's prompts name items by their title"),
+    ("long_title", "title is", "titles are", f"longer than {LONG_TITLE:,} characters",
+     "shorten them; a prompt holds ten and is cut at max_text_tokens"),
+    ("same_title", "item has", "items have", "the title of another", "check that they are not one item under two ids"),
+    ("unusable", "image cannot", "images cannot", "be used",
+     "mend or remove them; until then they count as missing (missing_images.tsv lists them)"),
+    ("imageless", "item has", "items have", "no image",
+     "add them, or let MLLMMSR read these items' text alone (missing_images.tsv lists them)"),
+)  # fmt: skip
+"""What each sample means: its name, a subject and verb for one and for several, the rest, and what to do."""
 
 
 class Finding(NamedTuple):
@@ -33,128 +69,38 @@ def share(part: int, whole: int) -> str:
 
 
 def findings(health: Health) -> list[Finding]:
-    """Return what matters, the gravest first: what breaks reading, then what changes results, then what is thin."""
-    found = [*_samples(health), *_repeats(health), *_order(health), *_items(health)]
+    """Return what matters: first what the samples show, then what is missing or too thin."""
+    found = [*_samples(health), *_others(health)]
     return [Finding(*(f"{words[0].upper()}{words[1:]}." for words in finding)) for finding in found]
 
 
-def _of(sample: Sample, one: str, several: str, todo: str) -> Iterator[Finding]:
-    if sample.count:
-        yield Finding(f"{many(sample.count, one, several)}, the first: {sample.example}", todo)
-
-
 def _samples(health: Health) -> Iterator[Finding]:
-    for name in health.marked:
-        yield Finding(
-            f"{name} begins with a byte order mark, which RecBole without this package takes for a part of a name",
-            "save it as UTF-8 without BOM",
-        )
-    alike = "differ from another only in case or outer space"
-    same = alike.replace("differ", "differs"), "make them one where they mean the same"
-    long = f"longer than {MAX_CHARACTERS:,} characters"
-    for name, one, several, todo in (
-        ("quoted", "value starts with a quote", "values start with a quote",
-         "remove the quotes: RecBole drops them or, where the second is missing, cannot read the file"),
-        ("too_long", f"value is {long}", f"values are {long}", "shorten them: RecBole's reader stops there"),
-        ("twice", "item stands twice in .item", "items stand twice in .item",
-         "keep one row of each: RecBole would shift all items behind it, and MLLMMSR refuses the file"),
-        ("unfit", "id does not survive RecBole's reader", "ids do not survive RecBole's reader",
-         "rename them; a run stops at an id that is empty, and RecBole alone drops its rows"),
-        ("alike_users", f"user id {same[0]}", f"user ids {alike}", same[1]),
-        ("alike_items", f"item id {same[0]}", f"item ids {alike}", same[1]),
-        ("invisible", "id holds invisible characters", "ids hold invisible characters",
-         "remove them where they came in by accident"),
-        ("unlisted", "item with interactions has no row in .item", "items with interactions have no row in .item",
-         "add them; without a title and an image MLLMMSR can only guess"),
-    ):  # fmt: skip
-        yield from _of(health.found[name], one, several, todo)
+    for name, one, several, rest, todo in SAMPLES:
+        sample = health.found[name]
+        if sample.count:
+            example = f", the first: {sample.example}" if sample.example else ""
+            yield Finding(f"{many(sample.count, one, several)} {rest}{example}", todo)
 
 
-def _repeats(health: Health) -> Iterator[Finding]:
-    pairs = health.found["pairs_twice"]
-    if health.rows_twice:
-        lines = many(health.rows_twice, "line repeats an earlier one", "lines repeat an earlier one")
-        yield Finding(lines, "remove them: a history would hold the same event twice")
-    yield from _of(
-        Sample(max(0, pairs.count - health.rows_twice), pairs.example),
-        "interaction is not the first of its user with its item",
-        "interactions are not the first of their user with their item",
-        "keep them if people do come back to an item; else set rm_dup_inter: first (RecBole keeps one)",
-    )
-
-
-def _order(health: Health) -> Iterator[Finding]:
-    order, histories = health.order, health.layout.history is not None
-    for count, where in zip(health.impossible_times, ("at or before 1970-01-01", "after tomorrow"), strict=True):
-        if count:
-            place = "first" if where.startswith("at") else "last"
-            yield Finding(
-                f"{many(count, 'time lies', 'times lie')} {where}, so that they come {place} in their histories",
-                "check the raw times: they are to be seconds or milliseconds since 1970",
-            )
-    if order is None and not histories:
-        what = f"there is no usable time ({health.layout.time}), so the order is that of the file"
-        yield Finding(what, "add a column timestamp:float, or name yours as TIME_FIELD in dataset.yaml")
-    if order is not None and order.missing:
-        what = many(order.missing, "interaction has no time", "interactions have no time")
-        yield Finding(what, "add it: a run stops at the first of them")
-    if order is not None and order.reordered.count:
-        users = many(order.reordered.count, "user's", "users'")
-        yield Finding(
-            f"{users} items stand in another order in RecBole, which rounds times to float32, than by exact time; "
-            f"{order.other_last:,} with another last item; the first is user {order.reordered.example!r}",
-            "sort the rows by time: RecBole keeps the file's order where rounded times are equal",
-        )
+def _others(health: Health) -> Iterator[Finding]:
+    items, layout = health.items, health.layout
     few = int((health.lengths < FEW).sum())
-    if few and not histories:
-        what = many(few, f"user has fewer than {FEW} interactions", f"users have fewer than {FEW} interactions")
+    if health.times is None and not layout.history:
+        what = f"there is no usable time ({layout.time}), so the order is that of the file"
+        yield Finding(what, "add a column timestamp:float, or name yours as TIME_FIELD in dataset.yaml")
+    if few and not layout.history:
         yield Finding(
-            f"{what} ({share(few, health.n_users)})",
+            f"{many(few, 'user has', 'users have')} fewer than {FEW} interactions ({share(few, len(health.lengths))})",
             "a leave-one-out test of sequential models asks nothing of them; "
             'user_inter_num_interval: "[3,inf)" leaves them out',
         )
-
-
-def _items(health: Health) -> Iterator[Finding]:
-    items, name = health.items, health.layout.name
     if not items.exists:
-        columns = f"{health.layout.item}:token, title:token_seq, image:token"
-        yield Finding(f"there is no {name}.item", f"write it, with columns {columns}")
+        todo = f"write it, with columns {layout.item}:token, title:token_seq, image:token"
+        yield Finding(f"there is no {layout.name}.item", todo)
         return
     if not items.has_titles:
-        yield Finding(f"{name}.item has no column of titles", "add title:token_seq; MLLMMSR's prompts name items by it")
-    elif items.titled < len(items.lines):
-        what = many(len(items.lines) - items.titled, "item has no title", "items have no title")
-        yield Finding(what, "add them; MLLMMSR's prompts name items by their title")
-    if items.long:
-        length, item = items.longest
-        yield Finding(
-            f"{many(items.long, 'title is', 'titles are')} longer than {LONG_TITLE:,} characters, "
-            f"the longest ({length:,}) of item {item!r}",
-            "shorten them; a prompt holds ten and is cut at max_text_tokens",
-        )
-    yield from _of(
-        health.found["same_title"], "item has the title of another", "items have the title of another",
-        "check that they are not one item under two ids",
-    )  # fmt: skip
-    listed = "(missing_images.tsv lists them)"
-    todo = f"mend or remove them; until then they count as missing {listed}"
-    yield from _images(items.missing, "image cannot be used", "images cannot be used", todo)
-    todo = f"mend or remove them: Qwen-VL's processor refuses them, and a run with it counts them as missing {listed}"
-    yield from _images(items.lengthy, "image is hardly one", "images are hardly any", todo)
-    if not items.n_images and not items.missing:
+        todo = "add title:token_seq; MLLMMSR's prompts name items by it"
+        yield Finding(f"{layout.name}.item has no column of titles", todo)
+    if not (items.images.found or items.images.missing or items.images.absent):
         todo = "give --image_dir=DIR with files named after item ids, or add a column image:token to .item"
         yield Finding("no item has an image", todo)
-    elif items.absent:
-        item, _, reason = items.absent[0]
-        what = many(len(items.absent), "item has", "items have")
-        yield Finding(
-            f"{what} no image: item {item!r}: {reason}",
-            "add them, or let MLLMMSR read these items' text alone (missing_images.tsv lists them)",
-        )
-
-
-def _images(listed: list[Missing], one: str, several: str, todo: str) -> Iterator[Finding]:
-    if listed:
-        item, path, reason = listed[0]
-        yield Finding(f"{many(len(listed), one, several)}, the first of item {item!r}: {clean(path)} {reason}", todo)

@@ -9,27 +9,21 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from recbole_mllm.common.errors import UserError
-from recbole_mllm.common.files import head, may_replace, whole_file
-from recbole_mllm.common.svg import Axis, Chart, count_axis, environment, log_count_axis
+from recbole_mllm.common.files import head, may_replace, write_text
+from recbole_mllm.common.svg import Axis, Chart, environment, linear_axis, log_count_axis
 from recbole_mllm.data.images import MISSING_HEADER, write_report
 from recbole_mllm.inspect.findings import findings, many, share
 from recbole_mllm.inspect.measure import Health
 
 PAGE, MISSING = "inspect.html", "missing_images.tsv"
 TEXT_WIDTH = 110
-QUANTILES = (("min", 0.0), ("5 %", 0.05), ("25 %", 0.25), ("50 %", 0.5), ("75 %", 0.75), ("95 %", 0.95), ("max", 1.0))
+QUANTILES = {"min": 0.0, "5 %": 0.05, "25 %": 0.25, "50 %": 0.5, "75 %": 0.75, "95 %": 0.95, "max": 1.0}
 SPREADS = ("history length", "item popularity")  # facts that have a table of their own on the page
-SORTED = {
-    "file": "sorted by time",
-    "users": "each user's rows are sorted by time, the file as a whole is not",
-    "no": "not sorted by time",
-}
 WIDTH, HEIGHT = 420, 260
 LEFT, RIGHT, TOP, BOTTOM = 46, 406, 26, 216  # of the area between the axes
 MAX_POINTS = 240
@@ -40,36 +34,25 @@ MAX_POINTS = 240
 
 def facts(health: Health) -> Iterator[tuple[str, str]]:
     """Yield what was measured, each under its name."""
-    items, order = health.items, health.order
-    yield "users", f"{health.n_users:,}"
+    items, found = health.items, health.found
+    yield "users", f"{len(health.lengths):,}"
     listed = f"{len(items.lines):,} in .item" if items.exists else "no .item file"
-    unused = health.found["unused"].count
-    alone = f", {unused:,} of them without interactions" if unused else ""
-    yield "items", f"{health.n_items:,} with interactions; {listed}{alone}"
-    rows = ", ".join(f"{part} {count:,}" for part, count in health.parts.items())
-    where, rows = (" in histories and targets", f"; rows: {rows}") if health.layout.history else ("", "")
-    yield "interactions", f"{health.n_interactions:,}{where}; density {100 * health.density:.3g} %{rows}"
+    alone = f", {found['unused'].count:,} of them without interactions" if found["unused"].count else ""
+    yield "items", f"{len(health.popularity):,} with interactions; {listed}{alone}"
+    where = " in histories and targets" if health.layout.history else ""
+    yield "interactions", f"{health.n_interactions:,}{where}; density {100 * health.density:.3g} %"
     for name, values in zip(SPREADS, (health.lengths, health.popularity), strict=True):
         yield name, "   ".join(f"{label} {value:,}" for label, value in quantiles(values)) or "–"
-    yield (
-        "repeats",
-        f"{health.found['pairs_twice'].count:,} of the same user and item; {health.rows_twice:,} identical lines",
-    )
-    if order is None:
+    repeats, lines = found["pairs_twice"].count, found["lines_twice"].count
+    yield "repeats", f"{repeats:,} of the same user and item; {lines:,} identical lines"
+    if health.times is None:
         yield "time", "in the histories' order" if health.layout.history else "none"
     else:
-        yield "time", f"{moment(order.first)} to {moment(order.last)}; {SORTED[order.sorted]}"
-        changed = many(order.reordered.count, "user", "users")
-        yield "order", f"{many(order.ties, 'user', 'users')} with equal times; {changed} in another order in RecBole"
-    for name, count in (("with title", items.titled), ("with image", items.n_images)):
-        yield name, _part(count, health.n_all_items)
-    if not health.summaries:
-        yield "with summary", "none yet; recbole-mllm summarize makes them"
-    for found in health.summaries:
-        if found.users is None:
-            yield "with summary", f"{_part(found.rows, health.n_all_items)}: {found.tag}"
-        else:
-            yield "user summaries", f"{found.rows:,} of {many(found.users, 'user', 'users')}: {found.tag}"
+        yield "time", " to ".join(map(moment, health.times))
+        ties, changed = (many(found[name].count, "user", "users") for name in ("ties", "reordered"))
+        yield "order", f"{ties} with equal times; {changed} in another order in RecBole"
+    yield "with title", _part(items.titled, health.n_all_items)
+    yield "with image", _part(len(items.images.found), health.n_all_items)
 
 
 def format_health(health: Health) -> str:
@@ -99,7 +82,8 @@ def quantiles(ascending: NDArray[np.int64]) -> list[tuple[str, int]]:
     """Return named quantiles that are values of the sample themselves (the lower one, between two)."""
     if not len(ascending):
         return []
-    return [(name, int(ascending[int(q * (len(ascending) - 1))])) for name, q in QUANTILES]
+    values = np.quantile(ascending, list(QUANTILES.values()), method="lower")
+    return list(zip(QUANTILES, values.tolist(), strict=True))
 
 
 def moment(time: float) -> str:
@@ -117,48 +101,33 @@ def health_page(health: Health) -> str:
     """Return the page; every text in it is escaped."""
     found = findings(health)
     size = (
-        many(health.n_users, "user", "users"), many(health.n_items, "item", "items"),
+        many(len(health.lengths), "user", "users"), many(len(health.popularity), "item", "items"),
         many(health.n_interactions, "interaction", "interactions"),
     )  # fmt: skip
     of_users, of_items = quantiles(health.lengths), quantiles(health.popularity)
-    return (
-        environment(Path(__file__).parent / "templates")
-        .get_template("health.html")
-        .render(
-            name=health.layout.name,
-            summary=f"{', '.join(size)}: {_warnings(len(found))}.",
-            findings=found,
-            facts=[(name, value) for name, value in facts(health) if name not in SPREADS],
-            spread=[(name, a, b) for (name, a), (_, b) in zip(of_users, of_items, strict=True)],
-            charts=charts(health),
-        )
+    page = environment(Path(__file__).parent / "templates").get_template("health.html")
+    return page.render(
+        name=health.layout.name,
+        summary=f"{', '.join(size)}: {_warnings(len(found))}.",
+        findings=found,
+        facts=[(name, value) for name, value in facts(health) if name not in SPREADS],
+        spread=[(name, a, b) for (name, a), (_, b) in zip(of_users, of_items, strict=True)],
+        charts=charts(health),
     )
-
-
-class Bar(NamedTuple):
-    """One bar in SVG coordinates, and what a pointer over it shows."""
-
-    x: float
-    y: float
-    width: float
-    height: float
-    hover: str
 
 
 def charts(health: Health) -> list[Chart]:
     """Return the charts there is data for."""
     if not health.n_interactions:
         return []
-    drawn, order = [_history_lengths(health.lengths), _item_popularity(health.popularity)], health.order
-    if order is None or not health.over_time.any() or order.last - order.first + 1 == health.n_interactions:
+    drawn, times = [_history_lengths(health.lengths), _item_popularity(health.popularity)], health.times
+    if times is None or not health.over_time.any() or times[1] - times[0] + 1 == health.n_interactions:
         return drawn  # no times, or places in the order: a flat picture
     counts = health.over_time.tolist()
-    starts = np.linspace(order.first, order.last, len(counts) + 1).tolist()
-    ends = [(0, moment(order.first)), (len(counts), moment(order.last))]
-    x = Axis(0, len(counts), LEFT, RIGHT, labels=ends)
+    starts = [moment(start) for start in np.linspace(*times, len(counts) + 1)]
+    x = Axis(0, len(counts), LEFT, RIGHT, labels=[(0, starts[0]), (len(counts), starts[-1])])
     hover = [
-        f"from {moment(start)}: {many(count, 'interaction', 'interactions')}"
-        for start, count in zip(starts, counts, strict=False)
+        f"from {start}: {many(n, 'interaction', 'interactions')}" for start, n in zip(starts, counts, strict=False)
     ]
     return [*drawn, _bars("Interactions over time", x, range(len(counts) + 1), counts, hover, "time", "interactions")]
 
@@ -180,12 +149,12 @@ def _history_lengths(lengths: NDArray[np.int64]) -> Chart:
 def _bars(
     title: str, x: Axis, edges: Sequence[float], counts: list[int], hover: list[str], x_title: str, y_title: str
 ) -> Chart:
-    y = count_axis(max(counts), BOTTOM, TOP)
+    y = linear_axis(0, max(counts), BOTTOM, TOP, counts=True)
     bars = []
     for low, high, count, text in zip(edges, edges[1:], counts, hover, strict=False):
         left, right, top = x(low), x(high), y(count)
         width = max(0.5, right - left - min(1.5, 0.2 * (right - left)))
-        bars.append(Bar(left, top, round(width, 1), round(BOTTOM - top, 1), text))
+        bars.append({"x": left, "y": top, "width": round(width, 1), "height": round(BOTTOM - top, 1), "hover": text})
     return Chart(title, x, y, WIDTH, HEIGHT, x_title, y_title, bars, more={"note": "", "line": ""})
 
 
@@ -211,43 +180,31 @@ def is_page(start: bytes) -> bool:
 
 
 def write_health(health: Health, output: Path | None) -> list[str]:
-    """Write ``inspect.html`` (to `output`, where one is given) and ``missing_images.tsv``; return lines that say where.
+    """Write ``inspect.html``, or `output`, and ``missing_images.tsv`` beside it; return lines that say where.
 
-    A folder that cannot be written to is no mistake: a line names it, and what to do.
+    A dataset's folder that cannot be written to is no mistake: a line names it, and what to do.
 
     Raises:
         UserError: `output` cannot be written.
     """
-    folder = health.layout.folder
-    lines = [_write_page(health, folder, output)]
-    missing = [*health.items.missing, *health.items.lengthy, *health.items.absent]
-    if missing or (folder / MISSING).is_file():  # an older list must not contradict
-        lines.append(_write_missing([folder, *([output.parent] if output else [])], missing))
-    return lines
-
-
-def _write_page(health: Health, folder: Path, output: Path | None) -> str:
-    path = output or folder / PAGE
-    if output is None and path.is_file() and path.stat().st_size and not is_page(head(path)):
-        return f"page: not written, as {path} is not a page of `inspect`; give --output=FILE.html"
+    page = output or health.layout.folder / PAGE
+    if output is None and page.is_file() and page.stat().st_size and not is_page(head(page)):
+        return [f"page: not written, as {page} is not a page of `inspect`; give --output=FILE.html"]
+    missing = [*health.items.images.missing, *health.items.images.absent]
+    listed, lines = page.with_name(MISSING), []
     try:
-        with whole_file(path) as file:
-            file.write(health_page(health))
+        write_text(page, health_page(health))
+        lines.append(f"page: {page}")
+        if not may_replace(listed, {MISSING: MISSING_HEADER}):
+            lines.append(f"missing images: not listed, as {listed} is not a list of `inspect`; give --output=FILE.html")
+        elif missing or listed.is_file():  # an older list must not contradict
+            write_report(listed, missing)
+            lines.append(f"missing images: {listed}")
     except OSError as error:
         if output is not None:
             raise UserError(f"--output {output} cannot be written: {error.strerror}") from None
-        return f"page: not written, as {folder} cannot be written to ({error.strerror}); give --output=FILE.html"
-    return f"page: {path}"
-
-
-def _write_missing(folders: Sequence[Path], missing: Sequence[tuple[str, str, str]]) -> str:
-    """Write the list to the first of `folders` that takes it."""
-    for path in (folder / MISSING for folder in folders):
-        if not may_replace(path, {MISSING: MISSING_HEADER}):
-            continue
-        try:
-            write_report(path, missing)
-        except OSError:
-            continue
-        return f"missing images: {path}"
-    return f"missing images: not listed, as {folders[0] / MISSING} cannot be written"
+        what = "missing images" if lines else "page"
+        lines.append(
+            f"{what}: not written, as {page.parent} cannot be written to ({error.strerror}); give --output=FILE.html"
+        )
+    return lines

@@ -8,21 +8,18 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from recbole_mllm.common.config import checked_file
 from recbole_mllm.common.errors import UserError
-from recbole_mllm.common.files import head
 from recbole_mllm.data import schema
 from recbole_mllm.data.atomic import (
-    MAX_CHARACTERS,
     clean,
     id_problem,
     impossible_times,
-    read_atomic,
     read_columns,
     read_numbered,
     read_values,
@@ -30,7 +27,7 @@ from recbole_mllm.data.atomic import (
     word_problem,
 )
 from recbole_mllm.data.checking import Rules, check_columns, fault, is_missing, time_problem
-from recbole_mllm.data.images import MOST_LONG, ItemImages, Missing
+from recbole_mllm.data.images import ItemImages
 
 BINS = 60  # of interactions over time
 LONG_TITLE = 1_000  # characters; a prompt of ten such titles leaves no room for anything else
@@ -60,7 +57,7 @@ Samples = defaultdict[str, Sample]
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """A dataset's folder, its files of interactions and the names of its columns."""
+    """A dataset's folder, its files of interactions and the names of its columns; `history` in benchmark files."""
 
     folder: Path
     inter: tuple[Path, ...]
@@ -90,7 +87,7 @@ def find_layout(folder: Path, given: Mapping[str, Any]) -> Layout:
         folder = folder.resolve()
     own = folder / "dataset.yaml"
     keys = {**(checked_file(own, of_dataset=True) if os.path.lexists(own) else {}), **given}
-    files = _inter_files(folder, keys)
+    files = _inter_files(folder, keys.get("benchmark_filename"))
     columns = read_columns(files[0])
     user, item = str(keys.get("USER_ID_FIELD") or schema.USER), str(keys.get("ITEM_ID_FIELD") or schema.ITEM)
     for name in (user, item):
@@ -99,16 +96,16 @@ def find_layout(folder: Path, given: Mapping[str, Any]) -> Layout:
                 f"{files[0]}:1: there is no column {name}; its columns are {', '.join(columns)}; name yours with "
                 "USER_ID_FIELD and ITEM_ID_FIELD, in dataset.yaml or a config file"
             )
-    history = f"{item}{keys.get('LIST_SUFFIX') or '_list'}"
-    time, images = str(keys.get("TIME_FIELD") or schema.TIME), keys.get("image_dir")
-    return Layout(
-        folder, files, user, item, time, history if history in columns else None, Path(str(images)) if images else None
-    )
+    time, history = str(keys.get("TIME_FIELD") or schema.TIME), f"{item}{keys.get('LIST_SUFFIX') or '_list'}"
+    images = Path(str(keys["image_dir"])) if keys.get("image_dir") else None
+    if images is not None and not images.is_dir():
+        raise UserError(f"image_dir {images} is no folder; give the folder that holds the items' images")
+    return Layout(folder, files, user, item, time, history if history in columns else None, images)
 
 
-def _inter_files(folder: Path, keys: Mapping[str, Any]) -> tuple[Path, ...]:
-    """Return the benchmark files ``X.<part>.inter`` where they are named or alone, else ``X.inter``."""
-    plain, named = folder / f"{folder.name}.inter", keys.get("benchmark_filename")
+def _inter_files(folder: Path, named: Any) -> tuple[Path, ...]:
+    """Return the benchmark files ``X.<part>.inter`` where they are `named` or alone, else ``X.inter``."""
+    plain = folder / f"{folder.name}.inter"
     if isinstance(named, list) and named:
         return tuple(folder / f"{folder.name}.{part}.inter" for part in named)
     if os.path.lexists(plain):
@@ -116,9 +113,8 @@ def _inter_files(folder: Path, keys: Mapping[str, Any]) -> tuple[Path, ...]:
     files = [folder / f"{folder.name}.{part}.inter" for part in ("train", "valid", "test")]
     if there := tuple(path for path in files if path.is_file()):
         return there
-    others = sorted(path.name for path in folder.glob("*.inter"))
     hint = "a folder of datasets is none itself" if any(folder.iterdir()) else "it is empty"
-    if others:
+    if others := sorted(path.name for path in folder.glob("*.inter")):
         hint = f"it holds {', '.join(others[:3])}: RecBole wants files named after their folder"
     raise UserError(f"{folder} holds no {plain.name}; {hint}")
 
@@ -135,7 +131,6 @@ class InteractionColumns:
         time: NaN where none is given; empty where the dataset has no time, as benchmark files.
         exact_time: The source's own times, where `convert` wrote them beside places in the order.
         hashes: One of each line, to find lines that are there twice.
-        parts: Rows of each file, by its part's name ("" for ``X.inter``).
     """
 
     users: dict[str, int] = field(default_factory=dict)
@@ -145,7 +140,6 @@ class InteractionColumns:
     time: array[float] = field(default_factory=lambda: array("d"))
     exact_time: array[float] = field(default_factory=lambda: array("d"))
     hashes: array[int] = field(default_factory=lambda: array("q"))
-    parts: dict[str, int] = field(default_factory=dict)
 
 
 def read_interactions(layout: Layout, found: Samples) -> InteractionColumns:
@@ -154,72 +148,56 @@ def read_interactions(layout: Layout, found: Samples) -> InteractionColumns:
     Raises:
         UserError: A file cannot be read, or a time is no number (file and line are named).
     """
-    out = InteractionColumns()
+    out, rules = InteractionColumns(), Rules((layout.user, layout.item), layout.time)
+    users, items = out.users, out.items
     histories: dict[int, array[int]] = {}
-    timed = layout.history is None and layout.time in read_columns(layout.inter[0])
     for path in layout.inter:
-        before = len(out.hashes)
-        _read_file(out, found, histories, path, layout, timed)
-        part = path.name.removeprefix(layout.name + ".").removesuffix("inter").rstrip(".")
-        out.parts[part] = len(out.hashes) - before
-    for user, items in histories.items():
-        out.user.extend([user] * len(items))
-        out.item.extend(items)
+        columns = list(check_columns(path, rules) if layout.history is None else read_columns(path))
+        if layout.history is not None and layout.history not in columns:
+            raise UserError(f"{path}:1: there is no column {layout.history}, which {layout.inter[0].name} has")
+        at = {name: number for number, name in enumerate(columns)}
+        at_user, at_item, at_history = at[layout.user], at[layout.item], at.get(layout.history or "")
+        at_time = at.get(layout.time) if at_history is None else None
+        at_exact = at.get(schema.EXACT_TIME) if at_time is not None else None
+        for number, values in read_values(path):
+            user = users.setdefault(values[at_user], len(users))
+            if at_history is None:
+                out.user.append(user)
+                out.item.append(items.setdefault(values[at_item], len(items)))
+            else:
+                ids = [*filter(None, values[at_history].split(" ")), values[at_item]]
+                row = array("i", [items.setdefault(word, len(items)) for word in ids])
+                histories[user] = max(histories.get(user, row), row, key=len)
+            if at_time is not None:
+                time = "nan" if is_missing(values[at_time]) else values[at_time]
+                if time != "nan" and (problem := time_problem(time)) is not None:
+                    raise fault(path, number, layout.time, problem, rules)
+                out.time.append(float(time))
+            if at_exact is not None:
+                out.exact_time.append(float("nan") if time_problem(values[at_exact]) else float(values[at_exact]))
+            out.hashes.append(hash(tuple(values)))
+            for value in values:
+                if value[:1] == '"':
+                    unquoted(path, number, "\t".join(values))  # what no run can read is no mere finding
+                    found["quoted"].add(f"{path.name}:{number}: {value[:60]!r}")
+    for user, row in histories.items():
+        out.user.extend([user] * len(row))
+        out.item.extend(row)
     return out
 
 
-def _read_file(
-    out: InteractionColumns, found: Samples, histories: dict[int, array[int]], path: Path, layout: Layout, timed: bool
-) -> None:
-    rules = Rules((layout.user, layout.item), layout.time)
-    columns = list(check_columns(path, rules) if layout.history is None else read_columns(path))
-    if layout.history is not None and layout.history not in columns:
-        raise UserError(f"{path}:1: there is no column {layout.history}, which {layout.inter[0].name} has")
-    at_user, at_item = columns.index(layout.user), columns.index(layout.item)
-    at_history = None if layout.history is None else columns.index(layout.history)
-    at_time = columns.index(layout.time) if timed else None
-    at_exact = columns.index(schema.EXACT_TIME) if timed and schema.EXACT_TIME in columns else None
-    users, items = out.users, out.items
-    for number, values in read_values(path):
-        user = users.setdefault(values[at_user], len(users))
-        if at_history is None:
-            out.user.append(user)
-            out.item.append(items.setdefault(values[at_item], len(items)))
-        else:
-            ids = [*filter(None, values[at_history].split(" ")), values[at_item]]
-            row = array("i", [items.setdefault(word, len(items)) for word in ids])
-            histories[user] = max(histories.get(user, row), row, key=len)
-        if at_time is not None:
-            time = "nan" if is_missing(values[at_time]) else values[at_time]
-            if time != "nan" and (problem := time_problem(time)) is not None:
-                raise fault(path, number, str(rules.time), problem, rules)
-            out.time.append(float(time))
-        if at_exact is not None:
-            out.exact_time.append(float("nan") if time_problem(values[at_exact]) else float(values[at_exact]))
-        out.hashes.append(hash(tuple(values)))
-        for value in values:
-            if value[:1] == '"':
-                unquoted(path, number, "\t".join(values))  # what no run can read is no mere finding
-                found["quoted"].add(f"{path.name}:{number}: {value[:60]!r}")
-
-
-# ---- items, their images and summaries
+# ---- items and their images
 
 
 @dataclass(slots=True)
 class ItemChecks:
-    """The items of ``X.item`` by raw id, with the line each stands in, and which titles and images they have."""
+    """The items of ``X.item`` by raw id, with the line each stands in, how many have a title, and their images."""
 
     exists: bool = False
     lines: dict[str, int] = field(default_factory=dict)
     has_titles: bool = False
     titled: int = 0
-    long: int = 0
-    longest: tuple[int, str] = (0, "")
-    n_images: int = 0
-    missing: list[Missing] = field(default_factory=list)
-    absent: list[Missing] = field(default_factory=list)
-    lengthy: list[Missing] = field(default_factory=list)
+    images: ItemImages = field(default_factory=ItemImages)
 
 
 def read_items(layout: Layout, others: Iterable[str], found: Samples) -> ItemChecks:
@@ -228,101 +206,58 @@ def read_items(layout: Layout, others: Iterable[str], found: Samples) -> ItemChe
     Raises:
         UserError: The file cannot be read, or has no column of item ids.
     """
-    out, images = ItemChecks(), ItemImages()
-    path = schema.item_file(layout.folder)
-    if os.path.lexists(path):
-        _read_item_file(out, found, images, path, layout)
-    if layout.image_dir is not None:
-        for item in others:
-            if item not in out.lines:
-                images.add(layout.folder, item, "", layout.image_dir)
-    images.check()
-    out.lengthy = [
-        Missing(item, str(images.found[item]), f"is {w} x {h} pixels: more than {MOST_LONG} times as long as wide")
-        for item, (w, h) in images.extreme.items()
-        if max(w, h) > MOST_LONG * min(w, h)
-    ]
-    out.n_images, out.missing, out.absent = len(images.found), images.missing, images.absent
-    return out
-
-
-def _read_item_file(out: ItemChecks, found: Samples, images: ItemImages, path: Path, layout: Layout) -> None:
-    columns = read_columns(path)
+    out, path = ItemChecks(), schema.item_file(layout.folder)
+    images = out.images
+    out.exists = os.path.lexists(path)
+    columns = read_columns(path) if out.exists else {layout.item: ""}
     if layout.item not in columns:
         raise UserError(f"{path}:1: there is no column {layout.item}; its columns are {', '.join(columns)}")
     title = schema.title_column(columns)
-    out.exists, out.has_titles = True, title is not None
+    out.has_titles = title is not None
     first_with: dict[int, str] = {}
-    for number, row in read_numbered(path):
+    for number, row in read_numbered(path) if out.exists else ():
         item = row[layout.item]
         if (first := out.lines.setdefault(item, number)) != number:
             found["twice"].add(f"{item!r} in lines {first} and {number}")
             continue
         images.add(layout.folder, item, row.get(schema.IMAGE, ""), layout.image_dir)
-        for name, value in row.items():
+        for value in row.values():
             if value[:1] == '"':
                 found["quoted"].add(f"{path.name}:{number}: {value[:60]!r}")
-            if len(value) > MAX_CHARACTERS:
-                found["too_long"].add(f"{path.name}:{number}: {name} has {len(value):,} characters")
-        if title is None or not (text := clean(row[title])):
+        if title is None:
+            continue
+        if not (text := clean(row[title])):
+            found["untitled"].count += 1
             continue
         out.titled += 1
         if len(text) > LONG_TITLE:
-            out.long += 1
-            out.longest = max(out.longest, (len(text), item))
+            found["long_title"].add(f"{len(text):,} characters of item {item!r}")
         if (other := first_with.setdefault(hash(text), item)) is not item:
             found["same_title"].add(f"{other!r} and {item!r} are both {text[:60]!r}")
-
-
-class SummaryFile(NamedTuple):
-    """A file of summaries: of items (`rows` of them) or of users (`rows` for `users`)."""
-
-    tag: str
-    rows: int
-    users: int | None = None
-
-
-def read_summaries(folder: Path) -> list[SummaryFile]:
-    """Return what each ``X.<tag>.isum`` and ``X.<tag>.usum`` holds."""
-    out = []
-    for path in sorted(folder.glob(f"{folder.name}.*.isum")):
-        items = {row.get(schema.ITEM) for row in read_atomic(path) if row.get(schema.SUMMARY)}
-        out.append(SummaryFile(path.stem.removeprefix(folder.name + "."), len(items)))
-    for path in sorted(folder.glob(f"{folder.name}.*.usum")):
-        users = [row.get(schema.USER) for row in read_atomic(path)]
-        out.append(SummaryFile(path.stem.removeprefix(folder.name + "."), len(users), len(set(users))))
+    if layout.image_dir is not None:
+        for item in others:
+            if item not in out.lines:
+                images.add(layout.folder, item, "", layout.image_dir)
+    images.check()
+    for name, listed in (("unusable", images.missing), ("imageless", images.absent)):
+        if listed:
+            item, place, reason = listed[0]
+            found[name] = Sample(len(listed), f"item {item!r}: {clean(f'{place} {reason}')}")
     return out
 
 
 # ---- order
 
 
-@dataclass(frozen=True, slots=True)
-class TimeOrder:
-    """What the times say.
+def measure_order(inter: InteractionColumns, found: Samples) -> tuple[float, float] | None:
+    """Return the first and last time, None where there is none; compare the exact order with RecBole's.
 
-    Attributes:
-        first, last: The range of times, in the file's unit.
-        missing: Interactions without a time; RecBole gives them the mean.
-        sorted: "file", "users" (each user's rows stand in order, the file does not) or "no".
-        ties: Users with two interactions at the same time, whose order is the file's.
-        reordered: Users whose items stand in another order in RecBole than by exact time, then place in the file.
-        other_last: Those of them whose last item, the one a leave-one-out test asks for, is another.
-    """
+    RecBole sorts float32 times, stably (data/interaction.py:307-346): today's seconds come in steps of 128 there,
+    milliseconds of 131,072. It gives interactions without a time the mean.
 
-    first: float
-    last: float
-    missing: int
-    sorted: str
-    ties: int
-    reordered: Sample
-    other_last: int
-
-
-def measure_order(inter: InteractionColumns) -> TimeOrder | None:
-    """Compare the exact order with RecBole's, which sorts float32 times, stably (data/interaction.py:307-346).
-
-    Float32 counts whole numbers up to 16,777,216 only: today's seconds come in steps of 128, milliseconds of 131,072.
+    `found` gets interactions without a time (``untimed``), users with two interactions at the same time, whose order is
+    the file's (``ties``), users whose items stand in another order in RecBole than by exact time, then place in the
+    file (``reordered``), and those whose last item, the one a leave-one-out test asks for, is another (``other_last``).
     """
     times, users, ids = (np.asarray(column) for column in (inter.time, inter.user, inter.item))
     gaps = np.isnan(times)
@@ -335,16 +270,12 @@ def measure_order(inter: InteractionColumns) -> TimeOrder | None:
     in_recbole = ids[np.lexsort((time.astype(np.float32), users))]
     differs = np.unique(user[items != in_recbole])
     ends = np.flatnonzero(np.append(~same_user, True))
-    in_file, in_users = (time[1:] >= time[:-1]).all(), (np.diff(exact)[same_user] > 0).all()
-    return TimeOrder(
-        first=float(np.nanmin(times)),
-        last=float(np.nanmax(times)),
-        missing=int(gaps.sum()),
-        sorted="file" if in_file else "users" if in_users else "no",
-        ties=int(np.unique(user[1:][same_user & (at[1:] == at[:-1])]).size),
-        reordered=Sample(int(differs.size), list(inter.users)[differs[0]] if differs.size else ""),
-        other_last=int((items[ends] != in_recbole[ends]).sum()),
-    )
+    found["untimed"].count = int(gaps.sum())
+    found["ties"].count = int(np.unique(user[1:][same_user & (at[1:] == at[:-1])]).size)
+    if differs.size:
+        found["reordered"] = Sample(int(differs.size), f"user {list(inter.users)[differs[0]]!r}")
+        found["other_last"].count = int((items[ends] != in_recbole[ends]).sum())
+    return float(np.nanmin(times)), float(np.nanmax(times))
 
 
 # ---- ids
@@ -375,6 +306,20 @@ def measure_ids(inter: InteractionColumns, items: ItemChecks, in_histories: bool
             found["unlisted"].add(repr(item[:60]))
 
 
+def _measure_repeats(inter: InteractionColumns, found: Samples) -> None:
+    """Count identical lines, and interactions beyond the first of a user and item: all, and those on other lines."""
+    hashes = np.asarray(inter.hashes)
+    found["lines_twice"].count = len(hashes) - int(np.unique(hashes).size)
+    n_items = max(1, len(inter.items))
+    pairs = np.sort(np.asarray(inter.user, np.int64) * n_items + np.asarray(inter.item, np.int64))
+    again = pairs[1:][pairs[1:] == pairs[:-1]]
+    if again.size:
+        user, item = divmod(int(again[0]), n_items)
+        example = f"user {list(inter.users)[user]!r} and item {list(inter.items)[item]!r}"
+        found["pairs_twice"] = Sample(int(again.size), example)
+        found["met_again"] = Sample(max(0, int(again.size) - found["lines_twice"].count), example)
+
+
 # ---- all of it
 
 
@@ -383,36 +328,35 @@ class Health:
     """What was measured of one dataset.
 
     Attributes:
-        parts: Rows of each file of interactions, by its part's name ("" for ``X.inter``).
         lengths, popularity: Interactions of each user and of each item that has any, ascending.
         over_time: How many interactions fall into each of `BINS` equal stretches of time.
-        impossible_times: How many times lie at or before 1970, and after tomorrow.
-        rows_twice: Lines that are there already.
-        found: What looks wrong; ``pairs_twice`` counts interactions beyond the first of the same user and item.
-        marked: Files that begin with a byte order mark.
+        times: The first and the last, in the file's unit; None where there are none.
+        found: What looks wrong, and how many items have no interactions (``unused``).
     """
 
     layout: Layout
-    parts: dict[str, int]
-    n_users: int
-    n_items: int
-    n_all_items: int
-    n_interactions: int
     lengths: NDArray[np.int64]
     popularity: NDArray[np.int64]
     over_time: NDArray[np.int64]
-    order: TimeOrder | None
-    impossible_times: tuple[int, int]
-    rows_twice: int
+    times: tuple[float, float] | None
     found: Samples
     items: ItemChecks
-    summaries: list[SummaryFile]
-    marked: list[str]
+
+    @property
+    def n_interactions(self) -> int:
+        """Return how many interactions there are."""
+        return int(self.lengths.sum())
+
+    @property
+    def n_all_items(self) -> int:
+        """Return how many items there are, with interactions or without."""
+        return len(self.popularity) + self.found["unused"].count
 
     @property
     def density(self) -> float:
         """Return the share of all (user, item) pairs that are interactions, repeats not counted."""
-        return (self.n_interactions - self.found["pairs_twice"].count) / max(1, self.n_users * self.n_items)
+        once = self.n_interactions - self.found["pairs_twice"].count
+        return once / max(1, len(self.lengths) * len(self.popularity))
 
 
 def measure(folder: Path, given: Mapping[str, Any] | None = None) -> Health:
@@ -422,40 +366,20 @@ def measure(folder: Path, given: Mapping[str, Any] | None = None) -> Health:
         UserError: It is no dataset, a file cannot be read (file and line are named), or `image_dir` is no folder.
     """
     layout = find_layout(folder, given or {})
-    if layout.image_dir is not None and not layout.image_dir.is_dir():
-        raise UserError(f"image_dir {layout.image_dir} is no folder; give the folder that holds the items' images")
     found: Samples = defaultdict(Sample)
     inter = read_interactions(layout, found)
     items = read_items(layout, inter.items, found)
     measure_ids(inter, items, layout.history is not None, found)
-    found["pairs_twice"] = _pairs_twice(inter)
-    times, hashes = np.asarray(inter.time), np.asarray(inter.hashes)
-    known = times[np.isfinite(times)]
-    files = [path for path in (*layout.inter, schema.item_file(layout.folder)) if path.is_file()]
+    _measure_repeats(inter, found)
+    found["early"].count, found["late"].count = impossible_times(inter.exact_time or inter.time)
+    times = np.asarray(inter.time)
+    times = times[np.isfinite(times)]
     return Health(
         layout=layout,
-        parts=inter.parts,
-        n_users=len(inter.users),
-        n_items=len(inter.items),
-        n_all_items=len(inter.items.keys() | items.lines.keys()),
-        n_interactions=len(inter.user),
         lengths=np.sort(np.bincount(inter.user, minlength=len(inter.users))),
         popularity=np.sort(np.bincount(inter.item, minlength=len(inter.items))),
-        over_time=np.histogram(known, bins=BINS)[0] if known.size else np.zeros(0, np.int64),
-        order=measure_order(inter),
-        impossible_times=impossible_times(inter.exact_time or inter.time),
-        rows_twice=len(hashes) - int(np.unique(hashes).size),
+        over_time=np.histogram(times, bins=BINS)[0] if times.size else np.zeros(0, np.int64),
+        times=measure_order(inter, found),
         found=found,
         items=items,
-        summaries=read_summaries(layout.folder),
-        marked=[path.name for path in files if head(path).startswith(b"\xef\xbb\xbf")],
     )
-
-
-def _pairs_twice(inter: InteractionColumns) -> Sample:
-    pairs = np.sort(np.asarray(inter.user, np.int64) * max(1, len(inter.items)) + np.asarray(inter.item, np.int64))
-    again = pairs[1:][pairs[1:] == pairs[:-1]]
-    if not again.size:
-        return Sample()
-    user, item = divmod(int(again[0]), len(inter.items))
-    return Sample(int(again.size), f"user {list(inter.users)[user]!r} and item {list(inter.items)[item]!r}")

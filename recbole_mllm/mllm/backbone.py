@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -30,8 +31,7 @@ class Backbone:
     """
 
     def __init__(self, model: Any, *, split: bool = False) -> None:
-        self.model = model
-        self.split = split  # among processes, which then must make forward passes of one kind together (see splitting)
+        self.model, self.split = model, split  # processes that share its layers make passes of one kind together
         # PEFT's wrapper adds nothing to the forward pass of a LoRA model: its layers sit inside the base model
         self.head_model = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.inner = self.head_model.base_model  # what stands under the head
@@ -87,8 +87,7 @@ class Backbone:
         """Drop the cached features, as memory is short; return whether there were any."""
         return self._features.clear()
 
-    def pixels(self, images: Sequence[ImageInput]) -> dict[str, Tensor]:
-        """Return the images as the vision tower takes them."""
+    def _pixels(self, images: Sequence[ImageInput]) -> dict[str, Tensor]:
         dtype = self.head_model.dtype
         tensors = {name: torch.cat([image.tensors[name] for image in images]) for name in images[0].tensors}
         return {
@@ -97,16 +96,15 @@ class Backbone:
         }
 
     def _encode(self, image: ImageInput) -> BaseModelOutputWithPooling:
-        with present(self.inner):  # a parameter of its own, which a new line of tiles is told by (LLaVA-NeXT)
-            out = self.inner.get_image_features(**self.pixels([image]), return_dict=True)
+        with present(self.inner):  # it has a parameter itself, which marks a new line of tiles (LLaVA-NeXT)
+            out = self.inner.get_image_features(**self._pixels([image]), return_dict=True)
         features = BaseModelOutputWithPooling(pooler_output=out.pooler_output)
         if (deep := getattr(out, "deepstack_features", None)) is not None:
             features["deepstack_features"] = deep
         return features
 
-    def image_outputs(self, images: Sequence[ImageInput]) -> dict[str, BaseModelOutputWithPooling]:
-        """Return features as the model's ``mm_encoder_outputs``, joined as the family itself joins those of a batch."""
-        each = self.features(images)
+    def _image_outputs(self, images: Sequence[ImageInput]) -> dict[str, BaseModelOutputWithPooling]:
+        each = self.features(images)  # joined as the family itself joins those of a batch
         out = BaseModelOutputWithPooling(pooler_output=_joined([one.pooler_output for one in each]))
         if "deepstack_features" in each[0]:
             layers = zip(*(one["deepstack_features"] for one in each), strict=True)
@@ -141,7 +139,7 @@ class Backbone:
             position_ids[:, i, : stop - start] = self.positions(row)[..., start:stop]
             # an image lies wholly before or wholly behind `start`: a prefix never ends inside one (see scoring)
             images += row.images if self.image_token_id in row.ids[start:stop] else ()
-        extra: dict[str, Any] = {"mm_encoder_outputs": self.image_outputs(images)} if images else {}
+        extra: dict[str, Any] = {"mm_encoder_outputs": self._image_outputs(images)} if images else {}
         out = self.inner(
             input_ids=ids.to(self.device),
             attention_mask=mask.to(self.device),
@@ -166,18 +164,15 @@ class Backbone:
             ``[B, D]`` last hidden states.
         """
         places = torch.tensor(positions)[:, None]
-        places = places.expand(3, -1, -1) if self.architecture.positions_in_three_axes else places
-        kinds = torch.zeros_like(mask, dtype=torch.int)
-        kinds[:, -1] = 1
-        extra = {"token_type_ids": kinds.to(self.device)} if self.architecture.token_types == "answer" else {}
-        out = self.inner(
-            input_ids=torch.tensor(ids)[:, None].to(self.device),
-            attention_mask=mask.to(self.device),
-            position_ids=places.to(self.device),
-            past_key_values=cache,
-            use_cache=True,
-            **extra,
-        )
+        inputs = {
+            "input_ids": torch.tensor(ids)[:, None],
+            "attention_mask": mask,
+            "position_ids": places.expand(3, -1, -1) if self.architecture.positions_in_three_axes else places,
+        }
+        if self.architecture.token_types == "answer":
+            inputs["token_type_ids"] = functional.pad(torch.ones(len(ids), 1, dtype=torch.int), (mask.size(1) - 1, 0))
+        on_device = {name: value.to(self.device) for name, value in inputs.items()}
+        out = self.inner(**on_device, past_key_values=cache, use_cache=True)
         return torch.as_tensor(out.last_hidden_state[:, 0])
 
     def _token_types(self, rows: Sequence[Encoded], ids: Tensor, start: int, sees: bool) -> dict[str, Tensor]:
@@ -201,7 +196,7 @@ class Backbone:
         """Return what the model's own forward pass takes, pixels included."""
         ids = torch.tensor([prompt.ids])
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        inputs |= self.pixels(prompt.images) if prompt.images else {}
+        inputs |= self._pixels(prompt.images) if prompt.images else {}
         takes = inspect.signature(self.head_model.forward).parameters
         answers = self.architecture.token_types == "answer"
         behind = torch.arange(ids.numel())[None] >= ids.numel() - prompt.answer
@@ -216,10 +211,7 @@ class Backbone:
 
 
 def _joined(features: Sequence[Any]) -> Any:
-    """Return the features of several images as one: tensors along their first axis, or one list of all tiles."""
-    if isinstance(features[0], Tensor):
-        return torch.cat(list(features), 0)
-    return list(chain.from_iterable(features))
+    return torch.cat(list(features)) if isinstance(features[0], Tensor) else list(chain.from_iterable(features))
 
 
 def _bytes(features: BaseModelOutputWithPooling) -> int:
@@ -247,28 +239,24 @@ class Head:
             NotImplementedError: The model is no backbone with a head behind it.
             IndexError, RuntimeError, ValueError: Its class looks for other tokens' logits among those of `tokens`.
         """
-        if tokens is None:
-            return self._run(states, lambda given: self._head(given.to(computes_on(self._head))).float())
-        return self._run(states, lambda given: self._rows(given, list(tokens)))
-
-    def _rows(self, states: Tensor, tokens: list[int]) -> Tensor:
-        head = self._head
-        with present(head):
-            out = states.to(computes_on(head)).float() @ head.weight[tokens].float().T
-            bias = getattr(head, "bias", None)
-            return torch.as_tensor(out if bias is None else out + bias[tokens].float())
-
-    def _run(self, states: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
-        """Run the class's forward pass over `states` ``[N, D]`` with `head` in place of its own."""
         if not all(self._names):
             raise NotImplementedError(f"{type(self._model).__name__} is no backbone with a head behind it")
-        body_name, head_name = self._names
+        own = (_Instead(lambda *_, **__: _States((states[None],))), _Instead(partial(self._rows, tokens), self._head))
         twin = object.__new__(type(self._model))  # not `copy`, which FSDP's classes do not stand
         twin.__dict__ = {name: value for name, value in vars(self._model).items() if name != "forward"}
-        own = {body_name: _Given(states[None]), head_name: _Instead(head, self._head)}
-        twin.__dict__["_modules"] = {**self._model._modules, **own}
+        twin.__dict__["_modules"] = self._model._modules | dict(zip(self._names, own, strict=True))
         ids = torch.zeros(1, len(states), dtype=torch.long, device=states.device)
         return torch.as_tensor(type(twin).forward(twin, input_ids=ids, return_dict=True).logits[0]).float()
+
+    def _rows(self, tokens: Sequence[int] | None, states: Tensor) -> Tensor:
+        head, states = self._head, states.to(computes_on(self._head))
+        if tokens is None:
+            return torch.as_tensor(head(states)).float()
+        rows = list(tokens)
+        with present(head):
+            out = states.float() @ head.weight[rows].float().T
+            bias = getattr(head, "bias", None)
+            return torch.as_tensor(out if bias is None else out + bias[rows].float())
 
 
 class _States(tuple[Tensor]):
@@ -283,30 +271,15 @@ class _States(tuple[Tensor]):
             raise AttributeError(name)
 
 
-class _Given(nn.Module):
-    """A backbone that has read its input already."""
-
-    def __init__(self, states: Tensor) -> None:
-        super().__init__()
-        self._states = states
-
-    def forward(self, *_: Any, **__: Any) -> Any:
-        """Return the states."""
-        return _States((self._states,))
-
-
 class _Instead(nn.Module):
-    """Computes what it is given in a head's place; its weights are the head's."""
+    """Stands in a backbone's or a `head`'s place, whose weight it shows, and computes what it is given."""
 
-    def __init__(self, compute: Callable[[Tensor], Tensor], head: nn.Module) -> None:
+    def __init__(self, compute: Callable[..., Any], head: nn.Module | None = None) -> None:
         super().__init__()
-        self._compute, self._head = compute, [head]  # in a list, as a module would become a part
+        self.forward = compute
+        self._head = [head]  # in a list, as a module would become a part
 
     @property
     def weight(self) -> Any:
         """The head's."""
-        return self._head[0].weight
-
-    def forward(self, states: Tensor) -> Tensor:
-        """Return what is computed."""
-        return self._compute(states)
+        return getattr(self._head[0], "weight", None)

@@ -19,13 +19,9 @@ _NOW = re.compile(r"""\bstrftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 
 class ChatTemplate:
-    """Writes conversations for one model; without a chat template, bare text.
+    """Writes conversations for one model, in its processor's chat template; without a template, bare text.
 
-    Args:
-        tokenizer: The model's.
-        processor: Its processor, whose template is taken; None for a text-only model.
-        image_token: What stands for an image in a rendered text.
-        bos_behind_image: Whether a bare text has <bos> behind its last image (PaliGemma).
+    `image_token` stands for an image in a rendered text; `bos_behind_image`: a bare text has <bos> there (PaliGemma).
     """
 
     def __init__(self, tokenizer: Any, processor: Any | None, image_token: str, *, bos_behind_image: bool) -> None:
@@ -74,19 +70,21 @@ class ChatTemplate:
         Raises:
             UserError: It writes neither.
         """
-        texts, shown, errors = ["", _QUESTION] if self.sees else [_QUESTION], dict[bool, str](), list[UserError]()
-        for in_parts in (self.sees, not self.sees):  # the usual form first
+        texts, shown = ["", _QUESTION] if self.sees else [_QUESTION], dict[bool, str]()
+        problem = UserError("the model's chat template does not write the text of a question; mend or remove it")
+        for in_parts in (not self.sees, self.sees):  # the usual form last, whose error is the one to tell
             try:
-                shown[in_parts] = self._chat([{"role": "user", "content": self._content(texts, in_parts)}])
+                text = self._chat([{"role": "user", "content": self._content(texts, in_parts)}])
             except UserError as error:
-                errors.append(error)
+                problem = problem if shown else error
+            else:
+                shown |= {in_parts: text} if _QUESTION in text and "'type'" not in text else {}
         if not shown:
-            raise errors[0]
-        for wanted in (True, False) if self.sees else (False,):  # one that shows an image, if there is any
-            for in_parts, text in shown.items():
-                if _QUESTION in text and "'type'" not in text and (not wanted or self.image_token in text):
-                    return in_parts
-        raise UserError("the model's chat template does not write the text of a question; mend or remove it")
+            raise problem
+        # the one that shows the image, if there is any; else the usual one
+        return max(
+            shown, key=lambda in_parts: (self.sees and self.image_token in shown[in_parts], in_parts == self.sees)
+        )
 
     def _turn(self, role: str, texts: Sequence[str]) -> dict[str, Any]:
         return {"role": role, "content": self._content(texts, self._in_parts)}

@@ -33,15 +33,15 @@ def text_vectors(model: HFModel, texts: Sequence[str]) -> Any:
     for place, tokens in enumerate(ids):
         by_length[len(tokens)].append(place)
     made: dict[int, Any] = {}
-    with Progress(len(texts), "reading texts", "text") as told:
+    with Progress(len(texts), "reading texts", "text") as progress:
+        progress.update(len(by_length.pop(0, [])))
         for length in sorted(by_length):
             for low in range(0, len(by_length[length]), _BATCH):
                 places = by_length[length][low : low + _BATCH]
-                if length:
-                    rows = [Encoded(tuple(ids[place])) for place in places]
-                    states = model.body.hidden(rows, 0, [length] * len(rows), None)
-                    made |= zip(places, states.float().mean(1).cpu().numpy(), strict=True)
-                told.update(len(places))
+                rows = [Encoded(tuple(ids[place])) for place in places]
+                states = model.backbone.hidden(rows, 0, [length] * len(rows), None)
+                made |= zip(places, states.float().mean(1).cpu().numpy(), strict=True)
+                progress.update(len(places))
     return _stacked(made, len(texts))
 
 
@@ -57,13 +57,13 @@ def image_vectors(model: HFModel, paths: Sequence[Path | None]) -> Any:
     if model.encoder.processor is None:
         raise UserError("image features need a model that reads images; set mllm, or item_features: [text]")
     made: dict[int, Any] = {}
-    with Progress(len(paths), "reading images", "image") as told:
+    with Progress(len(paths), "reading images", "image") as progress:
         for place, path in enumerate(paths):
             if path is not None:
-                (found,) = model.body.features([model.encoder.image(path)])
+                (found,) = model.backbone.features([model.encoder.image(path)])
                 made[place] = _tokens(found.pooler_output).float().mean(0).cpu().numpy()
-                model.body.forget_features()
-            told.update(1)
+                model.backbone.forget_features()
+            progress.update(1)
     return _stacked(made, len(paths))
 
 
@@ -83,17 +83,16 @@ def sentence_vectors(name: str, texts: Sequence[str], device: torch.device, *, t
         raise UserError(f"feature_encoder {name!r} cannot be loaded: {reason}; give a hub id or a folder") from error
     limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or 512)
     made: dict[int, Any] = {}
-    with Progress(len(texts), "reading texts", "text") as told:
+    with Progress(len(texts), "reading texts", "text") as progress:
         for place, text in enumerate(texts):
             if text:
                 batch = tokenizer(text, truncation=True, max_length=limit, return_tensors="pt").to(device)
                 made[place] = model(**batch).last_hidden_state[0].float().mean(0).cpu().numpy()
-            told.update(1)
+            progress.update(1)
     return _stacked(made, len(texts))
 
 
 def _tokens(features: Any) -> Tensor:
-    """Return ``[T, D]`` of an image's features, whether the family stacks them or lists tiles."""
     parts = [features] if isinstance(features, Tensor) else list(features)
     return torch.cat([part.reshape(-1, part.shape[-1]) for part in parts])
 

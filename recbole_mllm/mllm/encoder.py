@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,8 @@ _MARK = f"{CUT}{IMAGE}{CUT}"  # an image of the style's own, in a text whose fil
 # first word of a text; its own ids are taken off again (as transformers' ``encode_marked_chat`` does)
 _ANCHOR = "\n"
 _SPACE = "\u2581"
-# Of preprocessed images: LLaVA-NeXT's take 7 MB each, and are of no use once their features are there
-IMAGE_BYTES = 2**28
-# Characters a token spells, at most, of any text met in the wild: what lies beyond the limit by this is cut at once, as
-# a text of megabytes takes a minute to be shortened in steps
-_LETTERS = 64
+IMAGE_BYTES = 2**28  # of preprocessed images: LLaVA-NeXT's take 7 MB each, of no use once their features are there
+_LETTERS = 64  # a token spells at most; a text of megabytes takes a minute to be shortened in steps
 ROOM = 48  # positions free for what is generated behind a prompt, where it is not said how much that may be
 FEWEST = 8  # characters a filled-in text keeps
 _ONE_QUESTION = 2  # the most texts filled into a question that lists no items: preference and title, image and text
@@ -66,7 +64,7 @@ class Encoded:
 
 @dataclass(slots=True)
 class Encoder:
-    """ChatTemplate prompts into `Encoded` for one model; images are preprocessed once each.
+    """Turns prompts into `Encoded` for one model; images are preprocessed once each.
 
     A prompt has at most `max_text_tokens` tokens of text, and with its images' tokens and the answer's at most
     `positions`, which the model has. `truncated` counts the prompts whose texts were shortened.
@@ -108,83 +106,65 @@ class Encoder:
         """
         if prompt.images and self.processor is None:
             raise UserError("this model reads no images; set use_image: false and item_summary: text or none")
-        images = tuple(self.image(path) for path in prompt.images)
+        images, room = tuple(self.image(path) for path in prompt.images), max(room, ROOM)
         bound = self.max_text_tokens * _LETTERS
         pieces = [text[:bound] if place % 2 else text for place, text in enumerate(prompt.pieces())]
         ids = self._ids(pieces, images, answer)
         seen = sum(len(image.ids) - 1 for image in images)  # beside its mark, which is among the text's
-        most = min(self.max_text_tokens, self.positions - seen - max(room, ROOM))
+        most = min(self.max_text_tokens, self.positions - seen - room)
         self.truncated += len(ids) > most
         while len(ids) > most:
-            if not self._shorten(pieces, len(ids) - most):
-                raise UserError(self._too_long(pieces, images, most, max(room, ROOM)))
+            if (longest := longest_text(pieces)) is None:
+                raise UserError(self._too_long(pieces, len(ids), most))
+            text = pieces[longest]
+            tokens = max(1, len(self._plain.ids(self._plain.guard(text))))
+            left = min(len(text) - 1, int(len(text) * max(0, tokens - len(ids) + most) / tokens))
+            # half the text at most in one step: another may have become the longest by then
+            pieces[longest] = text[: max(FEWEST, left, len(text) // 2)].rstrip()
             ids = self._ids(pieces, images, answer)
         return Encoded(self._expanded(ids, images), images)
 
     def text_ids(self, text: str) -> list[int]:
         """Return the ids of a text by itself, not of a question; no special token but the tokeniser's own in front."""
         text = text[: self.max_text_tokens * _LETTERS]
-        guarded = self._plain.guard(text)
-        ids = self._plain.ids(guarded)
-        if self._plain.broken(ids, guarded):
-            ids = self._plain.ids(self._plain.guard(text, every=True))
+        ids, _ = self._read(lambda guard: guard(text))
         return [*self._plain.start, *ids][: min(self.max_text_tokens, self.positions)]
 
     def _ids(self, pieces: Sequence[str], images: Sequence[ImageInput], answer: str) -> list[int]:
         """Return ids with one image token an image; what is filled in holds no special token."""
-        guarded = [self._plain.guard(p) if i % 2 else p.replace(IMAGE, _MARK) for i, p in enumerate(pieces)]
-        rendered = self._dressed(self.render(guarded, answer), images)
-        ids = self._plain.ids(rendered)
-        if self._plain.broken(ids, rendered):
-            guarded = [self._plain.guard(p, every=True) if i % 2 else p for i, p in enumerate(guarded)]
-            ids = self._plain.ids(self._dressed(self.render(guarded, answer), images))
+        marks = [f"{image.before}{self.image_token}{image.behind}" for image in images]
+
+        def rendered(guard: Callable[[str], str]) -> str:
+            guarded = [guard(piece) if i % 2 else piece.replace(IMAGE, _MARK) for i, piece in enumerate(pieces)]
+            parts = self.turns.render("".join(guarded).split(_MARK), answer).split(self.image_token)
+            if len(parts) != len(marks) + 1:  # refused where images are expanded
+                return self.image_token.join(parts)
+            return "".join(part + mark for part, mark in zip_longest(parts, marks, fillvalue=""))
+
+        ids, text = self._read(rendered)
         # the ids the tokeniser puts in front by itself (<s>), where a processor's or a bare text lacks them
         begin = self.tokenizer.bos_token
-        whole = (self.turns.template and self.processor is None) or (begin and rendered.startswith(begin))
+        whole = (self.turns.template and self.processor is None) or (begin and text.startswith(begin))
         return ids if whole else self._plain.start + ids
 
-    def _dressed(self, rendered: str, images: Sequence[ImageInput]) -> str:
-        """Return `rendered` with each image's own surrounding text at its mark."""
-        if not any(image.before or image.behind for image in images):
-            return rendered
-        marks = [f"{image.before}{self.image_token}{image.behind}" for image in images]
-        return "".join(part + mark for part, mark in zip_longest(rendered.split(self.image_token), marks, fillvalue=""))
+    def _read(self, rendered: Callable[[Callable[[str], str]], str]) -> tuple[list[int], str]:
+        """Return the ids of a text with guarded parts, and it; letter by letter where a special token breaks out."""
+        ids = self._plain.ids(text := rendered(self._plain.guard))
+        if self._plain.broken(ids, text):
+            ids = self._plain.ids(rendered(partial(self._plain.guard, every=True)))
+        return ids, text
 
-    def render(self, guarded: Sequence[str], answer: str) -> str:
-        """Return the conversation as the chat template writes it; without a template, the bare text."""
-        return self.turns.render("".join(guarded).split(_MARK), answer)
-
-    def _shorten(self, pieces: list[str], excess: int) -> bool:
-        """Take about `excess` tokens from the end of the longest filled-in text; return whether there is one."""
-        if (longest := longest_text(pieces)) is None:
-            return False
-        text = pieces[longest]
-        tokens = max(1, len(self._plain.ids(self._plain.guard(text))))
-        left = min(len(text) - 1, int(len(text) * max(0, tokens - excess) / tokens))
-        # half the text at most in one step: another may have become the longest by then
-        pieces[longest] = text[: max(FEWEST, left, len(text) // 2)].rstrip()
-        return True
-
-    def _too_long(self, pieces: Sequence[str], images: Sequence[ImageInput], most: int, room: int) -> str:
-        """Say what helps where nothing is left to cut: a shorter history, if that does, or room for the rest."""
-        ids, shown = len(self._ids(pieces, images, "")), sum(len(image.ids) for image in images)
-        free = self.positions - shown + len(images)  # for text, where nothing were written behind it
-        ways = ["lower item_summary_tokens or user_summary_tokens"] if free - room < ids <= free - ROOM else []
-        ways += ["make the images smaller"] if free - room < ids <= self.positions - room else []
-        ways += [f"take a model with more than {self.positions} positions"] if ids > free - room else []
-        ways += ["raise max_text_tokens"] if not ways else []
-        limit = f"max_text_tokens = {most} tokens"
+    def _too_long(self, pieces: Sequence[str], tokens: int, most: int) -> str:
+        """Say what helps where nothing is left to cut: a shorter history or room for the rest."""
+        limit, help_ = f"max_text_tokens = {most} tokens", "raise max_text_tokens"
         if most < self.max_text_tokens:
-            taken = f"{len(images)} {'image takes' if len(images) == 1 else 'images take'} {shown}, " * bool(images)
-            left = f"{max(0, most)} ({taken}an answer up to {room})"
-            limit = f"what is left of the model's {self.positions} positions, {left}"
-        first_and_last = [*pieces[:3], *pieces[-2:]]
-        if lists_items(pieces) and len(self._ids(first_and_last, (), "")) <= most:
-            return (
-                f"a prompt lists so long a history that the first letters of its {len(pieces) // 2} texts are over "
-                f"{limit}; {', or '.join([SHORTER_HISTORY, *ways])}"
-            )
-        return f"a prompt's fixed wording, {ids} tokens, is over {limit}; {', or '.join(ways)}"
+            limit = f"the {max(0, most)} that images and an answer leave of the model's {self.positions} positions"
+            help_ = f"lower *_summary_tokens, show smaller images, or take a model with more than {self.positions}"
+        what = f"a prompt's fixed wording, {tokens} tokens, is"
+        if lists_items(pieces):
+            what = f"a prompt lists so long a history that the first letters of its {len(pieces) // 2} texts are"
+            help_ = f"{SHORTER_HISTORY}, or {help_}"
+        return f"{what} over {limit}; {help_}"
 
     def image(self, path: Path) -> ImageInput:
         """Return the image at `path` as the model takes it; the same bytes are preprocessed once.
@@ -196,10 +176,11 @@ class Encoder:
         return self._images.get(key, lambda: self._processed(key, path))
 
     def _processed(self, key: str, path: Path) -> ImageInput:
-        assert self.processor is not None
-        options = {"return_tensors": "pt", "add_special_tokens": False}
+        processor: Any = self.processor
         try:
-            batch = self.processor(images=[open_image(path)], text=[self.image_token], **options)
+            batch = processor(
+                images=[open_image(path)], text=[self.image_token], return_tensors="pt", add_special_tokens=False
+            )
         except REFUSALS as error:
             raise UserError(
                 f"{path}: the model's image processor refuses it ({error}); mend or remove the image"
@@ -288,16 +269,12 @@ class PlainText:
         named = {str(w): int(tokenizer.convert_tokens_to_ids(w)) for w in tokenizer.all_special_tokens}
         flagged = {int(i): bool(token.special) for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items()}
         added = {str(w): int(i) for w, i in tokenizer.get_added_vocab().items() if flagged.get(i, True) or _is_tag(w)}
-        # Runs of white space are tokens of their own (Gemma), and as harmless in a title as any letter
-        special = {word: i for word, i in (added | named).items() if word.replace(_SPACE, "").strip()}
+        # Runs of white space are tokens of their own (Gemma), and as harmless in a title as a special token of one
+        # letter, which cannot be cut in two
+        special = {w: i for w, i in (added | named).items() if len(w) > 1 and w.replace(_SPACE, "").strip()}
         self._ids = frozenset(special.values())
-        # special ones of one letter, which cannot be cut in two: they are tokenised apart, as no special token
-        self._letters = {word for word in special if len(word) == 1}
-        # longest first, as one may hold another
-        self.spellings = sorted({word for word in {*special, IMAGE} if len(word) > 1}, key=lambda w: (-len(w), w))
+        self.spellings = sorted({*special, IMAGE}, key=lambda w: (-len(w), w))  # as one may hold another
         self._pattern = re.compile("|".join(map(re.escape, self.spellings)))
-        letters = "|".join(map(re.escape, sorted(self._letters))) or "(?!)"
-        self._letter = re.compile(f"{CUT}(?:{letters}){CUT}|({letters})")
         self._warned = False
         self._anchor = self._encode(_ANCHOR)
         # the ids the tokeniser puts before a text by itself
@@ -311,7 +288,6 @@ class PlainText:
         """Return `text` with a `CUT` inside each special token's spelling, or behind `every` character."""
         if every:
             return CUT.join(text.replace(CUT, ""))
-        text = self._letter.sub(lambda found: f"{CUT}{found[1]}{CUT}" if found[1] else found[0], text)
         # again, as what a cut leaves may spell another: <<a> is < and <a>
         while (cut := self._pattern.sub(lambda found: f"{found[0][0]}{CUT}{found[0][1:]}", text)) != text:
             text = cut
@@ -320,13 +296,9 @@ class PlainText:
     def ids(self, text: str) -> list[int]:
         """Return the ids of `text`, its parts between cuts tokenised apart."""
         first, *rest = text.split(CUT)
-        ids = self._encode(first)
+        ids, n = self._encode(first), len(self._anchor)
         for part in filter(None, rest):
-            if part in self._letters:
-                ids += self.tokenizer(part, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-                continue
             behind = self._encode(_ANCHOR + part)
-            n = len(self._anchor)
             ids += behind[n:] if behind[:n] == self._anchor else self._encode(part)
         return ids
 
@@ -335,8 +307,7 @@ class PlainText:
 
         A tokeniser may fold letters (full-width ones, say) before it looks for its tokens; no spelling shows that.
         """
-        spelt = len(self._pattern.findall(text)) + sum(bool(found[1]) for found in self._letter.finditer(text))
-        found = sum(token in self._ids for token in ids) > spelt
+        found = sum(token in self._ids for token in ids) > len(self._pattern.findall(text))
         if found and not self._warned:
             self._warned = True
             logging.getLogger().warning(
@@ -359,6 +330,4 @@ def _is_tag(word: str) -> bool:
 
     A letter or a word of letters and digits (an umlaut, a brand) is text that its tokeniser reads as one piece.
     """
-    return len(word) > 1 and not all(
-        letter.isalnum() or letter.isspace() or letter == _SPACE or combining(letter) for letter in word
-    )
+    return not all(letter.isalnum() or letter.isspace() or letter == _SPACE or combining(letter) for letter in word)

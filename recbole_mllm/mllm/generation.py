@@ -39,12 +39,10 @@ _CHECK = Decoding(4)
 def answer(body: Backbone, encoder: Encoder, stop: frozenset[int], slots: int, work: Work) -> None:
     """Answer what `work` holds, up to `slots` prompts at a time; the tokens of `stop` end an answer."""
     first = work.take(1)
-    if not first:
-        return
-    if _in_flight(body, encoder, stop, first[0].prompt):
+    if first and _in_flight(body, encoder, stop, first[0].prompt):
         Generation(body, encoder, stop, slots, first).run(work)
-    else:
-        PlainGeneration(body, encoder, stop, first).run(work)
+    elif first:
+        generate_plainly(body, encoder, stop, work, first)
 
 
 def _in_flight(body: Backbone, encoder: Encoder, stop: frozenset[int], prompt: Prompt) -> bool:
@@ -53,9 +51,9 @@ def _in_flight(body: Backbone, encoder: Encoder, stop: frozenset[int], prompt: P
         return True
     kind = bool(prompt.images)
     if kind not in body.in_flight:
-        pair = [Prompt(prompt.marked, prompt.images), Prompt(f"{prompt.marked} And why?", prompt.images)]
+        pair = [prompt, Prompt(f"{prompt.marked} And why?", prompt.images)]
         own, fast = Batch(pair, _CHECK), Batch(pair, _CHECK)
-        PlainGeneration(body, encoder, stop).run(own)
+        generate_plainly(body, encoder, stop, own)
         reason = "other words"
         try:
             Generation(body, encoder, stop, len(pair)).run(fast)
@@ -102,15 +100,23 @@ class _Row:
         return Answer(text.strip(), len(self.encoded.ids), len(self.new), not ended, self.shortened)
 
 
-def _row(encoder: Encoder, ask: Ask, work: Work) -> _Row | None:
-    """Encode a prompt; one whose image is gone since the work was planned fails alone, and None is returned."""
-    before = encoder.truncated
-    try:
-        encoded = encoder(ask.prompt, room=ask.decoding.max_new_tokens)
-    except OSError as error:
-        work.fail(ask.place, f"an image cannot be read any more: {error}")
-        return None
-    return _Row(ask, encoded, encoder.truncated > before, _stream(encoded, ask.decoding))
+def _rows(encoder: Encoder, asks: Sequence[Ask], work: Work) -> list[_Row]:
+    """Encode prompts; one whose image is gone since the work was planned fails alone.
+
+    Each samples from a random stream of its own: the same in any batch and after any interruption.
+    """
+    rows = []
+    for ask in asks:
+        before, decoding = encoder.truncated, ask.decoding
+        try:
+            encoded = encoder(ask.prompt, room=decoding.max_new_tokens)
+        except OSError as error:
+            work.fail(ask.place, f"an image cannot be read any more: {error}")
+            continue
+        content = [*encoded.ids, *(image.key for image in encoded.images)]
+        rng = np.random.default_rng(hash64("write", decoding.seed, *content)) if decoding.temperature else None
+        rows.append(_Row(ask, encoded, encoder.truncated > before, rng))
+    return rows
 
 
 class Generation:
@@ -123,15 +129,18 @@ class Generation:
     def __init__(
         self, body: Backbone, encoder: Encoder, stop: frozenset[int], slots: int, first: Sequence[Ask] = ()
     ) -> None:
-        self.body, self.encoder, self.stop, self.slots = body, encoder, stop, slots
+        self.backbone, self.encoder, self.stop, self.slots = body, encoder, stop, slots
+        self.again: list[Ask] = list(first)
+        self._clear()
+
+    def _clear(self) -> None:
         self.rows: list[_Row] = []
         self.cache: DynamicCache | None = None
         self.mask = torch.zeros(0, 0, dtype=torch.long)
-        self.again: list[Ask] = list(first)
 
     def run(self, work: Work) -> None:
         """Take prompts from `work` and give their answers until none waits and none is under way."""
-        with self.body.without_gradients():
+        with self.backbone.without_gradients():
             while (newcomers := self._newcomers(work)) or self.rows:
                 try:
                     if newcomers:
@@ -156,26 +165,24 @@ class Generation:
         return out + (work.take(free - len(out)) if free > len(out) else [])
 
     def _admit(self, newcomers: Sequence[Ask], work: Work) -> None:
-        """Read the new prompts, those of like length together, and let them join the batch."""
-        rows = [row for ask in newcomers if (row := _row(self.encoder, ask, work)) is not None]
+        rows = _rows(self.encoder, newcomers, work)
         for row in rows:
-            row.position = int(self.body.positions(row.encoded)[..., -1].max()) + 1
+            row.position = int(self.backbone.positions(row.encoded)[..., -1].max()) + 1
             if rules := row.ask.decoding.rules:
-                row.seen = torch.tensor([row.encoded.ids], device=self.body.logits_device)
+                row.seen = torch.tensor([row.encoded.ids], device=self.backbone.logits_device)
                 row.rules = _processors(
-                    self.body.head_model, rules, row.seen, self.stop, row.ask.decoding.max_new_tokens
+                    self.backbone.head_model, rules, row.seen, self.stop, row.ask.decoding.max_new_tokens
                 )
         for part in _alike(sorted(rows, key=lambda row: len(row.encoded.ids))):
             self._read(part)
 
     def _read(self, rows: Sequence[_Row]) -> None:
-        """Read prompts and write each one's first token."""
         cache = DynamicCache()
         lengths = torch.tensor([len(row.encoded.ids) for row in rows])
-        states = self.body.hidden([row.encoded for row in rows], 0, lengths.tolist(), cache)
+        states = self.backbone.hidden([row.encoded for row in rows], 0, lengths.tolist(), cache)
         ends = states[torch.arange(len(rows)), (lengths - 1).to(states.device)]
         mask = _right_align(cache, lengths)
-        self._append(rows, self.body.logits(ends))
+        self._append(rows, self.backbone.logits(ends))
         if self.cache is None:
             self.cache, self.mask = cache, mask
         else:
@@ -186,15 +193,14 @@ class Generation:
         self.rows += rows
 
     def _step(self) -> None:
-        """Write one token of every row."""
         assert self.cache is not None
         self.mask = torch.cat([self.mask, torch.ones(len(self.rows), 1, dtype=torch.long)], 1)
-        states = self.body.step(
+        states = self.backbone.step(
             [row.new[-1] for row in self.rows], [row.position for row in self.rows], self.mask, self.cache
         )
         for row in self.rows:
             row.position += 1
-        self._append(self.rows, self.body.logits(states))
+        self._append(self.rows, self.backbone.logits(states))
 
     def _append(self, rows: Sequence[_Row], logits: Tensor) -> None:
         for i, row in enumerate(rows):
@@ -222,10 +228,10 @@ class Generation:
 
     def _compact(self) -> None:
         places = [i for i, row in enumerate(self.rows) if not row.done]
-        self.rows = [self.rows[i] for i in places]
         if not places:
-            self.cache, self.mask = None, torch.zeros(0, 0, dtype=torch.long)
+            self._clear()
             return
+        self.rows = [self.rows[i] for i in places]
         self.mask = self.mask[places]
         first = int(self.mask.any(0).int().argmax())  # columns that only rows now gone had filled
         self.mask = self.mask[:, first:]
@@ -236,10 +242,9 @@ class Generation:
             layer.values = layer.values.index_select(0, index)[:, :, first:]
 
     def _restart(self, newcomers: Sequence[Ask], work: Work) -> None:
-        """Start what was under way anew, in a smaller batch."""
         under_way = {row.ask.place: row.ask for row in self.rows if not row.done}
         under_way |= {ask.place: ask for ask in newcomers}
-        self.rows, self.cache, self.mask = [], None, torch.zeros(0, 0, dtype=torch.long)
+        self._clear()
         free_memory()
         if len(under_way) == 1:
             work.fail(*_too_large(*under_way.values()))
@@ -249,47 +254,40 @@ class Generation:
         logging.getLogger().warning(f"out of memory; writing goes on with {self.slots} prompts at a time")
 
 
-class PlainGeneration:
-    """Answers one prompt after the other by the model's own ``generate``; a prompt too large fails alone."""
+def generate_plainly(
+    body: Backbone, encoder: Encoder, stop: frozenset[int], work: Work, first: Sequence[Ask] = ()
+) -> None:
+    """Answer `first` and what else `work` holds one by one, by the model's own ``generate``."""
+    while asks := first or work.take(1):
+        first = ()
+        for row in _rows(encoder, asks, work):
+            try:
+                with body.without_gradients():
+                    row.new = _generated(body, stop, row)
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+            if row.new:
+                work.give([(row.ask.place, row.answer(encoder.tokenizer, stop))])
+            else:  # not in the handler, as above
+                free_memory()
+                work.fail(*_too_large(row.ask))
 
-    def __init__(self, body: Backbone, encoder: Encoder, stop: frozenset[int], first: Sequence[Ask] = ()) -> None:
-        self.body, self.encoder, self.stop, self.first = body, encoder, stop, list(first)
 
-    def run(self, work: Work) -> None:
-        """Take prompts from `work` and give their answers until none waits."""
-        while asks := self.first or work.take(1):
-            self.first = []
-            for ask in asks:
-                if (row := _row(self.encoder, ask, work)) is None:
-                    continue
-                try:
-                    with self.body.without_gradients():
-                        row.new = self._generated(row)
-                except RuntimeError as error:
-                    if not out_of_memory(error):
-                        raise
-                if row.new:
-                    work.give([(ask.place, row.answer(self.encoder.tokenizer, self.stop))])
-                else:  # not in the handler, as above
-                    free_memory()
-                    work.fail(*_too_large(ask))
-
-    def _generated(self, row: _Row) -> list[int]:
-        """Return the tokens that transformers' own ``generate`` writes, the one that ends them included."""
-        decoding, model = row.ask.decoding, self.body.head_model
-        how = GenerationConfig(
-            **(json.loads(decoding.rules) if decoding.rules else {}),
-            max_new_tokens=decoding.max_new_tokens,
-            do_sample=False,
-            eos_token_id=sorted(self.stop) or None,
-            pad_token_id=min(self.stop, default=0),
-        )
-        draws = LogitsProcessorList([_Drawn(decoding, row.rng)] if row.rng is not None else [])
-        inputs = self.body.plain_inputs(row.encoded)
-        with changed(model, "generation_config", GenerationConfig()):  # which fills in what `how` leaves open
-            out = model.generate(**inputs, generation_config=how, logits_processor=draws)
-        tokens: list[int] = out[0, len(row.encoded.ids) :].tolist()
-        return tokens
+def _generated(body: Backbone, stop: Collection[int], row: _Row) -> list[int]:
+    decoding, model = row.ask.decoding, body.head_model
+    how = GenerationConfig(
+        **(json.loads(decoding.rules) if decoding.rules else {}),
+        max_new_tokens=decoding.max_new_tokens,
+        do_sample=False,
+        eos_token_id=sorted(stop) or None,
+        pad_token_id=min(stop, default=0),
+    )
+    draws = LogitsProcessorList([_Drawn(decoding, row.rng)] if row.rng is not None else [])
+    with changed(model, "generation_config", GenerationConfig()):  # which fills in what `how` leaves open
+        out = model.generate(**body.plain_inputs(row.encoded), generation_config=how, logits_processor=draws)
+    tokens: list[int] = out[0, len(row.encoded.ids) :].tolist()
+    return tokens
 
 
 class _Drawn(LogitsProcessor):  # type: ignore[misc]
@@ -311,14 +309,6 @@ def _drawn(logits: Tensor, decoding: Decoding, rng: np.random.Generator) -> int:
     share = share[before < decoding.top_p]
     place = torch.searchsorted((share / share.sum()).cumsum(-1), rng.random())
     return int(token[min(int(place), len(share) - 1)])
-
-
-def _stream(encoded: Encoded, decoding: Decoding) -> np.random.Generator | None:
-    """Return the row's own random stream: the same prompt samples the same, in any batch and after any interruption."""
-    if not decoding.temperature:
-        return None
-    content = [*encoded.ids, *(image.key for image in encoded.images)]
-    return np.random.default_rng(hash64("write", decoding.seed, *content))
 
 
 def _too_large(ask: Ask) -> tuple[int, str]:
@@ -372,12 +362,8 @@ _FOLLOWED: dict[str, tuple[Any, ...]] = {
     "remove_invalid_values": (False,),
 }
 # Fields for another way of decoding altogether, which is not followed
-_IGNORED: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("num_beams", "num_beam_groups", "guidance_scale"), (1,)),
-    **dict.fromkeys(("penalty_alpha", "token_healing"), (0,)),
-    **dict.fromkeys(("constraints", "force_words_ids", "stop_strings"), ([], "")),
-    **dict.fromkeys(("dola_layers", "max_time", "watermarking_config"), ()),
-}
+_IGNORED = ("num_beams", "num_beam_groups", "guidance_scale", "penalty_alpha", "token_healing", "constraints",
+            "force_words_ids", "stop_strings", "dola_layers", "max_time", "watermarking_config")  # fmt: skip
 
 
 def own_rules(name: str, *, trust_remote_code: bool = False) -> str:
@@ -393,7 +379,7 @@ def own_rules(name: str, *, trust_remote_code: bool = False) -> str:
             found = GenerationConfig.from_model_config(config)
         except UNREADABLE:  # said when it is loaded
             return ""
-    return _as_json({key: getattr(found, key, None) for key in _FOLLOWED})
+    return _as_json(vars(found))
 
 
 def with_penalty(rules: str, penalty: float | None, *, served: bool = False) -> str:
@@ -407,20 +393,12 @@ def with_penalty(rules: str, penalty: float | None, *, served: bool = False) -> 
 
 def ignored_rules(config: Any) -> str:
     """Return what a ``generation_config`` says that is not followed, for people; "" for nothing."""
-    found = _effective({key: getattr(config, key, None) for key in _IGNORED}, _IGNORED)
-    return ", ".join(f"{key}: {value}" for key, value in found.items())
+    found = {key: getattr(config, key, None) for key in _IGNORED}
+    return ", ".join(f"{key}: {value}" for key, value in found.items() if value not in (None, 0, 1, [], ""))
 
 
 def _processors(model: Any, rules: str, prompt: Tensor, stop: Collection[int], most: int) -> LogitsProcessorList:
-    """Return what transformers' own ``generate`` would do to the logits behind one `prompt`.
-
-    Args:
-        model: The causal language model.
-        rules: As of `own_rules`.
-        prompt: ``[1, T]`` token ids.
-        stop: The tokens that end an answer.
-        most: How many tokens it may have.
-    """
+    """Return what ``generate`` would do to the logits behind `prompt` ``[1, T]`` in an answer of `most` tokens."""
     config = GenerationConfig(**json.loads(rules), do_sample=False, max_length=prompt.size(1) + most)
     config._eos_token_tensor = torch.tensor(sorted(stop), device=prompt.device) if stop else None
     return model._get_logits_processor(
@@ -434,10 +412,5 @@ def _processors(model: Any, rules: str, prompt: Tensor, stop: Collection[int], m
 
 
 def _as_json(values: Mapping[str, Any]) -> str:
-    found = _effective(values, _FOLLOWED)
+    found = {key: values.get(key) for key, neutral in _FOLLOWED.items() if values.get(key) not in (None, *neutral)}
     return json.dumps(found, sort_keys=True) if found else ""
-
-
-def _effective(values: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
-    """Return those of `values` that do something."""
-    return {key: value for key, value in values.items() if value is not None and value not in neutral[key]}

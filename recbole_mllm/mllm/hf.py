@@ -17,7 +17,7 @@ from recbole_mllm.mllm.encoder import IMAGE_BYTES, AnswerTokens, Encoded, Encode
 from recbole_mllm.mllm.generation import answer
 from recbole_mllm.mllm.interface import Work
 from recbole_mllm.mllm.loading import Loaded, dtype_of, load
-from recbole_mllm.mllm.loss import example_loss, make_examples
+from recbole_mllm.mllm.loss import make_examples
 from recbole_mllm.mllm.scoring import yes_logits
 
 
@@ -49,28 +49,28 @@ class HFModel:
         self.identity = f"{loaded.identity}:{str(dtype).removeprefix('torch.')}{':nf4' if four_bit else ''}"
         self.model: Any = loaded.model
         self.device = device
-        self.body = Backbone(loaded.model)
+        self.backbone = Backbone(loaded.model)
         self.slots = slots
         parts = loaded.tokenizer, loaded.processor, settings.max_text_tokens
-        self.encoder = Encoder(*parts, self.body.architecture, positions_of(loaded.model.config))
+        self.encoder = Encoder(*parts, self.backbone.architecture, positions_of(loaded.model.config))
         self.tokens_read = 0
 
     def replace_model(self, model: Any) -> None:
         """Continue with `model`, the same one with an adapter around it."""
         self.model = model
-        self.body = Backbone(model)
+        self.backbone = Backbone(model)
 
     def split(self) -> None:
         """Split the model's layers among the processes that share its work; all of them must do so."""
         sharding.split(self.model, self.device)
-        self.body = Backbone(self.model, split=True)
+        self.backbone = Backbone(self.model, split=True)
 
     def checkpoint_gradients(self) -> None:
         """Compute layers again on the way back rather than keep their activations; the gradients are the same.
 
         The non-reentrant kind needs no input that requires gradients, so frozen embeddings do not cut it off.
         """
-        self.body.head_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.backbone.head_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def answers(self, style: Style) -> AnswerTokens:
         """Return the tokens of the style's Yes and No as they follow a prompt."""
@@ -80,16 +80,16 @@ class HFModel:
         """Answer what `work` holds, up to `slots` prompts at a time."""
         own = getattr(self.model.generation_config, "eos_token_id", None)
         stop = {self.encoder.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
-        answer(self.body, self.encoder, frozenset(stop - {None}), self.slots, work)
+        answer(self.backbone, self.encoder, frozenset(stop - {None}), self.slots, work)
 
     def yes_scores(self, prompts: Sequence[Prompt], answers: AnswerTokens, *, share_prefix: bool = True) -> Tensor:
         """Return ``[B]`` float32 log-odds of Yes against No for each prompt; its sigmoid is P(Yes) (paper, eq. 1)."""
         out, words = torch.empty(len(prompts)), (answers.yes[0], answers.no[0])
-        with self.body.without_gradients():
+        with self.backbone.without_gradients():
             for places, encoded in self._parts(prompts):
                 self.tokens_read += sum(len(e.ids) for e in encoded)
                 names = [repr(prompts[place].text[:200]) for place in places]
-                logits = yes_logits(self.body, encoded, words, share_prefix=share_prefix, name=names.__getitem__)
+                logits = yes_logits(self.backbone, encoded, words, share_prefix=share_prefix, name=names.__getitem__)
                 out[places] = logits[:, 0] - logits[:, 1]
         return out
 
@@ -115,18 +115,6 @@ class HFModel:
     def examples(self, prompts: Sequence[Prompt], labels: Tensor, answers: AnswerTokens) -> list[Encoded]:
         """Return each prompt with its right answer, encoded: Yes where the label is 1, else No."""
         return make_examples(self.encode(prompts), [answers.yes if y else answers.no for y in labels.tolist()])
-
-    def loss(
-        self,
-        prompts: Sequence[Prompt],
-        labels: Tensor,
-        answers: AnswerTokens,
-        *,
-        whole: bool = False,
-        share_prefix: bool = False,
-    ) -> Tensor:
-        """Return `example_loss` of the prompts' right answers."""
-        return example_loss(self.body, self.examples(prompts, labels, answers), whole=whole, share=share_prefix)
 
 
 def positions_of(config: Any) -> int:

@@ -32,8 +32,7 @@ class Scored(Answer):
     missing: int = 0
 
 
-MOST_CHARACTERS = 1_000_000
-"""What an answer may have: what is longer is no answer to a prompt of ours, and would not fit into a file of texts."""
+MOST_CHARACTERS = 1_000_000  # of an answer; what is longer would not fit into a file of texts
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +55,9 @@ class Decoding:
 
     def __str__(self) -> str:
         """Return what stands for it in an answer's key."""
-        rules = f":{self.rules}" if self.rules else ""
-        if not self.temperature:
-            return f"greedy:{self.max_new_tokens}{rules}"
-        return f"sampled:{self.max_new_tokens}:{self.temperature}:{self.top_p}:{self.seed}{rules}"
+        sampled = f":{self.temperature}:{self.top_p}:{self.seed}" if self.temperature else ""
+        how = "sampled" if sampled else "greedy"
+        return f"{how}:{self.max_new_tokens}{sampled}" + (f":{self.rules}" if self.rules else "")
 
 
 class Ask(NamedTuple):
@@ -106,16 +104,15 @@ class Batch:
 
     def take(self, count: int) -> list[Ask]:
         """Return the next `count` prompts."""
-        out = self.waiting[:count]
-        del self.waiting[:count]
+        out, self.waiting = self.waiting[:count], self.waiting[count:]
         return out
 
     def give(self, arrived: Sequence[tuple[int, Answer]]) -> None:
-        """Keep the answers."""
+        """Add the answers."""
         self.answers.update(arrived)
 
     def fail(self, place: int, reason: str) -> None:
-        """Keep the reason."""
+        """Add the reason."""
         self.failures[place] = reason
 
 
@@ -127,6 +124,6 @@ def answers_of(writer: Writer, prompts: Sequence[Prompt], decoding: Decoding) ->
     """
     work = Batch(prompts, decoding)
     writer.write(work)
-    for reason in work.failures.values():
-        raise UserError(reason)
+    if work.failures:
+        raise UserError(next(iter(work.failures.values())))
     return [work.answers[place] for place in range(len(prompts))]

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -51,10 +51,8 @@ class Loaded:
 
 def dtype_of(name: str, device: torch.device) -> torch.dtype:
     """Return the dtype `name` stands for; ``auto`` is float32 on CPU and bfloat16 elsewhere."""
-    if name == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    dtype = getattr(torch, name)
-    assert isinstance(dtype, torch.dtype)
+    auto = torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype: torch.dtype = auto if name == "auto" else getattr(torch, name)
     return dtype
 
 
@@ -105,7 +103,9 @@ def load(
         auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
         extra = (quantized(dtype, device) if four_bit else {}) | dict(placed or {})
         if weights:
-            with _without_bar() if file is not None else nullcontext():
+            # the reader of a .gguf file takes tqdm's own bar, not transformers', which is silent
+            reader = import_module("transformers.modeling_gguf_pytorch_utils") if file is not None else None
+            with changed(reader, "tqdm", transformers_logging.tqdm) if reader else nullcontext():
                 model, found = auto.from_pretrained(source, dtype=dtype, output_loading_info=True, **options, **extra)
             _check_weights(name, model.eval(), found["missing_keys"])
             model = model if four_bit or placed else model.to(device)
@@ -126,7 +126,7 @@ def load(
         # bitsandbytes 0.50 would repack weights for CPUs with AVX512-BF16 at their first use in evaluation: repacked,
         # they compute in bfloat16 whatever is asked for and have no gradient, so that training after it learns nothing
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 (its type is not known)
+            module.support_avx512bf16_for_cpu = False
     model.requires_grad_(False)
     return Loaded(model, tokenizer, processor, identity_of(name, getattr(config, "_commit_hash", None)))
 
@@ -141,11 +141,6 @@ def quantized(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
         llm_int8_skip_modules=["lm_head", r".*(?:vision|visual|image|projector|connector|merger)[^.]*"],
     )
     return {"quantization_config": how, "device_map": {"": device}}
-
-
-def _without_bar() -> AbstractContextManager[None]:
-    """Read a .gguf file without a bar: its reader takes tqdm itself, not transformers', which is silent."""
-    return changed(import_module("transformers.modeling_gguf_pytorch_utils"), "tqdm", transformers_logging.tqdm)
 
 
 def _check_weights(name: str, model: nn.Module, missing: Collection[str]) -> None:
@@ -167,13 +162,10 @@ def _check_weights(name: str, model: nn.Module, missing: Collection[str]) -> Non
 
 def _reason(error: Exception, folder: Path) -> str:
     """Return why a model cannot be loaded, and what to give in its place."""
-    if (folder / "adapter_config.json").is_file():
-        with suppress(OSError, ValueError, AttributeError):
-            about = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-            base = about.get("base_model_name_or_path")
-            return (
-                f"it is an adapter of {base!r}, no whole model; `recbole-mllm export RUN --out DIR --merge` writes one"
-            )
+    with suppress(OSError, ValueError, AttributeError):
+        about = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        base = about.get("base_model_name_or_path")
+        return f"it is an adapter of {base!r}, no whole model; `recbole-mllm export RUN --out DIR --merge` writes one"
     reason = next((line for line in str(error).splitlines() if line.strip()), "")
     if isinstance(error, torch.OutOfMemoryError):
         return f"{reason}; take a smaller model, or dtype: bfloat16"
@@ -191,11 +183,9 @@ def _reason(error: Exception, folder: Path) -> str:
 
 def load_images_processor(name: str, *, trust_remote_code: bool = False) -> Any:
     """Return the processor of `name`, without its weights; None for a model of text alone or one that cannot be had."""
-    try:
+    with suppress(UserError, *UNREADABLE):  # said when it is loaded
         if family_of(name, trust_remote_code=trust_remote_code) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
             return load_processor(source_of(name), trust_remote_code=trust_remote_code)
-    except (UserError, *UNREADABLE):  # said when it is loaded
-        pass
     return None
 
 
@@ -213,11 +203,9 @@ def refused_sizes(processor: Any, sizes: Iterable[Size]) -> dict[Size, str]:
 class NoVideos(dict[str, Any]):
     """Stands where a processor wants its video processor; a dict, as a processor prints its parts as JSON."""
 
-    # SmolVLM's chat template passes these on, to nobody
-    num_frames: int = 0
-    fps: int = 0
+    num_frames = fps = 0  # SmolVLM's chat template passes these on, to nobody
     model_input_names: tuple[str, ...] = ()
-    _auto_class: None = None
+    _auto_class = None
 
     def save_pretrained(self, folder: str, **_: Any) -> None:
         """Write nothing."""
@@ -241,10 +229,11 @@ def load_processor(source: str, **options: Any) -> Any:
     # the modules themselves: `transformers.AutoVideoProcessor` is a stub where torchvision is absent
     video = import_module("transformers.models.auto.video_processing_auto").AutoVideoProcessor
     smolvlm = import_module("transformers.models.smolvlm.processing_smolvlm")
-    with ExitStack() as stack:
-        stack.enter_context(changed(video, "from_pretrained", staticmethod(lambda *_, **__: NoVideos())))
-        stack.enter_context(changed(ProcessorMixin, "check_argument_for_proper_class", check))
-        stack.enter_context(changed(smolvlm, "num2words", smolvlm.num2words or str))
+    with (
+        changed(video, "from_pretrained", staticmethod(lambda *_, **__: NoVideos())),
+        changed(ProcessorMixin, "check_argument_for_proper_class", check),
+        changed(smolvlm, "num2words", smolvlm.num2words or str),
+    ):
         return AutoProcessor.from_pretrained(source, **options)
 
 

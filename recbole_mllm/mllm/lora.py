@@ -35,19 +35,15 @@ def check_finetune(settings: LoraSettings, device: torch.device) -> None:
     """
     if (how := sharding.wanted()) and settings.finetune in ("full", "qlora"):
         raise UserError(f"finetune: {settings.finetune} cannot be split by {how} here; set finetune: lora")
-    if settings.finetune == "qlora":
-        _check_four_bits(device)
-
-
-def _check_four_bits(device: torch.device) -> None:
-    """Quantise a few numbers on `device` to see whether QLoRA can run there."""
+    if settings.finetune != "qlora":
+        return
     try:
         functional = importlib.import_module("bitsandbytes.functional")
     except ImportError:
         raise UserError(
             'finetune: qlora needs bitsandbytes: pip install "recbole-mllm[qlora]", or set finetune: lora'
         ) from None
-    try:
+    try:  # with a few numbers
         packed, state = functional.quantize_4bit(torch.ones(64, 64, device=device), quant_type="nf4")
         functional.dequantize_4bit(packed, state)
     except (RuntimeError, AssertionError, NotImplementedError, AttributeError, OSError, ValueError) as error:
@@ -102,13 +98,12 @@ def target_modules(model: nn.Module, where: str) -> list[str]:
     Raises:
         UserError: No layer qualifies.
     """
-    linear = [name for name, module in model.named_modules() if _is_linear(module)]
+    never: tuple[str, ...] = _NEVER
     if getattr(getattr(model, "config", None), "model_type", None) in _WITHOUT_OUT_PROJ:
-        linear = [name for name in linear if name.rpartition(".")[2] != "out_proj"]
-    linear = [name for name in linear if not any(word in name for word in _NEVER)]
-    if where == "language":
-        part, _ = language_part(model)
-        linear = [name for name in linear if name.startswith(part)]
+        never += ("out_proj",)
+    part = language_part(model)[0] if where == "language" else ""
+    linear = [name for name, module in model.named_modules() if _is_linear(module) and name.startswith(part)]
+    linear = [name for name in linear if not any(word in name for word in never)]
     if not linear:
         raise UserError(f"{type(model).__name__} has no linear layer LoRA could adapt (lora_target: {where})")
     return linear

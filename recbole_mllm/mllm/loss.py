@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,47 +40,37 @@ def example_loss(body: Backbone, examples: Sequence[Encoded], *, whole: bool = F
     """
     if training_mode(body, examples) == "plain":
         return torch.stack([_plain_loss(body, example, whole) for example in examples]).mean()
-    losses = [
-        _summed_loss(body, [examples[i] for i in group.rows], group.shared, whole)
-        for group in groups(body, examples, share=share)
-    ]
+    parts = groups(body, examples, share=share)
+    losses = [_summed_loss(body, [examples[i] for i in part.rows], part.shared, whole) for part in parts]
     return torch.stack(losses).sum() / len(examples)
 
 
 def _summed_loss(body: Backbone, examples: Sequence[Encoded], shared: int, whole: bool) -> Tensor:
-    """Return the sum of the rows' losses, their first `shared` tokens being computed once."""
-    states, width = _states(body, examples, shared)
+    """Return the sum of the rows' losses, their first `shared` tokens being computed once.
+
+    Keys and values of the shared tokens are part of the graph: each row's loss reaches them through its own view.
+    """
+    stops, parts, cache = [len(example.ids) for example in examples], list[Tensor](), None
+    if shared:
+        cache = body.new_cache()
+        parts.append(body.hidden(examples[:1], 0, [shared], cache)[0])
+        cache = fork(cache, len(examples))
+    behind = body.hidden(examples, shared, stops, cache)
+    states = torch.cat([*parts, behind.flatten(0, 1)])  # [shared + B * width, D]
     # what is predicted, at which state, with what weight; the shared part's own tokens are labelled by every row
     labels: dict[tuple[int, int], float] = defaultdict(float)
     for i, example in enumerate(examples):
-        ids, places = example.ids, _labelled(body, example, whole)
+        places = _labelled(body, example, whole)
         for t in places:
-            before = t - 1
-            state = before if before < shared else before + i * width
-            labels[state, ids[t]] += 1 / len(places)
+            state = t - 1 if t <= shared else t - 1 + i * behind.size(1)
+            labels[state, example.ids[t]] += 1 / len(places)
     index, targets = torch.tensor(list(labels)).T
     logits = body.logits(states[index.to(states.device)])
     losses = functional.cross_entropy(logits, targets.to(logits.device), reduction="none")
     return (losses * torch.tensor(list(labels.values()), device=losses.device)).sum().to(body.device)
 
 
-def _states(body: Backbone, rows: Sequence[Encoded], shared: int) -> tuple[Tensor, int]:
-    """Return ``[shared + B * S, D]`` last hidden states, those of the shared tokens first, and S.
-
-    The keys and values of the shared tokens are part of the graph: each row's loss reaches them through its own view.
-    """
-    stops = [len(row.ids) for row in rows]
-    if not shared:
-        states = body.hidden(rows, 0, stops, None)
-        return states.flatten(0, 1), states.size(1)
-    cache = body.new_cache()
-    before = body.hidden(rows[:1], 0, [shared], cache)
-    behind = body.hidden(rows, shared, stops, fork(cache, len(rows)))
-    return torch.cat([before[0], behind.flatten(0, 1)]), behind.size(1)
-
-
 def _labelled(body: Backbone, example: Encoded, whole: bool) -> list[int]:
-    """Return the places of the tokens that are to be predicted."""
     ids = example.ids
     first = 1 if whole and body.architecture.shares_prefix else len(ids) - example.answer
     return [t for t in range(first, len(ids)) if ids[t] != body.image_token_id]
@@ -132,8 +122,7 @@ def micro_batches(
     return out
 
 
-@dataclass(frozen=True, slots=True)
-class SharedPrefix:
+class SharedPrefix(NamedTuple):
     """Rows, by their places in the batch, whose first `shared` tokens are the same input; 0: nothing is shared."""
 
     rows: tuple[int, ...]

@@ -52,22 +52,9 @@ def yes_logits(
     if not prompts:
         return torch.empty(0, len(tokens))
     mode = scoring_mode(body, prompts, tokens)
-    return _logits("flat" if mode == "shared" and not share_prefix else mode, body, prompts, tokens, name, LEAST_GAIN)
-
-
-def _logits(
-    mode: ScoringMode,
-    body: Backbone,
-    prompts: Sequence[Encoded],
-    tokens: Sequence[int],
-    name: Callable[[int], str],
-    gain: int,
-) -> Tensor:
     if mode == "plain":
         return torch.stack([plain_logits(body, prompt, tokens) for prompt in prompts])
-    trie = Trie(body, prompts, tokens, name, gain)
-    trie.run(mode)
-    return trie.out
+    return Trie(body, prompts, tokens, name, LEAST_GAIN).score(share=mode == "shared" and share_prefix)
 
 
 def plain_logits(body: Backbone, prompt: Encoded, tokens: Sequence[int]) -> Tensor:
@@ -100,16 +87,14 @@ def find_scoring_mode(body: Backbone, prompts: Sequence[Encoded], tokens: Sequen
     modes: tuple[ScoringMode, ...] = ("shared", "flat")
     for mode in modes:
         try:
-            off = (_logits(mode, body, pair, tokens, str, 1) - own).abs().max().item()
-        except UNSUITED as error:
-            reason = error_line(error)
-        else:
+            off = (Trie(body, pair, tokens, str, 1).score(share=mode == "shared") - own).abs().max().item()
             if off <= allowed:
                 return mode
             reason = f"logits differ by {off:.2g}"
+        except UNSUITED as error:
+            reason = error_line(error)
         logging.getLogger().warning(
-            f"{body.config.model_type}: {mode} scoring disagrees with a plain forward pass ({reason}); going on "
-            "without it"
+            f"{body.config.model_type}: {mode} scoring disagrees with a plain forward pass ({reason}); it is not used"
         )
     return "plain"
 
@@ -121,17 +106,9 @@ def error_line(error: Exception) -> str:
 
 def input_key(body: Backbone, prompt: Encoded) -> tuple[int, ...]:
     """Return the prompt's ids with image placeholders named after their image, so that equal keys are equal inputs."""
-    if not prompt.images:
-        return prompt.ids
-    mark, out, images, left = body.image_token_id, list(prompt.ids), iter(prompt.images), 0
-    for i, token in enumerate(prompt.ids):
-        if token == mark:
-            if not left:
-                image = next(images)
-                left, name = image.ids.count(mark), -2 - int(image.key[:15], 16)
-            out[i] = name
-            left -= 1
-    return tuple(out)
+    mark = body.image_token_id
+    names = (-2 - int(image.key[:15], 16) for image in prompt.images for _ in range(image.ids.count(mark)))
+    return tuple(next(names) if token == mark else token for token in prompt.ids) if prompt.images else prompt.ids
 
 
 def fork(cache: DynamicCache, rows: int) -> DynamicCache:
@@ -162,7 +139,7 @@ def split_by_next(keys: Sequence[Sequence[int]], rows: Sequence[int], place: int
 
 
 class Trie:
-    """One pass over sorted prompts; `node` shares a prefix, `leaf` scores what shares no more."""
+    """One pass over sorted prompts; `_node` shares a prefix, `_leaf` scores what shares no more."""
 
     def __init__(
         self,
@@ -172,52 +149,50 @@ class Trie:
         name: Callable[[int], str],
         least_gain: int,
     ) -> None:
-        self.body, self.prompts, self.tokens, self.name, self.least_gain = body, prompts, tokens, name, least_gain
+        self.backbone, self.prompts, self.tokens, self.name, self.least_gain = body, prompts, tokens, name, least_gain
         self.keys = [input_key(body, prompt) for prompt in prompts]
         self.out = torch.empty(len(prompts), len(tokens))
 
-    def run(self, way: ScoringMode) -> None:
-        """Score all prompts, sharing prefixes or not."""
+    def score(self, *, share: bool) -> Tensor:
+        """Return ``[B, tokens]`` logits behind all prompts, whose common prefixes are computed once or not."""
         order = sorted(range(len(self.prompts)), key=self.keys.__getitem__)
-        (self.node if way == "shared" else self.leaf)(order, 0, None)
+        (self._node if share else self._leaf)(order, 0, None)
+        return self.out
 
-    def node(self, rows: Sequence[int], depth: int, cache: DynamicCache | None) -> None:
+    def _node(self, rows: Sequence[int], depth: int, cache: DynamicCache | None) -> None:
         """Score `rows` (sorted by key), whose first `depth` tokens `cache` holds."""
         shared = self._shared(rows, depth)
         if len(rows) > 1 and (shared - depth) * (len(rows) - 1) >= self.least_gain:
             start, parent = depth, cache
-            ((_, cache),) = self._in_batches(rows[:1], lambda one: self.read(one[0], start, shared, parent))
+            ((_, cache),) = self._in_batches(rows[:1], lambda one: self._read(one[0], start, shared, parent))
             depth = shared
         alone: list[int] = []
         # where they part ways, which may lie behind words too few to be shared (the template's own before an image)
         for group in split_by_next(self.keys, rows, shared):
             deeper = self._shared(group, depth)
             if len(group) < len(rows) and (deeper - depth) * (len(group) - 1) >= self.least_gain:
-                self.node(group, depth, cache)
+                self._node(group, depth, cache)
             else:
                 alone += group
-        self.leaf(alone, depth, cache)
+        self._leaf(alone, depth, cache)
 
-    def read(self, row: int, depth: int, stop: int, parent: DynamicCache | None) -> DynamicCache:
-        """Return a cache of the first `stop` tokens of `row`, `depth` of which `parent` holds."""
-        cache = fork(parent, 1) if parent is not None else self.body.new_cache()
-        self.body.hidden([self.prompts[row]], depth, [stop], cache)
+    def _read(self, row: int, depth: int, stop: int, parent: DynamicCache | None) -> DynamicCache:
+        cache = fork(parent, 1) if parent is not None else self.backbone.new_cache()
+        self.backbone.hidden([self.prompts[row]], depth, [stop], cache)
         return cache
 
-    def leaf(self, rows: Sequence[int], depth: int, cache: DynamicCache | None) -> None:
-        """Score `rows` in length-sorted batches behind the shared `depth` tokens."""
+    def _leaf(self, rows: Sequence[int], depth: int, cache: DynamicCache | None) -> None:
         by_length = sorted(rows, key=lambda i: (len(self.keys[i]), self.keys[i]))
-        for batch, logits in self._in_batches(by_length, lambda batch: self.scored(batch, depth, cache)):
+        for batch, logits in self._in_batches(by_length, lambda batch: self._scored(batch, depth, cache)):
             self.out[list(batch)] = logits
 
-    def scored(self, batch: Sequence[int], depth: int, cache: DynamicCache | None) -> Tensor:
-        """Return ``[B, tokens]`` logits of a batch behind the first `depth` tokens of its rows."""
+    def _scored(self, batch: Sequence[int], depth: int, cache: DynamicCache | None) -> Tensor:
         prompts = [self.prompts[i] for i in batch]
         behind = fork(cache, len(batch)) if cache is not None else None
-        states = self.body.hidden(prompts, depth, [len(p.ids) for p in prompts], behind)
+        states = self.backbone.hidden(prompts, depth, [len(p.ids) for p in prompts], behind)
         last = torch.tensor([len(p.ids) - depth - 1 for p in prompts], device=states.device)
         ends = states[torch.arange(len(batch), device=states.device), last]
-        return self.body.logits(ends, self.tokens).cpu()
+        return self.backbone.logits(ends, self.tokens).cpu()
 
     def _in_batches(self, rows: Sequence[int], run: Callable[[Sequence[int]], Any]) -> Iterator[Any]:
         """Run `rows`, sorted by length, by the tokens of keys and values a batch holds, padding included."""
@@ -226,12 +201,12 @@ class Trie:
         def name(row: int) -> str:
             return f"{self.name(row)} ({len(keys[row])} tokens)"
 
-        return in_batches(rows, run, lambda batch: len(batch) * len(keys[batch[-1]]), self.body.budget, name)
+        return in_batches(rows, run, lambda batch: len(batch) * len(keys[batch[-1]]), self.backbone.budget, name)
 
     def _shared(self, rows: Sequence[int], depth: int) -> int:
         """Return the length of the prefix that all of `rows` share and that ends in no image's middle."""
         shared = min(common_prefix(self.keys, rows, depth), min(len(self.keys[i]) for i in rows) - 1)
         # a prefix that ends inside an image would cut its features in two
-        marks = [t for t, token in enumerate(self.prompts[rows[0]].ids) if token == self.body.image_token_id]
+        marks = [t for t, token in enumerate(self.prompts[rows[0]].ids) if token == self.backbone.image_token_id]
         inside = bool(marks) and marks[0] < shared <= marks[-1]
         return max(marks[0] if inside else shared, depth)

@@ -55,15 +55,6 @@ def check_supported(name: str, settings: MLLMSettings) -> None:
         raise _unknown(family)
 
 
-def why_not(name: str, settings: MLLMSettings) -> UserError | None:
-    """Return what `check_supported` raises, for its old callers."""
-    try:
-        check_supported(name, settings)
-    except UserError as error:
-        return error
-    return None
-
-
 def _unknown(family: str) -> UserError:
     return UserError(
         f"FSDP does not know the family {family} here; take a config without it, a model of a family it knows "

@@ -41,9 +41,8 @@ def shares_in_training(settings: Settings, body: Backbone) -> bool:
 def deals_by_item(settings: Settings, body: Backbone) -> bool:
     """Return whether rows of one item should meet in a batch: they share a prefix, and a pass may hold several rows."""
     train, first = settings.train, settings.recommend.prompt_order == "item-first"
-    return (
-        train.group_by_item == "auto" and first and shares_in_training(settings, body) and train.micro_batch_size != 1
-    )
+    wanted = train.group_by_item == "auto" and first and train.micro_batch_size != 1
+    return wanted and shares_in_training(settings, body)
 
 
 def item_major(row: Row) -> Row:
@@ -54,16 +53,13 @@ def item_major(row: Row) -> Row:
 def row_costs(rows: Sequence[Row], prompts: Iterable[Prompt], image_tokens: int, *, item_first: bool) -> Costs:
     """Return each row's key, the tokens that rows of its key share, and its own, as `shares.cut` takes them.
 
-    Args:
-        rows: In item-major order.
-        prompts: The question of each.
-        image_tokens: How many tokens an image takes, one number for all.
-        item_first: Whether the item stands first in the question, so that an item's rows share what is said of it.
+    Where `item_first` is true, rows of an item share what its question says first; an image takes `image_tokens`.
     """
     keys, shared, own = list[int](), list[int](), list[int]()
     for place, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
-        begin, rest = prompt.begin_and_rest()
-        head, tail = len(begin) // _PER_TOKEN + image_tokens * len(prompt.images), len(rest) // _PER_TOKEN
+        pieces = prompt.pieces()
+        lengths = [sum(map(len, part)) // _PER_TOKEN for part in (pieces[:2], pieces[2:])]
+        head, tail = lengths[0] + image_tokens * len(prompt.images), lengths[1]
         keys.append(row[2] if item_first else place)
         shared.append(head if item_first else 0)
         own.append(1 + tail if item_first else 1 + tail + head)
@@ -118,15 +114,13 @@ def score_in_shares(
         The scores, and what the other processes have spent.
     """
     parts = distributed.on_main(lambda: cut(*costs(rows), distributed.world_size()))
-    tokens, reused = spent()
+    before = spent()
     share = [rows[n] for n in parts[distributed.rank()] if n < len(rows)]
     mine = score_in_chunks(share, score, progress, len(rows))
     now = spent()
-    gathered = distributed.gather_objects((mine, now[0] - tokens, now[1] - reused))
-    others = [found for number, found in enumerate(gathered) if number != distributed.rank()]
-    scores = dict(mine)
-    for found, _, _ in others:
-        scores |= {row: value for row, value in found.items() if row not in mine}
+    others = list(distributed.gather_objects((mine, now[0] - before[0], now[1] - before[1])))
+    del others[distributed.rank()]
+    scores = {row: value for found, _, _ in others for row, value in found.items()} | mine
     # all ask for the same rows, unless a sampler of RecBole's drew others here than in the main process
     scores |= score_in_chunks([row for row in rows if row not in scores], score, None, 0)
     return scores, (sum(read for _, read, _ in others), sum(known for _, _, known in others))

@@ -68,9 +68,8 @@ def check_recommender(config: Any, settings: Settings, dataset: Any) -> None:
         check_negatives(config, dataset)
     check_finetune(settings.lora, torch.device(config["device"]))
     check_dispatch(settings.mllm)
-    name = settings.mllm.mllm
-    if not is_server(name) and (why := sharding.why_not(name, settings.mllm)):
-        raise why
+    if not is_server(settings.mllm.mllm):
+        sharding.check_supported(settings.mllm.mllm, settings.mllm)
 
 
 def load_style(settings: Settings) -> Style:
@@ -93,24 +92,19 @@ def make_summary_setup(config: Mapping[str, Any], settings: Settings, device: to
     """
     check_dispatch(settings.mllm)
     folder = Path(config["data_path"])
-    image_dir = settings.recommend.image_dir
+    image_dir, use_image = settings.recommend.image_dir, settings.recommend.use_image
+    summarizes_images = settings.summary.item_summary in ("image", "fused")
     items = read_items(folder, Path(image_dir) if image_dir else None, config["ITEM_ID_FIELD"])
-    items = without_refused(items, folder, _image_readers(settings), trust_remote_code=settings.mllm.trust_remote_code)
-    if not items.images and (settings.recommend.use_image or settings.summary.item_summary in ("image", "fused")):
+    mllm, summarizer = settings.mllm.mllm, settings.mllm.item_summarizer or settings.mllm.mllm
+    readers = dict.fromkeys([summarizer] * summarizes_images + [mllm] * use_image)
+    items = without_refused(items, folder, list(readers), trust_remote_code=settings.mllm.trust_remote_code)
+    if not items.images and (use_image or summarizes_images):
         raise UserError(
             "no item has an image; give --image_dir, or set use_image: false and item_summary: text to go without"
         )
     style = load_style(settings)
     who = _summarizers(settings, device)
     return SummarySetup(folder, _tag(settings, style, who), style, items, settings.summary, who)
-
-
-def _image_readers(settings: Settings) -> list[str]:
-    """Return the models that a run shows images to."""
-    summarizer = settings.mllm.item_summarizer or settings.mllm.mllm
-    names = [summarizer] if settings.summary.item_summary in ("image", "fused") else []
-    names += [settings.mllm.mllm] if settings.recommend.use_image else []
-    return list(dict.fromkeys(names))
 
 
 def without_refused(items: Items, folder: Path, models: Sequence[str], *, trust_remote_code: bool = False) -> Items:
@@ -122,63 +116,49 @@ def without_refused(items: Items, folder: Path, models: Sequence[str], *, trust_
     reasons: dict[Size, str] = {}
     for name in (name for name in models if items.extreme and not is_server(name)):
         processor = load_images_processor(name, trust_remote_code=trust_remote_code)
-        if processor is not None:
-            found = refused_sizes(processor, sorted(set(items.extreme.values())))
-            reasons |= {size: f"is refused by the image processor of {name}: {why}" for size, why in found.items()}
+        found = refused_sizes(processor, sorted(set(items.extreme.values()))) if processor is not None else {}
+        reasons |= {size: f"is refused by the image processor of {name}: {why}" for size, why in found.items()}
     refused = {item: reasons[size] for item, size in items.extreme.items() if size in reasons}
     if not refused:
         return items
-    rows = [(item, str(items.images[item]), reason) for item, reason in refused.items()]
     if distributed.is_main():
-        _report_refused(folder / REFUSED, rows)
+        rows = [(item, str(items.images[item]), reason) for item, reason in refused.items()]
+        try:
+            write_report(folder / REFUSED, rows)
+            listed = f"{folder / REFUSED} lists them"
+        except OSError as error:
+            listed = f"they are not listed, as {folder / REFUSED} cannot be written ({error.strerror})"
+        item, image, reason = rows[0]
+        logging.getLogger().warning(
+            f"{len(rows)} images count as missing, the first of item {item}: {image} {reason}; {listed}"
+        )
     return replace(items, images={item: path for item, path in items.images.items() if item not in refused})
 
 
-def _report_refused(path: Path, rows: Sequence[tuple[str, str, str]]) -> None:
-    try:
-        write_report(path, rows)
-        listed = f"{path} lists them"
-    except OSError as error:
-        listed = f"they are not listed, as {path} cannot be written ({error.strerror})"
-    item, image, reason = rows[0]
-    logging.getLogger().warning(
-        f"{len(rows)} images count as missing, the first of item {item}: {image} {reason}; {listed}"
-    )
-
-
 def _summarizers(settings: Settings, device: torch.device) -> Summarizers:
-    item = settings.mllm.item_summarizer or settings.mllm.mllm
-    user = settings.mllm.user_summarizer or settings.mllm.mllm
-    writes = settings.summary.item_summary != "none", settings.summary.summary_mode != "none"
-    for name, kind, needed in ((item, "item", writes[0]), (user, "user", writes[1])):
-        if needed and not is_server(name) and (why := sharding.why_not(name, settings.mllm)):
-            logging.getLogger().warning(f"{kind}_summarizer: {why}; only summaries that are there already will do")
-    split = sharding.wanted() is not None
-    return Summarizers(
-        _identity(item, settings, device),
-        _identity(user, settings, device),
-        partial(_writer, item, "item_summarizer", settings, device),
-        partial(_writer, user, "user_summarizer", settings, device),
-        split and not is_server(item),
-        split and not is_server(user),
-        _rules(item, settings) if writes[0] else "",
-        _rules(user, settings) if writes[1] else "",
-    )
-
-
-def _rules(name: str, settings: Settings) -> str:
-    own = settings.summary.summary_repetition_penalty
-    if is_server(name):
-        return with_penalty("", own, served=True)
-    return with_penalty(own_rules(name, trust_remote_code=settings.mllm.trust_remote_code), own)
-
-
-def _identity(name: str, settings: Settings, device: torch.device) -> str:
-    if is_server(name):
-        quiet = " (no thinking)" if settings.server.server_thinking == "off" else ""
-        return parse_endpoint(name, "summarizer").identity + quiet
+    own, split = settings.summary.summary_repetition_penalty, sharding.wanted() is not None
+    quiet = " (no thinking)" if settings.server.server_thinking == "off" else ""
     dtype = str(dtype_of(settings.mllm.dtype, device)).removeprefix("torch.")
-    return f"{identity_of(name, None)}:{dtype}"
+    found: dict[str, Any] = {}
+    for kind, mode in (("item", settings.summary.item_summary), ("user", settings.summary.summary_mode)):
+        key, rules = f"{kind}_summarizer", ""
+        name = getattr(settings.mllm, key) or settings.mllm.mllm
+        if is_server(name):
+            identity = parse_endpoint(name, "summarizer").identity + quiet
+            rules = with_penalty("", own, served=True)
+        else:
+            identity = f"{identity_of(name, None)}:{dtype}"
+            if mode != "none":
+                rules = with_penalty(own_rules(name, trust_remote_code=settings.mllm.trust_remote_code), own)
+                try:
+                    sharding.check_supported(name, settings.mllm)
+                except UserError as why:
+                    logging.getLogger().warning(f"{key}: {why}; only summaries that are there already will do")
+        found[f"{kind}_identity"] = identity
+        found[f"load_{kind}"] = partial(_writer, name, key, settings, device)
+        found[f"{kind}_is_split"] = split and not is_server(name)
+        found[f"{kind}_rules"] = rules if mode != "none" else ""
+    return Summarizers(**found)
 
 
 def _writer(name: str, key: str, settings: Settings, device: torch.device) -> Writer:

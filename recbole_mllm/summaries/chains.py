@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from recbole_mllm.common.settings import SummarySettings
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class State:
+class State(NamedTuple):
     """A preference that has read interactions ``[start, seen)`` of one user, in the last step those from `since` on."""
 
     start: int

@@ -82,7 +82,7 @@ class Tally:
     new_tokens: int = 0
     seconds: float = 0.0
     load_s: float = 0.0
-    words: list[int] = field(default_factory=list)
+    texts: int = 0
 
 
 @dataclass(slots=True)
@@ -145,22 +145,19 @@ class CachedGenerator:
         self.generate(source)
         return [source.texts[place] for place in range(len(prompts))]
 
-    def look_up(self, source: RequestSource) -> None:
-        """Answer what the store knows; what it lacks is left out, and so is what continues it."""
-        self._source = source
-        self._look_up(sys.maxsize)
-        self._waiting.clear()
-        self._jobs.clear()
-
-    def generate(self, source: RequestSource) -> None:
-        """Answer all requests of `source`.
+    def generate(self, source: RequestSource, *, known_only: bool = False) -> None:
+        """Answer all requests of `source`; with `known_only` those the store knows, without what continues others.
 
         Raises:
             UserError: `may_write` is false and an answer is missing; or, with all others answered and stored, some
                 could not be: an image is gone, or a prompt is too large for this machine.
         """
         self._source = source
-        self._look_up(1 if self.may_write else sys.maxsize)
+        self._look_up(1 if self.may_write and not known_only else sys.maxsize)
+        if known_only:
+            self._waiting.clear()
+            self._jobs.clear()
+            return
         must = bool(self._waiting)
         if must and not self.may_write:
             raise UserError(
@@ -232,7 +229,7 @@ class CachedGenerator:
             self.findings.look_at_new(answer)
             self._unstored.append((job.key, answer))
             del self._jobs[job.key]
-            self._hand_on(job.names, answer.text, job.request.prompt)
+            self._hand_on(job.names, answer.text)
         if self._unstored and (len(self._unstored) >= _STORE_COUNT or time.perf_counter() - self._stored_at > _STORE_S):
             self._store()
         elif self.leases is not None:
@@ -263,7 +260,7 @@ class CachedGenerator:
                 if job.key in known:
                     del self._jobs[job.key]
                     self.tally.known += len(job.names)
-                    self._hand_on(job.names, known[job.key], job.request.prompt)
+                    self._hand_on(job.names, known[job.key])
                 else:
                     (self._claimed if job.key in mine else self._held).append(job)
 
@@ -277,7 +274,7 @@ class CachedGenerator:
             for key, request in keyed:
                 if key in known:
                     self.tally.known += 1
-                    self._hand_on([request.name], known[key], request.prompt)
+                    self._hand_on([request.name], known[key])
                 elif key in self._jobs:
                     self._jobs[key].names.append(request.name)
                 else:
@@ -295,9 +292,9 @@ class CachedGenerator:
         self.keys.add(key)
         return key
 
-    def _hand_on(self, names: Sequence[Hashable], text: str, prompt: Prompt) -> None:
-        self.findings.look(text, prompt)
-        self.tally.words.append(len(text.split()))
+    def _hand_on(self, names: Sequence[Hashable], text: str) -> None:
+        self.findings.look(text)
+        self.tally.texts += 1
         for name in names:
             self._source.receive(name, text)
         if self._progress is not None:
@@ -330,18 +327,11 @@ class CachedGenerator:
             return
         rate = f"{t.written / t.seconds:.1f}/s, {t.new_tokens / t.seconds:.0f} tokens/s" if t.seconds else "-"
         log.info(
-            f"{self.kind} summaries{self.label}: {t.asked} asked, {t.known} known, {t.written} written in "
-            f"{t.seconds:.1f} s ({rate}); words: {_spread(t.words)}"
+            f"{self.kind} summaries{self.label}: {t.asked} requested, {t.known} known, {t.written} written in "
+            f"{t.seconds:.1f} s ({rate})"
         )
-        if lines := table(self.findings, self.kind, len(t.words)):
+        if lines := table(self.findings, self.kind, t.texts):
             log.warning("\n".join([f"{self.kind} summaries{self.label} to look at:", *lines]))
-
-
-def _spread(numbers: Sequence[int]) -> str:
-    ordered = sorted(numbers)
-    if not ordered:
-        return "none"
-    return f"{ordered[0]} to {ordered[-1]}, half of them up to {ordered[len(ordered) // 2]}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -377,28 +367,28 @@ def item_generator(
     setup: SummarySetup, store: AnswerStore, load: Callable[[], Writer] | None = None
 ) -> CachedGenerator:
     """Return what generates item summaries; its model is loaded once, by `load` if given, and goes with it."""
-    who, length = setup.who, setup.settings.item_summary_tokens
-    decoding = _decoding(setup.settings, length, who.item_rules)
-    may = setup.settings.summarize == "auto"
-    return CachedGenerator(
-        "item", load or cache(who.load_item), who.item_identity, store, decoding, may, in_step=who.item_is_split
-    )
+    return _scribe("item", setup, store, load)
 
 
 def user_generator(
     setup: SummarySetup, store: AnswerStore, load: Callable[[], Writer] | None = None
 ) -> CachedGenerator:
     """Return what generates user summaries; its model is loaded once, by `load` if given, and goes with it."""
-    who, length = setup.who, setup.settings.user_summary_tokens
-    decoding = _decoding(setup.settings, length, who.user_rules)
-    may = setup.settings.summarize == "auto"
+    return _scribe("user", setup, store, load)
+
+
+def _scribe(kind: str, setup: SummarySetup, store: AnswerStore, load: Callable[[], Writer] | None) -> CachedGenerator:
+    s, who = setup.settings, setup.who
+    if kind == "item":
+        tokens, load_own, identity = s.item_summary_tokens, who.load_item, who.item_identity
+        split, rules = who.item_is_split, who.item_rules
+    else:
+        tokens, load_own, identity = s.user_summary_tokens, who.load_user, who.user_identity
+        split, rules = who.user_is_split, who.user_rules
+    decoding = Decoding(tokens, s.summary_temperature, s.summary_top_p, s.summary_seed, rules)
     return CachedGenerator(
-        "user", load or cache(who.load_user), who.user_identity, store, decoding, may, in_step=who.user_is_split
+        kind, load or cache(load_own), identity, store, decoding, s.summarize == "auto", in_step=split
     )
-
-
-def _decoding(settings: SummarySettings, length: int, rules: str) -> Decoding:
-    return Decoding(length, settings.summary_temperature, settings.summary_top_p, settings.summary_seed, rules)
 
 
 def claiming(generator: CachedGenerator, store: Store) -> CachedGenerator:

@@ -6,8 +6,7 @@ import logging
 import time
 from collections.abc import Mapping, Set
 from contextlib import closing
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 from recbole_mllm.common import distributed
 from recbole_mllm.common.errors import UserError
@@ -17,7 +16,7 @@ from recbole_mllm.data import schema
 from recbole_mllm.data.histories import user_of
 from recbole_mllm.data.item_table import Items, write_item_summaries, write_user_summaries
 from recbole_mllm.summaries.chains import State, before, state_at
-from recbole_mllm.summaries.generator import SummarySetup, claiming, item_generator, user_generator
+from recbole_mllm.summaries.generator import CachedGenerator, SummarySetup, claiming, item_generator, user_generator
 from recbole_mllm.summaries.item_summaries import summarize_items
 from recbole_mllm.summaries.store import Spent, Store
 from recbole_mllm.summaries.user_summaries import SummaryRequests, as_rows, preferences
@@ -85,13 +84,12 @@ def make_item_summaries(setup: SummarySetup, requests: SummaryRequests) -> None:
 
 def make_preferences(setup: SummarySetup, requests: SummaryRequests) -> Preferences:
     """Generate every summary that some row of `requests` reads, item summaries first, and export both."""
-    s = setup.settings
-    if s.summary_mode == "none":
-        return Preferences({}, requests, setup.items, setup.style, s)
+    if setup.settings.summary_mode == "none":
+        return Preferences({}, requests, setup.items, setup.style, setup.settings)
     started = time.time()
     load_s = generate_in_shares(setup, requests, None)
-    found = distributed.main_first(lambda: _refreshed(setup, requests, None, started))
-    return Preferences(found.texts, requests, setup.items, setup.style, s, found.spent, load_s + found.load_s)
+    found, _ = distributed.main_first(lambda: _refreshed(setup, requests, None, started))
+    return replace(found, load_s=load_s + found.load_s)
 
 
 def refresh(setup: SummarySetup, requests: SummaryRequests, users: Set[str] | None = None) -> list[str]:
@@ -106,24 +104,20 @@ def refresh(setup: SummarySetup, requests: SummaryRequests, users: Set[str] | No
     left: list[str] = []
     if setup.settings.summary_mode != "none":
         generate_in_shares(setup, requests, users)
-        distributed.on_main(lambda: left.extend(_refreshed(setup, requests, users, time.time()).left))
+        distributed.on_main(lambda: left.extend(_refreshed(setup, requests, users, time.time())[1]))
     return left
 
 
-class _Refreshed(NamedTuple):
-    texts: dict[tuple[str, State], str]
-    left: list[str]
-    spent: Spent
-    load_s: float
-
-
-def _refreshed(setup: SummarySetup, requests: SummaryRequests, users: Set[str] | None, started: float) -> _Refreshed:
-    """Export the summaries of all users, those of `users` (None: all) complete."""
+def _refreshed(
+    setup: SummarySetup, requests: SummaryRequests, users: Set[str] | None, started: float
+) -> tuple[Preferences, list[str]]:
+    """Export the summaries of all users, those of `users` (None: all) complete; return who still lacks some."""
     s = setup.settings
     with closing(opened_store(setup.folder)) as store:
-        items = _exported_items(setup, store, requests.items(s))
+        describing = claiming(item_generator(setup, store), store)
+        items = export_item_summaries(setup, store, requests.items(s), describing)
         generator = claiming(user_generator(setup, store), store)
-        given = generator, setup.style, setup.items, items.texts
+        given = generator, setup.style, setup.items, items
         texts = preferences(*given, requests if users is None else requests.of(users), s)
         others = requests.of(users if users is not None else requests.positions, others=True)
         texts |= preferences(*given, others, s, known_only=True)
@@ -132,26 +126,18 @@ def _refreshed(setup: SummarySetup, requests: SummaryRequests, users: Set[str] |
             path = schema.usum_file(setup.folder, setup.tag)
             rows = write_user_summaries(path, as_rows(texts, requests))
             logging.getLogger().info(f"{path}: {rows} summaries")
-        spent = store.spent(items.keys | generator.keys, started)
+        spent = store.spent(describing.keys | generator.keys, started)
     lacking = (name for name, states in others.states(s).items() if any((name, state) not in texts for state in states))
-    left = list(dict.fromkeys(map(user_of, lacking)))
-    return _Refreshed(texts, left, spent, items.load_s + generator.tally.load_s)
+    load_s = describing.tally.load_s + generator.tally.load_s
+    found = Preferences(texts, requests, setup.items, setup.style, s, spent, load_s)
+    return found, list(dict.fromkeys(map(user_of, lacking)))
 
 
-def export_item_summaries(setup: SummarySetup, store: Store, wanted: list[str]) -> dict[str, str]:
+def export_item_summaries(
+    setup: SummarySetup, store: Store, wanted: list[str], generator: CachedGenerator | None = None
+) -> dict[str, str]:
     """Generate the summaries of `wanted` items that are missing, export all of them, and return them."""
-    return _exported_items(setup, store, wanted).texts
-
-
-class _Exported(NamedTuple):
-    texts: dict[str, str]
-    keys: set[str]
-    load_s: float
-
-
-def _exported_items(setup: SummarySetup, store: Store, wanted: list[str]) -> _Exported:
-    """Return what `export_item_summaries` does, with the answers' keys and the seconds that loading the model took."""
-    generator = claiming(item_generator(setup, store), store)
+    generator = generator or claiming(item_generator(setup, store), store)
     with generator.progress(len(wanted)):
         found = summarize_items(generator, setup.style, setup.items, wanted, setup.settings.item_summary)
     generator.report()
@@ -159,4 +145,4 @@ def _exported_items(setup: SummarySetup, store: Store, wanted: list[str]) -> _Ex
         path = schema.isum_file(setup.folder, setup.tag)
         rows = write_item_summaries(path, found)
         logging.getLogger().info(f"{path}: {rows} summaries")
-    return _Exported(found, generator.keys, generator.tally.load_s)
+    return found

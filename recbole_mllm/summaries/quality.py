@@ -1,4 +1,4 @@
-"""What to look for in written texts: an end cut off, a refusal, a prompt said again, another beginning than asked."""
+"""What to look for in written texts: an end cut off, a refusal, a prompt said again."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ _REFUSAL = re.compile(
     r"|i['’]m (unable|not able)\b|as an? (ai|language model)\b|unfortunately,? i\b",
     re.IGNORECASE,
 )
-_ASKED_START = re.compile(r"start with ['\"“‘](.+?)['\"”’][.\s]*$", re.IGNORECASE)
 _RUN = 8  # words in a row that are no accident
 _LEAST_WORDS = 12
 _EXAMPLES = 3
@@ -27,12 +26,6 @@ def cut_at_sentence(answer: Answer) -> str:
         return answer.text
     ends = [match.end() for match in _END.finditer(answer.text)]
     return answer.text[: ends[-1]] if ends and ends[-1] * 2 >= len(answer.text) else answer.text
-
-
-def asked_start(prompt: Prompt) -> str:
-    """Return the words that the style asks the answer to start with, or ""."""
-    found = _ASKED_START.search(prompt.pieces()[-1].strip()) if not prompt.marked.endswith("\ue002") else None
-    return found.group(1) if found else ""
 
 
 def repeats_prompt(text: str, prompt: Prompt, previous: str = "") -> bool:
@@ -64,16 +57,14 @@ class Findings:
         if len(kept) < _EXAMPLES and example not in kept:
             kept.append(example)
 
-    def look(self, text: str, prompt: Prompt) -> None:
-        """Note what can be seen in a text and its prompt alone, known from the store or newly written."""
+    def look(self, text: str) -> None:
+        """Note what can be seen in a text alone, known from the store or newly written."""
         if not text:
             self.note("empty", "")
         elif text.startswith("<think>"):  # and cut before the thought's end
             self.note("thinks aloud", text)
         elif _REFUSAL.match(text):
             self.note("refusal", text)
-        elif (start := asked_start(prompt)) and not text.lower().startswith(start.lower()):
-            self.note("other start", text)
 
     def look_at_new(self, answer: Answer) -> None:
         """Note what only the writer knows."""
@@ -90,7 +81,6 @@ REMEDIES = {
     "refusal": "another {kind}_summarizer or prompt_style",
     "empty": "another {kind}_summarizer or prompt_style",
     "thinks aloud": "tell the server not to let its model think (docs/servers.md)",
-    "other start": "prompt_style words the question",
     "repeats its prompt": "another {kind}_summarizer, or summary_temperature",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from datetime import UTC, datetime
 from math import isfinite
 from typing import Any
@@ -34,35 +35,25 @@ def users_since(dataset: Any, since: str) -> set[str]:
     latest = float(times.max()) if len(times) else 0.0
     late = times >= np.float32(_moment(since, latest))
     if not late.any():
-        raise UserError(f"no interaction is at or after --since {since}; the latest is at {latest:.0f}{_date(latest)}")
+        raise UserError(f"no interaction is at or after --since {since}; the latest is at {latest:.0f}")
     owners = np.unique(dataset.inter_feat[dataset.uid_field].numpy()[late])
     return set(np.asarray(dataset.field2id_token[dataset.uid_field]).astype(str)[owners].tolist())
 
 
 def _moment(since: str, latest: float) -> float:
     """Return `since` in the unit of a time column whose latest value is `latest`."""
-    try:
+    with suppress(ValueError):
         if isfinite(number := float(since)):
             return number
-    except ValueError:
-        pass
     try:
         date = datetime.fromisoformat(since)
     except ValueError:
         raise UserError(
             f"--since {since!r} is neither a number nor a date; write 2026-11-03, 2026-11-03T18:00 or a timestamp"
         ) from None
-    if (unit := _unit(latest)) is None:
+    unit = next((unit for least, unit in _UNITS if latest >= least), None)
+    if unit is None:
         raise UserError(
             f"--since {since}: the time column holds no moments but ranks, up to {latest:.0f}; give a number of those"
         )
     return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp() * unit
-
-
-def _unit(latest: float) -> float | None:
-    return next((unit for least, unit in _UNITS if latest >= least), None)
-
-
-def _date(moment: float) -> str:
-    unit = _unit(moment)
-    return f" ({datetime.fromtimestamp(moment / unit, UTC):%Y-%m-%d %H:%M} UTC)" if unit else ""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import glob
 import hashlib
+import json
 import logging
 import os
 import re
@@ -19,20 +20,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar, get_type_hints
+from typing import Any, NamedTuple, Protocol, get_type_hints
 
 import psutil  # type: ignore[import-untyped]
 
 from recbole_mllm.common.errors import UserError
-from recbole_mllm.common.files import copy_file, replace_file, set_file_aside, staged
+from recbole_mllm.common.files import replace_file, set_file_aside, staged
 from recbole_mllm.common.prompts import Prompt
 from recbole_mllm.data.images import image_digest
 from recbole_mllm.data.schema import store_file
-from recbole_mllm.mllm.interface import MOST_CHARACTERS, Answer, Decoding
+from recbole_mllm.mllm.interface import Answer, Decoding
 
-T = TypeVar("T")
-
-VERSION = 1  # of the table, in the file's user_version; 0 has neither origin nor truncated
+VERSION = 1  # of the table, in the file's user_version
 PAGE = 16384  # a row of more than a quarter page spills into a page of its own: at 4096, the default, most answers do
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS answers (
@@ -41,11 +40,9 @@ CREATE TABLE IF NOT EXISTS answers (
     origin TEXT NOT NULL DEFAULT '', truncated INTEGER NOT NULL DEFAULT 0
 ) WITHOUT ROWID
 """
-_ADDED = {"origin": "TEXT NOT NULL DEFAULT ''", "truncated": "INTEGER NOT NULL DEFAULT 0"}
 _LEASES = (
     "CREATE TABLE IF NOT EXISTS leases (key TEXT PRIMARY KEY, owner TEXT NOT NULL, until REAL NOT NULL) WITHOUT ROWID"
 )
-_CHUNK = 500  # SQLite takes a limited number of parameters a statement
 _BUSY_S = 60
 _LEASE_S = 900.0  # after which a process that says nothing is no longer waited for
 _RENEW_S = 60.0
@@ -70,13 +67,8 @@ class Row(NamedTuple):
 
 
 COLUMNS = Row._fields
-_TYPES = get_type_hints(Row)
-_KINDS = {str: "TEXT", int: "INTEGER", float: "REAL"}
-_BASE = {(name, _KINDS[kind]) for name, kind in _TYPES.items() if name not in _ADDED}  # of every version
 _INSERT = (
-    f"INSERT INTO answers ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))}) ON CONFLICT (key) DO "
-    f"UPDATE SET {', '.join(f'{name} = excluded.{name}' for name in COLUMNS[1:])} "
-    f"WHERE length(answers.text) > {MOST_CHARACTERS} AND length(excluded.text) <= {MOST_CHARACTERS}"
+    f"INSERT INTO answers ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))}) ON CONFLICT (key) DO NOTHING"
 )
 
 
@@ -134,42 +126,34 @@ class Store:
         self._db.close()
 
     def get(self, keys: Iterable[str]) -> dict[str, str]:
-        """Return the texts of those `keys` that are known; a text too long to be an answer is not."""
-        wanted = list(dict.fromkeys(keys))
-        found: dict[str, str] = dict(self._tried(lambda db: _select(db, "key, text", wanted)))
-        sound = {key: text for key, text in found.items() if len(text) <= MOST_CHARACTERS}
-        if len(sound) < len(found):
-            logging.getLogger().warning(
-                f"the summary store {self.path} holds {len(found) - len(sound)} answers of more than "
-                f"{MOST_CHARACTERS:,} characters, which no summary has; they are ignored and generated again"
-            )
-        return sound
+        """Return the texts of those `keys` that are known."""
+        with self._connection() as db:
+            return dict(_select(db, "key, text", keys))
 
     def add(self, kind: str, model: str, keys: Sequence[str], answers: Sequence[Answer], seconds: float) -> None:
-        """Store a batch of answers in one transaction; a known one stays, unless it is too long to be one."""
+        """Store a batch of answers in one transaction; what is known stays."""
         each, now = seconds / max(1, len(keys)), time.time()
-        rows = [
+        self.insert(
             Row(key, a.text, kind, model, a.prompt_tokens, a.new_tokens, each, now, "", int(a.truncated))
             for key, a in zip(keys, answers, strict=True)
-        ]
-        self._tried(lambda db: _inserted(db, rows))
-
-    def spent(self, keys: Iterable[str], since: float) -> Spent:
-        """Return the seconds that generating the answers of `keys` took, and how many are older than moment `since`."""
-        wanted = list(dict.fromkeys(keys))
-        rows = self._tried(lambda db: _select(db, "seconds, created", wanted))
-        return Spent(sum(seconds for seconds, _ in rows), sum(created < since for _, created in rows))
+        )
 
     def insert(self, rows: Iterable[Row]) -> int:
         """Store `rows`, all or none, beside what is there; return how many were new."""
-        with self._repairing():
-            return _inserted(self._db, rows)
+        with self._connection() as db:
+            return _inserted(db, rows)
+
+    def spent(self, keys: Iterable[str], since: float) -> Spent:
+        """Return the seconds that generating the answers of `keys` took, and how many are older than moment `since`."""
+        with self._connection() as db:
+            rows = _select(db, "seconds, created", keys)
+        return Spent(sum(seconds for seconds, _ in rows), sum(created < since for _, created in rows))
 
     @contextmanager
     def transaction(self, *, write: bool = False) -> Iterator[sqlite3.Connection]:
         """Give the connection for several reads of one moment's state, or to `write`: all or nothing."""
-        with self._repairing(), _transaction(self._db, "BEGIN IMMEDIATE" if write else "BEGIN"):
-            yield self._db
+        with self._connection() as db, _transaction(db, "BEGIN IMMEDIATE" if write else "BEGIN"):
+            yield db
 
     def compact(self) -> None:
         """Give unused space back to the disk.
@@ -177,49 +161,46 @@ class Store:
         Raises:
             UserError: Another process uses the store.
         """
-        with self._repairing():
-            self._db.execute("VACUUM")
-            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        with self._connection() as db:
+            db.execute("VACUUM")
+            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def __len__(self) -> int:
-        return self._tried(lambda db: int(db.execute("SELECT COUNT(*) FROM answers").fetchone()[0]))
+        with self._connection() as db:
+            return int(db.execute("SELECT COUNT(*) FROM answers").fetchone()[0])
 
-    def _opened(self) -> sqlite3.Connection:
-        for _ in range(2):
-            inode = _inode(self.path)
-            try:
-                db = _connected(self.path)
-                self._file = _inode(self.path)
-                return db
-            except DamagedStore as error:
-                _salvage(self.path, inode, str(error))
-        raise UserError(f"the summary store {self.path} is damaged; move it away")
+    def _opened(self, retried: bool = False) -> sqlite3.Connection:
+        self._file = _inode(self.path)
+        try:
+            db = _connected(self.path)
+        except DamagedStore as error:
+            if retried:
+                raise UserError(f"the summary store {self.path} is damaged; move it away") from error
+            _salvage(self.path, self._file, str(error))
+            return self._opened(retried=True)
+        self._file = _inode(self.path)
+        return db
 
     @contextmanager
-    def _repairing(self) -> Iterator[None]:
-        """Replace a damaged file, and say so with a `RepairedStore`: whether to repeat is the caller's to know."""
+    def _connection(self) -> Iterator[sqlite3.Connection]:
+        """Give the connection; if the file turns out to be damaged, repair it for whoever comes next.
+
+        Raises:
+            UserError: It was damaged, or cannot be read or written.
+        """
         if _inode(self.path) != self._file:  # another process has replaced it
             self._db.close()
             self._db = self._opened()
         try:
             with _explained(self.path):
-                yield
+                yield self._db
         except DamagedStore as error:
             self._db.close()
             _salvage(self.path, self._file, str(error))
             self._db = self._opened()
-            raise RepairedStore(
-                f"the summary store {self.path} was damaged and has been repaired; repeat the command"
+            raise UserError(
+                f"the summary store {self.path} was damaged and has been repaired; run the same command again"
             ) from error
-
-    def _tried(self, action: Callable[[sqlite3.Connection], T]) -> T:
-        """Return what `action` does, repeated once where the file had to be replaced."""
-        try:
-            with self._repairing():
-                return action(self._db)
-        except RepairedStore:
-            with self._repairing():
-                return action(self._db)
 
 
 def _inode(path: Path) -> int | None:
@@ -231,23 +212,15 @@ def _inode(path: Path) -> int | None:
 
 @contextmanager
 def _transaction(db: sqlite3.Connection, begin: str) -> Iterator[None]:
-    db.execute(begin)
-    try:
+    with db:  # commits, or rolls back
+        db.execute(begin)
         yield
-    except BaseException:
-        if db.in_transaction:
-            db.execute("ROLLBACK")
-        raise
-    db.execute("COMMIT")
 
 
-def _select(db: sqlite3.Connection, columns: str, keys: Sequence[str], where: str = "answers WHERE") -> list[Any]:
+def _select(db: sqlite3.Connection, columns: str, keys: Iterable[str], where: str = "answers WHERE") -> list[Any]:
     """Return `columns` of the rows with one of `keys`."""
-    found: list[Any] = []
-    for start in range(0, len(keys), _CHUNK):
-        chunk = keys[start : start + _CHUNK]
-        found += db.execute(f"SELECT {columns} FROM {where} key IN ({','.join('?' * len(chunk))})", chunk).fetchall()
-    return found
+    query = f"SELECT {columns} FROM {where} key IN (SELECT value FROM json_each(?))"
+    return db.execute(query, [json.dumps(list(keys))]).fetchall()
 
 
 def _inserted(db: sqlite3.Connection, rows: Iterable[Row]) -> int:
@@ -264,10 +237,6 @@ class DamagedStore(Exception):
     """The file is no database, or parts of it cannot be read."""
 
 
-class RepairedStore(UserError):
-    """A damaged file was replaced while something was done that cannot simply be done again."""
-
-
 def _connected(path: Path) -> sqlite3.Connection:
     """Open the store at `path`, created if absent, brought to the newest version if older.
 
@@ -277,28 +246,22 @@ def _connected(path: Path) -> sqlite3.Connection:
     """
     with _explained(path):
         if not path.is_file() and (path.exists() or path.is_symlink()):
-            what = "a link that leads nowhere" if path.is_symlink() and not path.exists() else "no file"
-            raise UserError(f"the summary store {path} is {what}; move it away, and a new store is made")
+            raise UserError(f"the summary store {path} is no file; move it away, and a new store is created")
         path.parent.mkdir(parents=True, exist_ok=True)
         db = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None)
         try:
             _check_ours(db, path)
             db.execute(f"PRAGMA page_size={PAGE}")  # of a new file; no effect on another
-            log_ahead(db, _BUSY_S)
+            patiently(db, "PRAGMA journal_mode=WAL")
             db.execute("PRAGMA synchronous=NORMAL")
-            _migrate(db, path)
+            _create_table(db)
         except BaseException:
             db.close()
             raise
         return db
 
 
-def log_ahead(db: sqlite3.Connection, patience: float) -> None:
-    """Turn on the write-ahead log, trying for `patience` seconds."""
-    _patiently(db, "PRAGMA journal_mode=WAL", patience)
-
-
-def _patiently(db: sqlite3.Connection, statement: str, patience: float) -> list[Any]:
+def patiently(db: sqlite3.Connection, statement: str, patience: float = _BUSY_S) -> list[Any]:
     """Return the rows of `statement`, tried again until `patience` seconds are over.
 
     Of two processes that create one file at the same moment, the second gets an error at once, whatever its timeout
@@ -316,52 +279,35 @@ def _patiently(db: sqlite3.Connection, statement: str, patience: float) -> list[
 
 def _check_ours(db: sqlite3.Connection, path: Path) -> None:
     """Refuse a database that something else made, or a newer version of this program, before anything is written."""
-    _version(db, path)
-    kinds = dict(_patiently(db, "SELECT name, type FROM sqlite_master WHERE name NOT LIKE 'sqlite_%'", _BUSY_S))
-    ours = kinds.get("answers") == "table" and _columns(db, "answers") >= _BASE
-    leases = {name for name, _ in _columns(db, "leases")}
-    if kinds and not (ours and (not leases or leases >= {"key", "owner", "until"})):
+    if db.execute("PRAGMA user_version").fetchone()[0] > VERSION:
+        raise UserError(f"the summary store {path} was written by a newer version of recbole-mllm; upgrade this one")
+    kinds = dict(patiently(db, "SELECT name, type FROM sqlite_master WHERE name NOT LIKE 'sqlite_%'"))
+    if kinds and not (kinds.get("answers") == "table" and _columns(db) >= set(COLUMNS)):
         raise UserError(
             f"{path} is an SQLite file of something else ({', '.join(sorted(kinds)[:5])}); move it away, and a new "
-            "summary store is made"
+            "summary store is created"
         )
 
 
-def _columns(db: sqlite3.Connection, table: str) -> set[tuple[str, str]]:
-    return {(name, kind) for _, name, kind, *_ in db.execute(f"PRAGMA table_info({table})")}
+def _columns(db: sqlite3.Connection) -> set[str]:
+    return {name for _, name, *_ in db.execute("PRAGMA table_info(answers)")}
 
 
-def _version(db: sqlite3.Connection, path: Path) -> int:
-    version = int(db.execute("PRAGMA user_version").fetchone()[0])
-    if version > VERSION:
-        raise UserError(f"the summary store {path} was written by a newer version of recbole-mllm; upgrade this one")
-    return version
-
-
-def _migrate(db: sqlite3.Connection, path: Path) -> None:
-    if _version(db, path) == VERSION and _columns(db, "answers"):
-        return
-    with _transaction(db, "BEGIN IMMEDIATE"):
-        _version(db, path)  # another process may have been first
-        db.execute(SCHEMA)
-        there = {name for name, _ in _columns(db, "answers")}
-        for name, kind in _ADDED.items():
-            if name not in there:
-                db.execute(f"ALTER TABLE answers ADD COLUMN {name} {kind}")
-        db.execute(f"PRAGMA user_version = {VERSION}")
+def _create_table(db: sqlite3.Connection) -> None:
+    if not _columns(db):
+        with _transaction(db, "BEGIN IMMEDIATE"):
+            db.execute(SCHEMA)
+            db.execute(f"PRAGMA user_version = {VERSION}")
 
 
 _DAMAGE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+_ROOM = "cannot be written", "make room on the disk (or raise the quota) and repeat: what was finished is stored"
+_RIGHTS = "cannot be opened for writing", "make its folder writable, or copy the dataset to one that is"
+_IN_USE = f"has been in use by another process for {_BUSY_S} s", "wait for that process, or stop it"
 _ADVICE = {  # by SQLite's code: what went wrong and what to do about it, where it is the machine's trouble and no bug
-    (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR): (
-        "cannot be written", "make room on the disk (or raise the quota) and repeat: what was finished is kept"
-    ),
-    (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM, sqlite3.SQLITE_AUTH): (
-        "cannot be opened for writing", "make its folder writable, or copy the dataset to one that is"
-    ),
-    (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL): (
-        f"has been in use by another process for {_BUSY_S} s", "wait for that process, or stop it"
-    ),
+    sqlite3.SQLITE_FULL: _ROOM, sqlite3.SQLITE_IOERR: _ROOM,
+    sqlite3.SQLITE_READONLY: _RIGHTS, sqlite3.SQLITE_CANTOPEN: _RIGHTS, sqlite3.SQLITE_PERM: _RIGHTS,
+    sqlite3.SQLITE_BUSY: _IN_USE, sqlite3.SQLITE_LOCKED: _IN_USE, sqlite3.SQLITE_PROTOCOL: _IN_USE,
 }  # fmt: skip
 
 
@@ -374,14 +320,13 @@ def _explained(path: Path) -> Iterator[None]:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         if code in _DAMAGE or "Could not decode to UTF-8" in str(error):
             raise DamagedStore(str(error)) from error
-        for codes, (what, advice) in _ADVICE.items():
-            if code in codes:
-                raise UserError(f"the summary store {path} {what} ({error}); {advice}") from error
+        if code in _ADVICE:
+            what, advice = _ADVICE[code]
+            raise UserError(f"the summary store {path} {what} ({error}); {advice}") from error
         raise
     except OSError as error:
-        raise UserError(
-            f"the summary store {path} cannot be opened ({error.strerror or error}); check the folder"
-        ) from error
+        why = error.strerror or error
+        raise UserError(f"the summary store {path} cannot be opened ({why}); check the folder") from error
 
 
 # A damaged file
@@ -403,49 +348,44 @@ def _salvage(path: Path, seen: int | None, why: str) -> None:
         if _inode(path) != seen or seen is None:
             return
         with staged(path.parent, f"{path.name}.salvage") as scratch:
-            fresh, copy = scratch / "fresh", scratch / "copy"
-            for own, other in ((path, copy), (wal_of(path), wal_of(copy))):
-                if own.is_file():
-                    copy_file(own, other)
+            fresh = scratch / path.name
             with closing(sqlite3.connect(fresh, isolation_level=None)) as db:
                 db.execute(f"PRAGMA page_size={PAGE}")
-                _migrate(db, fresh)
-                saved = _inserted(db, _readable(copy))
+                _create_table(db)
+                saved = _inserted(db, _readable(path))
             fresh.chmod(path.stat().st_mode)
             # with its log, which would be replayed into the fresh one
             aside = set_file_aside(path, "corrupt", ("-wal", "-shm"))
             replace_file(fresh, path)
     logging.getLogger().warning(
         f"the summary store {path} was damaged ({why}): {saved} answers were saved, what is missing will be generated "
-        f"again; the bad file is kept as {aside.name}"
+        f"again; the bad file is now {aside.name}"
     )
 
 
-def _readable(copy: Path) -> Iterator[Row]:
+def _readable(path: Path) -> Iterator[Row]:
     """Yield each answer that can be read, possibly twice; nothing where the file is no database of ours."""
     with (
-        closing(sqlite3.connect(copy, isolation_level=None)) as db,
-        suppress(sqlite3.DatabaseError, UnicodeDecodeError),
+        closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as db,
+        suppress(sqlite3.DatabaseError),
     ):
         db.execute("PRAGMA writable_schema = ON")  # so that SQLite opens a file that is shorter than it says
-        there = {name for name, _ in _columns(db, "answers")}
-        columns = ", ".join(name for name in COLUMNS if name in there)
         db.text_factory = bytes
-        for low, high in pairwise(_RANGES) if columns else ():
+        for low, high in pairwise(_RANGES):
             for order in ("ASC", "DESC"):  # from both ends of what is unreadable
-                query = f"SELECT {columns} FROM answers WHERE key >= ? AND key < ? ORDER BY key {order}"
+                query = f"SELECT {', '.join(COLUMNS)} FROM answers WHERE key >= ? AND key < ? ORDER BY key {order}"
                 with suppress(sqlite3.DatabaseError):
                     yield from filter(None, map(_sound, db.execute(query, (low, high))))
                     break
 
 
-def _sound(values: tuple[object, ...]) -> Row | None:
+def _sound(values: tuple[Any, ...]) -> Row | None:
     """Return the row, or None where a value is not what its column holds."""
     try:
-        row = Row(*(value.decode() if isinstance(value, bytes) else value for value in values))  # type: ignore[arg-type]
-    except (UnicodeDecodeError, TypeError):
+        row = Row._make(value.decode() if isinstance(value, bytes) else value for value in values)
+    except UnicodeDecodeError:
         return None
-    typed = all(isinstance(value, kind) for value, kind in zip(row, _TYPES.values(), strict=True))
+    typed = all(isinstance(value, kind) for value, kind in zip(row, get_type_hints(Row).values(), strict=True))
     return row if typed and "\0" not in row.text else None
 
 
@@ -476,7 +416,7 @@ class Leases:
         try:
             with self._store.transaction(write=True) as db:
                 db.execute(_LEASES)
-                known = dict(_select(db, "key, text", keys, f"answers WHERE length(text) <= {MOST_CHARACTERS} AND"))
+                known = dict(_select(db, "key, text", keys))
                 owners = dict(_select(db, "key, owner", keys, f"leases WHERE until > {now} AND"))
                 taken = {key for key, owner in owners.items() if owner != self._owner and _is_alive(owner)}
                 mine = set(keys) - known.keys() - taken
@@ -488,20 +428,20 @@ class Leases:
 
     def release(self, keys: Iterable[str]) -> None:
         """Give back leases on what has been stored."""
-        self._quietly("DELETE FROM leases WHERE key = ? AND owner = ?", [(key, self._owner) for key in keys])
+        self._write("DELETE FROM leases WHERE key = ? AND owner = ?", [(key, self._owner) for key in keys])
         self.renew()
 
     def renew(self) -> None:
         """Say from time to time that this process is still at work on what it has claimed."""
         if time.time() - self._renewed > _RENEW_S:
             self._renewed = time.time()
-            self._quietly("UPDATE leases SET until = ? WHERE owner = ?", [(time.time() + _LEASE_S, self._owner)])
+            self._write("UPDATE leases SET until = ? WHERE owner = ?", [(time.time() + _LEASE_S, self._owner)])
 
     def release_all(self) -> None:
         """Give back all leases."""
-        self._quietly("DELETE FROM leases WHERE owner = ?", [(self._owner,)])
+        self._write("DELETE FROM leases WHERE owner = ?", [(self._owner,)])
 
-    def _quietly(self, statement: str, values: Sequence[tuple[object, ...]]) -> None:
+    def _write(self, statement: str, values: Sequence[tuple[object, ...]]) -> None:
         with suppress(UserError), self._store.transaction(write=True) as db:  # else they lapse
             db.execute(_LEASES)
             db.executemany(statement, values)
@@ -509,22 +449,17 @@ class Leases:
 
 def owner_of(process: int) -> str:
     """Return what names a process of this machine in a lease; its start tells it from a later one of its number."""
-    return f"{socket.gethostname()}:{process}:{_started(process)}"
+    started = None  # of one that has ended
+    with suppress(psutil.NoSuchProcess):
+        found = psutil.Process(process)
+        started = None if found.status() == psutil.STATUS_ZOMBIE else found.create_time()
+    return f"{socket.gethostname()}:{process}:{started}"
 
 
 def _is_alive(owner: str) -> bool:
     """Return whether a process still runs; of another machine's, only the lease's end tells."""
     host, process, _ = owner.rsplit(":", 2)
     return host != socket.gethostname() or owner_of(int(process)) == owner
-
-
-def _started(process: int) -> float | None:
-    """Return when a process of this machine started; None: it has ended."""
-    try:
-        found = psutil.Process(process)
-        return None if found.status() == psutil.STATUS_ZOMBIE else found.create_time()
-    except psutil.NoSuchProcess:
-        return None
 
 
 # Without a trace
@@ -538,8 +473,8 @@ class ReadOnlyStore:
     """
 
     def __init__(self, folder: Path) -> None:
-        files = {path: _opened_to_read(path) for path in (store_file(folder), *shard_files(folder)) if path.is_file()}
-        self._files = {path: db for path, db in files.items() if db is not None}
+        files = [path for path in (store_file(folder), *shard_files(folder)) if path.is_file()]
+        self._files = {path: db for path in files if (db := _opened_to_read(path)) is not None}
 
     def close(self) -> None:
         """Close the files."""
@@ -548,9 +483,8 @@ class ReadOnlyStore:
 
     def get(self, keys: Iterable[str]) -> dict[str, str]:
         """Return the texts of those `keys` that are known."""
-        wanted = list(dict.fromkeys(keys))
-        right = f"answers WHERE length(text) <= {MOST_CHARACTERS} AND"  # what is longer is generated anew (`Store.get`)
-        return dict(self._read(lambda db: _select(db, "key, text", wanted, right)))
+        wanted = list(keys)
+        return dict(self._read(lambda db: _select(db, "key, text", wanted)))
 
     def add(self, *_: object) -> None:
         """Store nothing."""
@@ -569,17 +503,6 @@ class ReadOnlyStore:
         return found
 
 
-class EmptyStore:
-    """A store without answers that keeps none."""
-
-    def get(self, keys: Iterable[str]) -> dict[str, str]:
-        """Return nothing."""
-        return {}
-
-    def add(self, *_: object) -> None:
-        """Store nothing."""
-
-
 def _opened_to_read(path: Path) -> sqlite3.Connection | None:
     """Open a file; None where a process that has just begun it, or was killed then, has created no table yet."""
     # `ro` alone leaves a -shm file behind; a file that another process writes must be read with its journal
@@ -587,10 +510,7 @@ def _opened_to_read(path: Path) -> sqlite3.Connection | None:
     with _to_read(path):
         db = sqlite3.connect(f"{path.resolve().as_uri()}?{how}", uri=True)
         _check_ours(db, path)
-        if _columns(db, "answers"):
-            return db
-        db.close()
-        return None
+        return db if _columns(db) else None
 
 
 @contextmanager

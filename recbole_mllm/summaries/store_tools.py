@@ -8,7 +8,8 @@ import math
 import re
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -95,10 +96,7 @@ def prune(store: Store, model: str | None, older_than: float | None, *, dry_run:
 
 FORMAT, FORMAT_VERSION = "recbole-mllm answers", 1
 _KEY = re.compile(r"[0-9a-f]{64}")
-_LONGEST = 2**22  # characters of a line; an answer is a paragraph
-_WORDS = ("text", "kind", "model", "origin")
-_COUNTS = ("prompt_tokens", "new_tokens")
-_NUMBERS = ("seconds", "created")
+_LONGEST = 2**20  # characters of a line; an answer is a paragraph
 
 
 def is_export(head: bytes) -> bool:
@@ -150,25 +148,21 @@ def import_answers(store: Store, path: Path, origin: str | None) -> Imported:
         UserError: The file is no export, is cut short, or a line is not what it should be (file and line are named);
             nothing is changed then.
     """
-    numbers = [0]
-    added = store.insert(_rows(path, origin, numbers))
-    return Imported(added, numbers[0] - added)
+    read = [0]
+    added = store.insert(_rows(path, origin, read))
+    return Imported(added, read[0] - added)
 
 
-def _rows(path: Path, origin: str | None, numbers: list[int]) -> Iterator[Row]:
-    """Yield the file's answers, each checked; count them in `numbers`."""
+def _rows(path: Path, origin: str | None, read: list[int]) -> Iterator[Row]:
+    """Yield the file's answers, each checked; count them in `read`."""
     lines = _lines(path)
     promised = _head(path, next(lines, (1, "")))
-    seen: set[str] = set()
     for number, line in lines:
+        read[0] += 1
         row = _row(line, f"{path}:{number}")
-        if row.key in seen:
-            raise UserError(f"{path}:{number}: the key {row.key[:12]}… stands twice; take the file as it was exported")
-        seen.add(row.key)
-        numbers[0] += 1
         yield row._replace(origin=origin or row.origin or path.name)
-    if numbers[0] != promised:
-        raise UserError(f"{path}: {numbers[0]} answers where its first line says {promised}; it was cut, get it again")
+    if read[0] != promised:
+        raise UserError(f"{path}: {read[0]} answers where its first line says {promised}; it was cut, get it again")
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -192,47 +186,52 @@ def _head(path: Path, first: tuple[int, str]) -> int:
     if head.get("format") != FORMAT:
         raise UserError(f"{path}:1: this is no file `store export` wrote; its first line names no {FORMAT!r}")
     if head.get("version") != FORMAT_VERSION:
-        raise UserError(
-            f"{path}:1: format version {head.get('version')!r} is not {FORMAT_VERSION}; upgrade this program"
-        )
-    return _count(head.get("answers"), "answers", f"{path}:1")
+        version = head.get("version")
+        raise UserError(f"{path}:1: format version {version!r} is not {FORMAT_VERSION}; upgrade this program")
+    return int(head["answers"]) if _is_count(head.get("answers")) else 0
 
 
 def _row(line: str, where: str) -> Row:
     answer = _object(line, where)
     if wrong := sorted(set(answer).symmetric_difference(COLUMNS)):
         raise UserError(f"{where}: missing or unknown: {', '.join(wrong)[:200]}")
-    if not isinstance(answer["key"], str) or not _KEY.fullmatch(answer["key"]):
-        raise UserError(f"{where}: key is not 64 hexadecimal digits")
-    for name in _WORDS:
-        if not isinstance(answer[name], str):
-            raise UserError(f"{where}: {name} is no text")
-    if clean(answer["text"]) != answer["text"]:
-        raise UserError(f"{where}: text holds a tab, a line's end, a control character or a leading quote")
-    if not answer["kind"] or not answer["model"]:
-        raise UserError(f"{where}: kind and model must not be empty")
-    if not isinstance(answer["truncated"], bool):
-        raise UserError(f"{where}: truncated is neither true nor false")
-    for name in _COUNTS:
-        _count(answer[name], name, where)
-    for name in _NUMBERS:
-        if type(answer[name]) not in (int, float) or not 0 <= answer[name] < math.inf:
-            raise UserError(f"{where}: {name} is no number of at least 0")
-        answer[name] = float(answer[name])
-    return Row(**answer | {"truncated": int(answer["truncated"])})
+    for name, (is_right, wanted) in _CHECKS.items():
+        if not is_right(answer[name]):
+            raise UserError(f"{where}: {name} is not {wanted}")
+    return Row(**answer | {"truncated": int(answer["truncated"]), "seconds": float(answer["seconds"])})
 
 
 def _object(line: str, where: str) -> dict[str, Any]:
-    try:
+    with suppress(ValueError, RecursionError):
         value = json.loads(line)
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: no JSON object")
-    return value
+        if isinstance(value, dict):
+            return value
+    raise UserError(f"{where}: no JSON object")
 
 
-def _count(value: object, name: str, where: str) -> int:
-    if type(value) is not int or not 0 <= value < 2**63:
-        raise UserError(f"{where}: {name} is no whole number of at least 0")
-    return value
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < math.inf
+
+
+# What each column of an answer must hold, in words too
+_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "key": (lambda value: _is_text(value) and bool(_KEY.fullmatch(value)), "64 hexadecimal digits"),
+    "text": (lambda value: _is_text(value) and clean(value) == value,
+             "a text without tabs, line ends, control characters and leading quotes"),
+    "kind": (lambda value: _is_text(value) and value != "", "a text"),
+    "model": (lambda value: _is_text(value) and value != "", "a text"),
+    "origin": (_is_text, "a text"),
+    "prompt_tokens": (_is_count, "a whole number of at least 0"),
+    "new_tokens": (_is_count, "a whole number of at least 0"),
+    "seconds": (_is_number, "a number of at least 0"),
+    "created": (_is_number, "a number of at least 0"),
+    "truncated": (lambda value: isinstance(value, bool), "true or false"),
+}  # fmt: skip

@@ -71,7 +71,7 @@ def preferences(
     """
     chains = _Chains(style, items, summaries, requests, settings)
     with generator.progress(chains.total):
-        (generator.look_up if known_only else generator.generate)(chains)
+        generator.generate(chains, known_only=known_only)
     return chains.texts
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
-from contextlib import closing, contextmanager
+from contextlib import closing
 from functools import cache
 from itertools import count
 from pathlib import Path
@@ -35,7 +35,6 @@ from recbole_mllm.summaries.store import COLUMNS, Leases, Row, Store, answer_key
 from recbole_mllm.summaries.user_summaries import SummaryRequests, openings, preferences
 
 _OWNER = "this file"  # the lease that says who writes a shard
-_ROWS = 10_000  # rows merged in a transaction
 
 
 class ShardStore(Store):
@@ -90,23 +89,12 @@ def _merge_shards(store: Store, folder: Path) -> None:
         with closing(Store(path)) as shard:
             if not Leases(shard).claim([_OWNER]).mine:
                 continue
-            added = sum(store.insert(rows) for rows in _batches(shard))
+            with shard.transaction() as db:
+                added = store.insert(map(Row._make, db.execute(f"SELECT {', '.join(COLUMNS)} FROM answers")))
         for gone in (path, wal_of(path), path.with_name(f"{path.name}-shm"), path.with_name(f".{path.name}.lock")):
             remove_file(gone)
         if added:
             logging.getLogger().info(f"{path}: {added} answers merged into {store.path.name}")
-
-
-def _batches(shard: Store) -> Iterator[list[Row]]:
-    last = ""
-    while True:
-        with shard.transaction() as db:
-            query = f"SELECT {', '.join(COLUMNS)} FROM answers WHERE key > ? ORDER BY key LIMIT {_ROWS}"
-            rows = [Row(*values) for values in db.execute(query, (last,))]
-        if not rows:
-            return
-        yield rows
-        last = rows[-1].key
 
 
 def share_of(content: str, size: int) -> int:
@@ -128,28 +116,21 @@ def generate_in_shares(
         return 0.0
     _merge_all(setup.folder)
     s = setup.settings
-    with _shares(setup, item_generator, setup.who.load_item) as items:
-        summaries = summarize_items(items, setup.style, setup.items, requests.items(s), s.item_summary)
-        load_s = items.load_s
+    items = _Shares(setup, item_generator, setup.who.load_item)
+    summaries = summarize_items(items, setup.style, setup.items, requests.items(s), s.item_summary)
+    load_s = items.load_s
+    distributed.before_meeting(None)
     del items  # and its model
     if not only_items:
         due = requests if users is None else requests.of(users)
         given = setup.style, setup.items, summaries
-        with _shares(setup, user_generator, setup.who.load_user) as chains:
-            chains.spread(openings(*given, due, s))
-            mine = due.reading(name for name in due.positions if chains.is_mine(_beginning(due, name, s)))
-            chains.work(lambda generator: preferences(generator, *given, mine, s))
-            load_s += chains.load_s
+        chains = _Shares(setup, user_generator, setup.who.load_user)
+        chains.spread(openings(*given, due, s))
+        mine = due.reading(name for name in due.positions if chains.is_mine(_beginning(due, name, s)))
+        chains.work(lambda generator: preferences(generator, *given, mine, s))
+        load_s += chains.load_s
+        distributed.before_meeting(None)
     return load_s
-
-
-@contextmanager
-def _shares(
-    setup: SummarySetup, generator: Callable[..., CachedGenerator], load: Callable[[], Writer]
-) -> Iterator[_Shares]:
-    """Yield a `_Shares`; if its model is split, no process is led through it afterwards."""
-    yield _Shares(setup, generator, cache(load))
-    distributed.before_meeting(None)
 
 
 class _Shares:
@@ -158,8 +139,8 @@ class _Shares:
     def __init__(
         self, setup: SummarySetup, generator: Callable[..., CachedGenerator], load: Callable[[], Writer]
     ) -> None:
-        self._folder = setup.folder
-        self._make: Callable[[Store], CachedGenerator] = lambda store: generator(setup, store, load)
+        self._folder, load_once = setup.folder, cache(load)
+        self._make: Callable[[Store], CachedGenerator] = lambda store: generator(setup, store, load_once)
         self._rank, self._size = distributed.rank(), distributed.world_size()
         self.load_s = 0.0  # what loading the model took
 

@@ -87,7 +87,7 @@ def gradients(folder, prompts, places, finetune):
     examples, out = made.examples(prompts, LABELS, made.answers(STYLE)), {}
     for share in (False, True):
         made.model.zero_grad()
-        loss = example_loss(made.body, examples, share=share)
+        loss = example_loss(made.backbone, examples, share=share)
         loss.backward()
         own = {n: p.grad.cpu() for n, p in made.model.named_parameters() if p.grad is not None}
         out |= {f"{share} {n}": g for n, g in own.items()} | {f"{share} loss": loss.detach().cpu()}

@@ -42,7 +42,7 @@ def test_nothing_in_memory_is_one_clear_line(folder, mllm):
 def test_scores_are_those_of_the_plain_forward(dispatched, prompts, tokens, expected, share, monkeypatch):
     monkeypatch.setattr(scoring, "LEAST_GAIN", 1)
     with torch.inference_mode():
-        found = scoring.yes_logits(dispatched.body, dispatched.encode(prompts), tokens, share_prefix=share)
+        found = scoring.yes_logits(dispatched.backbone, dispatched.encode(prompts), tokens, share_prefix=share)
     assert (found - expected).abs().max() < 1e-5
 
 

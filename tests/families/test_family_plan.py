@@ -12,7 +12,7 @@ from recbole_mllm.common.prompts import recommend_prompt
 from recbole_mllm.common.settings import LoraSettings
 from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.mllm.lora import tune
-from recbole_mllm.mllm.loss import Group
+from recbole_mllm.mllm.loss import SharedPrefix
 from recbole_mllm.plan.cost import flops, trained_parameters
 from recbole_mllm.plan.counting import PlannedModel, scoring_groups
 
@@ -34,12 +34,12 @@ def test_parameters_and_bytes_are_those_of_the_loaded_model(plan, mllm):
 
 def test_a_tokens_keys_and_values_take_what_the_cache_holds(plan, mllm, prompts):
     one = mllm.encoder(shortest(prompts, mllm))
-    cache = mllm.body.new_cache()
+    cache = mllm.backbone.new_cache()
     with torch.inference_mode():
-        mllm.body.hidden([one], 0, [len(one.ids)], cache)
+        mllm.backbone.hidden([one], 0, [len(one.ids)], cache)
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     planned = len(one.ids) * plan.sizes.cache_bytes(4)
-    kinds = getattr(mllm.body.config.get_text_config(), "layer_types", None) or []
+    kinds = getattr(mllm.backbone.config.get_text_config(), "layer_types", None) or []
     # a layer with a sliding window keeps the window alone, which a plan takes no account of
     assert held < planned if "sliding_attention" in kinds else held == planned
 
@@ -73,8 +73,8 @@ def test_text_takes_the_operations_that_torch_counts(plan, mllm, prompts):
     one = mllm.encoder(shortest(prompts, mllm))
     length = len(one.ids)
     with _counting() as counter:
-        mllm.body.logits(mllm.body.hidden([one], 0, [length], None)[0])
-    count = plan.read([plan.encoder(shortest(prompts, mllm))], [[Group((0,), 0)]])
+        mllm.backbone.logits(mllm.backbone.hidden([one], 0, [length], None)[0])
+    count = plan.read([plan.encoder(shortest(prompts, mllm))], [[SharedPrefix((0,), 0)]])
     count.logits = length * plan.sizes.vocabulary
     planned = flops(plan.sizes, count)
     assert planned["prompt"] + planned["head"] == pytest.approx(counter.get_total_flops(), rel=0.03)
@@ -87,20 +87,20 @@ def test_an_image_takes_about_the_operations_that_torch_counts(plan, mllm, image
     for path in images.values():
         image = mllm.encoder.image(path)
         with _counting() as counter:
-            mllm.body._encode(image)
+            mllm.backbone._encode(image)
         planned = plan.sizes.image_flops(plan.encoder.image(path).tensors, len(image.ids))
         assert planned == pytest.approx(counter.get_total_flops(), rel=0.15)
 
 
 @pytest.mark.parametrize("share", [True, False])
 def test_scoring_computes_about_the_tokens_that_are_planned(plan, mllm, images, sees, monkeypatch, share):
-    ran, real = [], mllm.body.hidden
+    ran, real = [], mllm.backbone.hidden
 
     def hidden(rows, start, stops, cache):
         ran.append(sum(stop - start for stop in stops))
         return real(rows, start, stops, cache)
 
-    monkeypatch.setattr(mllm.body, "hidden", hidden)
+    monkeypatch.setattr(mllm.backbone, "hidden", hidden)
     items = {path.stem: path if sees else None for path in images.values()}
     many = [  # a few items, each asked about for many users, as a run does
         recommend_prompt(STYLE, f"likes {n} cats", f"the {name} mug" + " in its box" * 20, image, item_first=True)

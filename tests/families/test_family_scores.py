@@ -19,7 +19,7 @@ def every_prefix_is_shared(monkeypatch):
 
 @torch.inference_mode()
 def _scores(mllm, prompts, tokens, **options):
-    return scoring.yes_logits(mllm.body, mllm.encode(prompts), tokens, **options)
+    return scoring.yes_logits(mllm.backbone, mllm.encode(prompts), tokens, **options)
 
 
 def test_the_ids_are_those_of_the_processor_itself(mllm, prompts, sees, images):
@@ -55,21 +55,21 @@ def test_logits_do_not_depend_on_order_or_company(mllm, prompts, tokens, expecte
     assert (shuffled - expected[order]).abs().max() < 1e-5
     alone = torch.cat([_scores(mllm, [prompt], tokens) for prompt in prompts])
     assert (alone - expected).abs().max() < 1e-5
-    monkeypatch.setattr(mllm.body.budget, "size", 300)  # batches of one to three
+    monkeypatch.setattr(mllm.backbone.budget, "size", 300)  # batches of one to three
     assert (_scores(mllm, prompts, tokens) - expected).abs().max() < 1e-5
 
 
 def test_a_prefix_is_shared_where_the_family_allows_it(mllm, prompts, tokens, monkeypatch):
-    read, stock = [], mllm.body.hidden
+    read, stock = [], mllm.backbone.hidden
 
     def spy(rows, start, stops, cache):
         read.append(sum(stop - start for stop in stops))
         return stock(rows, start, stops, cache)
 
-    monkeypatch.setattr(mllm.body, "hidden", spy)
+    monkeypatch.setattr(mllm.backbone, "hidden", spy)
     _scores(mllm, prompts, tokens)
     whole = sum(len(e.ids) for e in mllm.encode(prompts))
-    assert sum(read) == whole if mllm.body.config.model_type == "paligemma" else sum(read) < 0.95 * whole
+    assert sum(read) == whole if mllm.backbone.config.model_type == "paligemma" else sum(read) < 0.95 * whole
 
 
 def test_bfloat16_is_no_worse_than_batching_alone(folder, prompts, tokens):

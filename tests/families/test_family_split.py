@@ -80,7 +80,7 @@ def gradients(mllm, prompts):
     out = {"loss": torch.zeros(())}
     labels = torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0])[: len(prompts)]
     for example in mllm.examples(prompts, labels, mllm.answers(STYLE)) if prompts else ():
-        loss = example_loss(mllm.body, [example], share=False)
+        loss = example_loss(mllm.backbone, [example], share=False)
         loss.backward()
         out["loss"] += loss.detach()
     return out | {name: p.grad.clone() for name, p in mllm.model.named_parameters() if p.grad is not None}

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from stock_forward import STYLE, own_inputs, own_logits
+from stock_forward import STYLE, loss_of, own_inputs, own_logits
 
 from recbole_mllm.common.prompts import recommend_prompt
 
@@ -88,7 +88,7 @@ def test_the_loss_is_the_likelihood_of_the_answer_or_of_all_words(mllm, stock, p
         inputs = own_inputs(mllm.encoder.tokenizer, mllm.encoder.processor, prompt, word)
         ids, start = inputs["input_ids"][0], len(mllm.encoder(prompt).ids)
         places = torch.arange(1 if whole else start, len(ids))
-        places = places[ids[places] != mllm.body.image_token_id]
+        places = places[ids[places] != mllm.backbone.image_token_id]
         losses.append(torch.nn.functional.cross_entropy(own_logits(stock, inputs)[places - 1], ids[places]))
-    got = mllm.loss(few, labels, mllm.answers(STYLE), whole=whole)
+    got = loss_of(mllm, few, labels, whole=whole)
     assert torch.allclose(got, torch.stack(losses).mean(), atol=1e-5)

@@ -66,12 +66,13 @@ def test_scores_and_texts_are_those_of_the_stock_model(pair, monkeypatch):
     with torch.no_grad():
         ends = torch.stack([logits[-1] for _, logits in own(mllm, stock, prompts)])
     margin = ends[:, answers.yes[0]] - ends[:, answers.no[0]]
-    assert margin.std() > 1e-3 and mllm.body.architecture.known
+    assert margin.std() > 1e-3 and mllm.backbone.architecture.known
     for share in (True, False):
         assert (mllm.yes_scores(prompts, answers, share_prefix=share) - margin).abs().max() < 1e-5
     with torch.inference_mode():
         whole = [
-            mllm.body.logits(mllm.body.hidden([one], 0, [len(one.ids)], None)[0])[-1] for one in mllm.encode(prompts)
+            mllm.backbone.logits(mllm.backbone.hidden([one], 0, [len(one.ids)], None)[0])[-1]
+            for one in mllm.encode(prompts)
         ]
     assert (torch.stack(whole) - ends).abs().max() < 1e-5
     written = [
@@ -86,7 +87,7 @@ def test_scores_and_texts_are_those_of_the_stock_model(pair, monkeypatch):
 
 def test_a_pair_without_a_test_is_checked_and_keeps_its_sharing(pair, monkeypatch):
     _, mllm, prompts = pair
-    outer, text = mllm.body.config.model_type, mllm.body.config.get_text_config().model_type
+    outer, text = mllm.backbone.config.model_type, mllm.backbone.config.get_text_config().model_type
     row = families._FAMILIES[outer]
     monkeypatch.setitem(families._FAMILIES, outer, replace(row, texts=row.texts - {text}))
     unknown = HFModel(str(pair[0]), SETTINGS.mllm, CPU)
@@ -95,8 +96,8 @@ def test_a_pair_without_a_test_is_checked_and_keeps_its_sharing(pair, monkeypatc
     monkeypatch.setattr(scoring, "find_scoring_mode", lambda *args: asked.append(1) or stock(*args))
     answers = mllm.answers(STYLE)
     assert (unknown.yes_scores(prompts, answers) - mllm.yes_scores(prompts, answers)).abs().max() < 1e-5
-    assert not unknown.body.architecture.known and asked
-    assert unknown.body.way == ("shared" if row.shares_prefix else "flat")
+    assert not unknown.backbone.architecture.known and asked
+    assert unknown.backbone.way == ("shared" if row.shares_prefix else "flat")
 
 
 def test_loss_gradients_and_the_merged_export_are_those_of_the_stock_model(pair, monkeypatch, tmp_path):
@@ -110,15 +111,15 @@ def test_loss_gradients_and_the_merged_export_are_those_of_the_stock_model(pair,
         if "lora_B" in name:
             parameter.data.normal_(std=0.05)
     examples = mllm.examples(prompts, LABELS, mllm.answers(STYLE))
-    expected = likelihood(mllm, mllm.body.head_model, prompts)
+    expected = likelihood(mllm, mllm.backbone.head_model, prompts)
     gradients = torch.autograd.grad(expected, adapted.values())
     for share in (True, False):
-        loss = example_loss(mllm.body, examples, share=share)
+        loss = example_loss(mllm.backbone, examples, share=share)
         assert torch.allclose(loss, expected, atol=1e-6)
         found = torch.autograd.grad(loss, adapted.values())
         off = torch.cat([(a - b).flatten() for a, b in zip(found, gradients, strict=True)])
         assert off.norm() < 2e-5 * torch.cat([g.flatten() for g in gradients]).norm()
-    assert len(groups(mllm.body, examples)) == (2 if mllm.body.architecture.shares_prefix else 1)
+    assert len(groups(mllm.backbone, examples)) == (2 if mllm.backbone.architecture.shares_prefix else 1)
     scores = mllm.yes_scores(prompts, answers := mllm.answers(STYLE))
     write_model(mllm, str(folder), tmp_path, merge=True)
     stock = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()

@@ -15,20 +15,10 @@ from recbole_mllm.cli import main
 from recbole_mllm.quick_start import make_config, run
 
 TINY = {
-    "hidden_size": 16,
-    "inner_size": 16,
-    "embedding_size": 16,
-    "n_heads": 2,
-    "epochs": 1,
-    "train_batch_size": 64,
-    "show_progress": False,
-    "state": "ERROR",
-    "metrics": ["NDCG", "GAUC"],
-    "topk": [5],
-    "valid_metric": "NDCG@5",
-    "frozen_candidates": True,
-    "reproducibility": True,
-}
+    "hidden_size": 16, "inner_size": 16, "embedding_size": 16, "n_heads": 2, "epochs": 1, "train_batch_size": 64,
+    "show_progress": False, "state": "ERROR", "metrics": ["NDCG", "GAUC"], "topk": [5], "valid_metric": "NDCG@5",
+    "frozen_candidates": True, "reproducibility": True,
+}  # fmt: skip
 UNI = {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "uni20"}
 
 
@@ -53,7 +43,7 @@ def raw(whole: Any, field: str, values: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("unit", [1, 1000])
-def test_the_exact_order_survives_recboles_own_sort(tmp_path: Path, unit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_exact_order_survives_recboles_own_sort(tmp_path, unit, monkeypatch):
     rng = random.Random(unit)
     rows = [
         (f"u{rng.randrange(12)}", f"i{n}", 1_700_000_000 * unit + rng.randrange(90 * unit), rng.randrange(1, 6))
@@ -66,19 +56,14 @@ def test_the_exact_order_survives_recboles_own_sort(tmp_path: Path, unit: int, m
     )
     (folder / "movies.dat").write_text("0::A title::Drama\n")
     assert main(["convert", "movielens", "--raw", str(folder), "--out", str(tmp_path / "m")]) == 0
-    _, (_, _, test) = whole_and_parts = dataset(tmp_path / "m", "SASRec", monkeypatch)
-    whole = whole_and_parts[0]
+    whole, (_, _, test) = dataset(tmp_path / "m", "SASRec", monkeypatch)
     exact: dict[str, list[str]] = {}
     for user, item, _, _ in sorted(rows, key=lambda row: row[2]):  # stable: ties in the file's order
         exact.setdefault(user, []).append(item)
     shown = test.inter_feat
-    for u, items, length, target in zip(
-        raw(whole, "user_id", shown["user_id"]),
-        shown["item_id_list"].numpy(),
-        shown["item_length"].tolist(),
-        raw(whole, "item_id", shown["item_id"]),
-        strict=True,
-    ):
+    users, targets = (raw(whole, field, shown[field]) for field in ("user_id", "item_id"))
+    lists, lengths = shown["item_id_list"].numpy(), shown["item_length"].tolist()
+    for u, items, length, target in zip(users, lists, lengths, targets, strict=True):
         assert [*raw(whole, "item_id", items[:length]), target] == exact[u][-length - 1 :]
     assert len(shown) == 12
     _, (_, _, general) = dataset(tmp_path / "m", "BPR", monkeypatch)
@@ -103,9 +88,7 @@ def lists_of(folder: Path, part: str) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("width", [5, 50])
-def test_sequential_models_see_the_latest_items_at_the_configured_width(
-    paper: Path, width: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sequential_models_see_the_latest_items_at_the_configured_width(paper, width, monkeypatch):
     whole, parts = dataset(paper, "SASRec", monkeypatch, MAX_ITEM_LIST_LENGTH=width)
     for name, part in zip(("train", "valid", "test"), parts, strict=True):
         expected, rows = lists_of(paper, name), part.inter_feat
@@ -116,9 +99,7 @@ def test_sequential_models_see_the_latest_items_at_the_configured_width(
             assert not items[length:].any()
 
 
-def test_general_models_learn_all_histories_and_the_train_users_targets_alone(
-    paper: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_general_models_learn_all_histories_and_the_train_users_targets_alone(paper, monkeypatch):
     whole, (train, valid, test) = dataset(paper, "BPR", monkeypatch)
     expected = sorted(
         (u, i)
@@ -126,19 +107,14 @@ def test_general_models_learn_all_histories_and_the_train_users_targets_alone(
         for u, items in lists_of(paper, name).items()
         for i in (items if name == "train" else items[:-1])
     )
-    got = zip(
-        raw(whole, "user_id", train.inter_feat["user_id"]),
-        raw(whole, "item_id", train.inter_feat["item_id"]),
-        strict=True,
-    )
-    assert sorted(got) == expected
+
+    def rows(part: Any) -> list[tuple[str, str]]:
+        users, items = (raw(whole, field, part.inter_feat[field]) for field in ("user_id", "item_id"))
+        return list(zip(users, items, strict=True))
+
+    assert sorted(rows(train)) == expected
     for name, part in (("valid", valid), ("test", test)):
-        pairs = zip(
-            raw(whole, "user_id", part.inter_feat["user_id"]),
-            raw(whole, "item_id", part.inter_feat["item_id"]),
-            strict=True,
-        )
-        assert dict(pairs) == {u: items[-1] for u, items in lists_of(paper, name).items()}
+        assert dict(rows(part)) == {u: items[-1] for u, items in lists_of(paper, name).items()}
     _, (counted, *_) = dataset(paper, "Pop", monkeypatch)
     assert sorted(raw(whole, "item_id", counted.inter_feat["item_id"])) == sorted(
         i[-1] for i in lists_of(paper, "train").values()
@@ -146,13 +122,11 @@ def test_general_models_learn_all_histories_and_the_train_users_targets_alone(
 
 
 @pytest.mark.parametrize("frozen", [True, None])
-def test_pop_counts_every_target_and_nothing_else(
-    tmp_path: Path, frozen: bool | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pop_counts_every_target_and_nothing_else(tmp_path, frozen, monkeypatch):
     lists = {f"u{u}": [f"i{u % 7}", f"i{7 + u % 3}", f"j{u % 2 if u % 3 else 0}"] for u in range(60)}
     raw_dump = write_microlens(tmp_path / "raw", lists, {})
-    words = ["convert", "microlens", "--raw", str(raw_dump), "--out", str(tmp_path / "d"), "--protocol", "paper"]
-    assert main(words) == 0
+    words = f"convert microlens --raw {raw_dump} --out {tmp_path / 'd'} --protocol paper"
+    assert main(words.split()) == 0
     keys = {"frozen_candidates": frozen, "eval_args": {**UNI, "mode": "uni5"}}
     outcome = run(config(tmp_path / "d", "Pop", monkeypatch, **keys))
     tokens = outcome.dataset.field2id_token["item_id"]
@@ -162,7 +136,7 @@ def test_pop_counts_every_target_and_nothing_else(
     assert {item: count for item, count in counts.items() if count} == expected
 
 
-def test_mllmmsr_knows_the_whole_history_behind_a_cut_list(paper: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mllmmsr_knows_the_whole_history_behind_a_cut_list(paper, monkeypatch):
     whole, (_, _, test) = dataset(paper, "MLLMMSR", monkeypatch, MAX_ITEM_LIST_LENGTH=5)
     everything = {u: items for name in ("train", "valid", "test") for u, items in lists_of(paper, name).items()}
     assert whole.histories == {user: items[:-1] for user, items in everything.items()}
@@ -173,7 +147,7 @@ def test_mllmmsr_knows_the_whole_history_behind_a_cut_list(paper: Path, monkeypa
     }
 
 
-def test_all_models_meet_the_same_candidates_on_benchmark_files(paper: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_models_meet_the_same_candidates_on_benchmark_files(paper, monkeypatch):
     runs = [run(config(paper, model, monkeypatch)) for model in ("Pop", "BPR", "ItemKNN", "SASRec", "GRU4Rec", "DIEN")]
     assert len({outcome.dataset.candidates_digest for outcome in runs}) == 1
     users = len(lists_of(paper, "test"))
@@ -190,9 +164,7 @@ ALL = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ALL)
-def test_every_stock_sequential_model_runs_on_benchmark_files(
-    paper: Path, model: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_stock_sequential_model_runs_on_benchmark_files(paper, model, monkeypatch):
     # CPR models refuse to score single candidates (sasreccpr.py:478), and this world has 40 items, not 100
     keys = {"eval_args": {**UNI, "mode": "full"}, "reranker_CAN_NUM": 20} if model.endswith("CPR") else {}
     outcome = run(config(paper, model, monkeypatch, **{"metrics": ["NDCG"], **keys}))
@@ -210,25 +182,14 @@ def movies(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "raw").mkdir()
     (folder / "raw" / "ratings.dat").write_text("".join(rows))
     (folder / "raw" / "movies.dat").write_text("".join(films))
-    words = [
-        "convert",
-        "movielens",
-        "--raw",
-        str(folder / "raw"),
-        "--out",
-        str(folder / "films"),
-        "--protocol",
-        "paper",
-    ]
-    assert main(words) == 0
+    words = f"convert movielens --raw {folder / 'raw'} --out {folder / 'films'} --protocol paper"
+    assert main(words.split()) == 0
     return folder / "films"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["FDSA", "GRU4RecF", "S3Rec", "SASRecF"])
-def test_stock_models_of_item_features_run_on_benchmark_files(
-    movies: Path, model: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stock_models_of_item_features_run_on_benchmark_files(movies, model, monkeypatch):
     load = {"inter": ["user_id", "item_id_list", "item_id"], "item": ["item_id", "genres"]}
     keys = {"load_col": load, "selected_features": ["genres"], "item_attribute": "genres"}
     outcome = run(config(movies, model, monkeypatch, **keys))

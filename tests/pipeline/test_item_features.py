@@ -110,7 +110,7 @@ def test_an_image_is_what_the_vision_tower_makes_of_it_and_none_is_zeros(place: 
     found = image_vectors(model, [images[0], None, images[1], images[2]])
     assert not found[1].any() and np.abs(found[0] - found[2]).max() > 1e-4
     pixels = model.encoder.image(images[1]).tensors["pixel_values"]
-    theirs = model.body.inner.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
+    theirs = model.backbone.inner.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
     assert np.abs(torch.as_tensor(theirs[0]).mean(0).numpy() - found[2]).max() < 1e-4
     with pytest.raises(UserError, match="reads images"):
         image_vectors(model_at(place / "llama"), [images[0]])

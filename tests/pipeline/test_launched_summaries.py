@@ -215,7 +215,7 @@ def test_beside_a_server_a_split_model_is_loaded_by_all_for_its_own_summaries_al
         assert isinstance(stage.who.load_item(), ServerModel)
         assert (stage.who.item_is_split, stage.who.user_is_split) == (False, True)
         with pytest.raises(UserError, match="summaries that all processes had just written are gone"):
-            claiming(user_generator(stage, Mock())).load()
+            claiming(user_generator(stage, Mock()), Mock()).load()
 
 
 def test_what_one_process_does_alone_waits_for_no_other_where_models_are_to_be_split(

@@ -9,7 +9,7 @@ import small_world
 import tiny_models
 import torch
 from recbole.quick_start import load_data_and_model
-from stock_forward import SETTINGS, STYLE, own_inputs, own_logits
+from stock_forward import SETTINGS, STYLE, loss_of, own_inputs, own_logits
 from torch.nn import functional
 from transformers import AutoModelForImageTextToText
 
@@ -128,7 +128,7 @@ def test_gradients_are_those_of_the_weights_the_bits_stand_for_before_and_after_
         for mllm in (four, whole):
             mllm.model.train()
             mllm.model.zero_grad()
-            mllm.loss(prompts, labels, answers).backward()
+            loss_of(mllm, prompts, labels).backward()
             found.append(torch.cat([p.grad.flatten() for p in mllm.model.parameters() if p.grad is not None]))
             mllm.model.eval()
         assert functional.cosine_similarity(*found, dim=0) > 1 - 1e-6

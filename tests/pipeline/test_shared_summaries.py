@@ -1,8 +1,10 @@
 """Summaries by several real processes: the same files and as many prompts as in one; a killed one loses little."""
 
 import os
+import random
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -57,6 +59,25 @@ def test_two_processes_write_what_one_does_and_no_prompt_twice(tmp_path, alone):
     assert shard_files(folder) == []
     assert run(folder, 1)[0] == 0 and asked(folder)[0] == prompts  # nothing is left to ask
     assert summaries(folder) == alone[0]
+
+
+def test_kill_9_at_random_moments_loses_nothing_that_was_stored_and_changes_no_byte(tmp_path, alone):
+    rng, folder, notes = random.Random(5), tmp_path / "w", tmp_path / "w.asked" / "0"
+    for _ in range(5):
+        before = notes.stat().st_size if notes.exists() else 0
+        process = subprocess.Popen([sys.executable, str(SCRIPT), str(folder), "0.01", "-1", "0"])
+        while not notes.exists() or notes.stat().st_size == before:
+            assert process.poll() is None
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0.0, 0.35))
+        assert process.poll() is None, "the work was over before it could be killed"
+        process.kill()
+        process.wait()
+    assert run(folder, 1)[0] == 0
+    prompts, _ = asked(folder)
+    assert summaries(folder) == alone[0] and set(prompts) == set(alone[1])
+    assert sum(prompts.values()) <= sum(alone[1].values()) + 5 * 40  # at most what had not been committed, again
+    assert not list(folder.glob(".*tmp"))
 
 
 @pytest.mark.slow

@@ -63,15 +63,11 @@ def test_only_those_active_since_are_written_and_the_rest_is_named(steps, capsys
     assert summarize()[0] == 0 and export(folder) == refreshed
 
 
-def test_a_since_that_cannot_be_meant_is_one_line(steps, capsys):
-    _, summarize = steps
+def test_a_since_that_cannot_be_meant_is_one_line_and_ranks_are_no_dates(steps, capsys):
+    folder, summarize = steps
     for word, told in (("lately", "neither a number nor a date"), ("2030-01-01", "the latest is at")):
         assert summarize("--since", word) == (2, 0)
         assert told in capsys.readouterr().err
-
-
-def test_ranks_are_no_dates(steps, capsys):
-    folder, summarize = steps
     lines = (folder / "steps.inter").read_text().splitlines()
     ranked = [f"{u}\t{i}\t{n + 1}" for n, (u, i, _) in enumerate(line.split("\t") for line in lines[1:])]
     (folder / "steps.inter").write_text("\n".join([lines[0], *ranked]) + "\n")

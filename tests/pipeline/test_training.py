@@ -392,7 +392,7 @@ class Full:
 
     def __init__(self, trainer, most, where):
         self.most, self.failed = most, 0
-        layer = trainer.model.mllm.body.head_model.model.language_model.layers[1].mlp
+        layer = trainer.model.mllm.backbone.head_model.model.language_model.layers[1].mlp
         if where == "forward":
             self.handle = layer.register_forward_hook(lambda module, given, out: self.check(out))
         else:  # by then the layer above has its gradients

@@ -74,13 +74,11 @@ def test_the_first_drawn_are_shown_whatever_came_of_them(world):
     assert len(book.cases) <= SHOWN + 2 and all("disagreement" in case.why for case in book.cases[SHOWN:])
 
 
-def test_sasrec_stands_beside_even_where_another_baseline_is_best(world):
-    assert world.board.best_baseline == "ItemKNN" and book_of(world).beside == "SASRec"
-    assert book_of(world, without(world.board, "SASRec")).beside == "ItemKNN"
-    assert read_cases(without(world.board, "MLLMMSR"), world.results) is None
-
-
-def test_mllmmsr_itself_is_shown_before_a_variant_that_did_better(copied):
+def test_which_models_are_shown(copied):
+    """SASRec beside, even where another baseline is best; MLLMMSR itself, before a variant that did better."""
+    assert copied.board.best_baseline == "ItemKNN" and book_of(copied).beside == "SASRec"
+    assert book_of(copied, without(copied.board, "SASRec")).beside == "ItemKNN"
+    assert read_cases(without(copied.board, "MLLMMSR"), copied.results) is None
     better = plant_run(copied.results, "MLLMMSR:direct", 9.0, "mllm")
     plant_cases(copied.results, better)
     board = build([*copied.runs, better], copied.results)
@@ -89,9 +87,9 @@ def test_mllmmsr_itself_is_shown_before_a_variant_that_did_better(copied):
     assert book_of(copied, without(board, "MLLMMSR")).model == "MLLMMSR:direct"
 
 
-def test_rankings_recomputed_from_the_scores(world):
-    mine, theirs = (read_arrays(world.results / str(world.runs[n].scores), []) for n in (3, 2))
-    for case in book_of(world).cases:
+def test_rankings_recomputed_from_the_scores(copied):
+    mine, theirs = (read_arrays(copied.results / str(copied.runs[n].scores), []) for n in (3, 2))
+    for case in book_of(copied).cases:
         for ranked, arrays in ((case.mine, mine), (case.theirs, theirs)):
             own = arrays["user"] == case.user
             order = np.argsort(-arrays["score"][own])
@@ -100,16 +98,12 @@ def test_rankings_recomputed_from_the_scores(world):
             assert [one.hit for one in ranked] == (arrays["label"][own][order] > 0).tolist()
         assert [one.p for one in case.mine] == pytest.approx([1 / (1 + np.exp(-one.score)) for one in case.mine])
         assert all(one.p is None for one in case.theirs)
-
-
-def test_places_decide_where_scores_are_tied(copied):
-    path = copied.results / str(copied.runs[3].scores)
-    arrays = read_arrays(path, [])
     place = np.random.default_rng(3).permuted(np.tile(np.arange(21), (120, 1)), axis=1).ravel()
-    np.savez(path, **(arrays | {"score": np.zeros(len(place)), "place": place}))
+    tied = mine | {"score": np.zeros(len(place)), "place": place}
+    np.savez(copied.results / str(copied.runs[3].scores), **tied)
     case = book_of(copied).cases[0]
-    own = arrays["user"] == case.user
-    assert [one.item for one in case.mine] == arrays["item"][own][np.argsort(-place[own])].tolist()
+    own = mine["user"] == case.user
+    assert [one.item for one in case.mine] == mine["item"][own][np.argsort(-place[own])].tolist()
 
 
 def test_the_two_chosen_are_the_furthest_apart_one_each_way():
@@ -144,21 +138,21 @@ def test_a_case_holds_nothing_at_or_after_the_target():
     assert (told["history"], told["position"], told["read"], asked) == (["a", "b"], 2, "read at 2", [2])
 
 
-def test_texts_are_shown_after_their_blocks_with_what_changed(world):
-    first, second = book_of(world).cases[0].blocks
+def test_texts_are_shown_after_their_blocks_with_what_changed(copied):
+    first, second = book_of(copied).cases[0].blocks
     assert list(first.shown) == ["h0", "h1", "h2"] and (second.first, second.last) == (4, 6)
     assert first.text == [Piece("same", TEXTS[0])]
     assert second.text is not None and Piece("gone", "red") in second.text and Piece("new", "green") in second.text
-
-
-def test_a_model_without_a_chain_shows_what_it_read_once(copied):
     path = (copied.results / str(copied.runs[3].per_user)).with_name("cases.json")
     kept = json.loads(path.read_text())
     for case in kept["users"]:
-        case["steps"] = []
+        case["steps"] = []  # a model without a chain shows what it read once
     path.write_text(json.dumps(kept))
     (block,) = book_of(copied).cases[0].blocks
     assert len(block.shown) == 6 and block.text == [Piece("same", TEXTS[-1])]
+    path.write_text('{"users": [{}]')  # a damaged file costs the case studies alone
+    text = page(copied.board, book_of(copied))
+    assert "cases.json of run MLLMMSR-2024-0a1b2c3d cannot be shown" in text and "--force" in text
 
 
 def test_thumbnails_are_small_and_missing_images_leave_a_blank(world):
@@ -167,22 +161,20 @@ def test_thumbnails_are_small_and_missing_images_leave_a_blank(world):
     assert [bool(one.image) for one in shown] == [True, True, False]
     picture = Image.open(io.BytesIO(base64.b64decode(shown[0].image.partition(",")[2])))
     assert picture.size == (96, 48)
-    assert not any(one.image for one in book_of(world, embed_images=False).items.values())
+    with_images, without_images = page(world.board, book), page(world.board, book_of(world, embed_images=False))
+    assert len(with_images) < 2_000_000 and "data:image/jpeg" in with_images and "copyright holders" in with_images
+    assert "data:image/jpeg" not in without_images and "--embed_images off" in without_images
 
 
-def test_an_image_outside_the_datasets_folder_is_not_shown(tmp_path):
+def test_which_images_are_embedded(tmp_path):
+    """None from outside the dataset's folder, and as many and as large as the budget allows."""
     plant_images(tmp_path / "data", ["a"])
     Image.new("RGB", (9, 9)).save(tmp_path / "secret.png")
     (tmp_path / "data" / "images" / "b.png").write_text("no image")
-    assert list(thumbnails(["images/a.png", "../secret.png", "images/b.png", ""], [tmp_path / "data"])) == [
-        "images/a.png"
-    ]
-
-
-def test_many_images_stay_below_the_budget(tmp_path):
-    (tmp_path / "images").mkdir()
+    given = ["images/a.png", "../secret.png", "images/b.png", ""]
+    assert list(thumbnails(given, [tmp_path / "data"])) == ["images/a.png"]
     rng = np.random.default_rng(1)
-    names = [f"images/{n}.png" for n in range(30)]
+    names = [f"{n}.png" for n in range(30)]
     for name in names:
         Image.fromarray(rng.integers(0, 255, (96, 96, 3), np.uint8)).save(tmp_path / name)
     made = thumbnails(names * 20, [tmp_path])
@@ -191,28 +183,9 @@ def test_many_images_stay_below_the_budget(tmp_path):
     assert 0 < len(thumbnails(names * 300, [tmp_path])) < 30
 
 
-def test_a_damaged_file_costs_the_case_studies_alone_and_says_so(copied):
-    (copied.results / str(copied.runs[3].per_user)).with_name("cases.json").write_text('{"users": [{}]')
-    text = page(copied.board, book_of(copied))
-    assert "cases.json of run MLLMMSR-2024-0a1b2c3d cannot be shown" in text and "--force" in text
-
-
-def test_the_page_stays_below_two_megabytes_and_says_whose_the_images_are(world):
-    with_images = page(world.board, book_of(world))
-    assert len(with_images) < 2_000_000 and "data:image/jpeg" in with_images and "copyright holders" in with_images
-    without_images = page(world.board, book_of(world, embed_images=False))
-    assert "data:image/jpeg" not in without_images and "--embed_images off" in without_images
-
-
 WORDS = st.lists(
     st.sampled_from(["the", "user", "likes", "red", "green", "lamps", "maps", "and", "old"]), max_size=15
 ).map(" ".join)
-
-
-def test_a_lone_word_between_two_changes_does_not_break_them_up():
-    assert word_changes("a b red the lamp c d", "a b green the map c d") == [
-        Piece("same", "a b"), Piece("gone", "red the lamp"), Piece("new", "green the map"), Piece("same", "c d"),
-    ]  # fmt: skip
 
 
 @given(WORDS, WORDS)

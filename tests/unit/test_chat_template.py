@@ -84,7 +84,7 @@ def test_a_template_is_given_text_or_parts_whichever_it_takes(tmp_path):
     )
     Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
     shown = sees.encoder(recommend_prompt(STYLE, "likes cats", "a mug", tmp_path / "red.png"))
-    assert shown.ids.count(sees.body.image_token_id) == 16
+    assert shown.ids.count(sees.backbone.image_token_id) == 16
     assert "user: Candidate: <image>" in sees.encoder.tokenizer.decode(shown.ids).replace("<image>" * 16, "<image>")
 
 

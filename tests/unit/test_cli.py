@@ -216,7 +216,7 @@ def test_a_gpu_that_is_not_there_is_a_line_in_the_log(caplog):
     config = config_of("Pop", "demo", Options({"gpu_id": 4099}))
     tell_missing_gpus(config)
     tell_missing_gpus(config)
-    assert caplog.text.count("gpu_id 4099: torch sees no such GPU here, so this run is on the CPU") == 1
+    assert caplog.text.count("gpu_id 4099: torch sees 0 such GPUs here, so this run is on cpu") == 1
     caplog.clear()
     tell_missing_gpus(config_of("Pop", "demo", Options()))
     tell_missing_gpus(config_of("Pop", "demo", Options({"gpu_id": 7, "device": "cpu"})))

@@ -7,7 +7,6 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -19,10 +18,9 @@ from recbole_mllm.cli import main
 from recbole_mllm.data.atomic import read_atomic
 
 
-def picture(color: str = "green") -> bytes:
+def picture() -> bytes:
     out = io.BytesIO()
     Image.effect_noise((64, 64), 90).convert("RGB").save(out, "JPEG")
-    del color
     return out.getvalue()
 
 
@@ -34,25 +32,19 @@ class Shop(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         type(self).asked[self.path] += 1
-        name = self.path.strip("/")
-        if name == "flaky" and self.asked[self.path] < 3:
-            self.send_error(503)
-        elif name == "gone":
-            self.send_error(404)
+        page, name = b"<html>sold out</html>", self.path.strip("/")
+        if name == "gone" or (name == "flaky" and self.asked[self.path] < 3):
+            self.send_error(404 if name == "gone" else 503)
         elif name == "elsewhere":
             self.send_response(302)
             self.send_header("Location", "file:///etc/hostname")
             self.end_headers()
-        elif name == "page":
-            self._send(b"<html>sold out</html>", "text/html")
-        elif name == "lie":
-            self._send(b"<html>sold out</html>", "image/jpeg")
-        elif name == "huge":
-            self._send(self.image + bytes(300_000), "image/jpeg")
+        elif name in ("page", "lie"):
+            self._send(page, "text/html" if name == "page" else "image/jpeg")
         elif name == "short":
             self._send(self.image[:500], "image/jpeg", len(self.image))
         else:
-            self._send(self.image, "image/jpeg")
+            self._send(self.image + bytes(300_000 if name == "huge" else 0), "image/jpeg")
 
     def _send(self, body: bytes, kind: str, length: int | None = None) -> None:
         self.send_response(200)
@@ -90,16 +82,14 @@ FETCH = Downloader(tries=3, wait_s=0.01, max_bytes=200_000, timeout_s=5)
         ("elsewhere", 1, ""),
     ],
 )
-def test_what_is_no_image_is_refused_with_the_reason(
-    shop: str, tmp_path: Path, name: str, asked: int, why: str
-) -> None:
+def test_what_is_no_image_is_refused_with_the_reason(shop, tmp_path, name, asked, why):
     path, reason = FETCH(f"{shop}/{name}", tmp_path / "x")
     assert path is None and why in reason and reason
     assert Shop.asked[f"/{name}"] == asked
     assert not list(tmp_path.iterdir())
 
 
-def test_a_failing_server_is_asked_again_and_an_image_never_twice(shop: str, tmp_path: Path) -> None:
+def test_a_failing_server_is_asked_again_and_an_image_never_twice(shop, tmp_path):
     path, reason = FETCH(f"{shop}/flaky", tmp_path / "x")
     assert (path, reason) == (tmp_path / "x.jpg", "")
     assert path.read_bytes() == Shop.image
@@ -110,18 +100,19 @@ def test_a_failing_server_is_asked_again_and_an_image_never_twice(shop: str, tmp
     assert path.read_bytes() == Shop.image
 
 
-@pytest.mark.parametrize("url", ["file:///etc/hostname", "ftp://127.0.0.1/x", "data:image/png;base64,AA", ""])
-def test_only_http_is_spoken(url: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        *((url, "no http") for url in ("file:///etc/hostname", "ftp://127.0.0.1/x", "data:image/png;base64,AA", "")),
+        ("http://127.0.0.1:9/x.jpg", "after 3 attempts"),
+    ],
+)
+def test_only_http_is_spoken_and_an_unreachable_server_given_up(url, why, tmp_path):
     path, reason = FETCH(url, tmp_path / "x")
-    assert path is None and "no http" in reason
+    assert path is None and why in reason
 
 
-def test_an_unreachable_server_is_given_up_with_the_reason(tmp_path: Path) -> None:
-    path, reason = FETCH("http://127.0.0.1:9/x.jpg", tmp_path / "x")
-    assert path is None and "after 3 attempts" in reason
-
-
-def test_amazon_images_stay_in_the_folder_and_failures_are_reported(shop: str, tmp_path: Path) -> None:
+def test_amazon_images_stay_in_the_folder_and_failures_are_reported(shop, tmp_path):
     raw, out = tmp_path / "raw", tmp_path / "toys"
     items = ["p1", "../../evil", "p3", "p4"]
     jsonl(raw / "T.jsonl", [review("A", item, n) for n, item in enumerate(items)])

@@ -18,14 +18,12 @@ from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.prompts import Prompt, recommend_prompt
 from recbole_mllm.common.settings import ServerSettings
 from recbole_mllm.data.item_table import Items
-from recbole_mllm.mllm import encoder as encoder_module
-from recbole_mllm.mllm.encoder import CUT, ROOM, PlainText
+from recbole_mllm.mllm.encoder import ROOM, PlainText
 from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.mllm.interface import Batch, Decoding, answers_of
 from recbole_mllm.mllm.server import ServerModel
 from recbole_mllm.summaries.user_summaries import SummaryRequests, openings
 
-COLOURS = ("red", "blue", "green")
 SPECIAL = ["<a>", "<<a>", "a><", "<s>", "<|x|>", "x|><s"]
 WORDS = {
     "bytes": byte_level(SPECIAL, None, bos_token="<s>"),
@@ -38,7 +36,7 @@ for _kind in ("llama", "llama-legacy", "gemma"):
 
 
 @pytest.mark.parametrize("kind", WORDS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(parts=st.lists(st.sampled_from([*SPECIAL, "<", "a", ">", " ", "|", "mug", "\n", "é"]), max_size=8))
 def test_no_text_makes_a_special_token_and_every_text_comes_back(kind, parts):
     words, text = WORDS[kind], "".join(parts)
@@ -50,7 +48,7 @@ def test_no_text_makes_a_special_token_and_every_text_comes_back(kind, parts):
 
 @pytest.mark.parametrize("kind", WORDS)
 @given(text=st.text("<a>| mug\né", max_size=12))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_text_that_spells_nothing_is_tokenised_in_one_piece(kind, text):
     words = WORDS[kind]
     if not any(word in text for word in [*SPECIAL, *words.all_special_tokens]):
@@ -70,12 +68,6 @@ def test_letters_a_tokeniser_folds_into_a_special_token_are_noticed_and_taken_ap
     apart = plain.ids(plain.guard(wide, every=True))
     assert words.convert_tokens_to_ids("<pic>") not in apart and not plain.broken(apart, wide)
     assert words.decode(apart) == "<pic>"
-
-
-def test_a_guard_cuts_only_what_spells_a_token():
-    plain = PlainText(WORDS["bytes"])
-    assert plain.guard("a mug < 5 > 3") == "a mug < 5 > 3"
-    assert plain.guard("<|x|>") == f"<{CUT}|x|>"
 
 
 HARMLESS = ["\u00fc", "\u00f6", "mug", "f\u00fcr", "\u2581\u2581", "\n\n", "   "]  # what vocabularies are extended by
@@ -99,7 +91,7 @@ def extended(kind, **how):
 
 
 @pytest.mark.parametrize("kind", ["bytes", "llama", "gemma"])
-@pytest.mark.parametrize("how", [{"normalized": False}, {"normalized": True}, {"lstrip": True}, {"rstrip": True}])
+@pytest.mark.parametrize("how", [{"normalized": True}, {"normalized": False, "lstrip": True, "rstrip": True}])
 def test_added_words_and_letters_are_read_as_the_tokeniser_reads_them_and_tags_are_not(kind, how, caplog):
     words = extended(kind, **how)
     plain = PlainText(words)
@@ -116,15 +108,6 @@ def test_added_words_and_letters_are_read_as_the_tokeniser_reads_them_and_tags_a
     assert not caplog.text
 
 
-def test_a_special_letter_is_no_special_token_in_a_title_and_one_in_the_template():
-    words = byte_level(["<s>", "\u2603", "ab"], None, bos_token="<s>")
-    plain, letter = PlainText(words), words.convert_tokens_to_ids("\u2603")
-    text = "\u2603 the title: " + plain.guard("\u2603 5 of the law, \u2603\u2603 6") + "\u2603"
-    ids = plain.ids(text)
-    assert ids.count(letter) == 2 and not plain.broken(ids, text)
-    assert words.decode(ids) == "\u2603 the title: \u2603 5 of the law, \u2603\u2603 6\u2603"
-
-
 FILMS = [f"f{n}" for n in range(60)]
 FILM_ITEMS = Items({film: f"A film of some name, part {film} (1994)" for film in FILMS}, {})
 SHOWN = dict.fromkeys(FILMS, "A drama in a small town, with a dog.")
@@ -133,7 +116,7 @@ SHOWN = dict.fromkeys(FILMS, "A drama in a small town, with a dog.")
 def asked(**changes):
     """Return the first prompt about a user who has seen all films, as the summaries' stage asks it."""
     settings = replace(SETTINGS.summary, **changes)
-    return next(openings(STYLE, FILM_ITEMS, SHOWN, SummaryRequests({"u": FILMS}, {"u": {len(FILMS)}}), settings, {}))
+    return next(openings(STYLE, FILM_ITEMS, SHOWN, SummaryRequests({"u": FILMS}, {"u": {len(FILMS)}}), settings))
 
 
 @pytest.fixture(scope="module")
@@ -153,12 +136,6 @@ def test_a_history_too_long_for_the_model_is_told_the_setting_that_shortens_it(b
     with pytest.raises(UserError, match=f"a history .*first letters of its 120 texts.*smaller.*{next(iter(shorter))}"):
         bundled.encoder(asked(**mode))
     assert len(bundled.encoder(asked(**mode | shorter)).ids) <= bundled.encoder.max_text_tokens
-
-
-def test_where_no_history_is_short_enough_only_room_helps(bundled, monkeypatch):
-    monkeypatch.setattr(bundled.encoder, "max_text_tokens", 9)
-    with pytest.raises(UserError, match="fixed wording, .*over max_text_tokens = 9 tokens; raise max_text_tokens"):
-        bundled.encoder(asked(summary_mode="direct", max_history=9))
 
 
 def test_a_server_that_finds_a_history_too_long_is_told_of_both_ways_out():
@@ -197,57 +174,29 @@ def test_image_tokens_and_the_answer_count_against_the_models_positions(narrow, 
     assert written.shortened and written.prompt_tokens + 200 <= 512
 
 
-@pytest.mark.parametrize(
-    ("room", "images", "helps", "useless"),
-    [
-        (
-            500,
-            0,
-            "lower item_summary_tokens or user_summary_tokens, or take a model with more than 512",
-            "images smaller",
-        ),
-        (48, 40, "make the images smaller, or take a model with more than 512 positions", "summary_tokens"),
-    ],
-)
-def test_where_positions_are_too_few_the_error_says_what_helps(narrow, picture, room, images, helps, useless):
+@pytest.mark.parametrize(("room", "images", "what"), [(500, 0, "fixed"), (48, 40, "fixed"), (48, 0, "history")])
+def test_where_positions_are_too_few_the_error_says_what_helps(narrow, picture, room, images, what):
     prompt = Prompt("Describe this as well as you can. " * 3 + "<image>" * images, (picture,) * images)
-    with pytest.raises(UserError, match=f"model's 512 positions, .*{helps}") as caught:
+    prompt = asked(summary_mode="direct") if what == "history" else prompt
+    with pytest.raises(UserError, match=rf"{what} .*512 positions; .*lower .*smaller images, or take") as caught:
         narrow.encoder(prompt, room=room)
-    assert useless not in str(caught.value) and "max_text_tokens" not in str(caught.value)
+    assert "max_text_tokens" not in str(caught.value) and ("max_history" in str(caught.value)) == (what == "history")
 
 
-def test_a_history_too_long_for_the_positions_is_not_told_to_raise_max_text_tokens(narrow):
-    with pytest.raises(UserError, match=r"history .*512 positions.*smaller max_history.*more than 512") as caught:
-        narrow.encoder(asked(summary_mode="direct"))
-    assert "max_text_tokens" not in str(caught.value)
+def test_a_fixed_wording_over_max_text_tokens_says_so(bundled, monkeypatch):
+    monkeypatch.setattr(bundled.encoder, "max_text_tokens", 9)
+    with pytest.raises(UserError, match="fixed wording, .*over max_text_tokens = 9 tokens; raise max_text_tokens"):
+        bundled.encoder(recommend_prompt(STYLE, "likes cats", "a mug", None))
 
 
-@pytest.fixture
-def sees(tmp_path):
-    """A model that reads images, with three of them."""
-    for width, colour in enumerate(COLOURS, start=30):
-        Image.new("RGB", (width, 40), colour).save(tmp_path / f"{colour}.png")
-    return HFModel(str(tiny_models.llava_next(tmp_path / "model")), SETTINGS.mllm, CPU)
-
-
-def test_a_text_of_megabytes_is_cut_before_it_is_tokenised(sees, tmp_path):
-    tokenised = []
-    stock = sees.encoder._plain._encode
-    sees.encoder._plain._encode = lambda text: tokenised.append(len(text)) or stock(text)
-    long = sees.encoder(recommend_prompt(STYLE, "a preference", "x" * 2_000_000, tmp_path / "red.png"))
-    assert sees.encoder.truncated == 1 and max(tokenised) < 100 * sees.encoder.max_text_tokens
-    assert len(sees.encoder.text_ids("y" * 2_000_000)) == sees.encoder.max_text_tokens
-    assert max(tokenised) < 100 * sees.encoder.max_text_tokens
-    again = sees.encoder(recommend_prompt(STYLE, "a preference", "x" * 20_000, tmp_path / "red.png"))
-    assert len(long.ids) == len(again.ids)
-
-
-def test_preprocessed_images_take_bounded_memory(sees, tmp_path, monkeypatch):
-    monkeypatch.setattr(encoder_module, "IMAGE_BYTES", 1)
-    images = [sees.encoder.image(tmp_path / f"{colour}.png") for colour in COLOURS]
-    assert len(sees.encoder._images) == 1
-    again = sees.encoder.image(tmp_path / f"{COLOURS[0]}.png")
-    assert torch.equal(again.tensors["pixel_values"], images[0].tensors["pixel_values"]) and again.ids == images[0].ids
+def test_a_text_of_megabytes_is_cut_before_it_is_tokenised(bundled, monkeypatch):
+    tokenised, encoder = [], bundled.encoder
+    stock, before = encoder._plain._encode, encoder.truncated
+    monkeypatch.setattr(encoder._plain, "_encode", lambda text: tokenised.append(len(text)) or stock(text))
+    long, again = (encoder(recommend_prompt(STYLE, "a preference", "x" * n, None)) for n in (2_000_000, 40_000))
+    assert encoder.truncated == before + 2 and len(long.ids) == len(again.ids)
+    assert len(encoder.text_ids("y" * 2_000_000)) == encoder.max_text_tokens
+    assert max(tokenised) < 100 * encoder.max_text_tokens
 
 
 def test_answers_that_begin_alike_are_refused(bundled):

@@ -15,7 +15,7 @@ from recbole_mllm.mllm.interface import Answer, Decoding, Work
 from recbole_mllm.mllm.server import ServerModel
 from recbole_mllm.summaries import store as store_module
 from recbole_mllm.summaries.generator import CachedGenerator, FixedRequests, Request
-from recbole_mllm.summaries.quality import asked_start, cut_at_sentence, repeats_prompt
+from recbole_mllm.summaries.quality import cut_at_sentence, repeats_prompt
 from recbole_mllm.summaries.store import Leases, Store
 
 WORDING = (
@@ -38,14 +38,8 @@ def upper(size=2):
     return Planted(lambda prompt: prompt.text.upper() + "\n\tx", size)
 
 
-def test_equal_prompts_are_answered_once_and_answers_are_one_line(store):
+def test_equal_prompts_are_answered_once_however_they_arrive_and_answers_are_one_line(store):
     writer = upper()
-    assert generator(writer, store).answer([Prompt("a"), Prompt("b"), Prompt("a")]) == ["A x", "B x", "A x"]
-    assert sorted(sum(writer.batches, [])) == ["a", "b"]
-
-
-def test_equal_requests_are_generated_once_however_they_arrive(store):
-    writer = upper(1)
 
     class Later(FixedRequests):
         def receive(self, name, text):
@@ -55,7 +49,8 @@ def test_equal_requests_are_generated_once_however_they_arrive(store):
 
     source = Later([(0, Prompt("a")), (1, Prompt("b")), (2, Prompt("a"))])
     generator(writer, store).generate(source)
-    assert source.texts == {0: "A x", 1: "B x", 2: "A x", 9: "A x", 10: "B x"} and writer.asked == 2
+    assert source.texts == {0: "A x", 1: "B x", 2: "A x", 9: "A x", 10: "B x"}
+    assert sorted(sum(writer.batches, [])) == ["a", "b"]
 
 
 def test_off_never_writes_and_names_the_command_and_a_look_up_leaves_out_what_is_missing(store):
@@ -63,7 +58,7 @@ def test_off_never_writes_and_names_the_command_and_a_look_up_leaves_out_what_is
         generator(upper(), store, may_write=False).answer([Prompt("a")])
     generator(upper(), store).answer([Prompt("a")])
     source = FixedRequests([(0, Prompt("a")), (1, Prompt("b"))])
-    generator(None, store).look_up(source)
+    generator(None, store).generate(source, known_only=True)
     assert source.texts == {0: "A x"}
 
 
@@ -133,9 +128,7 @@ def test_a_text_cut_at_its_limit_ends_with_a_sentence_where_much_remains(text, k
     assert cut_at_sentence(Answer(text, 1, 1, truncated=False)) == text
 
 
-def test_the_start_that_is_asked_for_and_a_repeated_prompt_are_known():
-    assert asked_start(Prompt(WORDING)) == "The user appears to have a preference for"
-    assert asked_start(Prompt("Describe this.")) == ""
+def test_a_repeated_prompt_is_known():
     assert repeats_prompt(WORDING[40:], Prompt(WORDING)) and not repeats_prompt(FINE, Prompt(WORDING))
     known = Prompt(f"So far: {FINE}\n{WORDING}")
     assert repeats_prompt(FINE, known) and not repeats_prompt(FINE, known, previous=FINE)
@@ -175,8 +168,8 @@ def test_the_report_counts_what_is_odd_known_answers_too_gives_examples_and_name
     writer = Planted(lambda prompt: replies[prompt.text[0]])
     for made in (generator(writer, store), generator(writer, store)):
         made.answer([Prompt(f"{letter}: {WORDING}") for letter in replies])
-        assert dict(made.findings.counts) == {"refusal": 2, "empty": 1, "other start": 1}
+        assert dict(made.findings.counts) == {"refusal": 2, "empty": 1}
     assert made.tally.written == 0
     made.report()
-    words = ("refusal", "2 of 5 (40.0%)", "I'm sorry, I can't help", "user_summarizer", "prompt_style", "Likes films.")
+    words = ("refusal", "2 of 5 (40.0%)", "I'm sorry, I can't help", "user_summarizer", "prompt_style")
     assert all(word in caplog.text for word in words) and FINE not in caplog.text

@@ -88,7 +88,7 @@ def test_activations_are_about_what_the_largest_step_holds_at_its_peak(tmp_path,
         parameter.grad = torch.zeros_like(parameter)
         known.append(parameter.grad)
     with Live(known) as live, torch.autocast("cpu", torch.bfloat16, dtype != "float32"):
-        example_loss(mllm.body, examples).backward()
+        example_loss(mllm.backbone, examples).backward()
     tokens = 8 * max(len(example.ids) for example in examples)
     train = replace(SETTINGS.train, gradient_checkpointing=again)
     planned = activations(sizes_of(mllm.model), 4 if dtype == "float32" else 2, lora, train, tokens, 8)

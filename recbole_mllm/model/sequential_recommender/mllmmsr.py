@@ -120,27 +120,23 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
 
     def raw_rows(self, interaction: Interaction) -> list[tuple[str, str, int, int]]:
         """Return the raw user, raw item, position and label of each row, for people to read."""
-        rows = zip(self.rows_of(interaction), interaction[self.label_field].tolist(), strict=True)
-        name = self.history_names.name
-        return [(user_of(name(h)), str(self.tokens[i]), p, int(label)) for (h, p, i), label in rows]
+        rows, labels, name = self.rows_of(interaction), interaction[self.label_field].tolist(), self.history_names.name
+        named = zip(rows, labels, strict=True)
+        return [(user_of(name(h)), str(self.tokens[i]), p, int(label)) for (h, p, i), label in named]
 
     # --- training ---
 
     def calculate_loss(self, interaction: Interaction) -> Tensor:
-        """Return the mean next-token loss of the right answers (paper, eq. 2, or over the answer alone).
-
-        What rows have in common is computed once where that is exact.
-        """
+        """Return the mean next-token loss of the right answers (paper, eq. 2, or over the answer alone)."""
         whole = self.settings.train.loss_on == "all"
-        return example_loss(self.mllm.body, self._examples(interaction), whole=whole, share=self._computes_shared)
+        return example_loss(self.mllm.backbone, self._examples(interaction), whole=whole, share=self.shares_prefix)
 
     def micro_batches(self, interaction: Interaction) -> list[list[int]]:
         """Return which rows of a batch one backward pass holds together: `calculate_loss` then takes each part."""
         size = self.settings.train.micro_batch_size
-        return micro_batches(self.mllm.body, self._examples(interaction), size, share=self._computes_shared)
+        return micro_batches(self.mllm.backbone, self._examples(interaction), size, share=self.shares_prefix)
 
     def _examples(self, interaction: Interaction) -> list[Encoded]:
-        """Return the question of each row with its right answer."""
         prompts = self.prompts_of(self.rows_of(interaction))
         examples: list[Encoded] = self.mllm.examples(prompts, interaction[self.label_field], self.answers)
         return examples
@@ -151,18 +147,16 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
 
     @property
     def shares_prefix(self) -> bool:
-        """Whether rows of a micro-batch can share the computation of a common prefix: asked for, and possible."""
-        return shares_in_training(self.settings, self.mllm.body)
+        """Whether rows of a micro-batch share the computation of a common prefix.
 
-    @property
-    def _computes_shared(self) -> bool:
-        """Whether they do: the processes that hold a split model's layers make one pass forward for each back."""
-        return self.shares_prefix and not self.mllm.body.split
+        Not where layers are split: each pass forward of the processes that hold them has one back.
+        """
+        return shares_in_training(self.settings, self.mllm.backbone) and not self.mllm.backbone.split
 
     @property
     def groups_by_item(self) -> bool:
         """Whether rows of one item should meet in a batch: they share a prefix, and a pass may hold several rows."""
-        return self.is_trained and deals_by_item(self.settings, self.mllm.body)  # a server's model has no body here
+        return self.is_trained and deals_by_item(self.settings, self.mllm.backbone)  # a server's model has none
 
     @property
     def is_trained(self) -> bool:
@@ -171,7 +165,7 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
 
     def release_memory(self) -> bool:
         """Free what can be computed again (image features); return whether there was any."""
-        return bool(self.mllm.body.forget_features())
+        return bool(self.mllm.backbone.forget_features())
 
     # --- scoring ---
 
@@ -216,9 +210,9 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
 
     def _log_odds(self, rows: Sequence[Row]) -> list[float]:
         """Return the log-odds of `rows`; what has not been scored ahead is scored item by item, and forgotten."""
-        missing = sorted({row for row in rows if row not in self._ahead}, key=item_major)
+        missing = sorted(set(rows) - self._ahead.keys(), key=item_major)
         new = self._scores(missing) if missing else {}
-        return [self._ahead[row] if row in self._ahead else new[row] for row in rows]
+        return [new[row] if row in new else self._ahead[row] for row in rows]
 
     def _scores(self, ordered: Sequence[Row], progress: Progress | None = None) -> Scores:
         """Return the log-odds of rows in item-major order, shared out among the processes within `evaluating`."""
@@ -248,18 +242,14 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
         return dict(zip(rows, self._cache.scores(self.prompts_of(rows), self._ask_prompts, self._state), strict=True))
 
     def _ask_prompts(self, prompts: Sequence[Prompt]) -> list[float]:
-        if not prompts:
-            return []
         share = self.settings.train.share_prefix == "auto"
-        values: list[float] = self.mllm.yes_scores(prompts, self.answers, share_prefix=share).tolist()
-        return values
+        return self.mllm.yes_scores(prompts, self.answers, share_prefix=share).tolist() if prompts else []
 
     @contextmanager
     def evaluating(self, *, cached: bool) -> Iterator[None]:
         """Let the processes share what is scored within; scores made ahead are forgotten before and behind it.
 
-        Args:
-            cached: Whether scores are looked up in the cache and added to it: of a final state, not of a passing one.
+        Those of a final state, not of a passing one, are `cached`.
         """
         self.forget()
         self._in_shares = True
@@ -277,11 +267,10 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
         self._cache.forget_state()
 
     def _state(self) -> str:
-        """Return a digest of everything but the prompt that changes a score."""
         lora = self.settings.lora
-        parts = (self.mllm.identity, self.answers, self.settings.mllm.max_text_tokens, lora.finetune, lora.lora_r,
-                 lora.lora_alpha, lora.lora_target)  # fmt: skip
-        return state_digest(parts, self.state_dict())
+        parts = self.mllm.identity, self.answers, self.settings.mllm.max_text_tokens
+        how = lora.finetune, lora.lora_r, lora.lora_alpha, lora.lora_target
+        return state_digest((*parts, *how), self.state_dict())
 
     def remove_cached_scores(self) -> None:
         """Remove the cached scores of an evaluation that is done."""
