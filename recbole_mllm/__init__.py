@@ -8,7 +8,6 @@ and finds our model, and that is all stock RecBole needs:
     run_recbole(model="MLLMMSR", dataset="demo", config_file_list=[recbole_mllm.preset("demo")])
 """
 
-from recbole_mllm import registration
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.resources import named, resource
 from recbole_mllm.recbole_patches.apply import apply as _apply
@@ -38,4 +37,3 @@ def preset(name: str) -> str:
 
 
 _apply()
-registration.register_models()

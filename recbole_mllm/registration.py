@@ -8,81 +8,64 @@ from __future__ import annotations
 import copy
 import importlib
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from recbole_mllm.common.files import CONVERTED, recover
 from recbole_mllm.common.resources import PROPERTIES, resource
 from recbole_mllm.recbole_patches.hooks import replace
 
-if TYPE_CHECKING:
-    from importlib.abc import Loader
-else:  # importlib.abc alone would take half of `import recbole_mllm`'s time
-    Loader = object
-
-# utils/utils.py:64-77 looks for a module named like the model, in lower case
-MODELS = {
-    "recbole.model.sequential_recommender.mllmmsr": ("MLLMMSR", "recbole_mllm.model.sequential_recommender.mllmmsr"),
-}
-# data/utils.py:41-42 and utils/utils.py:98-101 look for these names in two packages
-DATASETS = {"MLLMMSRDataset": "recbole_mllm.data.dataset"}
-TRAINERS = {"MLLMMSRTrainer": "recbole_mllm.trainer"}
-
+MODELS = {"MLLMMSR": "recbole_mllm.model.sequential_recommender.mllmmsr"}
 _EVERY_TIME = {"inter": ["user_id", "item_id", "timestamp"]}
+_GIVEN: dict[str, type] = {}  # classes that a Config was given instead of a name
 
 
-class _ModelFinder(Loader):
-    """Finds modules that hold one model each, under the names by which RecBole asks for them."""
+def find_models(utils: ModuleType) -> None:
+    """Let ``get_model`` and ``get_trainer`` (utils/utils.py:55-110) know what is ours, and classes that were given.
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        """Return the spec of one of `MODELS`."""
-        return ModuleSpec(fullname, self) if fullname in MODELS else None
+    An unknown name is named: looking for it ends in exlib_recommender, whose ``__init__`` imports lightgbm and xgboost,
+    and their absence hid the ValueError of :80. And quick_start.py:137, :216, :262 ask by name for a class that Config
+    took as a class.
+    """
 
-    def create_module(self, spec: ModuleSpec) -> None:
-        """Leave it to Python to create the module."""
-
-    def exec_module(self, module: ModuleType) -> None:
-        """Put the model's class into `module`; here it is imported."""
-        name, source = MODELS[module.__name__]
-        setattr(module, name, getattr(importlib.import_module(source), name))
-
-
-def register_models() -> None:
-    """Let RecBole import our models under its own package's name."""
-    if not any(isinstance(finder, _ModelFinder) for finder in sys.meta_path):
-        sys.meta_path.append(_ModelFinder())
-
-
-def offer_dataset(package: ModuleType) -> None:
-    """Let ``create_dataset`` find our dataset in ``recbole.data.dataset`` (data/utils.py:41-42)."""
-    _offer(package, DATASETS)
-
-
-def offer_trainer(package: ModuleType) -> None:
-    """Let ``get_trainer`` find our trainer in ``recbole.trainer`` (utils/utils.py:98-101)."""
-    _offer(package, TRAINERS)
-
-
-def _offer(package: ModuleType, sources: dict[str, str]) -> None:
-    def lazy(name: str) -> Any:
-        if name not in sources:
-            raise AttributeError(f"module {package.__name__!r} has no attribute {name!r}")
+    @replace(utils)
+    def get_model(stock: Any, model_name: str) -> Any:
+        if model_name in _GIVEN:
+            return _GIVEN[model_name]
+        if model_name in MODELS:
+            return getattr(importlib.import_module(MODELS[model_name]), model_name)
         try:
-            found = getattr(importlib.import_module(sources[name]), name)
-        except AttributeError as error:
-            # RecBole takes an AttributeError to mean that there is none, and uses its own class
-            raise ImportError(f"{sources[name]} cannot be imported: {error}", name=sources[name]) from error
-        setattr(package, name, found)
-        return found
+            return stock(model_name)
+        except ModuleNotFoundError as error:
+            libraries = ("lightgbm", "xgboost")  # and the models of RecBole that need them
+            if error.name not in libraries or model_name.lower() in libraries:
+                raise
+        except AttributeError as error:  # its file was found, as their names are in small letters
+            if error.name != model_name:
+                raise
+        raise ValueError(f"`model_name` [{model_name}] is not the name of an existing model.")
 
-    package.__getattr__ = lazy  # type: ignore[method-assign]
+    @replace(utils)
+    def get_trainer(stock: Any, model_type: Any, model_name: str) -> Any:
+        if model_name == "MLLMMSR":
+            return importlib.import_module("recbole_mllm.trainer").MLLMMSRTrainer
+        return stock(model_type, model_name)
+
+
+def remember_model_classes(configurator: ModuleType) -> None:
+    """Note the class that Config is given (config/configurator.py:211-213) for `find_models`; a name forgets it."""
+
+    @replace(configurator.Config)
+    def _get_model_and_dataset(stock: Any, self: Any, model: Any, dataset: Any) -> Any:
+        asked = self.external_config_dict.get("model") if model is None else model
+        if isinstance(asked, str):
+            _GIVEN.pop(asked, None)
+        elif isinstance(asked, type):
+            _GIVEN[asked.__name__] = asked
+        return stock(self, model, dataset)
 
 
 def read_our_files(configurator: ModuleType) -> None:
@@ -107,40 +90,21 @@ def read_our_files(configurator: ModuleType) -> None:
             # RecBole's sample.yaml, for datasets without a file of their own, leaves the times out
             self.internal_config_dict["load_col"] = copy.deepcopy(_EVERY_TIME)  # what a run changes is its own
         ours = [path for kind in reversed(model_class.__mro__) if (path := resource("model", kind.__name__))]
-        if ours:
-            _check(self, model)
-        home = Path(configurator.__file__ or "").parent.parent / "properties"
-        for path in (*_model_files(ours, home, dataset), *_dataset_files(self, dataset)):
+        if ours:  # what nobody reads is refused where the user wrote it for us; a script's own words are not judged
+            values = importlib.import_module("recbole_mllm.common.config")
+            values.check_files(self.config_files, model)
+            values.check_keys(self.variable_config_dict, "config_dict")
+            values.check_values(self.variable_config_dict)
+            # again after quick_start_config/sequential.yaml, which RecBole reads last (:307-317): it says for every
+            # sequential model to rank all items, and our model's own protocol must stand
+            of_dataset = Path(configurator.__file__ or "").parent.parent / "properties/dataset" / f"{dataset}.yaml"
+            ours += [of_dataset] * of_dataset.is_file()
+        for path in (*ours, *_dataset_files(self, dataset)):
             self._update_internal_config_dict(path)
-        _load_own_fields(self)
-
-
-def _load_own_fields(config: Any) -> None:
-    """Where nobody says which columns to load, load those that the dataset's own field names say."""
-    known = {**config.internal_config_dict, **config.external_config_dict}
-    if known.get("load_col") == _EVERY_TIME:
-        names = [known.get(key) for key in ("USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD")]
-        config.internal_config_dict["load_col"] = {"inter": [name for name in names if name]}
-
-
-def _check(config: Any, model: str) -> None:
-    """Refuse what nobody reads, where the user wrote it for us; a script's own ``--words`` are not ours to judge."""
-    values = importlib.import_module("recbole_mllm.common.config")
-    values.check_files(config.config_files, model)
-    importlib.import_module("recbole_mllm.common.config").check_keys(config.variable_config_dict, "config_dict")
-    values.check_values(config.variable_config_dict)
-
-
-def _model_files(ours: Sequence[Path], home: Path, dataset: str) -> Iterator[Path]:
-    """Yield the YAML files of a model of ours, a parent's first, and RecBole's own for the dataset, which wins.
-
-    They come after quick_start_config/sequential.yaml, which RecBole reads last (:307-317): it says for every
-    sequential model to rank all items, and our model's own protocol must stand.
-    """
-    yield from ours
-    of_dataset = home / "dataset" / f"{dataset}.yaml"
-    if ours and of_dataset.is_file():
-        yield of_dataset
+        known = {**self.internal_config_dict, **self.external_config_dict}
+        if known.get("load_col") == _EVERY_TIME:  # nobody says which columns to load: the dataset's own fields
+            names = [known.get(key) for key in ("USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD")]
+            self.internal_config_dict["load_col"] = {"inter": [name for name in names if name]}
 
 
 def _dataset_files(config: Any, dataset: str) -> Iterator[Path]:
@@ -174,7 +138,8 @@ def prepare_data(utils: ModuleType) -> None:
     They are ``create_dataset`` and ``data_preparation``, data/utils.py:31 and :140, wherever they have been imported to
     (quick_start/quick_start.py:24-25).
     """
-    from recbole_mllm.recbole_patches import behaviour, exact_order, file_checks
+    from recbole_mllm.data import checking
+    from recbole_mllm.recbole_patches import behaviour
 
     @replace(utils)
     def create_dataset(stock: Any, config: Any) -> Any:
@@ -182,15 +147,18 @@ def prepare_data(utils: ModuleType) -> None:
         importlib.import_module("recbole_mllm.common.config").tell_missing_gpus(config)
         if config["item_features"]:
             importlib.import_module("recbole_mllm.features.item_vectors").offer_features(config)
-        with file_checks.explain_what_is_left(config):
+        if config["model"] == "MLLMMSR":  # :41-42 looks for a dataset of the model's name in this package
+            ours = importlib.import_module("recbole_mllm.data.dataset").MLLMMSRDataset
+            importlib.import_module("recbole.data.dataset").MLLMMSRDataset = ours  # type: ignore[attr-defined]
+        with checking.explain_what_is_left(config):
             dataset = stock(config)
         behaviour.reuse_saved_dataset(dataset, config)
-        exact_order.log_order(dataset)
+        behaviour.log_order(dataset)
         return dataset
 
     @replace(utils)
     def data_preparation(stock: Any, config: Any, dataset: Any) -> Any:
-        with file_checks.explain_what_is_left(config, dataset):
+        with checking.explain_what_is_left(config, dataset):
             train, *rest = stock(config, dataset)
         if hasattr(getattr(train, "_dataset", None), "histories"):  # our dataset, whose rows know their places
             train = importlib.import_module("recbole_mllm.data.dataloader").SeededTrainDataLoader.of(train)
@@ -198,5 +166,5 @@ def prepare_data(utils: ModuleType) -> None:
         if config["frozen_candidates"] is True:
             candidates = importlib.import_module("recbole_mllm.evaluation.candidates")
             loaders, dataset.candidates_digest = candidates.freeze(config, dataset, *loaders)
-        file_checks.check_parts(config, dataset, *loaders)
+        checking.check_parts(config, dataset, *loaders)
         return loaders

@@ -107,8 +107,7 @@ class MLLMMSRTrainer(Trainer):  # type: ignore[misc]
         callback_fn: Callable[[int, float], None] | None = None,
     ) -> Any:
         """Train as RecBole does, from where `resume` says; a zero-shot model is only validated."""
-        loader = SeededTrainDataLoader.of(train_data)
-        loader.grouped = self.model.groups_by_item
+        loader = SeededTrainDataLoader.of(train_data, self.model.groups_by_item)
         self.resume()
         self._saves = saved
         self._every = self.train_settings.checkpoint_every_steps if saved else None

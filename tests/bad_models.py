@@ -65,7 +65,7 @@ class Killed(Sound):
 
 BAD = ("Crashing", "NoNumber", "NoScore", "Starved", "Killed")
 for name in ("Sound", *BAD):
-    registration.MODELS[f"recbole.model.general_recommender.{name.lower()}"] = (name, "bad_models")
+    registration.MODELS[name] = "bad_models"
 
 if __name__ == "__main__":
     from recbole_mllm.benchmark.worker import main

@@ -8,18 +8,15 @@ character stay.
 
 from __future__ import annotations
 
-import codecs
 import csv
 import errno
-import io
 import os
 import re
 import time
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -42,14 +39,12 @@ _JOINED = re.compile(f"[{_JOINERS}]{{2,}}")
 _JOINED_SPACES = re.compile(rf"[{_JOINERS}]?\s[\s{_JOINERS}]*")
 _QUOTES = "\"'"
 _EDGES = ("", " ", *_QUOTES)
-_UNITS = (1.0, 1e3, 1e6, 1e9)  # a second in seconds, milliseconds, microseconds, nanoseconds
+_UNITS = (1e9, 1e6, 1e3)  # a second in nanoseconds, microseconds, milliseconds
 _A_DATE = 1e8  # seconds since 1970: March 1973; less is a small number rather than a date
 _DAY = 86_400.0
 _ORDINARY_ID = re.compile(r"[!#-Z\\-~][!-~]{0,999}")
 
 TYPES = ("token", "token_seq", "float", "float_seq")
-_LONGEST_LINE = 1 << 28  # bytes; what has no line end for so long is no table
-_UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
@@ -85,7 +80,7 @@ def write_atomic(path: Path, types: Mapping[str, str], rows: Iterable[Sequence[s
 
 
 def _is_plain(line: str) -> bool:
-    """Return whether no value of `line` can be at fault, but for a lone surrogate."""
+    # no value can be at fault, but for a lone surrogate
     if '"' in line and (line[0] == '"' or '\t"' in line):
         return False
     return line.strip() != "" and len(line) <= MAX_CHARACTERS and not ("\n" in line or "\r" in line or "\0" in line)
@@ -175,46 +170,31 @@ def unquoted(path: Path, number: int, line: str, separator: str = "\t") -> list[
 
 def _lines(path: Path, encoding: str | None = None) -> Iterator[tuple[int, str]]:
     """Yield each line, with its number, less its end; UTF-8 unless another `encoding` is given."""
-    if not path.is_file():
-        there = os.path.lexists(path)
-        raise UserError(f"{path} is no file; put one in its place" if there else f"{path} does not exist")
+    encoding = encoding or "utf-8"
     try:
+        if not path.is_file():
+            there = os.path.lexists(path)
+            raise UserError(f"{path} is no file; put one in its place" if there else f"{path} does not exist")
         with path.open("rb") as file:
-            yield from _decoded(path, file, encoding or "utf-8")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-
-
-def _decoded(path: Path, file: BinaryIO, encoding: str) -> Iterator[tuple[int, str]]:
-    """Yield the lines of `file`; it is read by bytes where that tells which line cannot be decoded."""
-    try:
-        wide = codecs.lookup(encoding).name.startswith(("utf-16", "utf-32"))
+            for number, raw in enumerate(file, 1):
+                wide = "it looks like UTF-16; save it as UTF-8" if number == 1 and b"\0" in raw else ""
+                try:
+                    line = raw.decode(encoding).removesuffix("\n").removesuffix("\r")
+                except UnicodeDecodeError as error:
+                    what = f"byte {error.start + 1} is no {encoding.upper()}"
+                    raise UserError(f"{path}:{number}: {what}; {wide or 'save the file as UTF-8'}") from None
+                if "\0" in line:
+                    raise UserError(f"{path}:{number}: a NUL byte inside the line; {wide or 'remove it'}")
+                if "\r" in line:
+                    hint = "remove it, or end all lines in line feeds"
+                    raise UserError(f"{path}:{number}: a carriage return inside the line; {hint}")
+                yield number, line.removeprefix("\ufeff") if number == 1 else line
     except LookupError:
         raise UserError(
             f"there is no encoding {encoding!r}; leave the key encoding out where files are UTF-8"
         ) from None
-    text = io.TextIOWrapper(file, encoding, newline="\n") if wide else None
-    for number in count(1):
-        try:
-            raw = text.readline(_LONGEST_LINE + 1) if text else file.readline(_LONGEST_LINE + 1)
-            line = raw.decode(encoding) if isinstance(raw, bytes) else raw
-        except UnicodeDecodeError as error:
-            hint = "it looks like UTF-16; save it" if number == 1 and error.object[:2] in _UTF_16 else "save the file"
-            raise UserError(
-                f"{path}:{number}: byte {error.start + 1} is no {encoding.upper()}; {hint} as UTF-8"
-            ) from None
-        if not raw:
-            return
-        if len(raw) > _LONGEST_LINE:
-            raise UserError(f"{path}:{number}: a line of more than {_LONGEST_LINE:,} bytes; is it a table of text?")
-        line = line.removesuffix("\n").removesuffix("\r")
-        if "\0" in line:
-            hint = "it looks like UTF-16; save it as UTF-8" if number == 1 else "remove it"
-            raise UserError(f"{path}:{number}: a NUL byte inside the line; {hint}")
-        if "\r" in line:
-            hint = "remove it, or end all lines in line feeds"
-            raise UserError(f"{path}:{number}: a carriage return inside the line; {hint}")
-        yield number, line.removeprefix("\ufeff") if number == 1 else line
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def _columns(path: Path, header: str, separator: str = "\t") -> dict[str, str]:
@@ -249,11 +229,22 @@ def clean(text: str) -> str:
 
 
 def _without_leading_quotes(text: str) -> str:
-    """Strip quotes at the start, and at the end the one that would be left without its partner."""
+    # and at the end without the one that would be left without its partner
     bare = text.lstrip(_QUOTES + " " + _JOINERS)
     if text.startswith('"') and bare.endswith('"') and bare.count('"') % 2:
         return bare[:-1].rstrip(" " + _JOINERS)
     return bare
+
+
+def id_fault(text: str) -> str | None:
+    """Return why RecBole cannot take `text` for an id, or None; `id_problem` is stricter, for ids that we write."""
+    if not text:
+        return "is empty"
+    if text == PAD:
+        return f"is {PAD}, which RecBole reserves"
+    if len(text) > MAX_ID_CHARACTERS:
+        return f"has {len(text):,} characters, more than {MAX_ID_CHARACTERS:,}"
+    return None
 
 
 def id_problem(text: str) -> str | None:
@@ -263,22 +254,14 @@ def id_problem(text: str) -> str | None:
     """
     if _ORDINARY_ID.fullmatch(text):
         return None
-    if not text:
-        return "is empty"
-    if text == PAD:
-        return f"is {PAD}, which RecBole reserves"
-    if (problem := value_problem(text)) is not None:
+    if (problem := id_fault(text) or value_problem(text)) is not None:
         return problem
     if text[0] == "\ufeff":  # files strung together: the same id would be two
         return "starts with a byte order mark"
     if text != text.strip():
         return "starts or ends with white space"
     control = next((c for c in text if unicodedata.category(c) == "Cc"), None)
-    if control is not None:
-        return f"holds the control character U+{ord(control):04X}"
-    if len(text) > MAX_ID_CHARACTERS:
-        return f"has {len(text):,} characters, more than {MAX_ID_CHARACTERS:,}"
-    return None
+    return None if control is None else f"holds the control character U+{ord(control):04X}"
 
 
 def word_problem(text: str) -> str | None:
@@ -323,5 +306,5 @@ def find_impossible_times(times: ArrayLike) -> tuple[NDArray[Any], NDArray[Any]]
         none = np.zeros(len(values), bool)
         return (none if positive.size else early), none
     typical = float(np.median(positive))
-    unit = next((unit for unit in reversed(_UNITS) if typical >= unit * _A_DATE), 1.0)
+    unit = next((unit for unit in _UNITS if typical >= unit * _A_DATE), 1.0)
     return early, values > (time.time() + _DAY) * unit

@@ -6,8 +6,11 @@ missing time with the mean of all. What is found here is found before that, and 
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from recbole_mllm.common.errors import UserError
-from recbole_mllm.data.atomic import MAX_ID_CHARACTERS, PAD, read_columns, read_values
+from recbole_mllm.data.atomic import id_fault, read_columns, read_values
 
 # what pandas takes for a missing number, in any case and with spaces around (recbole_patches/libraries.py has the list)
 _MISSING = frozenset({"", "na", "n/a", "nan", "-nan", "null", "none", "<na>", "#n/a", "#na", "#n/a n/a", "1.#ind",
@@ -43,6 +46,27 @@ class Rules:
     words: str = " "
     encoding: str | None = None
 
+    @classmethod
+    def of(cls, dataset: Any, source: Any) -> Rules | None:
+        """Return what RecBole's `dataset` needs of its file `source`; None where nothing of it is loaded."""
+        config, kind = dataset.config, str(getattr(source, "value", source))
+        load, unload = dataset._get_load_and_unload_col(source)
+        if load == set() or len(config["field_separator"]) != 1:  # a longer one is a pattern to pandas
+            return None
+        user, item = dataset.uid_field, dataset.iid_field
+        fields = {"inter": (user, item), "user": (user,), "item": (item,)}.get(kind, ())
+        timed = kind == "inter" and dataset.benchmark_filename_list is None
+        return cls(
+            ids=tuple(field for field in fields if field is not None),
+            time=dataset.time_field if timed else None,
+            ordered=timed and (config["eval_args"] or {}).get("order") == "TO",
+            unique=kind in ("user", "item"),
+            loaded=lambda name: (load is None or name in load) and (unload is None or name not in unload),
+            separator=config["field_separator"],
+            words=config["seq_separator"],
+            encoding=config["encoding"],
+        )
+
 
 def is_missing(value: str) -> bool:
     """Return whether pandas takes `value` for a number that is not there."""
@@ -67,17 +91,6 @@ def time_problem(value: str) -> str | None:
     if is_missing(value):
         return f"{value[:40]!r} is no number"
     return number_problem(value) or (None if math.isfinite(float(value)) else f"{value[:40]!r} is infinite")
-
-
-def id_fault(value: str) -> str | None:
-    """Return why RecBole cannot take `value` for an id, or None; `id_problem` is stricter, for ids that we write."""
-    if not value:
-        return "is empty"
-    if value == PAD:
-        return f"is {PAD}, which RecBole reserves"
-    if len(value) > MAX_ID_CHARACTERS:
-        return f"has {len(value):,} characters, more than {MAX_ID_CHARACTERS:,}"
-    return None
 
 
 def check_columns(path: Path, rules: Rules) -> dict[str, str]:
@@ -141,7 +154,6 @@ def check_file(path: Path, rules: Rules) -> None:
 
 
 def _check_of(name: str, kind: str, rules: Rules) -> Callable[[str], str | None] | None:
-    """Return what finds fault with a value of a column, if anything may."""
     if name in rules.ids:
         return id_fault
     if not rules.loaded(name):
@@ -165,6 +177,91 @@ def fault(path: Path, number: int, name: str, problem: str, rules: Rules) -> Use
     return UserError(f"{path}:{number}: {name} {problem}; {todo}")
 
 
+def read_checked(path: Path, rules: Rules, read: Callable[[], Any]) -> Any:
+    """Return the frame that `read` makes of `path`; the slow check comes only where the quick one is not certain.
+
+    Whatever stops RecBole is looked for in the file, as its words name no line.
+    """
+    check_columns(path, rules)
+    try:
+        frame = read()
+    except UserError:
+        raise
+    except Exception:  # whatever pandas or RecBole raise for a file: the exact reader may know its place
+        check_file(path, rules)
+        raise
+    if frame is None or not frame.attrs.pop("plain", False) or _is_suspicious(frame, rules):
+        check_file(path, rules)
+    return frame
+
+
+def _is_suspicious(frame: Any, rules: Rules) -> bool:
+    """Return whether the frame of a plain file has a time that is none, or an id that is none or stands twice."""
+    if rules.time in frame.columns and not np.isfinite(frame[rules.time].to_numpy()).all():
+        return True
+    for name in filter(frame.columns.__contains__, rules.ids):
+        ids = frame[name].unique()
+        if rules.unique and len(ids) < len(frame) or any(not isinstance(i, str) or id_fault(i) for i in ids):
+            return True
+    return False
+
+
+def is_checked(config: Any) -> bool:
+    """Return whether files are checked for a run: ours and MLLMMSR's; a stock run of another model is left as it is."""
+    return config["frozen_candidates"] is True or config["model"] == "MLLMMSR"
+
+
+def check_files(dataset: Any, token: str, folder: Path) -> None:
+    """Refuse a folder, a device or a link that leads nowhere in a file's place, and want of interactions."""
+    parts = dataset.benchmark_filename_list
+    inter = [f"{token}.inter"] if parts is None else [f"{token}.{part}.inter" for part in parts]
+    for name in (*inter, f"{token}.item", f"{token}.user"):
+        path = folder / name
+        if os.path.lexists(path) and not path.is_file():
+            raise UserError(f"{path} is no file; put one in its place, or remove it")
+        if name in inter and not path.exists():
+            named = "a file is named after its folder" if parts is None else f"benchmark_filename names {parts}"
+            raise UserError(f"{path} does not exist; interactions are read from it ({named})")
+
+
+@contextmanager
+def explain_what_is_left(config: Any, dataset: Any = None) -> Iterator[None]:
+    """Say what RecBole means where it fails on a dataset, read already or not, of which nothing is left.
+
+    Raises:
+        UserError: Everything has been filtered away, no row is left to train on, or a user has met all items.
+    """
+    try:
+        yield
+    except ValueError as error:
+        said = str(error) if is_checked(config) else ""
+        if "Some feat is empty" in said:  # data/dataset/dataset.py:1063
+            raise UserError(
+                f"no interaction of {config['dataset']} is left after filtering; loosen user_inter_num_interval, "
+                "item_inter_num_interval, val_interval and the like"
+            ) from error
+        if "num_samples should be a positive" in said:  # torch's sampler of no row
+            raise nothing_left(dataset, "train on") from error
+        if "interacted with all items" in said:  # sampler/sampler.py:257
+            raise _all_met(dataset) from error
+        raise
+
+
+def check_parts(config: Any, dataset: Any, train: Any, valid: Any, test: Any) -> None:
+    """Refuse a split, given as loaders, that leaves nothing to train or test on; warn where nothing is to validate on.
+
+    Raises:
+        UserError: Nothing is left to train or to test on.
+    """
+    if not is_checked(config):
+        return
+    for loader, to in ((train, "train on"), (test, "test on")):
+        if not len(loader._dataset.inter_feat):
+            raise nothing_left(dataset, to)
+    if not len(valid._dataset.inter_feat):
+        logging.getLogger().warning(f"{nothing_left(dataset, 'validate on')}; the last epoch will be taken as it is")
+
+
 def nothing_left(dataset: Any, to: str) -> UserError:
     """Return what is said of a split that leaves no row `to` do something with."""
     name, config = dataset.dataset_name, dataset.config
@@ -178,8 +275,7 @@ def nothing_left(dataset: Any, to: str) -> UserError:
     return UserError(f"no row of {name} is left to {to}, of {dataset.user_num - 1} users; {hint}")
 
 
-def all_met(dataset: Any) -> UserError:
-    """Return what is said where a user has met every item, so that none is left to be drawn as a negative."""
+def _all_met(dataset: Any) -> UserError:
     rows = dataset.inter_feat
     users, items = (rows[field].numpy() for field in (dataset.uid_field, dataset.iid_field))
     met = np.bincount(np.unique(users * dataset.item_num + items) // dataset.item_num)

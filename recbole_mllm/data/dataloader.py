@@ -58,23 +58,22 @@ class Negatives:
 class SeededTrainDataLoader(TrainDataLoader):  # type: ignore[misc]  # RecBole is untyped
     """RecBole's pointwise training batches, positives then their negatives, known by (seed, epoch) alone.
 
-    Where `grouped` is set, the same rows are dealt out so that up to eight rows of an item, positive or negative,
-    stand together, and which items meet in a batch is random; every batch has as many rows as without.
+    `grouped` deals the same rows out so that up to eight rows of an item, positive or negative, stand together, and
+    which items meet in a batch is random; every batch has as many rows as without.
     """
 
-    grouped = False
-
-    def __init__(self, config: Any, dataset: Any, sampler: Any, shuffle: bool = True) -> None:
+    def __init__(self, config: Any, dataset: Any, sampler: Any, shuffle: bool = True, grouped: bool = False) -> None:
         super().__init__(config, dataset, sampler, shuffle=shuffle)
-        self.epoch, self.first = 0, 0
+        self.epoch, self.first, self.grouped = 0, 0, grouped
         self._negatives: Negatives | None = None
 
     @classmethod
-    def of(cls, loader: Any) -> SeededTrainDataLoader:
-        """Return `loader` itself if it is one of these, else one over the same rows."""
-        if isinstance(loader, cls):
-            return loader
-        return cls(loader.config, loader._dataset, loader._sampler, loader.shuffle)
+    def of(cls, loader: Any, grouped: bool = False) -> SeededTrainDataLoader:
+        """Return `loader`, RecBole's or already of this kind, as one that groups its rows or does not."""
+        if not isinstance(loader, cls):
+            return cls(loader.config, loader._dataset, loader._sampler, loader.shuffle, grouped)
+        loader.grouped = grouped
+        return loader
 
     def set_epoch(self, epoch: int, first: int = 0) -> None:
         """Make the next pass that of `epoch`, from its batch `first` on; without it, passes count up from 0."""

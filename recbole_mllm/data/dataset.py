@@ -83,7 +83,6 @@ class MLLMMSRDataset(SequentialDataset):  # type: ignore[misc]  # RecBole is unt
         return list(parts)
 
     def _raw(self, field: str) -> np.ndarray[Any, Any]:
-        """Return the raw id of each internal id."""
         return np.asarray(self.field2id_token[field]).astype(str)
 
     def _last(self, train: Any, last_k: int | None) -> Any:

@@ -1,29 +1,25 @@
 """Images of items: found by path or by item id, checked, opened as upright RGB; which items have a usable one.
 
 Only decoding a file to its end shows that it is whole (half a millisecond a poster); a check of the headers alone would
-let a run die, or silently change its prompts, hours later. So all images are decoded before a run, by all cores, and of
-a large collection the verdicts are cached beside the dataset, each with its file's size and time. Where that file
-cannot be read or written, the images are decoded again.
+let a run die, or silently change its prompts, hours later. So all images are decoded before a run, by all cores.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
 import re
 import stat
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path, PurePath
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import PIL
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from recbole_mllm.common.files import whole_file
@@ -33,12 +29,11 @@ from recbole_mllm.data.atomic import clean
 IMAGES = "images"  # the folder of a dataset that holds its images
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 MAX_PIXELS = 50_000_000  # a larger image is a decompression bomb or no product photo
+_NO_FILE = {errno.ENOENT: "does not exist", errno.ENOTDIR: "does not exist", errno.ELOOP: "is a link to itself"}
 # Pillow knows many more, of which EPS would even start Ghostscript
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 _SMALL, _LONG = 64, 10  # a processor that refuses images beyond these would refuse the ordinary ones too
 _DRAFT = (64, 64)  # JPEG is decoded at an eighth of its size where only its soundness is asked
-CACHE_FROM = 1_000  # fewer images are decoded again in a second or two, without a file
-_EDITION = f"3 pillow {PIL.__version__} pixels {MAX_PIXELS}"  # another Pillow may judge otherwise
 _EASY = {"1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"}  # modes that `_rgb` never fails on
 
 
@@ -56,15 +51,11 @@ def resolve(folder: Path, relative: str) -> tuple[Path | None, str | None]:
         if not any(path.is_relative_to(os.path.realpath(root)) for root in roots):
             return None, "leads out of the folder"
         mode = path.stat().st_mode
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        return None, _why_no_file(error)
+    except OSError as error:
+        return None, _NO_FILE.get(error.errno or 0, f"cannot be a file: {error.strerror}")
+    except ValueError as error:  # a NUL in the path
+        return None, f"cannot be a file: {error}"
     return (folder / relative, None) if stat.S_ISREG(mode) else (None, "is no file")
-
-
-def _why_no_file(error: OSError | ValueError) -> str:
-    known = {errno.ENOENT: "does not exist", errno.ENOTDIR: "does not exist", errno.ELOOP: "is a link to itself"}
-    code = error.errno if isinstance(error, OSError) else None
-    return known.get(code or 0, f"cannot be a file: {error.strerror if isinstance(error, OSError) else error}")
 
 
 def find_image(folder: Path, item: str) -> tuple[Path | None, str | None]:
@@ -73,15 +64,14 @@ def find_image(folder: Path, item: str) -> tuple[Path | None, str | None]:
     A link that leads out of the folder it lies in is no image; the folder itself may be a link.
     """
     reason = None
-    if item and "/" not in item and "\\" not in item and not item.startswith("."):
-        for parent in ("", f"{IMAGES}/"):
-            for suffix in SUFFIXES:
-                name = f"{parent}{item}{suffix}"
-                if os.path.lexists(folder / name):
-                    path, refusal = resolve(folder, name)
-                    if path is not None:
-                        return path, None
-                    reason = reason or f"{name} {refusal}"
+    if not item or "/" in item or "\\" in item or item.startswith("."):
+        return None, None
+    for name in (f"{parent}{item}{suffix}" for parent in ("", f"{IMAGES}/") for suffix in SUFFIXES):
+        if os.path.lexists(folder / name):
+            path, refusal = resolve(folder, name)
+            if path is not None:
+                return path, None
+            reason = reason or f"{name} {refusal}"
     return None, reason
 
 
@@ -158,9 +148,8 @@ class _Refused(Exception):
 def _reason(path: Path, error: Exception) -> str:
     if isinstance(error, _Refused):
         return str(error)
-    if isinstance(error, Image.DecompressionBombError):
-        count = re.search(r"\d+", str(error))
-        return f"has {int(count[0]):,} pixels, more than {MAX_PIXELS:,}" if count else "has too many pixels"
+    if isinstance(error, Image.DecompressionBombError):  # beyond Pillow's own limit, which is higher
+        return f"has {int(re.findall(r'[0-9]+', str(error))[0]):,} pixels, more than {MAX_PIXELS:,}"
     if isinstance(error, UnidentifiedImageError):
         return _kind(path)
     if isinstance(error, OSError) and error.errno is not None:
@@ -172,7 +161,6 @@ def _reason(path: Path, error: Exception) -> str:
 
 
 def _kind(path: Path) -> str:
-    """Say what a file that is no image looks like instead."""
     with path.open("rb") as file:
         start = file.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if b"<svg" in start:
@@ -276,50 +264,22 @@ class ItemImages:
         elif image_dir is not None:
             self.absent.append(Missing(item, "", f"no image of this id in {image_dir}"))
 
-    def check(self, folder: Path) -> None:
+    def check(self) -> None:
         """Decode what was found; images that cannot be opened become missing."""
-        reasons, self.extreme = check_images(folder, self.found)
+        reasons, self.extreme = check_images(self.found)
         for item, reason in reasons.items():
             self.missing.append(Missing(item, str(self.found.pop(item)), reason))
 
 
-def check_images(folder: Path, images: Mapping[str, Path]) -> tuple[dict[str, str], dict[str, tuple[int, int]]]:
+def check_images(images: Mapping[str, Path]) -> tuple[dict[str, str], dict[str, tuple[int, int]]]:
     """Return the reason of each item whose image cannot be opened, and the size of each extreme one, in that order."""
-    cache = folder / f".{folder.name}.images"
-    states = {str(path): _state(path) for path in images.values()}
-    cached = _read_cache(cache)
-    verdicts = {path: cached[path][1] for path, state in states.items() if path in cached and cached[path][0] == state}
-    fresh = [path for path in states if path not in verdicts]
-    with Progress(len(fresh), "checking images", "image") as shown, ThreadPoolExecutor(os.cpu_count()) as pool:
-        for path, verdict in zip(fresh, pool.map(_verdict, fresh), strict=True):  # Pillow decodes outside Python's lock
-            verdicts[path] = verdict
+    reasons: dict[str, str] = {}
+    extreme: dict[str, tuple[int, int]] = {}
+    with Progress(len(images), "checking images", "image") as shown, ThreadPoolExecutor(os.cpu_count()) as pool:
+        for item, found in zip(images, pool.map(decode, images.values()), strict=True):  # outside Python's lock
+            if isinstance(found, str):
+                reasons[item] = found
+            elif is_extreme(found):
+                extreme[item] = found
             shown.update(1)
-    if len(fresh) >= CACHE_FROM or (fresh and cached):
-        with suppress(OSError), whole_file(cache) as file:
-            json.dump([_EDITION, {path: (state, verdicts[path]) for path, state in states.items()}], file)
-    found = {item: verdict for item, path in images.items() if (verdict := verdicts[str(path)])}
-    reasons = {item: verdict for item, verdict in found.items() if isinstance(verdict, str)}
-    return reasons, {item: tuple(size) for item, size in found.items() if item not in reasons}
-
-
-def _state(path: Path) -> list[int]:
-    """Return a file's size in bytes and time of change in ns."""
-    try:
-        found = path.stat()
-    except OSError:
-        return [-1, -1]
-    return [found.st_size, found.st_mtime_ns]
-
-
-def _verdict(path: str) -> tuple[int, int] | str | None:
-    """Return an image's problem, its size where that is extreme, or None."""
-    found = decode(Path(path))
-    return found if isinstance(found, str) or is_extreme(found) else None
-
-
-def _read_cache(cache: Path) -> dict[str, Any]:
-    try:
-        edition, cached = json.loads(cache.read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
-        return {}
-    return cached if edition == _EDITION and isinstance(cached, dict) else {}
+    return reasons, extreme

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.data import schema
-from recbole_mllm.data.atomic import clean, read_atomic, read_columns, read_numbered, write_atomic
-from recbole_mllm.data.checking import id_fault
+from recbole_mllm.data.atomic import clean, id_fault, read_atomic, read_columns, read_numbered, write_atomic
 from recbole_mllm.data.images import ItemImages
 
 
@@ -67,7 +66,7 @@ def read_items(folder: Path, image_dir: Path | None, item_field: str = schema.IT
             raise UserError(f"{path}:{number}: item {item} stands in line {first} already; keep one of the two")
         titles[item] = clean(row[title]) if title else ""
         images.add(folder, item, row.get(schema.IMAGE, ""), image_dir)
-    images.check(folder)
+    images.check()
     if images.missing:
         item, file, reason = images.missing[0]
         logging.getLogger(__name__).warning(

@@ -97,6 +97,12 @@ class Pairs:
         found = self.keys[place] == asked
         return found if self.phase is None else found & (self.phase[place] <= phase)
 
+    def items_of(self, user: int, phase: int = 0) -> set[int]:
+        """Return the items of one user up to `phase`."""
+        low, high = np.searchsorted(self.keys, (user * self.width, (user + 1) * self.width))
+        items = self.keys[low:high] - user * self.width
+        return set((items if self.phase is None else items[self.phase[low:high] <= phase]).tolist())
+
     def most(self, users: int, phase: int = 0) -> int:
         """Return how many items the user with the most pairs up to `phase` has; `users` is above every user."""
         known = self.keys if self.phase is None else self.keys[self.phase <= phase]

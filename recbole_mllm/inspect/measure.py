@@ -238,7 +238,7 @@ def read_items(layout: Layout, others: Iterable[str], found: Samples) -> ItemChe
         for item in others:
             if item not in out.lines:
                 images.add(layout.folder, item, "", layout.image_dir)
-    images.check(layout.folder)
+    images.check()
     for name, listed in (("unusable", images.missing), ("imageless", images.absent)):
         if listed:
             item, place, reason = listed[0]

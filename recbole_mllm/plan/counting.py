@@ -470,9 +470,9 @@ def count_training(run: PlannedRun, summaries: Preferences) -> Count:
     count, epochs, model, train = Count(), run.rounds[0], run.models["sft"], run.settings.train
     if not epochs or model is None:
         return count
-    loader = SeededTrainDataLoader.of(run.loaders["train"])
     may_share = not train.gradient_checkpointing  # which computes layers again, without a cache
-    loader.grouped = may_share and deals_by_item(run.settings, model.body)
+    grouped = may_share and deals_by_item(run.settings, model.body)
+    loader = SeededTrainDataLoader.of(run.loaders["train"], grouped)
     loader.set_epoch(0)
     share = may_share and shares_in_training(run.settings, model.body)
     own, style = loader._dataset, run.setup.style

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,9 +22,8 @@ from recbole_mllm.recbole_patches.list_column import ListColumn
 _SEPARATORS = ("\t", ",", ";", "|")
 _ENCODINGS = ("utf-8", "utf8", "ascii")
 _OPTIONS = {"delimiter", "usecols", "dtype", "encoding", "engine", "na_values", "keep_default_na"}
-_BLOCK = 1 << 24
-_LONGEST = 1 << 16  # bytes of a line; Python's csv module refuses a field of 131,072 characters unless told
 _EXACT = 2.0**53
+_BLOCK = 1 << 24
 _LONG = 32  # torch reads shorter lists in ways of its own
 
 
@@ -40,13 +38,13 @@ def is_on() -> bool:
 def read_fast(path: Any, **options: Any) -> Any:
     """Return the frame of RecBole's ``read_csv(path, **options)`` (data/dataset/dataset.py:486), texts as objects.
 
-    None where that is not certain.
+    None where that is not certain; else its ``attrs["plain"]`` says that the file `is_plain`.
     """
     import pandas as pd
 
     delimiter, encoding, dtype = (options.get(name) for name in ("delimiter", "encoding", "dtype"))
     known = set(options) <= _OPTIONS and delimiter in _SEPARATORS and options.get("engine") == "python"
-    if not (known and str(encoding or "utf-8").lower() in _ENCODINGS and scan(Path(path), str(delimiter)).plain):
+    if not (known and str(encoding or "utf-8").lower() in _ENCODINGS and is_plain(Path(path), str(delimiter))):
         return None
     assert isinstance(dtype, dict)
     # `high` is the Python parser's own precision; without `low_memory` equal texts are one object
@@ -56,7 +54,10 @@ def read_fast(path: Any, **options: Any) -> Any:
         frame = pd.read_csv(path, **options | how)
     except ValueError:  # pandas' parser errors are ValueErrors too; the other parser words its own
         return None
-    return None if any(kind is not str and _may_differ(frame[name]) for name, kind in dtype.items()) else frame
+    if any(kind is not str and _may_differ(frame[name]) for name, kind in dtype.items()):
+        return None
+    frame.attrs["plain"] = True
+    return frame
 
 
 def _may_differ(numbers: Any) -> bool:
@@ -65,90 +66,48 @@ def _may_differ(numbers: Any) -> bool:
     return bool(((np.abs(values) >= _EXACT) | (np.signbit(values) & (values == 0))).any())
 
 
-class Scan(NamedTuple):
-    """What the bytes of a file say: whether it is `plain`, and the shortest and longest value of each column, in bytes.
+def is_plain(path: Path, delimiter: str) -> bool:
+    """Return whether every line has as many fields as the first, two or more, and nothing that parsers read apart.
 
-    Plain: every line has as many fields as the first, two or more, and nothing the two parsers read apart. That is
-    quotes, carriage returns, NULs, a byte order mark, repeated names, lines that begin with a space and very long ones.
+    That is quotes, carriage returns, NULs, a byte order mark, repeated names and lines that begin with a space.
     """
-
-    plain: bool
-    shortest: tuple[int, ...] = ()
-    longest: tuple[int, ...] = ()
-
-
-_SCANNED: dict[tuple[Path, str], Scan] = {}
-
-
-@contextmanager
-def scanned(path: Path, delimiter: str, found: Scan) -> Iterator[None]:
-    """Let `scan` answer with `found` for a while, in which `path` is read, without looking at its bytes again."""
-    _SCANNED[path, delimiter] = found
-    try:
-        yield
-    finally:
-        del _SCANNED[path, delimiter]
-
-
-def scan(path: Path, delimiter: str) -> Scan:
-    """Look at every byte of a file once, as arrays."""
-    if (path, delimiter) in _SCANNED:
-        return _SCANNED[path, delimiter]
     separator = delimiter.encode()
     with path.open("rb") as file:
-        header = file.readline(_LONGEST + 1).rstrip(b"\n")
+        header = file.readline().rstrip(b"\n")
     fields = header.split(separator)
     if len(separator) != 1 or len(fields) < 2 or len(set(fields)) < len(fields) or header.startswith(b"\xef\xbb\xbf"):
-        return Scan(False)
-    lines, bounds = 0, []
+        return False
+    lines = 0
     for block in _blocks(path):
-        found = _lengths(block, separator[0], len(fields) - 1)
-        if found is None:
-            return Scan(False)
-        if lines == 0:
-            found = found[1:]  # the header's own
-        if len(found):
-            bounds.append((found.min(axis=0), found.max(axis=0)))
+        if not _is_plain_block(np.frombuffer(block, np.uint8), separator[0], len(fields) - 1):
+            return False
         lines += block.count(b"\n")
-    if lines < 2:
-        return Scan(False)
-    low, high = (np.array(each) for each in zip(*bounds, strict=True))
-    return Scan(True, tuple(low.min(axis=0).tolist()), tuple(high.max(axis=0).tolist()))
+    return lines >= 2
 
 
 def _blocks(path: Path) -> Iterator[bytes]:
-    """Yield the file in blocks of whole lines; a line beyond all measure comes in parts, and nothing behind it."""
+    """Yield the file in blocks of whole lines."""
     rest = b""
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
             whole, newline, rest = (rest + block).rpartition(b"\n")
             if newline:
                 yield whole + newline
-            if len(rest) > _LONGEST:
-                break
     if rest:
         yield rest + b"\n"
 
 
-def _lengths(block: bytes, separator: int, separators: int) -> Any:
-    """Return the length of each field, ``[lines, separators + 1]``; None unless each line has `separators` of them.
-
-    None too where a byte asks for care, or an id that is RecBole's own.
-    """
-    array = np.frombuffer(block, np.uint8)
+def _is_plain_block(array: Any, separator: int, separators: int) -> bool:
     control = array[array < 0x23]  # few: line ends, tabs and spaces
-    if b"[PAD]" in block or np.isin(control, [0x00, 0x0D, 0x22]).any():
-        return None
+    if np.isin(control, [0x00, 0x0D, 0x22]).any():
+        return False
     ends = np.flatnonzero(array == 0x0A)
     starts = np.r_[0, ends[:-1] + 1]
     places = np.flatnonzero(array == separator)
-    odd = (array[starts] == 0x20).any() or (ends - starts).max() > _LONGEST
-    if odd or len(places) != separators * len(ends):
-        return None
+    if (array[starts] == 0x20).any() or len(places) != separators * len(ends):
+        return False
     table = places.reshape(-1, separators)
-    if not ((table[:, 0] >= starts).all() and (table[:, -1] < ends).all()):
-        return None
-    return np.diff(np.column_stack([starts - 1, table, ends]), axis=1) - 1
+    return bool((table[:, 0] >= starts).all() and (table[:, -1] < ends).all())
 
 
 # --- choosing rows
@@ -202,20 +161,15 @@ def augment_as_arrays(module: ModuleType) -> None:
 
 
 def _shapes_fit(dataset: Any) -> bool:
-    """Return whether each field has the shape its list needs; where not, RecBole broadcasts or fails."""
-    return dataset.max_item_list_len == dataset.config["MAX_ITEM_LIST_LENGTH"] and all(
-        tuple(dataset.inter_feat[field].shape[1:]) == _tail(dataset, field)
-        for field in dataset.inter_feat
-        if field != dataset.uid_field
-    )
-
-
-def _tail(dataset: Any, field: str) -> tuple[int, ...]:
-    """Return the shape of one entry of the field's list (:125-140)."""
-    listed = dataset.field2seqlen[getattr(dataset, f"{field}_list_field")]
-    tail = () if isinstance(listed, int) else tuple(listed[1:])
-    numerical = field in dataset.float_like_fields and field in dataset.config["numerical_features"]
-    return (*tail, 2) if numerical else tail
+    """Return whether each field has the shape its list needs (:125-140); where not, RecBole broadcasts or fails."""
+    numerical = set(dataset.float_like_fields) & set(dataset.config["numerical_features"])
+    for field in dataset.inter_feat:
+        if field != dataset.uid_field:
+            listed = dataset.field2seqlen[getattr(dataset, f"{field}_list_field")]
+            tail = () if isinstance(listed, int) else tuple(listed[1:])
+            if tuple(dataset.inter_feat[field].shape[1:]) != tail + (2,) * (field in numerical):
+                return False
+    return True
 
 
 def _augment(dataset: Any, interaction: Any, place: Any) -> None:
@@ -255,8 +209,7 @@ class Groups:
         return len(self.bounds) - 1
 
     def __iter__(self) -> Iterator[list[int]]:
-        places, bounds = self.order.tolist(), self.bounds.tolist()
-        return (places[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True))
+        return map(np.ndarray.tolist, np.split(self.order, self.bounds[1:-1]))
 
     def leave_out(self, count: int) -> list[Any]:
         """Return the places of each part: the last `count` of a group go one to each later part, at least one stays.

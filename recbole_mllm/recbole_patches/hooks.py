@@ -6,12 +6,10 @@ cheap, and leaves it to the user which of the two comes first.
 
 from __future__ import annotations
 
-import builtins
 import functools
 import importlib
 import sys
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -43,18 +41,16 @@ class _Finder:
     def __init__(self) -> None:
         self.before: dict[str, list[Callback]] = {}
         self.after: dict[str, list[Callback]] = {}
-        self._lock = threading.RLock()
 
     def add(self, table: dict[str, list[Callback]], name: str, callback: Callback) -> bool:
         """Note `callback` for module `name` in `table`; return whether it is new there."""
-        with self._lock:
-            if self not in sys.meta_path:
-                sys.meta_path.insert(0, self)
-            known = table.setdefault(name, [])
-            if callback in known:
-                return False
-            known.append(callback)
-            return True
+        if self not in sys.meta_path:
+            sys.meta_path.insert(0, self)
+        known = table.setdefault(name, [])
+        if callback in known:
+            return False
+        known.append(callback)
+        return True
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -83,10 +79,9 @@ class _CallingLoader(Loader):
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+    def create_module(self, spec: ModuleSpec) -> Any:
         """Let the module's own loader create the module."""
-        module: ModuleType | None = self._inner.create_module(spec)
-        return module
+        return self._inner.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
         """Run the callbacks, the module's body, and the callbacks that wait for it."""
@@ -132,21 +127,3 @@ def called_from(package: str) -> bool:
     """Return whether what called this one, put in place by `replace`, was called by a function of `package`."""
     name = str(sys._getframe(3).f_globals.get("__name__", ""))
     return name == package or name.startswith(f"{package}.")
-
-
-def lend_imports(module: ModuleType, lent: Mapping[str, Any]) -> None:
-    """Let `module` alone see `lent` where its body says ``from NAME import …``.
-
-    Nothing is put into ``sys.modules``: transformers and accelerate look there, and in ``find_spec``, for what is
-    installed.
-    """
-
-    def lending_import(name: str, *args: Any, **kwargs: Any) -> Any:
-        return lent[name] if name in lent else builtins.__import__(name, *args, **kwargs)
-
-    vars(module)["__builtins__"] = {**vars(builtins), "__import__": lending_import}
-
-
-def end_lending(module: ModuleType) -> None:
-    """Give `module` Python's own builtins back; the functions it has defined keep what they were defined with."""
-    vars(module)["__builtins__"] = vars(builtins)

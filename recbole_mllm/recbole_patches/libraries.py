@@ -1,9 +1,9 @@
-"""What RecBole 1.2.1 needs to run on today's numpy, pandas, SciPy, torch and Python, and without ray or distutils."""
+"""What RecBole 1.2.1 needs to run on today's numpy, pandas, SciPy and torch, and without ray."""
 
 from __future__ import annotations
 
+import builtins
 import csv
-import importlib.util
 import sys
 import warnings
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from recbole_mllm.common.errors import UserError
-from recbole_mllm.recbole_patches.hooks import called_from, lend_imports, replace
+from recbole_mllm.recbole_patches.hooks import called_from, replace
 
 # What config/configurator.py:625-635 adds to numpy, without reading the names that numpy 2 removed
 _NUMPY_NAMES = {"bool": "bool_", "int": "int_", "float": "float64", "complex": "complex128", "object": "object_",
@@ -41,38 +41,26 @@ class MissingRecBoleFinder:
 
 
 def do_without_ray(module: ModuleType) -> None:
-    """Let ``from ray import tune`` give something that reports nothing where ray is absent or cannot be imported."""
-    lend_imports(module, {"ray": SimpleNamespace(tune=SimpleNamespace(report=report_to_ray))})
+    """Let `module` alone, about to be imported, see something that reports nothing where it says ``from ray import``.
+
+    Nothing is put into ``sys.modules``: transformers and accelerate look there, and in ``find_spec``, for what is
+    installed.
+    """
+    ray = SimpleNamespace(tune=SimpleNamespace(report=report_to_ray))
+
+    def lending_import(name: str, *args: Any, **kwargs: Any) -> Any:
+        return ray if name == "ray" else builtins.__import__(name, *args, **kwargs)
+
+    vars(module)["__builtins__"] = {**vars(builtins), "__import__": lending_import}
 
 
 def report_to_ray(**metrics: Any) -> None:
-    """Answer ``tune.report(**test_result)`` (quick_start/quick_start.py:223): nothing, unless ray is tuning.
+    """Answer ``tune.report(**test_result)`` (quick_start/quick_start.py:223): nothing, unless ray has been imported.
 
     ray reaches ``objective_function`` only after it was imported, so there is no need to import it to find out.
     """
-    tune = sys.modules.get("ray.tune")
-    if tune is None:
-        return
-    try:
-        tune.report(metrics)  # ray >= 2.7 takes one dict
-    except TypeError:
-        tune.report(**metrics)
-    except RuntimeError:  # recent ray, outside a tuning session
-        return
-
-
-def do_without_distutils(module: ModuleType) -> None:
-    """Let thop import ``LooseVersion`` on Python 3.12+ without setuptools; RecBole reaches thop in utils/utils.py:298.
-
-    It only compares ``torch.__version__`` with 1.0.0, 1.1.0 and 1.8.0.
-    """
-    if importlib.util.find_spec("distutils") is None:
-        lend_imports(module, {"distutils.version": SimpleNamespace(LooseVersion=major_and_minor)})
-
-
-def major_and_minor(version: str) -> tuple[int, ...]:
-    """Return the first two numbers of a version, which compare as ``LooseVersion`` would."""
-    return tuple(int(number) for number in version.split(".")[:2])
+    if (tune := sys.modules.get("ray.tune")) is not None:
+        tune.report(metrics)  # from ray 2.7 on one dict
 
 
 def restore_numpy_names(configurator: ModuleType) -> None:
@@ -163,18 +151,6 @@ def _agg_len_by_element(pandas: Any) -> None:
         return stock(self, func, *args, **kwargs)
 
 
-class _Pandas(ModuleType):
-    """pandas as data/dataset/dataset.py sees it: ``read_csv`` is another, the rest its own."""
-
-    def __init__(self, pandas: ModuleType, read_csv: Any) -> None:
-        super().__init__("pandas")
-        self._pandas = pandas
-        self.read_csv = read_csv
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._pandas, name)
-
-
 def read_text_as_objects(dataset: ModuleType) -> None:
     """Give data/dataset/dataset.py:486 text columns of dtype object, and empty sequences as ``""``.
 
@@ -188,8 +164,6 @@ def read_text_as_objects(dataset: ModuleType) -> None:
 
     csv.field_size_limit(2**31 - 1)  # :486 reads through the csv module, which stops at a value of 131,072 characters
     pandas = dataset.pd
-    if isinstance(pandas, _Pandas):
-        return
 
     def read_csv(path: Any, *, dtype: Any = None, **options: Any) -> Any:
         if not isinstance(dtype, dict):
@@ -205,7 +179,7 @@ def read_text_as_objects(dataset: ModuleType) -> None:
                 frame[name] = text.where(text.notna(), "" if str(name).endswith("_seq") else np.nan)
         return frame
 
-    dataset.pd = _Pandas(pandas, read_csv)  # type: ignore[attr-defined]  # the module's own name, patched
+    dataset.pd = SimpleNamespace(**{**vars(pandas), "read_csv": read_csv})  # type: ignore[attr-defined]
 
 
 def read_past_marks(dataset: ModuleType) -> None:

@@ -7,7 +7,7 @@ it is says the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Self
 
 import numpy as np
@@ -62,13 +62,6 @@ class ListColumn(Tensor):
         """Return the rows that `rows` indexes: a slice, a list, or a 1-d tensor of places or of booleans."""
         return self.of(self.flat, self.start[rows], self.length[rows], self.width)
 
-    def at(self, place: int) -> Tensor:
-        """Return ``[rows, …]``, what stands at `place` of each row."""
-        inside = self.length > place
-        out = torch.zeros((len(inside), *self.flat.shape[1:]), dtype=self.flat.dtype, device=self.flat.device)
-        out[inside] = self.flat[self.start[inside] + place]
-        return out
-
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -111,32 +104,22 @@ def _plain(value: Any) -> Any:
 
 def _getitem(column: ListColumn, index: Any) -> Any:
     """Answer ``column[index]`` by looking at no more rows than it asks for; NotImplemented where that is not plain."""
-    first, *rest = index if isinstance(index, tuple) and index else (index,)
-    if _is_place(first):  # as FEARec asks for one row at a time (fearec.py:218)
-        place = range(len(column))[int(first)]
-        row = _plain(column.choose(slice(place, place + 1)))[0]
-        return row[tuple(rest)] if rest else row
-    if len(rest) == 1 and isinstance(first, slice) and type(rest[0]) is int and 0 <= rest[0] < column.width:
-        rows = column[first]
-        return rows.at(rest[0]) if isinstance(rows, ListColumn) else rows[:, rest[0]]
-    flat = isinstance(first, list) and not (first and isinstance(first[0], _NESTED))
-    flat = flat or isinstance(first, slice) or (isinstance(first, Tensor | np.ndarray) and first.ndim == 1)
-    if flat and not rest:
-        return column.choose(first)
+    if isinstance(index, slice) or (isinstance(index, Tensor | np.ndarray) and index.ndim == 1):
+        return column.choose(index)
+    if isinstance(index, list) and all(isinstance(place, int | np.integer) for place in index[:1]):
+        return column.choose(index)
+    if isinstance(index, int | np.integer) and not isinstance(index, bool):
+        # as FEARec asks for one row at a time (fearec.py:218)
+        return column.choose([range(len(column))[index]]).clone()[0]
     return NotImplemented
-
-
-def _is_place(index: Any) -> bool:
-    """Return whether `index` is one whole number."""
-    if isinstance(index, Tensor):
-        return index.dim() == 0 and not (index.is_floating_point() or index.dtype in (torch.bool, torch.uint8))
-    return isinstance(index, int | np.integer) and not isinstance(index, bool)
 
 
 def _writes(func: Any) -> bool:
     """Return whether `func` changes its first argument: ``add_``, ``__setitem__``, ``__iadd__``."""
     name = getattr(func, "__name__", "")
-    return name in _WRITERS or (name.endswith("_") and not name.endswith("__"))
+    if name.startswith("__"):
+        return name == "__setitem__" or (name.startswith("__i") and name not in ("__index__", "__int__", "__invert__"))
+    return bool(name.endswith("_"))
 
 
 def _unsqueeze(column: ListColumn, dim: int) -> Any:
@@ -149,7 +132,4 @@ def _unsqueeze(column: ListColumn, dim: int) -> Any:
 _PROPERTIES = ("shape", "dtype", "device", "ndim", "is_cuda", "requires_grad")
 _METHODS = ("size", "dim", "numel", "nelement", "element_size", "is_floating_point", "__len__", "__hash__")
 _ABOUT_SHAPE = {getattr(Tensor, name).__get__ for name in _PROPERTIES} | {getattr(Tensor, name) for name in _METHODS}
-_NESTED = (Sequence, Tensor, np.ndarray, slice, type(None))
-_OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
-_WRITERS = {"__setitem__", *(f"__i{name}__" for name in _OPERATORS)}
 _LAZY: dict[Any, Callable[..., Any]] = {Tensor.__getitem__: _getitem, Tensor.unsqueeze: _unsqueeze}

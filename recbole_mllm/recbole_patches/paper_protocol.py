@@ -31,7 +31,6 @@ def require_lists(dataset_module: Any) -> None:
 
 
 def _check_lists(dataset: Any) -> None:
-    """Raise a UserError if files list no histories, `load_col` omits them, or their ids would be numbered apart."""
     listed = f"{dataset.iid_field}{dataset.config['LIST_SUFFIX']}"
     if listed not in dataset.inter_feat:
         file = Path(dataset.dataset_path) / f"{dataset.dataset_name}.{dataset.config['benchmark_filename'][0]}.inter"
@@ -59,7 +58,7 @@ def cut_lists(sequential_dataset: Any) -> None:
     def _benchmark_presets(stock: Any, self: Any) -> None:
         longest = self.max_item_list_len
         for field in _list_fields(self):
-            self.inter_feat[field] = _column([values[-longest:] for values in self.inter_feat[field]])
+            self.inter_feat[field] = self.inter_feat[field].map(lambda values: values[-longest:])
             self.field2seqlen[field] = longest
         self.item_id_list_field = self.iid_field + self.config["LIST_SUFFIX"]  # RecBole knows one name alone (:164)
         stock(self)
@@ -79,13 +78,6 @@ def cut_lists(sequential_dataset: Any) -> None:
 def _list_fields(dataset: Any) -> list[str]:
     suffix = dataset.config["LIST_SUFFIX"]
     return [field + suffix for field in dataset.inter_feat if field + suffix in dataset.inter_feat]
-
-
-def _column(lists: list[Any]) -> Any:
-    """Return an object array of arrays, which numpy would stack where they happen to be of one length."""
-    column = np.empty(len(lists), object)
-    column[:] = lists
-    return column
 
 
 def _negatives(dataset: Any) -> torch.Tensor:

@@ -63,10 +63,9 @@ def log_in_main_alone(logger: ModuleType) -> None:
 def draw_curves_in_main_alone(utils: ModuleType) -> None:
     """Give the other processes a Tensorboard writer that writes nothing (utils/utils.py:208)."""
 
+    def nothing(*args: Any) -> None:
+        pass
+
     @replace(utils)
     def get_tensorboard(stock: Any, logger: Any) -> Any:
-        return stock(logger) if distributed.is_main() else SimpleNamespace(add_scalar=_nothing, add_hparams=_nothing)
-
-
-def _nothing(*args: Any) -> None:
-    """Draw nothing."""
+        return stock(logger) if distributed.is_main() else SimpleNamespace(add_scalar=nothing, add_hparams=nothing)

@@ -21,14 +21,13 @@ class UsedIds:
     """One phase's ``used_ids``: indexed by users it gives sets, as RecBole's array of sets does.
 
     Args:
-        rows: ``(users, items)`` of all phases up to this one, a pair of arrays a phase; none where nothing is used.
-        pairs: The same pairs, to look up in.
+        pairs: The pairs of all phases, to look up in.
+        phase: The number of this one.
         user_num: How many users there are.
     """
 
-    def __init__(self, rows: list[tuple[Any, Any]], pairs: Pairs | None, user_num: int) -> None:
-        self._rows, self._pairs, self._user_num = rows, pairs, user_num
-        self._by_user: list[tuple[Any, Any]] | None = None
+    def __init__(self, pairs: Pairs, phase: int, user_num: int) -> None:
+        self._pairs, self._phase, self._user_num = pairs, phase, user_num
 
     def __len__(self) -> int:
         return self._user_num
@@ -39,35 +38,20 @@ class UsedIds:
             return self
         chosen = np.asarray(np.arange(self._user_num)[users])
         if chosen.ndim == 0:
-            return self._set(int(chosen))
+            return self._pairs.items_of(int(chosen), self._phase)
         out = np.empty(chosen.size, dtype=object)
-        out[:] = [self._set(user) for user in chosen.flat]
+        out[:] = [self._pairs.items_of(user, self._phase) for user in chosen.flat]
         return out.reshape(chosen.shape)
 
     def contain(self, users: Any, items: Any) -> Any:
         """Return which of `items` their user has used."""
-        if self._pairs is None:
-            return np.zeros(len(users), bool)
-        return self._pairs.contain(users, items, len(self._rows) - 1)
-
-    def _set(self, user: int) -> set[int]:
-        if self._by_user is None:
-            self._by_user = [_grouped(users, items, self._user_num) for users, items in self._rows]
-        found: set[int] = set()
-        for items, bounds in self._by_user:  # copied from phase to phase as RecBole does, so that they iterate alike
-            found = set(found)
-            found.update(items[bounds[user] : bounds[user + 1]].tolist())
-        return found
-
-
-def _grouped(users: Any, items: Any, user_num: int) -> tuple[Any, Any]:
-    order = np.argsort(users, kind="stable")
-    return items[order], np.r_[0, np.cumsum(np.bincount(users, minlength=user_num))]
+        return self._pairs.contain(users, items, self._phase)
 
 
 def look_up_pairs(module: ModuleType) -> None:
     """Replace what makes and reads sets of used items in RecBole's samplers (sampler/sampler.py:142-262, :387-396)."""
-    wrap(module.RepeatableSampler, "get_used_ids", lambda stock: lambda self: UsedIds([], None, self.user_num))
+    nothing = Pairs(np.empty(0, np.int64), np.empty(0, np.int64), 1)
+    wrap(module.RepeatableSampler, "get_used_ids", lambda stock: lambda self: UsedIds(nothing, 0, self.user_num))
 
     @replace(module.Sampler)
     def get_used_ids(stock: Any, self: Any) -> dict[str, Any]:
@@ -79,7 +63,7 @@ def look_up_pairs(module: ModuleType) -> None:
         pairs = Pairs(users, items, self.item_num, phases)
         if pairs.most(self.user_num, len(rows)) + 1 == self.item_num:  # [PAD] is an item
             raise ValueError(_ALL_MET)
-        return {phase: UsedIds(rows[: n + 1], pairs, self.user_num) for n, phase in enumerate(self.phases)}
+        return {phase: UsedIds(pairs, n, self.user_num) for n, phase in enumerate(self.phases)}
 
     @replace(module.AbstractSampler)
     def sample_by_key_ids(stock: Any, self: Any, key_ids: Any, num: int) -> Any:

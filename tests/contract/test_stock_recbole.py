@@ -72,8 +72,7 @@ def test_a_model_trains_saves_and_reloads(model, workplace):
 @pytest.mark.parametrize("model", MODELS)
 def test_a_model_runs_on_all_of_ml_100k(model, workplace):
     trained, reloaded = train_and_reload(model, "ml-100k", settings(model))
-    assert reloaded == trained
-    assert trained["hit@10"] > 0.005
+    assert reloaded == trained and trained["hit@10"] > 0.005
 
 
 def test_only_recbole_unpickles_a_checkpoint_in_full(workplace):

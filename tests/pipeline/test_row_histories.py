@@ -214,7 +214,6 @@ def dataset_of(model, folder, monkeypatch, **keys):
     return create_dataset(make_config(model, folder.name, [], base | keys))
 
 
-@pytest.mark.parametrize("model", ["MLLMMSR", "SASRec"])
 @pytest.mark.parametrize(
     ("columns", "keys", "words"),
     [
@@ -223,13 +222,13 @@ def dataset_of(model, folder, monkeypatch, **keys):
         (3, {"alias_of_item_id": None}, r"numbered apart .* set alias_of_item_id: \[item_id_list\]"),
     ],
 )
-def test_benchmark_files_without_usable_lists_say_what_they_need(tmp_path, monkeypatch, model, columns, keys, words):
+def test_benchmark_files_without_usable_lists_say_what_they_need(tmp_path, monkeypatch, columns, keys, words):
     write_listed(tmp_path / "win", rows_of("windows"))
     for path in (tmp_path / "win").glob("*.inter"):
         rows = (line.split("\t")[:columns] for line in path.read_text().splitlines())
         path.write_text("".join("\t".join(row) + "\n" for row in rows))
     with pytest.raises(UserError, match=words):
-        dataset_of(model, tmp_path / "win", monkeypatch, **(LISTED | keys))
+        dataset_of("SASRec", tmp_path / "win", monkeypatch, **(LISTED | keys))
     general = LISTED | {"load_col": {"inter": ["user_id", "item_id"]}, "alias_of_item_id": None}
     assert dataset_of("BPR", tmp_path / "win", monkeypatch, **general).inter_num == 8 * 8
 
@@ -237,19 +236,15 @@ def test_benchmark_files_without_usable_lists_say_what_they_need(tmp_path, monke
 OWN = {"USER_ID_FIELD": "userID", "ITEM_ID_FIELD": "business_id", "TIME_FIELD": "date"}
 
 
-@pytest.mark.parametrize("place", ["dataset.yaml", "keys"])
-def test_a_datasets_own_field_names_do_wherever_they_are_given(tmp_path, monkeypatch, url, place):
+def test_a_datasets_own_field_names_do_in_its_yaml(tmp_path, monkeypatch, url):
     write_ties(tmp_path / "ties", OWN.values())
-    keys = OWN
-    if place == "dataset.yaml":
-        (tmp_path / "ties/dataset.yaml").write_text("".join(f"{key}: {name}\n" for key, name in OWN.items()))
-        keys = {}
-    found = prompts_of(tmp_path / "ties", url, monkeypatch, **keys)
+    (tmp_path / "ties/dataset.yaml").write_text("".join(f"{key}: {name}\n" for key, name in OWN.items()))
+    found = prompts_of(tmp_path / "ties", url, monkeypatch)
     truth = {(user, item): walk[:n] for user, walk in walks().items() for n, item in enumerate(walk) if n}
     assert {(user, target): read(text) for user, target, text in found} == truth
     assert all(shown(text)[0] == target for _, target, text in found)
     for model in ("SASRec", "BPR"):
-        made = dataset_of(model, tmp_path / "ties", monkeypatch, **keys)
+        made = dataset_of(model, tmp_path / "ties", monkeypatch)
         assert made.inter_num == 8 * 9 and made.time_field in made.inter_feat
 
 
@@ -261,8 +256,7 @@ def test_own_field_names_do_in_benchmark_files(tmp_path, monkeypatch, url):
     found = prompts_of(tmp_path / "own", url, monkeypatch, **keys)
     truth = told(row for rows in parts.values() for row in rows)
     assert told((user, target, read(text)) for user, target, text in found) == truth
-    for model in ("SASRec", "BPR"):
-        assert dataset_of(model, tmp_path / "own", monkeypatch, **keys).build()[0].inter_num == len(parts["train"])
+    assert dataset_of("BPR", tmp_path / "own", monkeypatch, **keys).build()[0].inter_num == len(parts["train"])
 
 
 def test_inspect_takes_field_names_from_config_files_and_keys(tmp_path, capsys):

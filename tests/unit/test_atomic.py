@@ -1,6 +1,5 @@
 """Atomic files: what is cleaned survives RecBole's reader and ours, or is refused; a file is whole or absent."""
 
-import os
 import subprocess
 import sys
 import time
@@ -69,9 +68,7 @@ def test_clean_keeps_words_and_drops_what_nobody_sees(text, cleaned):
     assert clean(text) == cleaned
 
 
-@pytest.mark.parametrize(
-    "text", ["\u200d" * 10**6, "\t" * 10**6, '"' * 10**6, "é \u200b\t" * 250_000, "word " * 200_000]
-)
+@pytest.mark.parametrize("text", ["\u200d" * 10**6, "\t" * 10**6, '"' * 10**6, "é \u200b\t" * 250_000])
 def test_a_megabyte_is_cleaned_in_no_time(text):
     start = time.perf_counter()
     assert len(clean(text)) <= 10**6
@@ -113,28 +110,6 @@ def test_ids_and_titles_come_back_from_both_readers_or_are_refused(tmp_path_fact
     ours = {row["item_id"]: row["title"] for row in read_atomic(folder / "x.item")}
     assert ours == titles
     assert titles_in_recbole(folder) == {item: title.split(" ") if title else [] for item, title in titles.items()}
-
-
-def recbole_reads(folder: Path, item: str) -> bool:
-    """Return whether RecBole gives `item` back, from a file that our writer did not check."""
-    folder.mkdir()
-    header = b"user_id:token\titem_id:token"
-    raw = item.encode("utf-8", "surrogatepass")
-    (folder / "x.inter").write_bytes(header + b"\nu\t" + raw + b"\nu\tz\n")
-    (folder / "x.item").write_bytes(b"item_id:token\ttitle:token_seq\n" + raw + b"\tw\nz\tw\n")
-    try:
-        return list(recbole_dataset(folder).field2id_token["item_id"]) == ["[PAD]", item, "z"]
-    except Exception:
-        return False
-
-
-# RecBole might keep those
-STRICTER = ("white space", "control character", "more than 1,000", "NUL", "reserves", "byte order mark")
-
-
-@pytest.mark.parametrize("item", [text for text in TRAPS if id_problem(text)])
-def test_what_is_refused_as_an_id_would_not_have_come_back(tmp_path, plain_argv, item):
-    assert any(word in str(id_problem(item)) for word in STRICTER) or not recbole_reads(tmp_path / "x", item)
 
 
 @given(st.lists(st.lists(TEXT, min_size=2, max_size=2), max_size=6))
@@ -181,24 +156,14 @@ def test_a_title_of_one_megabyte_passes_both_readers(tmp_path, plain_argv):
     assert [len(words) for words in titles_in_recbole(tmp_path / "x").values()] == [200_000, 1]
 
 
-def test_a_value_beyond_any_text_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"x\.item:2: title has 16,777,217 characters, more than the 16,777,216"):
-        write_atomic(tmp_path / "x.item", ITEM, [("1", "x" * (2**24 + 1))])
-
-
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
 @pytest.mark.parametrize("end", [b"\n", b"\r\n"])
-@pytest.mark.parametrize("last", [True, False])
-def test_a_byte_order_mark_crlf_or_no_last_newline_change_nothing(tmp_path, mark, end, last):
+def test_a_byte_order_mark_crlf_or_no_last_newline_change_nothing(tmp_path, mark, end):
     lines = [b"item_id:token\ttitle:token_seq", b"1\ta", b"", "2\té".encode()]
-    (tmp_path / "x.item").write_bytes(mark + end.join(lines) + (end if last else b""))
-    assert list(read_atomic(tmp_path / "x.item")) == [{"item_id": "1", "title": "a"}, {"item_id": "2", "title": "é"}]
-
-
-def test_a_reader_names_file_and_line(tmp_path):  # every kind of damage: test_checking
-    (tmp_path / "x.item").write_text("item_id:token\ttitle:token_seq\n1\ta\n2\tb\tc\n")
-    with pytest.raises(UserError, match=r"x\.item:3: 3 values for 2 columns"):
-        list(read_atomic(tmp_path / "x.item"))
+    for last in (end, b""):
+        (tmp_path / "x.item").write_bytes(mark + end.join(lines) + last)
+        rows = [{"item_id": "1", "title": "a"}, {"item_id": "2", "title": "é"}]
+        assert list(read_atomic(tmp_path / "x.item")) == rows
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):
@@ -208,24 +173,6 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
         file.write("half")
         raise KeyboardInterrupt
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-
-
-def test_what_a_killed_process_had_begun_to_write_is_swept_away(tmp_path):
-    path = tmp_path / "x.item"
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    (tmp_path / f".x.item.{ended.pid}.0a1b2c3d.tmp").write_text("half")
-    others = [
-        f".x.item.{os.getppid()}.0a1b2c3d.tmp",  # of a process that is still at it
-        f".y.item.{ended.pid}.0a1b2c3d.tmp",  # of another file
-        f".x.item.b.{ended.pid}.0a1b2c3d.tmp",
-        f".x.item.{ended.pid}.tmp",  # of another make
-        f".x.item.{ended.pid}.mine.tmp",
-    ]
-    for name in others:
-        (tmp_path / name).write_text("stays")
-    write_atomic(path, {"item_id": "token"}, [("1",)])
-    assert sorted(file.name for file in tmp_path.iterdir()) == sorted([*others, "x.item"])
 
 
 def test_a_full_disk_is_one_line_and_the_earlier_file_stays(tmp_path):

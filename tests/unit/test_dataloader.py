@@ -87,7 +87,7 @@ def test_an_epoch_is_known_by_seed_and_epoch_alone(settings):
 def test_grouping_deals_out_the_same_rows_with_one_items_together(settings):
     loader = _loader(settings)
     plain = _rows(loader)
-    loader.grouped = True
+    SeededTrainDataLoader.of(loader, grouped=True)
     grouped = _rows(loader)
     assert sorted(sum(grouped, [])) == sorted(sum(plain, [])) and [*map(len, grouped)] == [*map(len, plain)]
     assert [loader.rows_in(n) for n in range(len(loader))] == [*map(len, grouped)]
@@ -103,7 +103,8 @@ def test_grouping_deals_out_the_same_rows_with_one_items_together(settings):
 def test_small_batches_still_hold_several_items(settings):
     for size in (2, 4, 6):
         loader = _loader(settings, train_batch_size=size)
-        plain, loader.grouped = _rows(loader), True
+        plain = _rows(loader)
+        SeededTrainDataLoader.of(loader, grouped=True)
         assert all(len({row[2] for row in batch}) > 1 for batch in _rows(loader) if len(batch) == size)
         assert (_rows(loader) == plain) == (size == 2)  # too small to group
 

@@ -15,7 +15,7 @@ from recbole.data.dataset import dataset as dataset_module
 from recbole.data.interaction import Interaction, cat_interactions
 
 from recbole_mllm.recbole_patches import fast_loading, list_column
-from recbole_mllm.recbole_patches.fast_loading import Scan, as_places, read_fast, scan
+from recbole_mllm.recbole_patches.fast_loading import as_places, read_fast
 from recbole_mllm.recbole_patches.list_column import ListColumn
 
 FLOATS = [
@@ -46,7 +46,7 @@ def check(path, text_of_file):
         return False
     found = dataset_module.pd.read_csv(path, **asked())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fast_loading, "scan", lambda *_: Scan(False))
+        patch.setattr(fast_loading, "is_plain", lambda *_: False)
         expected = dataset_module.pd.read_csv(path, **asked())
     assert list(expected.dtypes) == list(found.dtypes)
     for name in expected:
@@ -62,18 +62,15 @@ def as_file(rows, end="\n"):
     return "a:token\tb:float\tc:token_seq\n" + "\n".join("\t".join(row) for row in rows) + end
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(rows=st.lists(plain_row, min_size=1, max_size=5), end=st.sampled_from(["\n", ""]))
-def test_plain_files_are_read_alike(tmp_path, rows, end):
-    check(tmp_path / "plain", as_file(rows, end))
-
-
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(rows=st.lists(any_row, min_size=1, max_size=4), cut=st.integers(0, 30))
-def test_broken_files_are_read_alike_or_left_to_recbole(tmp_path, rows, cut):
+@given(
+    rows=st.lists(plain_row, min_size=1, max_size=5) | st.lists(any_row, min_size=1, max_size=4),
+    cut=st.integers(0, 30),
+)
+def test_files_plain_or_broken_are_read_alike_or_left_to_recbole(tmp_path, rows, cut):
     whole = as_file(rows)
     try:
-        check(tmp_path / "broken", whole[: len(whole) - cut] if cut < len(whole) - 30 else whole)
+        check(tmp_path / "file", whole[: len(whole) - cut] if cut < len(whole) - 30 else whole)
     except (ValueError, pd.errors.ParserError) as error:
         raise AssertionError("read by C what RecBole's parser refuses") from error
 
@@ -93,9 +90,7 @@ def test_an_ordinary_file_is_read_by_c_texts_as_objects(tmp_path):
         as_file([("u1", "1", "x\r")]),
         as_file([("u1", "1", "x", "more")]),
         as_file([("u1", "1")]),
-        as_file([("u1", "1", "x", "more"), ("u2", "1")]),
         as_file([(" u1", "1", "x")]),
-        as_file([("u1", "1", "x" * 70_000)]),
         as_file([("u1", "1", "x"), ("",), ("u2", "1", "x")]),
         as_file([]),
         "\ufeff" + as_file([("u1", "1", "x")]),
@@ -114,10 +109,10 @@ def test_lines_are_told_apart_across_blocks(tmp_path, monkeypatch):
     path, good = tmp_path / "x", as_file([(f"u{n}", str(n), "é" * (n % 7)) for n in range(200)])
     monkeypatch.setattr(fast_loading, "_BLOCK", 64)
     path.write_bytes(good.encode())
-    assert scan(path, "\t") == (True, (2, 1, 0), (4, 3, 12))
+    assert fast_loading.is_plain(path, "\t")
     for place in range(40, len(good), 131):
         path.write_bytes((good[:place] + "\t" + good[place:]).encode())
-        assert not scan(path, "\t").plain
+        assert not fast_loading.is_plain(path, "\t")
 
 
 ROWS, WIDTH = 40, 6
@@ -158,42 +153,28 @@ def test_chosen_rows_stay_lazy(column):
 
 OPERATIONS = [
     lambda c: c[3],
-    lambda c: c[np.int64(39)],
-    lambda c: c[torch.tensor(-2)],
     lambda c: c[-1, 2],
-    lambda c: c[4, [0, 2]],
     lambda c: c[True],
     lambda c: c[torch.tensor([2, 3]), torch.tensor([1, 0])],
     lambda c: c[:, 0],
-    lambda c: c[:, 5],
-    lambda c: c[3:9, 1],
     lambda c: c[:, -1],
     lambda c: c[:, 2:4],
-    lambda c: c[..., 0],
-    lambda c: c[[[0, 1], [2, 3]]],
     lambda c: c[torch.tensor([[0, 1], [2, 3]])],
-    lambda c: c[None],
     lambda c: c.to(torch.float32),
-    lambda c: c.cpu(),
     lambda c: c.clone(),
-    lambda c: c.data,
     lambda c: 1 - c,
     lambda c: torch.cat([c, c]),
-    lambda c: torch.stack([c, c[:]]),
     lambda c: torch.nn.functional.pad(c, (0, 1)),
     lambda c: c.repeat_interleave(2, dim=0),
     lambda c: c.unsqueeze(-1)[[1, 2]],
-    lambda c: c.unsqueeze(1),
     lambda c: torch.where(c > 5, c, 0),
     lambda c: list(c)[4],
     lambda c: torch.from_numpy(c.numpy()),
-    lambda c: torch.from_numpy(np.argsort(np.asarray(c), axis=0, kind="stable")),
     lambda c: torch.tensor(c.tolist()),
     lambda c: torch.utils.data.default_collate([c[0], c[1]]),
     lambda c: torch.ops.aten.add(c, 1),
     lambda c: pickle.loads(pickle.dumps(c)),
     lambda c: copy.deepcopy(c),
-    lambda c: copy.copy(c),
 ]
 
 
@@ -211,7 +192,7 @@ def test_a_row_is_had_without_the_others(column, monkeypatch):
     expected = padded(column)[[5]][0]
     rows = []
     monkeypatch.setattr(ListColumn, "plain", lambda c, stock=ListColumn.plain: [rows.append(len(c)), stock(c)][1])
-    assert torch.equal(column[np.int64(5)], expected) and torch.equal(column[:, 3], column[:, 3])
+    assert torch.equal(column[np.int64(5)], expected)
     assert rows == [1]
     with pytest.raises(IndexError):
         column[ROWS]
@@ -229,17 +210,10 @@ def test_writing_in_place_is_refused_as_it_would_be_lost(column):
     column.clone().add_(1)
 
 
-def test_small_ones_are_plain(column, monkeypatch):
-    monkeypatch.setattr(list_column, "PLAIN_ELEMENTS", column[:3].numel())
-    assert type(column[:3]) is torch.Tensor and type(column[:4]) is ListColumn
-    assert torch.equal(column[:3], padded(column)[:3])
-
-
-def test_pickles_and_checkpoints_hold_no_padding(column):
-    wide = ListColumn(column.flat, column.start, column.length, 10_000)
-    file = io.BytesIO()
+def test_checkpoints_hold_no_padding(column):
+    wide, file = ListColumn(column.flat, column.start, column.length, 10_000), io.BytesIO()
     torch.save({"column": wide}, file)
-    assert max(len(pickle.dumps(wide)), file.tell()) < 20_000
+    assert file.tell() < 20_000
     file.seek(0)
     assert torch.equal(torch.load(file, weights_only=False)["column"], wide)
 
@@ -261,27 +235,16 @@ def test_an_interaction_holds_it_as_any_tensor(column):
     assert np.array_equal(lazy.numpy()["x"], plain.numpy()["x"])
 
 
-@pytest.mark.parametrize(
-    "index",
-    [
-        np.array([2, 0, 2]),
-        np.array([1, 0, 1], dtype=np.uint8),
-        np.array([-1], dtype=np.int32),
-        np.array([]),
-        np.array([True, False, True, True]),
-        torch.tensor([1, 0, 1], dtype=torch.uint8),
-        torch.tensor([], dtype=torch.float32),
-        torch.tensor([False] * 4),
-        [3] * 40,
-        [np.int64(1)] * 40,
-    ],
-    ids=str,
-)
-def test_places_choose_what_the_list_chooses(index):
+INDICES = [
+    np.array([2, 0, 2]), np.array([1, 0, 1], dtype=np.uint8), np.array([-1], dtype=np.int32), np.array([]),
+    np.array([True, False, True, True]), torch.tensor([1, 0, 1], dtype=torch.uint8),
+    torch.tensor([], dtype=torch.float32), torch.tensor([False] * 4), [3] * 40, [np.int64(1)] * 40,
+]  # fmt: skip
+
+
+def test_places_choose_what_the_list_chooses_and_other_indices_are_left_to_recbole():
     rows = torch.arange(4) * 10
-    assert torch.equal(rows[as_places(index)], rows[index if isinstance(index, list) else index.tolist()])
-
-
-@pytest.mark.parametrize("index", [np.array([[0, 1]]), np.array(1), torch.tensor(2), np.array([0.5]), [1, 2], "x", 3])
-def test_other_indices_are_left_to_recbole(index):
-    assert as_places(index) is None
+    for index in INDICES:
+        assert torch.equal(rows[as_places(index)], rows[index if isinstance(index, list) else index.tolist()]), index
+    for index in (np.array([[0, 1]]), np.array(1), torch.tensor(2), np.array([0.5]), [1, 2], "x", 3):
+        assert as_places(index) is None
