@@ -63,6 +63,7 @@ PATCHES = (
     Patch("recbole.sampler.sampler", ".used_ids:look_up_pairs", "142-262", "a set of items for each user and phase"),
     # What goes wrong between a model's name and its first epoch
     Patch(_UTILS, ".behaviour:count_no_llm_flops", "250", "copies the model to count its FLOPs"),
+    Patch(_QUICK_START, ".behaviour:ask_for_nccl", "53", "several processes need NCCL, and fail without a word of it"),
     Patch(_COLLECTOR, ".behaviour:collect_plain_numbers", "226", "asks numbers for .cpu()"),
     Patch("recbole.model.sequential_recommender.sine", ".behaviour:train_without_detector", "25",
           "its import slows down the training of every model"),

@@ -12,12 +12,43 @@ from typing import Any
 
 import numpy as np
 
+from recbole_mllm.common import distributed
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.data import checking
 from recbole_mllm.data.facts import Facts, facts_of, wants_exact_order
 from recbole_mllm.recbole_patches.hooks import replace
 
 _ATOMIC = (".inter", ".item", ".user", ".kg", ".link", ".net")
+
+
+def ask_for_nccl(quick_start: ModuleType) -> None:
+    """Refuse ``run(nproc > 1)`` and ``run_recboles`` where there is no NCCL (config/configurator.py:495-505)."""
+
+    @replace(quick_start)
+    def run(stock: Any, *args: Any, **kwargs: Any) -> Any:
+        nproc = kwargs.get("nproc", args[5] if len(args) > 5 else 1)
+        if nproc != 1 and distributed.is_launched():
+            raise distributed.two_launchers("run()")
+        if nproc != 1 or kwargs.get("world_size", args[6] if len(args) > 6 else -1) > 0:  # quick_start.py:53
+            _require_nccl(nproc)
+        return stock(*args, **kwargs)
+
+    @replace(quick_start)
+    def run_recboles(stock: Any, rank: int, *args: Any) -> Any:
+        options = args[-1] if args and isinstance(args[-1], dict) else {}
+        _require_nccl(options.get("config_dict", {}).get("nproc", 1))
+        return stock(rank, *args)
+
+
+def _require_nccl(nproc: int) -> None:
+    import torch
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_nccl_available() and torch.cuda.is_available()):
+        raise UserError(
+            "RecBole's run_recboles needs GPUs and a torch with NCCL; on CPU start "
+            f"`ACCELERATE_USE_CPU=true torchrun --nproc_per_node {max(2, int(nproc))} run_recbole_mllm.py …` instead"
+        )
 
 
 def count_no_llm_flops(utils: ModuleType) -> None:

@@ -180,6 +180,17 @@ def test_no_llm_is_copied_to_count_its_flops_and_none_trains_under_the_anomaly_d
     assert not torch.is_anomaly_enabled()
 
 
+def test_several_processes_without_nccl_name_torchrun(monkeypatch):
+    from recbole.quick_start import run as run_model
+    from recbole.quick_start import run_recboles
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # also where there is a GPU
+    with pytest.raises(UserError, match="torchrun --nproc_per_node 3"):
+        run_model("BPR", "ml-100k", nproc=3)
+    with pytest.raises(UserError, match="torchrun"):
+        run_recboles(0, "BPR", "ml-100k", None, {"config_dict": {"nproc": 2}})
+
+
 @pytest.fixture
 def config(tmp_path, monkeypatch):
     """Return a function that builds RecBole's Config in an empty folder, with the words of a command line."""
