@@ -44,12 +44,7 @@ _EDITION = 1  # of how vectors are made
 
 
 class ProjectedVectors(nn.Module):
-    """Items' vectors, frozen, behind one trained linear map.
-
-    Args:
-        vectors: ``[items, D]``.
-        size: Of what comes out.
-    """
+    """Items' `vectors` ``[items, D]``, frozen, behind one trained linear map to `size` dimensions."""
 
     def __init__(self, vectors: Any, size: int) -> None:
         super().__init__()
@@ -127,12 +122,20 @@ def offer_features(config: Any) -> None:
         )
     folder = Path(config["data_path"])
     wanted = _items_of(folder, config)
-    made = []
+    columns: dict[str, tuple[str, str]] = {}
     for kind in chosen.kinds:
         started = time.perf_counter()
-        made.append(_feature(kind, config, chosen, folder, wanted))
-        _ensure(made[-1], folder, wanted, chosen.feature_size, time.perf_counter() - started)
-    _name_in(config, made)
+        feature = _feature(kind, config, chosen, folder, wanted)
+        columns[feature.tag] = feature.columns
+        _ensure(feature, folder, wanted, chosen.feature_size, time.perf_counter() - started)
+    # the files, their columns, and that the model is to read nothing else
+    config["additional_feat_suffix"] = list(columns)
+    if config["load_col"] is not None:
+        config["load_col"] = {**config["load_col"], **{tag: list(both) for tag, both in columns.items()}}
+    aliases = [name for name in config["alias_of_item_id"] or [] if name not in ("text_id", "image_id")]
+    config["alias_of_item_id"] = [*aliases, *(alias for alias, _ in columns.values())]
+    config["preload_weight"] = dict(columns.values())
+    config["selected_features"] = [alias for alias, _ in columns.values()]
 
 
 def seconds_of(config: Any) -> float | None:
@@ -141,29 +144,15 @@ def seconds_of(config: Any) -> float | None:
     None where it names none, or where the files of some do not say.
     """
     folder, kinds = Path(config["data_path"]), FeatureSettings.from_config(config).kinds
-    told = [_seconds_file(folder / f"{folder.name}.{tag}") for tag in config["additional_feat_suffix"] or []]
-    if not kinds or not all(path.is_file() for path in told):
-        return None
+    files = [_seconds_file(folder / f"{folder.name}.{tag}") for tag in config["additional_feat_suffix"] or []]
     try:
-        return sum(float(path.read_text(encoding="utf-8")) for path in told)
-    except ValueError:  # a file that was cut says as little as none
+        return sum(float(path.read_text(encoding="utf-8")) for path in files) if kinds else None
+    except (OSError, ValueError):
         return None
 
 
 def _seconds_file(features: Path) -> Path:
     return features.with_name(f".{features.name}.seconds")
-
-
-def _name_in(config: Any, made: Sequence[ItemFeature]) -> None:
-    """Say in `config` what RecBole reads: the files, their columns, and that the model is to read nothing else."""
-    columns = {feature.tag: list(feature.columns) for feature in made}
-    config["additional_feat_suffix"] = list(columns)
-    if config["load_col"] is not None:
-        config["load_col"] = {**config["load_col"], **columns}
-    aliases = [name for name in config["alias_of_item_id"] or [] if name not in ("text_id", "image_id")]
-    config["alias_of_item_id"] = [*aliases, *(alias for alias, _ in columns.values())]
-    config["preload_weight"] = dict(columns.values())
-    config["selected_features"] = [alias for alias, _ in columns.values()]
 
 
 def _items_of(folder: Path, config: Any) -> list[str]:
@@ -285,14 +274,8 @@ def scaled_vectors(vectors: Any, known: Any, size: int | None) -> Any:
     out = np.asarray(vectors, float)
     centred = np.where(known[:, None], out - out[known].mean(0) if known.any() else out, 0.0)
     if size is not None and centred.shape[1] > size:
-        centred = centred @ _principal(centred, size)
+        directions = np.linalg.eigh(centred.T @ centred)[1][:, ::-1][:, :size]
+        largest = directions[np.abs(directions).argmax(0), np.arange(size)]
+        centred = centred @ (directions * np.sign(largest))  # the same on every machine
     spread = np.sqrt((centred[known] ** 2).mean()) if known.any() else 0.0
     return centred / spread if spread > 0 else centred
-
-
-def _principal(centred: Any, size: int) -> Any:
-    """Return ``[D, size]`` orthonormal directions of most variance; each one's largest entry is positive."""
-    _, directions = np.linalg.eigh(centred.T @ centred)
-    kept = directions[:, ::-1][:, :size]
-    largest = np.abs(kept).argmax(0)
-    return kept * np.sign(kept[largest, np.arange(kept.shape[1])])

@@ -1,25 +1,25 @@
-"""What counts cost: a model's sizes, operations, bytes of memory and of disk, hours on a device. Formulas alone."""
+"""What counts cost: a model's sizes, operations, bytes of memory, hours on a device. Formulas alone (docs/plan.md)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
-from math import prod
 from typing import Any, Self
 
 from torch import Tensor, nn
 
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.resources import PROPERTIES
-from recbole_mllm.common.settings import LoraSettings, TrainSettings
+from recbole_mllm.common.settings import LoraSettings
 from recbole_mllm.common.yaml_files import read_mapping
 from recbole_mllm.mllm.families import language_part
 from recbole_mllm.mllm.lora import target_modules
 
-_BETWEEN = ("projector", "connector", "merger")  # modules that hand the vision tower's features to the language model
+_PROJECTORS = ("projector", "connector", "merger")  # names of what hands the tower's features to the language model
 _NF4_BYTES = 0.5 + 4.127 / 32 / 8  # a 4-bit weight with its share of the doubly quantised scales
-_ROOM = 0.9  # of a device's memory that is counted on; the rest is the allocator's, and what no formula knows
+_USABLE = 0.9  # of a device's memory; the rest is the allocator's, and what no formula knows
 _MOST_PROCESSES = 64
 
 
@@ -36,8 +36,8 @@ class Count:
         steps: Tokens that are written one by one, behind the first of each answer; `logits` that are computed.
         images: How often the vision tower reads an image; `vision_flops` what that takes, with the projector.
         longest: The longest prompt in tokens; `widest` the most tokens, padding included, that one pass (in training:
-            one backward pass) holds; `prefix` the longest shared one; `at_once` the most tokens one pass computes. They
-            neither add nor scale.
+            one backward pass) holds; `prefix` the longest shared one; `at_once` the most tokens one pass computes;
+            `sampled` whether a sample was counted. These neither add nor scale.
     """
 
     prompts: float = 0
@@ -56,6 +56,7 @@ class Count:
     widest: int = 0
     prefix: int = 0
     at_once: int = 0
+    sampled: bool = False
 
     @property
     def tokens(self) -> float:
@@ -66,7 +67,7 @@ class Count:
         """Add `other` to this count."""
         for name in _SUMS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        for name in _MOSTS:
+        for name in _MAXIMA:
             setattr(self, name, max(getattr(self, name), getattr(other, name)))
 
     def times(self, factor: float) -> Self:
@@ -74,8 +75,8 @@ class Count:
         return replace(self, **{name: getattr(self, name) * factor for name in _SUMS})
 
 
-_MOSTS = ("longest", "widest", "prefix", "at_once")
-_SUMS = tuple(f.name for f in fields(Count) if f.name not in _MOSTS)
+_MAXIMA = ("longest", "widest", "prefix", "at_once", "sampled")
+_SUMS = tuple(f.name for f in fields(Count) if f.name not in _MAXIMA)
 
 
 # ---- a model
@@ -85,9 +86,9 @@ _SUMS = tuple(f.name for f in fields(Count) if f.name not in _MOSTS)
 class ModelSizes:
     """What a model's costs follow from, read from its modules, which may be on the meta device.
 
-    `vision` to `head` are parameters, `language` those of the decoder's layers, `head` those that make logits:
-    vocabulary times `width`. `queries` and `keys` are the widths of a layer's queries, and of its keys (or values),
-    `inner` its MLP's, `norms` how many norms it has; `patch` is the side of an image patch in pixels.
+    `vision` to `head` are parameters, `language` those of the decoder's layers, `head` 0 where it is the embedding's.
+    `queries` and `keys` are the widths of a layer's queries, and of its keys (or values), `inner` its MLP's; it has
+    so many `norms`. `patch` is the side of an image patch in pixels.
     """
 
     family: str
@@ -96,13 +97,13 @@ class ModelSizes:
     language: int
     embedding: int
     head: int
-    head_is_own: bool
+    vocabulary: int
     layers: int
     width: int
     inner: int
     queries: int
     keys: int
-    norms: float
+    norms: int
     vision_layers: int
     vision_width: int
     patch: int
@@ -110,12 +111,7 @@ class ModelSizes:
     @property
     def parameters(self) -> int:
         """All parameters."""
-        return self.vision + self.projector + self.language + self.embedding + self.head * self.head_is_own
-
-    @property
-    def vocabulary(self) -> int:
-        """Logits at one position."""
-        return self.head // max(1, self.width)
+        return self.vision + self.projector + self.language + self.embedding + self.head
 
     def weight_bytes(self, item: int, *, four_bit: bool = False) -> float:
         """Return the bytes of all weights at `item` bytes each; in `four_bit` the decoder's layers take less."""
@@ -128,7 +124,7 @@ class ModelSizes:
 
     def split_bytes(self, item: int) -> float:
         """Return the bytes that FSDP can split among processes: all layers but the one put together."""
-        return self.weight_bytes(item) * self.language / self.parameters * (1 - 1 / max(1, self.layers))
+        return item * self.language * (1 - 1 / max(1, self.layers))
 
     def image_flops(self, tensors: Mapping[str, Tensor], tokens: int) -> float:
         """Return the operations of one image in tower and projector; it becomes `tokens` tokens.
@@ -139,9 +135,9 @@ class ModelSizes:
         if pixels is None:
             return 0.0
         if pixels.dim() < 4:  # Qwen-VL's come as rows of patches
-            patches, tiles = prod(pixels.shape[:-1]), 1
+            patches, tiles = math.prod(pixels.shape[:-1]), 1
         else:
-            tiles = prod(pixels.shape[:-3])
+            tiles = math.prod(pixels.shape[:-3])
             patches = tiles * (pixels.shape[-2] // self.patch) * (pixels.shape[-1] // self.patch)
         attended = 4.0 * self.vision_layers * self.vision_width * patches * patches / tiles
         return 2.0 * self.vision * patches + attended + 2.0 * self.projector * tokens
@@ -149,35 +145,30 @@ class ModelSizes:
 
 def sizes_of(model: Any) -> ModelSizes:
     """Return the sizes of `model`, which may be on the meta device."""
-    name, language = language_part(model)
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    decoder, language = language_part(model)
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    parts = dict.fromkeys(("vision", "projector", "language", "embedding", "head"), 0)
+    for path, parameter in model.named_parameters():  # tied ones once
+        if parameter is embedding or parameter is head:
+            part = "embedding" if parameter is embedding else "head"
+        elif path.startswith(f"{decoder}." if decoder else ""):
+            part = "language"
+        else:
+            part = "projector" if any(word in path for word in _PROJECTORS) else "vision"
+        parts[part] += parameter.numel()
     text, vision = model.config.get_text_config(), getattr(model.config, "vision_config", None)
-    inside = {id(p): p.numel() for p in language.parameters()}
-    ends = {id(p): p.numel() for p in (*embedding.parameters(), *head.parameters())}
-    bridges = [
-        module
-        for path, module in model.named_modules()
-        if any(word in path.rpartition(".")[2] for word in _BETWEEN) and not f"{path}.".startswith(f"{name}.")
-    ]
-    bridge = {id(p): p.numel() for module in bridges for p in module.parameters()}
-    rest = {id(p): p.numel() for p in model.parameters() if id(p) not in inside | bridge | ends}
-    heads = text.num_attention_heads
+    heads, layers = text.num_attention_heads, text.num_hidden_layers
     size = getattr(text, "head_dim", None) or text.hidden_size // heads
-    norms = sum(type(module).__name__.endswith("Norm") for module in language.modules())
     return ModelSizes(
         family=str(model.config.model_type),
-        vision=sum(rest.values()),
-        projector=sum(n for p, n in bridge.items() if p not in inside | ends),
-        language=sum(n for p, n in inside.items() if p not in ends),
-        embedding=sum(p.numel() for p in embedding.parameters()),
-        head=head.weight.numel(),
-        head_is_own=head.weight is not embedding.weight,
-        layers=text.num_hidden_layers,
+        **parts,
+        vocabulary=head.shape[0],
+        layers=layers,
         width=text.hidden_size,
         inner=text.intermediate_size,
         queries=heads * size,
         keys=(getattr(text, "num_key_value_heads", None) or heads) * size,
-        norms=norms // text.num_hidden_layers,
+        norms=sum(type(module).__name__.endswith("Norm") for module in language.modules()) // layers,
         vision_layers=_first(vision, "num_hidden_layers", "depth"),
         vision_width=_first(vision, "embed_dim", "hidden_size"),  # Qwen2-VL's `hidden_size` is what the tower hands on
         patch=_first(vision, "patch_size") or 1,
@@ -202,62 +193,59 @@ def trained_parameters(model: Any, settings: LoraSettings) -> int:
     return sum(settings.lora_r * (one.in_features + one.out_features) for one in linear)
 
 
-# ---- operations
+def flops(
+    sizes: ModelSizes, count: Count, trained: int = 0, *, full: bool = False, checkpointing: bool = False
+) -> dict[str, float]:
+    """Return the operations of `count` by kind: two a weight and token, four a query, key and channel of attention.
 
-
-def flops(sizes: ModelSizes, count: Count) -> dict[str, float]:
-    """Return the operations of `count` by kind: two a weight and token, four a query, key and channel of attention."""
+    The way back (with `trained` parameters) takes what the way forth does through frozen weights, twice that through
+    trained ones (`full`), else the adapter's own beside; gradient checkpointing computes the layers once more.
+    """
     each, attention = 2.0 * sizes.language, 4.0 * sizes.layers * sizes.queries
-    return {
+    out = {
         "vision": count.vision_flops,
         "prompt": each * count.computed + attention * count.attended,
         "decode": each * count.steps + attention * count.cache_reads,
         "head": 2.0 * sizes.width * count.logits,
         "backward": 0.0,
     }
+    if trained:
+        back = (1 + full) * (each * count.computed + out["head"]) + 2 * attention * count.attended
+        own = 0 if full else 6.0 * trained * count.computed
+        out["backward"] = back + own + checkpointing * out["prompt"]
+    return out
 
 
-def backward_flops(sizes: ModelSizes, count: Count, trained: int, lora: LoraSettings, train: TrainSettings) -> float:
-    """Return the operations on the way back through the decoder's layers and the head.
-
-    Through frozen weights it takes what the way forth does, twice that through trained ones, and with an adapter the
-    adapter's own beside; gradient checkpointing computes the layers once more.
-    """
-    forth, full = flops(sizes, count), lora.finetune == "full"
-    linear = 2.0 * sizes.language * count.computed
-    attention = forth["prompt"] - linear
-    back = (1 + full) * (linear + forth["head"]) + 2 * attention
-    back += 0 if full else 6.0 * trained * count.computed
-    return back + (forth["prompt"] if train.gradient_checkpointing else 0)
+# ---- memory
 
 
-# ---- bytes
-
-
-def activations(
-    sizes: ModelSizes, item: int, lora: LoraSettings, train: TrainSettings, tokens: int, labelled: int
+def training_bytes(
+    sizes: ModelSizes, item: int, lora: LoraSettings, tokens: int, labelled: int, *, checkpointing: bool = False
 ) -> float:
-    """Return about how many bytes the largest backward pass holds, of `tokens` tokens, `labelled` with logits.
+    """Return about how many bytes of activations the largest backward pass holds.
 
-    A layer holds its norms' inputs in float32 (and outputs, where their weights are trained); queries, keys and values,
-    the latter for every head of queries, and attention's output; the MLP's two branches, the gate's activation and
-    their product; and what its trained linear layers read, each a copy of its own where that is cast or dropped from,
-    beside a byte of mask. Under checkpointing each layer holds its input alone, and one at a time the rest.
+    A layer holds its norms' inputs in float32; queries, keys and values for every head of queries, attention's output;
+    the MLP's two branches, the gate's activation and their product; and what LoRA's layers read, cast or with a mask of
+    dropout, and write. Under checkpointing each layer holds its input alone, and one at a time the rest.
+
+    Args:
+        sizes: The model's.
+        item: Bytes of one number.
+        lora: What is trained.
+        tokens: In the pass, of which so many `labelled` ones have logits.
+        labelled: See `tokens`.
+        checkpointing: Layers are computed again on the way back.
     """
-    if lora.finetune == "none":
-        return 0.0
-    full = lora.finetune == "full"
-    dropped = not full and bool(lora.lora_dropout)
-    read = 5 * sizes.width + sizes.queries if item < 4 or dropped else 2 * sizes.width
-    layer = 4 * sizes.norms * sizes.width * (1 + full) + item * (read + 4 * sizes.queries + 4 * sizes.inner)
-    if dropped:
-        layer += 5 * sizes.width + sizes.queries + sizes.inner
-    if not full:
-        layer += 7 * item * lora.lora_r  # what leaves the adapters' first halves
-    held = sizes.layers * item * sizes.width + layer if train.gradient_checkpointing else sizes.layers * layer
-    # for a moment: an MLP's way back, or its product cast to LoRA's float32, dropped from and cast again
-    held += 8 * sizes.inner + 4 * sizes.width if item == 4 else (10 if dropped else 6) * sizes.inner
-    return float(tokens * held + labelled * sizes.vocabulary * 8)
+    width, queries, inner = sizes.width, sizes.queries, sizes.inner
+    layer = 4 * sizes.norms * width + item * (2 * width + 4 * queries + 4 * inner)
+    if lora.finetune == "full":
+        layer += 4 * sizes.norms * width
+    else:
+        layer += 7 * item * lora.lora_r
+        if item < 4 or lora.lora_dropout:
+            layer += item * (3 * width + queries) + 5 * width + queries + inner
+    held = sizes.layers * item * width + layer if checkpointing else sizes.layers * layer
+    return float(tokens * (held + 8 * inner) + labelled * sizes.vocabulary * 8)
 
 
 def pass_bytes(sizes: ModelSizes, item: int, tokens: float, written: float = 0) -> float:
@@ -269,24 +257,7 @@ def pass_bytes(sizes: ModelSizes, item: int, tokens: float, written: float = 0) 
     return tokens * layer + written * sizes.vocabulary * (4 + item)
 
 
-def fits(parts: Mapping[str, float], split: float, device: Device) -> dict[str, Any]:
-    """Return the `bytes` a stage needs on a `device`, the `room` there, and in how many `processes` it fits.
-
-    Args:
-        parts: What it holds, with their total.
-        split: What FSDP can split among processes; each then needs as many bytes less.
-        device: One of them.
-
-    Returns:
-        `processes` is None where not even 64 make it fit; `bytes` are those of one process then.
-    """
-    room = device.memory_gb * 1e9 * _ROOM
-    each = {n: parts["total"] - split * (1 - 1 / n) for n in range(1, _MOST_PROCESSES + 1 if split else 2)}
-    found = next((n for n, need in each.items() if need <= room), None)
-    return {"bytes": each[found or 1], "room": room, "processes": found}
-
-
-# ---- hours
+# ---- devices
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,6 +295,18 @@ class Device:
         """What torch calls it."""
         return "cpu" if self.name.startswith("CPU") else "cuda"
 
+    def fits(self, total: float, split: float) -> dict[str, Any]:
+        """Return the `bytes` that `total` needs here, the `room` there is, and in how many `processes` it fits.
+
+        FSDP splits `split` of the bytes among processes. `processes` is None where not even 64 make it fit; `bytes` are
+        those of one process then.
+        """
+        room = self.memory_gb * 1e9 * _USABLE
+        left = room - (total - split)  # for each process's share
+        count = 1 if total <= room else math.ceil(split / left) if split and left > 0 else None
+        found = count if count is not None and count <= _MOST_PROCESSES else None
+        return {"bytes": total - split * (1 - 1 / (found or 1)), "room": room, "processes": found}
+
     def seconds(self, sizes: ModelSizes, count: Count, operations: Mapping[str, float], item: int, slots: int) -> float:
         """Return the seconds of `count`: arithmetic for reading and training, memory for writing where that is slower.
 
@@ -341,20 +324,17 @@ class Device:
         # each step reads all weights, and every row's own keys and values
         moved = count.steps / min(slots, max(1.0, count.prompts)) * sizes.weight_bytes(item)
         moved += count.cache_reads * sizes.cache_bytes(item)
-        return self._arithmetic(total - written, item) + max(self._arithmetic(written, item), self._memory(moved))
+        return self._arithmetic(total - written, item) + max(self._arithmetic(written, item), self._transfer(moved))
 
     def chain_seconds(self, sizes: ModelSizes, count: Count, item: int, chain: int) -> float:
-        """Return how long the longest user's `chain` of prompts takes, which wait for one another.
-
-        The mean prompt of `count` stands for each.
-        """
-        each = 1 / max(1.0, count.prompts)
+        """Return how long a user's `chain` of prompts takes, which wait for one another, each a mean one of `count`."""
         moved = count.steps * sizes.weight_bytes(item)
-        return chain * each * (self._arithmetic(flops(sizes, count)["prompt"], item) + self._memory(moved))
+        seconds = self._arithmetic(flops(sizes, count)["prompt"], item) + self._transfer(moved)
+        return chain * seconds / max(1.0, count.prompts)
 
     def _arithmetic(self, operations: float, item: int) -> float:
         peak = self.bf16_tflops if item <= 2 else self.fp32_tflops
         return operations / (peak * 1e12 * self.assumed_share_of_peak)
 
-    def _memory(self, moved: float) -> float:
+    def _transfer(self, moved: float) -> float:
         return moved / (self.bandwidth_gb_s * 1e9 * self.assumed_share_of_bandwidth)

@@ -12,9 +12,8 @@ from recbole_mllm.common.prompts import recommend_prompt
 from recbole_mllm.common.settings import LoraSettings
 from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.mllm.lora import tune
-from recbole_mllm.mllm.loss import SharedPrefix
 from recbole_mllm.plan.cost import flops, trained_parameters
-from recbole_mllm.plan.counting import PlannedModel, scoring_groups
+from recbole_mllm.plan.counting import PlannedModel
 
 LORA = {"finetune": "lora", "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
 
@@ -44,7 +43,7 @@ def test_a_tokens_keys_and_values_take_what_the_cache_holds(plan, mllm, prompts)
     assert held < planned if "sliding_attention" in kinds else held == planned
 
 
-@pytest.mark.parametrize("settings", [("lora", "language"), ("lora", "all"), ("full", "language"), ("full", "all")])
+@pytest.mark.parametrize("settings", [("lora", "all"), ("full", "language")])
 def test_trained_parameters_are_those_that_training_has(plan, folder, settings):
     how = LoraSettings(**LORA | {"finetune": settings[0], "lora_target": settings[1]})
     model = tune(HFModel(str(folder), SETTINGS.mllm, CPU).model, how, 1)
@@ -74,7 +73,7 @@ def test_text_takes_the_operations_that_torch_counts(plan, mllm, prompts):
     length = len(one.ids)
     with _counting() as counter:
         mllm.backbone.logits(mllm.backbone.hidden([one], 0, [length], None)[0])
-    count = plan.read([plan.encoder(shortest(prompts, mllm))], [[SharedPrefix((0,), 0)]])
+    count = plan.count_scored([plan.encoder(shortest(prompts, mllm))], share=False)
     count.logits = length * plan.sizes.vocabulary
     planned = flops(plan.sizes, count)
     assert planned["prompt"] + planned["head"] == pytest.approx(counter.get_total_flops(), rel=0.03)
@@ -92,8 +91,7 @@ def test_an_image_takes_about_the_operations_that_torch_counts(plan, mllm, image
         assert planned == pytest.approx(counter.get_total_flops(), rel=0.15)
 
 
-@pytest.mark.parametrize("share", [True, False])
-def test_scoring_computes_about_the_tokens_that_are_planned(plan, mllm, images, sees, monkeypatch, share):
+def test_scoring_computes_the_tokens_that_are_planned(plan, mllm, images, sees, monkeypatch):
     ran, real = [], mllm.backbone.hidden
 
     def hidden(rows, start, stops, cache):
@@ -107,11 +105,7 @@ def test_scoring_computes_about_the_tokens_that_are_planned(plan, mllm, images, 
         for name, image in items.items()
         for n in range(20)
     ]
-    mllm.yes_scores(many, mllm.answers(STYLE), share_prefix=share)
-    encoded = [plan.encoder(prompt) for prompt in many]
-    shares = share and plan.body.architecture.shares_prefix
-    groups = scoring_groups(plan.body, encoded, share=shares)
-    assert sorted(i for group in groups for i in group.rows) == list(range(len(many)))
-    planned = plan.read(encoded, [[group] for group in groups], plan.body.budget.size)
-    assert planned.computed == pytest.approx(sum(ran), rel=0.15)
-    assert planned.prompts == len(many) and planned.tokens == sum(len(one.ids) for one in encoded)
+    mllm.yes_scores(many, mllm.answers(STYLE))
+    planned = plan.count_scored([plan.encoder(prompt) for prompt in many], share=True)
+    assert planned.computed == sum(ran)
+    assert planned.prompts == len(many) and planned.tokens == sum(len(mllm.encoder(prompt).ids) for prompt in many)

@@ -9,21 +9,27 @@ import threading
 import time
 from contextlib import closing, contextmanager
 
+import pytest
 import small_world
 
 from recbole_mllm.cli import main
 
 
-def test_a_dry_run_counts_what_the_run_then_does(tmp_path, monkeypatch, capsys, caplog):
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """Run in a folder with the dataset, whose own one is given."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["x"])
-    small_world.write(tmp_path / "dataset")
+    return small_world.write(tmp_path / "dataset")
+
+
+def test_a_dry_run_counts_what_the_run_then_does(folder, capsys, caplog):
     words = ["summarize", "--dataset", "steps", "--limit_users=8", "--block_size=2"]
     words += ["--item_summary_tokens=6", "--user_summary_tokens=8"]
-    before = sorted(path.name for path in (tmp_path / "dataset" / "steps").iterdir())
+    before = _digests(folder)
     assert main([*words, "--dry-run"]) == 0
     told = capsys.readouterr().out
-    assert sorted(path.name for path in (tmp_path / "dataset" / "steps").iterdir()) == before
+    assert _digests(folder) == before
     planned = [int(n.replace(",", "")) for n in re.findall(r"([\d,]+) to write:", told)]
     tokens = [int(n.replace(",", "")) for n in re.findall(r"([\d,]+) tokens to read", told)]
     assert len(planned) == 2 and "probe: 16 prompts" in told
@@ -42,14 +48,11 @@ def _answers(path, query="SELECT COUNT(*) FROM answers"):
         return db.execute(query).fetchone()[0]
 
 
-def _kept(folder):
+def _digests(folder):
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir() if path.is_file()}
 
 
-def test_what_a_killed_run_of_several_processes_left_counts_as_written_and_stays(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["x"])
-    folder = small_world.write(tmp_path / "dataset")
+def test_what_a_killed_run_of_several_processes_left_counts_as_written_and_stays(folder, capsys):
     words = ["summarize", "--dataset", "steps", "--limit_users=6", "--item_summary_tokens=4", "--user_summary_tokens=4"]
     assert main(words) == 0
     main_store = folder / "steps.mllm.sqlite"
@@ -63,7 +66,7 @@ def test_what_a_killed_run_of_several_processes_left_counts_as_written_and_stays
         assert 0 < _answers(shard) < _answers(main_store)
     main_store.unlink()
     (folder / "steps.mllm.rank2.sqlite").touch()
-    before = _kept(folder)
+    before = _digests(folder)
     capsys.readouterr()
     assert main([*words, "--dry-run"]) == 0
     assert capsys.readouterr().out.count("nothing to write") == 2
@@ -72,7 +75,7 @@ def test_what_a_killed_run_of_several_processes_left_counts_as_written_and_stays
     told = capsys.readouterr().out
     assert told.count(" to write: about") == 2 and " 0 known" not in told
     del before["steps.mllm.rank1.sqlite"]
-    assert _kept(folder) == before
+    assert _digests(folder) == before
 
 
 @contextmanager
@@ -94,10 +97,7 @@ def listening():
         yield server.getsockname()[1], met
 
 
-def test_neither_a_dry_run_nor_a_plan_sends_anything_to_a_server(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["x"])
-    small_world.write(tmp_path / "dataset")
+def test_neither_a_dry_run_nor_a_plan_sends_anything_to_a_server(folder, capsys):
     few = ["--dataset", "steps", "--limit_users=6", "--block_size=2"]
     few += ["--item_summary_tokens=4", "--user_summary_tokens=4"]
     with listening() as (port, met):
@@ -117,5 +117,4 @@ def test_neither_a_dry_run_nor_a_plan_sends_anything_to_a_server(tmp_path, monke
     assert told.count("a dry run sends nothing to a server") == 2 and "probe" not in told
     assert "probe: " in mixed[0] and "sends nothing to a server" in mixed[1]
     assert main(["summarize", *few]) == 0
-    made = tmp_path / "dataset" / "steps" / "steps.mllm.sqlite"
-    assert counted[0] == _answers(made, "SELECT COUNT(*) FROM answers WHERE kind = 'item'")
+    assert counted[0] == _answers(folder / "steps.mllm.sqlite", "SELECT COUNT(*) FROM answers WHERE kind = 'item'")

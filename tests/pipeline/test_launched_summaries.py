@@ -19,9 +19,7 @@ from recbole_mllm.common.resources import PROPERTIES
 from recbole_mllm.common.settings import Settings
 from recbole_mllm.mllm.server import ServerModel
 from recbole_mllm.model.summarizers import make_summary_setup
-from recbole_mllm.plan.counting import estimate
 from recbole_mllm.summaries.generator import claiming, user_generator
-from recbole_mllm.summaries.user_summaries import SummaryRequests
 
 
 @pytest.fixture(scope="module")
@@ -228,17 +226,8 @@ def test_what_one_process_does_alone_waits_for_no_other_where_models_are_to_be_s
     with one_of_two(monkeypatch, **FSDP):
         words.append(f"--data_path={tmp_path / 'data'}")
         assert main(["plan", *words]) == 0 and "user summaries" in capsys.readouterr().out
+        assert main(["summarize", "--dry-run", *words]) == 2
+        assert "--dry-run lets one process try the model" in capsys.readouterr().err
         assert main(["--model=SASRecF", "--item_features=text", *words]) == 0 and "test: " in capsys.readouterr().out
     (texts,) = (tmp_path / "data" / "steps").glob("*.isum")  # of all items, written by a model that is not split
     assert len(texts.read_text().splitlines()) == 1 + small_world.ITEMS
-
-
-def test_a_dry_run_does_not_try_a_model_that_is_split(world, tmp_path, monkeypatch):
-    keys = {"mllm": str(world / "llama"), "data_path": str(world / "data" / "steps"), "item_summary": "text"}
-    keys |= {"ITEM_ID_FIELD": "item_id"}
-    given = yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text()) | keys | {"use_image": False}
-    plan = SummaryRequests({"u": ["i00", "i01", "i02"]}, {"u": {2}})
-    with one_of_two(monkeypatch, **FSDP):
-        stage = make_summary_setup(given, Settings.from_config(given), torch.device("cpu"))
-        with pytest.raises(UserError, match="--dry-run lets one process try the model.* start it without FSDP"):
-            estimate(stage, plan, "all")
