@@ -117,9 +117,6 @@ class LeaderboardRow:
         return sum(self.cost.get(name) or 0.0 for name in ("summarize_s", "features_s", "train_s", "score_s"))
 
 
-Row = LeaderboardRow  # SHIM name: `ranking` still says Row
-
-
 @dataclass(frozen=True, slots=True)
 class Leaderboard:
     """All rows, best first, and what they were measured on.

@@ -29,7 +29,15 @@ from recbole_mllm.benchmark.evidence import (
     metric_curves,
     partitions,
 )
-from recbole_mllm.benchmark.leaderboard import ALL_COSTS, SLICES, Leaderboard, Part, Row, Score, ordered_metrics
+from recbole_mllm.benchmark.leaderboard import (
+    ALL_COSTS,
+    SLICES,
+    Leaderboard,
+    LeaderboardRow,
+    Part,
+    Score,
+    ordered_metrics,
+)
 from recbole_mllm.benchmark.records import RunRecord, latest, one_set_of_candidates
 from recbole_mllm.benchmark.significance import DRAW_SEED
 from recbole_mllm.benchmark.variants import MLLM
@@ -89,10 +97,10 @@ def _current(records: Iterable[RunRecord]) -> list[RunRecord]:
     return sorted([*finished, *failures.values()], key=lambda run: (run.label, run.seed, run.run_id))
 
 
-def _load(runs: Sequence[RunRecord], results: Path) -> tuple[list[tuple[RunRecord, Evidence]], list[Row]]:
+def _load(runs: Sequence[RunRecord], results: Path) -> tuple[list[tuple[RunRecord, Evidence]], list[LeaderboardRow]]:
     """Read each finished run; one whose arrays are unusable costs its own row and no other."""
     loaded: list[tuple[RunRecord, Evidence]] = []
-    failed: list[Row] = []
+    failed: list[LeaderboardRow] = []
     for run in runs:
         try:
             if not run.ok:
@@ -103,7 +111,7 @@ def _load(runs: Sequence[RunRecord], results: Path) -> tuple[list[tuple[RunRecor
             loaded.append((run, evidence))
         except UserError as error:
             status = " ".join(str(error).split())
-            failed.append(Row(run.label, run.kind, (run.seed,), status, (run,), cost=_cost([run])))
+            failed.append(LeaderboardRow(run.label, run.kind, (run.seed,), status, (run,), cost=_cost([run])))
     return loaded, failed
 
 
@@ -135,7 +143,7 @@ def configuration(run_id: str) -> str:
     return found[1] if found else ""
 
 
-def _row(contender: Contender, metrics: Sequence[str], parted: Sequence[Partition], valid: str) -> Row:
+def _row(contender: Contender, metrics: Sequence[str], parted: Sequence[Partition], valid: str) -> LeaderboardRow:
     """Measure one contender, still untested."""
     evidence, runs = contender.evidence, contender.runs
     estimates = dict(zip(evidence.values, sig.estimate_means(np.stack(list(evidence.values.values())), DRAW_SEED),
@@ -152,7 +160,7 @@ def _row(contender: Contender, metrics: Sequence[str], parted: Sequence[Partitio
         for name, mask in ((name, evidence.masks[name]) for name in SLICES)
     }
     groups = {part.dimension.key: measure(evidence.values[valid], part) for part in parted if valid in evidence.values}
-    return Row(contender.name, runs[0].kind, seeds, "ok", runs, scores, _cost(runs), slices,
+    return LeaderboardRow(contender.name, runs[0].kind, seeds, "ok", runs, scores, _cost(runs), slices,
                metric_curves(evidence.ranks), groups)  # fmt: skip
 
 
@@ -163,8 +171,8 @@ def _cost(runs: Sequence[RunRecord]) -> dict[str, float | None]:
 
 
 def compare_rows(
-    rows: Sequence[Row], contenders: Sequence[Contender], metric: str
-) -> tuple[list[Row], str | None, tuple[str, ...]]:
+    rows: Sequence[LeaderboardRow], contenders: Sequence[Contender], metric: str
+) -> tuple[list[LeaderboardRow], str | None, tuple[str, ...]]:
     """Return the rows with their tests, the best baseline, and the baselines that recorded no validation `metric`.
 
     Every metric of every row is tested against the row's reference, and corrected for all questions asked.
@@ -193,7 +201,7 @@ def compare_rows(
     return done, best, lacking
 
 
-def _best_baseline(rows: Sequence[Row], metric: str) -> tuple[str | None, tuple[str, ...]]:
+def _best_baseline(rows: Sequence[LeaderboardRow], metric: str) -> tuple[str | None, tuple[str, ...]]:
     """Return the baseline with the highest validation `metric`, and which baselines recorded none.
 
     Where some did not, validation cannot choose among all: the highest on the test split is taken, and reports say so.

@@ -288,7 +288,7 @@ def follow() -> int:
         if order is None:
             break
         ended = _run_part(number, order, None, threading.Event(), lambda seconds, line: None)
-        distributed.post(f"report/{number}/{distributed.rank()}", pickle.dumps(ended))
+        distributed.post(f"report/{number}/{distributed.process_index()}", pickle.dumps(ended))
     return 0
 
 
@@ -296,7 +296,7 @@ def _run_part(
     number: int, order: Mapping[str, Any], lock: int | None, stop: threading.Event, tick: Tick
 ) -> _Failure | None:
     """Run this process's child of the shared run `number`; as soon as one process's has failed, the others' end."""
-    folder, process = Path(order["folder"]), distributed.rank()
+    folder, process = Path(order["folder"]), distributed.process_index()
     folder.mkdir(parents=True, exist_ok=True)
     name, log = (f"job.{process}.json", f"log.{process}.txt") if process else ("job.json", LOG)
     failed, checked = f"stop/{number}", 0.0

@@ -78,7 +78,7 @@ def run_job(job: dict[str, Any]) -> None:
     started = datetime.now().astimezone().isoformat(timespec="seconds")
     output = (_home(job) / job["output_dir"]).resolve()
     folder = output / "runs" / job["run_id"]
-    defaults = folder / ("defaults.yaml" if distributed.is_main() else f"defaults.{distributed.rank()}.yaml")
+    defaults = folder / ("defaults.yaml" if distributed.is_main() else f"defaults.{distributed.process_index()}.yaml")
     tuning = _tune(job, defaults)
     outcome = run(_config(job, defaults, tuning["chosen"] if tuning else {}), partial(_check_split, job))
     peak = max(distributed.gather_objects(_peak_memory(outcome.config["device"])))

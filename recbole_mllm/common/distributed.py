@@ -420,9 +420,6 @@ def cut(keys: Any, shared: Any, own: Any, parts: int) -> list[range]:
     return [range(start, stop) for start, stop in zip([0, *stops[:-1]], stops, strict=True)]
 
 
-rank, local_rank, meet = process_index, local_process_index, barrier  # old names, until their callers have the new ones
-
-
 def two_launchers(where: str) -> UserError:
     """Return the complaint about RecBole's `nproc`, its own way to several GPUs, given in `where`."""
     if is_launched():

@@ -47,12 +47,12 @@ def placement(settings: MLLMSettings, device: torch.device) -> dict[str, Any]:
     if device.type == "cpu":
         given = {"cpu": (given or {}).get("cpu", get_max_memory()["cpu"])}
     if settings.offload_folder:
-        _check_offload(Path(settings.offload_folder))
+        check_offload(Path(settings.offload_folder))
     folder = {"offload_folder": settings.offload_folder} if settings.offload_folder else {}
     return {"device_map": settings.device_map, "max_memory": given, **folder}
 
 
-def _check_offload(folder: Path) -> None:
+def check_offload(folder: Path) -> None:
     check_place(folder, "offload_folder:")
     there = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     if others := sorted(name for name in there if name != "index.json" and not name.endswith(".dat")):

@@ -78,7 +78,7 @@ def training_share(rows: Sequence[Row], costs: Callable[[Sequence[Row]], Costs])
         first.setdefault(row[2], place)
     order = sorted(range(len(rows)), key=lambda place: first[rows[place][2]])
     parts = cut(*costs([rows[place] for place in order]), distributed.world_size())
-    return sorted(order[n] for n in parts[distributed.rank()])
+    return sorted(order[n] for n in parts[distributed.process_index()])
 
 
 def score_in_chunks(
@@ -115,11 +115,11 @@ def score_in_shares(
     """
     parts = distributed.on_main(lambda: cut(*costs(rows), distributed.world_size()))
     before = spent()
-    share = [rows[n] for n in parts[distributed.rank()] if n < len(rows)]
+    share = [rows[n] for n in parts[distributed.process_index()] if n < len(rows)]
     mine = score_in_chunks(share, score, progress, len(rows))
     now = spent()
     others = list(distributed.gather_objects((mine, now[0] - before[0], now[1] - before[1])))
-    del others[distributed.rank()]
+    del others[distributed.process_index()]
     scores = {row: value for found, _, _ in others for row, value in found.items()} | mine
     # all ask for the same rows, unless a sampler of RecBole's drew others here than in the main process
     scores |= score_in_chunks([row for row in rows if row not in scores], score, None, 0)

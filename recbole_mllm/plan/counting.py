@@ -20,7 +20,6 @@ import torch
 from PIL import Image
 from recbole.utils import init_seed
 from torch import Tensor
-from transformers import DynamicCache
 
 from recbole_mllm.common import distributed
 from recbole_mllm.common.config import check_keys
@@ -167,12 +166,12 @@ class _CountedTrie(Trie):
         super().__init__(model.body, prompts, (), str, LEAST_GAIN)
         self.model, self.count = model, Count()
 
-    def _read(self, row: int, depth: int, stop: int, parent: DynamicCache | None) -> DynamicCache:
+    def _read(self, row: int, depth: int, stop: int, parent: Any) -> Any:
         self.count.add(self.model._pass([self.prompts[row]], depth, stop))
         self.count.prefix = max(self.count.prefix, stop)
-        return parent or DynamicCache()
+        return parent or self.model.body.new_cache()
 
-    def _scored(self, batch: Sequence[int], depth: int, cache: DynamicCache | None) -> Tensor:
+    def _scored(self, batch: Sequence[int], depth: int, cache: Any) -> Tensor:
         self.count.add(self.model._pass([self.prompts[i] for i in batch], depth))
         self.count.widest = max(self.count.widest, len(batch) * max(len(self.keys[i]) for i in batch))
         return torch.empty(len(batch), 0)
@@ -440,15 +439,15 @@ def count_summaries(run: PlannedRun, which: str = "all", *, tried: bool = False)
         if which == "items":
             return found
         texts = found["items"].texts if s.item_summary != "none" else {}
-        user_generator = user_generator(setup, known)
+        of_users = user_generator(setup, known)
         states = requests.states(s) if s.summary_mode != "none" else {}
         chains = {name: steps(own, s) for name, own in states.items()}
         found["users"] = counted(
             "users",
-            user_generator,
+            of_users,
             {name: sum(map(len, levels)) for name, levels in chains.items()},
             max(map(len, chains.values()), default=0) if s.summary_mode == "recurrent" else 1,
-            lambda chosen: preferences(user_generator, style, items, texts, requests.reading(chosen), s),
+            lambda chosen: preferences(of_users, style, items, texts, requests.reading(chosen), s),
         )
         return found
 

@@ -36,7 +36,7 @@ def give_each_process_its_gpu(configurator: ModuleType) -> None:
                 os.environ["CUDA_VISIBLE_DEVICES"] = visible
         values["gpu_id"] = gpu_id
         if values["device"].type == "cuda":
-            values["device"] = type(values["device"])("cuda", distributed.local_rank())
+            values["device"] = type(values["device"])("cuda", distributed.local_process_index())
         if not distributed.is_main():
             values.update({"state": "ERROR", "show_progress": False})
             if values.get("log_wandb"):
@@ -55,7 +55,7 @@ def log_in_main_alone(logger: ModuleType) -> None:
         if distributed.is_main():
             stock(config)
             return
-        form = f"process {distributed.rank()}: %(message)s"
+        form = f"process {distributed.process_index()}: %(message)s"
         logging.basicConfig(level=logging.ERROR, format=form)
         logging.getLogger().setLevel(logging.ERROR)
 

@@ -141,7 +141,7 @@ class _Shares:
     ) -> None:
         self._folder, load_once = setup.folder, cache(load)
         self._make: Callable[[Store], CachedGenerator] = lambda store: generator(setup, store, load_once)
-        self._rank, self._size = distributed.rank(), distributed.world_size()
+        self._rank, self._size = distributed.process_index(), distributed.world_size()
         self.load_s = 0.0  # what loading the model took
 
     def answer(self, prompts: Sequence[Prompt]) -> list[str]:
@@ -182,7 +182,7 @@ class _Shares:
 
 def _merge_all(folder: Path) -> None:
     """Merge the stores of all processes, once all have come here."""
-    distributed.meet()
+    distributed.barrier()
     distributed.on_main(lambda: opened_store(folder).close())
 
 
