@@ -116,6 +116,8 @@ def _refreshed(
     with closing(opened_store(setup.folder)) as store:
         describing = claiming(item_generator(setup, store), store)
         items = export_item_summaries(setup, store, requests.items(s), describing)
+        item_keys, load_s = describing.keys, describing.tally.load_s
+        del describing  # and its model, before the next one is loaded
         generator = claiming(user_generator(setup, store), store)
         given = generator, setup.style, setup.items, items
         texts = preferences(*given, requests if users is None else requests.of(users), s)
@@ -126,10 +128,9 @@ def _refreshed(
             path = schema.usum_file(setup.folder, setup.tag)
             rows = write_user_summaries(path, as_rows(texts, requests))
             logging.getLogger().info(f"{path}: {rows} summaries")
-        spent = store.spent(describing.keys | generator.keys, started)
+        spent = store.spent(item_keys | generator.keys, started)
     lacking = (name for name, states in others.states(s).items() if any((name, state) not in texts for state in states))
-    load_s = describing.tally.load_s + generator.tally.load_s
-    found = Preferences(texts, requests, setup.items, setup.style, s, spent, load_s)
+    found = Preferences(texts, requests, setup.items, setup.style, s, spent, load_s + generator.tally.load_s)
     return found, list(dict.fromkeys(map(user_of, lacking)))
 
 

@@ -12,10 +12,10 @@ from stock_forward import CPU, SETTINGS, STYLE
 from tiny_models import gguf_file
 from transformers import ProcessorMixin
 
+from recbole_mllm.common import model_names
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.model_names import identity_of
 from recbole_mllm.common.prompts import recommend_prompt
-from recbole_mllm.mllm import loading
 from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.mllm.loading import NoVideos, load_processor
 
@@ -65,7 +65,7 @@ def test_what_is_wrong_with_a_gguf_is_one_line(file, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="holds 2 .gguf files"):
         HFModel(str(tmp_path), SETTINGS.mllm, CPU)
     find = importlib.util.find_spec
-    monkeypatch.setattr(loading, "find_spec", lambda name: None if name == "gguf" else find(name))
+    monkeypatch.setattr(model_names, "find_spec", lambda name: None if name == "gguf" else find(name))
     with pytest.raises(UserError, match=r"pip install 'recbole-mllm\[gguf\]'"):
         HFModel(str(file), SETTINGS.mllm, CPU)
 
