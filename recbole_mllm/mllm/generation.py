@@ -251,7 +251,7 @@ class Generation:
             return
         self.slots = max(1, len(under_way) // 2)
         self.again = [*under_way.values(), *self.again]
-        logging.getLogger().warning(f"out of memory; writing goes on with {self.slots} prompts at a time")
+        logging.getLogger().warning(f"out of memory; generation continues with {self.slots} prompts at a time")
 
 
 def generate_plainly(

@@ -150,7 +150,7 @@ def difference(checkpoint: Mapping[str, Any], config: Any, *, course: bool) -> s
     Args:
         checkpoint: What `read_checkpoint` returned.
         config: This run's.
-        course: Whether settings count that change how training goes on, and not only what is trained.
+        course: Whether settings count that change how training continues, and not only what is trained.
     """
     for key in (*_MODEL, *(_COURSE if course else ())):
         theirs, ours = checkpoint["config"][key], config[key]
