@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recbole_mllm.benchmark.portable import DECISIVE_FILES
-from recbole_mllm.benchmark.records import plain_json
+from recbole_mllm.benchmark.records import DECISIVE_FILES, plain_json
 from recbole_mllm.benchmark.variants import MLLM, Entry, baseline_defaults, resolve
 from recbole_mllm.common import distributed
 from recbole_mllm.common.config import file_keys

@@ -7,9 +7,11 @@ costs at most the line being written. A line torn by ``kill -9`` is ignored when
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import math
 import os
+import re
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -22,6 +24,7 @@ from numpy.typing import NDArray
 from recbole_mllm.benchmark.variants import Kind
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.files import whole_file
+from recbole_mllm.common.model_names import identity_of
 from recbole_mllm.common.progress import warn_once
 
 RECORDS = "runs.jsonl"
@@ -242,3 +245,37 @@ def plain_json(value: Any) -> Any:
     value = value.item() if isinstance(value, np.generic) else value
     plain = value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
     return value if plain else str(value)
+
+
+_PLACES = ("data_path", "checkpoint_dir", "retriever_dir", "image_dir", "note")
+"""Keys that say where files lie, or what is said beside them."""
+
+DECISIVE_FILES = ("candidates_file", "retriever_checkpoint", "prompt_style")
+"""Keys that may name a file which decides what is ranked, and how: it counts by what it holds."""
+
+_MODELS = ("mllm", "item_summarizer", "user_summarizer", "feature_encoder")
+
+# Not what follows a letter, a digit or another slash: addresses and fractions are no paths
+_PATH = re.compile(r"(?<![\w:/.~…-])/(?:[^\s/:'\"`,;()\[\]]+/)+([^\s/:'\"`,;()\[\]]*)")
+
+
+def config_digest(config: Mapping[str, Any]) -> str:
+    """Return 16 hex digits of a run's whole configuration, files and local models counting by what they hold."""
+    decisive = {key: value for key, value in config.items() if key not in _PLACES}
+    decisive |= {key: _content(key, decisive[key]) for key in (*DECISIVE_FILES, *_MODELS) if key in decisive}
+    return hashlib.sha256(json.dumps(plain_json(decisive), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _content(key: str, value: Any) -> Any:
+    """Return a digest for a path that is there, and `value` itself for anything else (a hub id, a style's name)."""
+    if not isinstance(value, str | Path) or not Path(value).exists():
+        return value
+    if key in _MODELS:
+        return identity_of(str(value), None)
+    return hashlib.sha256(Path(value).read_bytes()).hexdigest() if Path(value).is_file() else value
+
+
+def said_anywhere(words: str) -> str:
+    """Return a sentence with its absolute paths cut: to what follows the working directory, elsewhere to the name."""
+    here = f"{Path.cwd()}/"
+    return _PATH.sub(lambda found: f"…/{found[1]}", words.replace(here, "") if here != "//" else words)

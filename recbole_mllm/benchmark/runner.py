@@ -28,7 +28,6 @@ from typing import Any
 
 from recbole_mllm.benchmark.jobs import BenchmarkJob, BenchmarkPlan, jobs_of
 from recbole_mllm.benchmark.leaderboard import VALID_METRIC
-from recbole_mllm.benchmark.portable import said_anywhere
 from recbole_mllm.benchmark.process import (
     LOG,
     PLACE,
@@ -50,6 +49,7 @@ from recbole_mllm.benchmark.records import (
     one_set_of_candidates,
     read_records,
     records_of,
+    said_anywhere,
 )
 from recbole_mllm.benchmark.report import HTML, render, write_note
 from recbole_mllm.benchmark.search import TRIALS

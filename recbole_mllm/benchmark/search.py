@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from recbole_mllm.benchmark.portable import said_anywhere
+from recbole_mllm.benchmark.records import said_anywhere
 from recbole_mllm.common import distributed
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.resources import resource

@@ -22,8 +22,15 @@ import yaml
 
 import recbole_mllm
 from recbole_mllm.benchmark.cases import write_cases, write_titles
-from recbole_mllm.benchmark.portable import config_digest
-from recbole_mllm.benchmark.records import CANDIDATE_RULES, RECORDS, RunRecord, append, plain_json, write_arrays
+from recbole_mllm.benchmark.records import (
+    CANDIDATE_RULES,
+    RECORDS,
+    RunRecord,
+    append,
+    config_digest,
+    plain_json,
+    write_arrays,
+)
 from recbole_mllm.benchmark.search import TRIALS, search, space_of, trials
 from recbole_mllm.benchmark.variants import baseline_defaults
 from recbole_mllm.common import distributed

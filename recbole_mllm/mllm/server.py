@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from recbole_mllm.common.endpoints import Endpoint
 from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.model_names import Endpoint
 from recbole_mllm.common.settings import ServerSettings
 from recbole_mllm.mllm.interface import Answer, Ask, Work
 from recbole_mllm.mllm.server_host import Failure, FailureKind, Host

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recbole_mllm.common.endpoints import Endpoint
+from recbole_mllm.common.model_names import Endpoint
 from recbole_mllm.common.prompts import IMAGE, Prompt, Style
 from recbole_mllm.common.settings import ServerSettings
 from recbole_mllm.mllm.interface import Answer, Ask, Batch, Decoding, Scored

@@ -15,9 +15,8 @@ import torch
 
 from recbole_mllm.common import distributed
 from recbole_mllm.common.config import check_training
-from recbole_mllm.common.endpoints import is_server, parse_endpoint
 from recbole_mllm.common.errors import UserError
-from recbole_mllm.common.model_names import TINY, identity_of, source_of
+from recbole_mllm.common.model_names import TINY, identity_of, is_server, parse_endpoint, source_of
 from recbole_mllm.common.prompts import Style, read_style
 from recbole_mllm.common.settings import Settings
 from recbole_mllm.data.dataloader import check_negatives

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from recbole_mllm.common import distributed
 from recbole_mllm.common.config import check_keys
-from recbole_mllm.common.endpoints import is_server
 from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.model_names import is_server
 from recbole_mllm.common.prompts import Prompt
 from recbole_mllm.common.settings import MLLMSettings, Settings
 from recbole_mllm.data.dataloader import SeededTrainDataLoader

@@ -30,7 +30,6 @@ from PIL import Image
 from transformers import AutoTokenizer
 from transformers.decision import DecisionConfig, label_token_ids
 
-from recbole_mllm.common.endpoints import is_server
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.files import (
     EXPORT,
@@ -42,7 +41,7 @@ from recbole_mllm.common.files import (
     staged,
     write_text,
 )
-from recbole_mllm.common.model_names import gguf_of, source_of
+from recbole_mllm.common.model_names import gguf_of, is_server, source_of
 from recbole_mllm.common.prompts import IMAGE, Prompt, Style, recommend_prompt
 from recbole_mllm.common.settings import MLLMSettings, Settings
 from recbole_mllm.mllm.encoder import AnswerTokens

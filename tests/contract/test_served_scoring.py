@@ -15,9 +15,8 @@ from transformers.pipelines import DecisionPipeline
 from transformers_serve import TransformersServe
 
 from recbole_mllm.cli import main
-from recbole_mllm.common.endpoints import parse_endpoint
 from recbole_mllm.common.errors import UserError
-from recbole_mllm.common.model_names import source_of
+from recbole_mllm.common.model_names import parse_endpoint, source_of
 from recbole_mllm.common.prompts import recommend_prompt
 from recbole_mllm.common.settings import ServerSettings
 from recbole_mllm.mllm.loading import load_processor

@@ -11,9 +11,8 @@ from PIL import Image
 from transformers_serve import TransformersServe
 
 from recbole_mllm.cli import main
-from recbole_mllm.common.endpoints import parse_endpoint
 from recbole_mllm.common.errors import UserError
-from recbole_mllm.common.model_names import source_of
+from recbole_mllm.common.model_names import parse_endpoint, source_of
 from recbole_mllm.common.prompts import (
     Style,
     fused_summary_prompt,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from server_processes import reply, served
 
-from recbole_mllm.common.endpoints import Endpoint
+from recbole_mllm.common.model_names import Endpoint
 from recbole_mllm.common.prompts import Prompt
 from recbole_mllm.common.settings import ServerSettings
 from recbole_mllm.mllm.interface import Decoding
@@ -113,7 +113,7 @@ import sys
 sys.path[:0] = [{tests!r}, {tests!r} + "/pipeline", {root!r}]
 from pathlib import Path
 from test_many_servers import Chains, SETTINGS
-from recbole_mllm.common.endpoints import Endpoint
+from recbole_mllm.common.model_names import Endpoint
 from recbole_mllm.mllm.interface import Decoding
 from recbole_mllm.mllm.server import ServerModel
 from recbole_mllm.summaries.store import Leases

@@ -13,8 +13,8 @@ from stock_forward import CPU, SETTINGS, STYLE
 from tiny_models.words import byte_level, gemma_sentencepiece, llama_sentencepiece
 from tokenizers import AddedToken, normalizers
 
-from recbole_mllm.common.endpoints import Endpoint
 from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.model_names import Endpoint
 from recbole_mllm.common.prompts import Prompt, recommend_prompt
 from recbole_mllm.common.settings import ServerSettings
 from recbole_mllm.data.item_table import Items

@@ -7,8 +7,8 @@ import pytest
 from planned_server import Planned, serving
 from planted_writers import Planted
 
-from recbole_mllm.common.endpoints import Endpoint
 from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.model_names import Endpoint
 from recbole_mllm.common.prompts import Prompt
 from recbole_mllm.common.settings import ServerSettings
 from recbole_mllm.mllm.interface import Answer, Decoding, Work

@@ -12,7 +12,7 @@ import torch
 from recbole.utils import init_seed
 
 from recbole_mllm.benchmark.jobs import BenchmarkPlan, run_id
-from recbole_mllm.benchmark.portable import config_digest
+from recbole_mllm.benchmark.records import config_digest
 from recbole_mllm.benchmark.variants import resolve
 from recbole_mllm.common.config import benchmark_defaults, config_paths
 from recbole_mllm.common.prompts import Prompt

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from recbole_mllm.benchmark.portable import config_digest, said_anywhere
+from recbole_mllm.benchmark.records import config_digest, said_anywhere
 
 
 def settings(folder: Path, **more: object) -> dict[str, object]:

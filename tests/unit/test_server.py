@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 from planned_server import Planned, completion, error, serving
 
-from recbole_mllm.common.endpoints import Endpoint, parse_endpoint
 from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.model_names import Endpoint, parse_endpoint
 from recbole_mllm.common.prompts import CLOSE, OPEN, Prompt
 from recbole_mllm.common.settings import ServerSettings
 from recbole_mllm.mllm.generation import with_penalty

@@ -11,8 +11,8 @@ import yaml
 from PIL import Image
 from planned_server import Planned, completion, error, serving
 
-from recbole_mllm.common.endpoints import Endpoint
 from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.model_names import Endpoint
 from recbole_mllm.common.prompts import Style, recommend_prompt
 from recbole_mllm.common.resources import resource
 from recbole_mllm.common.settings import ServerSettings, Settings

@@ -17,8 +17,8 @@ from recbole.utils import InputType
 from torch import Tensor
 
 from recbole_mllm.common import distributed
-from recbole_mllm.common.endpoints import is_server, parse_endpoint
 from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.model_names import is_server, parse_endpoint
 from recbole_mllm.common.progress import Progress
 from recbole_mllm.common.prompts import Prompt
 from recbole_mllm.common.settings import Settings
