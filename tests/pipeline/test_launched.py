@@ -132,13 +132,13 @@ MLLMMSRTrainer._backward = backward
 KILLED_SCORING = """
 stock = MLLMMSR._ask_prompts
 def ask(self, prompts):
-    seen.extend([self] * self._kept._on)  # in the test, not in an epoch's validation
+    seen.extend([self] * self._cache._on)  # in the test, not in an epoch's validation
     if len(seen) == 3 and os.environ["RANK"] == "1":
         die()
     return stock(self, prompts)
 MLLMMSR._ask_prompts = ask
-from recbole_mllm.model import team
-team.AHEAD = 20
+from recbole_mllm.model import row_scoring
+row_scoring.AHEAD = 20
 """
 NAN = """
 stock = MLLMMSR.calculate_loss

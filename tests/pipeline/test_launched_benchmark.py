@@ -18,8 +18,8 @@ WORKER = f"""
 import json, os, signal, sys
 from pathlib import Path
 sys.path[:0] = [{str(ROOT)!r}]
-from recbole_mllm import ranks
 from recbole_mllm.benchmark.records import append
+from recbole_mllm.common import distributed
 from recbole_mllm.common.distributed import child_code
 from tests.planted_runs import plant_run
 job = json.loads(Path(sys.argv[1]).read_text())
@@ -30,13 +30,13 @@ def run():
         assert not [name for name in os.environ if name.startswith(("MASTER_", "GROUP_", "TORCHELASTIC_"))], os.environ
         assert not {{"RANK", "WORLD_SIZE", "LOCAL_RANK"}} & set(os.environ)
     else:
-        assert sorted(ranks.gather_objects(rank)) == ["0", "1"]
+        assert sorted(distributed.gather_objects(rank)) == ["0", "1"]
     if fate == "crash" and rank == "1":
         raise ValueError("the loss is no number")
     if fate == "killed" and rank == "1":
         os.kill(os.getpid(), signal.SIGKILL)
     if fate:
-        ranks.meet()  # as long as the other lives
+        distributed.barrier()  # as long as the other lives
     if rank in (None, "0"):
         append(out / "runs.jsonl", plant_run(out, job["label"], 1.0, job["kind"], job["seed"], run_id=job["run_id"]))
     return 0
@@ -45,7 +45,7 @@ sys.exit(child_code(run))
 BENCH = """
 import sys
 from pathlib import Path
-from recbole_mllm import ranks
+from recbole_mllm.common import distributed
 from recbole_mllm.common.distributed import exit_code
 from recbole_mllm.benchmark.jobs import BenchmarkPlan
 from recbole_mllm.benchmark.runner import benchmark, follow
@@ -53,7 +53,7 @@ labels = ("Pop", "MLLMMSR:direct", "MLLMMSR:no-image", "MLLMMSR")
 fate = {"MLLMMSR:direct": "crash", "MLLMMSR:no-image": "killed"}
 plan = BenchmarkPlan("demo", labels, (1,), Path("results"), overrides={"fate": fate})
 def run(words):
-    if ranks.is_main():
+    if distributed.is_main():
         benchmark(plan, (sys.executable, str(Path("worker.py").resolve())))
         return 0
     return follow()
