@@ -27,6 +27,7 @@ from recbole_mllm.common.seeding import random_state, restore_random_state, seed
 from recbole_mllm.data.dataloader import SeededTrainDataLoader
 from recbole_mllm.evaluation.loader import FrozenEvalDataLoader
 from recbole_mllm.mllm.loading import dtype_of
+from recbole_mllm.model.row_scoring import Row
 from recbole_mllm.training.checkpoint import (
     TrainingPlace,
     best_of,
@@ -50,8 +51,6 @@ from recbole_mllm.training.optimization import (
 
 SHARES = tuple(n / 10 for n in range(10, -1, -1))  # of equal ones the first is taken, so the MLLM's larger share
 _PROBE = 64  # pairs scored to tell how long all will take
-
-Row = tuple[int, int, int]
 
 
 class MLLMMSRTrainer(Trainer):  # type: ignore[misc]

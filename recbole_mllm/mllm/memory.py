@@ -15,7 +15,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.mllm import sharding
 
-Row = TypeVar("Row")
+Item = TypeVar("Item")
 Out = TypeVar("Out")
 
 
@@ -31,12 +31,12 @@ class Budget:
 
 
 def in_batches(
-    rows: Sequence[Row],
-    run: Callable[[Sequence[Row]], Out],
-    cost: Callable[[Sequence[Row]], int],
+    rows: Sequence[Item],
+    run: Callable[[Sequence[Item]], Out],
+    cost: Callable[[Sequence[Item]], int],
     budget: Budget,
-    name: Callable[[Row], str],
-) -> Iterator[tuple[Sequence[Row], Out]]:
+    name: Callable[[Item], str],
+) -> Iterator[tuple[Sequence[Item], Out]]:
     """Yield every batch of `rows`, in order, with the result of `run`.
 
     A batch that does not fit into memory is halved, as are those after it. `name` names a row to the user.

@@ -24,7 +24,7 @@ _TRIES = 3  # times a prompt may draw an error that could be its own doing, each
 _HOPELESS = 3  # prompts refused before any was answered: it is not the prompts
 _TICK_S = 0.2
 _GRACE_S = 1.0  # beyond the time for a request, which its client notices itself unless it retries
-Outcome = Answer | Failure | Exception
+Ended = Answer | Failure | Exception
 Requesting = Callable[[Host, Ask, int], Answer | Failure]
 """Makes a server's request of one prompt, its longest text halved so many times; called in a thread of its own.
 
@@ -112,7 +112,7 @@ class Requests:
         self.work, self.hosts, self.settings, self.request = work, hosts, settings, request
         self.waiting: deque[_Waiting] = deque()
         self.sent: set[_Sent] = set()
-        self.arrivals: queue.SimpleQueue[tuple[_Sent, Outcome]] = queue.SimpleQueue()
+        self.arrivals: queue.SimpleQueue[tuple[_Sent, Ended]] = queue.SimpleQueue()
         self.refused: list[str] = []
         self.errors: list[Exception] = []  # what ends the run
         self.shortened = 0
@@ -162,7 +162,7 @@ class Requests:
 
     def _make(self, sent: _Sent) -> None:
         """Make one request; in a thread that is a daemon, as it may hang when the run is stopped."""
-        outcome: Outcome
+        outcome: Ended
         try:
             outcome = self.request(sent.host, sent.prompt.ask, sent.prompt.shortened)
         except Exception as error:  # a prompt that cannot be sent, or a bug, which must stop the run and not hang it
@@ -170,9 +170,9 @@ class Requests:
         sent.host.slots.release()
         self.arrivals.put((sent, outcome))
 
-    def _arrived(self) -> list[tuple[_Sent, Outcome]]:
+    def _arrived(self) -> list[tuple[_Sent, Ended]]:
         """Return what has arrived, waiting a moment for the first, and the failures of requests that take too long."""
-        out: list[tuple[_Sent, Outcome]] = []
+        out: list[tuple[_Sent, Ended]] = []
         with suppress(queue.Empty):
             out.append(self.arrivals.get(timeout=_TICK_S))
             while True:
@@ -184,7 +184,7 @@ class Requests:
         self.sent -= late
         return out + [(sent, sent.host.too_late()) for sent in late]
 
-    def _settled(self, arrived: list[tuple[_Sent, Outcome]]) -> list[tuple[int, Answer]]:
+    def _settled(self, arrived: list[tuple[_Sent, Ended]]) -> list[tuple[int, Answer]]:
         """Return the answers; a prompt that failed is refused, or waits for a server again."""
         answers: list[tuple[int, Answer]] = []
         for sent, outcome in arrived:

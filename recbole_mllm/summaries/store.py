@@ -51,7 +51,7 @@ _SAMPLES = 512
 _RANGES = ("", *(f"{n:02x}" for n in range(256)), "g", "\U0010ffff")
 
 
-class Row(NamedTuple):
+class StoredAnswer(NamedTuple):
     """One stored answer; `origin` is empty where this dataset's own runs generated it."""
 
     key: str
@@ -66,7 +66,7 @@ class Row(NamedTuple):
     truncated: int = 0
 
 
-COLUMNS = Row._fields
+COLUMNS = StoredAnswer._fields
 _INSERT = (
     f"INSERT INTO answers ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))}) ON CONFLICT (key) DO NOTHING"
 )
@@ -134,11 +134,11 @@ class Store:
         """Store a batch of answers in one transaction; what is known stays."""
         each, now = seconds / max(1, len(keys)), time.time()
         self.insert(
-            Row(key, a.text, kind, model, a.prompt_tokens, a.new_tokens, each, now, "", int(a.truncated))
+            StoredAnswer(key, a.text, kind, model, a.prompt_tokens, a.new_tokens, each, now, "", int(a.truncated))
             for key, a in zip(keys, answers, strict=True)
         )
 
-    def insert(self, rows: Iterable[Row]) -> int:
+    def insert(self, rows: Iterable[StoredAnswer]) -> int:
         """Store `rows`, all or none, beside what is there; return how many were new."""
         with self._connection() as db:
             return _inserted(db, rows)
@@ -223,7 +223,7 @@ def _select(db: sqlite3.Connection, columns: str, keys: Iterable[str], where: st
     return db.execute(query, [json.dumps(list(keys))]).fetchall()
 
 
-def _inserted(db: sqlite3.Connection, rows: Iterable[Row]) -> int:
+def _inserted(db: sqlite3.Connection, rows: Iterable[StoredAnswer]) -> int:
     with _transaction(db, "BEGIN IMMEDIATE"):
         before = db.total_changes
         db.executemany(_INSERT, rows)
@@ -363,7 +363,7 @@ def _salvage(path: Path, seen: int | None, why: str) -> None:
     )
 
 
-def _readable(path: Path) -> Iterator[Row]:
+def _readable(path: Path) -> Iterator[StoredAnswer]:
     """Yield each answer that can be read, possibly twice; nothing where the file is no database of ours."""
     with (
         closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as db,
@@ -379,13 +379,13 @@ def _readable(path: Path) -> Iterator[Row]:
                     break
 
 
-def _sound(values: tuple[Any, ...]) -> Row | None:
+def _sound(values: tuple[Any, ...]) -> StoredAnswer | None:
     """Return the row, or None where a value is not what its column holds."""
     try:
-        row = Row._make(value.decode() if isinstance(value, bytes) else value for value in values)
+        row = StoredAnswer._make(value.decode() if isinstance(value, bytes) else value for value in values)
     except UnicodeDecodeError:
         return None
-    typed = all(isinstance(value, kind) for value, kind in zip(row, get_type_hints(Row).values(), strict=True))
+    typed = all(isinstance(value, kind) for value, kind in zip(row, get_type_hints(StoredAnswer).values(), strict=True))
     return row if typed and "\0" not in row.text else None
 
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.files import whole_text
 from recbole_mllm.data.atomic import clean
-from recbole_mllm.summaries.store import COLUMNS, Row, Store, wal_of
+from recbole_mllm.summaries.store import COLUMNS, Store, StoredAnswer, wal_of
 
 _DAY_S = 86400.0
 _EVER = 1e6  # days
@@ -126,7 +126,9 @@ def export(store: Store, dataset: str, out: Path, model: str | None) -> int:
         if not total:
             raise UserError(f"{store.path} holds no answer{f' of a model like {model}' if model else ''} to export")
         head = {"format": FORMAT, "version": FORMAT_VERSION, "dataset": dataset, "answers": total, "models": models}
-        rows = map(Row._make, db.execute(f"SELECT {', '.join(COLUMNS)} FROM answers {chosen} ORDER BY key", given))
+        rows = map(
+            StoredAnswer._make, db.execute(f"SELECT {', '.join(COLUMNS)} FROM answers {chosen} ORDER BY key", given)
+        )
         answers = (row._asdict() | {"truncated": bool(row.truncated)} for row in rows)
         try:
             with whole_text(out) as file:
@@ -153,7 +155,7 @@ def import_answers(store: Store, path: Path, origin: str | None) -> Imported:
     return Imported(added, read[0] - added)
 
 
-def _rows(path: Path, origin: str | None, read: list[int]) -> Iterator[Row]:
+def _rows(path: Path, origin: str | None, read: list[int]) -> Iterator[StoredAnswer]:
     """Yield the file's answers, each checked; count them in `read`."""
     lines = _lines(path)
     promised = _head(path, next(lines, (1, "")))
@@ -191,14 +193,14 @@ def _head(path: Path, first: tuple[int, str]) -> int:
     return int(head["answers"]) if _is_count(head.get("answers")) else 0
 
 
-def _row(line: str, where: str) -> Row:
+def _row(line: str, where: str) -> StoredAnswer:
     answer = _object(line, where)
     if wrong := sorted(set(answer).symmetric_difference(COLUMNS)):
         raise UserError(f"{where}: missing or unknown: {', '.join(wrong)[:200]}")
     for name, (is_right, wanted) in _CHECKS.items():
         if not is_right(answer[name]):
             raise UserError(f"{where}: {name} is not {wanted}")
-    return Row(**answer | {"truncated": int(answer["truncated"]), "seconds": float(answer["seconds"])})
+    return StoredAnswer(**answer | {"truncated": int(answer["truncated"]), "seconds": float(answer["seconds"])})
 
 
 def _object(line: str, where: str) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from recbole_mllm.summaries.generator import (
     user_generator,
 )
 from recbole_mllm.summaries.item_summaries import summarize_items
-from recbole_mllm.summaries.store import COLUMNS, Leases, Row, Store, answer_key, shard_files, wal_of
+from recbole_mllm.summaries.store import COLUMNS, Leases, Store, StoredAnswer, answer_key, shard_files, wal_of
 from recbole_mllm.summaries.user_summaries import SummaryRequests, openings, preferences
 
 _OWNER = "this file"  # the lease that says who writes a shard
@@ -90,7 +90,7 @@ def _merge_shards(store: Store, folder: Path) -> None:
             if not Leases(shard).claim([_OWNER]).mine:
                 continue
             with shard.transaction() as db:
-                added = store.insert(map(Row._make, db.execute(f"SELECT {', '.join(COLUMNS)} FROM answers")))
+                added = store.insert(map(StoredAnswer._make, db.execute(f"SELECT {', '.join(COLUMNS)} FROM answers")))
         for gone in (path, wal_of(path), path.with_name(f"{path.name}-shm"), path.with_name(f".{path.name}.lock")):
             remove_file(gone)
         if added:
