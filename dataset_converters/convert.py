@@ -41,7 +41,7 @@ class Source(ABC):
         self.image_folder = images
         self.notes: list[str] = []
 
-    @classmethod  # noqa: B027
+    @classmethod  # noqa: B027  (most kinds have none, so it may stay empty)
     def add_options(cls, parser: ArgumentParser) -> None:
         """Add the options that this kind of dump alone has."""
 

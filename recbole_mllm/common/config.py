@@ -189,7 +189,7 @@ def _are_intervals(value: Any) -> bool:
     It reads an unquoted ``[0, 5]``, a list to YAML, as the interval that it looks like (data/dataset/dataset.py:994).
     """
     parts = str(value).split(";") if isinstance(value, str | list | tuple) else [""]
-    try:
+    try:  # no match is an AttributeError
         ends = [tuple(map(float, _INTERVAL.fullmatch(part).groups())) for part in parts]  # type: ignore[union-attr]
     except (AttributeError, ValueError):
         return False

@@ -192,7 +192,7 @@ def on_main(work: Callable[[], T]) -> T:
     arrive()
     with peers_alive():
         _dist().broadcast_object_list(found, 0)
-    return found[0]  # type: ignore[return-value]
+    return found[0]  # type: ignore[return-value]  # None is replaced by the broadcast
 
 
 def main_first(work: Callable[[], T]) -> T:
@@ -337,7 +337,7 @@ def exit_code(run: Callable[[list[str]], int], words: Sequence[str]) -> int:
             return code
         except KeyboardInterrupt:
             code, line = 1, "recbole-mllm: stopped; what was finished is kept"
-        except Exception as error:
+        except Exception as error:  # whatever it is, the other processes must hear of it and end
             lost = lost_another(error)
             said = (1, str(lost)) if lost else in_a_line(error)
             code, line = said or (1, "")
@@ -360,7 +360,7 @@ def child_code(run: Callable[[], int]) -> int:
         if code == 0:
             stop()
             return 0
-    except Exception as error:
+    except Exception as error:  # whatever it is, the other processes must hear of it and end
         code = LOST if lost_another(error) else 1
         if code == 1:
             traceback.print_exc()

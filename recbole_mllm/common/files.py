@@ -31,7 +31,7 @@ from recbole_mllm.common.errors import UserError
 
 _WRITER = "recbole-mllm"
 _STAGED, _COMPLETE = "staged.json", "complete"  # in a folder that is being written: whose it is, and that all is there
-_SCRATCH = re.compile(r"\.(.+)\.[0-9a-f]{8}\.tmp", re.DOTALL)
+_SCRATCH = re.compile(r"\.(.+)\.recbole-mllm-[0-9a-f]{8}\.tmp", re.DOTALL)  # no other program's file is named so
 _NO_PATH = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}  # of a write, which does not say to which file
 _HEAD = 4096  # bytes that say of what kind a file is
 _PACKED = b"\x1f\x8b"
@@ -72,7 +72,7 @@ def whole_file(path: Path, *, binary: bool = False, sweep: bool = True) -> Itera
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """Yield a new name beside `path`; what is written there takes its place, unless there is an error."""
-    scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    scratch = path.with_name(f".{path.name}.recbole-mllm-{secrets.token_hex(4)}.tmp")
     try:
         yield scratch
         os.replace(scratch, path)

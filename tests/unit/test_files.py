@@ -30,6 +30,7 @@ from recbole_mllm.common.files import (
     recover,
     set_folder_aside,
     staged,
+    sweep_scratch,
     whole_file,
     whole_text,
     write_text,
@@ -345,3 +346,11 @@ def test_after_kill_9_the_next_one_makes_it_and_removes_what_was_left_and_nothin
     assert path.read_text() == "whole"
     assert {left.name for left in tmp_path.iterdir()} == {".x.tag-a.lock", "made.txt", path.name, *others}
     assert not make_once(path, lambda scratch: scratch.unlink())
+
+
+def test_only_scratch_files_of_our_own_name_are_swept(tmp_path):
+    theirs, ours = tmp_path / ".x.csv.deadbeef.tmp", tmp_path / ".x.csv.recbole-mllm-deadbeef.tmp"
+    for path in (theirs, ours):
+        path.write_text("half")
+    sweep_scratch(tmp_path)
+    assert theirs.exists() and not ours.exists()
