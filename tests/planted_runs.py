@@ -66,7 +66,13 @@ def plant_run(
     label_row[:, 0] = 1
     pairs = {"user": np.repeat(users, N_CANDIDATES), "label": label_row.ravel(), "score": scores.ravel()}
     pairs["item"] = np.array([f"i{index}" for index in range(n_users * N_CANDIDATES)])
-    write_arrays(results / folder / "scores.npz", pairs)
+    before = np.random.default_rng(zlib.crc32(f"valid {label}{seed}".encode())).normal(size=scores.shape)
+    before[:, 0] += power
+    for name, values in (("scores", scores), ("valid_scores", before)):
+        places = values.argsort(axis=1).argsort(axis=1).ravel()
+        write_arrays(results / folder / f"{name}.npz", pairs | {"score": values.ravel(), "place": places})
+    counts = np.where(label_row.ravel() > 0, np.repeat(train_count, N_CANDIDATES), np.arange(scores.size) % 3)
+    write_arrays(results / folder / "train_counts.npz", {"item": pairs["item"], "count": counts})
     values: dict[str, Any] = {
         "run_id": run_id, "model": label.partition(":")[0], "label": label, "kind": kind, "seed": seed,
         "dataset": "demo", "protocol": "leave-one-out, 1+20 frozen candidates", "candidates": candidates,
@@ -74,6 +80,7 @@ def plant_run(
         "config": {"epochs": 3, "seed": seed}, "metrics": {name: float(v.mean()) for name, v in metrics.items()},
         "valid": {"NDCG@10": 0.3 + power / 10}, "converged": None if label == "Pop" else True,
         "per_user": f"{folder}/per_user.npz", "scores": f"{folder}/scores.npz", "status": "ok",
+        "valid_scores": f"{folder}/valid_scores.npz", "train_counts": f"{folder}/train_counts.npz",
         "summarize_s": 12.0 if kind == "mllm" else None, "train_s": 20.0, "score_s": 3.0, "pairs_per_s": 840.0,
         "peak_memory_mb": 512.0, "started": "2026-01-01T10:00:00+01:00",
     }  # fmt: skip

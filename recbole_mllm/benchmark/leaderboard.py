@@ -103,6 +103,11 @@ class LeaderboardRow:
         return sum(run.summarize_reused for run in self.runs)
 
     @property
+    def fusions(self) -> list[Mapping[str, Any]]:
+        """How each seed's scores were fused; empty of a row that is no ``A+B``."""
+        return [{"seed": run.seed, **run.fusion} for run in self.runs if run.fusion]
+
+    @property
     def ok(self) -> bool:
         """Whether the row has numbers."""
         return bool(self.scores)
@@ -162,7 +167,12 @@ class Leaderboard:
     @property
     def variants(self) -> list[LeaderboardRow]:
         """The rows that are tested against a full model rather than the best baseline."""
-        return [row for row in self.rows if row.tested_against not in (None, self.best_baseline)]
+        return [row for row in self.rows if row.tested_against not in (None, self.best_baseline) and not row.fusions]
+
+    @property
+    def fused(self) -> list[LeaderboardRow]:
+        """The rows ``A+B`` that have numbers."""
+        return [row for row in self.ranked if row.fusions]
 
     @property
     def chosen_on(self) -> str:
@@ -197,6 +207,7 @@ class Leaderboard:
                     "cost": {name: row.cost.get(name) for name in COSTS},
                     "slices": {s: {m: asdict(self.slice_of(row, s, m)) for m in self.metrics} for s in SLICES},
                 }
+                | ({"fusion": row.fusions} if row.fusions else {})
                 for row in self.rows
             ],
         }

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
 import yaml
 
-from recbole_mllm.benchmark.leaderboard import COUNTS, LEVEL, Leaderboard, LeaderboardRow
+from recbole_mllm.benchmark.leaderboard import COUNTS, LEVEL, SLICES, Leaderboard, LeaderboardRow
 from recbole_mllm.benchmark.records import RunRecord, plain_json
 
 MARKS = {"better": "▲", "worse": "▼", "n.s.": "n.s.", "reference": "ref.", "": ""}
@@ -139,6 +139,45 @@ def finding(board: Leaderboard) -> str:
     return " ".join(said + ([f"{_and(unfinished)} had not converged."] if unfinished else []))
 
 
+def added(board: Leaderboard) -> list[str]:
+    """Say of each fused row what the MLLM adds to its baseline, and how the two were put together."""
+    return [_added(board, row) for row in board.fused]
+
+
+def _added(board: Leaderboard, row: LeaderboardRow) -> str:
+    metric, (mllm, _, baseline) = board.valid_metric, row.runs[0].label.partition("+")
+    other = next((one for one in board.ranked if one.model == row.tested_against), None)
+    said = f"{row.model} ({metric} {score_text(board, row, metric).mean})"
+    if other is not None:
+        text = score_text(board, row, metric)
+        verdict = {"better": "significant", "worse": "significantly worse"}.get(text.verdict, "not significant")
+        said = (
+            f"{mllm} adds {text.difference} {metric} to {baseline} ({row.model} {text.mean}, {other.model} "
+            f"{score_text(board, other, metric).mean}): {verdict} (paired, {text.p or 'not tested'})"
+        )
+        parts = [(name, board.slice_of(row, name, metric), board.slice_of(other, name, metric)) for name in SLICES]
+        apart = [
+            f"{mine.mean - theirs.mean:+.3f} where the target is {name}"
+            for name, mine, theirs in parts
+            if name != "tail" and mine.mean is not None and theirs.mean is not None
+        ]
+        said += f"; {_and(apart)}" if apart else ""
+    return " ".join([f"{said}.", *(f"{_fused(one, mllm, baseline, len(row.runs) > 1)}" for one in row.fusions)])
+
+
+def _fused(fusion: Mapping[str, Any], mllm: str, baseline: str, is_one_of_several: bool) -> str:
+    seed = f"Seed {fusion['seed']}: " if is_one_of_several else ""
+    share = f"α = {fusion['alpha']:.1f}, ρ = {fusion['rho']:.2f}"
+    guard = f"as no mixture was ahead of it by two standard errors on validation ({share})"
+    told = {
+        "mixture": f"{mllm}'s share of the score is {share}, chosen on validation",
+        "first": f"{mllm} alone was taken, {guard}",
+        "second": f"{baseline} alone was taken, {guard}",
+    }
+    placed = f"{told['second']}; items it has not met are placed by {mllm}"
+    return f"{seed}{told.get(fusion['chosen'], placed)}."
+
+
 def legend(board: Leaderboard) -> str:
     """Explain the marks of this table, and what its numbers cannot say."""
     said = [_marks(board)]
@@ -164,6 +203,7 @@ def legend(board: Leaderboard) -> str:
 
 def _marks(board: Leaderboard) -> str:
     best, variants = board.best_baseline, board.variants
+    fused = " Fused rows are tested against the baseline in them." if board.fused else ""
     if best is None and not variants:
         return "No baseline has finished, so nothing is tested."
     against = "; ".join(
@@ -172,10 +212,10 @@ def _marks(board: Leaderboard) -> str:
     )
     level = f"at p < {LEVEL:.2f} after Holm's correction; n.s. = not significant."
     if best is None:
-        return f"▲ better, ▼ worse {level} No baseline has finished; tested are {against}."
+        return f"▲ better, ▼ worse {level} No baseline has finished; tested are {against}.{fused}"
     chosen = f"the best baseline by {board.valid_metric} on {board.chosen_on}"
     marks = f"▲ better, ▼ worse than {best} (ref.), {chosen}, {level}"
-    return f"{marks} Variants are tested against the full model: {against}." if against else marks
+    return (f"{marks} Variants are tested against the full model: {against}." if against else marks) + fused
 
 
 def seeds(row: LeaderboardRow) -> str:

@@ -1,28 +1,33 @@
 """The scores of an MLLM and of another model as one ranking, by shares that validation has chosen.
 
 The MLLM judges items by what they show, the other model by who took them: of an item without an interaction in training
-it knows nothing, and puts it anywhere. Validation under leave-one-out holds no such target, so a share chosen there
-without care rewards whatever pushes new items down. Hence, for each row (a user's candidates, or the items of a full
-ranking that the MLLM was asked about)::
+it knows nothing, and puts it anywhere, mostly at the end. Validation under leave-one-out holds no such target, so a
+share chosen there without care rewards whatever pushes new items down. Hence, for each row (a user's candidates, or
+those items of a full ranking that the MLLM was asked about)::
 
     m = z(log-odds of the MLLM)                       over the row's items
     b = z(score of the other model)                   over its known items: those with an interaction in training
-    b = rho * m                                       for the others, which it cannot know
+    b = rho * m + offset                              for the others, which it cannot know
     fused = alpha * m + (1 - alpha) * b
 
 ``z`` subtracts the mean and divides by the standard deviation, 0 where that is 0. ``rho`` is the correlation of m and b
-over all known items of validation, 0 where it is negative: the best linear guess of what the other model would say.
-``alpha`` is the one of 0.1, 0.2, …, 0.9 with the highest NDCG@10 on validation, if it is ahead of the better one of the
-two models by more than two standard errors of the paired difference. Else the better model alone is taken: alpha is 1,
-the MLLM's own ranking, or 0, which still puts the items that the other model cannot know by the MLLM. That costs ranks
-of known items, so where it is behind the other model's own ranking by more than two standard errors, this is taken.
+over all known items of validation, labels unseen, 0 where it is negative. ``offset`` is half of what b - rho * m is for
+the known targets of validation on average, 0 where that is negative: what is no evidence, neither for the item being
+the target nor against it, if both kinds have normal scores of one variance. (Without it new items sink, as every known
+item that is no target is lower on average than one of which nothing is known.)
+
+The choice is made on validation among known items alone, in NDCG@10. ``alpha`` is the best of 0.1, 0.2, …, 0.9, if that
+mixture is ahead of the better one of the two models by more than two standard errors of the paired difference. Else the
+better model is taken alone: alpha is 1, and the ranking the MLLM's own, or 0. Then it is the other model's own too,
+unless the MLLM puts known targets of validation above the mean of their row by more than two standard errors: if so, it
+places the items that the other model cannot know, by the formula.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -31,11 +36,11 @@ from recbole_mllm.common.errors import UserError
 
 SHARES = tuple(n / 10 for n in range(1, 10))
 GUARD = 2.0
-"""How many standard errors a mixture must be ahead, and unknown items may cost."""
+"""How many standard errors a mixture must be ahead, and an MLLM above chance."""
 
 DEPTH = 10
 
-Chosen = Literal["mixture", "first", "second", "second as it is"]
+Chosen = Literal["mixture", "first", "second", "second, unknown items by the first"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,67 +80,86 @@ class Fusion:
     Args:
         alpha: The MLLM's share.
         rho: The correlation of the two over known items.
-        chosen: A mixture, or which of the two alone.
-        gain: How far the best mixture was ahead of the better of the two on validation, in NDCG@10.
+        offset: What an unknown item gets for its missing score.
+        chosen: A mixture, or one of the two alone.
+        gain: How far the best mixture was ahead of the better of the two, in NDCG@10 among known items.
         error: The standard error of that.
-        valid: NDCG@10 on validation of what was chosen.
     """
 
     alpha: float
     rho: float
+    offset: float
     chosen: Chosen
     gain: float
     error: float
-    valid: float
 
+    def scores(self, of: Candidates) -> Any:
+        """Return ``[P]`` the fused scores, NaN where the MLLM was not asked."""
+        first, second = _parts(of)
+        return self.alpha * first + (1 - self.alpha) * np.where(of.known, second, self.rho * first + self.offset)
 
-def fuse_scores(of: Candidates, alpha: float, rho: float) -> Any:
-    """Return ``[P]`` the fused scores, NaN where the MLLM was not asked."""
-    first, second = _parts(of)
-    return alpha * first + (1 - alpha) * np.where(of.known, second, rho * first)
+    def places(self, of: Candidates) -> Any:
+        """Return ``[P]`` places: what the MLLM was asked about stands in the fused order, all else where it stood.
 
-
-def fuse_places(of: Candidates, alpha: float, rho: float) -> Any:
-    """Return ``[P]`` places: what the MLLM was asked about stands in the fused order, all else where it stood.
-
-    Equal scores keep the MLLM's order.
-    """
-    asked = np.flatnonzero(of.asked)
-    row, place = of.row[asked], of.place[asked]
-    out = of.place.copy()
-    out[asked[np.lexsort((place, fuse_scores(of, alpha, rho)[asked], row))]] = place[np.lexsort((place, row))]
-    return out
+        Equal scores keep the MLLM's order.
+        """
+        asked = np.flatnonzero(of.asked)
+        row, place = of.row[asked], of.place[asked]
+        out = of.place.copy()
+        out[asked[np.lexsort((place, self.scores(of)[asked], row))]] = place[np.lexsort((place, row))]
+        return out
 
 
 def choose_fusion(valid: Candidates) -> Fusion:
-    """Return what is best on the candidates of validation; needs two rows at least."""
-    rho = _agreement(valid)
-    alone = [ndcg(valid, valid.place), ndcg(valid, valid.second_place)]
-    mixtures = [ndcg(valid, fuse_places(valid, alpha, rho)) for alpha in SHARES]
-    best = max(range(len(SHARES)), key=lambda n: (mixtures[n].mean(), SHARES[n]))
+    """Return what is best on the candidates of validation.
+
+    Raises:
+        UserError: Fewer than two users have a known target there.
+    """
+    first, second = _parts(valid)
+    both, target = valid.asked & valid.known, valid.label > 0
+    rows = np.unique(valid.row[target & valid.known])
+    if len(rows) < 2:
+        raise UserError("validation has no two users whose target occurs in training, so nothing can be chosen there")
+    rho = _agreement(first[both], second[both])
+    hits = both & target
+    offset = max(0.0, float((second - rho * first)[hits].mean()) / 2) if hits.any() else 0.0
+    mixtures = [Fusion(alpha, rho, offset, "mixture", 0.0, 0.0) for alpha in SHARES]
+    means = [_among_known(valid, mixture.places(valid), rows) for mixture in mixtures]
+    alone = [_among_known(valid, place, rows) for place in (valid.place, valid.second_place)]
+    best = max(range(len(SHARES)), key=lambda n: (means[n].mean(), SHARES[n]))
     is_first = bool(alone[0].mean() >= alone[1].mean())
-    gain, error = _paired(mixtures[best], alone[0] if is_first else alone[1])
-    told = {"rho": rho, "gain": gain, "error": error}
+    gain, error = _mean_and_error(means[best] - (alone[0] if is_first else alone[1]))
+    found = replace(mixtures[best], gain=gain, error=error)
     if gain > GUARD * error:
-        return Fusion(SHARES[best], chosen="mixture", valid=float(mixtures[best].mean()), **told)
+        return found
     if is_first:
-        return Fusion(1.0, chosen="first", valid=float(alone[0].mean()), **told)
-    placed = ndcg(valid, fuse_places(valid, 0.0, rho))
-    loss, its_error = _paired(alone[1], placed)
-    if loss > GUARD * its_error:
-        return Fusion(0.0, chosen="second as it is", valid=float(alone[1].mean()), **told)
-    return Fusion(0.0, chosen="second", valid=float(placed.mean()), **told)
+        return replace(found, alpha=1.0, chosen="first")
+    above, its_error = _mean_and_error(first[hits]) if hits.sum() > 1 else (0.0, 0.0)
+    sees = above > GUARD * its_error
+    return replace(found, alpha=0.0, chosen="second, unknown items by the first" if sees else "second")
+
+
+def _among_known(of: Candidates, place: Any, rows: Any) -> Any:
+    """Return NDCG@10 of `rows`, unknown items left out of the rankings of ``[P]`` `place`."""
+    order = np.lexsort((-place, of.row))
+    unknown = (~of.known)[order]
+    before = np.cumsum(unknown) - unknown  # those of earlier rows too
+    starts = np.searchsorted(of.row[order], of.row[order])
+    above = np.empty(len(order), np.int64)
+    above[order] = before - before[starts]
+    return ndcg(replace(of, label=np.where(of.known, of.label, 0)), place + above)[rows]
 
 
 def ndcg(of: Candidates, place: Any) -> Any:
-    """Return ``[rows]`` NDCG@10 of rankings given by ``[P]`` `place`, rows in the order of their numbers."""
-    _, row = np.unique(of.row, return_inverse=True)
+    """Return ``[rows]`` NDCG@10 of rankings given by ``[P]`` `place`; 0 of a row without a target."""
     hit = of.label > 0
     rank = (of.among - 1 - place)[hit]
     gain = np.where(rank < DEPTH, 1 / np.log2(np.maximum(rank, 0) + 2), 0.0)
-    rows = row.max() + 1
-    ideal = np.concatenate([[0.0], np.cumsum(1 / np.log2(np.arange(DEPTH) + 2))])
-    return np.bincount(row[hit], gain, rows) / ideal[np.minimum(np.bincount(row[hit], minlength=rows), DEPTH)]
+    rows = int(of.row.max()) + 1
+    targets = np.minimum(np.bincount(of.row[hit], minlength=rows), DEPTH)
+    ideal = np.concatenate([[1.0], np.cumsum(1 / np.log2(np.arange(DEPTH) + 2))])
+    return np.bincount(of.row[hit], gain, rows) / ideal[targets]
 
 
 def align_candidates(first: Mapping[str, Any], second: Mapping[str, Any], known: Any) -> Candidates:
@@ -152,29 +176,83 @@ def align_candidates(first: Mapping[str, Any], second: Mapping[str, Any], known:
     Raises:
         UserError: They are not about the same users and items.
     """
-    first, second = _sorted(first), _sorted(second)
+    first, second = sorted_scores(first), sorted_scores(second)
+    if ("among" in first) != ("among" in second):
+        raise UserError("one of them ranked all items, the other one candidates")
     users, row = np.unique(first["user"], return_inverse=True)
     if not np.array_equal(users, np.unique(second["user"])):
-        raise UserError("the two runs have scored other users")
-    full = "among" in first
-    if full != ("among" in second):
-        raise UserError("one of the two runs has ranked all items, the other one candidates")
-    at, found = _places_in(second, first)
-    if not full:
-        if not (found.all() and len(first["item"]) == len(second["item"])):
-            raise UserError("the two runs have scored other items")
+        raise UserError("they scored other users")
+    about = {"row": row, "label": first["label"], "known": known(first["item"]), "place": first["place"]}
+    if "among" not in first:
+        if any(not np.array_equal(first[name], second[name]) for name in ("user", "item", "label")):
+            raise UserError("they scored other items")
+        log_odds, scores = first["score"].astype(float), second["score"].astype(float)
         among = np.bincount(row)[row]
-        return Candidates(row, first["label"], first["score"].astype(float), second["score"][at].astype(float),
-                          known(first["item"]), first["place"], second["place"][at], among)  # fmt: skip
-    asked = _among_best(first)
-    theirs = np.where(found, second["score"][at].astype(float), np.nan)
-    theirs[~(found & _among_best(second)[at])] = np.nan
+        return Candidates(**about, first=log_odds, second=scores, second_place=second["place"], among=among)
+    at, found = _places_of(first, second)
+    best = _among_best(second)
     lowest = np.full(len(users), np.inf)
-    inside = _among_best(second)
-    np.minimum.at(lowest, np.searchsorted(users, second["user"][inside]), second["score"][inside])
-    theirs = np.where(np.isnan(theirs), lowest[row], theirs)
-    answer = np.where(asked, first["answer"].astype(float), np.nan)
-    second_place = np.where(found, second["place"][at], -1)
+    np.minimum.at(lowest, np.searchsorted(users, second["user"][best]), second["score"][best])
     return Candidates(
-        row, first["label"], answer, theirs, known(first["item"]), first["place"], second_place, first["among"]
+        **about,
+        first=np.where(_among_best(first), first["answer"], np.nan),
+        second=np.where(found & best[at], second["score"][at], lowest[row]),
+        second_place=np.where(found, second["place"][at], -1),
+        among=first["among"],
     )
+
+
+def sorted_scores(scores: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the columns of a file of scores in the order of `align_candidates`: by user, item and label."""
+    order = np.lexsort((scores["label"], scores["item"], scores["user"]))
+    return {name: column[order] for name, column in scores.items()}
+
+
+def _places_of(asked: Mapping[str, Any], among: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Return where each (user, item) of `asked` stands in `among`, both sorted, and whether it is there at all."""
+    codes = []
+    for name in ("user", "item"):
+        both = np.unique(np.concatenate([asked[name], among[name]]), return_inverse=True)[1]
+        codes.append(both.astype(np.int64))
+    pairs = codes[0] * (codes[1].max() + 1) + codes[1]
+    wanted, there = pairs[: len(asked["user"])], pairs[len(asked["user"]) :]
+    at = np.minimum(np.searchsorted(there, wanted), len(there) - 1)
+    return at, there[at] == wanted
+
+
+def _among_best(scores: Mapping[str, Any]) -> Any:
+    """Return whether a file of a full ranking would hold the item whatever its label."""
+    rank = scores["among"] - 1 - scores["place"]
+    return rank <= rank[scores["label"] <= 0].max(initial=-1)
+
+
+def _parts(of: Candidates) -> tuple[Any, Any]:
+    """Return m and b of the formula, b at known items alone."""
+    asked = of.asked
+    return _standardised(of.first, of.row, asked), _standardised(of.second, of.row, asked & of.known)
+
+
+def _standardised(values: Any, row: Any, used: Any) -> Any:
+    """Return ``[P]`` the z-score of each value among the `used` ones of its row, 0 in a row of equal values."""
+    owner, own, rows = row[used], values[used], int(row.max()) + 1
+    count = np.maximum(np.bincount(owner, minlength=rows), 1)
+    centred = own - (np.bincount(owner, own, rows) / count)[owner]
+    spread = np.sqrt(np.bincount(owner, centred**2, rows) / count)
+    size = np.zeros(rows)
+    np.maximum.at(size, owner, np.abs(own))
+    spread = np.where(spread > 1e-9 * size, spread, np.inf)  # what is left of equal values are rounding errors
+    out = np.full(len(values), np.nan)
+    out[used] = centred / spread[owner]
+    return out
+
+
+def _agreement(first: Any, second: Any) -> float:
+    """Return the correlation of the two, 0 where it is negative or cannot be had."""
+    if not (first.size and first.std() and second.std()):
+        return 0.0
+    return max(0.0, float(np.corrcoef(first, second)[0, 1]))
+
+
+def _mean_and_error(values: Any) -> tuple[float, float]:
+    """Return the mean and its standard error."""
+    return float(values.mean()), float(values.std(ddof=1)) / math.sqrt(len(values))
