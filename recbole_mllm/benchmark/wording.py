@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
 import yaml
 
-from recbole_mllm.benchmark.leaderboard import COUNTS, LEVEL, SLICES, Leaderboard, LeaderboardRow
+from recbole_mllm.benchmark.leaderboard import COUNTS, LEVEL, Leaderboard, LeaderboardRow
 from recbole_mllm.benchmark.records import RunRecord, plain_json
 
 MARKS = {"better": "▲", "worse": "▼", "n.s.": "n.s.", "reference": "ref.", "": ""}
@@ -146,36 +146,41 @@ def added(board: Leaderboard) -> list[str]:
 
 def _added(board: Leaderboard, row: LeaderboardRow) -> str:
     metric, (mllm, _, baseline) = board.valid_metric, row.runs[0].label.partition("+")
+    text, how = score_text(board, row, metric), _fused(row, mllm, baseline)
     other = next((one for one in board.ranked if one.model == row.tested_against), None)
-    said = f"{row.model} ({metric} {score_text(board, row, metric).mean})"
-    if other is not None:
-        text = score_text(board, row, metric)
-        verdict = {"better": "significant", "worse": "significantly worse"}.get(text.verdict, "not significant")
-        said = (
-            f"{mllm} adds {text.difference} {metric} to {baseline} ({row.model} {text.mean}, {other.model} "
-            f"{score_text(board, other, metric).mean}): {verdict} (paired, {text.p or 'not tested'})"
-        )
-        parts = [(name, board.slice_of(row, name, metric), board.slice_of(other, name, metric)) for name in SLICES]
-        apart = [
-            f"{mine.mean - theirs.mean:+.3f} where the target is {name}"
-            for name, mine, theirs in parts
-            if name != "tail" and mine.mean is not None and theirs.mean is not None
-        ]
-        said += f"; {_and(apart)}" if apart else ""
-    return " ".join([f"{said}.", *(f"{_fused(one, mllm, baseline, len(row.runs) > 1)}" for one in row.fusions)])
+    if other is None:
+        return f"{row.model}: {how}"
+    verdict = {"better": "significant", "worse": "significantly worse"}.get(text.verdict, "not significant")
+    parts = [
+        (name, board.slice_of(row, name, metric), board.slice_of(other, name, metric)) for name in ("cold", "warm")
+    ]
+    apart = [
+        f"{mine.mean - theirs.mean:+.3f} on {name} targets"
+        for name, mine, theirs in parts
+        if mine.mean is not None and theirs.mean is not None
+    ]
+    return (
+        f"What {mllm} adds to {baseline}: {text.difference} {metric}, {verdict} (paired, {text.p or 'not tested'}); "
+        f"{row.model} {text.mean}, {other.model} {score_text(board, other, metric).mean}; {_and(apart)}. {how}"
+    )
 
 
-def _fused(fusion: Mapping[str, Any], mllm: str, baseline: str, is_one_of_several: bool) -> str:
-    seed = f"Seed {fusion['seed']}: " if is_one_of_several else ""
-    share = f"α = {fusion['alpha']:.1f}, ρ = {fusion['rho']:.2f}"
-    guard = f"as no mixture was ahead of it by two standard errors on validation ({share})"
-    told = {
-        "mixture": f"{mllm}'s share of the score is {share}, chosen on validation",
-        "first": f"{mllm} alone was taken, {guard}",
-        "second": f"{baseline} alone was taken, {guard}",
+def _fused(row: LeaderboardRow, mllm: str, baseline: str) -> str:
+    """Say how each seed's scores were fused, seeds of one way together."""
+    guard = "was taken alone, as no mixture was ahead of it by two standard errors on validation"
+    ways = {
+        "mixture": f"the mixture that validation chose, α being {mllm}'s share",
+        "first": f"{mllm} {guard}",
+        "second": f"{baseline} {guard}",
+        "second, unknown items by the first": f"{baseline} {guard}, but items it has not met are placed by {mllm}",
     }
-    placed = f"{told['second']}; items it has not met are placed by {mllm}"
-    return f"{seed}{told.get(fusion['chosen'], placed)}."
+    said = []
+    for chosen in dict.fromkeys(str(fusion["chosen"]) for fusion in row.fusions):
+        own = [fusion for fusion in row.fusions if fusion["chosen"] == chosen]
+        shares = ", ".join(f"α = {fusion['alpha']:.1f} and ρ = {fusion['rho']:.2f}" for fusion in own)
+        seeds_of = ", ".join(str(fusion["seed"]) for fusion in own)
+        said.append(f"Seed {seeds_of}: {ways[chosen]} ({shares}).")
+    return " ".join(said)
 
 
 def legend(board: Leaderboard) -> str:
