@@ -45,6 +45,7 @@ class Score:
     p_raw: float | None = None
     effect: float | None = None
     difference: float | None = None
+    difference_ci95: tuple[float, float] | None = None
 
     @property
     def significant(self) -> bool:

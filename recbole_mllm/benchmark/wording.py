@@ -11,6 +11,7 @@ import yaml
 
 from recbole_mllm.benchmark.leaderboard import COUNTS, LEVEL, Leaderboard, LeaderboardRow
 from recbole_mllm.benchmark.records import RunRecord, plain_json
+from recbole_mllm.benchmark.variants import part_of
 
 MARKS = {"better": "▲", "worse": "▼", "n.s.": "n.s.", "reference": "ref.", "": ""}
 WORDS = {"better": "better", "worse": "worse", "n.s.": "not significant", "reference": "", "": ""}
@@ -24,6 +25,12 @@ METHOD = (
     "by Holm's method, so the chance that it holds even one false mark is below 5 %; metrics that are equal for every "
     "user, as Hit and Recall are with one target, are one question and counted once. The effect size is Cohen's d_z, "
     "the mean of the per-user differences over their standard deviation; pooled AUC has no per-user value and so none."
+)
+USES_NOTE = (
+    "From each variant one part of MLLM-MSR was taken, or it was replaced by something wrong, in training and scoring. "
+    "The numbers are the paired difference to the full model, its 95 % interval, and p after the correction for all "
+    "questions of the table. Not significant means that these users show no difference, not that there is none: the "
+    "interval says how large a one they leave open."
 )
 COST_NOTE = (
     "Train is without validation and test; a dash there means that nothing was trained. Tokens are those of the "
@@ -137,6 +144,51 @@ def finding(board: Leaderboard) -> str:
         said.append(f"{rival.model} differs from the best baseline, {best}, by {text.difference}: {tested}.")
     unfinished = [name for name in (rival.model, best) if name in board.not_converged]
     return " ".join(said + ([f"{_and(unfinished)} had not converged."] if unfinished else []))
+
+
+class Use(NamedTuple):
+    """What a variant of the full model shows of the part that it takes away; `verdict` is what the part does."""
+
+    variant: str
+    tested_against: str
+    metric: str
+    difference: float
+    ci95: tuple[float, float]
+    p_raw: float
+    p_holm: float
+    verdict: str
+    sentence: str
+
+
+def uses(board: Leaderboard) -> list[Use]:
+    """Return what the variants of MLLMMSR show of what the full model uses, by the ranking metric, worst losses first.
+
+    A difference that is not significant supports no more than that these users do not show one.
+    """
+    found = []
+    for row in board.variants:
+        score = row.scores.get(board.valid_metric)
+        if score is None or score.difference is None or score.difference_ci95 is None:
+            continue
+        verdict, does = "n.s.", f"does not matter here, as far as {board.n_users:,} users can tell"
+        if score.significant:
+            verdict, does = ("matters", "matters here") if score.difference < 0 else ("harms", "does harm here")
+        low, high = score.difference_ci95
+        tested = _p(score.p) if score.significant else f"n.s. ({_p(score.p)})"
+        told = f"{_signed(score.difference)} [{_signed(low)}, {_signed(high)}], {tested}"
+        sentence = f"{part_of(row.runs[0].label)} {does}: {told}."
+        found.append(
+            Use(
+                row.model, str(row.tested_against), board.valid_metric, score.difference, score.difference_ci95,
+                float(score.p_raw or 0), float(score.p or 0), verdict, sentence,
+            )
+        )  # fmt: skip
+    return sorted(found, key=lambda use: use.difference)
+
+
+def _signed(number: float) -> str:
+    """Return a difference with its sign, the minus a real one."""
+    return f"{number:+.3f}".replace("-", "−")
 
 
 def legend(board: Leaderboard) -> str:
