@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
@@ -186,6 +187,50 @@ def uses(board: Leaderboard) -> list[Use]:
     return sorted(found, key=lambda use: use.difference)
 
 
+class FullRanking(NamedTuple):
+    """A row's ranking metric over drawn candidates and over all items, in words, and of what the latter is."""
+
+    model: str
+    drawn: str
+    full: str
+    of: str
+
+
+def full_rankings(board: Leaderboard) -> list[FullRanking]:
+    """Return the rows that ranked all items beside drawn candidates, best among all items first."""
+    metric, found = board.valid_metric, []
+    for row in board.ranked:
+        ranked = row.full_ranking
+        if ranked is None or metric not in ranked["metrics"]:
+            continue
+        of, retrieval = f"{ranked['n_users']:,} users", ranked["retrieval"]
+        if retrieval:
+            items = "all items" if retrieval["retriever"] is None else _retrieved(retrieval)
+            of += f"; {items}, with a ceiling of {retrieval['recall']:.3f}"
+        value = ranked["metrics"][metric]
+        found.append((value, FullRanking(row.model, f"{row.mean(metric):.3f}", f"{value:.3f}", of)))
+    return [row for _, row in sorted(found, key=lambda pair: -pair[0])]
+
+
+def full_rankings_note(board: Leaderboard) -> str:
+    """Say what ranking all items adds to ranking drawn candidates, and whether they order this table's models alike."""
+    drawn = [row.model for row in board.ranked]
+    pairs = combinations([row.model for row in full_rankings(board)], 2)
+    swapped = [f"{a} before {b}" for a, b in pairs if drawn.index(a) > drawn.index(b)]
+    here = "here they do not"
+    if swapped:
+        more = f" and {len(swapped) - 5} more" if len(swapped) > 5 else ""
+        here = f"here all items put {', '.join(swapped[:5])}{more}"
+    return (
+        "Metrics over drawn candidates may order models otherwise than over all items (Krichene and Rendle, KDD 2020); "
+        f"{here}. Ranked are all items with an interaction, but for those the user has met; nothing is tested."
+    )
+
+
+def _retrieved(retrieval: Mapping[str, Any]) -> str:
+    return f"the best {retrieval['top_k']} items of {str(retrieval['retriever']).partition('#')[0]}"
+
+
 def _signed(number: float) -> str:
     """Return a difference with its sign, the minus a real one."""
     return f"{number:+.3f}".replace("-", "−")
@@ -208,9 +253,8 @@ def legend(board: Leaderboard) -> str:
         found = [run.retrieval for run in row.runs if run.ok and run.retrieval and run.retrieval.get("retriever")]
         if found:
             recall = sum(one["recall"] for one in found) / len(found)
-            items = f"{found[0]['top_k']} items of {str(found[0]['retriever']).partition('#')[0]}"
             ceiling = f"which hold {recall:.3f} of the targets, the ceiling of its Hit"
-            said.append(f"{row.model} re-ranks the best {items}, {ceiling}.")
+            said.append(f"{row.model} re-ranks {_retrieved(found[0])}, {ceiling}.")
     return " ".join([*said, *board.absent.values()])
 
 

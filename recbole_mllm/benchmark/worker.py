@@ -52,7 +52,7 @@ NO_ONE_RANKING = (
 NOTHING_TO_TUNE = ("Pop", "Random")
 _OF_OUTCOME = (
     *("load_s", "train_s", "score_s", "summarize_reused", "scores_reused"),
-    *("converged", "retrieval", "world_size"),
+    *("converged", "retrieval", "full_ranking", "world_size"),
 )
 
 
@@ -87,7 +87,8 @@ def run_job(job: dict[str, Any]) -> None:
     folder = output / "runs" / job["run_id"]
     defaults = folder / ("defaults.yaml" if distributed.is_main() else f"defaults.{distributed.process_index()}.yaml")
     tuning = _tune(job, defaults)
-    outcome = run(_config(job, defaults, tuning["chosen"] if tuning else {}), partial(_check_split, job))
+    config = _config(job, defaults, tuning["chosen"] if tuning else {})
+    outcome = run(config, partial(_check_split, job), rank_all=True)
     peak = max(distributed.gather_objects(_peak_memory(outcome.config["device"])))
     if distributed.is_main():
         _write_evidence(outcome, folder)
