@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from recbole_mllm import __version__
 from recbole_mllm.benchmark.variants import SETS, known_variants
 from recbole_mllm.cli import commands
 from recbole_mllm.cli.arguments import Options, read_overrides
@@ -107,6 +108,7 @@ def _parser() -> tuple[Parser, list[Parser]]:
         parser.add_argument(option, **settings)
     parser.add_argument("--model", help="a RecBole model or MLLMMSR")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.add_argument("--version", action="version", version=f"recbole-mllm {__version__}")
     groups = {"": parser.add_subparsers(dest="command", metavar=_SHOWN, parser_class=Parser)}
     parsers: dict[str, Parser] = {}
     for name, (_, told) in COMMANDS.items():
