@@ -103,7 +103,7 @@ def test_a_retriever_chooses_whom_the_mllm_ranks(outcomes):
 @pytest.mark.parametrize(
     ("model", "arguments", "said"),
     [
-        ("MLLMMSR", {"user": "u3"}, "did you mean 'u03'"),
+        ("MLLMMSR", {"user": "u3"}, "no user 'u3'; did you mean"),
         ("MLLMMSR", {"history": ["i01", "x99"]}, "'x99' is unknown"),
         ("MLLMMSR", {"user": "u03", "candidates": ["i1"]}, "'i1' is unknown"),
         ("MLLMMSR", {"user": "u03", "history": ["i01"]}, "either a user"),
