@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 import sqlite3
 from contextlib import closing
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -14,11 +14,13 @@ import huggingface_hub.constants
 import pytest
 import small_world
 from hub_cache import HubCache
+from stock_forward import SETTINGS
 
 from recbole_mllm.cli import main
 from recbole_mllm.common import model_names, progress
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.model_names import identity_of, pinned, source_of
+from recbole_mllm.common.settings import MODELS
 
 NAME = "org/reader"
 SHIFT = 0.01
@@ -26,6 +28,7 @@ WORDS = [
     "--dataset=steps", "--limit_users=4", "--item_summary_tokens=3", "--user_summary_tokens=3", "--prompt_style=demo",
     "--max_history=3", "--use_gpu=false",
 ]  # fmt: skip
+TRAINED = ["--lora_dropout=0", "--lora_r=2", "--train_last_k=1", "--checkpoint_every_steps=2"]
 
 
 @pytest.fixture
@@ -86,6 +89,12 @@ def test_a_revision_is_a_commit_where_the_cache_knows_it_and_stays_as_it_is_else
         pinned("tiny", "v1")
 
 
+def test_a_servers_revision_is_what_its_user_says():
+    served = replace(SETTINGS.mllm, mllm="server:m@http://a/v1", mllm_revision="r1")
+    assert [served.identity(key) for key in MODELS] == ["server:m@r1"] * 3
+    assert replace(served, user_summarizer="server:m@http://a/v1").identity("user_summarizer") == "server:m"
+
+
 def test_summaries_belong_to_a_commit_and_those_of_before_are_taken_over_once(hub, capsys, caplog):
     summarized_earlier()
     before = answers()
@@ -102,26 +111,19 @@ def test_summaries_belong_to_a_commit_and_those_of_before_are_taken_over_once(hu
     assert len(told) == 2 and " 0 written" in caplog.text
     (tag,) = {path.name.split(".")[1] for path in Path("dataset/steps").glob("*.usum")} - {old_tag}
     assert Path(f"dataset/steps/steps.{tag}.usum").read_bytes() == old
-    # another commit under the same name writes its own
+    # another commit under the same name writes its own, and takes over nothing where it is not the main branch
     second = hub.plant(Path(source_of("tiny")), SHIFT)
-    assert called("summarize") == 0
+    hub.move("main", hub.first)
+    assert called("summarize", "--stage=items", f"--mllm_revision={second}") == 0
     assert set(answers()) == {f"{NAME}@{hub.first}:float32", f"{NAME}@{second}:float32"}
-    # and the first is still there by its hash
+    hub.move("main", second)
     capsys.readouterr()
     assert called("summarize", "--dry-run", f"--mllm_revision={hub.first}") == 0
     assert capsys.readouterr().out.count("nothing to write") == 2
 
 
-def test_answers_of_the_main_branch_are_not_those_of_another_commit(hub):
-    summarized_earlier("--stage=items")
-    second = hub.plant(Path(source_of("tiny")), SHIFT)
-    assert called("summarize", "--stage", "items", f"--mllm_revision={hub.first}") == 0
-    assert answers().keys() == {f"{NAME}@main:float32", f"{NAME}@{hub.first}:float32"}
-    assert second not in str(answers())
-
-
 def test_a_run_is_repeated_exported_and_scored_with_the_commit_it_had(hub, capsys):
-    assert called("benchmark", "--models=MLLMMSR", "--output_dir=results", "--lora_dropout=0", "--lora_r=2") == 0
+    assert called("benchmark", *TRAINED, "--models=MLLMMSR", "--output_dir=results") == 0
     (record,) = records()
     assert record["status"] == "ok", record
     assert record["config"]["mllm_revision"] == record["config"]["user_summarizer_revision"] == hub.first
@@ -133,6 +135,9 @@ def test_a_run_is_repeated_exported_and_scored_with_the_commit_it_had(hub, capsy
     assert main(["rerun", record["run_id"], "--output_dir", "results"]) == 0
     assert "the run is reproduced" in capsys.readouterr().out
     assert records("results/reruns")[0]["metrics"] == record["metrics"]
+    (path,) = Path("results/runs").glob("*/saved/*.last.pth")
+    assert called(*TRAINED, "--model=MLLMMSR", f"--resume={path}") == 2
+    assert f"belongs to {NAME}@{hub.first}" in capsys.readouterr().err
     started_anew()
     assert main(["export", f"results/runs/{record['run_id']}", "--out", "out"]) == 0
     assert json.loads(Path("out/adapter_config.json").read_text())["revision"] == hub.first
@@ -152,15 +157,3 @@ def test_a_run_of_a_local_model_is_not_repeated_with_other_weights(hub, capsys):
     assert main(["rerun", record["run_id"], "--output_dir", "results"]) == 2
     told = capsys.readouterr().err
     assert was in told and "other weights" in told and not Path("results/reruns").exists()
-
-
-def test_a_checkpoint_of_another_commit_is_refused(hub, capsys, caplog):
-    caplog.set_level(logging.INFO)
-    words = ["--model=MLLMMSR", "--checkpoint_dir=saved", "--epochs=1", "--checkpoint_every_steps=1"]
-    assert called(*words) == 0
-    hub.plant(Path(source_of("tiny")), SHIFT)
-    (path,) = Path("saved").glob("*.last.pth")
-    capsys.readouterr()
-    assert called(*words, f"--resume={path}") == 2
-    assert f"belongs to {NAME}@{hub.first}" in capsys.readouterr().err
-    assert called(*words, f"--resume={path}", f"--mllm_revision={hub.first}") == 0
