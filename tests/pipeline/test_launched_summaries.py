@@ -114,33 +114,6 @@ def test_a_family_that_cannot_be_split_is_told_before_anything_is_loaded(world, 
     assert line.startswith("user_summarizer: ") and line.endswith("only summaries that are there already will do")
 
 
-KILLED_WRITING = """
-from recbole_mllm.summaries.generator import CachedGenerator
-stock, given = CachedGenerator.give, []
-def give(self, arrived):
-    stock(self, arrived)
-    given.append(self.kind)
-    if given.count("user") == 2 and os.environ["RANK"] == "1":
-        os.kill(os.getpid(), signal.SIGKILL)
-CachedGenerator.give = give
-"""
-
-
-@pytest.mark.slow
-def test_a_killed_writer_of_a_split_model_ends_the_others_with_a_word(world, tmp_path, summaries_alone):
-    script = script_with(KILLED_WRITING, tmp_path)
-    done, _ = summarised(world, tmp_path / "run", 2, FSDP, script=script)
-    said = done.stdout + done.stderr
-    words = "another process of this run has ended without a word", "the launcher has ended this process"
-    assert done.returncode != 0 and sum(map(said.count, words)) == 1, said[-3000:]
-    assert "Traceback (most recent call last)" not in said.partition("recbole-mllm:")[0]
-    again, files = summarised(world, tmp_path / "run", 1, {})
-    assert again.returncode == 0 and files == summaries_alone
-    (line,) = [line for line in again.stderr.splitlines() if "item summaries: " in line]
-    assert " 0 written" in line
-    assert not list((tmp_path / "run" / "data" / "steps").glob("*rank*"))
-
-
 @pytest.mark.slow
 def test_weights_that_no_file_has_are_made_in_every_process(world, tmp_path):
     tiny_models.llava(tmp_path / "llava")
