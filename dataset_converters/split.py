@@ -136,8 +136,8 @@ def _read(folder: Path, fields: Fields, compares: bool) -> Log:
     known = None if time is None else np.array(times)
     order = np.arange(len(lines)) if known is None else np.argsort(known, kind="stable")
     compared = known[order] if known is not None and (compares or exact == schema.EXACT_TIME) else None
-    codes = (np.frombuffer(column, np.int32)[order] for column in (of_user, of_item))
-    inter = Interactions(*codes, compared, None, list(users), list(items))
+    by_user, by_item = (np.frombuffer(column, np.int32)[order] for column in (of_user, of_item))
+    inter = Interactions(by_user, by_item, compared, None, list(users), list(items))
     lines = [lines[row] for row in order.tolist()]
     stamp = places.get(fields.time)
     stamps = None if stamp is None else np.array([line.split("\t")[stamp] for line in lines], object)

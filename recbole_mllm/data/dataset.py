@@ -113,7 +113,8 @@ class MLLMMSRDataset(SequentialDataset):  # type: ignore[misc]  # RecBole is unt
         """
         rows, named = self.inter_feat, partial(raw_ids, self._raw(self.iid_field))
         if self.facts is not None and self.facts.whole is not None:
-            histories = PerHistory(names, *self.facts.pairs(), named)
+            owners, items = self.facts.pairs()
+            histories = PerHistory(names, owners, items, named)
             return histories, histories
         users, targets = rows[self.uid_field].numpy(), rows[self.iid_field].numpy()
         if self.whole_lists is None:

@@ -7,7 +7,6 @@ ids are numbered (data/dataset/dataset.py:159-178), which is the same for every 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -211,7 +210,7 @@ def facts_of(dataset: Any) -> Facts | None:
         sizes = tuple(dataset.file_size_list)
         if temporal_split(dataset.config) is not None:
             return _beside_whole(dataset, users, items, moments, sizes, impossible)
-        rest = {"moments": moments, "sizes": sizes, "impossible": impossible}
+        rest: dict[str, Any] = {"moments": moments, "sizes": sizes, "impossible": impossible}
         one_numbering = any({dataset.iid_field, listed} <= set(group) for group in dataset.alias.values())
         if listed not in frame or not one_numbering:
             return Facts(users, items, **rest)
@@ -225,7 +224,7 @@ def facts_of(dataset: Any) -> Facts | None:
     return Facts(users, items, order, moments, reordered=reordered, impossible=impossible)
 
 
-def temporal_split(config: Any) -> Mapping[str, Any] | None:
+def temporal_split(config: Any) -> dict[str, Any] | None:
     """Return what ``temporal_split`` says of the benchmark files that `config` reads; None without such a split.
 
     Raises:
@@ -234,15 +233,14 @@ def temporal_split(config: Any) -> Mapping[str, Any] | None:
     known = config["temporal_split"] if config["benchmark_filename"] else None
     if known is None:
         return None
-    moments, count = (
-        known.get(key) if isinstance(known, Mapping) else None for key in ("moments", "train_interactions")
+    if isinstance(known, dict):
+        moments, count = known.get("moments"), known.get("train_interactions")
+        if isinstance(moments, list) and len(moments) == 2 and type(count) is int and count > 0:
+            return known
+    raise UserError(
+        f"temporal_split: {known} is not what `split --protocol temporal` writes into dataset.yaml; split the dataset "
+        "again, or set benchmark_filename: null for its X.inter alone"
     )
-    if not (isinstance(moments, list) and len(moments) == 2 and type(count) is int and count > 0):
-        raise UserError(
-            f"temporal_split: {known} is not what `split --protocol temporal` writes into dataset.yaml; split the "
-            "dataset again, or set benchmark_filename: null for its X.inter alone"
-        )
-    return known
 
 
 def _beside_whole(
