@@ -70,11 +70,9 @@ def _counting():
 
 def test_text_takes_the_operations_that_torch_counts(plan, mllm, prompts):
     one = mllm.encoder(shortest(prompts, mllm))
-    length = len(one.ids)
     with _counting() as counter:
-        mllm.backbone.logits(mllm.backbone.hidden([one], 0, [length], None)[0])
-    count = plan.count_scored([plan.encoder(shortest(prompts, mllm))], share=False)
-    count.logits = length * plan.sizes.vocabulary
+        mllm.backbone.logits(mllm.backbone.hidden([one], 0, [len(one.ids)], None)[0])
+    count = plan.count_written(shortest(prompts, mllm), len(one.ids))
     planned = flops(plan.sizes, count)
     assert planned["prompt"] + planned["head"] == pytest.approx(counter.get_total_flops(), rel=0.03)
 
