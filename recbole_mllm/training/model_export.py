@@ -338,7 +338,7 @@ def _decision_template(mllm: HFModel, question: Question, start: str, guard: Seq
     name = f"recommend_{order.replace('-', '_')}"
     # a template that writes a template has marks of its own
     outer = Template((_TEMPLATES / "decision.jinja").read_text(encoding="utf-8"), *_MARKS, trim_blocks=True)
-    return outer.render(
+    rendered: str = outer.render(
         style=repr(style.name),
         order=order,
         with_image=_content(getattr(style, name)),
@@ -350,6 +350,7 @@ def _decision_template(mllm: HFModel, question: Question, start: str, guard: Seq
         chat_template=own.removesuffix("\n") if lead else own,
         lead=f"{{{{ {json.dumps(lead, ensure_ascii=False)} }}}}" if lead else "",
     )
+    return rendered
 
 
 def _content(wording: str) -> str:
