@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import cache
@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin, g
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.model_names import is_server, parse_endpoint
 
+_SIZE = re.compile(r"\d+(\.\d+)?\s*[KMG]i?B")
 _SHOWN = 80  # characters of a value that an error repeats
 _LARGEST = 2**53  # what floats count exactly; a number beyond it is a slip, and arrays of it would not fit anywhere
 
@@ -55,22 +56,27 @@ class Range:
             return None
         return self.kind(value) if self.kind is float or value == int(value) else None
 
-    def checked(self, key: str, value: Any) -> int | float:
-        """Return `value` as a number of this kind.
 
-        Raises:
-            WrongValue: It is none of them.
-        """
-        found = self.read(value)
-        if found is None:
-            raise WrongValue(key, value, self.described(value))
-        return found
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """The values of a setting that a function accepts, and what they must be in words."""
+
+    accepts: Callable[[Any], bool]
+    words: str
+
+    def described(self, value: object) -> str:
+        """Return the rule in words."""
+        return self.words
+
+    def read(self, value: Any) -> Any:
+        """Return `value`, or None where it is not accepted."""
+        return value if value is not None and self.accepts(value) else None
 
 
-COUNT = Range(int, least=1)
-SEED = Range(int, least=0, most=2**32 - 1)  # what numpy takes
-Count = Annotated[int, COUNT]
-Seed = Annotated[int, SEED]
+Count = Annotated[int, Range(int, least=1)]
+Whole = Annotated[int, Range(int, least=0)]
+Seed = Annotated[int, Range(int, least=0, most=2**32 - 1)]  # what numpy takes
+Positive = Annotated[float, Range(float, above=0)]
 Share = Annotated[float, Range(float, least=0, most=1)]
 
 
@@ -146,8 +152,23 @@ class MLLMSettings(_FromConfig):
             if is_server(name := getattr(self, key)):
                 parse_endpoint(name, key)
         used = (self.mllm, self.item_summarizer or self.mllm, self.user_summarizer or self.mllm)
-        served = all(map(is_server, used))
-        check_placement(self.device_map, self.max_memory, self.offload_folder, all_served=served)
+        if self.device_map and all(map(is_server, used)):
+            raise UserError(
+                f"device_map is {self.device_map}, but all models are behind servers, which place their own; leave it "
+                "out"
+            )
+        for key, value in {"max_memory": self.max_memory, "offload_folder": self.offload_folder}.items():
+            if value is not None and not self.device_map:
+                raise UserError(f"{key} is only read under device_map; set device_map: auto, or leave {key} out")
+        for place, size in (self.max_memory or {}).items():
+            # a GPU's number may come as text: JSON, which run records are written in, knows no other keys
+            known = not isinstance(place, bool) and (place == "cpu" or str(place).isdecimal())
+            readable = _SIZE.fullmatch(size) if isinstance(size, str) else not isinstance(size, bool) and size >= 0
+            if not (known and readable):
+                raise UserError(
+                    f"max_memory says {place!r}: {size!r}; give each GPU's number, or cpu, its room, for example "
+                    "{0: 20GiB, cpu: 60GiB}"
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +204,7 @@ class SummarySettings(_FromConfig):
     summary_temperature: Annotated[float, Range(float, least=0)]
     summary_top_p: Annotated[float, Range(float, above=0, most=1)]
     summary_seed: Seed
-    summary_repetition_penalty: Annotated[float, Range(float, above=0)] | None = None
+    summary_repetition_penalty: Positive | None = None
     control: Literal["shuffled-history", "wrong-image", "wrong-summary"] | None = None
 
 
@@ -336,49 +357,11 @@ _GROUPS = (
 
 
 @cache
-def _hints() -> dict[str, Any]:
+def own_types() -> dict[str, Any]:
+    """Return the type of each of this project's keys, for `checked`."""
     return {key: hint for group in _GROUPS for key, hint in get_type_hints(group, include_extras=True).items()}
-
-
-def check_value(key: str, value: Any) -> None:
-    """Refuse a value that `key` does not take; a key that is not this project's takes any.
-
-    Raises:
-        WrongValue: Names the key, the value, and what it takes.
-    """
-    if key in _hints():
-        checked(key, value, _hints()[key])
 
 
 def known_keys() -> frozenset[str]:
     """Return every key of this project."""
-    return frozenset(_hints()) | {"benchmark_defaults", "note", "per_model"}
-
-
-_SIZE = re.compile(r"\d+(\.\d+)?\s*[KMG]i?B")
-
-
-def check_placement(
-    device_map: str | None, max_memory: Mapping[int | str, int | str] | None, folder: str | None, *, all_served: bool
-) -> None:
-    """Refuse a placement that would place nothing, and a memory nobody could read.
-
-    Raises:
-        UserError: Names the key and what to write.
-    """
-    if device_map and all_served:
-        raise UserError(
-            f"device_map is {device_map}, but all models are behind servers, which place their own; leave it out"
-        )
-    for key, value in {"max_memory": max_memory, "offload_folder": folder}.items():
-        if value is not None and not device_map:
-            raise UserError(f"{key} is only read under device_map; set device_map: auto, or leave {key} out")
-    for place, size in (max_memory or {}).items():
-        # a GPU's number may come as text: JSON, which run records are written in, knows no other keys
-        known = not isinstance(place, bool) and (place == "cpu" or str(place).isdecimal())
-        readable = _SIZE.fullmatch(size) if isinstance(size, str) else not isinstance(size, bool) and size >= 0
-        if not (known and readable):
-            raise UserError(
-                f"max_memory says {place!r}: {size!r}; give each GPU's number, or cpu, its room, for example "
-                "{0: 20GiB, cpu: 60GiB}"
-            )
+    return frozenset(own_types()) | {"benchmark_defaults", "note", "per_model"}
