@@ -42,7 +42,7 @@ from recbole_mllm.common.files import (
     staged,
     write_text,
 )
-from recbole_mllm.common.model_names import gguf_of, is_server, source_of
+from recbole_mllm.common.model_names import gguf_of, is_same, is_server, revision_of, source_of
 from recbole_mllm.common.prompts import IMAGE, Prompt, Style, recommend_prompt
 from recbole_mllm.common.settings import MLLMSettings, Settings
 from recbole_mllm.mllm.encoder import AnswerTokens
@@ -105,13 +105,14 @@ def _load(path: Path, merge: bool) -> tuple[Settings, HFModel]:
     four_bit = merge and lora.finetune == "qlora"
     if four_bit:
         check_finetune(lora, _CPU)
-    mllm = HFModel(chosen.mllm, chosen, _CPU, four_bit=four_bit)
-    if mllm.identity.removesuffix(":nf4") != trained_on:
+    name = settings.mllm.source("mllm")
+    mllm = HFModel(name, chosen, _CPU, four_bit=four_bit)
+    if not is_same(trained_on, mllm.identity.removesuffix(":nf4")):
         raise UserError(f"{path} belongs to {base}, not to {mllm.identity}; put that model back in its place")
     if four_bit:
         mllm.replace_model(dequantized(mllm.model))
     if lora.finetune != "none":
-        mllm.replace_model(tune(mllm.model, lora, 0))
+        mllm.replace_model(tune(mllm.model, lora, 0, revision_of(name)))
         load_trained_state(mllm.model, dict(checkpoint["state_dict"]))
     mllm.model.eval()
     return settings, mllm
@@ -121,9 +122,9 @@ def _write(path: Path, settings: Settings, mllm: HFModel, folder: Path, merge: b
     """Write the model of the checkpoint at `path`, and what says how it is asked, into an empty `folder`."""
     recommend = settings.recommend
     question = Question(load_style(settings), recommend.prompt_order == "item-first", recommend.use_image)
-    name = settings.mllm.mllm
+    name, revision = settings.mllm.mllm, settings.mllm.revisions()["mllm_revision"]
     base, _, dtype = mllm.identity.removesuffix(":nf4").rpartition(":")
-    kind = write_model(mllm, name, folder, merge=merge)
+    kind = write_model(mllm, settings.mllm.source("mllm"), folder, merge=merge)
     why = write_decision(mllm, question, folder)
     if kind == "adapter":  # with a config.json, transformers would look for whole weights here
         for config in _CONFIGS:
@@ -138,6 +139,7 @@ def _write(path: Path, settings: Settings, mllm: HFModel, folder: Path, merge: b
         "checkpoint": path.name,
         "base": name,
         "base_identity": base,
+        "base_revision": revision,
         "dtype": dtype,
         "finetune": settings.lora.finetune,
         "prompt_style": question.style.name,
@@ -204,7 +206,7 @@ def copy_own_files(source: str, folder: Path, mllm: HFModel) -> None:
     root = Path(place)
     if not root.is_dir():
         try:
-            root = Path(snapshot_download(place, allow_patterns=_OWN_FILES))
+            root = Path(snapshot_download(place, revision=revision_of(source), allow_patterns=_OWN_FILES))
         except (OSError, ValueError, HFValidationError) as error:
             raise UserError(f"the processor's files of {source!r} cannot be had: {error}") from error
     for pattern in _OWN_FILES:
