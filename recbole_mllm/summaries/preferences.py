@@ -39,12 +39,29 @@ class Preferences:
     spent: Spent = Spent()
     load_s: float = 0.0
 
+    def place(self, history: str, position: int) -> tuple[str, int]:
+        """Return up to where of which history a row reads: its own, or what the control puts in its place.
+
+        Raises:
+            UserError: The control was drawn for other rows.
+        """
+        if self.plan.rows is None:
+            return history, position
+        try:
+            return self.plan.rows[history, position]
+        except KeyError:
+            raise UserError(
+                f"control: {self.settings.control} is drawn for the rows of the dataset, and position {position} of "
+                f"user {user_of(history)} is none of them; set control: null"
+            ) from None
+
     def of(self, history: str, position: int) -> str:
         """Return what a row at `position` of the `history` of this name reads: nothing at or after that position.
 
         Raises:
             UserError: There is no summary for that moment.
         """
+        history, position = self.place(history, position)
         if self.settings.summary_mode == "none":
             before = self.plan.histories[history][max(0, position - self.settings.history_titles) : position]
             return titles_as_preference(self.style, [title for item in before if (title := self.items.title(item))])
@@ -63,6 +80,7 @@ class Preferences:
         """Return the states that led to what a row at `position` of `history` reads, oldest first, with their texts."""
         if self.settings.summary_mode == "none":
             return []
+        history, position = self.place(history, position)
         found: list[tuple[State, str]] = []
         state = state_at(position, self.settings)
         while state is not None:
@@ -90,6 +108,19 @@ def make_preferences(setup: SummarySetup, requests: SummaryRequests) -> Preferen
     load_s = generate_in_shares(setup, requests, None)
     found, _ = distributed.main_first(lambda: _refreshed(setup, requests, None, started))
     return replace(found, load_s=load_s + found.load_s)
+
+
+def generate(setup: SummarySetup, requests: SummaryRequests) -> Preferences:
+    """Return what the rows of `requests` read: answers of the store, else generated and stored; nothing is exported."""
+    s = setup.settings
+    if s.summary_mode == "none":
+        return Preferences({}, requests, setup.items, setup.style, s)
+    with closing(opened_store(setup.folder)) as store:
+        describing = item_generator(setup, store)
+        items = summarize_items(describing, setup.style, setup.items, requests.items(s), s.item_summary)
+        del describing  # and its model, before the next one is loaded
+        texts = preferences(user_generator(setup, store), setup.style, setup.items, items, requests, s)
+    return Preferences(texts, requests, setup.items, setup.style, s)
 
 
 def refresh(setup: SummarySetup, requests: SummaryRequests, users: Set[str] | None = None) -> list[str]:
