@@ -14,7 +14,7 @@ from recbole_mllm.benchmark.html import page
 from recbole_mllm.benchmark.leaderboard import Leaderboard
 from recbole_mllm.benchmark.ranking import build
 from recbole_mllm.benchmark.records import RECORDS, read_records
-from recbole_mllm.benchmark.wording import added
+from recbole_mllm.benchmark.wording import added, uses
 from recbole_mllm.common.files import write_text
 
 HTML = "leaderboard.html"
@@ -28,8 +28,8 @@ def render(results: Path, *, embed_images: bool = True) -> Leaderboard:
     Without `embed_images` the page's case studies hold no pictures.
     """
     board = read_leaderboard(results)
-    adds = added(board)
-    published = board.to_json() | ({"what_the_mllm_adds": adds} if adds else {})
+    published = board.to_json() | {"uses": [use._asdict() for use in uses(board)]}
+    published |= {"what_the_mllm_adds": adds} if (adds := added(board)) else {}
     forms = {
         "leaderboard.json": json.dumps(published, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
         "leaderboard.csv": tables.csv_text(tables.numbers_table(board)),

@@ -58,7 +58,7 @@ NO_ONE_RANKING = (
 NOTHING_TO_TUNE = ("Pop", "Random")
 _OF_OUTCOME = (
     *("load_s", "train_s", "score_s", "summarize_reused", "scores_reused"),
-    *("converged", "retrieval", "world_size"),
+    *("converged", "retrieval", "full_ranking", "world_size"),
 )
 
 
@@ -98,7 +98,8 @@ def run_job(job: dict[str, Any]) -> None:
     defaults = folder / ("defaults.yaml" if distributed.is_main() else f"defaults.{distributed.process_index()}.yaml")
     tuning = _tune(job, defaults)
     config = _config(job, defaults, tuning["chosen"] if tuning else {})
-    outcome = run(config, partial(_check_split, job), keep_valid=job["keep_valid"])
+    whole = job["keep_valid"]  # a rerun needs the metrics alone
+    outcome = run(config, partial(_check_split, job), keep_valid=whole, rank_all=whole)
     peak = max(distributed.gather_objects(_peak_memory(outcome.config["device"])))
     if distributed.is_main():
         _write_evidence(outcome, folder)
@@ -282,6 +283,12 @@ def _record(job: dict[str, Any], outcome: Any, started: str, tuning: dict[str, A
 
         features_s = seconds_of(outcome.config)
     config = outcome.config.final_config_dict
+    recorded = plain_json(config)
+    if job["kind"] == "mllm" or outcome.config["item_features"]:
+        from recbole_mllm.features.item_vectors import settings_of
+        from recbole_mllm.model.summarizers import provenance
+
+        recorded["provenance"] = plain_json(provenance(settings_of(outcome.config), outcome.config["device"]))
     users = len(outcome.users["user"])
     place = f"runs/{job['run_id']}"
     return RunRecord(
@@ -293,7 +300,7 @@ def _record(job: dict[str, Any], outcome: Any, started: str, tuning: dict[str, A
         candidate_rules=CANDIDATE_RULES,
         n_users=users,
         config_digest=config_digest(config),
-        config=plain_json(config),
+        config=recorded,
         metrics=outcome.test,
         valid=outcome.valid,
         per_user=f"{place}/{PER_USER}",

@@ -23,6 +23,7 @@ from recbole_mllm.cli.arguments import (
     config_of,
     dataset_of,
     no_dataset,
+    read_overrides,
 )
 from recbole_mllm.common import distributed
 from recbole_mllm.common.config import benchmark_defaults, check_training, file_keys
@@ -58,6 +59,27 @@ def convert(args: Namespace, options: Options) -> int:
     from recbole_mllm.common.resources import converters
 
     return int(converters("options").main(args.words))
+
+
+def split(args: Namespace, options: Options) -> int:
+    """Split a dataset's folder anew into one of its own, which knows the answers in the store already."""
+    from recbole_mllm.common.resources import converters
+    from recbole_mllm.inspect.measure import find_layout
+    from recbole_mllm.summaries.store_tools import copy_answers
+
+    known, rest = converters("options").read_split(args.words)
+    keys = read_overrides(rest)
+    folder = Path(os.path.abspath(_inspected(known.dataset, keys, "split")))
+    out, settings = Path(os.path.abspath(known.out)), converters("options").split_settings(known)
+    layout = find_layout(folder, keys)
+    fields = converters("output").Fields(layout.user, layout.item, layout.time)
+    given = converters("options").told_options(known)
+    lines = converters("split").split_folder(folder, out, fields, settings, given)
+    if store_file(folder).is_file():
+        with _store(folder) as source, _store(out, new=True) as target:
+            lines.append(f"{store_file(out).name}: {copy_answers(source, target)} answers of {store_file(folder).name}")
+    print(*lines, sep="\n")
+    return 0
 
 
 def run_model(args: Namespace, options: Options) -> int:
@@ -127,19 +149,20 @@ def inspect(args: Namespace, options: Options) -> int:
 
     path = check_file(Path(args.output), "--output", is_page, "a page that `inspect` wrote") if args.output else None
     keys = {key: value for name in options.config_files for key, value in file_keys(name).items()}
-    health = measure(_inspected(args.directory, options.overrides), keys | dict(options.overrides))
+    health = measure(_inspected(args.directory, options.overrides, "inspect"), keys | dict(options.overrides))
     print(format_health(health))
     print("", *write_health(health, path), sep="\n")
     return 0
 
 
-def _inspected(given: str, overrides: Mapping[str, Any]) -> Path:
+def _inspected(given: str, overrides: Mapping[str, Any], command: str) -> Path:
     """Return the folder that `given` is, or names under data_path; a built-in dataset is built there."""
     from recbole_mllm.inspect.measure import LAYOUT_KEYS
 
     if unknown := set(overrides) - {"data_path", *LAYOUT_KEYS}:
-        takes = ", ".join(f"--{name}" for name in ("output", "data_path", "config_files", *LAYOUT_KEYS))
-        raise UserError(f"inspect takes no --{min(unknown)}; it takes {takes}")
+        own = ("output", "config_files") if command == "inspect" else ()
+        takes = ", ".join(f"--{name}" for name in (*own, "data_path", *LAYOUT_KEYS))
+        raise UserError(f"{command} takes no --{min(unknown)}; it takes {takes}")
     home = Path(str(overrides.get("data_path") or "dataset"))
     if not Path(given).is_dir() and Path(given).name == given:
         ensure_builtin(home / given)
@@ -165,6 +188,61 @@ def export(args: Namespace, options: Options) -> int:
     folder = write(args.run, out, merge=args.merge)
     print(f"written: {folder}; its README.md says how to serve it")
     return 0
+
+
+def recommend(args: Namespace, options: Options) -> int:
+    """Print the best items for a user; also write them as JSON or CSV."""
+
+    def is_ours(head: bytes) -> bool:
+        return head.startswith((b'{\n  "model": ', b"rank,item_id,title,score"))
+
+    if unknown := set(options.overrides) - {"data_path"}:
+        raise UserError(f"recommend takes no --{min(unknown)}; the checkpoint's run says everything but --data_path")
+    files = {
+        name: check_file(Path(path), f"--{name}", is_ours, "a file that `recommend` wrote")
+        for name in ("json", "csv")
+        if (path := getattr(args, name))
+    }
+    candidates = None if args.candidates is None else _lines(Path(args.candidates), "--candidates")
+    from recbole_mllm.recommender import Recommender  # loads torch
+
+    history = None if args.history is None else [item for item in args.history.split(",") if item]
+    found = Recommender(
+        args.checkpoint,
+        retriever_checkpoint=args.retriever_checkpoint,
+        top_k=args.top_k,
+        data_path=options.overrides.get("data_path"),
+    )
+    frame = found.recommend(args.user, history=history, top=args.top, candidates=candidates)
+    about: dict[str, Any] = {"model": found.name, "checkpoint": str(found.checkpoint), "dataset": found.dataset_name}
+    about |= {"user": args.user, "history": history if history is not None else found.history(args.user)}
+    if found.name == MLLM:
+        states = found.explain(args.user, history=history)
+        about["preference"] = states["preference"].iloc[-1]
+        about["states"] = states.to_dict("records")
+        if args.explain:
+            for items, text in states.itertuples(index=False):
+                print(f"read {', '.join(found.items.title(item) or item for item in items)}\n  {text}")
+        else:
+            print(f"preference: {about['preference']}")
+    elif args.explain:
+        found.explain(args.user, history=history)  # says why it cannot
+    print(frame.round({"score": 4, "p_yes": 4}).to_string(index=False))
+    if "json" in files:
+        about["recommendations"] = frame.to_dict("records")
+        write_text(files["json"], json.dumps(about, indent=2, ensure_ascii=False) + "\n")
+    if "csv" in files:
+        write_text(files["csv"], frame.to_csv(index=False))
+    return 0
+
+
+def _lines(path: Path, option: str) -> list[str]:
+    """Return the lines of a text file without the empty ones."""
+    try:
+        return [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "it is no UTF-8 text"
+        raise UserError(f"{option} {path} cannot be read ({why}); give a text file with one item id a line") from error
 
 
 def export_candidates(args: Namespace, options: Options) -> int:
