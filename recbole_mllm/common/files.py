@@ -512,10 +512,7 @@ def _resolved(path: Path, option: str) -> Path:
     for part in (path, *path.parents):
         if os.path.islink(part) and not os.path.exists(part):
             raise UserError(f"{option} {path}: {part} is a link that leads nowhere; remove it, or give another name")
-    try:
-        return Path(os.path.realpath(path))
-    except ValueError:
-        raise UserError(f"{option} {str(path)!r} holds a NUL, which no path does; give another name") from None
+    return Path(os.path.realpath(path))
 
 
 def _check_writable(folder: Path, path: Path, option: str) -> None:
