@@ -6,13 +6,20 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 from recbole_mllm.common.errors import UserError
-from recbole_mllm.common.model_names import is_server, parse_endpoint
+from recbole_mllm.common.model_names import (
+    Endpoint,
+    identity_of,
+    is_server,
+    parse_endpoint,
+    pinned,
+    revision_of,
+)
 
 _SIZE = re.compile(r"\d+(\.\d+)?\s*[KMG]i?B")
 _SHOWN = 80  # characters of a value that an error repeats
@@ -130,6 +137,10 @@ def _described(kind: Any) -> str:
     return str(inner[1].described()) if origin is Annotated else _WORDS[origin or kind]
 
 
+MODELS = ("mllm", "item_summarizer", "user_summarizer")
+"""Keys that name a model; each has a revision beside it."""
+
+
 @dataclass(frozen=True, slots=True)
 class MLLMSettings(_FromConfig):
     """Which models are loaded and how."""
@@ -143,13 +154,15 @@ class MLLMSettings(_FromConfig):
     device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = None
     max_memory: dict[int | str, int | str] | None = None
     offload_folder: str | None = None
+    mllm_revision: str | None = None
+    item_summarizer_revision: str | None = None
+    user_summarizer_revision: str | None = None
 
     def __post_init__(self) -> None:
-        for key in ("mllm", "item_summarizer", "user_summarizer"):
-            if is_server(name := getattr(self, key)):
-                parse_endpoint(name, key)
-        used = (self.mllm, self.item_summarizer or self.mllm, self.user_summarizer or self.mllm)
-        if self.device_map and all(map(is_server, used)):
+        for key in MODELS:
+            if is_server(self.name(key)):
+                self.endpoint(key)
+        if self.device_map and all(is_server(self.name(key)) for key in MODELS):
             raise UserError(
                 f"device_map is {self.device_map}, but all models are behind servers, which place their own; leave it "
                 "out"
@@ -166,6 +179,34 @@ class MLLMSettings(_FromConfig):
                     f"max_memory says {place!r}: {size!r}; give each GPU's number, or cpu, its room, for example "
                     "{0: 20GiB, cpu: 60GiB}"
                 )
+
+    def name(self, key: str) -> str:
+        """Return what `key`, one of `MODELS`, says; a summariser without a name is the recommender."""
+        return getattr(self, key) or self.mllm
+
+    def _revision(self, key: str) -> str | None:
+        own: str | None = getattr(self, f"{key}_revision")
+        return own if own or getattr(self, key) else self.mllm_revision
+
+    def source(self, key: str) -> str:
+        """Return what loads the model of `key`: its name, a hub's with the commit behind it (`pinned`)."""
+        name = self.name(key)
+        return name if is_server(name) else pinned(name, self._revision(key))
+
+    def endpoint(self, key: str) -> Endpoint:
+        """Return the servers that `key` names."""
+        return replace(parse_endpoint(self.name(key), key), revision=self._revision(key))
+
+    def revisions(self) -> dict[str, str | None]:
+        """Return the revision of each of `MODELS` by its key, as far as it is known."""
+        return {
+            f"{key}_revision": self._revision(key) if is_server(self.name(key)) else revision_of(self.source(key))
+            for key in MODELS
+        }
+
+    def identity(self, key: str) -> str:
+        """Return what names the weights of the model of `key`."""
+        return self.endpoint(key).identity if is_server(self.name(key)) else identity_of(self.source(key))
 
 
 @dataclass(frozen=True, slots=True)
