@@ -78,8 +78,8 @@ class RunRecord:
         converged: Whether validation had stopped rising when training ended; None where that is no question.
         retrieval: Under full ranking, whose best `top_k` items an MLLM re-ranked, which share of the targets is among
             them (``recall``, a ceiling), and ``fusion``, the MLLM's share of the score.
-        full_ranking: Beside drawn candidates, the ``metrics`` of ranking all items for ``n_users``; of MLLMMSR, if there
-            is a retriever, those of re-ranking what ``retrieval`` says.
+        full_ranking: Beside drawn candidates, the ``metrics`` of ranking all items for ``n_users``; of MLLMMSR those of
+            re-ranking what ``retrieval`` says.
         features_s: What making the item features took, whichever run made them; None of a model that reads none.
         energy_kwh: What the machine took while the run was at work, read by codecarbon from the meters of `energy_of` (CPU,
             GPU); None where there is no meter, or several runs shared the machine.

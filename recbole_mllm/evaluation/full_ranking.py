@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from recbole.utils import ModelType
 from torch import Tensor
 
 from recbole_mllm.common.errors import UserError
@@ -87,6 +86,7 @@ def loader_of_all_items(config: Any, drawn: Any) -> Any:
     Of very many users a seeded sample is asked, so that ranking them stays a matter of seconds.
     """
     from recbole.data.dataloader import FullSortEvalDataLoader
+    from recbole.utils import ModelType
 
     part, users, items = drawn._dataset, drawn.rows.users, drawn._dataset.item_num
     most, seed = max(1, MOST_SCORES // items), EvaluationSettings.from_config(config).candidate_seed
