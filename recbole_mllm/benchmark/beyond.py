@@ -99,4 +99,5 @@ def _times(run: Recommended, users: NDArray[np.bool_]) -> NDArray[np.int64]:
 def _of_items(run: Recommended, values: NDArray[Any]) -> Floats:
     """Return ``[users]`` the mean of ``[items]`` `values` over what each user is recommended."""
     there = run.items >= 0
-    return np.where(there, values[run.items], 0).sum(1) / np.maximum(1, there.sum(1))
+    means: Floats = np.where(there, values[run.items], 0).sum(1) / np.maximum(1, there.sum(1))
+    return means

@@ -15,7 +15,7 @@ from typing import Any
 
 @contextmanager
 def measured_energy(device: Any, *, alone: bool) -> Iterator[dict[str, Any]]:
-    """Yield what holds ``energy_kwh`` and ``energy_of`` afterwards, of the whole machine; it stays empty without a meter.
+    """Yield what holds ``energy_kwh`` and ``energy_of`` afterwards, of the whole machine; without a meter, nothing.
 
     Args:
         device: Torch's, of the run; on a GPU its meter counts too.

@@ -19,7 +19,8 @@ VALID_METRIC = "NDCG@10"
 LEVEL = 0.05
 ALL_COSTS = {
     "load_s": "Load", "summarize_s": "Summarise", "features_s": "Features", "train_s": "Train", "score_s": "Score",
-    "pairs_per_s": "Pairs/s", "peak_memory_mb": "Memory MB", "energy_kwh": "Energy kWh", "tokens": "Tokens", "parameters_trained": "Parameters",
+    "pairs_per_s": "Pairs/s", "peak_memory_mb": "Memory MB", "energy_kwh": "Energy kWh",
+    "tokens": "Tokens", "parameters_trained": "Parameters",
 }  # fmt: skip
 """Costs that the reports show, with their titles."""
 

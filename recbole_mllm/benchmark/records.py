@@ -81,8 +81,8 @@ class RunRecord:
         full_ranking: Beside drawn candidates, the ``metrics`` of ranking all items for ``n_users``; of MLLMMSR those of
             re-ranking what ``retrieval`` says.
         features_s: What making the item features took, whichever run made them; None of a model that reads none.
-        energy_kwh: What the machine took while the run was at work, read by codecarbon from the meters of `energy_of` (CPU,
-            GPU); None where there is no meter, or several runs shared the machine.
+        energy_kwh: What the machine took while the run was at work, read by codecarbon from the meters of `energy_of`
+            (CPU, GPU); None where there is no meter, or several runs shared the machine.
         scores_reused: How many of the test scores earlier evaluations had left; their seconds are not in `score_s`.
         tuning: What ``--tune`` tried, with its validation scores, and what it chose; `config` has the choice in it.
     """

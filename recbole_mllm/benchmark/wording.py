@@ -225,12 +225,12 @@ def full_rankings_note(board: Leaderboard) -> str:
     drawn = [row.model for row in board.ranked]
     pairs = combinations([row.model for row in full_rankings(board)], 2)
     swapped = [f"{a} before {b}" for a, b in pairs if drawn.index(a) > drawn.index(b)]
-    here = "here they do not"
+    here = "; here they do not" if len(full_rankings(board)) > 1 else ""
     if swapped:
         more = f" and {len(swapped) - 5} more" if len(swapped) > 5 else ""
-        here = f"here all items put {', '.join(swapped[:5])}{more}"
+        here = f"; here all items put {', '.join(swapped[:5])}{more}"
     return (
-        "Metrics over drawn candidates may order models otherwise than over all items (Krichene and Rendle, KDD 2020); "
+        "Metrics over drawn candidates may order models otherwise than over all items (Krichene and Rendle, KDD 2020)"
         f"{here}. Ranked are all items with an interaction, but for those the user has met; nothing is tested."
     )
 
