@@ -17,7 +17,6 @@ from recbole_mllm.common.errors import UserError
 from recbole_mllm.data import checking
 from recbole_mllm.data.facts import Facts, facts_of, wants_exact_order
 from recbole_mllm.recbole_patches.hooks import replace
-from recbole_mllm.recbole_patches.paper_protocol import cut_whole_log
 
 _ATOMIC = (".inter", ".item", ".user", ".kg", ".link", ".net")
 
@@ -142,6 +141,9 @@ def record_facts(module: Any) -> None:
     def _set_label_by_threshold(stock: Any, self: Any) -> None:  # the first step after missing values are filled in
         self.facts = facts_of(self)
         if self.facts is not None and self.facts.whole is not None:
+            # here, as it needs RecBole's data, which this may be imported amid
+            from recbole_mllm.recbole_patches.paper_protocol import cut_whole_log
+
             cut_whole_log(self)
         stock(self)
 
