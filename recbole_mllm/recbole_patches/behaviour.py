@@ -143,9 +143,6 @@ def record_facts(module: Any) -> None:
     def _set_label_by_threshold(stock: Any, self: Any) -> None:  # the first step after missing values are filled in
         self.facts = facts_of(self)
         if self.facts is not None and self.facts.whole is not None:
-            # here, as it needs RecBole's data, which this may be imported amid
-            from recbole_mllm.recbole_patches.paper_protocol import cut_whole_log
-
             cut_whole_log(self)
         stock(self)
 
