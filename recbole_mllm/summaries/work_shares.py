@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import closing
 from functools import cache
 from itertools import count
@@ -61,6 +61,10 @@ class ShardStore(Store):
         """Store a batch of answers, and say that this process is at work."""
         super().add(kind, model, keys, answers, seconds)
         self._leases.renew()
+
+    def rename(self, keys: Mapping[str, str], model: str) -> None:
+        """Rename answers of the dataset's store, which is where earlier ones are."""
+        self._main.rename(keys, model)
 
     def close(self) -> None:
         """Close the files; from now on the shard may be merged."""
