@@ -82,6 +82,7 @@ def fuse_runs(job: Mapping[str, Any], results: Path, folder: Path, surroundings:
         valid={"NDCG@10": float(ndcg_valid)},
         per_user=f"{place_of_run}/{PER_USER}",
         scores=f"{place_of_run}/{SCORES}",
+        train_counts=second.train_counts,
         peak_memory_mb=max((part.peak_memory_mb or 0.0 for part in (first, second)), default=None),
         converged=all(converged) if converged else None,
         retrieval=first.retrieval,

@@ -104,6 +104,7 @@ def test_the_parts_run_first_and_the_row_is_what_their_kept_scores_make(finished
     board = json.loads((results / "leaderboard.json").read_text())
     assert [row["model"] for row in board["rows"]][0] == FUSED and board["best_baseline"] == "SASRec"
     top = board["rows"][0]
+    assert set(top["beyond"]) == set(board["rows"][1]["beyond"]) != set()
     assert top["tested_against"] == "SASRec" and [one["seed"] for one in top["fusion"]] == [1, 2]
     (said,) = board["what_the_mllm_adds"]
     assert said.startswith("What MLLMMSR adds to SASRec: +0.") and "], significant (paired, p" in said
