@@ -48,7 +48,7 @@ full ranking a file holds each user's best items and target alone, with ``among`
 """
 
 
-_SINCE_0_2 = ("valid_scores", "train_counts", "fusion")
+_SINCE_0_2 = ("valid_scores", "train_counts", "fusion", "full_ranking", "energy_kwh", "energy_of")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +78,11 @@ class RunRecord:
         converged: Whether validation had stopped rising when training ended; None where that is no question.
         retrieval: Under full ranking, whose best `top_k` items an MLLM re-ranked, which share of the targets is among
             them (``recall``, a ceiling), and ``fusion``, the MLLM's share of the score.
+        full_ranking: Beside drawn candidates, the ``metrics`` of ranking all items for ``n_users``; of MLLMMSR those of
+            re-ranking what ``retrieval`` says.
         features_s: What making the item features took, whichever run made them; None of a model that reads none.
+        energy_kwh: What the machine took while the run was at work, read by codecarbon from the meters of `energy_of`
+            (CPU, GPU); None where there is no meter, or several runs shared the machine.
         scores_reused: How many of the test scores earlier evaluations had left; their seconds are not in `score_s`.
         tuning: What ``--tune`` tried, with its validation scores, and what it chose; `config` has the choice in it.
     """
@@ -114,12 +118,15 @@ class RunRecord:
     tokens: int | None = None
     parameters_trained: int | None = None
     peak_memory_mb: float | None = None
+    energy_kwh: float | None = None
+    energy_of: str | None = None
     device: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     commit: str = ""
     world_size: int = 1
     tuning: Mapping[str, Any] | None = None
     retrieval: Mapping[str, Any] | None = None
+    full_ranking: Mapping[str, Any] | None = None
     scores_reused: int = 0
     converged: bool | None = None
 

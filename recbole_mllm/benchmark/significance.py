@@ -9,7 +9,7 @@ cluster bootstrap, in which whole users, with all their pairs, are drawn again.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,11 +43,13 @@ class Comparison:
 
     Args:
         difference: Mean of (this row - the other row).
+        ci95: Student's interval of it, on the same degrees of freedom as `p`: it holds 0 where `p` is above .05.
         p: Two-sided, not yet corrected for multiplicity.
         effect: Cohen's d of the paired differences (mean / standard deviation); None where it has no finite value.
     """
 
     difference: float
+    ci95: tuple[float, float]
     p: float
     effect: float | None
 
@@ -74,6 +76,25 @@ def estimate_means(values: Floats, seed: int, budget: float = BOOTSTRAP_BUDGET) 
     return [Estimate(float(m), float(lo), float(hi)) for m, lo, hi in zip(means, low, high, strict=True)]
 
 
+def jackknife(statistic: Callable[[NDArray[np.bool_]], float], n_users: int, seed: int, groups: int = 50) -> Estimate:
+    """Return a statistic of all users with Student's interval of the delete-a-group jackknife (Kott, JOS 2001).
+
+    Args:
+        statistic: Of the users in a mask ``[users]``.
+        n_users: How many there are.
+        seed: Of the parting into groups.
+        groups: How many are left out in turn; as many as users where there are fewer.
+    """
+    everyone = np.ones(n_users, dtype=bool)
+    value, groups = statistic(everyone), min(groups, n_users)
+    if n_users < 2:
+        return Estimate(value, value, value)
+    group = np.random.default_rng(seed).permutation(n_users) % groups
+    without = np.array([statistic(group != left_out) for left_out in range(groups)])
+    error = math.sqrt((groups - 1) / groups * float(((without - without.mean()) ** 2).sum()))
+    return Estimate(value, *_student_interval(value, error, groups - 1))
+
+
 def compare_paired(values: Floats, reference: Floats) -> Comparison:
     """Compare two ``[users]`` arrays of the same users, in the same order, by a paired t-test."""
     difference = values - reference
@@ -81,10 +102,16 @@ def compare_paired(values: Floats, reference: Floats) -> Comparison:
     spread = float(difference.std(ddof=1)) if difference.size > 1 else 0.0
     if spread <= 1e-12:  # all users differ alike: t is 0/0 or infinite, but the sign test still has an answer
         if abs(mean) <= 1e-12:
-            return Comparison(0.0, 1.0, 0.0)
-        return Comparison(mean, min(1.0, 2 * 0.5**difference.size), None)
-    t = mean / spread * math.sqrt(difference.size)
-    return Comparison(mean, float(2 * special.stdtr(difference.size - 1, -abs(t))), mean / spread)
+            return Comparison(0.0, (0.0, 0.0), 1.0, 0.0)
+        return Comparison(mean, (mean, mean), min(1.0, 2 * 0.5**difference.size), None)
+    t, freedom = mean / spread * math.sqrt(difference.size), difference.size - 1
+    interval = _student_interval(mean, spread / math.sqrt(difference.size), freedom)
+    return Comparison(mean, interval, float(2 * special.stdtr(freedom, -abs(t))), mean / spread)
+
+
+def _student_interval(difference: float, error: float, freedom: int) -> tuple[float, float]:
+    reach = float(special.stdtrit(freedom, 0.5 + CONFIDENCE / 2)) * error
+    return difference - reach, difference + reach
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -174,5 +201,6 @@ def compare_auc(difference: float, replicates: Floats, reference: Floats, n_user
     freedom = max(1, n_users - 1)
     error = float(np.nanstd(replicates - reference, ddof=1)) * math.sqrt((freedom + 1) / freedom)
     if error <= 1e-12:
-        return Comparison(difference, 1.0 if abs(difference) <= 1e-12 else 0.0, None)
-    return Comparison(difference, float(2 * stats.t.sf(abs(difference) / error, freedom)), None)
+        return Comparison(difference, (difference,) * 2, 1.0 if abs(difference) <= 1e-12 else 0.0, None)
+    interval = _student_interval(difference, error, freedom)
+    return Comparison(difference, interval, float(2 * stats.t.sf(abs(difference) / error, freedom)), None)

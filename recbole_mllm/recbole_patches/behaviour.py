@@ -136,10 +136,14 @@ def record_facts(module: Any) -> None:
 
     RecBole's other sorts are stable, and by a time that is rounded but never reversed: they leave that order alone.
     """
+    # here, as it imports RecBole's data, which is not there yet when `recbole.utils` is imported first
+    from recbole_mllm.recbole_patches.paper_protocol import cut_whole_log
 
     @replace(module.Dataset)
     def _set_label_by_threshold(stock: Any, self: Any) -> None:  # the first step after missing values are filled in
         self.facts = facts_of(self)
+        if self.facts is not None and self.facts.whole is not None:
+            cut_whole_log(self)
         stock(self)
 
     @replace(module.Dataset)

@@ -1,0 +1,93 @@
+"""Real runs of a benchmark on a small world: all items ranked beside candidates, controls beside the full model."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small_world
+import tiny_models
+
+from recbole_mllm.benchmark.beyond import BEYOND
+from recbole_mllm.benchmark.jobs import BenchmarkPlan, jobs_of
+from recbole_mllm.benchmark.records import RECORDS, RunRecord, read_arrays, read_records
+from recbole_mllm.benchmark.report import render
+from recbole_mllm.benchmark.worker import run_job
+from recbole_mllm.data.atomic import read_atomic
+from recbole_mllm.evaluation import full_ranking
+from recbole_mllm.summaries.controls import other_images
+
+
+def runs(place: Path, mode: str, *labels: str, **more: Any) -> dict[str, RunRecord]:
+    arguments = {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": mode}
+    keys = {
+        "data_path": str(place / "data"), "mllm": str(place / "llava"), "prompt_style": "demo",
+        "item_summary_tokens": 3, "user_summary_tokens": 3, "finetune": "none", "eval_args": arguments,
+        "retriever": "ItemKNN", "top_k": 6, "use_gpu": False, "metric_decimal_place": 7, "epochs": 1,
+    }  # fmt: skip
+    plan = BenchmarkPlan("steps", labels, (3,), place / mode, overrides=keys | more)
+    for job in jobs_of(plan):
+        job.folder.mkdir(parents=True)
+        run_job(json.loads(json.dumps(job.order())))
+        os.chdir(place)
+    return {run.label: run for run in read_records(place / mode / RECORDS)}
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    small_world.write(tmp_path / "data")
+    tiny_models.llava(tmp_path / "llava")
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_what_a_run_ranks_beside_its_candidates_is_what_a_full_ranking_finds(place: Path) -> None:
+    """Of general and sequential models and, as a retriever is named, of MLLMMSR."""
+    labels = ("ItemKNN", "SASRec", "MLLMMSR")
+    drawn, full = runs(place, "uni20", *labels), runs(place, "full", *labels)
+    for label in labels:
+        beside = drawn[label].full_ranking
+        assert beside is not None and beside["n_users"] == small_world.USERS and full[label].full_ranking is None
+        assert beside["metrics"] == full[label].metrics, label
+        assert drawn[label].retrieval is None and "AUC" in drawn[label].metrics
+        assert (beside["retrieval"] is None) == (label != "MLLMMSR")
+    told, theirs = drawn["MLLMMSR"].full_ranking, full["MLLMMSR"].retrieval
+    assert told is not None and theirs is not None and told["retrieval"]["top_k"] == 6
+    assert told["retrieval"]["recall"] == theirs["recall"] and drawn["MLLMMSR"].train_s is None
+
+
+def test_of_many_users_a_sample_is_ranked_and_mllmmsr_without_a_retriever_ranks_none(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(full_ranking, "MOST_SCORES", 10 * (small_world.ITEMS + 1))
+    found = runs(place, "uni20", "Pop", "MLLMMSR", retriever=None)
+    assert found["Pop"].full_ranking is not None and found["Pop"].full_ranking["n_users"] == 10
+    assert found["Pop"].n_users == small_world.USERS and found["MLLMMSR"].full_ranking is None
+
+
+def test_controls_run_on_texts_of_their_own_where_texts_change_and_the_leaderboard_tests_them(place: Path) -> None:
+    names = ("shuffled-history", "wrong-image", "wrong-summary", "no-history")
+    found = runs(place, "uni20", "MLLMMSR", *(f"MLLMMSR:{name}" for name in names), retriever=None, limit_users=8)
+    assert len({run.candidates for run in found.values()}) == 1 and all(run.ok for run in found.values())
+    scores = {label: read_arrays(place / "uni20" / str(run.scores), ["score"])["score"] for label, run in found.items()}
+    assert all((scores[f"MLLMMSR:{name}"] != scores["MLLMMSR"]).any() for name in names)
+    folder = place / "data" / "steps"
+    tags = {path.name for path in folder.glob("*.usum")}
+    assert len(tags) == 3 and sum("shuffled-history" in tag or "wrong-image" in tag for tag in tags) == 2
+    texts = {
+        "wrong-image" in path.name: {row["item_id"]: row["summary"] for row in read_atomic(path)}
+        for path in folder.glob("*.isum")
+    }
+    images = {small_world.item(n): Path(small_world.item(n)) for n in range(small_world.ITEMS)}
+    swapped = {item: image.name for item, image in other_images(images, 2024).items()}
+    both = [item for item in texts[True] if swapped[item] in texts[False]]
+    assert both and all(texts[True][item] == texts[False][swapped[item]] for item in both)
+    render(place / "uni20")
+    told = json.loads((place / "uni20" / "leaderboard.json").read_text())
+    assert {use["variant"] for use in told["uses"]} == found.keys() - {"MLLMMSR"}
+    assert all(set(row["beyond"]) == set(BEYOND) for row in told["rows"])
