@@ -80,6 +80,7 @@ class RunRecord:
             them (``recall``, a ceiling), and ``fusion``, the MLLM's share of the score.
         features_s: What making the item features took, whichever run made them; None of a model that reads none.
         scores_reused: How many of the test scores earlier evaluations had left; their seconds are not in `score_s`.
+        future_share: The share of test targets with a later interaction in training; None where times do not tell.
         tuning: What ``--tune`` tried, with its validation scores, and what it chose; `config` has the choice in it.
     """
 
@@ -122,6 +123,7 @@ class RunRecord:
     retrieval: Mapping[str, Any] | None = None
     scores_reused: int = 0
     converged: bool | None = None
+    future_share: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse a success without finite metrics, and a status that would break the one-line-a-run rule."""
