@@ -163,7 +163,7 @@ def test_a_random_target_is_of_its_period_and_depends_on_the_seed_alone(tmp_path
 def world(tmp_path_factory):
     """A temporal split, and the same dataset whole."""
     home = tmp_path_factory.mktemp("temporal")
-    rows = log(7)
+    rows = log(9)
     whole = convert(write_log(home / "raw", rows), home / "whole")
     return split(whole, home / "later", *TEMPORAL, "--max-list", "6"), Truth(rows, longest=6)
 
