@@ -81,10 +81,6 @@ def split_folder(
             "options": dict(options),
             "split": written.about,
             "inputs": [{"file": f"{folder.name}.inter", "sha256": digest(folder / f"{folder.name}.inter")}],
-            "outputs": [
-                {"file": path.name, "bytes": path.stat().st_size, "sha256": digest(path)}
-                for path in sorted(stage.iterdir())
-            ],
         }
         output.write_manifest(stage, content)
         publish(stage, out, CONVERTED)
@@ -147,7 +143,7 @@ def _write(stage: Path, log: Log, fields: Fields, settings: SplitSettings) -> Wr
     config: dict[str, Any] = {"load_col": {"inter": loaded}}
     if log.inter.times is None:
         config["global_times"] = False
-    whole = Written([path], len(log.inter), config, "Interactions stand in exact order of time.", log.stamps)
+    whole = Written(len(log.inter), config, "Interactions stand in exact order of time.", log.stamps)
     return whole if settings.protocol == "loo" else output.write_rows(stage, log.inter, settings, whole, fields)
 
 
