@@ -40,6 +40,7 @@ else:
     power = {{"SASRec": 1.5, "MLLMMSR": 1.4, "Pop": 0.0}}[job["label"]]
     config = {{"topk": [3, 5, 10], "metrics": ["Hit", "MRR", "NDCG", "Recall", "GAUC"], "metric_decimal_place": 6}}
     record = plant_run(out, job["label"], power, job["kind"], job["seed"], run_id=job["run_id"], config=config,
+                       n_users=300, keep_valid=job["keep_valid"],
                        started=job["overrides"].get("started", "2026-01-01"))
     append(out / "runs.jsonl", record)
 """
