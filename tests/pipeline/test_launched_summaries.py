@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from unittest.mock import Mock
 
 import launched_runs
 import pytest
@@ -14,12 +13,10 @@ from launching import FSDP, ROOT, launched, one_of_two
 from safetensors.torch import load_file, save_file
 
 from recbole_mllm.cli import main
-from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.resources import PROPERTIES
 from recbole_mllm.common.settings import Settings
 from recbole_mllm.mllm.server import ServerModel
 from recbole_mllm.model.summarizers import make_summary_setup
-from recbole_mllm.summaries.generator import claiming, user_generator
 
 
 @pytest.fixture(scope="module")
@@ -212,8 +209,6 @@ def test_beside_a_server_a_split_model_is_loaded_by_all_for_its_own_summaries_al
         stage = stage_of(world, item_summarizer="server:m@http://localhost:9/v1")
         assert isinstance(stage.who.load_item(), ServerModel)
         assert (stage.who.item_is_split, stage.who.user_is_split) == (False, True)
-        with pytest.raises(UserError, match="summaries that all processes had just written are gone"):
-            claiming(user_generator(stage, Mock()), Mock()).load()
 
 
 def test_what_one_process_does_alone_waits_for_no_other_where_models_are_to_be_split(

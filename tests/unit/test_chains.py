@@ -6,16 +6,16 @@ import yaml
 from hypothesis import given
 from hypothesis import settings as settings_
 from hypothesis import strategies as st
-from planted_writers import Planted
+from planted_writers import Planted, StoreInMemory
 
 from recbole_mllm.common.prompts import Style
 from recbole_mllm.common.resources import PROPERTIES
 from recbole_mllm.common.settings import SummarySettings
 from recbole_mllm.data.item_table import Items
+from recbole_mllm.mllm.interface import Decoding
 from recbole_mllm.summaries.chains import State, before, history_digest, state_at, steps
 from recbole_mllm.summaries.generator import CachedGenerator
 from recbole_mllm.summaries.preferences import Preferences
-from recbole_mllm.summaries.store import Decoding
 from recbole_mllm.summaries.user_summaries import SummaryRequests, as_rows, preferences
 
 BASE = SummarySettings.from_config(yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text()))
@@ -50,19 +50,9 @@ def _world(lengths):
     return histories, Items(titles, {})
 
 
-class Texts(dict):
-    """A store in memory."""
-
-    def get(self, keys):
-        return {key: self[key] for key in keys if key in self}
-
-    def add(self, kind, model, keys, answers, seconds):
-        self.update(zip(keys, (answer.text for answer in answers), strict=True))
-
-
 def _run(plan, items, settings):
-    scribe = CachedGenerator("user", Echo, "echo", Texts(), Decoding(9))
-    return preferences(scribe, STYLE, items, {}, plan, settings)
+    generator = CachedGenerator("user", Echo, "echo", StoreInMemory(), Decoding(9))
+    return preferences(generator, STYLE, items, {}, plan, settings)
 
 
 @settings_(deadline=None)

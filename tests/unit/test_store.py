@@ -19,8 +19,7 @@ from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.prompts import Prompt
 from recbole_mllm.mllm.interface import Answer, Decoding
 from recbole_mllm.summaries.generator import CachedGenerator, Request
-from recbole_mllm.summaries.store import PAGE, VERSION, Leases, ReadOnlyStore, Store, answer_key, owner_of
-from recbole_mllm.summaries.work_shares import opened_store
+from recbole_mllm.summaries.store import PAGE, VERSION, Leases, ReadOnlyStore, Store, answer_key, opened_store, owner_of
 
 A_PAGE = 130  # answers one page holds, at most
 COUNT = 3000
