@@ -317,6 +317,7 @@ def prepare_summaries(config: Any, stage: str, *, since: str | None = None) -> l
     """
     # here, as every run of a baseline would wait seconds for transformers
     from recbole_mllm.model.summarizers import make_summary_setup
+    from recbole_mllm.summaries.controls import controlled
     from recbole_mllm.summaries.preferences import make_item_summaries, refresh
     from recbole_mllm.summaries.since import users_since
     from recbole_mllm.summaries.user_summaries import SummaryRequests
@@ -327,7 +328,8 @@ def prepare_summaries(config: Any, stage: str, *, since: str | None = None) -> l
     dataset, (train, *_) = read_and_split(config)
     settings = Settings.from_config(config)
     made = make_summary_setup(config, settings, config["device"])
-    plan = SummaryRequests(train._dataset.histories, train._dataset.positions)
+    requests = SummaryRequests(train._dataset.histories, train._dataset.positions)
+    plan = controlled(requests, settings.summary)
     users = users_since(dataset, since) if since is not None else None
     lines = []
     if stage != "items":

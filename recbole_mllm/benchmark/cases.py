@@ -98,18 +98,20 @@ def drawn(users: Mapping[str, Any], limit: int) -> list[str]:
 def case_of(preferences: Any, history: str, position: int, target: str) -> dict[str, Any]:
     """Return what the recommender knew when it was asked for `target` at `position` of the `history` of this name.
 
-    ``history`` holds items ``[start, position)`` of the whole history; each step has read items ``[since, seen)`` of it
-    on top of the step before; ``read`` is the text that stood in the question.
+    ``history`` holds items ``[start, position)`` of the whole history that was read, under a control another one than
+    the user's; each step has read items ``[since, seen)`` of it on top of the step before; ``read`` is the text that
+    stood in the question.
     """
     from recbole_mllm.data.histories import user_of
 
-    start = max(0, position - LAST_ITEMS)
+    name, end = preferences.place(history, position)
+    start = max(0, end - LAST_ITEMS)
     return {
         "user": user_of(history),
         "target": target,
         "start": start,
-        "position": position,
-        "history": list(preferences.plan.histories[history][start:position]),
+        "position": end,
+        "history": list(preferences.plan.histories[name][start:end]),
         "steps": [{"since": s.since, "seen": s.seen, "text": text} for s, text in preferences.chain(history, position)],
         "read": preferences.of(history, position),
     }

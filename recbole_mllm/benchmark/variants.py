@@ -29,11 +29,18 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "no-item-summary": {"item_summary": "none"},
     "no-image": {"use_image": False},
     "text": {"use_image": False, "item_summary": "text"},
+    "shuffled-history": {"control": "shuffled-history"},
+    "wrong-image": {"control": "wrong-image"},
+    "wrong-summary": {"control": "wrong-summary"},
+    "title-only": {"use_image": False, "item_summary": "none"},
+    "no-history": {"summary_mode": "none", "item_summary": "none", "history_titles": 0},
 }
 """What each variant of MLLMMSR changes; ``block-N`` (``block_size: N``) is read by pattern.
 
 ``no-image-summary`` leaves the titles of the items read (the paper's MLLM-MSR_I), ``no-image`` leaves the candidate's
-image out of the question, ``text`` every image out of everything.
+image out of the question, ``text`` every image out of everything, ``title-only`` the item summaries too; ``no-history``
+asks of every user what is asked of a new one. The controls that put something wrong in the place of what is read
+(``control``) are explained in docs/baselines.md.
 """
 
 ALONE: Mapping[str, Mapping[str, Any]] = {
@@ -64,6 +71,10 @@ SETS: Mapping[str, tuple[str, ...]] = {
     "ablations": (
         *(f"{MLLM}:{name}" for name in ("zero-shot", "direct", "no-image-summary", "no-user-summary", "no-image")),
         *(f"{MLLM}:block-{size}" for size in range(1, 6)),
+    ),
+    "controls": (
+        *(MLLM, f"{MLLM}:shuffled-history", f"{MLLM}:wrong-image", f"{MLLM}:wrong-summary"),
+        *(f"{MLLM}:title-only", f"{MLLM}:no-history"),
     ),
 }
 """Names for many labels, for ``--models quick,features``."""

@@ -174,7 +174,7 @@ class SummarySettings(_FromConfig):
     block_size: Count
     partial_block: bool
     max_history: Count | None
-    history_titles: Count
+    history_titles: Annotated[int, Range(int, least=0)]
     item_summary: Literal["image", "text", "fused", "none"]
     summarize: Literal["auto", "off"]
     summarize_batch_size: Count | None
@@ -184,6 +184,7 @@ class SummarySettings(_FromConfig):
     summary_top_p: Annotated[float, Range(float, above=0, most=1)]
     summary_seed: Seed
     summary_repetition_penalty: Annotated[float, Range(float, above=0)] | None = None
+    control: Literal["shuffled-history", "wrong-image", "wrong-summary"] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,6 +316,12 @@ class Settings:
                 f"finetune is {self.lora.finetune}, but mllm is behind a server, which is scored and not trained; set "
                 "finetune: none, or give a hub id or a local folder"
             )
+        summary = self.summary
+        summarizes = summary.summary_mode != "none"
+        shows_images = self.recommend.use_image or (summarizes and summary.item_summary in ("image", "fused"))
+        reads_history = summarizes or summary.history_titles > 0
+        if summary.control and not (shows_images if summary.control == "wrong-image" else reads_history):
+            raise UserError(f"control: {summary.control} would change nothing under these settings; leave it out")
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:

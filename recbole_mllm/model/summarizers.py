@@ -30,12 +30,13 @@ from recbole_mllm.mllm.loading import Size, dtype_of, load_images_processor, ref
 from recbole_mllm.mllm.lora import check_finetune
 from recbole_mllm.mllm.placement import check_dispatch
 from recbole_mllm.mllm.server import ServerModel
+from recbole_mllm.summaries.controls import controlled, other_images
 from recbole_mllm.summaries.generator import Summarizers, SummarySetup
 from recbole_mllm.summaries.preferences import Preferences, make_preferences
 from recbole_mllm.summaries.user_summaries import SummaryRequests
 
 REFUSED = "refused_images.tsv"
-_NO_TEXT_CHANGE = {"summarize", "summarize_batch_size", "history_titles", "summary_repetition_penalty"}
+_NO_TEXT_CHANGE = {"summarize", "summarize_batch_size", "history_titles", "summary_repetition_penalty", "control"}
 SLOTS = {"cpu": 64, "gpu": 256}
 _SAMPLING = {"summary_temperature", "summary_top_p", "summary_seed"}
 
@@ -52,7 +53,8 @@ def prepare_summaries(config: Any, dataset: Any) -> Preferences:
     settings = Settings.from_config(config)
     check_recommender(config, settings, dataset)
     stage = make_summary_setup(config, settings, torch.device(config["device"]))
-    return make_preferences(stage, SummaryRequests(dataset.histories, dataset.positions))
+    requests = SummaryRequests(dataset.histories, dataset.positions)
+    return make_preferences(stage, controlled(requests, settings.summary))
 
 
 def check_recommender(config: Any, settings: Settings, dataset: Any) -> None:
@@ -101,6 +103,8 @@ def make_summary_setup(config: Mapping[str, Any], settings: Settings, device: to
         raise UserError(
             "no item has an image; give --image_dir, or set use_image: false and item_summary: text to go without"
         )
+    if settings.summary.control == "wrong-image":
+        items = replace(items, images=other_images(items.images, settings.summary.summary_seed))
     style = load_style(settings)
     who = _summarizers(settings, device)
     return SummarySetup(folder, _tag(settings, style, who), style, items, settings.summary, who)
@@ -179,8 +183,11 @@ def _tag(settings: Settings, style: Style, who: Summarizers) -> str:
     fields = {key: value for key, value in asdict(settings.summary).items() if key not in unread}
     parts = [fields, asdict(style), who.item_identity, who.user_identity, settings.mllm.max_text_tokens]
     parts += [[who.item_rules, who.user_rules]] if who.item_rules or who.user_rules else []
+    control = settings.summary.control if settings.summary.control != "wrong-summary" else None  # no other texts
+    parts += [[control, settings.summary.summary_seed]] if control else []
     digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:8]
     writer = settings.mllm.user_summarizer or settings.mllm.mllm
     model = Path(parse_endpoint(writer, "user_summarizer").model if is_server(writer) else source_of(writer)).name
     name = f"{model}-{settings.summary.summary_mode}-b{settings.summary.block_size}-{settings.summary.item_summary}"
+    name += f"-{control}" if control else ""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + f"-{digest}"

@@ -44,6 +44,7 @@ from recbole_mllm.plan.cost import Count, ModelSizes, sizes_of, trained_paramete
 from recbole_mllm.plan.plan_text import duration
 from recbole_mllm.quick_start import read_and_split
 from recbole_mllm.summaries.chains import steps
+from recbole_mllm.summaries.controls import controlled
 from recbole_mllm.summaries.generator import CachedGenerator, item_generator, user_generator
 from recbole_mllm.summaries.item_summaries import summarize_items
 from recbole_mllm.summaries.preferences import Preferences
@@ -304,7 +305,7 @@ class PlannedRun:
         self.setup = make_summary_setup(config, self.settings, device)
         self.loaders = dict(zip(("train", "valid", "test"), loaders, strict=True))
         self.train = own = loaders[0]._dataset
-        self.requests = SummaryRequests(own.histories, own.positions)
+        self.requests = controlled(SummaryRequests(own.histories, own.positions), self.settings.summary)
         if since is not None:
             self.requests = self.requests.of(users_since(dataset, since))
         self.items = np.asarray(own.field2id_token[own.iid_field]).astype(str)  # raw ids by internal ones

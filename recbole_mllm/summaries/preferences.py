@@ -38,12 +38,29 @@ class Preferences:
     spent: Spent = Spent()
     load_s: float = 0.0
 
+    def place(self, history: str, position: int) -> tuple[str, int]:
+        """Return up to where of which history a row reads: its own, or what the control puts in its place.
+
+        Raises:
+            UserError: The control was drawn for other rows.
+        """
+        if self.plan.rows is None:
+            return history, position
+        try:
+            return self.plan.rows[history, position]
+        except KeyError:
+            raise UserError(
+                f"control: {self.settings.control} is drawn for the rows of the dataset, and position {position} of "
+                f"user {user_of(history)} is none of them; set control: null"
+            ) from None
+
     def of(self, history: str, position: int) -> str:
         """Return what a row at `position` of the `history` of this name reads: nothing at or after that position.
 
         Raises:
             UserError: There is no summary for that moment.
         """
+        history, position = self.place(history, position)
         if self.settings.summary_mode == "none":
             before = self.plan.histories[history][max(0, position - self.settings.history_titles) : position]
             return titles_as_preference(self.style, [title for item in before if (title := self.items.title(item))])
@@ -62,6 +79,7 @@ class Preferences:
         """Return the states that led to what a row at `position` of `history` reads, oldest first, with their texts."""
         if self.settings.summary_mode == "none":
             return []
+        history, position = self.place(history, position)
         found: list[tuple[State, str]] = []
         state = state_at(position, self.settings)
         while state is not None:

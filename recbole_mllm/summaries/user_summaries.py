@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Container, Hashable, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from operator import itemgetter
 from typing import cast
@@ -21,11 +21,13 @@ from recbole_mllm.summaries.generator import CachedGenerator, Request
 class SummaryRequests:
     """Whose summaries are needed: the ordered raw item ids of each history, and the positions that rows stand at in it.
 
-    Histories go by name (`HistoryNames`), as a user may have several; a user's stand together in `positions`.
+    Histories go by name (`HistoryNames`), as a user may have several; a user's stand together in `positions`. Under a
+    control `rows` says in whose place a row (history, position) reads; None: in its own.
     """
 
     histories: Mapping[str, Sequence[str]]
     positions: Mapping[str, Set[int]]
+    rows: Mapping[tuple[str, int], tuple[str, int]] | None = None
 
     def states(self, settings: SummarySettings) -> dict[str, set[State]]:
         """Return the states some row reads, by history."""
@@ -51,7 +53,7 @@ class SummaryRequests:
 
     def reading(self, names: Iterable[str]) -> SummaryRequests:
         """Return the part that is about the histories of these `names`."""
-        return SummaryRequests(self.histories, {name: self.positions[name] for name in names})
+        return replace(self, positions={name: self.positions[name] for name in names})
 
 
 def preferences(
