@@ -25,6 +25,7 @@ from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.progress import Progress
 from recbole_mllm.common.seeding import random_state, restore_random_state, seed_step
 from recbole_mllm.data.dataloader import SeededTrainDataLoader
+from recbole_mllm.evaluation.full_ranking import ranked_batch
 from recbole_mllm.evaluation.loader import FrozenEvalDataLoader
 from recbole_mllm.mllm.loading import dtype_of
 from recbole_mllm.model.row_scoring import Row
@@ -369,6 +370,15 @@ class MLLMMSRTrainer(Trainer):  # type: ignore[misc]
             if not self._validates:
                 self.model.remove_cached_scores()
             return result
+
+    def _full_sort_batch_eval(self, batched_data: Any) -> Any:
+        """Rank all items as every trainer does, and record the MLLM's log-odds beside (trainer.py:463-486)."""
+        interaction, _, owner, targets, *ranking = batched_data  # of a sequential model no history is left out
+        scores, answers = self.model.ranking(interaction.to(self.device))
+        scores[:, 0] = -torch.inf
+        if not ranking:
+            return interaction, scores, owner, targets
+        return ranked_batch(self.config, ranking[0], interaction, scores, owner, targets, answers)
 
     @torch.no_grad()
     def _score_ahead(self, eval_data: Any) -> None:

@@ -105,21 +105,17 @@ def wal_of(path: Path) -> Path:
 
 def opened_store(folder: Path) -> Store:
     """Open the dataset's store; what version 0.1.0 has left in stores of single processes is moved into it."""
-    store = Store(store_file(folder))
-    for path in shard_files(folder) if distributed.is_main() else ():
+    main = store_file(folder)
+    store, left = Store(main), re.compile(rf"{re.escape(main.stem)}\.rank\d+(-\d+)?{re.escape(main.suffix)}")
+    for path in sorted(path for path in folder.glob(f"*{main.suffix}") if left.fullmatch(path.name)):
+        if not distributed.is_main():
+            break
         with closing(Store(path)) as shard, shard.transaction() as db:
             added = store.insert(map(StoredAnswer._make, db.execute(f"SELECT {', '.join(COLUMNS)} FROM answers")))
-        logging.getLogger().info(f"{path}: {added} answers merged into {store.path.name}")
+        logging.getLogger().info(f"{path}: {added} answers merged into {main.name}")
         for ending in ("", "-wal", "-shm"):
             remove_file(path.with_name(path.name + ending))
     return store
-
-
-def shard_files(folder: Path) -> list[Path]:
-    """Return the stores that version 0.1.0 left beside the dataset's, of single processes of a killed run."""
-    main = store_file(folder)
-    name = re.compile(rf"{re.escape(main.stem)}\.rank\d+(-\d+)?{re.escape(main.suffix)}")
-    return sorted(path for path in main.parent.glob(f"*{main.suffix}") if name.fullmatch(path.name))
 
 
 class Store:
@@ -471,25 +467,24 @@ def _is_alive(owner: str) -> bool:
 
 
 class ReadOnlyStore:
-    """A dataset's store for reading alone: no file is created or touched. Unmerged stores of processes are part of it.
+    """A dataset's store for reading alone: no file is created or touched, and it may be absent.
 
     Raises:
-        UserError: A file cannot be read.
+        UserError: The file cannot be read.
     """
 
     def __init__(self, folder: Path) -> None:
-        files = [path for path in (store_file(folder), *shard_files(folder)) if path.is_file()]
-        self._files = {path: db for path in files if (db := _opened_to_read(path)) is not None}
+        self._path = store_file(folder)
+        self._db = _opened_to_read(self._path) if self._path.is_file() else None
 
     def close(self) -> None:
-        """Close the files."""
-        for db in self._files.values():
-            db.close()
+        """Close the file."""
+        if self._db is not None:
+            self._db.close()
 
     def get(self, keys: Iterable[str]) -> dict[str, str]:
         """Return the texts of those `keys` that are known."""
-        wanted = list(keys)
-        return dict(self._read(lambda db: _select(db, "key, text", wanted)))
+        return dict(self._read(lambda db: _select(db, "key, text", keys)))
 
     def add(self, *_: object) -> None:
         """Store nothing."""
@@ -501,11 +496,10 @@ class ReadOnlyStore:
         return self._read(lambda db: db.execute(query, (kind, like, _SAMPLES)).fetchall())
 
     def _read(self, query: Callable[[sqlite3.Connection], list[Any]]) -> list[Any]:
-        found: list[Any] = []
-        for path, db in self._files.items():
-            with _to_read(path):
-                found += query(db)
-        return found
+        if self._db is None:
+            return []
+        with _to_read(self._path):
+            return query(self._db)
 
 
 def _opened_to_read(path: Path) -> sqlite3.Connection | None:

@@ -64,6 +64,11 @@ def test_a_row_reads_only_what_lies_before_it(lengths, settings):
     known = Preferences(texts, plan, items, STYLE, settings)
     for user, history in histories.items():
         for position in range(len(history)):
+            chain = known.chain(user, position)
+            assert [one for one, _ in chain][-1:] == ([state] if (state := state_at(position, settings)) else [])
+            assert (chain[-1][1] if chain else STYLE.cold) == known.of(user, position)
+            if settings.summary_mode == "recurrent":
+                assert [one.since for one, _ in chain[1:]] == [one.seen for one, _ in chain[:-1]]
             seen = set(_markers(known.of(user, position)))
             start = 0 if settings.max_history is None else max(0, position - settings.max_history)
             stop = position
@@ -91,11 +96,6 @@ def test_full_blocks_are_shared_and_a_step_continues_the_one_before_it():
     assert before(State(0, 2, 3), settings) == State(0, 0, 2) and before(State(0, 0, 2), settings) is None
 
 
-def test_no_partial_block_means_a_cold_start_before_the_first_full_one():
-    settings = replace(BASE, block_size=3, partial_block=False)
-    assert [state_at(p, settings) for p in (0, 1, 2, 5)] == [None] * 3 + [State(0, 0, 3)]
-
-
 def test_rows_name_the_history_they_have_read():
     histories, items = _world({"u1": 5})
     plan = SummaryRequests(histories, {"u1": {4}})
@@ -104,19 +104,3 @@ def test_rows_name_the_history_they_have_read():
         (3, history_digest(histories["u1"][:3])),
         (4, history_digest(histories["u1"][:4])),
     ]
-
-
-@given(HISTORIES, SETTINGS)
-@settings_(max_examples=40, deadline=None)
-def test_the_chain_of_a_position_ends_with_what_its_row_reads(lengths, settings):
-    histories, items = _world(lengths)
-    plan = SummaryRequests(histories, {user: {len(history) - 1} for user, history in histories.items()})
-    texts = _run(plan, items, settings)
-    told = Preferences(texts, plan, items, STYLE, settings)
-    for user, history in histories.items():
-        position = len(history) - 1
-        chain = told.chain(user, position)
-        assert [one for one, _ in chain][-1:] == ([state] if (state := state_at(position, settings)) else [])
-        assert (chain[-1][1] if chain else STYLE.cold) == told.of(user, position)
-        if settings.summary_mode == "recurrent":
-            assert [one.since for one, _ in chain[1:]] == [one.seen for one, _ in chain[:-1]]

@@ -98,13 +98,6 @@ def test_the_key_changes_with_model_prompt_image_and_length(tmp_path):
     assert len(keys | {answer_key("m", prompt, Decoding(5))}) == 5
 
 
-def test_a_batch_is_whole_or_absent(tmp_path):
-    store = Store(tmp_path / "s.sqlite")
-    with pytest.raises(sqlite3.IntegrityError):
-        store.add("user", "m", ["a", "b"], [Answer("fine", 1, 1), Answer(None, 1, 1)], 0.0)
-    assert len(store) == 0
-
-
 # Processes that share it
 
 
