@@ -26,7 +26,7 @@ from recbole_mllm.data.schema import isum_file, usum_file
 from recbole_mllm.evaluation.candidates_file import write_candidates
 from recbole_mllm.evaluation.metrics import has_several_rows, joined, per_user, pooled_auc
 from recbole_mllm.evaluation.protocol import protocol_line
-from recbole_mllm.evaluation.tie_breaking import evaluate
+from recbole_mllm.evaluation.tie_breaking import evaluate, recording
 
 MLLM = "MLLMMSR"
 """RecBole's name of this project's model, the one that reads summaries."""
@@ -46,6 +46,8 @@ class Outcome:
     targets among its best, a ceiling) and ``fusion`` (the MLLM's share). `scores_reused` is how many of the test scores
     earlier evaluations had left, `world_size` how many processes worked on it.
 
+    `valid_pairs` are those of the validation split by the state that was tested; None unless they are asked for.
+
     `load_s` is what loading the models took, None of a baseline; `summarize_s` is without it: the seconds that writing
     the summaries took, of `summarize_reused` of them in an earlier run, as the store has kept them.
     """
@@ -60,6 +62,7 @@ class Outcome:
     test: dict[str, float]
     users: dict[str, Any]
     pairs: dict[str, Any] | None
+    valid_pairs: dict[str, Any] | None
     summarize_s: float
     train_s: float | None
     score_s: float
@@ -91,15 +94,21 @@ Check = Callable[[Any, Any], None]
 """Called with the dataset and its test loader once it is split, before anything is trained; may raise."""
 
 
-def run(config: Any, check: Check | None = None) -> Outcome:
-    """Run what `config` says, as RecBole's ``run_recbole`` does (quick_start.py:94-178)."""
+def run(config: Any, check: Check | None = None, *, keep_valid: bool = False) -> Outcome:
+    """Run what `config` says, as RecBole's ``run_recbole`` does (quick_start.py:94-178).
+
+    Args:
+        config: RecBole's.
+        check: May refuse the split.
+        keep_valid: Whether the outcome holds the scored pairs of validation too.
+    """
     _begin(config)
     dataset, loaders = _data(config)
     if check is not None:
         check(dataset, loaders.test)
     summaries = _summaries(config, loaders.train)
     model, build_s = _model(config, loaders.train, summaries)
-    fitted = _fit(config, model, build_s, loaders, saved=True)
+    fitted = _fit(config, model, build_s, loaders, saved=True, keep_valid=keep_valid)
     scored = _score(config, fitted.trainer, loaders.test)
     metrics, users, pairs = _metrics(config, scored)
     return Outcome(
@@ -113,6 +122,7 @@ def run(config: Any, check: Check | None = None) -> Outcome:
         test=metrics,
         users=users,
         pairs=pairs,
+        valid_pairs=_one_ranking_each(fitted.valid_batches),
         summarize_s=summaries.preferences.spent.seconds if summaries else 0.0,
         train_s=_with_retriever(fitted.train_s, summaries),
         score_s=scored.seconds,
@@ -207,17 +217,24 @@ class _Fitted(NamedTuple):
     valid: dict[str, float]
     train_s: float | None
     converged: bool | None
+    valid_batches: list[dict[str, Any]]
 
 
-def _fit(config: Any, model: Any, build_s: float, loaders: _Loaders, saved: bool) -> _Fitted:
-    """Train `model` with validation as its configuration says; `saved` writes the best state to the disk."""
+def _fit(
+    config: Any, model: Any, build_s: float, loaders: _Loaders, *, saved: bool, keep_valid: bool = False
+) -> _Fitted:
+    """Train `model` with validation as its configuration says; `saved` writes the best state to the disk.
+
+    What validation has scored of that state is kept with `keep_valid`; a resumed run whose best epoch came
+    before scores it once more.
+    """
     refused = config["model"], config["dataset"]
     with as_user_error("make the trainer", *refused):
         trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
     one_pass = isinstance(trainer, TraditionalTrainer)
     if one_pass:  # one epoch whatever `epochs` says, so an eval_step of 2 saves nothing
         trainer.eval_step = min(trainer.eval_step, trainer.epochs)
-    fit = Fit(trainer)
+    fit = Fit(trainer, recording) if keep_valid else Fit(trainer)
     with as_user_error("train", *refused):
         score, best = fit.run(loaders.train, loaders.valid, saved=saved, show_progress=config["show_progress"])
     seconds: float | None = None
@@ -225,7 +242,11 @@ def _fit(config: Any, model: Any, build_s: float, loaders: _Loaders, saved: bool
         # ours counts the seconds itself, those before a run was resumed included
         seconds = trainer.train_s if config["model"] == MLLM else fit.seconds + (build_s if one_pass else 0.0)
     valid = {metric_name(key): float(value) for key, value in (best or {}).items()}
-    return _Fitted(trainer, float(score), valid, seconds, None if one_pass else fit.converged)
+    batches = fit.kept or []
+    if keep_valid and valid and fit.kept is None and config["model"] == MLLM:
+        with recording() as batches:
+            trainer.validate_best(loaders.valid, show_progress=config["show_progress"])
+    return _Fitted(trainer, float(score), valid, seconds, None if one_pass else fit.converged, batches)
 
 
 class _Scored(NamedTuple):
@@ -252,8 +273,8 @@ def _reused(config: Any, model: Any) -> int:
 def _metrics(config: Any, scored: _Scored) -> tuple[dict[str, float], dict[str, Any], dict[str, Any] | None]:
     """Return the metrics, each user's part in them, and the pairs they are of (None where rows give no one ranking)."""
     metrics = {metric_name(key): float(value) for key, value in scored.result.items()}
-    pairs = joined(scored.batches) if scored.batches else None
-    if pairs is None or has_several_rows(pairs):
+    pairs = _one_ranking_each(scored.batches)
+    if pairs is None:
         return metrics, {}, None
     users = per_user(pairs, config)
     targets = np.unique(pairs["user_id"][pairs["label"] > 0], return_counts=True)[1]
@@ -262,6 +283,12 @@ def _metrics(config: Any, scored: _Scored) -> tuple[dict[str, float], dict[str, 
     if "among" not in pairs and "GAUC" in metrics:
         metrics["AUC"] = pooled_auc(pairs["label"], pairs["score"])
     return metrics, users, pairs
+
+
+def _one_ranking_each(batches: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the recorded pairs as one set of columns, None where rows give no one ranking of a user."""
+    pairs = joined(batches) if batches else None
+    return None if pairs is None or has_several_rows(pairs) else pairs
 
 
 def _with_retriever(train_s: float | None, summaries: _Summaries | None) -> float | None:

@@ -27,6 +27,7 @@ from recbole_mllm.common.seeding import random_state, restore_random_state, seed
 from recbole_mllm.data.dataloader import SeededTrainDataLoader
 from recbole_mllm.evaluation.full_ranking import ranked_batch
 from recbole_mllm.evaluation.loader import FrozenEvalDataLoader
+from recbole_mllm.evaluation.tie_breaking import record_scores, recording
 from recbole_mllm.mllm.loading import dtype_of
 from recbole_mllm.model.row_scoring import Row
 from recbole_mllm.training.checkpoint import (
@@ -344,6 +345,11 @@ class MLLMMSRTrainer(Trainer):  # type: ignore[misc]
         score, self._valid_result = distributed.broadcast_object(found)  # all must stop at the same epoch
         return score, self._valid_result
 
+    def validate_best(self, valid_data: Any, show_progress: bool = False) -> None:
+        """Validate the best state once more, the test's cached scores staying where they are."""
+        self.load(Path(self.saved_model_file))
+        self._valid_epoch(valid_data, show_progress)
+
     def evaluate(
         self, eval_data: Any, load_best_model: bool = True, model_file: Any = None, show_progress: bool = False
     ) -> Any:
@@ -441,14 +447,18 @@ def _log_price(model: Any, eval_data: Any) -> None:
 
 
 def best_share(reranker: Any, evaluate: Callable[[], Mapping[str, float]], metric: str, bigger: bool) -> Any:
-    """Set the MLLM's share that does best by `metric`, and return what `evaluate` gave with it."""
-    results = []
+    """Set the MLLM's share that does best by `metric`; return, and record, what `evaluate` gave with it alone."""
+    results, recorded = [], []
     for share in SHARES:
         reranker.share = share
-        results.append(evaluate())
+        with recording() as batches:
+            results.append(evaluate())
+        recorded.append(batches)
     scores = np.array([calculate_valid_score(result, metric) for result in results])
     best = int(np.argmax(scores if bigger else -scores))
     reranker.share = SHARES[best]
+    for batch in recorded[best]:
+        record_scores(batch)
     tried = ", ".join(f"{share:.1f}: {score:.4f}" for share, score in zip(SHARES, scores, strict=True))
     logging.getLogger().info(f"fusion: {SHARES[best]:.1f} is the MLLM's best share on validation ({tried})")
     return results[best]

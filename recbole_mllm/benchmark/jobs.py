@@ -98,6 +98,7 @@ class BenchmarkJob:
             "output_dir": str(self.plan.output_dir),
             "limit_users": self.plan.limit_users,
             "tune": self.plan.tune,
+            "keep_valid": True,
         }
 
 

@@ -28,6 +28,7 @@ from recbole_mllm.common.model_names import identity_of
 from recbole_mllm.common.progress import warn_once
 
 RECORDS = "runs.jsonl"
+PER_USER, SCORES, VALID_SCORES, TRAIN_COUNTS = "per_user.npz", "scores.npz", "valid_scores.npz", "train_counts.npz"
 CANDIDATE_RULES = 2
 """How candidates are worked out; 1 read a model's own rows, which changed them on benchmark files and under popN."""
 
@@ -47,6 +48,9 @@ full ranking a file holds each user's best items and target alone, with ``among`
 """
 
 
+_SINCE_0_2 = ("valid_scores", "train_counts", "fusion")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRecord:
     """One finished or failed run.
@@ -59,6 +63,10 @@ class RunRecord:
         candidate_rules: By which rules they were worked out, see `CANDIDATE_RULES`.
         per_user: Path of the per-user arrays (`USER_COLUMNS`), relative to the results folder.
         scores: Path of the pair scores (`PAIR_COLUMNS`), relative to the results folder.
+        valid_scores: Path of the same of the validation split, by the state that was tested; None of a run recorded
+            before this was kept, and where validation has no one ranking a user.
+        train_counts: Path of how often each item occurs in the training split (``item``, ``count``).
+        fusion: Of a row ``A+B`` what it was made of and how, see `fusing.fuse_runs`.
         status: ``ok``, or what went wrong, in one line.
         started: Local time in ISO format.
         metrics: On the test split.
@@ -93,6 +101,9 @@ class RunRecord:
     valid: Mapping[str, float] | None = None
     per_user: str | None = None
     scores: str | None = None
+    valid_scores: str | None = None
+    train_counts: str | None = None
+    fusion: Mapping[str, Any] | None = None
     load_s: float | None = None
     summarize_s: float | None = None
     summarize_reused: int = 0
@@ -126,8 +137,9 @@ class RunRecord:
         return self.status == OK
 
     def to_line(self) -> str:
-        """Return the record as one line of JSON."""
-        return json.dumps(plain_json(asdict(self)), ensure_ascii=False, allow_nan=False, sort_keys=True)
+        """Return the record as one line of JSON, without those of the fields of 0.2.0 that say nothing."""
+        told = {name: value for name, value in asdict(self).items() if value is not None or name not in _SINCE_0_2}
+        return json.dumps(plain_json(told), ensure_ascii=False, allow_nan=False, sort_keys=True)
 
     @classmethod
     def from_line(cls, line: str) -> RunRecord:

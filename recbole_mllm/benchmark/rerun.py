@@ -118,6 +118,7 @@ def order_of(record: RunRecord, output: Path, data_path: str | None = None) -> d
         "overrides": {"data_path": str(home.resolve())},
         "output_dir": str(output),
         "limit_users": record.config.get("limit_users"),
+        "keep_valid": False,  # what is fused are a benchmark's runs
     }
     return dict(plain_json(order))
 

@@ -18,13 +18,18 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import yaml
 
 import recbole_mllm
 from recbole_mllm.benchmark.cases import write_cases, write_titles
 from recbole_mllm.benchmark.records import (
     CANDIDATE_RULES,
+    PER_USER,
     RECORDS,
+    SCORES,
+    TRAIN_COUNTS,
+    VALID_SCORES,
     RunRecord,
     append,
     config_digest,
@@ -87,7 +92,8 @@ def run_job(job: dict[str, Any]) -> None:
     folder = output / "runs" / job["run_id"]
     defaults = folder / ("defaults.yaml" if distributed.is_main() else f"defaults.{distributed.process_index()}.yaml")
     tuning = _tune(job, defaults)
-    outcome = run(_config(job, defaults, tuning["chosen"] if tuning else {}), partial(_check_split, job))
+    config = _config(job, defaults, tuning["chosen"] if tuning else {})
+    outcome = run(config, partial(_check_split, job), keep_valid=job["keep_valid"])
     peak = max(distributed.gather_objects(_peak_memory(outcome.config["device"])))
     if distributed.is_main():
         _write_evidence(outcome, folder)
@@ -230,7 +236,7 @@ def _tune(job: dict[str, Any], defaults: Path) -> dict[str, Any] | None:
 
 def _write_evidence(outcome: Any, folder: Path) -> None:
     """Write the per-user metrics, the scored pairs and what case studies show."""
-    from recbole_mllm.evaluation.protocol import user_columns
+    from recbole_mllm.evaluation.protocol import training_counts, user_columns
 
     if outcome.pairs is None:
         raise UserError(NO_ONE_RANKING)
@@ -241,19 +247,25 @@ def _write_evidence(outcome: Any, folder: Path) -> None:
         items = read_items(Path(config["data_path"]), Path(image_dir) if image_dir else None, config["ITEM_ID_FIELD"])
     columns = user_columns(data, outcome.train_data._dataset, pairs, items and items.images)
     values = {name: column for name, column in outcome.users.items() if name != "user"}
-    write_arrays(folder / "per_user.npz", columns | values)
-    scores = {
-        name: data.field2id_token[field].astype(str)[pairs[f"{name}_id"]]
-        for name, field in (("user", data.uid_field), ("item", data.iid_field))
-    }
-    known = {"label": pairs["label"].astype("int8"), "score": pairs["score"], "place": pairs["place"].astype("int32")}
-    known |= {name: pairs[name] for name in ("among", "answer") if name in pairs}
-    write_arrays(folder / "scores.npz", scores | known)
+    write_arrays(folder / PER_USER, columns | values)
+    users, tokens = (np.asarray(data.field2id_token[field]).astype(str) for field in (data.uid_field, data.iid_field))
+    write_arrays(folder / SCORES, _pair_columns(pairs, users, tokens))
+    if outcome.valid_pairs is not None:
+        write_arrays(folder / VALID_SCORES, _pair_columns(outcome.valid_pairs, users, tokens))
+        counts, _ = training_counts(outcome.train_data._dataset, len(users), len(tokens))
+        write_arrays(folder / TRAIN_COUNTS, {"item": tokens[1:], "count": counts[1:]})
     try:
         if write_cases(outcome, folder) is None and "among" in pairs and items is not None:
             write_titles(outcome, folder, items.titles)
     except Exception:  # what illustrates a result must not cost the hours that made it
         logging.getLogger(__name__).exception("the case studies of this run could not be kept; the report goes without")
+
+
+def _pair_columns(pairs: Mapping[str, Any], users: Any, items: Any) -> dict[str, Any]:
+    """Return a `joined` log as a file of scores holds it, by raw ids."""
+    known = {"user": users[pairs["user_id"]], "item": items[pairs["item_id"]], "label": pairs["label"].astype("int8")}
+    known |= {"score": pairs["score"], "place": pairs["place"].astype("int32")}
+    return known | {name: pairs[name] for name in ("among", "answer") if name in pairs}
 
 
 def _record(job: dict[str, Any], outcome: Any, started: str, tuning: dict[str, Any] | None, peak: float) -> RunRecord:
@@ -266,6 +278,7 @@ def _record(job: dict[str, Any], outcome: Any, started: str, tuning: dict[str, A
         features_s = seconds_of(outcome.config)
     config = outcome.config.final_config_dict
     users = len(outcome.users["user"])
+    place = f"runs/{job['run_id']}"
     return RunRecord(
         **{key: job[key] for key in ("run_id", "model", "label", "kind", "seed", "dataset")},
         status="ok",
@@ -278,8 +291,10 @@ def _record(job: dict[str, Any], outcome: Any, started: str, tuning: dict[str, A
         config=plain_json(config),
         metrics=outcome.test,
         valid=outcome.valid,
-        per_user=f"runs/{job['run_id']}/per_user.npz",
-        scores=f"runs/{job['run_id']}/scores.npz",
+        per_user=f"{place}/{PER_USER}",
+        scores=f"{place}/{SCORES}",
+        valid_scores=None if outcome.valid_pairs is None else f"{place}/{VALID_SCORES}",
+        train_counts=None if outcome.valid_pairs is None else f"{place}/{TRAIN_COUNTS}",
         **{name: getattr(outcome, name) for name in _OF_OUTCOME},
         summarize_s=outcome.summarize_s if job["kind"] == "mllm" else None,
         features_s=features_s,

@@ -1,4 +1,4 @@
-"""What a fit of RecBole's trainers spends on training alone, and whether validation had stopped rising at its end.
+"""What a fit of RecBole's trainers spends on training alone, and what its validations have shown.
 
 RecBole's ``fit`` validates and saves between its epochs (trainer.py:404-517); neither is training.
 """
@@ -7,22 +7,30 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 
 class Fit:
     """One call of a trainer's ``fit``, watched from outside, as RecBole has a ``fit`` of its own for several models.
 
+    Args:
+        trainer: RecBole's.
+        recording: Opened around each validation; it yields what is to be kept of that.
+
     Attributes:
         seconds: What it took, without validating and saving.
         scores: Each validation's score, in order.
+        kept: What `recording` has yielded for the best validation, the last of equals, whose state RecBole saves
+            (utils/utils.py:113-154); None where a resumed run has its best epoch from before.
     """
 
-    def __init__(self, trainer: Any) -> None:
-        self._trainer = trainer
+    def __init__(self, trainer: Any, recording: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
+        self._trainer, self._recording = trainer, recording
         self._aside = 0.0
         self.seconds = 0.0
         self.scores: list[float] = []
+        self.kept: Any = None
 
     def run(self, *arguments: Any, **keywords: Any) -> Any:
         """Call ``fit`` and return what it returns: the best validation score and result."""
@@ -36,17 +44,25 @@ class Fit:
             for name in watched:
                 delattr(self._trainer, name)  # the class's own comes through again
         self.seconds = time.perf_counter() - started - self._aside
+        if not self.scores or self._best() != found[0]:
+            self.kept = None
         return found
+
+    def _best(self) -> float:
+        return (max if self._trainer.valid_metric_bigger else min)(self.scores)
 
     def _timed(self, method: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*arguments: Any, **keywords: Any) -> Any:
             started = time.perf_counter()
             try:
-                found = method(*arguments, **keywords)
+                with self._recording() as recorded:
+                    found = method(*arguments, **keywords)
             finally:
                 self._aside += time.perf_counter() - started
             if found is not None:  # a validation's (score, result); saving returns nothing
                 self.scores.append(float(found[0]))
+                if self.scores[-1] == self._best():
+                    self.kept = recorded
             return found
 
         return timed

@@ -6,7 +6,8 @@ would otherwise be settled by where the answer happens to stand.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -33,16 +34,23 @@ def evaluate(trainer: Any, loader: Any, **options: Any) -> tuple[dict[str, float
         loader: An evaluation loader.
         options: Of ``Trainer.evaluate``.
     """
+    with recording() as batches:
+        return dict(trainer.evaluate(loader, **options) or {}), batches
+
+
+@contextmanager
+def recording() -> Iterator[list[dict[str, Any]]]:
+    """Yield a list that receives each batch that is scored and ranked within (`metrics.joined`)."""
     batches: list[dict[str, Any]] = []
     token = _RECORDED.set(batches)
     try:
-        return dict(trainer.evaluate(loader, **options) or {}), batches
+        yield batches
     finally:
         _RECORDED.reset(token)
 
 
 def record_scores(columns: dict[str, Any]) -> None:
-    """Add a batch's columns to what `evaluate` returns, if it is at work."""
+    """Add a batch's columns to what the innermost `recording` yields, if there is one."""
     if (batches := _RECORDED.get()) is not None:
         batches.append(columns)
 

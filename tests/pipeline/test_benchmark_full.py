@@ -74,6 +74,18 @@ def test_all_rows_rank_the_same_items_and_say_how(place: Path) -> None:
     assert mine.pairs_per_s == pytest.approx((TOP_K * small_world.USERS - mine.scores_reused) / mine.score_s)
 
 
+def test_each_run_keeps_its_validation_and_what_could_be_learnt_from(place: Path) -> None:
+    for run in read_records(place / "results" / RECORDS):
+        pairs = read_arrays(
+            place / "results" / str(run.valid_scores), ["user", "item", "label", "score", "place", "among"]
+        )
+        rank = (pairs["among"] - 1 - pairs["place"])[pairs["label"] > 0]
+        assert run.valid is not None and len(rank) == small_world.USERS
+        assert np.where(rank < 10, 1 / np.log2(rank + 2), 0).mean() == pytest.approx(run.valid["NDCG@10"], abs=1e-6)
+        counts = read_arrays(place / "results" / str(run.train_counts), ["item", "count"])
+        assert counts["count"].sum() == small_world.USERS * (small_world.LENGTH - 2) and len(counts["item"]) == 60
+
+
 def test_another_variant_ranks_by_the_same_retriever_and_pays_for_it_too(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

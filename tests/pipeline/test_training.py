@@ -20,9 +20,11 @@ from recbole.utils import get_trainer, init_logger, init_seed
 
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.fitting import Fit
+from recbole_mllm.evaluation.metrics import per_user
 from recbole_mllm.mllm import loss
 from recbole_mllm.model import row_scoring
 from recbole_mllm.model.sequential_recommender.mllmmsr import MLLMMSR
+from recbole_mllm.quick_start import run
 from recbole_mllm.training.checkpoint import _COURSE, _MODEL, last_of, newest, read_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -144,6 +146,23 @@ def test_a_finished_run_is_not_trained_again(settings):
     assert trainer.evaluate(test) == first.evaluate(test)
     _, model, *_ = load_data_and_model(str(last_of(Path(first.saved_model_file))))  # RecBole's own way of reloading
     assert _same(model.state_dict(), _state(last_of(Path(first.saved_model_file))))
+
+
+def test_the_pairs_of_validation_are_those_of_the_state_that_is_tested(settings):
+    metrics = {"metrics": ["NDCG"], "topk": [10], "valid_metric": "NDCG@10", "metric_decimal_place": 8}
+    again = {"checkpoint_every_steps": 2, "resume": "auto"}
+
+    def kept(**more):
+        outcome = run(Config(model="MLLMMSR", dataset="steps", config_dict=settings | metrics | more), keep_valid=True)
+        assert per_user(outcome.valid_pairs, outcome.config)["NDCG@10"].mean() == pytest.approx(
+            outcome.valid["NDCG@10"], abs=1e-7
+        )
+        return outcome
+
+    trained, resumed = kept(checkpoint_every_steps=2), kept(**again)  # the latter has no epoch left to validate
+    assert all((trained.valid_pairs[name] == resumed.valid_pairs[name]).all() for name in trained.valid_pairs)
+    assert trained.test == resumed.test and len(trained.valid_pairs["score"]) == 15 * 11
+    assert len(kept(finetune="none").valid_pairs["score"]) == 15 * 11
 
 
 def test_a_run_that_stopped_early_is_finished_however_many_epochs_are_asked_for(settings):

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import small_world
 from recbole.model.general_recommender import itemknn
+from recbole.quick_start import load_data_and_model
 from recbole.trainer import Trainer
 
 from recbole_mllm.cli import main
-from recbole_mllm.common.fitting import validations_since_best
+from recbole_mllm.common.fitting import Fit, validations_since_best
+from recbole_mllm.evaluation.metrics import joined, per_user
+from recbole_mllm.evaluation.tie_breaking import evaluate
 from recbole_mllm.quick_start import make_config, run
 
 PAUSE = 0.3
@@ -51,6 +55,41 @@ def test_validating_saving_and_testing_are_not_training(planted, monkeypatch):
     outcome = run(planted("BPR", epochs=2, eval_step=1))
     assert 2 * PAUSE <= outcome.train_s < 4 * PAUSE  # two validations and as many files to save
     assert outcome.score_s >= PAUSE
+
+
+@pytest.mark.parametrize("curve", [[0.1, 0.5, 0.2], [0.5, 0.1, 0.5], [0.5]])
+def test_what_is_kept_is_of_the_best_validation_the_last_of_equals(curve):
+    class Planted:
+        valid_metric_bigger, values, before = True, iter(curve), 0.0
+
+        def fit(self) -> Any:
+            return max([self.before, *(self._valid_epoch()[0] for _ in curve)]), {}
+
+        def _valid_epoch(self) -> Any:
+            return next(self.values), {}
+
+        def _save_checkpoint(self) -> None: ...
+
+    fit = Fit(Planted(), lambda: nullcontext(len(fit.scores)))
+    fit.run()
+    assert fit.kept == len(curve) - 1 - curve[::-1].index(max(curve))
+    resumed = Planted()
+    resumed.values, resumed.before = iter(curve), 0.9
+    fit = Fit(resumed, lambda: nullcontext(len(fit.scores)))
+    fit.run()
+    assert fit.kept is None
+
+
+def test_the_best_epochs_validation_is_kept_and_is_what_its_checkpoint_scores(planted):
+    outcome = run(planted("BPR", epochs=4, eval_step=1), keep_valid=True)
+    assert per_user(outcome.valid_pairs, outcome.config)["NDCG@10"].mean() == pytest.approx(
+        outcome.valid["NDCG@10"], abs=1e-4
+    )
+    config, model, _, _, valid, _ = load_data_and_model(str(outcome.checkpoint))
+    _, batches = evaluate(Trainer(config, model), valid, load_best_model=False)
+    again = joined(batches)
+    assert all((outcome.valid_pairs[name] == again[name]).all() for name in again)
+    assert run(planted("Pop")).valid_pairs is None
 
 
 @pytest.mark.parametrize(
