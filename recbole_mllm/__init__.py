@@ -6,14 +6,24 @@ and finds our model, and that is all stock RecBole needs:
     import recbole_mllm
     from recbole.quick_start import run_recbole
     run_recbole(model="MLLMMSR", dataset="demo", config_file_list=[recbole_mllm.preset("demo")])
+
+`Recommender` ranks items for one user with a trained model's checkpoint.
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.resources import named, resource
 from recbole_mllm.recbole_patches.apply import apply as _apply
 
+if TYPE_CHECKING:
+    from recbole_mllm.recommender import Recommender
+
 __version__ = "0.2.0"
-__all__ = ["UserError", "__version__", "preset"]
+__all__ = ["Recommender", "UserError", "__version__", "preset"]
+
+_LAZY = {"Recommender": "recbole_mllm.recommender"}  # what loads torch and RecBole, once it is asked for
 
 _KINDS = ("quick_start_config", "model", "dataset", "prompt")
 
@@ -34,6 +44,12 @@ def preset(name: str) -> str:
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names) or 'none'}"
     raise UserError(f"no preset is called {name!r}; {hint}")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 _apply()

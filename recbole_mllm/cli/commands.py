@@ -167,6 +167,61 @@ def export(args: Namespace, options: Options) -> int:
     return 0
 
 
+def recommend(args: Namespace, options: Options) -> int:
+    """Print the best items for a user; also write them as JSON or CSV."""
+
+    def is_ours(head: bytes) -> bool:
+        return head.startswith((b'{\n  "model": ', b"rank,item_id,title,score"))
+
+    if unknown := set(options.overrides) - {"data_path"}:
+        raise UserError(f"recommend takes no --{min(unknown)}; the checkpoint's run says everything but --data_path")
+    files = {
+        name: check_file(Path(path), f"--{name}", is_ours, "a file that `recommend` wrote")
+        for name in ("json", "csv")
+        if (path := getattr(args, name))
+    }
+    candidates = None if args.candidates is None else _lines(Path(args.candidates), "--candidates")
+    from recbole_mllm.recommender import Recommender  # loads torch
+
+    history = None if args.history is None else [item for item in args.history.split(",") if item]
+    found = Recommender(
+        args.checkpoint,
+        retriever_checkpoint=args.retriever_checkpoint,
+        top_k=args.top_k,
+        data_path=options.overrides.get("data_path"),
+    )
+    frame = found.recommend(args.user, history=history, top=args.top, candidates=candidates)
+    about: dict[str, Any] = {"model": found.name, "checkpoint": str(found.checkpoint), "dataset": found.dataset_name}
+    about |= {"user": args.user, "history": history if history is not None else found.history(args.user)}
+    if found.name == MLLM:
+        states = found.explain(args.user, history=history)
+        about["preference"] = states["preference"].iloc[-1]
+        about["states"] = states.to_dict("records")
+        if args.explain:
+            for items, text in states.itertuples(index=False):
+                print(f"read {', '.join(found.items.title(item) or item for item in items)}\n  {text}")
+        else:
+            print(f"preference: {about['preference']}")
+    elif args.explain:
+        found.explain(args.user, history=history)  # says why it cannot
+    print(frame.round({"score": 4, "p_yes": 4}).to_string(index=False))
+    if "json" in files:
+        about["recommendations"] = frame.to_dict("records")
+        write_text(files["json"], json.dumps(about, indent=2, ensure_ascii=False) + "\n")
+    if "csv" in files:
+        write_text(files["csv"], frame.to_csv(index=False))
+    return 0
+
+
+def _lines(path: Path, option: str) -> list[str]:
+    """Return the lines of a text file without the empty ones."""
+    try:
+        return [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "it is no UTF-8 text"
+        raise UserError(f"{option} {path} cannot be read ({why}); give a text file with one item id a line") from error
+
+
 def export_candidates(args: Namespace, options: Options) -> int:
     """Write the frozen candidates that every model meets on a dataset."""
     from recbole_mllm.evaluation.candidates_file import is_export

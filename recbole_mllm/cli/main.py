@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from recbole_mllm import __version__
 from recbole_mllm.benchmark.variants import SETS, known_variants
 from recbole_mllm.cli import commands
 from recbole_mllm.cli.arguments import Options, read_overrides
@@ -30,6 +31,7 @@ COMMANDS = {
         commands.rerun,
         "repeat a recorded run and compare: exit code 0 if the numbers agree, 1 if not",
     ),
+    "recommend": (commands.recommend, "the best items for a user, or for a history of items, from a checkpoint"),
     "export": (commands.export, "a fine-tuned model as a folder that servers load (docs/servers.md)"),
     "store stats": (commands.store_stats, "answers, tokens and seconds by model, kind of prompt and origin"),
     "store prune": (commands.store_prune, "delete answers"),
@@ -42,7 +44,7 @@ _GROUPS = {
     "candidates": ("the frozen candidates as a file; import them with --candidates_file=FILE", "{export}"),
     "store": ("the summary store: stats, prune, export, import", "{stats,prune,export,import}"),
 }
-_SHOWN = "{convert,inspect,plan,summarize,store,candidates,benchmark,report,rerun,export}"
+_SHOWN = "{convert,inspect,plan,summarize,store,candidates,benchmark,report,rerun,recommend,export}"
 _CONFIGURED = ("summarize", "plan", "benchmark", "candidates export")  # read a run's configuration
 _SHARED = ("", "summarize", "benchmark")  # several processes have something to share in them
 _COMMON: dict[str, dict[str, Any]] = {
@@ -106,6 +108,7 @@ def _parser() -> tuple[Parser, list[Parser]]:
         parser.add_argument(option, **settings)
     parser.add_argument("--model", help="a RecBole model or MLLMMSR")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.add_argument("--version", action="version", version=f"recbole-mllm {__version__}")
     groups = {"": parser.add_subparsers(dest="command", metavar=_SHOWN, parser_class=Parser)}
     parsers: dict[str, Parser] = {}
     for name, (_, told) in COMMANDS.items():
@@ -164,6 +167,19 @@ def _add_options(of: dict[str, Parser]) -> None:
     add = of["rerun"].add_argument
     add("run_id", help="as in runs.jsonl")
     add("--output_dir", help="the benchmark's; default: the one below results/ that has the run")
+    add = of["recommend"].add_argument
+    add("--checkpoint", required=True, metavar="C", help="FILE.pth, a run's folder, or its id under results/")
+    who = of["recommend"].add_mutually_exclusive_group(required=True)
+    who.add_argument("--user", metavar="U", help="a user of the dataset, by raw id")
+    who.add_argument("--history", metavar="I1,I2", help="raw ids of items, oldest first, of a user it has not seen")
+    add("--top", type=int, default=10, metavar="N", help="how many items (default 10)")
+    what = of["recommend"].add_mutually_exclusive_group()
+    what.add_argument("--candidates", metavar="FILE", help="rank these items alone: one raw id a line")
+    what.add_argument("--retriever_checkpoint", metavar="R", help="MLLMMSR ranks this baseline's best items alone")
+    add("--top_k", type=int, default=100, metavar="K", help="how many of the retriever's items (default 100)")
+    add("--explain", action="store_true", help="print each state of the preference summary, with what it has read")
+    add("--json", metavar="FILE", help="also write everything as JSON")
+    add("--csv", metavar="FILE", help="also write the table as CSV")
     add = of["export"].add_argument
     add("run", metavar="RUN", help="a checkpoint (FILE.pth), a run's folder, or its id under results/")
     add("--out", required=True, metavar="DIR", help="the folder to write; an earlier export is replaced")

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from difflib import get_close_matches
 from typing import Any
 
 from recbole_mllm.common.errors import UserError
@@ -19,6 +20,15 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**{"allow_abbrev": False, **settings})
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Refuse a value that is no choice, with the nearest one."""
+        if action.choices is not None and value not in action.choices:
+            choices = list(map(str, action.choices))
+            near = get_close_matches(str(value), choices, n=1)
+            hint = f"did you mean {near[0]}? There are" if near else "there are"
+            what = action.option_strings[0] if action.option_strings else "command"
+            self.error(f"{what} {value!r} is unknown; {hint} {', '.join(choices)}")
 
     def error(self, message: str) -> Any:
         """Raise the error of every other mistake."""

@@ -101,6 +101,19 @@ def make_preferences(setup: SummarySetup, requests: SummaryRequests) -> Preferen
     return _refreshed(setup, requests, None)[0]
 
 
+def generate(setup: SummarySetup, requests: SummaryRequests) -> Preferences:
+    """Return what the rows of `requests` read: answers of the store, else generated and stored; nothing is exported."""
+    s = setup.settings
+    if s.summary_mode == "none":
+        return Preferences({}, requests, setup.items, setup.style, s)
+    with closing(opened_store(setup.folder)) as store:
+        describing = item_generator(setup, store)
+        items = summarize_items(describing, setup.style, setup.items, requests.items(s), s.item_summary)
+        del describing  # and its model, before the next one is loaded
+        texts = preferences(user_generator(setup, store), setup.style, setup.items, items, requests, s)
+    return Preferences(texts, requests, setup.items, setup.style, s)
+
+
 def refresh(setup: SummarySetup, requests: SummaryRequests, users: Set[str] | None = None) -> list[str]:
     """Generate and export the summaries that the rows of `requests` read, those of `users` alone if given.
 

@@ -134,6 +134,42 @@ def read_checkpoint(path: Path, device: torch.device, *, cautious: bool = False)
     return found
 
 
+def find_checkpoint(run: str, model: str | None = "MLLMMSR") -> Path:
+    """Return the checkpoint that `run` names: a file, the folder of a run, or a run's id below ``results/``.
+
+    Args:
+        run: As a user gives it.
+        model: RecBole's name of the model it must be of, None for any.
+
+    Raises:
+        UserError: There is none.
+    """
+    given = Path(run)
+    if not run.strip():
+        raise UserError("a checkpoint (FILE.pth), a run's folder, or its id under results/ is wanted; it got ''")
+    if given.is_file():
+        return given
+    if given.is_dir():
+        beside = given.with_name(f"{given.resolve().name}.pth")
+        return beside if beside.is_file() else _best_checkpoint(given, model)
+    folders = sorted(Path("results").glob(f"*/runs/{run}")) if given.name == run else []
+    if len(folders) == 1:
+        return _best_checkpoint(folders[0], model)
+    what = "names several runs: " + ", ".join(map(str, folders)) if folders else "is neither a file nor a run's id here"
+    raise UserError(f"{run!r} {what}; give a checkpoint (FILE.pth) or a folder such as results/demo/runs/RUN_ID")
+
+
+def _best_checkpoint(folder: Path, model: str | None) -> Path:
+    for place in (folder / "saved", folder):
+        found = [path for path in place.glob(f"{model or ''}*.pth") if not path.name.endswith(LAST)]
+        if found:
+            return max(found, key=lambda path: path.stat().st_mtime)
+    if (folder / "adapter_config.json").is_file() or (folder / "trained.safetensors").is_file():
+        raise UserError(f"beside {folder} there is no {folder.name}.pth, which says how the prompts are worded")
+    of = f" of {model}" if model else ""
+    raise UserError(f"no checkpoint{of} is kept in {folder}; run that model again, or give a FILE.pth")
+
+
 def last_of(best: Path) -> Path:
     """Return the file of the newest state beside the file of the best one."""
     return best.with_name(best.name.removesuffix(".pth") + LAST)

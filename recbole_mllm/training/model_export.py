@@ -50,7 +50,7 @@ from recbole_mllm.mllm.loading import load_processor
 from recbole_mllm.mllm.lora import check_finetune, dequantized, load_trained_state, tune
 from recbole_mllm.mllm.server_scoring import decision_request
 from recbole_mllm.model.summarizers import load_style
-from recbole_mllm.training.checkpoint import LAST, read_checkpoint
+from recbole_mllm.training.checkpoint import find_checkpoint, read_checkpoint
 
 _CPU = torch.device("cpu")
 
@@ -80,40 +80,6 @@ def export(run: str, out: Path, *, merge: bool) -> Path:
         else:
             publish(stage, folder, EXPORT)
     return out
-
-
-def find_checkpoint(run: str) -> Path:
-    """Return the checkpoint that `run` names.
-
-    Raises:
-        UserError: There is none.
-    """
-    given = Path(run)
-    if not run.strip():
-        raise UserError("export wants a checkpoint (FILE.pth), a run's folder, or its id under results/; it got ''")
-    if given.is_file():
-        return given
-    if given.is_dir():
-        beside = given.with_name(f"{given.resolve().name}.pth")
-        if beside.is_file():
-            return beside
-        return _best_checkpoint(given)
-    folders = sorted(Path("results").glob(f"*/runs/{run}")) if given.name == run else []
-    if len(folders) == 1:
-        return _best_checkpoint(folders[0])
-    what = "names several runs: " + ", ".join(map(str, folders)) if folders else "is neither a file nor a run's id here"
-    raise UserError(f"{run!r} {what}; give a checkpoint (FILE.pth) or a folder such as results/demo/runs/RUN_ID")
-
-
-def _best_checkpoint(folder: Path) -> Path:
-    """Return the best checkpoint of a run's folder."""
-    for place in (folder / "saved", folder):
-        found = [path for path in place.glob("MLLMMSR*.pth") if not path.name.endswith(LAST)]
-        if found:
-            return max(found, key=lambda path: path.stat().st_mtime)
-    if (folder / "adapter_config.json").is_file() or (folder / "trained.safetensors").is_file():
-        raise UserError(f"beside {folder} there is no {folder.name}.pth, which says how the prompts are worded")
-    raise UserError(f"no checkpoint of MLLMMSR is kept in {folder}; run that model again, or give a FILE.pth")
 
 
 def _load(path: Path, merge: bool) -> tuple[Settings, HFModel]:

@@ -31,6 +31,7 @@ from recbole_mllm.mllm.lora import load_trained_state, save_trained, trained_sta
 from recbole_mllm.mllm.loss import example_loss, micro_batches
 from recbole_mllm.mllm.server_scoring import ServedScorer
 from recbole_mllm.model.row_scoring import (
+    AHEAD,
     IMAGE_TOKENS,
     Costs,
     Row,
@@ -213,6 +214,18 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
     def ask(self, rows: Sequence[Row]) -> list[float]:
         """Return the log-odds of `rows` from the MLLM itself."""
         return self._ask_prompts(self.prompts_of(rows))
+
+    def score_items(self, preference: str, items: Sequence[str]) -> list[float]:
+        """Return the log-odds of Yes of `items`, given by raw id, for a user of whom `preference` is known."""
+        ask = self.settings.recommend
+        prompts = [question(self.style, ask, self.items, preference, item) for item in items]
+        found: list[float] = []
+        with Progress(len(prompts), "scoring", "pair") as progress:
+            for start in range(0, len(prompts), AHEAD):
+                part = prompts[start : start + AHEAD]
+                found += self._ask_prompts(part)
+                progress.update(len(part))
+        return found
 
     def _log_odds(self, rows: Sequence[Row]) -> list[float]:
         """Return the log-odds of `rows`; what has not been scored ahead is scored item by item, and forgotten."""

@@ -1,0 +1,304 @@
+"""Recommendations from a checkpoint: the best items for a user of the dataset, or for a history that it never saw."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from recbole.data import create_dataset
+from recbole.data.interaction import Interaction
+from recbole.model.abstract_recommender import AbstractRecommender
+from recbole.utils import ModelType, get_model, init_seed
+
+from recbole_mllm.common.errors import UserError, as_user_error
+from recbole_mllm.common.settings import Settings
+from recbole_mllm.data.item_table import Items, read_items
+from recbole_mllm.training.checkpoint import find_checkpoint, read_checkpoint
+
+MLLM = "MLLMMSR"
+TOP_K = 100
+"""How many of a retriever's best items the MLLM is asked about."""
+
+
+class Recommender:
+    """Ranks items with the trained model of a checkpoint, MLLMMSR's or any of RecBole's that ranks all items.
+
+    Args:
+        checkpoint: A file ``.pth``, the folder of a benchmark's run, or the run's id below ``results/``. It is
+            unpickled, as it holds RecBole's Config: open none that you do not trust.
+        retriever_checkpoint: Of a baseline whose best `top_k` items MLLMMSR then ranks; without it MLLMMSR is asked
+            about every item that is no part of the history.
+        top_k: How many of the retriever's items are asked about.
+        data_path: Where the dataset's folder lies now, if not where it lay at training.
+
+    Raises:
+        UserError: There is no such checkpoint or dataset, or its model cannot rank.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | Path,
+        *,
+        retriever_checkpoint: str | Path | None = None,
+        top_k: int = TOP_K,
+        data_path: str | Path | None = None,
+    ) -> None:
+        path = find_checkpoint(str(checkpoint), model=None)
+        state = read_checkpoint(path, device := _device())
+        config = _config(state, device, data_path)
+        self.name, self.checkpoint, self.dataset_name = str(config["model"]), path, str(config["dataset"])
+        init_seed(config["seed"], config["reproducibility"])
+        with as_user_error("read and split the dataset", self.name, self.dataset_name):
+            data = create_dataset(config)
+            train = data.build()[0]
+        self._histories = _whole_histories(data)
+        kind: type[_Asked] | type[_Ranked] = _Asked if self.name == MLLM else _Ranked
+        self._ranker = kind(config, train, state)
+        self.items = self._ranker.items
+        self.retriever: Recommender | None = None
+        if retriever_checkpoint is not None:
+            if self.name != MLLM:
+                raise UserError(f"{path} is a checkpoint of {self.name}, which ranks all items itself; a retriever is "
+                                "for MLLMMSR")  # fmt: skip
+            self.retriever = Recommender(retriever_checkpoint, data_path=data_path)
+            if self.retriever.name == MLLM:
+                raise UserError(f"retriever_checkpoint {retriever_checkpoint} is one of MLLMMSR; give a baseline's")
+        self.top_k = top_k
+
+    @property
+    def users(self) -> list[str]:
+        """The raw ids of the dataset's users."""
+        return list(self._histories)
+
+    def history(self, user: str) -> list[str]:
+        """Return the raw ids of all items of a user of the dataset, oldest first.
+
+        Raises:
+            UserError: The dataset has no such user.
+        """
+        try:
+            return list(self._histories[str(user)])
+        except KeyError:
+            near = get_close_matches(str(user), self._histories, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise UserError(
+                f"dataset {self.dataset_name} has no user {user!r}; {hint}for a user it has not seen give a history of "
+                "item ids"
+            ) from None
+
+    def recommend(
+        self,
+        user: str | None = None,
+        *,
+        history: Sequence[str] | None = None,
+        top: int = 10,
+        candidates: Sequence[str] | None = None,
+    ) -> pd.DataFrame:
+        """Return the `top` best items for one user, best first.
+
+        Args:
+            user: A raw id of the dataset; all its interactions are read, those of the test split too.
+            history: Instead of `user`: raw ids of items, oldest first.
+            top: How many rows come back, at most.
+            candidates: Raw ids of the items to rank; by default all that are no part of the history.
+
+        Returns:
+            Columns ``rank`` (from 1), ``item_id``, ``title``, ``score`` (MLLMMSR: log-odds of Yes; higher is better)
+            and, for MLLMMSR alone, ``p_yes``.
+
+        Raises:
+            UserError: The user or an item is unknown, or the model cannot rank for a user it has not been trained on.
+        """
+        if top < 1:
+            raise UserError(f"top {top}: give 1 or more")
+        owner, read = self._reader(user, history)
+        if candidates is not None:
+            asked = list(dict.fromkeys(map(str, candidates)))
+            self._check_items(asked, "candidate")
+        elif self.retriever is not None:
+            # without the user's name where a history was given
+            found = self.retriever.recommend(user if history is None else None, history=history, top=self.top_k)
+            asked = found["item_id"].tolist()
+        else:
+            seen = set(read)
+            asked = [item for item in self._ranker.known if item not in seen]
+        scores = self._ranker.scores(owner, read, asked)
+        order = np.argsort(-scores, kind="stable")[:top]
+        frame = pd.DataFrame({
+            "rank": np.arange(1, len(order) + 1),
+            "item_id": [asked[n] for n in order],
+            "title": [self.items.title(asked[n]) for n in order],
+            "score": scores[order],
+        })  # fmt: skip
+        if self.name == MLLM:
+            frame["p_yes"] = 1 / (1 + np.exp(-frame["score"]))
+        return frame
+
+    def explain(self, user: str | None = None, *, history: Sequence[str] | None = None) -> pd.DataFrame:
+        """Return how the preference summary came about that MLLMMSR reads of a user: one row a state, oldest first.
+
+        Returns:
+            Columns ``items`` (the raw ids that the state has read on top of the one before) and ``preference``. The
+            last row's text stands in the question. Without summaries (``summary_mode: none``) or history: one row.
+
+        Raises:
+            UserError: As `recommend`; or the model reads no preference.
+        """
+        if not isinstance(self._ranker, _Asked):
+            raise UserError(f"{self.name} reads no text of a user; only MLLMMSR's recommendations are explained")
+        return pd.DataFrame(self._ranker.chain(self._reader(user, history)[1]), columns=["items", "preference"])
+
+    def preference(self, user: str | None = None, *, history: Sequence[str] | None = None) -> str:
+        """Return the text that stands for the user in MLLMMSR's question."""
+        return str(self.explain(user, history=history)["preference"].iloc[-1])
+
+    def _reader(self, user: str | None, history: Sequence[str] | None) -> tuple[str | None, list[str]]:
+        """Return the user, None if the dataset has not seen them, and the raw ids of what they have read."""
+        if (user is None) == (history is None):
+            raise UserError("give either a user of the dataset or a history of item ids")
+        if history is None:
+            return str(user), self.history(str(user))
+        read = [str(item) for item in history]
+        self._check_items(read, "item of the history")
+        return None, read
+
+    def _check_items(self, asked: Sequence[str], what: str) -> None:
+        known = self._ranker.known
+        if unknown := [item for item in asked if item not in known]:
+            near = get_close_matches(unknown[0], known, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise UserError(
+                f"{what} {unknown[0]!r} is unknown to dataset {self.dataset_name} ({len(unknown)} of {len(asked)} "
+                f"unknown); {hint}give raw item ids"
+            )
+
+
+class _Ranked:
+    """One of RecBole's models, by its own ranking of all items."""
+
+    def __init__(self, config: Any, train: Any, state: Mapping[str, Any]) -> None:
+        self.data, self.config = train, config
+        self.known = {str(name): n for n, name in enumerate(train.field2id_token[train.iid_field]) if n}
+        item_file = Path(config["data_path"]) / f"{config['dataset']}.item"
+        self.items = read_items(item_file.parent, None, train.iid_field) if item_file.is_file() else Items({}, {})
+        model = get_model(config["model"])(config, train)
+        if type(model).full_sort_predict is AbstractRecommender.full_sort_predict:
+            raise UserError(f"{config['model']} cannot rank all items at once; take a general or sequential model")
+        self.model = _filled(model, state, config)
+
+    @torch.no_grad()
+    def scores(self, user: str | None, history: Sequence[str], asked: Sequence[str]) -> Any:
+        """Return RecBole's scores of the items; ``full_sort_predict`` of one row."""
+        data, depth = self.data, int(self.config["MAX_ITEM_LIST_LENGTH"] or 0)
+        columns = {data.uid_field: torch.tensor([data.field2token_id[data.uid_field][user] if user is not None else 0])}
+        if self.config["MODEL_TYPE"] == ModelType.SEQUENTIAL:
+            read = torch.tensor([self.known[item] for item in history][-depth:], dtype=torch.long)
+            if not len(read):
+                raise UserError(f"{self.config['model']} reads a history, and this one is empty; give item ids")
+            listed = torch.zeros(1, depth, dtype=torch.long)
+            listed[0, : len(read)] = read
+            columns[data.iid_field + self.config["LIST_SUFFIX"]] = listed
+            columns[data.item_list_length_field] = torch.tensor([len(read)])
+        elif user is None:
+            raise UserError(
+                f"{self.config['model']} knows the users it was trained on alone; for a user it has not seen take a "
+                "sequential model, such as SASRec, or MLLMMSR"
+            )
+        found = self.model.full_sort_predict(Interaction(columns).to(self.config["device"])).reshape(-1)
+        return found.double().cpu().numpy()[[self.known[item] for item in asked]]
+
+
+class _Asked:
+    """MLLMMSR: what its question says of the user is summarised here, where the store does not know it."""
+
+    def __init__(self, config: Any, train: Any, state: Mapping[str, Any]) -> None:
+        from recbole_mllm.model.summarizers import make_summary_setup
+        from recbole_mllm.summaries.preferences import Preferences
+        from recbole_mllm.summaries.user_summaries import SummaryRequests
+
+        settings = Settings.from_config(config)
+        self.setup = make_summary_setup(config, settings, config["device"])
+        self.items = self.setup.items
+        described = dict.fromkeys([*map(str, train.field2id_token[train.iid_field][1:]), *self.items.titles])
+        self.known = {item: n for n, item in enumerate(described)}
+        setup = self.setup
+        nobody = Preferences({}, SummaryRequests({}, {}), setup.items, setup.style, setup.settings)
+        self.model = _filled(get_model(MLLM)(config, train, nobody), state, config)
+        self._preferences: dict[tuple[str, ...], Any] = {}
+
+    def scores(self, user: str | None, history: Sequence[str], asked: Sequence[str]) -> Any:
+        """Return the log-odds of Yes."""
+        return np.array(self.model.score_items(self._read(history).of("", len(history)), asked), float)
+
+    def chain(self, history: Sequence[str]) -> list[tuple[list[str], str]]:
+        """Return the items that each state has read on top of the one before, and its text."""
+        found = self._read(history)
+        states = [(list(history[s.since : s.seen]), text) for s, text in found.chain("", len(history))]
+        return states or [(list(history), found.of("", len(history)))]
+
+    def _read(self, history: Sequence[str]) -> Any:
+        """Return the preferences of one history: answers of the store, else generated and stored."""
+        from recbole_mllm.summaries.preferences import generate
+        from recbole_mllm.summaries.user_summaries import SummaryRequests
+
+        key = tuple(history)
+        if key not in self._preferences:
+            self._preferences[key] = generate(self.setup, SummaryRequests({"": list(key)}, {"": {len(key)}}))
+        return self._preferences[key]
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _config(state: Mapping[str, Any], device: torch.device, data_path: str | Path | None) -> Any:
+    """Return the configuration of the checkpoint's run, for this machine and without an evaluation."""
+    config = state["config"]
+    config["device"] = device
+    if data_path is not None:
+        config["data_path"] = str(Path(data_path) / config["dataset"])
+    for key in ("limit_users", "frozen_candidates", "candidates_file", "retriever_checkpoint"):
+        config[key] = None
+    for key in ("save_dataset", "save_dataloaders"):
+        config[key] = False
+    config["eval_args"]["mode"] = {"valid": "uni1", "test": "uni1"}  # no retriever is trained
+    if not Path(config["data_path"]).is_dir():
+        raise UserError(
+            f"the checkpoint's dataset is not in {config['data_path']}; give the folder that holds {config['dataset']} "
+            "as data_path"
+        )
+    return config
+
+
+def _whole_histories(data: Any) -> dict[str, list[str]]:
+    """Return the raw item ids of each user, oldest first, whatever part of the split they are in.
+
+    With benchmark files that is the longest list of a user's rows, and the target behind it.
+    """
+    users, items = (np.asarray(data.field2id_token[f]).astype(str) for f in (data.uid_field, data.iid_field))
+    facts = data.facts
+    if facts.lists is None:
+        rows = facts.by_user() if facts.order is not None else np.argsort(facts.users, kind="stable")
+        owners, read = facts.users[rows], facts.items[rows]
+    else:
+        ends = np.cumsum(facts.lengths)
+        order = np.lexsort((np.arange(len(ends)), facts.lengths, facts.users))
+        last = order[np.flatnonzero(np.diff(facts.users[order], append=-1))]  # each user's longest row
+        parts = [np.r_[facts.lists[ends[n] - facts.lengths[n] : ends[n]], facts.items[n]] for n in last]
+        owners, read = np.repeat(facts.users[last], list(map(len, parts))), np.concatenate(parts)
+    starts = np.flatnonzero(np.diff(owners, prepend=-1))
+    lists = np.split(items[read], starts[1:])
+    return {str(users[owners[start]]): own.tolist() for start, own in zip(starts.tolist(), lists, strict=True)}
+
+
+def _filled(model: Any, state: Mapping[str, Any], config: Any) -> Any:
+    """Return `model` with the checkpoint's state, on its device and ready to score."""
+    with as_user_error(f"load the checkpoint of {config['model']}", config["model"], config["dataset"]):
+        model.load_state_dict(state["state_dict"])
+        model.load_other_parameter(state.get("other_parameter"))
+    return model.to(config["device"]).eval()

@@ -1,0 +1,136 @@
+"""Recommendations from checkpoints: MLLMMSR's scores are those of its evaluation, a planted sequence is continued."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import small_world
+
+from recbole_mllm.cli import main
+from recbole_mllm.common.errors import UserError
+from recbole_mllm.quick_start import make_config, run
+from recbole_mllm.recommender import Recommender
+
+SMALL = {
+    "MLLMMSR": {
+        "mllm": "tiny",
+        "prompt_style": "demo",
+        "epochs": 1,
+        "train_last_k": 1,
+        "limit_users": 4,
+        "block_size": 3,
+        "lora_r": 2,
+    },
+    "GRU4Rec": {"epochs": 60, "train_neg_sample_args": None, "learning_rate": 0.01},
+    "ItemKNN": {},
+}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    home = tmp_path_factory.mktemp("recommend")
+    small_world.write(home / "dataset")
+    return home
+
+
+@pytest.fixture(scope="module")
+def outcomes(home):
+    common = {
+        "data_path": str(home / "dataset"),
+        "checkpoint_dir": str(home / "saved"),
+        "state": "ERROR",
+        "use_gpu": False,
+        "show_progress": False,
+        "frozen_candidates": True,
+    }
+    return {name: run(make_config(name, "steps", [], common | keys)) for name, keys in SMALL.items()}
+
+
+@pytest.fixture(scope="module")
+def ours(outcomes):
+    return Recommender(outcomes["MLLMMSR"].checkpoint)
+
+
+def test_scores_are_those_of_the_evaluation(outcomes, ours):
+    outcome = outcomes["MLLMMSR"]
+    data, pairs = outcome.dataset, outcome.pairs
+    names, tokens = data.field2id_token[data.uid_field], data.field2id_token[data.iid_field]
+    user = pairs["user_id"][0]
+    own = pairs["user_id"] == user
+    asked = [str(tokens[n]) for n in pairs["item_id"][own]]
+    history = ours.history(str(names[user]))
+    assert history[-1] in asked  # the target, last of all
+    frame = ours.recommend(history=history[:-1], candidates=asked, top=len(asked))
+    found = frame.set_index("item_id")["score"]
+    np.testing.assert_allclose([found[item] for item in asked], pairs["score"][own], atol=1e-5)
+    np.testing.assert_allclose(frame["p_yes"], 1 / (1 + np.exp(-frame["score"])))
+    assert (frame["score"].diff().dropna() <= 0).all()
+
+
+def test_a_user_is_read_whole_and_offered_nothing_met(ours):
+    history = ours.history("u03")
+    assert history == [small_world.item(6 + t) for t in range(small_world.LENGTH)]
+    frame = ours.recommend("u03", top=1000)
+    assert set(frame["item_id"]) == {small_world.item(n) for n in range(small_world.ITEMS)} - set(history)
+    pd.testing.assert_frame_equal(frame, ours.recommend(history=history, top=1000))
+    assert frame["title"].iloc[0] == f"title of {frame['item_id'].iloc[0]}"
+
+
+def test_the_preference_is_explained_block_by_block(ours):
+    states = ours.explain("u03")
+    history = ours.history("u03")
+    assert [list(items) for items in states["items"]] == [history[:3], history[3:6], history[6:]]
+    assert ours.preference("u03") == states["preference"].iloc[-1] != states["preference"].iloc[0]
+
+
+def test_a_sequential_model_continues_a_history_it_has_not_seen(outcomes):
+    found = Recommender(outcomes["GRU4Rec"].checkpoint)
+    for start in (11, 25, 33):  # histories of users begin at even items
+        history = [small_world.item(start + t) for t in range(4)]
+        assert found.recommend(history=history, top=1)["item_id"].tolist() == [small_world.item(start + 4)]
+    assert list(found.recommend("u00").columns) == ["rank", "item_id", "title", "score"]
+
+
+def test_a_retriever_chooses_whom_the_mllm_ranks(outcomes):
+    retriever = outcomes["GRU4Rec"].checkpoint
+    found = Recommender(outcomes["MLLMMSR"].checkpoint, retriever_checkpoint=retriever, top_k=5)
+    best = Recommender(retriever).recommend("u05", top=5)["item_id"]
+    frame = found.recommend("u05")
+    assert sorted(frame["item_id"]) == sorted(best) and len(frame) == 5
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "said"),
+    [
+        ("MLLMMSR", {"user": "u3"}, "no user 'u3'; did you mean"),
+        ("MLLMMSR", {"history": ["i01", "x99"]}, "'x99' is unknown"),
+        ("MLLMMSR", {"user": "u03", "candidates": ["i1"]}, "'i1' is unknown"),
+        ("MLLMMSR", {"user": "u03", "history": ["i01"]}, "either a user"),
+        ("MLLMMSR", {"user": "u03", "top": 0}, "1 or more"),
+        ("ItemKNN", {"history": ["i01"]}, "take a sequential model"),
+        ("GRU4Rec", {"history": []}, "reads a history"),
+    ],
+)
+def test_what_cannot_be_recommended_is_refused(outcomes, model, arguments, said):
+    with pytest.raises(UserError, match=said):
+        Recommender(outcomes[model].checkpoint).recommend(**arguments)
+
+
+def test_the_command_prints_and_writes(home, outcomes, capsys, monkeypatch):
+    monkeypatch.chdir(home)
+    ids = home / "ids.txt"
+    ids.write_text("i01\ni02\n\ni03\n")
+    checkpoint = str(outcomes["MLLMMSR"].checkpoint)
+    words = ["recommend", "--checkpoint", checkpoint, "--user", "u03", "--candidates", str(ids)]
+    assert main([*words, "--json", "out.json", "--csv", "out.csv", "--explain"]) == 0
+    said = capsys.readouterr().out
+    written = json.loads((home / "out.json").read_text())
+    assert written["preference"] in said and "title of i02" in said
+    frame = pd.read_csv(home / "out.csv")
+    assert frame["item_id"].tolist() == [row["item_id"] for row in written["recommendations"]]
+    assert sorted(frame["item_id"]) == ["i01", "i02", "i03"]
+    assert main([*words, "--json", "out.json"]) == 0  # its own file is replaced
+    assert main([*words, "--json", str(ids)]) == 2  # another's is not
+    assert ids.read_text().startswith("i01")
+    assert main(["recommend", "--checkpoint", str(outcomes["ItemKNN"].checkpoint), "--history", "i01"]) == 2
