@@ -276,21 +276,15 @@ def test_a_newer_store_is_refused(tmp_path):
             opened()
 
 
-FOREIGN = {
-    "another's tables": ["CREATE TABLE songs (a, b)", "INSERT INTO songs VALUES (1, 2)"],
-    "answers of another shape": ["CREATE TABLE answers (id INTEGER, body TEXT)", "INSERT INTO answers VALUES (1, 'x')"],
-    "a view": ["CREATE TABLE t (a)", "CREATE VIEW answers AS SELECT a FROM t"],
-}
-
-
-@pytest.mark.parametrize("what", FOREIGN)
-def test_a_database_of_something_else_is_left_as_it_is(what, tmp_path):
+@pytest.mark.parametrize(
+    "statement", ["CREATE TABLE songs (a, b)", "CREATE TABLE answers (id INTEGER)", "CREATE VIEW answers AS SELECT 1"]
+)
+def test_a_database_of_something_else_is_left_as_it_is(statement, tmp_path):
     folder = tmp_path / "d"
     folder.mkdir()
     path = folder / "d.mllm.sqlite"
     with closing(sqlite3.connect(path)) as db, db:
-        for statement in FOREIGN[what]:
-            db.execute(statement)
+        db.execute(statement)
     before = path.read_bytes()
     for opened in (lambda: Store(path), lambda: opened_store(folder), lambda: ReadOnlyStore(folder)):
         with pytest.raises(UserError, match=r"is an SQLite file of something else \(.*\); move it away") as caught:
