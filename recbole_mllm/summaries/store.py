@@ -252,7 +252,7 @@ def _connected(path: Path) -> sqlite3.Connection:
         UserError: It cannot be opened or written, is newer than this program, or is something else's.
     """
     with _explained(path):
-        if not path.is_file() and (path.exists() or path.is_symlink()):
+        if os.path.lexists(path) and not path.is_file():  # in this order: another process may just have made it
             raise UserError(f"the summary store {path} is no file; move it away, and a new store is created")
         path.parent.mkdir(parents=True, exist_ok=True)
         db = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None)
