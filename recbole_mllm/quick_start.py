@@ -156,7 +156,7 @@ def _begin(config: Any) -> None:
             check_place(Path(str(config[key])), f"{key}:")
 
 
-class _Loaders(NamedTuple):
+class Loaders(NamedTuple):
     """RecBole's, of a split dataset; those for evaluation hold the frozen candidates."""
 
     train: Any
@@ -164,14 +164,24 @@ class _Loaders(NamedTuple):
     test: Any
 
 
-def _data(config: Any) -> tuple[Any, _Loaders]:
-    """Return the dataset, and its loaders with the candidates that every model is asked about."""
-    refused, log = (config["model"], config["dataset"]), logging.getLogger()
+def read_and_split(config: Any) -> tuple[Any, Loaders]:
+    """Return the dataset of `config`, and its loaders with the candidates that every model is asked about.
+
+    Raises:
+        UserError: RecBole can do neither with what it is given.
+    """
+    refused = config["model"], config["dataset"]
     with as_user_error("read the dataset", *refused):
         dataset = create_dataset(config)
-    log.info(dataset)
     with as_user_error("split the dataset", *refused):
-        loaders = _Loaders(*data_preparation(config, dataset))
+        return dataset, Loaders(*data_preparation(config, dataset))
+
+
+def _data(config: Any) -> tuple[Any, Loaders]:
+    """Return the dataset and its loaders, and seed what comes next."""
+    dataset, loaders = read_and_split(config)
+    log = logging.getLogger()
+    log.info(dataset)
     for phase in ("valid", "test"):  # what RecBole's lines below are results of
         log.info(f"{phase}: {protocol_line(config, phase=phase)}")
     init_seed(config["seed"] + config["local_rank"], config["reproducibility"])  # as run_recbole, before its model
@@ -221,7 +231,7 @@ class _Fitted(NamedTuple):
 
 
 def _fit(
-    config: Any, model: Any, build_s: float, loaders: _Loaders, *, saved: bool, keep_valid: bool = False
+    config: Any, model: Any, build_s: float, loaders: Loaders, *, saved: bool, keep_valid: bool = False
 ) -> _Fitted:
     """Train `model` with validation as its configuration says; `saved` writes the best state to the disk.
 
@@ -322,18 +332,6 @@ def make_config(model: str, dataset: str, files: list[str], overrides: dict[str,
     """
     keys = {"per_model": sections(files)} if files else {}
     return recbole_config(model, dataset, files, keys | per_model(files, model) | overrides)
-
-
-def read_and_split(config: Any) -> tuple[Any, tuple[Any, Any, Any]]:
-    """Return the dataset of `config`, and its loaders for training, validation and test.
-
-    Raises:
-        UserError: RecBole can do neither with what it is given.
-    """
-    with as_user_error("read and split the dataset"):
-        dataset = create_dataset(config)
-        train, valid, test = data_preparation(config, dataset)
-    return dataset, (train, valid, test)
 
 
 def prepare_summaries(config: Any, stage: str, *, since: str | None = None) -> list[str]:

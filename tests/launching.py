@@ -14,6 +14,14 @@ FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICI
 ONE_OF_TWO = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
 
 
+def script_with(change, folder):
+    """Write a script that changes something, and then is the command line; return its path."""
+    lines = ["import os, signal, sys", change.strip(), "from recbole_mllm.cli import main", "sys.exit(main())"]
+    path = folder / "script.py"
+    path.write_text("\n".join(lines))
+    return path
+
+
 def launched(count, words, folder, *, limit_s=150, **more):
     """Run `words` in `count` processes on the CPU; return what they said, and the launcher's exit code."""
     environment = {

@@ -15,7 +15,7 @@ from recbole_mllm.benchmark.variants import MLLM, Entry, baseline_defaults, reso
 from recbole_mllm.common import distributed
 from recbole_mllm.common.config import file_keys
 from recbole_mllm.common.errors import UserError
-from recbole_mllm.common.settings import COUNT, SEED, Range
+from recbole_mllm.common.settings import Count, Seed, Whole, checked
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +51,14 @@ class BenchmarkPlan:
         """Refuse a plan that could not run, before anything does."""
         if not self.labels or not self.seeds:
             raise UserError("a benchmark needs at least one model and one seed: --models Pop,SASRec --seeds 2024")
-        COUNT.checked("--jobs", self.jobs)
+        checked("--jobs", self.jobs, Count)
         if self.jobs > 1 and distributed.is_launched():
             raise UserError(f"--jobs {self.jobs}: processes of a launcher share one run at a time; leave --jobs out")
-        Range(int, least=0).checked("--tune", self.tune)
+        checked("--tune", self.tune, Whole)
         if self.limit_users is not None:
-            COUNT.checked("--limit_users", self.limit_users)
+            checked("--limit_users", self.limit_users, Count)
         for seed in self.seeds:
-            SEED.checked("--seeds", seed)
+            checked("--seeds", seed, Seed)
         for label in self.labels:
             resolve(label)
 

@@ -283,7 +283,7 @@ def _content(key: str, value: Any) -> Any:
     if not isinstance(value, str | Path) or not Path(value).exists():
         return value
     if key in _MODELS:
-        return identity_of(str(value), None)
+        return identity_of(str(value))
     return hashlib.sha256(Path(value).read_bytes()).hexdigest() if Path(value).is_file() else value
 
 

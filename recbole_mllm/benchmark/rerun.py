@@ -18,6 +18,10 @@ from recbole_mllm.benchmark.records import RECORDS, RunRecord, latest, plain_jso
 from recbole_mllm.benchmark.variants import MLLM
 from recbole_mllm.common.config import every_key
 from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.model_names import is_same
+from recbole_mllm.common.resources import PROPERTIES
+from recbole_mllm.common.settings import MLLMSettings
+from recbole_mllm.common.yaml_files import read_mapping
 from recbole_mllm.demo.builtin import is_builtin
 
 RERUNS = "reruns"
@@ -82,6 +86,7 @@ def rerun(
     """
     output = folder.resolve() / RERUNS
     place = output / "runs" / record.run_id
+    _check_weights(record)
     order = order_of(record, output, data_path)
     tell(f"running {record.run_id} again in {folder / RERUNS / 'runs' / record.run_id}")
     stop = threading.Event()
@@ -92,6 +97,22 @@ def rerun(
     if len(again) == known:
         return Agreement(False, (f"it failed this time: {failure(place / LOG, code)} (log: {place / LOG})",))
     return compare(record, again[-1])
+
+
+def _check_weights(record: RunRecord) -> None:
+    """Refuse to repeat a run with other weights than it had.
+
+    Raises:
+        UserError: A local model's files are others now, or are gone.
+    """
+    recorded = record.config.get("provenance", {}).get("weights", {})
+    models = MLLMSettings.from_config({**read_mapping(PROPERTIES / "model" / "MLLMMSR.yaml"), **record.config})
+    for key, weights in recorded.items():
+        if not is_same(weights, now := models.identity(key)):
+            raise UserError(
+                f"{key} {models.name(key)} was {weights} and is {now}: a run of other weights is another run; put the "
+                "earlier ones back, or run the benchmark again"
+            )
 
 
 def order_of(record: RunRecord, output: Path, data_path: str | None = None) -> dict[str, Any]:

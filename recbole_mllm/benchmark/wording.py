@@ -193,7 +193,7 @@ def command(run: RunRecord) -> str:
 
 def shown_config(run: RunRecord) -> dict[str, Any]:
     """Return a run's configuration without the machine's folders: of other paths than those the last part is shown."""
-    ours = ("data_path", "checkpoint_dir", "retriever_dir")
+    ours = ("data_path", "checkpoint_dir", "retriever_dir", "provenance")
     return {key: without_folders(value) for key, value in plain_json(run.config).items() if key not in ours}
 
 

@@ -277,6 +277,12 @@ def _record(job: dict[str, Any], outcome: Any, started: str, tuning: dict[str, A
 
         features_s = seconds_of(outcome.config)
     config = outcome.config.final_config_dict
+    recorded = plain_json(config)
+    if job["kind"] == "mllm" or outcome.config["item_features"]:
+        from recbole_mllm.features.item_vectors import settings_of
+        from recbole_mllm.model.summarizers import provenance
+
+        recorded["provenance"] = plain_json(provenance(settings_of(outcome.config), outcome.config["device"]))
     users = len(outcome.users["user"])
     place = f"runs/{job['run_id']}"
     return RunRecord(
@@ -288,7 +294,7 @@ def _record(job: dict[str, Any], outcome: Any, started: str, tuning: dict[str, A
         candidate_rules=CANDIDATE_RULES,
         n_users=users,
         config_digest=config_digest(config),
-        config=plain_json(config),
+        config=recorded,
         metrics=outcome.test,
         valid=outcome.valid,
         per_user=f"{place}/{PER_USER}",

@@ -22,15 +22,17 @@ from recbole_mllm.common.errors import UserError, as_user_error
 from recbole_mllm.common.progress import warn_once
 from recbole_mllm.common.resources import PROPERTIES, named, resource
 from recbole_mllm.common.settings import (
-    COUNT,
     Count,
+    Positive,
     Range,
     RankingSettings,
+    Rule,
     Seed,
+    Whole,
     WrongValue,
-    check_value,
     checked,
     known_keys,
+    own_types,
 )
 from recbole_mllm.common.yaml_files import line_of, read_mapping
 
@@ -155,29 +157,15 @@ def nearest_model(name: str, others: Iterable[str] = ()) -> str:
 
 _LEARNERS = ("adam", "adamw", "sgd", "adagrad", "rmsprop", "sparse_adam")
 _WITHOUT_PLACES = ("gauc", "auc", "mae", "rmse", "logloss")
-_Whole = Annotated[int, Range(int, least=0)]
-_Positive = Annotated[float, Range(float, above=0)]
 _SHARE = Range(float, least=0)
-_From0 = Annotated[float, _SHARE]
-# RecBole's own keys; it finds out late, or never
-_TYPES: dict[str, Any] = {
-    "learning_rate": _Positive, "weight_decay": _From0, "seed": Seed, "train_batch_size": Count,
-    "eval_batch_size": Count, "metrics": str | list[str], "valid_metric": str,
-    "rm_dup_inter": Literal["first", "last"] | None, "MAX_ITEM_LIST_LENGTH": Count | None,
-    "benchmark_filename": list[str] | None, "checkpoint_dir": str, "data_path": str,
-    **dict.fromkeys((
-        "epochs", "stopping_step", "eval_step", "metric_decimal_place", "loss_decimal_place", "worker"), _Whole),
-    **dict.fromkeys((
-        "reproducibility", "show_progress", "use_gpu", "save_dataset", "save_dataloaders", "shuffle", "enable_amp",
-        "enable_scaler", "normalize_all", "filter_inter_by_user_or_item"), bool | None),
-}  # fmt: skip
+_NotNegative = Annotated[float, _SHARE]
 # Keys within keys that RecBole passes over in silence where it does not know them, and their types
 _INNER: dict[str, dict[str, Any]] = {
     "eval_args": dict.fromkeys(("split", "order", "group_by", "mode"), Any),
     "train_neg_sample_args": {
-        "distribution": Any, "sample_num": Count, "alpha": _From0, "dynamic": Any, "candidate_num": _Whole,
+        "distribution": Any, "sample_num": Count, "alpha": _NotNegative, "dynamic": Any, "candidate_num": Whole,
     },
-    "clip_grad_norm": {"max_norm": _Positive, "norm_type": _From0, "error_if_nonfinite": Any, "foreach": Any},
+    "clip_grad_norm": {"max_norm": Positive, "norm_type": _NotNegative, "error_if_nonfinite": Any, "foreach": Any},
 }  # fmt: skip
 _MODE = re.compile(r"full|labeled|(uni|pop)0*[1-9][0-9]*")
 _INTERVAL = re.compile(r"\s*[(\[]\s*([^,;\s]+)\s*,\s*([^,;\s]+)\s*[)\]]\s*")
@@ -200,11 +188,6 @@ def _are_filters(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(one, list) or _are_intervals(one) for one in value.values())
 
 
-def _are_places(value: Any) -> bool:
-    places = value if isinstance(value, list) else [value]
-    return places != [] and all(COUNT.read(place) is not None for place in places)
-
-
 def _are_columns(value: Any) -> bool:
     return isinstance(value, dict) and all(
         columns == "*" or (isinstance(columns, list) and all(isinstance(name, str) for name in columns))
@@ -212,19 +195,38 @@ def _are_columns(value: Any) -> bool:
     )
 
 
-# More of RecBole's keys: the check of a value that is not null, and what it must be in words
-_Rule = tuple[Callable[[Any], bool], str]
-_INTERVALS: _Rule = (_are_intervals, "intervals, such as '[5,inf)' or '[0,1];(3,4]'")
-_COLUMNS: _Rule = (_are_columns, "the columns of each file, such as {inter: [user_id, item_id, timestamp]}")
-_SEPARATOR: _Rule = (lambda value: isinstance(value, str) and value != "", "a text")
-_RULES: dict[str, _Rule] = {
-    "topk": (_are_places, "whole numbers, at least 1, such as [5, 10]"),
-    "device": (lambda value: bool(re.fullmatch(r"cpu|cuda(:[0-9]+)?", str(value))), "cpu, cuda or cuda:N"),
-    "val_interval": (_are_filters, "the intervals of each field, such as {rating: '[3,inf)'}, or the tokens that stay, "
-                     "as a list"),
-    "load_col": _COLUMNS, "unload_col": _COLUMNS, "field_separator": _SEPARATOR, "seq_separator": _SEPARATOR,
-    "user_inter_num_interval": _INTERVALS, "item_inter_num_interval": _INTERVALS,
-    "entity_kg_num_interval": _INTERVALS, "relation_kg_num_interval": _INTERVALS,
+_EXAMPLE = "such as {inter: [user_id, item_id, timestamp]}"
+_Intervals = Annotated[Any, Rule(_are_intervals, "intervals, such as '[5,inf)' or '[0,1];(3,4]'")]
+_Filters = Annotated[
+    Any,
+    Rule(_are_filters, "the intervals of each field, such as {rating: '[3,inf)'}, or the tokens that stay, as a list"),
+]
+_Columns = Annotated[Any, Rule(_are_columns, f"the columns of each file, {_EXAMPLE}")]
+_Loaded = Annotated[
+    Any,  # RecBole loads no file that it does not name
+    Rule(lambda value: _are_columns(value) and bool(value.get("inter")), f"the columns of inter, at least, {_EXAMPLE}"),
+]
+_Device = Annotated[
+    Any, Rule(lambda value: bool(re.fullmatch(r"cpu|cuda(:[0-9]+)?", str(value))), "cpu, cuda or cuda:N")
+]
+_Separator = Annotated[Any, Rule(lambda value: isinstance(value, str) and value != "", "a text")]
+# RecBole's own keys; it finds out late, or never
+_TYPES: dict[str, Any] = {
+    "learning_rate": Positive, "weight_decay": _NotNegative, "seed": Seed, "train_batch_size": Count,
+    "eval_batch_size": Count, "metrics": str | list[str], "valid_metric": str,
+    "rm_dup_inter": Literal["first", "last"] | None, "MAX_ITEM_LIST_LENGTH": Count | None,
+    "benchmark_filename": list[str] | None, "checkpoint_dir": str, "data_path": str, "device": _Device | None,
+    "topk": Count | list[Count] | None, "val_interval": _Filters | None, "load_col": _Loaded | None,
+    "unload_col": _Columns | None,
+    **dict.fromkeys((
+        "epochs", "stopping_step", "eval_step", "metric_decimal_place", "loss_decimal_place", "worker"), Whole),
+    **dict.fromkeys((
+        "reproducibility", "show_progress", "use_gpu", "save_dataset", "save_dataloaders", "shuffle", "enable_amp",
+        "enable_scaler", "normalize_all", "filter_inter_by_user_or_item"), bool | None),
+    **dict.fromkeys((
+        "user_inter_num_interval", "item_inter_num_interval", "entity_kg_num_interval", "relation_kg_num_interval"),
+        _Intervals | None),
+    **dict.fromkeys(("field_separator", "seq_separator"), _Separator | None),
 }  # fmt: skip
 
 
@@ -298,18 +300,10 @@ def check_values(values: Mapping[str, Any], where: Callable[[str], str] = lambda
 
 
 def _check_value(key: str, value: Any) -> None:
-    if key in _TYPES:
-        checked(key, value, _TYPES[key])
-    elif key in _INNER:
+    if key in _INNER:
         _check_inner(key, value)
-    elif key in _RULES:
-        passes, wanted = _RULES[key]
-        if value is not None and not passes(value):
-            raise WrongValue(key, value, wanted)
-        if key == "load_col" and value is not None and not value.get("inter"):  # RecBole loads no file it does not name
-            raise WrongValue(key, value, "columns of inter, at least, such as {inter: [user_id, item_id, timestamp]}")
-    else:
-        check_value(key, value)
+    elif hint := _TYPES.get(key) or own_types().get(key):
+        checked(key, value, hint)
 
 
 def _check_inner(name: str, value: Any) -> None:

@@ -97,11 +97,6 @@ def wants(what: str) -> bool:
     return os.environ.get(f"ACCELERATE_USE_{what}", "").lower() in ("1", "true", "yes")
 
 
-def wants_cpu() -> bool:
-    """Return whether GPUs are to be left alone."""
-    return wants("CPU")
-
-
 # -- the store and the group -------------------------------------------------------------------------------------------
 
 
@@ -155,7 +150,7 @@ def start() -> None:
     read("all here")  # in Python, unlike the group's own wait, so that a process that fails before it is noticed
     torch, dist = importlib.import_module("torch"), _dist()
     backend = "gloo"
-    if torch.cuda.is_available() and not wants_cpu():
+    if torch.cuda.is_available() and not wants("CPU"):
         torch.cuda.set_device(local_process_index())
         backend = "cpu:gloo,cuda:nccl"
     with peers_alive():
@@ -289,7 +284,7 @@ def peers_alive() -> Iterator[None]:
         raise LostProcess(_LOST_WORDS) from error
 
 
-def lost_another(error: Exception) -> LostProcess | None:
+def lost_another(error: BaseException) -> LostProcess | None:
     """Return what `error` means if it is what a collective says when another process is gone.
 
     A model split among processes holds collectives in each of its layers, out of reach of `peers_alive`.
@@ -326,31 +321,28 @@ def _fail(code: int) -> tuple[bool, int]:
 
 
 def exit_code(run: Callable[[list[str]], int], words: Sequence[str]) -> int:
-    """Return what `run` returns, and what `arguments.exit_code` does for a mistake; anything else raised is 1."""
-    from recbole_mllm.common.console import in_a_line, usable_streams
+    """Return what `run` returns, and what `console.exit_code` does for a mistake; anything else raised is 1."""
+    from recbole_mllm.common.console import in_a_line
 
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _ended_by_launcher)
     if not is_main():
         warnings.simplefilter("ignore")  # the main process has shown them
     debug = "--debug" in words
-    with usable_streams():
-        try:
-            code = run([word for word in words if word != "--debug"])
-            sys.stdout.flush()
-            stop()
-            return code
-        except KeyboardInterrupt:
-            code, line = 1, "recbole-mllm: stopped; what was finished is kept"
-        except Exception as error:  # whatever it is, the other processes must hear of it and end
-            lost = lost_another(error)
-            said = (1, str(lost)) if lost else in_a_line(error)
-            code, line = said or (1, "")
-            line = traceback.format_exc() if debug or not said else line and f"recbole-mllm: {line}"
-        first, code = _fail(code)
-        if first:
-            print(line.rstrip(), end="\n" * bool(line), file=sys.stderr, flush=True)
-        return _abandon(code)
+    try:
+        code = run([word for word in words if word != "--debug"])
+        sys.stdout.flush()
+        stop()
+        return code
+    except (Exception, KeyboardInterrupt) as error:  # whatever it is, the other processes must hear of it and end
+        lost = lost_another(error)
+        told = (1, str(lost)) if lost else in_a_line(error)
+        code, line = told or (1, "")
+        line = traceback.format_exc() if debug or not told else line and f"recbole-mllm: {line}"
+    first, code = _fail(code)
+    if first:
+        print(line.rstrip(), end="\n" * bool(line), file=sys.stderr, flush=True)
+    return _abandon(code)
 
 
 def child_code(run: Callable[[], int]) -> int:

@@ -1,9 +1,10 @@
 """Everything that writes, replaces or removes files goes through here: whole or absent, and never anybody else's.
 
-A file, or a folder of files, is created under a unique name beside its place and then renamed. What is removed was
-created here under such a name, or is named by the manifest that an earlier output has in its folder, and is unchanged
-since. A path that a user gives for an output is looked at before any work begins (`check_file`, `check_folder`); no
-link is followed into what was not looked at.
+A file, or a folder of files, is created under a unique scratch name beside its place and then renamed; its writer holds
+a lock on it, so that the next one can remove what a killed process has left. What is removed was created here under
+such a name, or is named by the manifest that an earlier output has in its folder, and is unchanged since. A path that a
+user gives for an output is looked at before any work begins (`check_file`, `check_folder`); no link is followed into
+what was not looked at.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import hashlib
 import io
 import json
 import os
-import re
 import secrets
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -24,14 +24,12 @@ from dataclasses import dataclass, field
 from glob import escape
 from itertools import count
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import IO, Any
 
 from recbole_mllm.common.errors import UserError
 
-_WRITER = "recbole-mllm"
-_STAGED, _COMPLETE = "staged.json", "complete"  # in a folder that is being written: whose it is, and that all is there
-_SCRATCH = re.compile(r"\.(.+)\.recbole-mllm-[0-9a-f]{8}\.tmp", re.DOTALL)  # no other program's file is named so
+_LOCKED, _COMPLETE = "locked", "complete"  # in a folder that is being written: its writer's lock; all files are there
+_SCRATCH = f".{{}}.recbole-mllm-{'[0-9a-f]' * 8}.tmp"  # no other program's file is named so
 _NO_PATH = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}  # of a write, which does not say to which file
 _HEAD = 4096  # bytes that say of what kind a file is
 _PACKED = b"\x1f\x8b"
@@ -72,7 +70,7 @@ def whole_file(path: Path, *, binary: bool = False, sweep: bool = True) -> Itera
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """Yield a new name beside `path`; what is written there takes its place, unless there is an error."""
-    scratch = path.with_name(f".{path.name}.recbole-mllm-{secrets.token_hex(4)}.tmp")
+    scratch = _scratch_name(path)
     try:
         yield scratch
         os.replace(scratch, path)
@@ -191,13 +189,29 @@ def _free_name(path: Path, ending: str) -> Path:
 
 
 def sweep_scratch(folder: Path, name: str | None = None) -> None:
-    """Remove what processes that are gone had begun to write in `folder`, in the place of `name` or of any file."""
-    for left in folder.glob(f".{escape(name) if name else '*'}.*.tmp"):
-        found = _SCRATCH.fullmatch(left.name)
-        if found and name in (None, found[1]) and left.is_file() and not left.is_symlink():
-            with suppress(OSError), left.open("rb") as file:
+    """Remove what processes that are gone had begun to write in `folder`, in the place of `name` or of anything."""
+    for left in _left(folder, name):
+        _remove_scratch(left)
+
+
+def _scratch_name(path: Path) -> Path:
+    return path.with_name(f".{path.name}.recbole-mllm-{secrets.token_hex(4)}.tmp")
+
+
+def _left(folder: Path, name: str | None = None) -> Iterator[Path]:
+    """Yield each scratch file or folder whose writer is gone, locked meanwhile."""
+    for path in sorted(folder.glob(_SCRATCH.format(escape(name) if name else "*"))):
+        if not path.is_symlink():
+            with suppress(OSError), (path / _LOCKED if path.is_dir() else path).open("ab") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # else a living process holds it
-                os.unlink(left)
+                yield path
+
+
+def _remove_scratch(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        remove_file(path)
 
 
 def _lock(descriptor: int) -> None:
@@ -210,51 +224,19 @@ def _lock(descriptor: int) -> None:
 
 @contextmanager
 def staged(place: Path, name: str) -> Iterator[Path]:
-    """Yield a new, empty folder called `name`, inside one of a fresh unique name in `place`; both are gone afterwards.
+    """Yield a new, empty folder called `name`, inside a scratch folder in `place`; both are gone afterwards.
 
-    Renaming it, or files out of it, is how all of them appear at once. What a killed process leaves of it is known by
-    its file ``staged.json``, which says that the folder beside it is ours, and is removed by the next one.
+    Renaming it, or files out of it, is how all of them appear at once.
     """
-    for left, inside, complete in _left(place, name):
-        if not complete:
-            _remove_stage(left, inside)
-    home = Path(mkdtemp(prefix=f".{name}.", suffix=".tmp", dir=place))
-    with (home / _STAGED).open("x", encoding="utf-8") as mark:
+    sweep_scratch(place, name)
+    home = _scratch_name(place / name)
+    (home / name).mkdir(parents=True)
+    with (home / _LOCKED).open("x") as file:
         try:
-            _lock(mark.fileno())
-            json.dump({"written_by": _WRITER, "folder": name}, mark)
-            mark.flush()
-            (home / name).mkdir()
+            _lock(file.fileno())
             yield home / name
         finally:
-            _remove_stage(home, name)
-
-
-def _left(place: Path, wanted: str = "") -> Iterator[tuple[Path, str, bool]]:
-    """Yield each folder that a killed process has left of `staged`, for `wanted` or for anything.
-
-    With it come the name of the folder inside, and whether all its files were there.
-    """
-    for home in sorted(place.glob(f".{escape(wanted) or '*'}.*.tmp")):
-        with suppress(OSError, ValueError, AttributeError):
-            if home.is_symlink() or not home.is_dir():
-                continue
-            with os.fdopen(os.open(home / _STAGED, os.O_RDWR | os.O_NOFOLLOW)) as mark:
-                fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                about = json.load(mark)
-                name = about.get("folder")
-                if about.get("written_by") == _WRITER and name in ({wanted} if wanted else _plain([{"file": name}])):
-                    yield home, name, (home / _COMPLETE).is_file()
-
-
-def _remove_stage(home: Path, name: str) -> None:
-    """Remove what `staged` has made; whatever else lies there stays, and so does the folder then."""
-    shutil.rmtree(home / name, ignore_errors=True)  # which refuses a link, and follows none inside
-    with suppress(OSError):
-        for own in (_COMPLETE, _STAGED):
-            if os.path.lexists(home / own):
-                os.unlink(home / own)
-        os.rmdir(home)
+            _remove_scratch(home)
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,11 +286,10 @@ BUILTIN = Kind("a built-in dataset", "manifest.json", lambda about: "builtin" in
 EXPORT = Kind(
     "an export that lists its files",
     "export.json",
-    lambda about: str(about.get("written_by", "")).startswith(_WRITER) and "outputs" in about,
+    lambda about: str(about.get("written_by", "")).startswith("recbole-mllm") and "outputs" in about,
     key=("config.json",),
 )
 BENCHMARK = Kind("a benchmark's results", "runs.jsonl", lambda about: "run_id" in about)
-_KINDS = (CONVERTED, BUILTIN, EXPORT, BENCHMARK)
 
 
 def outputs_of(folder: Path) -> list[dict[str, Any]]:
@@ -360,10 +341,10 @@ def publish(stage: Path, folder: Path, kind: Kind) -> None:
 
 def recover(folder: Path, kind: Kind) -> None:
     """Finish what a killed process was putting into `folder`, and remove what it had only begun."""
-    for home, name, complete in _left(folder):
-        if complete:
-            _move_in(home / name, folder, kind)
-        _remove_stage(home, name)
+    for home in _left(folder):
+        if (home / _COMPLETE).is_file():
+            _move_in(home / home.name[1:].rsplit(".", 2)[0], folder, kind)
+        _remove_scratch(home)
 
 
 def _move_in(stage: Path, folder: Path, kind: Kind) -> None:
@@ -500,17 +481,15 @@ def check_folder(
     if not found.is_dir():
         return
     recover(found, kind)
-    begun = sorted(found.glob(f".*.tmp/{_STAGED}"))
-    if begun:
-        raise UserError(f"{option} {path}: another process is writing there ({begun[0].parent.name}); let it finish")
-    entries = sorted(entry.name for entry in found.iterdir() if not _is_husk(entry))
+    if begun := [path.name for path in found.glob(_SCRATCH.format("*")) if path.is_dir()]:
+        raise UserError(f"{option} {path}: another process is writing there ({begun[0]}); let it finish")
+    entries = sorted(entry.name for entry in found.iterdir())
     if not entries:
         return
     outputs = kind.outputs(found)
     if outputs is None:
-        other = next((f": it is {other.name}" for other in _KINDS if other.outputs(found) is not None), "")
         shown = ", ".join(entries[:3]) + (", …" if len(entries) > 3 else "")
-        raise UserError(f"{option} {path} already holds {shown} and is not {kind.name}{other}; give a new folder")
+        raise UserError(f"{option} {path} already holds {shown} and is not {kind.name}; give a new folder")
     if changed := list(_changed(found, outputs, kind.rewritten)):
         raise UserError(
             f"{option} {path}: {', '.join(changed[:3])} was changed after it was written and would be lost; move it "
@@ -520,11 +499,6 @@ def check_folder(
     for name in sorted(set(writes) - owned):
         if not may_replace(found / name, kind.rewritten):
             raise UserError(f"{option} {path} holds {name}, which is not of the earlier output; move it away")
-
-
-def _is_husk(path: Path) -> bool:
-    """Whether `path` is the empty folder that `staged` leaves where it is killed at its very beginning or end."""
-    return path.match(".*.tmp") and path.is_dir() and not path.is_symlink() and not any(path.iterdir())
 
 
 def check_place(path: Path, option: str) -> None:

@@ -4,23 +4,88 @@ from __future__ import annotations
 
 import hashlib
 import re
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.progress import warn_once
 
 TINY = "tiny"
 _WHOLE = 64 * 2**20  # files up to this many bytes are digested whole, larger ones by size, head and tail
 _END = 2**20
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def source_of(name: str) -> str:
-    """Return the folder of the bundled model for `tiny`, else `name` itself."""
+    """Return the folder of the bundled model for `tiny`, a hub id without its revision, else `name` itself."""
     if name.startswith("server:"):
         raise UserError(f"{name}: a model behind a server cannot be loaded here; give a hub id or a local folder")
-    return str(Path(__file__).resolve().parents[1] / "demo" / "tiny") if name == TINY else name
+    return str(Path(__file__).resolve().parents[1] / "demo" / "tiny") if name == TINY else _parts(name)[0]
+
+
+def revision_of(name: str) -> str | None:
+    """Return the revision that stands behind a hub id (see `pinned`)."""
+    return _parts(name)[1]
+
+
+def _parts(name: str) -> tuple[str, str | None]:
+    """Return the hub id and the revision of ``org/name@revision``; a path is a path, whatever is in it."""
+    source, _, revision = (name, "", "") if Path(name).exists() else name.partition("@")
+    return source, revision or None
+
+
+def pinned(name: str, revision: str | None = None) -> str:
+    """Return a hub id with the commit behind an ``@`` that `revision` (None: its main branch) stands for.
+
+    Whatever loads a model takes such a name. Where nobody can say which commit is meant, which a line tells, the name
+    comes back with the `revision` as it was given; any other name (`tiny`, a path) as it is.
+
+    Raises:
+        UserError: A revision of something that has none.
+    """
+    if name == TINY or Path(name).exists():
+        if revision is not None:
+            raise UserError(f"{name} is a local model, which has no revision {revision!r}; leave the revision out")
+        return name
+    if not _HUB_ID.fullmatch(name):  # a path with nothing there: said when it is loaded
+        return name
+    commit = _commit(name, revision)
+    if commit is None:
+        kept = f"{name}@{revision or 'main'}"
+        warn_once(
+            f"{kept}: neither the local cache nor the hub says which commit that is, so its answers are kept under "
+            "this name; a commit can also be given as the revision"
+        )
+    return f"{name}@{commit or revision}" if commit or revision else name
+
+
+@cache
+def _commit(name: str, revision: str | None) -> str | None:
+    """Return the commit that the local cache, else the hub, knows a revision by; the same all through a process.
+
+    The cache comes first, so that a model stays what it is until somebody downloads another.
+    """
+    from huggingface_hub import HfApi
+
+    for local in (True, False):
+        with suppress(Exception):  # no such model, no network, no right to it: said when it is loaded
+            return str(HfApi().resolve_revision(name, revision=revision, local_files_only=local).resolved)
+    return None
+
+
+def former_identity(name: str) -> str | None:
+    """Return what `identity_of` the newest commit of a hub's main branch was before it was known; else None."""
+    source, commit = _parts(name)
+    return f"{source}@main" if commit and commit == _commit(source, None) else None
+
+
+def is_same(recorded: str, identity: str) -> bool:
+    """Return whether `recorded` may name the same weights: an earlier version recorded no commit."""
+    return recorded in (identity, re.sub(r"@[0-9a-f]{40}(?=:|$)", "@main", identity))
 
 
 def gguf_of(source: str) -> Path | None:
@@ -45,11 +110,11 @@ def gguf_of(source: str) -> Path | None:
     return found[0]
 
 
-def identity_of(name: str, revision: str | None) -> str:
-    """Return what names the weights: a digest of a folder's files or of one file, or a hub id with its commit."""
-    place = Path(source_of(name))
+def identity_of(name: str) -> str:
+    """Return what names the weights: a digest of a folder's files or of one file, or a hub id with its revision."""
+    place = Path(source := source_of(name))
     if not place.exists():
-        return f"{name}@{revision or 'main'}"
+        return f"{source}@{revision_of(name) or 'main'}"
     files = [place] if place.is_file() else [p for p in place.rglob("*") if p.is_file() and not p.name.startswith(".")]
     root, digest = place.parent if place.is_file() else place, hashlib.sha256()
     for path in sorted(files):
@@ -74,11 +139,12 @@ class Endpoint:
 
     model: str
     urls: tuple[str, ...]
+    revision: str | None = None  # as the user has said it: a server says none
 
     @property
     def identity(self) -> str:
         """What stands for the model in the store's keys: its name, not the host, so that moving redoes no work."""
-        return f"{PREFIX}{self.model}"
+        return f"{PREFIX}{self.model}" + (f"@{self.revision}" if self.revision else "")
 
 
 def is_server(name: str | None) -> bool:

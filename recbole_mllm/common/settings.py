@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 from recbole_mllm.common.errors import UserError
-from recbole_mllm.common.model_names import is_server, parse_endpoint
+from recbole_mllm.common.model_names import (
+    Endpoint,
+    identity_of,
+    is_server,
+    parse_endpoint,
+    pinned,
+    revision_of,
+)
 
+_SIZE = re.compile(r"\d+(\.\d+)?\s*[KMG]i?B")
 _SHOWN = 80  # characters of a value that an error repeats
 _LARGEST = 2**53  # what floats count exactly; a number beyond it is a slip, and arrays of it would not fit anywhere
 
@@ -55,22 +63,27 @@ class Range:
             return None
         return self.kind(value) if self.kind is float or value == int(value) else None
 
-    def checked(self, key: str, value: Any) -> int | float:
-        """Return `value` as a number of this kind.
 
-        Raises:
-            WrongValue: It is none of them.
-        """
-        found = self.read(value)
-        if found is None:
-            raise WrongValue(key, value, self.described(value))
-        return found
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """The values of a setting that a function accepts, and what they must be in words."""
+
+    accepts: Callable[[Any], bool]
+    words: str
+
+    def described(self, value: object) -> str:
+        """Return the rule in words."""
+        return self.words
+
+    def read(self, value: Any) -> Any:
+        """Return `value`, or None where it is not accepted."""
+        return value if value is not None and self.accepts(value) else None
 
 
-COUNT = Range(int, least=1)
-SEED = Range(int, least=0, most=2**32 - 1)  # what numpy takes
-Count = Annotated[int, COUNT]
-Seed = Annotated[int, SEED]
+Count = Annotated[int, Range(int, least=1)]
+Whole = Annotated[int, Range(int, least=0)]
+Seed = Annotated[int, Range(int, least=0, most=2**32 - 1)]  # what numpy takes
+Positive = Annotated[float, Range(float, above=0)]
 Share = Annotated[float, Range(float, least=0, most=1)]
 
 
@@ -127,6 +140,10 @@ def _described(kind: Any, value: Any) -> str:
     return str(inner[1].described(value)) if origin is Annotated else _WORDS[origin or kind]
 
 
+MODELS = ("mllm", "item_summarizer", "user_summarizer")
+"""Keys that name a model; each has a revision beside it."""
+
+
 @dataclass(frozen=True, slots=True)
 class MLLMSettings(_FromConfig):
     """Which models are loaded and how."""
@@ -140,14 +157,59 @@ class MLLMSettings(_FromConfig):
     device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = None
     max_memory: dict[int | str, int | str] | None = None
     offload_folder: str | None = None
+    mllm_revision: str | None = None
+    item_summarizer_revision: str | None = None
+    user_summarizer_revision: str | None = None
 
     def __post_init__(self) -> None:
-        for key in ("mllm", "item_summarizer", "user_summarizer"):
-            if is_server(name := getattr(self, key)):
-                parse_endpoint(name, key)
-        used = (self.mllm, self.item_summarizer or self.mllm, self.user_summarizer or self.mllm)
-        served = all(map(is_server, used))
-        check_placement(self.device_map, self.max_memory, self.offload_folder, all_served=served)
+        for key in MODELS:
+            if is_server(self.name(key)):
+                self.endpoint(key)
+        if self.device_map and all(is_server(self.name(key)) for key in MODELS):
+            raise UserError(
+                f"device_map is {self.device_map}, but all models are behind servers, which place their own; leave it "
+                "out"
+            )
+        for key, value in {"max_memory": self.max_memory, "offload_folder": self.offload_folder}.items():
+            if value is not None and not self.device_map:
+                raise UserError(f"{key} is only read under device_map; set device_map: auto, or leave {key} out")
+        for place, size in (self.max_memory or {}).items():
+            # a GPU's number may come as text: JSON, which run records are written in, knows no other keys
+            known = not isinstance(place, bool) and (place == "cpu" or str(place).isdecimal())
+            readable = _SIZE.fullmatch(size) if isinstance(size, str) else not isinstance(size, bool) and size >= 0
+            if not (known and readable):
+                raise UserError(
+                    f"max_memory says {place!r}: {size!r}; give each GPU's number, or cpu, its room, for example "
+                    "{0: 20GiB, cpu: 60GiB}"
+                )
+
+    def name(self, key: str) -> str:
+        """Return what `key`, one of `MODELS`, says; a summariser without a name is the recommender."""
+        return getattr(self, key) or self.mllm
+
+    def _revision(self, key: str) -> str | None:
+        own: str | None = getattr(self, f"{key}_revision")
+        return own if own or getattr(self, key) else self.mllm_revision
+
+    def source(self, key: str) -> str:
+        """Return what loads the model of `key`: its name, a hub's with the commit behind it (`pinned`)."""
+        name = self.name(key)
+        return name if is_server(name) else pinned(name, self._revision(key))
+
+    def endpoint(self, key: str) -> Endpoint:
+        """Return the servers that `key` names."""
+        return replace(parse_endpoint(self.name(key), key), revision=self._revision(key))
+
+    def revisions(self) -> dict[str, str | None]:
+        """Return the revision of each of `MODELS` by its key, as far as it is known."""
+        return {
+            f"{key}_revision": self._revision(key) if is_server(self.name(key)) else revision_of(self.source(key))
+            for key in MODELS
+        }
+
+    def identity(self, key: str) -> str:
+        """Return what names the weights of the model of `key`."""
+        return self.endpoint(key).identity if is_server(self.name(key)) else identity_of(self.source(key))
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +245,7 @@ class SummarySettings(_FromConfig):
     summary_temperature: Annotated[float, Range(float, least=0)]
     summary_top_p: Annotated[float, Range(float, above=0, most=1)]
     summary_seed: Seed
-    summary_repetition_penalty: Annotated[float, Range(float, above=0)] | None = None
+    summary_repetition_penalty: Positive | None = None
     control: Literal["shuffled-history", "wrong-image", "wrong-summary"] | None = None
 
 
@@ -336,49 +398,11 @@ _GROUPS = (
 
 
 @cache
-def _hints() -> dict[str, Any]:
+def own_types() -> dict[str, Any]:
+    """Return the type of each of this project's keys, for `checked`."""
     return {key: hint for group in _GROUPS for key, hint in get_type_hints(group, include_extras=True).items()}
-
-
-def check_value(key: str, value: Any) -> None:
-    """Refuse a value that `key` does not take; a key that is not this project's takes any.
-
-    Raises:
-        WrongValue: Names the key, the value, and what it takes.
-    """
-    if key in _hints():
-        checked(key, value, _hints()[key])
 
 
 def known_keys() -> frozenset[str]:
     """Return every key of this project."""
-    return frozenset(_hints()) | {"benchmark_defaults", "note", "per_model"}
-
-
-_SIZE = re.compile(r"\d+(\.\d+)?\s*[KMG]i?B")
-
-
-def check_placement(
-    device_map: str | None, max_memory: Mapping[int | str, int | str] | None, folder: str | None, *, all_served: bool
-) -> None:
-    """Refuse a placement that would place nothing, and a memory nobody could read.
-
-    Raises:
-        UserError: Names the key and what to write.
-    """
-    if device_map and all_served:
-        raise UserError(
-            f"device_map is {device_map}, but all models are behind servers, which place their own; leave it out"
-        )
-    for key, value in {"max_memory": max_memory, "offload_folder": folder}.items():
-        if value is not None and not device_map:
-            raise UserError(f"{key} is only read under device_map; set device_map: auto, or leave {key} out")
-    for place, size in (max_memory or {}).items():
-        # a GPU's number may come as text: JSON, which run records are written in, knows no other keys
-        known = not isinstance(place, bool) and (place == "cpu" or str(place).isdecimal())
-        readable = _SIZE.fullmatch(size) if isinstance(size, str) else not isinstance(size, bool) and size >= 0
-        if not (known and readable):
-            raise UserError(
-                f"max_memory says {place!r}: {size!r}; give each GPU's number, or cpu, its room, for example "
-                "{0: 20GiB, cpu: 60GiB}"
-            )
+    return frozenset(own_types()) | {"benchmark_defaults", "note", "per_model"}

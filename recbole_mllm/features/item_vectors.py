@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.files import make_once, write_text
+from recbole_mllm.common.model_names import identity_of, pinned, source_of
 from recbole_mllm.common.resources import PROPERTIES
 from recbole_mllm.common.settings import FeatureSettings, Settings, known_keys
 from recbole_mllm.common.yaml_files import read_mapping
@@ -136,6 +137,9 @@ def offer_features(config: Any) -> None:
     config["alias_of_item_id"] = [*aliases, *(alias for alias, _ in columns.values())]
     config["preload_weight"] = dict(columns.values())
     config["selected_features"] = [alias for alias, _ in columns.values()]
+    for key, revision in settings_of(config).mllm.revisions().items():
+        if revision is not None:
+            config[key] = revision  # as the record keeps it
 
 
 def seconds_of(config: Any) -> float | None:
@@ -191,18 +195,19 @@ def _feature(kind: str, config: Any, chosen: FeatureSettings, folder: Path, want
     from recbole_mllm.summaries.store import opened_store
 
     settings, device = settings_of(config), config["device"]
+    mllm = settings.mllm.source("mllm")
     place, trusted = settings.recommend.image_dir, settings.mllm.trust_remote_code
     items = read_items(folder, Path(place) if place else None, config["ITEM_ID_FIELD"])
 
     def loaded() -> HFModel:
-        return HFModel(settings.mllm.mllm, settings.mllm, device)
+        return HFModel(mllm, settings.mllm, device)
 
     if kind == "image":
-        items = without_refused(items, folder, [settings.mllm.mllm], trust_remote_code=trusted)
+        items = without_refused(items, folder, [mllm], trust_remote_code=trusted)
         paths = [items.image(item) for item in wanted]
         if not any(paths):
             raise UserError("no item has an image; give --image_dir, or set item_features: [text]")
-        tag = _tag(kind, settings.mllm.mllm, settings, chosen, [image_digest(path) if path else "" for path in paths])
+        tag = _tag(kind, mllm, settings, chosen, [image_digest(path) if path else "" for path in paths])
         known = np.array([path is not None for path in paths])
         return ItemFeature(kind, tag, lambda: (embedding.image_vectors(loaded(), paths), known))
     summaries: dict[str, str] = {}
@@ -211,7 +216,7 @@ def _feature(kind: str, config: Any, chosen: FeatureSettings, folder: Path, want
         with closing(opened_store(folder)) as store:
             summaries = export_item_summaries(setup, item_generator(setup, store), wanted)
     texts = [". ".join(filter(None, (items.title(item), summaries.get(item, "")))) for item in wanted]
-    encoder = chosen.feature_encoder
+    encoder = chosen.feature_encoder and pinned(chosen.feature_encoder)
 
     def of_texts() -> tuple[Any, Any]:
         known = np.array([bool(text) for text in texts])
@@ -219,15 +224,14 @@ def _feature(kind: str, config: Any, chosen: FeatureSettings, folder: Path, want
             return embedding.sentence_vectors(encoder, texts, device, trust_remote_code=trusted), known
         return embedding.text_vectors(loaded(), texts), known
 
-    return ItemFeature(kind, _tag(kind, encoder or settings.mllm.mllm, settings, chosen, texts), of_texts)
+    return ItemFeature(kind, _tag(kind, encoder or mllm, settings, chosen, texts), of_texts)
 
 
 def _tag(kind: str, encoder: str, settings: Settings, chosen: FeatureSettings, content: Sequence[str]) -> str:
-    from recbole_mllm.common.model_names import identity_of, source_of
     from recbole_mllm.mllm.loading import dtype_of
 
     dtype = dtype_of(settings.mllm.dtype, torch.device("cpu"))
-    known = [_EDITION, kind, identity_of(encoder, None), str(dtype), settings.mllm.max_text_tokens, chosen.feature_size]
+    known = [_EDITION, kind, identity_of(encoder), str(dtype), settings.mllm.max_text_tokens, chosen.feature_size]
     digest = hashlib.sha256(repr(known).encode())
     for each in content:
         digest.update(each.encode() + b"\0")

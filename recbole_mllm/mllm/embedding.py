@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
 from recbole_mllm.common.errors import UserError
-from recbole_mllm.common.model_names import source_of
+from recbole_mllm.common.model_names import revision_of, source_of
 from recbole_mllm.common.progress import Progress
 from recbole_mllm.mllm.encoder import Encoded
 from recbole_mllm.mllm.hf import HFModel
@@ -75,9 +75,10 @@ def sentence_vectors(name: str, texts: Sequence[str], device: torch.device, *, t
         UserError: No such model can be had.
     """
     source, dtype = source_of(name), dtype_of("auto", device)
+    options = {"trust_remote_code": trust_remote_code, "revision": revision_of(name)}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-        model = AutoModel.from_pretrained(source, dtype=dtype, trust_remote_code=trust_remote_code).eval().to(device)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model = AutoModel.from_pretrained(source, dtype=dtype, **options).eval().to(device)
     except (ImportError, OSError, ValueError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(f"feature_encoder {name!r} cannot be loaded: {reason}; give a hub id or a folder") from error

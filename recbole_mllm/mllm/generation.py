@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from recbole_mllm.common.model_names import gguf_of, source_of
+from recbole_mllm.common.model_names import gguf_of, revision_of, source_of
 from recbole_mllm.common.prompts import Prompt
 from recbole_mllm.data.sampling import hash64
 from recbole_mllm.mllm.backbone import Backbone
@@ -368,14 +368,14 @@ _IGNORED = ("num_beams", "num_beam_groups", "guidance_scale", "penalty_alpha", "
 
 def own_rules(name: str, *, trust_remote_code: bool = False) -> str:
     """Return the rules in the ``generation_config`` of model `name`, as JSON; "" for none. No weights are read."""
-    source = source_of(name)
+    source, revision = source_of(name), revision_of(name)
     if gguf_of(source) is not None:
         return ""
     try:
-        found = GenerationConfig.from_pretrained(source)
+        found = GenerationConfig.from_pretrained(source, revision=revision)
     except UNREADABLE:
         try:  # older models have it in their config.json
-            config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+            config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, revision=revision)
             found = GenerationConfig.from_model_config(config)
         except UNREADABLE:  # said when it is loaded
             return ""

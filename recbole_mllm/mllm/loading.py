@@ -29,7 +29,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.utils import logging as transformers_logging
 
 from recbole_mllm.common.errors import UserError
-from recbole_mllm.common.model_names import gguf_of, identity_of, source_of
+from recbole_mllm.common.model_names import gguf_of, identity_of, revision_of, source_of
 from recbole_mllm.mllm.families import language_part
 from recbole_mllm.mllm.placement import check_room
 
@@ -62,7 +62,8 @@ def family_of(name: str, *, trust_remote_code: bool = False) -> str | None:
     if gguf_of(source) is not None:
         return None
     try:
-        return str(AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code).model_type)
+        options = {"trust_remote_code": trust_remote_code, "revision": revision_of(name)}
+        return str(AutoConfig.from_pretrained(source, **options).model_type)
     except UNREADABLE:  # said when it is loaded
         return None
 
@@ -94,7 +95,7 @@ def load(
     # what `accelerate launch` sets for FSDP: all but the first process would wait for Accelerate to send them weights
     os.environ.pop("FSDP_CPU_RAM_EFFICIENT_LOADING", None)
     source = source_of(name)
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision_of(name)}
     if (file := gguf_of(source)) is not None:
         source, options["gguf_file"] = str(file.parent), file.name
     try:
@@ -128,7 +129,7 @@ def load(
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     model.requires_grad_(False)
-    return Loaded(model, tokenizer, processor, identity_of(name, getattr(config, "_commit_hash", None)))
+    return Loaded(model, tokenizer, processor, identity_of(name))
 
 
 def quantized(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
@@ -185,7 +186,7 @@ def load_images_processor(name: str, *, trust_remote_code: bool = False) -> Any:
     """Return the processor of `name`, without its weights; None for a model of text alone or one that cannot be had."""
     with suppress(UserError, *UNREADABLE):  # said when it is loaded
         if family_of(name, trust_remote_code=trust_remote_code) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
-            return load_processor(source_of(name), trust_remote_code=trust_remote_code)
+            return load_processor(source_of(name), trust_remote_code=trust_remote_code, revision=revision_of(name))
     return None
 
 

@@ -53,8 +53,8 @@ def check_finetune(settings: LoraSettings, device: torch.device) -> None:
         ) from None
 
 
-def tune(model: Any, settings: LoraSettings, seed: int) -> Any:
-    """Return `model` with what ``finetune`` trains ready to be trained, in float32.
+def tune(model: Any, settings: LoraSettings, seed: int, revision: str | None = None) -> Any:
+    """Return `model`, a hub's `revision` if given, with what ``finetune`` trains ready to be trained, in float32.
 
     Raises:
         UserError: Some of its weights are offloaded, or no layer qualifies for an adapter.
@@ -63,7 +63,7 @@ def tune(model: Any, settings: LoraSettings, seed: int) -> Any:
         return model
     check_trainable(model)
     if settings.finetune != "full":
-        return adapt(model, settings, seed)
+        return adapt(model, settings, seed, revision)
     language = [*language_part(model)[1].parameters(), *model.get_output_embeddings().parameters()]
     for parameter in model.parameters() if settings.lora_target == "all" else language:
         # master weights: half precision would round small steps away; the forward pass is cast by autocast
@@ -72,7 +72,7 @@ def tune(model: Any, settings: LoraSettings, seed: int) -> Any:
     return model
 
 
-def adapt(model: nn.Module, settings: LoraSettings, seed: int) -> Any:
+def adapt(model: nn.Module, settings: LoraSettings, seed: int, revision: str | None = None) -> Any:
     """Return `model` as a PEFT model with a fresh, seeded adapter in float32."""
     config = LoraConfig(
         r=settings.lora_r,
@@ -80,6 +80,7 @@ def adapt(model: nn.Module, settings: LoraSettings, seed: int) -> Any:
         lora_dropout=settings.lora_dropout,
         target_modules=target_modules(model, settings.lora_target),
         task_type=None,
+        revision=revision,  # which base an adapter's folder asks for
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -16,9 +16,9 @@ import torch
 from recbole_mllm.common import distributed
 from recbole_mllm.common.config import check_training
 from recbole_mllm.common.errors import UserError
-from recbole_mllm.common.model_names import TINY, identity_of, is_server, parse_endpoint, source_of
+from recbole_mllm.common.model_names import TINY, former_identity, is_server, source_of
 from recbole_mllm.common.prompts import Style, read_style
-from recbole_mllm.common.settings import Settings
+from recbole_mllm.common.settings import MODELS, Settings
 from recbole_mllm.data.dataloader import check_negatives
 from recbole_mllm.data.images import write_report
 from recbole_mllm.data.item_table import Items, read_items
@@ -31,7 +31,7 @@ from recbole_mllm.mllm.lora import check_finetune
 from recbole_mllm.mllm.placement import check_dispatch
 from recbole_mllm.mllm.server import ServerModel
 from recbole_mllm.summaries.controls import controlled, other_images
-from recbole_mllm.summaries.generator import Summarizers, SummarySetup
+from recbole_mllm.summaries.generator import Summarizers, SummarySetup, decodings
 from recbole_mllm.summaries.preferences import Preferences, make_preferences
 from recbole_mllm.summaries.user_summaries import SummaryRequests
 
@@ -70,7 +70,19 @@ def check_recommender(config: Any, settings: Settings, dataset: Any) -> None:
     check_finetune(settings.lora, torch.device(config["device"]))
     check_dispatch(settings.mllm)
     if not is_server(settings.mllm.mllm):
-        sharding.check_supported(settings.mllm.mllm, settings.mllm)
+        sharding.check_supported(settings.mllm.source("mllm"), settings.mllm)
+
+
+def provenance(settings: Settings, device: torch.device) -> dict[str, Any]:
+    """Return what a record keeps of the models of a run: weights, precision, wording and decoding."""
+    return {
+        "weights": {key: settings.mllm.identity(key) for key in MODELS},
+        "dtype": str(dtype_of(settings.mllm.dtype, device)).removeprefix("torch."),
+        "prompts": asdict(load_style(settings)),
+        "decoding": {
+            kind: asdict(how) for kind, how in decodings(settings.summary, _summarizers(settings, device)).items()
+        },
+    }
 
 
 def load_style(settings: Settings) -> Style:
@@ -96,8 +108,8 @@ def make_summary_setup(config: Mapping[str, Any], settings: Settings, device: to
     image_dir, use_image = settings.recommend.image_dir, settings.recommend.use_image
     summarizes_images = settings.summary.item_summary in ("image", "fused")
     items = read_items(folder, Path(image_dir) if image_dir else None, config["ITEM_ID_FIELD"])
-    mllm, summarizer = settings.mllm.mllm, settings.mllm.item_summarizer or settings.mllm.mllm
-    readers = dict.fromkeys([summarizer] * summarizes_images + [mllm] * use_image)
+    keys = ["item_summarizer"] * summarizes_images + ["mllm"] * use_image
+    readers = dict.fromkeys(map(settings.mllm.source, keys))
     items = without_refused(items, folder, list(readers), trust_remote_code=settings.mllm.trust_remote_code)
     if not items.images and (use_image or summarizes_images):
         raise UserError(
@@ -139,34 +151,37 @@ def without_refused(items: Items, folder: Path, models: Sequence[str], *, trust_
 
 
 def _summarizers(settings: Settings, device: torch.device) -> Summarizers:
-    own, split = settings.summary.summary_repetition_penalty, sharding.wanted() is not None
+    models, own, split = settings.mllm, settings.summary.summary_repetition_penalty, sharding.wanted() is not None
     quiet = " (no thinking)" if settings.server.server_thinking == "off" else ""
     dtype = str(dtype_of(settings.mllm.dtype, device)).removeprefix("torch.")
     found: dict[str, Any] = {}
     for kind, mode in (("item", settings.summary.item_summary), ("user", settings.summary.summary_mode)):
-        key, rules = f"{kind}_summarizer", ""
-        name = getattr(settings.mllm, key) or settings.mllm.mllm
+        key, rules, former = f"{kind}_summarizer", "", None
+        name, identity = models.source(key), models.identity(key)
         if is_server(name):
-            identity = parse_endpoint(name, "summarizer").identity + quiet
+            identity += quiet
             rules = with_penalty("", own, served=True)
         else:
-            identity = f"{identity_of(name, None)}:{dtype}"
+            identity += f":{dtype}"
+            former = (earlier := former_identity(name)) and f"{earlier}:{dtype}"
             if mode != "none":
-                rules = with_penalty(own_rules(name, trust_remote_code=settings.mllm.trust_remote_code), own)
+                rules = with_penalty(own_rules(name, trust_remote_code=models.trust_remote_code), own)
                 try:
-                    sharding.check_supported(name, settings.mllm)
+                    sharding.check_supported(name, models)
                 except UserError as why:
                     logging.getLogger().warning(f"{key}: {why}; only summaries that are there already will do")
         found[f"{kind}_identity"] = identity
-        found[f"load_{kind}"] = partial(_writer, name, key, settings, device)
+        found[f"{kind}_former"] = former
+        found[f"load_{kind}"] = partial(_writer, key, settings, device)
         found[f"{kind}_is_split"] = split and not is_server(name)
         found[f"{kind}_rules"] = rules if mode != "none" else ""
     return Summarizers(**found)
 
 
-def _writer(name: str, key: str, settings: Settings, device: torch.device) -> Writer:
+def _writer(key: str, settings: Settings, device: torch.device) -> Writer:
+    name = settings.mllm.source(key)
     if is_server(name):
-        return ServerModel(parse_endpoint(name, key), settings.server)
+        return ServerModel(settings.mllm.endpoint(key), settings.server)
     slots = settings.summary.summarize_batch_size or SLOTS["cpu" if device.type == "cpu" else "gpu"]
     split = sharding.wanted() is not None
     mllm = HFModel(name, settings.mllm, device, slots, to_split=split)
@@ -186,8 +201,8 @@ def _tag(settings: Settings, style: Style, who: Summarizers) -> str:
     control = settings.summary.control if settings.summary.control != "wrong-summary" else None  # no other texts
     parts += [[control, settings.summary.summary_seed]] if control else []
     digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:8]
-    writer = settings.mllm.user_summarizer or settings.mllm.mllm
-    model = Path(parse_endpoint(writer, "user_summarizer").model if is_server(writer) else source_of(writer)).name
+    writer, key = settings.mllm.source("user_summarizer"), "user_summarizer"
+    model = Path(settings.mllm.endpoint(key).model if is_server(writer) else source_of(writer)).name
     name = f"{model}-{settings.summary.summary_mode}-b{settings.summary.block_size}-{settings.summary.item_summary}"
     name += f"-{control}" if control else ""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + f"-{digest}"

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from recbole_mllm.common.settings import COUNT
+from recbole_mllm.common.settings import Count as AtLeastOne
+from recbole_mllm.common.settings import checked
 from recbole_mllm.mllm.generation import READ_TOKENS
 from recbole_mllm.model.summarizers import SLOTS
 from recbole_mllm.plan.cost import Count, Device, flops, pass_bytes, training_bytes
@@ -47,7 +48,7 @@ def make_plan(
     """
     for key, value in {"nodes": nodes, "devices_per_node": devices_per_node}.items():
         if value is not None:
-            COUNT.checked(f"--{key}", value)
+            checked(f"--{key}", value, AtLeastOne)
     workers = nodes * (devices_per_node or (8 if nodes > 1 else 1))
     named = Device.called(device) if device else None
     run = PlannedRun(config, torch.device(named.kind) if named else config["device"], limit)

@@ -24,7 +24,7 @@ from torch import Tensor
 from recbole_mllm.common import distributed
 from recbole_mllm.common.config import check_keys
 from recbole_mllm.common.errors import UserError
-from recbole_mllm.common.model_names import is_server
+from recbole_mllm.common.model_names import is_server, revision_of, source_of
 from recbole_mllm.common.prompts import Prompt
 from recbole_mllm.common.settings import MLLMSettings, Settings
 from recbole_mllm.data.dataloader import SeededTrainDataLoader
@@ -103,9 +103,10 @@ class PlannedModel:
             trusted = settings.trust_remote_code
             loaded = load(name, torch.float32, torch.device("meta"), trust_remote_code=trusted, weights=False)
         except UserError as error:
+            at = f" --revision {revision}" if (revision := revision_of(name)) else ""
             raise UserError(
                 f"{error}; a plan reads its config, tokenizer and processor files and no weights: "
-                f"`hf download {name} --include '*.json' '*.jinja' '*.model' '*.txt'` fetches them"
+                f"`hf download {source_of(name)}{at} --include '*.json' '*.jinja' '*.model' '*.txt'` fetches them"
             ) from error
         body = Backbone(loaded.model)
         limits = settings.max_text_tokens, body.architecture, positions_of(loaded.model.config)
@@ -311,8 +312,8 @@ class PlannedRun:
         self.items = np.asarray(own.field2id_token[own.iid_field]).astype(str)  # raw ids by internal ones
         m, is_trained = self.settings.mllm, self.settings.lora.finetune != "none"
         self.item_bytes = dtype_of(m.dtype, device).itemsize
-        self.names = dict.fromkeys(STAGES, m.mllm)
-        self.names |= {"items": m.item_summarizer or m.mllm, "users": m.user_summarizer or m.mllm}
+        self.names = dict.fromkeys(STAGES, m.source("mllm"))
+        self.names |= {"items": m.source("item_summarizer"), "users": m.source("user_summarizer")}
         self.epochs = int(config["epochs"]) if is_trained else 0
         step = min(int(config["eval_step"]), self.epochs)
         self.validations = self.epochs // step if step > 0 else int(not is_trained)  # early stopping aside

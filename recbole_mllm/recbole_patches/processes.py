@@ -8,7 +8,6 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from recbole_mllm.common import distributed
-from recbole_mllm.common.distributed import wants_cpu
 from recbole_mllm.recbole_patches.hooks import replace
 
 
@@ -27,7 +26,7 @@ def give_each_process_its_gpu(configurator: ModuleType) -> None:
         if int(values.get("nproc") or 1) > 1 or "local_rank" in values:
             raise distributed.two_launchers("the configuration")
         gpu_id, visible = values["gpu_id"], os.environ.get("CUDA_VISIBLE_DEVICES")
-        values["gpu_id"] = "" if wants_cpu() else _all_gpus() if visible is None else visible
+        values["gpu_id"] = "" if distributed.wants("CPU") else _all_gpus() if visible is None else visible
         try:
             stock(self)
         finally:

@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol
 
 from recbole_mllm.common import distributed
 from recbole_mllm.common.errors import UserError
-from recbole_mllm.common.progress import Progress
+from recbole_mllm.common.progress import Progress, warn_once
 from recbole_mllm.common.prompts import Prompt, Style
 from recbole_mllm.common.settings import SummarySettings
 from recbole_mllm.data.atomic import clean
@@ -105,6 +105,7 @@ class CachedGenerator:
         identity: Names everything about the model that changes an answer.
         store: What is known, and where answers go.
         decoding: How answers are decoded.
+        former: What `identity` was before the model's commit was known: its answers are taken over.
         may_write: Whether the model may be loaded at all.
         in_step: The model is split among the processes of a run: they all must call `generate`, each as often as the
             others, and all load it if one must.
@@ -118,6 +119,7 @@ class CachedGenerator:
     identity: str
     store: AnswerStore
     decoding: Decoding
+    former: str | None = None
     may_write: bool = True
     in_step: bool = False
     leases: Leases | None = None
@@ -285,6 +287,7 @@ class CachedGenerator:
         while len(self._waiting) < count and (fresh := self._source.ready(_AT_A_TIME)):
             keyed = [(key, request) for request in fresh if (key := self._key(request)) is not None]
             known = self.store.get([key for key, _ in keyed]) | {key: a.text for key, a in self._unstored}
+            known |= self._taken_over([(key, request) for key, request in keyed if key not in known])
             batch: list[_Job] = []
             self.tally.asked += len(fresh)
             for key, request in keyed:
@@ -298,6 +301,17 @@ class CachedGenerator:
                     batch.append(job)
             # Prompts of like length waste little on padding; the key settles ties, so a re-run takes the same order
             self._waiting += sorted(batch, key=lambda job: (len(job.request.prompt.marked), job.key))
+
+    def _taken_over(self, keyed: Sequence[tuple[str, Request]]) -> dict[str, str]:
+        """Return what is known under the `former` identity, by today's keys, which those answers have from now on."""
+        if self.former is None or not keyed:
+            return {}
+        now = {answer_key(self.former, request.prompt, self.decoding): key for key, request in keyed}
+        found = self.store.get(now)
+        if found:
+            warn_once(f"{self.kind} summaries kept as {self.former} are taken for those of {self.identity}")
+            self.store.rename({key: now[key] for key in found}, self.identity)
+        return {now[key]: text for key, text in found.items()}
 
     def _key(self, request: Request) -> str | None:
         try:
@@ -365,6 +379,8 @@ class Summarizers:
     user_is_split: bool = False
     item_rules: str = ""  # what their generation_config asks of a text (see mllm.rules)
     user_rules: str = ""
+    item_former: str | None = None  # what an identity was before its commit was known
+    user_former: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -381,17 +397,23 @@ class SummarySetup:
 
 def _generator(kind: str, setup: SummarySetup, store: AnswerStore) -> CachedGenerator:
     """Return what generates summaries of a `kind`; its model is loaded once, and goes with it."""
-    s, who = setup.settings, setup.who
+    who, may_write = setup.who, setup.settings.summarize == "auto"
     if kind == "item":
-        tokens, load, identity = s.item_summary_tokens, who.load_item, who.item_identity
-        split, rules = who.item_is_split, who.item_rules
+        load, identity, split, former = who.load_item, who.item_identity, who.item_is_split, who.item_former
     else:
-        tokens, load, identity = s.user_summary_tokens, who.load_user, who.user_identity
-        split, rules = who.user_is_split, who.user_rules
-    decoding = Decoding(tokens, s.summary_temperature, s.summary_top_p, s.summary_seed, rules)
+        load, identity, split, former = who.load_user, who.user_identity, who.user_is_split, who.user_former
+    decoding = decodings(setup.settings, who)[kind]
     leases = Leases(store) if isinstance(store, Store) else None
-    may_write = s.summarize == "auto"
-    return CachedGenerator(kind, cache(load), identity, store, decoding, may_write, split, leases)
+    return CachedGenerator(kind, cache(load), identity, store, decoding, former, may_write, split, leases)
 
 
 item_generator, user_generator = partial(_generator, "item"), partial(_generator, "user")
+
+
+def decodings(settings: SummarySettings, who: Summarizers) -> dict[str, Decoding]:
+    """Return how the answers of each kind are decoded."""
+    sampling = settings.summary_temperature, settings.summary_top_p, settings.summary_seed
+    return {
+        "item": Decoding(settings.item_summary_tokens, *sampling, who.item_rules),
+        "user": Decoding(settings.user_summary_tokens, *sampling, who.user_rules),
+    }

@@ -16,7 +16,7 @@ import re
 import socket
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
@@ -91,6 +91,10 @@ class AnswerStore(Protocol):
         """Store a batch of answers, all or none, that took so many seconds together."""
         ...
 
+    def rename(self, keys: Mapping[str, str], model: str) -> None:
+        """Give the answers of some keys those that `keys` has for them, and `model` as the one that wrote them."""
+        ...
+
 
 def answer_key(identity: str, prompt: Prompt, decoding: Decoding) -> str:
     """Return the digest of everything that changes an answer: weights, prompt text, image bytes, decoding."""
@@ -146,6 +150,12 @@ class Store:
             StoredAnswer(key, a.text, kind, model, a.prompt_tokens, a.new_tokens, each, now, "", int(a.truncated))
             for key, a in zip(keys, answers, strict=True)
         )
+
+    def rename(self, keys: Mapping[str, str], model: str) -> None:
+        """Give the answers of some keys those that `keys` has for them, and `model` as the one that wrote them."""
+        values = [(new, model, old) for old, new in keys.items()]
+        with self.transaction(write=True) as db:
+            db.executemany("UPDATE OR IGNORE answers SET key = ?, model = ? WHERE key = ?", values)
 
     def insert(self, rows: Iterable[StoredAnswer]) -> int:
         """Store `rows`, all or none, beside what is there; return how many were new."""
@@ -488,6 +498,9 @@ class ReadOnlyStore:
 
     def add(self, *_: object) -> None:
         """Store nothing."""
+
+    def rename(self, *_: object) -> None:
+        """Leave all as it is."""
 
     def samples(self, kind: str, model: str) -> list[tuple[str, int]]:
         """Return some texts of `kind` (``item`` or ``user``) that `model` wrote in any precision, with their tokens."""

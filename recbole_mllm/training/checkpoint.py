@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.files import replace_file, staged, whole_file
+from recbole_mllm.common.model_names import is_same
 
 LAST = ".last.pth"
 # What another value of would make another model of, and what would make the rest of a begun epoch another one
@@ -205,7 +206,7 @@ def newest(folder: Path, base: str, config: Any, device: torch.device) -> Path |
         try:
             checkpoint = read_checkpoint(path, device, cautious=True)
             about = checkpoint.get("other_parameter") or {}
-            if about.get("base") != base or difference(checkpoint, config, course=True) is not None:
+            if not is_same(str(about.get("base")), base) or difference(checkpoint, config, course=True) is not None:
                 continue
             best = checkpoint.get("training", {}).get("best_valid_result")
         except (UserError, AttributeError, TypeError) as error:

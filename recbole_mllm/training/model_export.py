@@ -41,7 +41,7 @@ from recbole_mllm.common.files import (
     staged,
     write_text,
 )
-from recbole_mllm.common.model_names import gguf_of, is_server, source_of
+from recbole_mllm.common.model_names import gguf_of, is_same, is_server, revision_of, source_of
 from recbole_mllm.common.prompts import IMAGE, Prompt, Style, recommend_prompt
 from recbole_mllm.common.settings import MLLMSettings, Settings
 from recbole_mllm.mllm.encoder import AnswerTokens
@@ -101,13 +101,14 @@ def _load(path: Path, merge: bool) -> tuple[Settings, HFModel]:
     four_bit = merge and lora.finetune == "qlora"
     if four_bit:
         check_finetune(lora, _CPU)
-    mllm = HFModel(chosen.mllm, chosen, _CPU, four_bit=four_bit)
-    if mllm.identity.removesuffix(":nf4") != trained_on:
+    name = settings.mllm.source("mllm")
+    mllm = HFModel(name, chosen, _CPU, four_bit=four_bit)
+    if not is_same(trained_on, mllm.identity.removesuffix(":nf4")):
         raise UserError(f"{path} belongs to {base}, not to {mllm.identity}; put that model back in its place")
     if four_bit:
         mllm.replace_model(dequantized(mllm.model))
     if lora.finetune != "none":
-        mllm.replace_model(tune(mllm.model, lora, 0))
+        mllm.replace_model(tune(mllm.model, lora, 0, revision_of(name)))
         load_trained_state(mllm.model, dict(checkpoint["state_dict"]))
     mllm.model.eval()
     return settings, mllm
@@ -117,9 +118,9 @@ def _write(path: Path, settings: Settings, mllm: HFModel, folder: Path, merge: b
     """Write the model of the checkpoint at `path`, and what says how it is asked, into an empty `folder`."""
     recommend = settings.recommend
     question = Question(load_style(settings), recommend.prompt_order == "item-first", recommend.use_image)
-    name = settings.mllm.mllm
+    name, revision = settings.mllm.mllm, settings.mllm.revisions()["mllm_revision"]
     base, _, dtype = mllm.identity.removesuffix(":nf4").rpartition(":")
-    kind = write_model(mllm, name, folder, merge=merge)
+    kind = write_model(mllm, settings.mllm.source("mllm"), folder, merge=merge)
     why = write_decision(mllm, question, folder)
     if kind == "adapter":  # with a config.json, transformers would look for whole weights here
         for config in CONFIGS:
@@ -134,6 +135,7 @@ def _write(path: Path, settings: Settings, mllm: HFModel, folder: Path, merge: b
         "checkpoint": path.name,
         "base": name,
         "base_identity": base,
+        "base_revision": revision,
         "dtype": dtype,
         "finetune": settings.lora.finetune,
         "prompt_style": question.style.name,
@@ -193,7 +195,7 @@ def copy_own_files(source: str, folder: Path, mllm: HFModel, more: Sequence[str]
     root = Path(place)
     if not root.is_dir():
         try:
-            root = Path(snapshot_download(place, allow_patterns=wanted))
+            root = Path(snapshot_download(place, revision=revision_of(source), allow_patterns=wanted))
         except (OSError, ValueError, HFValidationError) as error:
             raise UserError(f"the processor's files of {source!r} cannot be had: {error}") from error
     for pattern in wanted:
@@ -399,7 +401,7 @@ python -m sglang.launch_server --model-path "$PWD" --served-model-name my-recomm
 This is a PEFT adapter: its base model is `{base}` ({base_identity}), which a server loads itself.
 
 ```bash
-vllm serve {base} --enable-lora --lora-modules my-recommender="$PWD" --port 8000
+vllm serve {base}{at_revision} --enable-lora --lora-modules my-recommender="$PWD" --port 8000
 ```
 
 `transformers serve` takes no adapter: for it, and for typed decisions, `recbole-mllm export … --merge` writes a
@@ -463,7 +465,8 @@ def _readme(about: Mapping[str, Any], style: Style, why: str = "") -> str:
     asking = (_ASK_DECISION if about["decision_template"] else _ASK_LOGPROBS).format(
         yes=style.answer_yes, no=style.answer_no, why=why, body=json.dumps(body, ensure_ascii=False, indent=2)
     )
-    serve = _SERVE[about["kind"]].format(**about)
+    at_revision = f" --revision {about['base_revision']}" if about["base_revision"] else ""
+    serve = _SERVE[about["kind"]].format(**about, at_revision=at_revision)
     if about["finetune"] == "qlora":
         serve += f"\n{_FOUR_BITS[about['kind']]}"
     images = ", with the item's image" if about["use_image"] else ", without images"

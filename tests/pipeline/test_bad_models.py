@@ -6,14 +6,9 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import small_world
-import torch
 from bad_models import BAD, SECRET
-from recbole.config import Config
-from recbole.data.interaction import Interaction
-from recbole.evaluator import Collector, Evaluator
 
 from recbole_mllm.benchmark.jobs import BenchmarkPlan
 from recbole_mllm.benchmark.records import RECORDS, RunRecord, read_records
@@ -55,23 +50,3 @@ def test_every_failure_has_a_row_of_one_line_that_says_why_and_names_no_folder(r
     for page in results.glob("leaderboard*"):
         assert str(Path(SECRET).parent) not in page.read_text(), page
         assert str(results.parent) not in page.read_text(), page
-
-
-def test_recboles_own_evaluator_gives_the_recorded_metrics_on_the_kept_scores(results: Path) -> None:
-    run = latest(results)["Sound"]
-    with np.load(results / str(run.scores)) as kept:
-        users, place, label = kept["user"], kept["place"], kept["label"]
-    names, rows = np.unique(users, return_inverse=True)
-    scores = torch.full((len(names), 22), -torch.inf)  # RecBole counts what stands before the first -inf
-    column = np.array([np.sum(rows[:n] == rows[n]) for n in range(len(rows))])
-    scores[rows, column] = torch.tensor(place, dtype=torch.float32)  # the places that broke the ties
-    target = torch.tensor(np.array([column[(rows == n) & (label > 0)][0] for n in range(len(names))]))
-    keys = {"metrics": ["Hit", "MRR", "NDCG", "Recall", "GAUC"], "topk": [3, 5, 10], "metric_decimal_place": 7}
-    config = Config("Pop", "ml-100k", config_dict=keys | {"eval_args": {"mode": "uni20"}})
-    collector = Collector(config)
-    collector.eval_batch_collect(scores, Interaction({}), torch.arange(len(names)), target)
-    theirs = Evaluator(config).evaluate(collector.get_data_struct())
-    assert len(theirs) == 13
-    for key, value in theirs.items():
-        name = next(known for known in run.metrics if known.lower() == key)
-        assert run.metrics[name] == pytest.approx(value, abs=1e-6), name

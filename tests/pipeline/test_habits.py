@@ -82,21 +82,6 @@ def test_full_sort_topk_names_a_user_without_a_test_row(settings: dict[str, Any]
         full_sort_topk([999], model, test, k=3)
 
 
-def test_tensorboard_shows_losses_and_validation_by_step_and_epoch(settings: dict[str, Any]) -> None:
-    _, (train, valid, _), trainer = made(settings | {"epochs": 2})
-    trainer.fit(train, valid)
-    trainer.tensorboard.flush()
-    events = EventAccumulator(trainer.tensorboard.log_dir).Reload()
-    steps = events.Scalars("Step/loss")
-    assert [event.step for event in steps] == list(range(2 * len(train)))
-    by_epoch = np.array([event.value for event in steps]).reshape(2, -1).sum(1)
-    assert [event.value for event in events.Scalars("Loss/Train")] == pytest.approx(by_epoch.tolist(), rel=1e-5)
-    assert [event.step for event in events.Scalars("Vaild_score")] == [0, 1]
-    assert max(event.value for event in events.Scalars("Vaild_score")) == pytest.approx(trainer.best_valid_score)
-    rates = [event.value for event in events.Scalars("Step/learning_rate")]
-    assert max(rates) <= trainer.learning_rate * 1.0001 and rates[-1] < max(rates)
-
-
 class Recorded(ModuleType):
     """Stands for wandb: keeps what RecBole's WandbLogger calls it with (utils/wandblogger.py)."""
 
@@ -115,20 +100,33 @@ class Recorded(ModuleType):
         self.lines.append(metrics)
 
 
-def test_wandb_sees_losses_and_metrics(settings: dict[str, Any], monkeypatch: Any) -> None:
+def test_tensorboard_and_wandb_show_losses_and_validation_by_step_and_epoch(
+    settings: dict[str, Any], monkeypatch: Any
+) -> None:
     fake = Recorded()
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    _, (train, valid, test), trainer = made(settings | {"log_wandb": True, "wandb_project": "mine", "epochs": 1})
+    _, (train, valid, test), trainer = made(settings | {"epochs": 2, "log_wandb": True, "wandb_project": "mine"})
     trainer.fit(train, valid)
+    trainer.tensorboard.flush()
+    events = EventAccumulator(trainer.tensorboard.log_dir).Reload()
+    steps = events.Scalars("Step/loss")
+    assert [event.step for event in steps] == list(range(2 * len(train)))
+    by_epoch = np.array([event.value for event in steps]).reshape(2, -1).sum(1)
+    assert [event.value for event in events.Scalars("Loss/Train")] == pytest.approx(by_epoch.tolist(), rel=1e-5)
+    scores = events.Scalars("Vaild_score")
+    assert [event.step for event in scores] == [0, 1]
+    assert max(event.value for event in scores) == pytest.approx(trainer.best_valid_score)
+    rates = [event.value for event in events.Scalars("Step/learning_rate")]
+    assert max(rates) <= trainer.learning_rate * 1.0001 and rates[-1] < max(rates)
+
     found = trainer.evaluate(test)
-    assert fake.project == "mine"
-    shown = [line for line in fake.lines if "valid_step" in line]
-    assert len(shown) == 1 and shown[0]["valid/ndcg@10"] == trainer.best_valid_result["ndcg@10"]
+    shown = [line["valid/ndcg@10"] for line in fake.lines if "valid_step" in line]
+    assert fake.project == "mine" and shown == pytest.approx([event.value for event in scores])
     assert fake.run.summary["eval/ndcg@10"] == found["ndcg@10"]
     losses = [line["step/loss"] for line in fake.lines if "step/loss" in line]
-    assert len(losses) == len(train)
+    assert losses == pytest.approx([event.value for event in steps])
     epochs = [line["train/train_loss"] for line in fake.lines if "train/train_loss" in line]
-    assert epochs == [pytest.approx(sum(losses))]
+    assert epochs == pytest.approx(by_epoch.tolist(), rel=1e-5)
 
 
 def test_a_model_of_one_pass_runs_with_any_eval_step(settings: dict[str, Any]) -> None:

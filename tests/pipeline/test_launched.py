@@ -11,7 +11,7 @@ import pytest
 import small_world
 import tiny_models
 import torch
-from launching import FSDP, ROOT, launched, one_of_two
+from launching import FSDP, ROOT, launched, one_of_two, script_with
 
 from recbole_mllm.cli import main
 from recbole_mllm.common.resources import PROPERTIES
@@ -109,17 +109,12 @@ def test_the_main_process_alone_writes_and_speaks(together):
     assert len(list((folder / "text" / "saved").glob("*.pth"))) == 1
 
 
-# a script that goes wrong in one place, and runs the command line
 BROKEN = """
-import os, signal, sys
 from recbole_mllm.model.sequential_recommender.mllmmsr import MLLMMSR
 from recbole_mllm.trainer import MLLMMSRTrainer
 seen = []
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
-{change}
-from recbole_mllm.cli import main
-sys.exit(main())
 """
 KILLED = """
 stock = MLLMMSRTrainer._backward
@@ -150,10 +145,8 @@ MLLMMSR.calculate_loss = loss
 
 
 def broken(count, change, world, folder, **how):
-    (folder / "broken.py").write_text(BROKEN.format(change=change))
-    done = launched(
-        count, [folder / "broken.py", *launched_runs.words(world, folder, checkpoint_every_steps=3)], folder, **how
-    )
+    script = script_with(BROKEN + change, folder)
+    done = launched(count, [script, *launched_runs.words(world, folder, checkpoint_every_steps=3)], folder, **how)
     assert done.returncode != 0
     return done, done.stdout + done.stderr
 
@@ -221,7 +214,8 @@ print(f"process {distributed.process_index()} of 2: {sharding.wanted()}\\n", end
 """
 
 
-@pytest.mark.parametrize(("name", "how"), [("fsdp", "FSDP"), pytest.param("ddp", None, marks=SLOW)])
+@SLOW
+@pytest.mark.parametrize(("name", "how"), [("fsdp", "FSDP"), ("ddp", None)])
 def test_accelerate_starts_what_its_file_says(tmp_path, name, how):
     script = tmp_path / "tells.py"
     script.write_text(TELLS)
@@ -234,6 +228,7 @@ def test_accelerate_starts_what_its_file_says(tmp_path, name, how):
     assert told == [f"process {index} of 2: {how}" for index in range(2)], done.stderr[-3000:]
 
 
+@SLOW
 def test_a_mistake_is_told_once(world, tmp_path):
     done = launched(2, [RUN, *launched_runs.words(world, tmp_path), "--lora_rr=4"], tmp_path)
     assert done.returncode != 0 and (done.stdout + done.stderr).count("recbole-mllm: unknown key 'lora_rr'") == 1
@@ -268,20 +263,3 @@ def test_a_retriever_and_summaries_are_made_once_and_full_ranking_is_that_of_one
         stores[count] = {path.name: path.read_bytes() for path in (folder / "data" / "steps").glob("*.?sum")}
     assert said[1] == said[2] and len(said[1]) == 2
     assert stores[1] == stores[2] and len(stores[1]) == 2
-
-
-WAITS = """
-import time
-from recbole_mllm.common import distributed
-distributed.main_first(lambda: distributed.is_main() and time.sleep(3))
-found = distributed.gather_objects((distributed.process_index(), distributed.on_main(lambda: "x" * 10**7)[-1:]))
-if distributed.is_main():
-    print("found", found)
-distributed.stop()
-"""
-
-
-@SLOW
-def test_who_comes_first_waits_for_the_main_process_whose_result_may_be_large(tmp_path):
-    (tmp_path / "waits.py").write_text(WAITS)
-    assert launched(2, [tmp_path / "waits.py"], tmp_path).stdout == "found [(0, 'x'), (1, 'x')]\n"

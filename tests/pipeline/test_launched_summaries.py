@@ -9,7 +9,7 @@ import small_world
 import tiny_models
 import torch
 import yaml
-from launching import FSDP, ROOT, launched, one_of_two
+from launching import FSDP, ROOT, launched, one_of_two, script_with
 from safetensors.torch import load_file, save_file
 
 from recbole_mllm.cli import main
@@ -35,27 +35,36 @@ SUMMARIES = {
 }  # fmt: skip
 
 
+def summary_words(world, folder, **more):
+    """Return the settings of a run whose data lie in `folder`, as a command line says them."""
+    words = launched_runs.words(world, folder, **SUMMARIES | more)
+    words = [word for word in words if not word.startswith(("--data_path", "--model"))]
+    return [*words, f"--data_path={folder / 'data'}"]
+
+
 def summarised(world, folder, count, how, command=("summarize",), script=ROOT / "run_recbole_mllm.py", **more):
     """Run `command` in `count` processes; return what the launcher said and the files of summaries."""
     if not (folder / "data").exists():
         folder.mkdir(exist_ok=True)
         small_world.write(folder / "data")
-    words = launched_runs.words(world, folder, **SUMMARIES | more)
-    words = [word for word in words if not word.startswith(("--data_path", "--model"))]
-    words = [script, *command, *words, f"--data_path={folder / 'data'}"]
-    done = launched(count, words, folder, **how)
+    done = launched(count, [script, *command, *summary_words(world, folder, **more)], folder, **how)
     return done, {path.name: path.read_bytes() for path in (folder / "data" / "steps").glob("*.?sum")}
 
 
 @pytest.fixture(scope="module")
 def summaries_alone(world, tmp_path_factory):
-    done, files = summarised(world, tmp_path_factory.mktemp("one"), 1, {})
-    assert done.returncode == 0 and len(files) == 2, done.stderr[-2000:]
+    folder = tmp_path_factory.mktemp("one")
+    small_world.write(folder / "data")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(["summarize", *summary_words(world, folder)]) == 0
+    files = {path.name: path.read_bytes() for path in (folder / "data" / "steps").glob("*.?sum")}
+    assert len(files) == 2
     return files
 
 
 TOLD_ALIVE = """
-import sys, weakref
+import weakref
 from recbole_mllm.common import distributed
 from recbole_mllm.mllm.hf import HFModel
 stock, loaded = HFModel.split, []
@@ -65,15 +74,12 @@ def split(self):
     stock(self)
     print(f"process {distributed.process_index()}: {alive} parts alive of models before\\n", end="", flush=True)
 HFModel.split = split
-from recbole_mllm.cli import main
-sys.exit(main())
 """
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(6, marks=SLOW)])  # of six some have nothing to write
 def test_a_model_that_is_split_writes_the_summaries_of_one_that_is_not(world, tmp_path, summaries_alone, count):
-    script = tmp_path / "told.py"
-    script.write_text(TOLD_ALIVE)
+    script = script_with(TOLD_ALIVE, tmp_path)
     done, files = summarised(world, tmp_path, count, FSDP, script=script)
     assert done.returncode == 0 and files == summaries_alone, done.stderr[-3000:]
     told = [line for line in done.stdout.splitlines() if line.startswith("process ")]
@@ -105,37 +111,6 @@ def test_a_family_that_cannot_be_split_is_told_before_anything_is_loaded(world, 
     assert line.startswith("user_summarizer: ") and line.endswith("only summaries that are there already will do")
 
 
-KILLED_WRITING = """
-import os, signal, sys
-from recbole_mllm.summaries.generator import CachedGenerator
-stock, given = CachedGenerator.give, []
-def give(self, arrived):
-    stock(self, arrived)
-    given.append(self.kind)
-    if given.count("user") == 2 and os.environ["RANK"] == "1":
-        os.kill(os.getpid(), signal.SIGKILL)
-CachedGenerator.give = give
-from recbole_mllm.cli import main
-sys.exit(main())
-"""
-
-
-@pytest.mark.slow
-def test_a_killed_writer_of_a_split_model_ends_the_others_with_a_word(world, tmp_path, summaries_alone):
-    script = tmp_path / "killed.py"
-    script.write_text(KILLED_WRITING)
-    done, _ = summarised(world, tmp_path / "run", 2, FSDP, script=script)
-    said = done.stdout + done.stderr
-    words = "another process of this run has ended without a word", "the launcher has ended this process"
-    assert done.returncode != 0 and sum(map(said.count, words)) == 1, said[-3000:]
-    assert "Traceback (most recent call last)" not in said.partition("recbole-mllm:")[0]
-    again, files = summarised(world, tmp_path / "run", 1, {})
-    assert again.returncode == 0 and files == summaries_alone
-    (line,) = [line for line in again.stderr.splitlines() if "item summaries: " in line]
-    assert " 0 written" in line
-    assert not list((tmp_path / "run" / "data" / "steps").glob("*rank*"))
-
-
 @pytest.mark.slow
 def test_weights_that_no_file_has_are_made_in_every_process(world, tmp_path):
     tiny_models.llava(tmp_path / "llava")
@@ -150,7 +125,7 @@ def test_weights_that_no_file_has_are_made_in_every_process(world, tmp_path):
 
 
 OUT_OF_MEMORY = """
-import os, sys, torch
+import os, torch
 from recbole_mllm.mllm.sharding import LockStep
 from recbole_mllm.summaries.generator import CachedGenerator
 if os.environ["RANK"] == "1":  # so that it takes part in the passes of the other one alone
@@ -158,15 +133,12 @@ if os.environ["RANK"] == "1":  # so that it takes part in the passes of the othe
 def make_pass(self, *, learns):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 LockStep._pass = make_pass
-from recbole_mllm.cli import main
-sys.exit(main())
 """
 
 
 @pytest.mark.slow
 def test_a_process_without_memory_for_the_others_passes_says_so_itself(world, tmp_path):
-    script = tmp_path / "memory.py"
-    script.write_text(OUT_OF_MEMORY)
+    script = script_with(OUT_OF_MEMORY, tmp_path)
     done, _ = summarised(world, tmp_path / "run", 2, FSDP, script=script, summarize_batch_size=2)
     said = done.stdout + done.stderr
     assert done.returncode != 0 and said.count("recbole-mllm: ") == 1, said[-3000:]
@@ -174,7 +146,6 @@ def test_a_process_without_memory_for_the_others_passes_says_so_itself(world, tm
 
 
 GONE = """
-import sys
 from recbole_mllm.mllm.encoder import Encoder
 stock = Encoder.__call__
 def encode(self, prompt, **options):
@@ -182,8 +153,6 @@ def encode(self, prompt, **options):
         raise OSError(f"{IMAGE}: gone")
     return stock(self, prompt, **options)
 Encoder.__call__ = encode
-from recbole_mllm.cli import main
-sys.exit(main())
 """
 
 
@@ -192,8 +161,7 @@ def test_an_image_gone_for_one_process_ends_all_that_share_a_split_model(world, 
     small_world.write(tmp_path / "run" / "data")
     asked = next(text for name, text in summaries_alone.items() if name.endswith(".isum")).decode().splitlines()[1]
     (image,) = (tmp_path / "run" / "data" / "steps").rglob(f"{asked.partition(chr(9))[0]}.png")
-    script = tmp_path / "gone.py"
-    script.write_text(GONE.replace("IMAGE", repr(str(image))))
+    script = script_with(GONE.replace("IMAGE", repr(str(image))), tmp_path)
     done, _ = summarised(world, tmp_path / "run", 2, FSDP, script=script)
     said = done.stdout + done.stderr
     assert done.returncode != 0 and said.count("recbole-mllm: 1 item summaries cannot be written") == 1, said[-3000:]
@@ -219,10 +187,8 @@ def test_what_one_process_does_alone_waits_for_no_other_where_models_are_to_be_s
 ):
     monkeypatch.chdir(tmp_path)
     small_world.write(tmp_path / "data")
-    words = launched_runs.words(world, tmp_path, **SUMMARIES)
-    words = [word for word in words if not word.startswith(("--data_path", "--model"))]
+    words = summary_words(world, tmp_path)
     with one_of_two(monkeypatch, **FSDP):
-        words.append(f"--data_path={tmp_path / 'data'}")
         assert main(["plan", *words]) == 0 and "user summaries" in capsys.readouterr().out
         assert main(["summarize", "--dry-run", *words]) == 2
         assert "--dry-run lets one process try the model" in capsys.readouterr().err

@@ -13,6 +13,7 @@ import pytest
 import small_world
 import tiny_models
 import torch
+from launching import ROOT, script_with
 from recbole.config import Config
 from recbole.data import create_dataset, data_preparation
 from recbole.quick_start import load_data_and_model
@@ -27,7 +28,6 @@ from recbole_mllm.model.sequential_recommender.mllmmsr import MLLMMSR
 from recbole_mllm.quick_start import run
 from recbole_mllm.training.checkpoint import _COURSE, _MODEL, last_of, newest, read_checkpoint
 
-ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 EVALUATED = {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "uni10"}
 
@@ -84,7 +84,6 @@ def _state(file):
 
 
 KILLED = """
-import os, signal, sys
 from recbole_mllm.trainer import MLLMMSRTrainer
 stock = MLLMMSRTrainer._backward
 def backward(self, *args):
@@ -92,8 +91,6 @@ def backward(self, *args):
         os.kill(os.getpid(), signal.SIGKILL)
     return stock(self, *args)
 MLLMMSRTrainer._backward = backward
-from recbole_mllm.cli import main
-sys.exit(main())
 """
 
 
@@ -101,51 +98,63 @@ def test_a_run_killed_in_an_epoch_resumes_to_the_same_adapter_bit_for_bit(settin
     words = [f"--{key}={json.dumps(value, separators=(',', ':'))}" for key, value in settings.items()]
     words += ["--model", "MLLMMSR", "--dataset", "steps", "--checkpoint_every_steps=3"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    child = subprocess.run([sys.executable, "-c", KILLED, *words], cwd=tmp_path, env=environment, capture_output=True)
+    words = [sys.executable, script_with(KILLED, tmp_path), *words]
+    child = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True)
     assert child.returncode == -signal.SIGKILL, child.stderr.decode()[-2000:]
     (last,) = (tmp_path / "saved").glob("*.last.pth")
-    assert read_checkpoint(last, CPU)["training"]["place"][:2] == (1, 4)  # the sixth of 2 * 4 steps was never taken
-
-    before = read_checkpoint(last, CPU)["training"]["train_s"]
-    losses, seconds = {}, {}
-    for name, more in (
-        ("straight", {"checkpoint_dir": str(tmp_path / "straight")}),
-        ("resumed", {"resume": "auto", "checkpoint_every_steps": 3}),
-    ):
-        trainer = _fit(settings, **more)
-        seconds[name] = trainer.train_s
-        losses[name] = (trainer.train_loss_dict[1], trainer.best_valid_score, trainer.best_valid_result)
-        losses[name] += (trainer.model.state_dict(), trainer.optimizer.state_dict()["state"], trainer.saved_model_file)
-    assert 0 < before < seconds["resumed"]  # what the killed run had spent counts
-    straight, resumed = losses["straight"], losses["resumed"]
-    assert straight[:3] == resumed[:3] and _same(straight[3], resumed[3])
-    assert all(_same(straight[4][n], resumed[4][n]) for n in straight[4])
-    assert _same(_state(straight[5]), _state(resumed[5])) and Path(resumed[5]) == last.with_name(
-        last.name.replace(".last", "")
-    )
+    killed = read_checkpoint(last, CPU)["training"]
+    assert killed["place"][:2] == (1, 4)  # the sixth of 2 * 4 steps was never taken
+    straight = _fit(settings, checkpoint_dir=str(tmp_path / "straight"))
+    resumed = _fit(settings, resume="auto", checkpoint_every_steps=3)
+    assert 0 < killed["train_s"] < resumed.train_s  # what the killed run had spent counts
+    assert straight.train_loss_dict[1] == resumed.train_loss_dict[1]
+    assert straight.best_valid_score == resumed.best_valid_score
+    assert straight.best_valid_result == resumed.best_valid_result
+    assert _same(straight.model.state_dict(), resumed.model.state_dict())
+    moments = straight.optimizer.state_dict()["state"], resumed.optimizer.state_dict()["state"]
+    assert all(_same(moments[0][n], moments[1][n]) for n in moments[0])
+    assert _same(_state(straight.saved_model_file), _state(resumed.saved_model_file))
+    assert Path(resumed.saved_model_file) == last.with_name(last.name.replace(".last", ""))
 
 
 def test_a_run_resumes_from_a_checkpoint_of_an_epoch_too(settings, tmp_path):
-    straight = _fit(settings, eval_step=0)  # without validation every epoch is saved, the last over the first
-    trainer, train, _, _ = _made(settings | {"eval_step": 0, "checkpoint_dir": str(tmp_path / "other")})
-    trainer.epochs = 1
-    trainer.fit(train, verbose=False)
-    again, train, _, _ = _made(settings | {"eval_step": 0})
-    again.resume_checkpoint(trainer.saved_model_file)  # RecBole's own way
+    straight, train, _, _ = _made(settings)  # without validation every epoch is saved, the last over the first
+    save = straight._save_checkpoint
+
+    def save_and_copy(epoch, **how):
+        save(epoch, **how)
+        shutil.copy(straight.saved_model_file, tmp_path / f"epoch-{epoch}.pth")
+
+    straight._save_checkpoint = save_and_copy
+    straight.fit(train, verbose=False)
+    again, train, _, _ = _made(settings)
+    again.resume_checkpoint(tmp_path / "epoch-0.pth")  # RecBole's own way
     assert again.start_epoch == 1
     again.fit(train, verbose=False)
     assert _same(straight.model.state_dict(), again.model.state_dict())
 
 
-def test_a_finished_run_is_not_trained_again(settings):
-    first = _fit(settings, checkpoint_every_steps=2)
-    trainer, train, valid, test = _made(settings | {"resume": "auto", "checkpoint_every_steps": 2})
+@pytest.fixture(scope="module")
+def finished(place, tmp_path_factory):
+    """The settings and the trainer of a run of one epoch, which has left its newest state too."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["pytest"])
+        patch.chdir(folder)
+        settings = _settings(place, folder) | {"epochs": 1, "checkpoint_every_steps": 3}
+        return settings, _fit(settings)
+
+
+def test_a_finished_run_is_not_trained_again(finished):
+    settings, first = finished
+    trainer, train, valid, test = _made(settings | {"resume": "auto"})
     assert trainer.fit(train, valid, verbose=False) == (first.best_valid_score, first.best_valid_result)
     assert trainer.train_loss_dict == {} and trainer.saved_model_file == first.saved_model_file
     assert trainer.train_s == first.train_s > 0
     assert trainer.evaluate(test) == first.evaluate(test)
-    _, model, *_ = load_data_and_model(str(last_of(Path(first.saved_model_file))))  # RecBole's own way of reloading
-    assert _same(model.state_dict(), _state(last_of(Path(first.saved_model_file))))
+    last = last_of(Path(first.saved_model_file))
+    _, model, *_ = load_data_and_model(str(last))  # RecBole's own way of reloading
+    assert _same(model.state_dict(), _state(last))
 
 
 def test_the_pairs_of_validation_are_those_of_the_state_that_is_tested(settings):
@@ -165,22 +174,10 @@ def test_the_pairs_of_validation_are_those_of_the_state_that_is_tested(settings)
     assert len(kept(finetune="none").valid_pairs["score"]) == 15 * 11
 
 
-def test_a_run_that_stopped_early_is_finished_however_many_epochs_are_asked_for(settings):
-    trainer, train, valid, _ = _made(settings | {"epochs": 6, "stopping_step": 0, "checkpoint_every_steps": 100})
-    falling = iter([0.5, 0.4])
-    trainer._valid_epoch = lambda *args, **kwargs: (value := next(falling), {"ndcg@10": value})
-    trainer.fit(train, valid, verbose=False)
-    again, train, valid, _ = _made(settings | {"epochs": 9, "stopping_step": 0})
-    again.resume_checkpoint(last_of(Path(trainer.saved_model_file)))
-    fit = Fit(again)
-    assert fit.run(train, valid, verbose=False)[0] == 0.5 and again.train_loss_dict == {}
-    assert fit.scores == [] and fit.converged
-
-
-def test_auto_finds_nothing_of_a_run_with_other_settings(settings):
-    trainer = _fit(settings, epochs=1)
+def test_auto_finds_nothing_of_a_run_with_other_settings(finished):
+    _, trainer = finished
     base, folder = trainer.model.other_parameter()["base"], Path(trainer.checkpoint_dir)
-    assert newest(folder, base, trainer.config, CPU) == Path(trainer.saved_model_file)
+    assert newest(folder, base, trainer.config, CPU) == last_of(Path(trainer.saved_model_file))
     assert newest(folder, "other#1:float32", trainer.config, CPU) is None
     for key, value in {"seed": 8, "lora_r": 4, "learning_rate": 0.1, "train_last_k": None}.items():
         config = {name: trainer.config[name] for name in (*_MODEL, *_COURSE)} | {key: value}
@@ -197,10 +194,11 @@ class Calls:
         return os.mkdir, (str(self.marker),)
 
 
-def test_auto_passes_over_what_others_have_left_and_unpickles_none_of_it(settings, tmp_path, caplog):
-    trainer = _fit(settings, epochs=1, checkpoint_every_steps=3)
-    ours, base = Path(trainer.saved_model_file), trainer.model.other_parameter()["base"]
-    last, folder, marker = last_of(ours), ours.parent, tmp_path / "called"
+def test_auto_passes_over_what_others_have_left_and_unpickles_none_of_it(finished, tmp_path, caplog):
+    _, trainer = finished
+    folder, marker = tmp_path / "saved", tmp_path / "called"
+    shutil.copytree(Path(trainer.saved_model_file).parent, folder)
+    last, base = folder / last_of(Path(trainer.saved_model_file)).name, trainer.model.other_parameter()["base"]
     whole = read_checkpoint(last, CPU)
     assert newest(folder, base, trainer.config, CPU) == last
     torch.save(whole | {"training": Calls(marker)}, folder / "MLLMMSR-calls.pth", pickle_protocol=4)
@@ -219,41 +217,24 @@ def test_auto_passes_over_what_others_have_left_and_unpickles_none_of_it(setting
     assert newest(folder, base, trainer.config, CPU) == last and not marker.exists()
     told = [line for line in caplog.messages if "resume: auto passes over" in line]
     assert len(told) == len(foreign) == 9 and all(any(name in line for line in told) for name in foreign)
-    with pytest.raises(UserError, match=r"MLLMMSR-cut\.pth cannot be read"):
-        read_checkpoint(folder / "MLLMMSR-cut.pth", CPU)
 
 
-def test_other_settings_within_an_epoch_are_refused(settings):
-    trainer = _fit(settings, checkpoint_every_steps=3, epochs=1)
-    path = last_of(Path(trainer.saved_model_file))
-    checkpoint = read_checkpoint(path, CPU)
-    checkpoint["training"]["place"] = (0, 2, 1.0)
-    torch.save(checkpoint, path)
-    with pytest.raises(UserError, match="trained with train_batch_size 8, not 32; give the same settings"):
-        _made(settings | {"train_batch_size": 32, "epochs": 1})[0].resume_checkpoint(path)
-    with pytest.raises(UserError, match="the checkpoint belongs to other#1, not to llama"):
-        torch.save(checkpoint | {"other_parameter": {"base": "other#1"}}, path)
-        _made(settings | {"epochs": 1})[0].resume_checkpoint(path)
-    path.write_bytes(b"half a check")
-    with pytest.raises(UserError, match="cannot be read"):
-        _made(settings | {"epochs": 1})[0].resume_checkpoint(path)
+def test_a_checkpoint_that_cannot_be_resumed_from_is_refused(finished, tmp_path):
+    settings, trainer = finished
+    path = tmp_path / "run.pth"
+    checkpoint = read_checkpoint(last_of(Path(trainer.saved_model_file)), CPU)
+    within = {**checkpoint["training"], "place": (0, 2, 1.0), "best_valid_result": None}
+    other, _, _, _ = _made(settings | {"train_batch_size": 32, "resume": "nowhere.pth"})
+    for content, said in (
+        (checkpoint | {"training": within}, "trained with train_batch_size 8, not 32; give the same settings"),
+        (checkpoint | {"other_parameter": {"base": "other#1"}}, "the checkpoint belongs to other#1, not to llama"),
+        (b"half a check", "cannot be read"),
+    ):
+        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+        with pytest.raises(UserError, match=said):
+            other.resume_checkpoint(path)
     with pytest.raises(UserError, match="does not exist"):
-        _made(settings | {"resume": "nowhere.pth"})[0].resume()
-
-
-def test_a_checkpoint_is_whole_or_the_old_one(settings, monkeypatch):
-    trainer = _fit(settings, epochs=1)
-    before = Path(trainer.saved_model_file).read_bytes()
-
-    def broken(state, file, **kwargs):
-        file.write(b"half a check")
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(torch, "save", broken)
-    with pytest.raises(UserError, match="cannot be written .no space left on device."):
-        trainer._save_checkpoint(5)
-    saved = Path(trainer.saved_model_file)
-    assert saved.read_bytes() == before and [p.name for p in saved.parent.glob(".*")] == []
+        other.resume()
 
 
 def test_a_loss_that_is_no_number_stops_with_the_rows(settings, tmp_path):
@@ -275,7 +256,8 @@ def test_a_loss_that_is_no_number_stops_with_the_rows(settings, tmp_path):
 
 
 def test_training_stops_when_the_frozen_candidates_are_ranked_worse_and_keeps_the_best(settings):
-    trainer, train, valid, _ = _made(settings | {"epochs": 9, "stopping_step": 1})
+    given = settings | {"epochs": 9, "stopping_step": 1, "checkpoint_every_steps": 100}
+    trainer, train, valid, _ = _made(given)
     plan, adapters = iter([0.3, 0.7, 0.6, 0.5]), []
     trainer._valid_epoch = lambda *args, **kwargs: (value := next(plan), {"ndcg@10": value})
     found = trainer.fit(train, valid, verbose=False, callback_fn=lambda *_: adapters.append(_copy(trainer)))
@@ -283,6 +265,11 @@ def test_training_stops_when_the_frozen_candidates_are_ranked_worse_and_keeps_th
     assert _same(_state(trainer.saved_model_file), adapters[1])
     trainer.load(Path(trainer.saved_model_file))
     assert _same(trainer.model.state_dict(), adapters[1]) and not _same(adapters[1], adapters[3])
+    again, train, valid, _ = _made(given | {"epochs": 12})  # it is finished, however many epochs are asked for
+    again.resume_checkpoint(last_of(Path(trainer.saved_model_file)))
+    fit = Fit(again)
+    assert fit.run(train, valid, verbose=False)[0] == 0.7 and again.train_loss_dict == {}
+    assert fit.scores == [] and fit.converged
 
 
 def _copy(trainer):

@@ -2,7 +2,6 @@
 
 import sys
 from dataclasses import fields
-from pathlib import Path
 from typing import Annotated, get_args, get_origin, get_type_hints
 
 import pytest
@@ -44,6 +43,7 @@ def test_every_setting_stands_in_a_shipped_file_with_a_comment():
 
 NAN, INF = float("nan"), float("inf")
 WRONG = {
+    "summary_mode": ("recurent", None),
     "block_size": (0, -1, 1.5, NAN, INF, True, "3", None, 10**30),
     "max_history": (0, 2.5, NAN, False),
     "lora_dropout": (1, -0.1, NAN, True),
@@ -81,6 +81,7 @@ SAID = {
     "lora_dropout": "lora_dropout is 1; it must be a number, at least 0 and below 1",
     "max_history": "max_history is 0; it must be a whole number, at least 1, or null",
     "use_image": "use_image is 1; it must be true or false",
+    "summary_mode": "summary_mode is 'recurent'; it must be one of recurrent, direct, none",
 }
 
 
@@ -94,11 +95,6 @@ def test_a_value_that_is_none_names_key_value_range_and_place(key):
         assert said[-1].startswith(key) and "; it must be " in said[-1] and said[-1].endswith(" (my.yaml:3)"), value
         assert "\n" not in said[-1] and len(said[-1]) < 300
     assert said[0] == f"{SAID[key]} (my.yaml:3)" if key in SAID else True
-
-
-def test_a_word_that_is_none_names_those_there_are():
-    with pytest.raises(UserError, match="must be one of recurrent, direct, none"):
-        Settings.from_config(BASE | {"summary_mode": "recurent"})
 
 
 def test_what_recboles_own_documentation_writes_is_taken():
@@ -124,13 +120,10 @@ def test_every_number_of_ours_has_a_range_and_every_default_is_in_it():
     check_values(BASE | shipped | shipped["benchmark_defaults"])
 
 
-def test_numbers_at_the_ends_of_their_ranges_are_taken():
+def test_numbers_at_the_ends_of_their_ranges_and_a_bare_off_are_taken():
     check_values({"lora_dropout": 0, "warmup_ratio": 1, "summary_temperature": 0, "fusion": 1, "limit_users": 1,
                   "candidate_seed": 2**32 - 1, "block_size": 3.0, "topk": 5, "epochs": 0, "eval_step": 0,
                   "eval_args": {"mode": {"valid": "uni1", "test": "labeled"}, "split": {"RS": [8, 1, 1]}}})  # fmt: skip
-
-
-def test_a_bare_off_in_yaml_is_off():
     assert Settings.from_config(BASE | yaml.safe_load("summarize: off")).summary.summarize == "off"
 
 
@@ -176,7 +169,7 @@ UNREADABLE = {
     "a tab": (b"a:\n\tb: 1\n", ":2: it is no valid YAML"),
     "two documents": (b"a: 1\n---\nb: 2\n", ":2: it is no valid YAML: expected a single document"),
     "an alias of nothing": (b"a: 1\nb: *x\n", ":2: it is no valid YAML: found undefined alias 'x'"),
-    "deep": (b"a: " + b"[" * 1_500, " is nested too deeply"),
+    "deep": (b"a: " + b"[" * 500, " is nested too deeply"),
 }
 REFUSED = {
     "a Python object": (b'a: 1\nb: !!python/object/apply:os.system ["touch made"]\n', ":2: it is no valid YAML: "),
@@ -226,16 +219,9 @@ def test_values_are_read_as_recbole_reads_them(tmp_path, monkeypatch):
     assert line_of(path, "seed") == 3 and line_of(path, "y", "b") == 5 and line_of(path, "z") is None
 
 
-@pytest.mark.parametrize("case", UNREADABLE)
-def test_recbole_is_not_given_what_nobody_can_read(tmp_path, monkeypatch, case):
-    monkeypatch.setattr(sys, "argv", ["run"])
-    path = tmp_path / "my.yaml"
-    path.write_bytes(UNREADABLE[case][0])
-    with pytest.raises(UserError, match="my.yaml"):
-        Config(model="BPR", dataset="ml-100k", config_file_list=[path])
-
-
-def test_a_stock_run_of_a_stock_model_keeps_what_recbole_takes(tmp_path, monkeypatch):
+def test_a_stock_run_of_a_stock_model_is_given_what_recbole_takes_and_nothing_that_nobody_can_read(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(sys, "argv", ["run"])
     path = tmp_path / "mine.yaml"
     path.write_text("my_own_key: 1\nepochs: 3\nepochs: 4\nsizes: !!python/tuple [1, 2]\nlearning_rate: 0.0\n")
@@ -244,6 +230,10 @@ def test_a_stock_run_of_a_stock_model_keeps_what_recbole_takes(tmp_path, monkeyp
     assert (config["my_own_key"], config["epochs"], config["sizes"]) == (1, 4, (1, 2))
     with pytest.raises(UserError, match=r"mine\.yaml:3: it is no valid YAML: epochs stands there already, on line 2"):
         Config(model="MLLMMSR", dataset="ml-100k", config_file_list=[path])
+    for data in (UNREADABLE["latin-1"][0], UNREADABLE["a list"][0], UNREADABLE["two documents"][0]):
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=r"mine\.yaml"):
+            Config(model="BPR", dataset="ml-100k", config_file_list=[path])
 
 
 @pytest.mark.parametrize(
@@ -277,50 +267,27 @@ def test_a_models_own_keys_are_known_where_only_its_source_reads_them(tmp_path):
     assert is_model("MLLMMSR") and is_model("KD_DAGFM") and not is_model("sasrec") and not is_model("../SASRec")
 
 
-@pytest.mark.parametrize("what", ["folder", "link"])
-def test_a_dataset_yaml_that_is_no_file_is_not_passed_over(tmp_path, monkeypatch, what):
-    monkeypatch.setattr(sys, "argv", ["run"])
-    path = tmp_path / "mine" / "dataset.yaml"
-    path.parent.mkdir()
-    (path.parent / "mine.inter").write_text("user_id:token\titem_id:token\ttimestamp:float\nu\ti\t1\n")
-    if what == "folder":
-        path.mkdir()
-    else:
-        path.symlink_to("nowhere")
-    for read in (
-        lambda: Config(model="BPR", dataset="mine", config_dict={"data_path": str(tmp_path)}),
-        lambda: find_layout(tmp_path / "mine", {}),
-    ):
-        with pytest.raises(UserError, match=r"dataset\.yaml is (no file|a link that leads nowhere); put a YAML file"):
-            read()
-
-
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("item_knd: movie\n", "unknown key 'item_knd' in {}:1; did you mean 'item_kind'?"),
         ("load_col: {}\nTIEM_FIELD: t\n", "unknown key 'TIEM_FIELD' in {}:2; did you mean 'TIME_FIELD'?"),
         ("a: [1,\n", "{}:2: it is no valid YAML"),
-        ("- a\n", "{}:1: it must hold `key: value` lines"),
         ("per_model: {SASRec: {epochs: 3}}", "{}:1: per_model is not read here"),
+        (None, "{} is a link that leads nowhere; put a YAML file in its place"),
         ("item_kind: movie\nblock_size: 0\n", "block_size is 0; it must be a whole number, at least 1 ({}:2)"),
-        (
-            "MAX_ITEM_LIST_LENGTH: 0\n",
-            "MAX_ITEM_LIST_LENGTH is 0; it must be a whole number, at least 1, or null ({}:1)",
-        ),
     ],
 )
-@pytest.mark.parametrize("model", ["BPR", "MLLMMSR"])
-def test_a_datasets_own_file_is_checked_in_every_run_and_by_inspect(tmp_path, monkeypatch, model, text, said):
+def test_a_datasets_own_file_is_checked_in_every_run_and_by_inspect(tmp_path, monkeypatch, text, said):
     monkeypatch.setattr(sys, "argv", ["run"])
     path = tmp_path / "mine" / "dataset.yaml"
     path.parent.mkdir()
-    path.write_text(text)
     (path.parent / "mine.inter").write_text("user_id:token\titem_id:token\ttimestamp:float\nu\ti\t1\n")
-    with pytest.raises(UserError) as found:
-        Config(model=model, dataset="mine", config_dict={"data_path": str(tmp_path)})
-    assert said.format(path) in str(found.value)
+    path.symlink_to("nowhere") if text is None else path.write_text(text)
+    keys = {"dataset": "mine", "config_dict": {"data_path": str(tmp_path)}}
+    reads = [lambda: Config(model="BPR", **keys), lambda: Config(model="MLLMMSR", **keys)]
     if "must be a whole" not in said:  # `inspect` reads names and places alone
-        with pytest.raises(UserError) as told:
-            find_layout(Path(path.parent), {})
-        assert str(told.value) == str(found.value)
+        reads.append(lambda: find_layout(path.parent, {}))
+    for read in reads:
+        with pytest.raises(UserError) as found:
+            read()
+        assert said.format(path) in str(found.value)

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from datetime import timedelta
 from itertools import combinations
 from pathlib import Path
 
@@ -70,15 +71,6 @@ def test_a_process_that_knows_no_host_leaves_the_word_to_the_main_one(monkeypatc
         assert distributed._fail(2) == (speaks, 2)
 
 
-UNMET = """
-import sys
-from datetime import timedelta
-from recbole_mllm.common import distributed
-from recbole_mllm.common.distributed import exit_code
-distributed._CONNECT = timedelta(seconds=2)
-sys.exit(exit_code(lambda words: distributed.barrier() or 0, []))
-"""
-
 EARLY = """
 import sys
 from recbole_mllm.common import distributed
@@ -90,37 +82,27 @@ sys.exit(exit_code(fail, []))
 """
 
 
-def launched(script, rank, **place):
-    """Start a process that believes itself one of two, the other of which never comes."""
+def test_who_fails_before_any_meeting_waits_for_nobody():
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("MASTER_", "TORCHELASTIC_"))}
-    environment = {**kept, "RANK": rank, "WORLD_SIZE": "2", **place}
-    words = [sys.executable, "-c", script]
-    return subprocess.Popen(words, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # where nobody listens
+    for rank, said in (("0", "recbole-mllm: a mistake\n"), ("1", "")):
+        words = [sys.executable, "-c", EARLY]
+        done = subprocess.run(words, cwd=ROOT, env={**kept, **place, "RANK": rank}, capture_output=True, text=True)
+        assert (done.stderr, done.returncode) == (said, 2)
 
 
-def free_port():
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_process_that_meets_nobody_says_where_it_looked(monkeypatch, rank):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
-
-
-def test_a_process_that_meets_nobody_says_where_it_looked():
-    ports = [free_port(), free_port()]
-    places = [{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} for port in ports] + [{"MASTER_ADDR": "127.0.0.1"}]
-    expected = [f"process {rank} of 2 has not met the others at 127.0.0.1:{port}" for rank, port in enumerate(ports)]
-    expected.append("MASTER_PORT are not set; start with torchrun")
-    started = [launched(UNMET, rank, **place) for rank, place in zip("011", places, strict=True)]
-    for process, words in zip(started, expected, strict=True):
-        _, said = process.communicate(timeout=120)
-        (line,) = [line for line in said.splitlines() if line.startswith("recbole-mllm: ")]
-        assert words in line and process.returncode == 2 and "Traceback" not in said
-
-
-def test_who_fails_before_any_meeting_waits_for_nobody():
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # where nobody listens
-    for rank, said in (("0", "recbole-mllm: a mistake\n"), ("1", "")):
-        process = launched(EARLY, rank, **place)
-        assert process.communicate(timeout=60)[1] == said and process.returncode == 2
+        port = str(free.getsockname()[1])
+    monkeypatch.setattr(distributed, "_CONNECT", timedelta(seconds=1))
+    for name, value in {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, value)
+    connect = distributed._connection.__wrapped__  # which keeps the first answer
+    assert f"process {rank} of 2 has not met the others at 127.0.0.1:{port}" in str(connect())
+    monkeypatch.delenv("MASTER_PORT")
+    assert "MASTER_PORT are not set; start with torchrun" in str(connect())
 
 
 # -- shares of work

@@ -6,6 +6,7 @@ import re
 import pytest
 import small_world
 import torch
+from full_disk import files_up_to
 from recbole.utils import early_stopping, ensure_dir
 
 from recbole_mllm.cli.arguments import Options, config_of
@@ -55,21 +56,11 @@ def test_ours_and_want_of_memory_go_through(error):
     ("model", "keys", "said"),
     [
         ("SASRec", {"stopping_step": None}, "stopping_step is None; it must be a whole number"),
-        ("SASRec", {"weight_decay": None}, "weight_decay is None; it must be a number"),
         ("SASRec", {"eval_args": {"mode": "uni20"}}, "SASRec needs eval_args.order TO"),
-        ("BPR", {"metric_decimal_place": "many"}, "metric_decimal_place is 'many'; it must be a whole number"),
-        ("BPR", {"train_neg_sample_args": {"sample_num": 0}}, "sample_num is 0; it must be a whole number, at least 1"),
         ("BPR", {"train_neg_sample_args": None}, "BPR learns from drawn negatives"),
-        ("BPR", {"clip_grad_norm": 5}, "clip_grad_norm is 5; it must be {key: value} pairs"),
-        (
-            "BPR",
-            {"clip_grad_norm": {"maxnorm": 5}},
-            "unknown key 'maxnorm' in clip_grad_norm; did you mean 'max_norm'?",
-        ),
+        ("BPR", {"clip_grad_norm": {"maxnorm": 5}}, "unknown key 'maxnorm' in clip_grad_norm; did you mean 'max_n"),
         ("BPR", {"learner": "sparse_adam"}, "SparseAdam does not support dense gradients"),
         ("BPR", {"checkpoint_dir": "dataset/steps/steps.inter/x"}, "steps.inter is no folder; give another name"),
-        ("BPR", {"eval_args": {"mode": "labeled"}}, "frozen_candidates: false"),
-        ("bpr", {}, "did you mean BPR?"),
         ("mllmmsr", {}, "did you mean MLLMMSR?"),
     ],
 )
@@ -85,17 +76,10 @@ def test_a_wrong_option_is_one_line(model, keys, said, tmp_path, monkeypatch):
 
 
 def test_a_full_disk_is_named_where_torch_speaks_of_its_own_file(tmp_path, monkeypatch):
-    import resource
-
     monkeypatch.setattr("sys.argv", ["run"])
     monkeypatch.chdir(tmp_path)
     small_world.write(tmp_path / "dataset", images=False)
     load = {"inter": ["user_id", "item_id", "timestamp"]}
     config = config_of("BPR", "steps", Options({"epochs": 1, "load_col": load, "show_progress": False}))
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, before[1]))  # as a full disk, for files that grow beyond it
-    try:
-        with pytest.raises(UserError, match=r"^BPR could not write its checkpoint: the disk is full"):
-            run(config)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with files_up_to(9_000), pytest.raises(UserError, match=r"^BPR could not write its checkpoint: the disk is full"):
+        run(config)

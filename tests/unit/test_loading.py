@@ -50,10 +50,10 @@ def test_weights_are_named_by_their_bytes_not_by_their_place(llama, file, tmp_pa
     for source, inside in ((llama, "config.json"), (file, "")):
         copy = tmp_path / source.name
         shutil.copytree(source, copy) if inside else shutil.copy(source, copy)
-        assert identity_of(str(copy), None) == identity_of(str(source), None)
+        assert identity_of(str(copy)) == identity_of(str(source))
         with (copy / inside if inside else copy).open("ab") as more:
             more.write(b"x")
-        assert identity_of(str(copy), None) != identity_of(str(source), None)
+        assert identity_of(str(copy)) != identity_of(str(source))
 
 
 def test_what_is_wrong_with_a_gguf_is_one_line(file, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ All of it runs without a privilege in a throwaway folder (`unprivileged`).
 from __future__ import annotations
 
 import json
+import textwrap
 
 import pytest
 import unprivileged
@@ -70,23 +71,7 @@ REFUSED = """
 """
 
 
-def test_no_command_writes_to_a_path_that_is_not_its_own(place):
-    below = ["PLACE/closed/new/out", "PLACE/theirs/note.txt/out", "to-nowhere", "to-nowhere/out", "loop"]
-    files = [*below, "PLACE/theirs/d.inter", "PLACE/theirs", ".", "to-their-note", "to-home", "pipe", "x.pth"]
-    folders = [
-        *(*below, "PLACE/theirs", "PLACE/theirs/note.txt", "to-theirs", "to-home", "to-their-note", "pipe"),
-        *("PLACE/home", "PLACE", "PLACE/work", ".", "..", "./../here", "PLACE/work/./here/../here", "dataset/x"),
-    ]
-    raw = ["PLACE/raw", "PLACE/raw/dump", "PLACE/raw/../raw/dump"]
-    cases = [(words, files) for words in FILES.values()]
-    cases += [(words, [*folders, *(raw if "RAW" in words else [])]) for words in FOLDERS.values()]
-    (place / "cases.json").write_text(json.dumps(cases))
-    before = unprivileged.snapshot(place)
-    unprivileged.run(REFUSED, place, *MODULES)
-    assert unprivileged.snapshot(place) == before
-
-
-PLACES = """
+ROOTS = """
     import recbole_mllm.common.files as files
     for name in ("unlink", "rename", "replace", "rmdir", "mkdir", "scandir", "access"):
         setattr(os, name, None)  # whoever comes so far fails
@@ -110,9 +95,22 @@ PLACES = """
 """
 
 
-def test_a_root_however_spelt_and_a_mount_point_are_refused_before_anything_is_asked_of_them(place):
+def test_no_command_writes_to_a_path_that_is_not_its_own(place):
+    """Nor to a root however spelt, or a mount point, which are refused before anything is asked of them."""
+    below = ["PLACE/closed/new/out", "PLACE/theirs/note.txt/out", "to-nowhere", "to-nowhere/out", "loop"]
+    files = [*below, "PLACE/theirs/d.inter", "PLACE/theirs", ".", "to-their-note", "to-home", "pipe", "x.pth"]
+    folders = [
+        *(*below, "PLACE/theirs", "PLACE/theirs/note.txt", "to-theirs", "to-home", "to-their-note", "pipe"),
+        *("PLACE/home", "PLACE", "PLACE/work", ".", "..", "./../here", "PLACE/work/./here/../here", "dataset/x"),
+    ]
+    raw = ["PLACE/raw", "PLACE/raw/dump", "PLACE/raw/../raw/dump"]
+    cases = [(words, files) for words in FILES.values()]
+    cases += [(words, [*folders, *(raw if "RAW" in words else [])]) for words in FOLDERS.values()]
+    (place / "cases.json").write_text(json.dumps(cases))
     (place / "work" / "here" / "root-link").symlink_to("/")
-    unprivileged.run(PLACES, place)
+    before = unprivileged.snapshot(place)
+    unprivileged.run(textwrap.dedent(REFUSED) + textwrap.dedent(ROOTS), place, *MODULES)
+    assert unprivileged.snapshot(place) == before
 
 
 CONVERTED = """
@@ -158,27 +156,24 @@ CONVERTED = """
 """
 
 
-def test_converting_again_replaces_what_convert_wrote_and_keeps_all_else(place):
-    before = unprivileged.snapshot(place)
-    unprivileged.run(CONVERTED, place)
-    after = unprivileged.snapshot(place)
-    own = ("work/here/made", "work/here/link", "empty", "kept", "raw/dump/MicroLens-made_pairs.tsv")
-    assert {name: what for name, what in after.items() if not name.startswith(own)} == {
-        name: what for name, what in before.items() if not name.startswith(own)
-    }
-
-
 FULL = """
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # as a full disk, for files beyond it
     said = io.StringIO()
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-        code = main(["convert", "microlens", "--raw", str(place / "raw" / "dump"), "--out", str(place / "full")])
+        code = main(["convert", "microlens", "--raw", str(place / "raw" / "large"), "--out", str(place / "full")])
     (line,) = [line for line in said.getvalue().splitlines() if line.startswith("recbole-mllm:")]
     assert code == 2 and "File too large" in line and str(place / "full") in line, said.getvalue()
     assert not (place / "full").exists(), list((place / "full").iterdir())
 """
 
 
-def test_a_full_disk_leaves_no_half_of_a_dataset(place):
-    write_microlens(place / "raw" / "dump", {str(u): [str(n) for n in range(50)] for u in range(99)}, {"1": "one"})
-    unprivileged.run(FULL, place)
+def test_converting_again_replaces_what_convert_wrote_and_keeps_all_else(place):
+    """And a disk that is full leaves no half of a dataset."""
+    write_microlens(place / "raw" / "large", {str(u): [str(n) for n in range(50)] for u in range(99)}, {"1": "one"})
+    before = unprivileged.snapshot(place)
+    unprivileged.run(textwrap.dedent(CONVERTED) + textwrap.dedent(FULL), place)
+    after = unprivileged.snapshot(place)
+    own = ("work/here/made", "work/here/link", "empty", "kept", "raw/dump/MicroLens-made_pairs.tsv")
+    assert {name: what for name, what in after.items() if not name.startswith(own)} == {
+        name: what for name, what in before.items() if not name.startswith(own)
+    }

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from recbole_mllm.common import distributed
 from recbole_mllm.common.errors import UserError
-from recbole_mllm.common.model_names import is_server, parse_endpoint
+from recbole_mllm.common.model_names import is_same, is_server, revision_of
 from recbole_mllm.common.progress import Progress
 from recbole_mllm.common.prompts import Prompt
 from recbole_mllm.common.settings import Settings
@@ -70,6 +70,8 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
     ) -> None:
         super().__init__(config, dataset)
         self.settings = Settings.from_config(config)
+        for key, revision in self.settings.mllm.revisions().items():
+            config[key] = revision  # as checkpoints and records keep the configuration
         check_recommender(config, self.settings, dataset)
         self.reranker = reranker or obtain_reranker(config, dataset)
         self.preferences = preferences or prepare_summaries(config, dataset)
@@ -91,10 +93,11 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
         """Return what scores: a model in this process, ready to be trained, or one behind servers."""
         settings, lora = self.settings, self.settings.lora
         if is_server(settings.mllm.mllm):
-            return ServedScorer(parse_endpoint(settings.mllm.mllm, "mllm"), settings.server)
+            return ServedScorer(settings.mllm.endpoint("mllm"), settings.server)
         split, four_bit = sharding.wanted() is not None, lora.finetune == "qlora"
-        mllm = HFModel(settings.mllm.mllm, settings.mllm, self.device, four_bit=four_bit, to_split=split)
-        mllm.replace_model(tune(mllm.model, lora, seed))
+        name = settings.mllm.source("mllm")
+        mllm = HFModel(name, settings.mllm, self.device, four_bit=four_bit, to_split=split)
+        mllm.replace_model(tune(mllm.model, lora, seed, revision_of(name)))
         if split:
             mllm.split()
         if self.is_trained and settings.train.gradient_checkpointing:
@@ -335,7 +338,7 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
 
     def load_other_parameter(self, para: dict[str, Any] | None) -> None:
         """Refuse a checkpoint of another base model."""
-        if para and para["base"] != self.mllm.identity:
+        if para and not is_same(para["base"], self.mllm.identity):
             raise UserError(
                 f"the checkpoint belongs to {para['base']}, not to {self.mllm.identity}; set mllm accordingly"
             )
