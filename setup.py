@@ -52,6 +52,7 @@ setup(
             "benchmark/templates/*",
             "common/templates/*",
             "inspect/templates/*",
+            "training/templates/*",
             "py.typed",
         ],
         "recbole_mllm.properties": ["*.yaml", "*/*.yaml"],

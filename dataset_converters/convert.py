@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.files import CONVERTED, digest, publish, whole_file
 from recbole_mllm.data.atomic import impossible_times
+from recbole_mllm.data.splits import SplitSettings
 
 from . import output
 from .interactions import Interactions, Limits, Row, Step, collect, in_time_order, narrow
@@ -84,7 +85,7 @@ class Job:
     source: Source
     folder: Path
     limits: Limits = Limits()
-    protocol: str = "loo"
+    split: SplitSettings = SplitSettings()
     item_kind: str | None = None
     fetch: Fetch | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -128,10 +129,7 @@ def convert(job: Job, intake: Intake) -> Converted:
         _refuse_empty(inter, intake)
         times_read = _impossible(inter)
         inter, steps = narrow(in_time_order(inter), job.limits)
-        if job.protocol == "paper":
-            written = output.write_benchmark_files(stage, inter, job.limits.seed)
-        else:
-            written = output.write_interactions(stage, inter)
+        written = output.write_protocol(stage, inter, job.split)
         check_counts("interactions written", written.interactions, steps[-1].interactions)
         times_written = _impossible(inter)
         wanted = [name for name, count in zip(inter.item_names, inter.per_item().tolist(), strict=True) if count]
@@ -188,8 +186,9 @@ def _write_words(job: Job, folder: Path, done: Converted) -> None:
     files = [*done.written.files, *done.catalog.files, folder / "dataset.yaml", folder / "README.md"]
     content = {
         "converter": job.source.name,
-        "protocol": job.protocol,
+        "protocol": job.split.protocol,
         "options": dict(job.options),
+        **({"split": done.written.about} if done.written.about else {}),
         "steps": [[s.name, s.users, s.items, s.interactions] for s in done.steps],
         "rejected_rows": done.intake.rejected,
         "impossible_times": {"read": list(done.times_read), "written": list(done.times_written)},
@@ -216,7 +215,7 @@ def _head(job: Job, done: Converted) -> Iterator[str]:
     options = " ".join(
         f"--{key.replace('_', '-')}{'' if value is True else f' {value}'}" for key, value in job.options.items()
     )
-    yield f"Options: {options or 'none'}. Protocol: {job.protocol}."
+    yield f"Options: {options or 'none'}. Protocol: {job.split.protocol}."
     yield ""
     yield f"Order: {done.written.order}"
     yield from job.source.notes
@@ -238,7 +237,7 @@ def _counts(done: Converted) -> Iterator[str]:
     if told := done.told_times():
         yield f"\n{told}"
     for part, count in done.written.counts.items():
-        yield f"\n{part}: {count:,} users"
+        yield f"\n{part}: {count}"
 
 
 def _items(catalog: Catalog) -> Iterator[str]:

@@ -11,6 +11,7 @@ from typing import Any
 from recbole_mllm.common.console import Parser
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.progress import Progress, log_to_terminal
+from recbole_mllm.data.splits import SplitSettings
 
 from .amazon2023 import Amazon2023
 from .convert import Converted, Job, Source, add_option, convert
@@ -20,7 +21,7 @@ from .item_rows import Downloader
 from .microlens import MicroLens
 from .movielens import MovieLens
 from .output import check
-from .source import Intake, number
+from .source import Intake, moment, number
 
 KINDS = ("video", "movie", "product")
 SOURCES: dict[str, type[Source]] = {source.name: source for source in (MicroLens, MovieLens, Amazon2023, CsvTable)}
@@ -30,6 +31,7 @@ SOURCES: dict[str, type[Source]] = {source.name: source for source in (MicroLens
 _TOLD = (
     *("k_core", "min_rating", "max_history", "limit_users", "seed", "duplicates"),
     *("category", "separator", "encoding", "multiline"),
+    *("boundaries", "valid_share", "test_share", "target", "max_list"),
 )
 
 
@@ -47,10 +49,10 @@ def main(words: Sequence[str]) -> int:
         source=source,
         folder=folder,
         limits=_limits(known),
-        protocol=known.protocol,
+        split=split_settings(known),
         item_kind=known.item_kind,
         fetch=Downloader() if getattr(known, "download_images", False) else None,
-        options={key: _plain(value) for key in _TOLD if (value := getattr(known, key, None)) is not None},
+        options=told_options(known),
     )
     log_to_terminal()
     with Progress(size / 1e6, f"reading {known.name}", "MB") as progress:
@@ -62,8 +64,10 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
-def _plain(value: Any) -> Any:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else value
+def told_options(known: argparse.Namespace) -> dict[str, Any]:
+    """Return the options that change what is written, as README and manifest tell them."""
+    given = {key: value for key in _TOLD if (value := getattr(known, key, None)) is not None}
+    return {key: ",".join(map(str, value)) if isinstance(value, tuple) else value for key, value in given.items()}
 
 
 def _found(known: argparse.Namespace, raw: Path) -> tuple[Source, int]:
@@ -95,7 +99,7 @@ def _told(folder: Path, done: Converted) -> list[str]:
     lines = [raw.told() for raw in done.intake.files]
     lines += [f"{'after':<46} {'users':>11} {'items':>11} {'interactions':>13}"]
     lines += [f"{s.name[:46]:<46} {s.users:>11,} {s.items:>11,} {s.interactions:>13,}" for s in done.steps]
-    lines += [f"{part}: {count:,} users" for part, count in done.written.counts.items()]
+    lines += [f"{part}: {count}" for part, count in done.written.counts.items()]
     catalog = done.catalog
     lines.append(
         f"{catalog.items:,} items, {catalog.without_title:,} without title, {catalog.with_image:,} with image, "
@@ -125,13 +129,12 @@ def _parser() -> Parser:
     common.add_argument(
         "--out", required=True, metavar="DIR", help="the dataset's folder; its last part names the files"
     )
-    common.add_argument("--protocol", choices=("loo", "paper"), default="loo", help="paper: users split 8:1:1")
+    add_split_options(common)
     add_option(common, "--k-core", type=_core, metavar="U,I", help="least interactions of a user and of an item")
     add_option(common, "--min-rating", type=_rating, metavar="R", help="drop lower ratings")
     add_option(common, "--max-history", type=_positive, metavar="N", help="keep a user's latest N interactions")
     add_option(common, "--limit-users", type=_positive, metavar="N", help="keep a seeded sample of users")
     common.add_argument("--duplicates", choices=("keep", "first"), help="of a user's interactions with one item")
-    common.add_argument("--seed", type=int, default=2024, help="draws the sample and the split")
     add_option(
         common, "--image-dir", metavar="DIR", help="images by item id, or that the image column's paths start from"
     )
@@ -146,6 +149,62 @@ def _parser() -> Parser:
     for name, source in SOURCES.items():
         source.add_options(names.add_parser(name, parents=[common], help=source.__doc__))
     return parser
+
+
+def add_split_options(parser: argparse.ArgumentParser) -> None:
+    """Add the protocol and what it takes."""
+    words = "loo: each user's last item; paper: users split 8:1:1; temporal: before and after two moments"
+    parser.add_argument("--protocol", choices=("loo", "paper", "temporal"), default="loo", help=words)
+    parser.add_argument("--boundaries", type=_moments, metavar="T1,T2", help="the two moments, as times or dates")
+    for part in ("valid", "test"):
+        words = f"without --boundaries: the share of all interactions in the {part} period (default .1)"
+        add_option(parser, f"--{part}-share", type=_share, metavar="S", help=words)
+    words = "which of a user's interactions in a period is the target (default last)"
+    parser.add_argument("--target", choices=("last", "first", "random"), help=words)
+    add_option(parser, "--max-list", type=_positive, metavar="N", help="items of its history that a row lists (100)")
+    parser.add_argument("--seed", type=int, default=2024, help="draws samples, users and random targets")
+
+
+def split_settings(known: argparse.Namespace) -> SplitSettings:
+    """Return how the parsed command line splits.
+
+    Raises:
+        UserError: Options do not go together.
+    """
+    names = ("boundaries", "valid_share", "test_share", "target", "max_list")
+    given = {name: value for name in names if (value := getattr(known, name)) is not None}
+    if given and known.protocol != "temporal":
+        raise UserError(f"--{min(given).replace('_', '-')} is of --protocol temporal; add it, or leave the option out")
+    if "boundaries" in given and {"valid_share", "test_share"} & set(given):
+        raise UserError("--boundaries and shares both say where the moments lie; give one of them")
+    settings = SplitSettings(protocol=known.protocol, seed=known.seed, **given)
+    if settings.valid_share + settings.test_share >= 1:
+        raise UserError("--valid-share and --test-share leave nothing to train on; their sum must be below 1")
+    return settings
+
+
+def _share(text: str) -> float:
+    value = number(text)
+    if value is None or not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no share between 0 and 1, such as .1")
+    return float(value)
+
+
+def _moments(text: str) -> tuple[float, float]:
+    first, _, second = text.partition(",")
+    one, two = moment(first), moment(second)
+    if one is None or two is None or one >= two:
+        raise argparse.ArgumentTypeError(f"{text[:60]!r} is no pair of moments T1,T2, the earlier one first")
+    return one, two
+
+
+def read_split(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Return what ``split`` is asked for, and the configuration keys beside it."""
+    parser = Parser(prog="recbole-mllm split", description="A dataset's folder, split anew into one of its own.")
+    parser.add_argument("dataset", metavar="DATASET", help="a dataset's folder, or its name under data_path")
+    parser.add_argument("--out", required=True, metavar="DIR", help="the new dataset's folder, whose name is its own")
+    add_split_options(parser)
+    return parser.parse_known_args(words)
 
 
 def _number(check: Callable[[int], bool]) -> Callable[[str], int]:

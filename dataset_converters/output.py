@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,7 +24,7 @@ from recbole_mllm.common.files import (
 from recbole_mllm.data import schema
 from recbole_mllm.data.atomic import read_atomic, read_columns, word_problem, write_atomic
 from recbole_mllm.data.images import IMAGES
-from recbole_mllm.data.sampling import hash64
+from recbole_mllm.data.splits import PARTS, SplitSettings, Splitting, split
 
 from .interactions import Column, Interactions, float32_confuses, places
 from .item_rows import MISSING, URLS
@@ -34,21 +34,55 @@ REJECTED = "rejected.tsv"
 _EXACT_FLOAT32 = 2**24  # whole numbers up to here are float32 values
 _CHUNK = 100_000
 _SHOWN = 50  # RecBole's MAX_ITEM_LIST_LENGTH
-_LIST = schema.ITEM + "_list"
-_LEFT_OUT = "users without a history, left out"
-_PARTS = ("train", "valid", "test")
 _BESIDE = ("dataset.yaml", "README.md", REJECTED, MISSING, URLS)
+
+
+class Fields(NamedTuple):
+    """What a dataset's columns are called."""
+
+    user: str = schema.USER
+    item: str = schema.ITEM
+    time: str = schema.TIME
+
+    @property
+    def listed(self) -> str:
+        """The column that lists a row's history."""
+        return f"{self.item}_list"
+
+
+USUAL_FIELDS = Fields()
 
 
 @dataclass(slots=True)
 class Written:
-    """What a dataset's interactions were written as: files, and the settings and words that go with them."""
+    """What a dataset's interactions were written as: files, and the settings and words that go with them.
+
+    Args:
+        stamps: ``[interactions]`` what stands in the column of times.
+        counts: How many rows each part has and what else there is to count, in words.
+        about: Numbers of the split, for the manifest.
+    """
 
     files: list[Path]
     interactions: int
     config: dict[str, Any]
     order: str
-    counts: dict[str, int] = field(default_factory=dict)
+    stamps: Any = None
+    counts: dict[str, str] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+def write_protocol(folder: Path, inter: Interactions, settings: SplitSettings) -> Written:
+    """Write interactions in exact order as a protocol wants them: ``X.inter``, benchmark files, or both.
+
+    Raises:
+        UserError: The interactions do not allow it (see `write_rows` and `splits.split`).
+    """
+    if settings.protocol == "loo":
+        return write_interactions(folder, inter)
+    if settings.protocol == "paper":
+        return write_rows(folder, inter, settings)
+    return write_rows(folder, inter, settings, write_interactions(folder, inter))
 
 
 def write_interactions(folder: Path, inter: Interactions) -> Written:
@@ -69,7 +103,10 @@ def write_interactions(folder: Path, inter: Interactions) -> Written:
         columns.append(_numbers(extra))
     path = folder / f"{folder.name}.inter"
     count = write_atomic(path, types, zip(*columns, strict=True))
-    return Written([path], count, {"load_col": {"inter": [schema.USER, schema.ITEM, schema.TIME]}}, order)
+    config: dict[str, Any] = {"load_col": {"inter": [schema.USER, schema.ITEM, schema.TIME]}}
+    if inter.times is None or (extra is not None and len(inter) > _EXACT_FLOAT32):
+        config["global_times"] = False
+    return Written([path], count, config, order, stamps)
 
 
 def _timestamps(inter: Interactions) -> tuple[Column, Column | None, str]:
@@ -88,61 +125,104 @@ def _timestamps(inter: Interactions) -> tuple[Column, Column | None, str]:
     return places(inter), inter.times, why.format("the user's own sequence")
 
 
-def write_benchmark_files(folder: Path, inter: Interactions, seed: int) -> Written:
-    """Write the paper's protocol as RecBole benchmark files: users split 8:1:1, a row a user, its last item the target.
+def write_rows(
+    folder: Path,
+    inter: Interactions,
+    settings: SplitSettings,
+    whole: Written | None = None,
+    fields: Fields = USUAL_FIELDS,
+) -> Written:
+    """Write the rows of a split as RecBole's benchmark files ``X.train.inter``, ``X.valid.inter``, ``X.test.inter``.
+
+    A row is a target, ``item_id``, and the history before it, ``item_id_list``. Beside a `whole` ``X.inter`` it lists
+    the latest items alone, and `position` says how many of its user's interactions there precede it.
 
     Raises:
-        UserError: An item id holds a space, at which RecBole splits lists, or there are fewer than ten users to split.
+        UserError: An item id holds a space, at which RecBole splits lists, or see `splits.split`.
     """
     for name in inter.item_names:
         if (trouble := word_problem(name)) is not None:
             raise UserError(f"item id {name!r} {trouble}; use --protocol loo, or other ids")
-    order = np.argsort(inter.users, kind="stable")
-    users, items = inter.users[order], inter.items[order]
-    starts = np.flatnonzero(np.r_[True, users[1:] != users[:-1]])
-    ends = np.r_[starts[1:], len(users)]
-    names = [inter.user_names[u] for u in users[starts]]
-    part_of = _split({name for name, start, end in zip(names, starts, ends, strict=True) if end - start > 1}, seed)
-
-    written: list[int] = []
-
-    def rows(part: str) -> Iterator[tuple[str, str, str]]:
-        for name, start, end in zip(names, starts.tolist(), ends.tolist(), strict=True):
-            if part_of.get(name) == part:
-                ids = [inter.item_names[i] for i in items[start:end].tolist()]
-                written.append(end - start)
-                yield name, " ".join(ids[:-1]), ids[-1]
-
-    types = {schema.USER: "token", _LIST: "token_seq", schema.ITEM: "token"}
-    paths = [folder / f"{folder.name}.{part}.inter" for part in _PARTS]
-    counts = {part: write_atomic(path, types, rows(part)) for part, path in zip(_PARTS, paths, strict=True)}
-    counts[_LEFT_OUT] = len(names) - len(part_of)  # each with a single interaction
-    longest = int((ends - starts).max()) - 1
+    made = split(inter.users, inter.times, inter.user_names, settings)
+    types = {fields.user: "token", fields.listed: "token_seq", fields.item: "token"}
+    if whole is not None:
+        types |= {schema.PLACE: "float", fields.time: "float"}
+    cut = settings.max_list if whole is not None else len(inter)
+    paths = [folder / f"{folder.name}.{part}.inter" for part in PARTS]
+    for part, path in zip(PARTS, paths, strict=True):
+        write_atomic(path, types, _rows(inter, made, part, cut, None if whole is None else whole.stamps))
+    longest = min(cut, max(int(rows.positions.max(initial=1)) for rows in made.parts.values()))
     config = {
         "load_col": {"inter": list(types)},
-        "benchmark_filename": list(_PARTS),
-        "alias_of_item_id": [_LIST],
+        "benchmark_filename": list(PARTS),
+        "alias_of_item_id": [fields.listed],
         "train_on_histories": True,
         "MAX_ITEM_LIST_LENGTH": min(longest, _SHOWN),
     }
+    if whole is None:
+        return _by_users(paths, config, made, longest)
+    return _by_moments(paths, config, made, inter, settings, whole)
+
+
+def _rows(inter: Interactions, made: Splitting, part: str, cut: int, stamps: Any) -> Iterator[list[str]]:
+    targets, positions = made.parts[part]
+    names, items = inter.item_names, inter.items[made.by_user]
+    for low in range(0, len(targets), _CHUNK):
+        rows, before = targets[low : low + _CHUNK], positions[low : low + _CHUNK]
+        users = inter.users[rows]
+        ends = made.starts[users] + before
+        texts = [None] * len(rows) if stamps is None else list(_numbers(stamps[rows]))
+        columns = (users.tolist(), inter.items[rows].tolist(), ends.tolist(), before.tolist(), texts)
+        for user, item, end, position, stamp in zip(*columns, strict=True):
+            listed = " ".join([names[one] for one in items[end - min(position, cut) : end].tolist()])
+            row = [inter.user_names[user], listed, names[item]]
+            yield row if stamp is None else [*row, str(position), stamp]
+
+
+def _by_users(paths: list[Path], config: dict[str, Any], made: Splitting, longest: int) -> Written:
     words = "Each row is a user: the history in exact time order, and the last item as the target."
     if longest > _SHOWN:
         words += (
             f" The longest history has {longest} items; sequential models are shown the last MAX_ITEM_LIST_LENGTH of "
             f"them, which takes `import recbole_mllm` (RecBole alone needs files made with --max-history {_SHOWN + 1})."
         )
-    return Written(paths, sum(written) + counts[_LEFT_OUT], config, words, counts)
+    alone = made.left_out["all"]
+    interactions = alone + sum(int((rows.positions + 1).sum()) for rows in made.parts.values())
+    counts = {part: f"{len(made.parts[part].targets):,} users" for part in PARTS}
+    counts["users without a history, left out"] = f"{alone:,} users"
+    return Written(paths, interactions, config, words, counts=counts)
 
 
-def _split(users: set[str], seed: int) -> dict[str, str]:
-    """Return each user's part, 8:1:1 by a seeded draw that knows the raw id alone."""
-    if len(users) < 10:
-        raise UserError(f"{len(users)} users with a history cannot be split 8:1:1; use --protocol loo")
-    ranked = sorted(users, key=lambda user: (hash64("split", seed, user), user))
-    tenth = round(len(ranked) / 10)
-    cut = len(ranked) - 2 * tenth
-    parts = ["train"] * cut + ["valid"] * tenth + ["test"] * tenth
-    return dict(zip(ranked, parts, strict=True))
+def _by_moments(
+    paths: list[Path],
+    config: dict[str, Any],
+    made: Splitting,
+    inter: Interactions,
+    settings: SplitSettings,
+    whole: Written,
+) -> Written:
+    assert made.moments is not None
+    first, second = made.moments
+    config["temporal_split"] = {"moments": [first, second], "train_interactions": made.training}
+    words = (
+        f"{whole.order} Training rows lie before {first}, validation targets from there to {second}, test targets from "
+        f"{second} on: the {settings.target} interaction of a user in each period. A row's history is all its user did "
+        f"before its target, of which it lists the last {settings.max_list}; `{schema.PLACE}` is its place in the "
+        "user's whole history in X.inter."
+    )
+    targets = made.parts["test"].targets
+    known_users = np.bincount(inter.users[: made.training], minlength=len(inter.user_names)) > 0
+    known_items = np.bincount(inter.items[: made.training], minlength=len(inter.item_names)) > 0
+    numbers = {
+        "train_interactions": made.training,
+        **{f"{part}_rows": len(made.parts[part].targets) for part in PARTS},
+        **{f"{part}_rows_without_history_left_out": made.left_out[part] for part in PARTS},
+        "test_targets_of_new_users": int((~known_users[inter.users[targets]]).sum()),
+        "test_targets_that_are_new_items": int((~known_items[inter.items[targets]]).sum()),
+    }
+    counts = {name.replace("_", " "): f"{number:,}" for name, number in numbers.items()}
+    about = {"moments": [first, second], "target": settings.target, "max_list": settings.max_list, **numbers}
+    return Written([*whole.files, *paths], whole.interactions, config, words, counts=counts, about=about)
 
 
 def _names(codes: Column, names: list[str]) -> Iterator[str]:
@@ -189,7 +269,7 @@ def check(folder: Path, inputs: Sequence[Path] = ()) -> None:
     Raises:
         UserError: It says what is in the way (`check_folder`).
     """
-    tables = [folder.name + end for end in (".inter", ".item", *(f".{part}.inter" for part in _PARTS))]
+    tables = [folder.name + end for end in (".inter", ".item", *(f".{part}.inter" for part in PARTS))]
     check_folder(folder, CONVERTED, "--out", inputs=inputs, writes=(*tables, *_BESIDE))
     if (folder / IMAGES).is_symlink():
         raise UserError(f"--out {folder}: {IMAGES} in it is a link, into which no image is put; give a new folder")

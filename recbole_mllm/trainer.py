@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple
@@ -29,6 +30,7 @@ from recbole_mllm.evaluation.full_ranking import ranked_batch
 from recbole_mllm.evaluation.loader import FrozenEvalDataLoader
 from recbole_mllm.evaluation.tie_breaking import record_scores, recording
 from recbole_mllm.mllm.loading import dtype_of
+from recbole_mllm.mllm.memory import Budget, in_batches
 from recbole_mllm.model.row_scoring import Row
 from recbole_mllm.training.checkpoint import (
     TrainingPlace,
@@ -42,7 +44,6 @@ from recbole_mllm.training.checkpoint import (
     write_checkpoint,
 )
 from recbole_mllm.training.optimization import (
-    Halving,
     MixedPrecision,
     add_gradients,
     copy_from_main,
@@ -71,7 +72,7 @@ class MLLMMSRTrainer(Trainer):  # type: ignore[misc]
         self.train_settings = model.settings.train
         dtype = dtype_of(model.settings.mllm.dtype, self.device)
         self.precision = MixedPrecision(dtype, self.device, amp=self.enable_amp)
-        self.halving = Halving(model.release_memory)
+        self.budget = Budget(sys.maxsize, model.release_memory)  # rows that fit into memory at once
         self.max_epochs: int = config["epochs"]
         if not model.is_trained:
             self.epochs = 0  # zero-shot: RecBole's fit then saves, and trains nothing
@@ -193,10 +194,12 @@ class MLLMMSRTrainer(Trainer):  # type: ignore[misc]
         self.precision.scaler.scale(torch.zeros((), device=self.device))  # it must know its scale at every step
         total = 0.0
         parts = self.model.micro_batches(share) if mine else []
-        for part, value in self.halving(parts, lambda part: self._add(share[list(part)], rows)):
-            if not math.isfinite(value):
-                self._stop(f"the training loss is {value}", interaction, [mine[i] for i in part])
-            total += value * len(part) / len(interaction)
+        for places in parts:
+            batches = in_batches(places, lambda part: self._add(share[list(part)], rows), len, self.budget, _too_large)
+            for part, value in batches:
+                if not math.isfinite(value):
+                    self._stop(f"the training loss is {value}", interaction, [mine[i] for i in part])
+                total += value * len(part) / len(interaction)
         return total
 
     def _add(self, part: Interaction, rows: int) -> float:
@@ -462,3 +465,7 @@ def best_share(reranker: Any, evaluate: Callable[[], Mapping[str, float]], metri
     tried = ", ".join(f"{share:.1f}: {score:.4f}" for share, score in zip(SHARES, scores, strict=True))
     logging.getLogger().info(f"fusion: {SHARES[best]:.1f} is the MLLM's best share on validation ({tried})")
     return results[best]
+
+
+def _too_large(row: int) -> str:
+    return "training on one row alone; set gradient_checkpointing: true, or lower max_text_tokens"

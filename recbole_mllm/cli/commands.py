@@ -23,6 +23,7 @@ from recbole_mllm.cli.arguments import (
     config_of,
     dataset_of,
     no_dataset,
+    read_overrides,
 )
 from recbole_mllm.common import distributed
 from recbole_mllm.common.config import benchmark_defaults, check_training, file_keys
@@ -58,6 +59,27 @@ def convert(args: Namespace, options: Options) -> int:
     from recbole_mllm.common.resources import converters
 
     return int(converters("options").main(args.words))
+
+
+def split(args: Namespace, options: Options) -> int:
+    """Split a dataset's folder anew into one of its own, which knows the answers in the store already."""
+    from recbole_mllm.common.resources import converters
+    from recbole_mllm.inspect.measure import find_layout
+    from recbole_mllm.summaries.store_tools import copy_answers
+
+    known, rest = converters("options").read_split(args.words)
+    keys = read_overrides(rest)
+    folder = Path(os.path.abspath(_inspected(known.dataset, keys, "split")))
+    out, settings = Path(os.path.abspath(known.out)), converters("options").split_settings(known)
+    layout = find_layout(folder, keys)
+    fields = converters("output").Fields(layout.user, layout.item, layout.time)
+    given = converters("options").told_options(known)
+    lines = converters("split").split_folder(folder, out, fields, settings, given)
+    if store_file(folder).is_file():
+        with _store(folder) as source, _store(out, new=True) as target:
+            lines.append(f"{store_file(out).name}: {copy_answers(source, target)} answers of {store_file(folder).name}")
+    print(*lines, sep="\n")
+    return 0
 
 
 def run_model(args: Namespace, options: Options) -> int:
@@ -127,19 +149,20 @@ def inspect(args: Namespace, options: Options) -> int:
 
     path = check_file(Path(args.output), "--output", is_page, "a page that `inspect` wrote") if args.output else None
     keys = {key: value for name in options.config_files for key, value in file_keys(name).items()}
-    health = measure(_inspected(args.directory, options.overrides), keys | dict(options.overrides))
+    health = measure(_inspected(args.directory, options.overrides, "inspect"), keys | dict(options.overrides))
     print(format_health(health))
     print("", *write_health(health, path), sep="\n")
     return 0
 
 
-def _inspected(given: str, overrides: Mapping[str, Any]) -> Path:
+def _inspected(given: str, overrides: Mapping[str, Any], command: str) -> Path:
     """Return the folder that `given` is, or names under data_path; a built-in dataset is built there."""
     from recbole_mllm.inspect.measure import LAYOUT_KEYS
 
     if unknown := set(overrides) - {"data_path", *LAYOUT_KEYS}:
-        takes = ", ".join(f"--{name}" for name in ("output", "data_path", "config_files", *LAYOUT_KEYS))
-        raise UserError(f"inspect takes no --{min(unknown)}; it takes {takes}")
+        own = ("output", "config_files") if command == "inspect" else ()
+        takes = ", ".join(f"--{name}" for name in (*own, "data_path", *LAYOUT_KEYS))
+        raise UserError(f"{command} takes no --{min(unknown)}; it takes {takes}")
     home = Path(str(overrides.get("data_path") or "dataset"))
     if not Path(given).is_dir() and Path(given).name == given:
         ensure_builtin(home / given)

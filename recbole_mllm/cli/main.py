@@ -21,6 +21,7 @@ _EPILOG = "Any configuration key may follow as --key=value. Exit code 2 means a 
 
 COMMANDS = {
     "convert": (commands.convert, "raw dump to atomic files; see convert --help"),
+    "split": (commands.split, "a dataset's folder split anew; see split --help"),
     "summarize": (commands.summarize, "make the summaries alone; resumable"),
     "plan": (commands.plan, "what a run would cost, before it runs"),
     "benchmark": (commands.benchmark, "many models, same candidates, one leaderboard"),
@@ -44,7 +45,7 @@ _GROUPS = {
     "candidates": ("the frozen candidates as a file; import them with --candidates_file=FILE", "{export}"),
     "store": ("the summary store: stats, prune, export, import", "{stats,prune,export,import}"),
 }
-_SHOWN = "{convert,inspect,plan,summarize,store,candidates,benchmark,report,rerun,recommend,export}"
+_SHOWN = "{convert,split,inspect,plan,summarize,store,candidates,benchmark,report,rerun,recommend,export}"
 _CONFIGURED = ("summarize", "plan", "benchmark", "candidates export")  # read a run's configuration
 _SHARED = ("", "summarize", "benchmark")  # several processes have something to share in them
 _COMMON: dict[str, dict[str, Any]] = {
@@ -67,10 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
-    if not distributed.is_main() and ({"-h", "--help"} & set(words) or words[:1] == ["convert"]):
+    apart = words[:1] in (["convert"], ["split"])  # they have parsers of their own
+    if not distributed.is_main() and ({"-h", "--help"} & set(words) or apart):
         return 0
-    if words[:1] == ["convert"]:  # has a parser of its own
-        return commands.convert(argparse.Namespace(words=words[1:]), Options())
+    if apart:
+        return COMMANDS[words[0]][0](argparse.Namespace(words=words[1:]), Options())
     known, rest = _read(words)
     name = " ".join(filter(None, (known.command, getattr(known, "action", None))))
     if name not in _SHARED and not distributed.is_main():

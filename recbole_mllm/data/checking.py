@@ -215,6 +215,8 @@ def check_files(dataset: Any, token: str, folder: Path) -> None:
     """Refuse a folder, a device or a link that leads nowhere in a file's place, and want of interactions."""
     parts = dataset.benchmark_filename_list
     inter = [f"{token}.inter"] if parts is None else [f"{token}.{part}.inter" for part in parts]
+    if parts is not None and dataset.config["temporal_split"]:
+        inter.append(f"{token}.inter")
     for name in (*inter, f"{token}.item", f"{token}.user"):
         path = folder / name
         if os.path.lexists(path) and not path.is_file():

@@ -20,8 +20,9 @@ from recbole_mllm.data.schema import HISTORY_NUMBER, POSITION
 class MLLMMSRDataset(SequentialDataset):  # type: ignore[misc]  # RecBole is untyped
     """Adds to RecBole's rows the number of interactions before them, before ``MAX_ITEM_LIST_LENGTH`` cuts, and of what.
 
-    A row's history is its user's, or with benchmark files what its own list says: rows share one where one's list is
-    the beginning of the other's, and a user may have several.
+    A row's history is its user's: that of ``X.inter``, also beside the benchmark files of a temporal split. With other
+    benchmark files it is what the row's own list says: rows share one where one's list is the beginning of the other's,
+    and a user may have several.
 
     After `build`, the three parts share `histories`, the ordered raw item ids of each history, and `positions`, where
     training, validation and test rows stand in it: all that summaries are needed for. Both go by the names that
@@ -47,12 +48,15 @@ class MLLMMSRDataset(SequentialDataset):  # type: ignore[misc]  # RecBole is unt
     def _benchmark_presets(self) -> None:
         """Keep each row's whole history and exact time, of which RecBole will see the latest items, and a float32."""
         self.row_times = self.inter_feat[self.time_field].to_numpy() if self.time_field in self.inter_feat else None
-        self.whole_lists = list(self.inter_feat[self.iid_field + self.config["LIST_SUFFIX"]])
+        if self.facts is None or self.facts.whole is None:
+            self.whole_lists = list(self.inter_feat[self.iid_field + self.config["LIST_SUFFIX"]])
         super()._benchmark_presets()
 
     def _change_feat_format(self) -> None:
         super()._change_feat_format()
-        if self.whole_lists is not None:
+        if self.facts is not None and self.facts.whole is not None:
+            self._number_rows(self.facts.positions, self.inter_feat[self.uid_field].numpy().copy())
+        elif self.whole_lists is not None:
             users = self.inter_feat[self.uid_field].numpy()
             lengths = np.fromiter(map(len, self.whole_lists), int, len(self.whole_lists))
             self._holders, histories = shared_histories(users, self.whole_lists)
@@ -108,6 +112,10 @@ class MLLMMSRDataset(SequentialDataset):  # type: ignore[misc]  # RecBole is unt
         targets follow.
         """
         rows, named = self.inter_feat, partial(raw_ids, self._raw(self.iid_field))
+        if self.facts is not None and self.facts.whole is not None:
+            owners, items = self.facts.pairs()
+            histories = PerHistory(names, owners, items, named)
+            return histories, histories
         users, targets = rows[self.uid_field].numpy(), rows[self.iid_field].numpy()
         if self.whole_lists is None:
             first = torch.from_numpy(np.flatnonzero(rows[POSITION].numpy() == 1))

@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from recbole_mllm.common.errors import UserError
 from recbole_mllm.data.atomic import impossible_times
+from recbole_mllm.data.schema import PLACE
 
 _DATES = 1e8  # times that all lie between 0 and this are places or steps, not moments
 
@@ -26,12 +28,16 @@ class Facts:
         items: ``[rows]`` int32 internal ids.
         order: ``[rows]`` int32 row numbers by exact time (float64), then place in the file; None without times, and for
             benchmark files, whose rows say themselves what precedes them.
-        moments: ``[rows]`` int32 exact times as ranks, equal times alike; None where `order` is.
+        moments: ``[rows]`` int32 exact times as ranks, equal times alike; None without times.
         lists: ``[entries]`` int32 items of the rows' own histories, one row after the other; None where rows have none.
         lengths: ``[rows]`` int32 how many of `lists` are a row's.
         sizes: Rows of each benchmark file: training, validation, test; None without benchmark files.
         reordered: Users whose items RecBole's float32 times would put in another order.
         impossible: Times not after 1970, and after tomorrow.
+        whole: The facts of all interactions in ``X.inter``, in its order, where benchmark files of a temporal split
+            stand beside it.
+        positions: ``[rows]`` int64 how many interactions of its user in `whole` precede the row's; None elsewhere.
+        trained: How many interactions of `whole`, the first ones, are trained on.
     """
 
     users: Any
@@ -43,10 +49,15 @@ class Facts:
     sizes: tuple[int, ...] | None = None
     reordered: int = 0
     impossible: tuple[int, int] = (0, 0)
+    whole: Facts | None = None
+    positions: Any = None
+    trained: int = 0
 
     @property
     def n_items(self) -> int:
         """How many items occur, in rows or in their histories."""
+        if self.whole is not None:
+            return self.whole.n_items
         parts = [self.items] if self.lists is None else [self.items, self.lists]
         return int(np.count_nonzero(sum(np.bincount(part, minlength=self._width) for part in parts)))
 
@@ -56,6 +67,8 @@ class Facts:
 
     def pairs(self) -> tuple[Any, Any]:
         """Return (users, items) of everything anybody has met in any part; a pair may occur several times."""
+        if self.whole is not None:
+            return self.whole.pairs()
         if self.lists is None:
             return self.users, self.items
         return np.r_[self.users, np.repeat(self.users, self.lengths)], np.r_[self.items, self.lists]
@@ -116,7 +129,7 @@ class Split:
 
     def met(self) -> tuple[Any, Any]:
         """Return (users, items) of all that the known users have met in any part."""
-        if self.facts.lists is not None:
+        if self.facts.lists is not None or self.facts.whole is not None:
             return self.facts.pairs()
         return self.facts.users[self.known], self.facts.items[self.known]
 
@@ -125,9 +138,13 @@ class Split:
 
         With benchmark files that is what any row's history says, and the targets of training rows; rows of one user
         overlap, so an item counts as often as the row that has it most often says. A held-out row's history may also
-        list what another row holds out, as a test row lists the validation target: that is no training.
+        list what another row holds out, as a test row lists the validation target: that is no training. A temporal
+        split trains on every interaction before its first moment.
         """
         facts = self.facts
+        if facts.whole is not None:
+            users, items = facts.whole.users[: facts.trained], facts.whole.items[: facts.trained]
+            return users, items, np.ones(len(users), np.int64)
         if facts.lists is None:
             users, items = facts.users[self.train], facts.items[self.train]
             return users, items, np.ones(len(users), np.int64)
@@ -148,6 +165,18 @@ class Split:
         first = np.flatnonzero(np.r_[True, np.diff(keys[order]) > 0]) if len(keys) else order
         most = np.maximum.reduceat(times[order], first) if len(keys) else times
         return *np.divmod(keys[order][first], width), most
+
+    def future_share(self) -> float | None:
+        """Return the share of test targets with a later training interaction; None without times to compare."""
+        facts, whole = self.facts, self.facts.whole
+        if whole is not None:
+            rows = np.searchsorted(whole.users[by_user := whole.by_user()], facts.users[self.test])
+            held, learnt = whole.moments[by_user[rows + facts.positions[self.test]]], whole.moments[: facts.trained]
+        elif facts.moments is not None:
+            held, learnt = facts.moments[self.test], facts.moments[self.train]
+        else:
+            return None
+        return float((held < learnt.max()).mean()) if len(held) and len(learnt) else None
 
     def popularity(self, width: int) -> Any:
         """Return ``[width]`` how often each item is trained on."""
@@ -171,22 +200,77 @@ def facts_of(dataset: Any) -> Facts | None:
     impossible = (0, 0)
     if times is not None and len(times) and (times.max() >= _DATES or times.min() < 0):
         impossible = impossible_times(times)
+    if times is None:
+        order = moments = None
+    else:
+        order = np.argsort(times, kind="stable").astype(np.int32)
+        moments = np.empty(len(times), np.int32)
+        moments[order] = np.cumsum(np.r_[False, times[order[1:]] != times[order[:-1]]][: len(times)])
     if dataset.config["benchmark_filename"] is not None:
         sizes = tuple(dataset.file_size_list)
+        if temporal_split(dataset.config) is not None:
+            return _beside_whole(dataset, users, items, moments, sizes, impossible)
+        rest: dict[str, Any] = {"moments": moments, "sizes": sizes, "impossible": impossible}
         one_numbering = any({dataset.iid_field, listed} <= set(group) for group in dataset.alias.values())
         if listed not in frame or not one_numbering:
-            return Facts(users, items, sizes=sizes, impossible=impossible)
+            return Facts(users, items, **rest)
         rows = frame[listed].tolist()
         lengths = np.fromiter(map(len, rows), np.int32, len(rows))
         lists = np.concatenate([*rows, np.empty(0, np.int32)]).astype(np.int32)
-        return Facts(users, items, lists=lists, lengths=lengths, sizes=sizes, impossible=impossible)
+        return Facts(users, items, lists=lists, lengths=lengths, **rest)
     if times is None:
         return Facts(users, items)
-    order = np.argsort(times, kind="stable").astype(np.int32)
-    moments = np.empty(len(times), np.int32)
-    moments[order] = np.cumsum(np.r_[False, times[order[1:]] != times[order[:-1]]][: len(times)])
     reordered = _reordered(users, items, times, order)
     return Facts(users, items, order, moments, reordered=reordered, impossible=impossible)
+
+
+def temporal_split(config: Any) -> dict[str, Any] | None:
+    """Return what ``temporal_split`` says of the benchmark files that `config` reads; None without such a split.
+
+    Raises:
+        UserError: It says nothing that `convert` or `split` writes.
+    """
+    known = config["temporal_split"] if config["benchmark_filename"] else None
+    if known is None:
+        return None
+    if isinstance(known, dict):
+        moments, count = known.get("moments"), known.get("train_interactions")
+        if isinstance(moments, list) and len(moments) == 2 and type(count) is int and count > 0:
+            return known
+    raise UserError(
+        f"temporal_split: {known} is not what `split --protocol temporal` writes into dataset.yaml; split the dataset "
+        "again, or set benchmark_filename: null for its X.inter alone"
+    )
+
+
+def _beside_whole(
+    dataset: Any, users: Any, items: Any, moments: Any, sizes: tuple[int, ...], impossible: tuple[int, int]
+) -> Facts:
+    """Return the facts of benchmark rows behind which, in RecBole's frame, stand all interactions of ``X.inter``.
+
+    Raises:
+        UserError: A row's place in its user's history holds another item there.
+    """
+    rows = sum(sizes)
+    order = np.arange(len(users) - rows, dtype=np.int32)
+    whole = Facts(users[rows:], items[rows:], order, None if moments is None else moments[rows:])
+    positions = dataset.inter_feat[PLACE].to_numpy()[:rows].astype(np.int64)
+    by_user = whole.by_user()
+    places = np.searchsorted(whole.users[by_user], users[:rows]) + positions
+    there = by_user[np.minimum(places, len(by_user) - 1)]
+    wrong = (positions < 1) | (places >= len(by_user)) | (whole.users[there] != users[:rows])
+    wrong |= whole.items[there] != items[:rows]
+    trained = int(dataset.config["temporal_split"]["train_interactions"])
+    wrong[: sizes[0]] |= there[: sizes[0]] >= trained
+    if wrong.any():
+        part = int(np.searchsorted(np.cumsum(sizes), np.argmax(wrong), side="right"))
+        raise UserError(
+            f"{dataset.dataset_name}.{dataset.benchmark_filename_list[part]}.inter does not fit "
+            f"{dataset.dataset_name}.inter: the item at the place of a row in its user's history is another there; "
+            "write both again with `split --protocol temporal`"
+        )
+    return Facts(users[:rows], items[:rows], moments=None if moments is None else moments[:rows], sizes=sizes,
+                 impossible=impossible, whole=whole, positions=positions, trained=trained)  # fmt: skip
 
 
 def _reordered(users: Any, items: Any, times: Any, order: Any) -> int:

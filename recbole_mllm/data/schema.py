@@ -7,6 +7,7 @@ from pathlib import Path
 
 USER, ITEM, TIME = "user_id", "item_id", "timestamp"
 EXACT_TIME = "exact_time"  # the source's own time, where `convert` had to make TIME a place in the order
+PLACE = "position"  # in benchmark files beside an X.inter: how many of the user's interactions there precede the row's
 TITLE, IMAGE, SUMMARY = "title", "image", "summary"
 SEEN, HISTORY = "seen", "history"
 

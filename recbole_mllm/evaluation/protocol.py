@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from recbole_mllm.common.settings import EvaluationSettings
+from recbole_mllm.data.facts import temporal_split
 from recbole_mllm.data.schema import POSITION
 
 HEAD_SHARE = 0.2  # the most popular fifth of the trained items is the head, the rest the long tail
@@ -24,6 +25,9 @@ def protocol_line(config: Any, users: int | None = None, phase: str | None = Non
     """
     arguments, settings = config["eval_args"], EvaluationSettings.from_config(config)
     split = "benchmark files" if config["benchmark_filename"] else _split(arguments["split"])
+    if (temporal := temporal_split(config)) is not None:
+        first, second = temporal["moments"]
+        split = f"temporal split (trained before {first}, tested from {second})"
     sample = "a seeded sample of " if settings.limit_users else ""
     limit = "" if users is None else f", {sample}{users} users"
     mode = arguments["mode"]

@@ -35,14 +35,14 @@ def in_batches(
     run: Callable[[Sequence[Item]], Out],
     cost: Callable[[Sequence[Item]], int],
     budget: Budget,
-    name: Callable[[Item], str],
+    alone: Callable[[Item], str],
 ) -> Iterator[tuple[Sequence[Item], Out]]:
     """Yield every batch of `rows`, in order, with the result of `run`.
 
-    A batch that does not fit into memory is halved, as are those after it. `name` names a row to the user.
+    A batch that does not fit into memory is halved, as are those after it.
 
     Raises:
-        UserError: One row alone does not fit.
+        UserError: One row alone does not fit: `alone` says what helps.
     """
     waiting, released = deque(rows), False
     while waiting:
@@ -63,9 +63,7 @@ def in_batches(
         released = True
         free_memory()
         if len(batch) == 1 and not freed:
-            raise UserError(
-                f"out of memory with one prompt alone: {name(batch[0])}; take a smaller model, image or max_text_tokens"
-            )
+            raise UserError(f"out of memory {alone(batch[0])}")
         budget.size = max(1, cost(batch) // 2)
         logging.getLogger().warning(f"out of memory with {len(batch)} prompts at once; going on with smaller batches")
         waiting.extendleft(reversed(batch))

@@ -198,10 +198,11 @@ class Trie:
         """Run `rows`, sorted by length, by the tokens of keys and values a batch holds, padding included."""
         keys = self.keys
 
-        def name(row: int) -> str:
-            return f"{self.name(row)} ({len(keys[row])} tokens)"
+        def alone(row: int) -> str:
+            prompt = f"{self.name(row)} ({len(keys[row])} tokens)"
+            return f"with one prompt alone: {prompt}; take a smaller model, image or max_text_tokens"
 
-        return in_batches(rows, run, lambda batch: len(batch) * len(keys[batch[-1]]), self.backbone.budget, name)
+        return in_batches(rows, run, lambda batch: len(batch) * len(keys[batch[-1]]), self.backbone.budget, alone)
 
     def _shared(self, rows: Sequence[int], depth: int) -> int:
         """Return the length of the prefix that all of `rows` share and that ends in no image's middle."""

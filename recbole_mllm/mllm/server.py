@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
-import queue
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
 
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.model_names import Endpoint
@@ -23,10 +25,8 @@ from recbole_mllm.mllm.server_messages import answer_of, message
 _TRIES = 3  # times a prompt may draw an error that could be its own doing, each retried by the client
 _HOPELESS = 3  # prompts refused before any was answered: it is not the prompts
 _TICK_S = 0.2
-_GRACE_S = 1.0  # beyond the time for a request, which its client notices itself unless it retries
-Ended = Answer | Failure | Exception
-Requesting = Callable[[Host, Ask, int], Answer | Failure]
-"""Makes a server's request of one prompt, its longest text halved so many times; called in a thread of its own.
+Request = Callable[[Host, Ask, int], Coroutine[Any, Any, Answer | Failure]]
+"""Asks a server for the answer to a prompt, whose longest text is halved so many times.
 
 Raises `UserError` where the prompt cannot be sent: nothing is left to halve, or an image cannot be read.
 """
@@ -68,24 +68,32 @@ def make_hosts(endpoint: Endpoint, settings: ServerSettings) -> list[Host]:
     return [Host(url, endpoint.model, settings, key or None) for url in endpoint.urls]
 
 
-def _complete(host: Host, ask: Ask, shortened: int) -> Answer | Failure:
+async def _complete(host: Host, ask: Ask, shortened: int) -> Answer | Failure:
     """Ask for a chat completion."""
     turn, decoding = message(ask.prompt, shortened), ask.decoding
     sampled = {"top_p": decoding.top_p, "seed": decoding.seed} if decoding.temperature else {}
     beside = (json.loads(decoding.rules) if decoding.rules else {}) | host.unthinking  # a repetition penalty
-    return host.call(
-        lambda client: answer_of(
-            client.chat.completions.create(
-                model=host.model,
-                messages=[turn],
-                max_tokens=decoding.max_new_tokens,
-                temperature=decoding.temperature,
-                extra_body=beside or None,
-                **sampled,
-            ),
-            decoding.most_characters,
+
+    async def request(client: Any) -> Answer:
+        completion = await client.chat.completions.create(
+            model=host.model,
+            messages=[turn],
+            max_tokens=decoding.max_new_tokens,
+            temperature=decoding.temperature,
+            extra_body=beside or None,
+            **sampled,
         )
-    )
+        return answer_of(completion, decoding.most_characters)
+
+    return await host.call(request)
+
+
+@cache
+def _loop() -> asyncio.AbstractEventLoop:
+    """Return the event loop of all requests, in a thread of its own: a notebook's own thread has one already."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="requests to servers", daemon=True).start()
+    return loop
 
 
 @dataclass(slots=True, eq=False)
@@ -95,7 +103,7 @@ class _Waiting:
     shortened: int = 0
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True)
 class _Sent:
     prompt: _Waiting
     host: Host
@@ -103,18 +111,14 @@ class _Sent:
 
 
 class Requests:
-    """The prompts of a `work`, those that wait and those that are sent to `hosts`, each by a `request`.
+    """The prompts of a `work`, those that wait and those that are sent to `hosts`, each by a `request`."""
 
-    One thread decides; each request has a thread that makes it.
-    """
-
-    def __init__(self, work: Work, hosts: Sequence[Host], settings: ServerSettings, request: Requesting) -> None:
+    def __init__(self, work: Work, hosts: Sequence[Host], settings: ServerSettings, request: Request) -> None:
         self.work, self.hosts, self.settings, self.request = work, hosts, settings, request
         self.waiting: deque[_Waiting] = deque()
-        self.sent: set[_Sent] = set()
-        self.arrivals: queue.SimpleQueue[tuple[_Sent, Ended]] = queue.SimpleQueue()
+        self.sent: dict[Future[Answer | Failure], _Sent] = {}
         self.refused: list[str] = []
-        self.errors: list[Exception] = []  # what ends the run
+        self.errors: list[BaseException] = []  # what ends the run
         self.shortened = 0
         self.started = time.monotonic()
 
@@ -124,14 +128,18 @@ class Requests:
         Raises:
             UserError: As `ServerModel.write`, when all that has arrived is out.
         """
-        while self._fill():
-            self._send()
-            answers = self._settled(self._arrived())
-            self._send()  # before the store is busy with the answers
-            self.work.give(answers)  # none too, so that what has arrived is stored while all others take long
-            if self.errors:
-                raise self.errors[0]
-            self._check()
+        try:
+            while self._fill():
+                self._send()
+                answers = self._arrived()
+                self._send()  # before the store is busy with the answers
+                self.work.give(answers)  # none too, so that what has arrived is stored while all others take long
+                if self.errors:
+                    raise self.errors[0]
+                self._check()
+        finally:
+            for future in self.sent:
+                future.cancel()
         if self.shortened:
             logging.getLogger().warning(
                 f"{self.shortened} prompts were too long for the server and had a text shortened"
@@ -146,60 +154,36 @@ class Requests:
         return bool(self.waiting or self.sent)
 
     def _send(self) -> None:
-        """Send prompts to servers with room, those with the fewest first; a failing one is tried with one prompt."""
-        at, now = Counter(sent.host for sent in self.sent), time.monotonic()
+        """Send prompts to servers with room, those with the fewest first."""
+        at, now = Counter(sent.host for sent in self.sent.values()), time.monotonic()
         hosts = [host for host in self.hosts if host.resume_at <= now]
-        while self.waiting and hosts:
-            host = min(hosts, key=lambda one: at[one])
-            tried = host.failing_since is not None and at[host]
-            if tried or not host.slots.acquire(blocking=False):
-                hosts.remove(host)
-                continue
+        while self.waiting and (free := [host for host in hosts if at[host] < host.most_requests]):
+            host = min(free, key=lambda one: at[one])
             at[host] += 1
-            sent = _Sent(self.waiting.popleft(), host, now)
-            self.sent.add(sent)
-            threading.Thread(target=self._make, args=(sent,), daemon=True).start()
+            prompt = self.waiting.popleft()
+            made = self.request(host, prompt.ask, prompt.shortened)
+            self.sent[asyncio.run_coroutine_threadsafe(made, _loop())] = _Sent(prompt, host, now)
 
-    def _make(self, sent: _Sent) -> None:
-        """Make one request; in a thread that is a daemon, as it may hang when the run is stopped."""
-        outcome: Ended
-        try:
-            outcome = self.request(sent.host, sent.prompt.ask, sent.prompt.shortened)
-        except Exception as error:  # a prompt that cannot be sent, or a bug, which must stop the run and not hang it
-            outcome = error
-        sent.host.slots.release()
-        self.arrivals.put((sent, outcome))
-
-    def _arrived(self) -> list[tuple[_Sent, Ended]]:
-        """Return what has arrived, waiting a moment for the first, and the failures of requests that take too long."""
-        out: list[tuple[_Sent, Ended]] = []
-        with suppress(queue.Empty):
-            out.append(self.arrivals.get(timeout=_TICK_S))
-            while True:
-                out.append(self.arrivals.get_nowait())
-        out = [(sent, outcome) for sent, outcome in out if sent in self.sent]  # no longer, where it was too late
-        self.sent -= {sent for sent, _ in out}
-        end = time.monotonic() - self.settings.server_timeout - _GRACE_S
-        late = {sent for sent in self.sent if sent.at < end}
-        self.sent -= late
-        return out + [(sent, sent.host.too_late()) for sent in late]
-
-    def _settled(self, arrived: list[tuple[_Sent, Ended]]) -> list[tuple[int, Answer]]:
-        """Return the answers; a prompt that failed is refused, or waits for a server again."""
+    def _arrived(self) -> list[tuple[int, Answer]]:
+        """Return the answers that have arrived, waiting a moment for the first; a prompt that failed waits again."""
+        if not self.sent:  # all servers are set aside
+            time.sleep(_TICK_S)
         answers: list[tuple[int, Answer]] = []
-        for sent, outcome in arrived:
-            prompt, host = sent.prompt, sent.host
-            if isinstance(outcome, UserError):
-                self.refused.append(str(outcome))
-            elif isinstance(outcome, Exception):
-                self.errors.append(outcome)
+        for future in wait(self.sent, _TICK_S, FIRST_COMPLETED).done:
+            sent = self.sent.pop(future)
+            if (error := future.exception()) is not None:
+                if isinstance(error, UserError):
+                    self.refused.append(str(error))
+                else:  # a bug, which must stop the run
+                    self.errors.append(error)
+                continue
+            outcome, prompt = future.result(), sent.prompt
+            sent.host.record(outcome, sent.at)
+            if isinstance(outcome, Answer):
+                answers.append((prompt.ask.place, replace(outcome, shortened=prompt.shortened > 0)))
+                self.shortened += prompt.shortened > 0
             else:
-                host.record(outcome, sent.at)
-                if isinstance(outcome, Answer):
-                    answers.append((prompt.ask.place, replace(outcome, shortened=prompt.shortened > 0)))
-                    self.shortened += prompt.shortened > 0
-                else:
-                    self._failed(prompt, host, outcome)
+                self._failed(prompt, sent.host, outcome)
         return answers
 
     def _failed(self, prompt: _Waiting, host: Host, failure: Failure) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-import math
 import random
 import re
-import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
@@ -17,7 +16,7 @@ from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.settings import ServerSettings
 from recbole_mllm.mllm.interface import Answer
 
-RETRIES = 2  # of the client itself, which waits as long as a Retry-After of up to two minutes says
+_RETRIES = 2  # of the client itself, which waits as long as a Retry-After of up to two minutes says
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
 _LIST_TIMEOUT_S = 10.0
 _WORDS = 300  # characters of what a server says that are shown
@@ -52,10 +51,9 @@ class Failure:
 
 
 class Host:
-    """A server with its client. Threads share `call` and `slots`; the rest belongs to the one that sends prompts.
+    """A server with its client.
 
     Attributes:
-        slots: Room for requests; one that hangs takes up its own, even when its prompt was given to another server.
         resume_at: When (``time.monotonic``) it may be sent a prompt again.
         failing_since: Its first failure since an answer, None while it is well.
         answered: Whether it ever has.
@@ -63,9 +61,7 @@ class Host:
 
     def __init__(self, url: str, model: str, settings: ServerSettings, key: str | None) -> None:
         self.url, self.model, self.settings, self._key = url, model, settings, key
-        self._thread = threading.local()  # until when its request may take
         self._client = self._connect()
-        self.slots = threading.Semaphore(settings.server_concurrency)
         self.resume_at = 0.0
         self.failing_since: float | None = None
         self.last_failure = ""
@@ -79,28 +75,27 @@ class Host:
             UserError: It is not installed, or the environment names a proxy or certificates that it cannot take.
         """
         try:
-            from openai import DefaultHttpxClient, OpenAI
+            from openai import AsyncOpenAI, DefaultAsyncHttpxClient
         except ImportError:
             raise UserError('models behind a server need the client: pip install "recbole-mllm[server]"') from None
         for name in ("openai", "httpx", "httpx2", "httpcore", "httpcore2"):  # a line a request, headers at debug level
             logging.getLogger(name).setLevel(logging.WARNING)
-
-        def check_time(_: Any) -> None:
-            """Refuse to send a prompt again once its time is over: another server has it by then."""
-            if time.monotonic() > getattr(self._thread, "end", math.inf):
-                raise TimeoutError
-
-        timeout = self.settings.server_timeout
         try:
-            http = DefaultHttpxClient(follow_redirects=False, timeout=timeout, event_hooks={"request": [check_time]})
+            # `call` says how long a request may take, the client's retries included
+            http = DefaultAsyncHttpxClient(follow_redirects=False, timeout=None)
         except (ImportError, ValueError, OSError) as error:
             raise UserError(
                 f"the client for servers cannot start with this environment ({' '.join(str(error).split())}); mend or "
                 "unset HTTP_PROXY, HTTPS_PROXY and ALL_PROXY, in small letters too, or SSL_CERT_FILE and SSL_CERT_DIR"
             ) from None
-        return OpenAI(
-            base_url=self.url, api_key=self._key or "EMPTY", max_retries=RETRIES, timeout=timeout, http_client=http
+        return AsyncOpenAI(
+            base_url=self.url, api_key=self._key or "EMPTY", max_retries=_RETRIES, timeout=None, http_client=http
         )
+
+    @property
+    def most_requests(self) -> int:
+        """How many it is sent at once; a failing server is tried with one prompt."""
+        return self.settings.server_concurrency if self.failing_since is None else 1
 
     def record(self, outcome: Answer | Failure, sent: float) -> None:
         """Set the server aside after a failure of its own, for longer each time; any other outcome ends that.
@@ -123,27 +118,23 @@ class Host:
             log.info(f"server {self.url} answers again")
             self._failures, self.failing_since = 0, None
 
-    def call(self, request: Callable[[Any], Answer]) -> Answer | Failure:
+    async def call(self, request: Callable[[Any], Awaitable[Answer]]) -> Answer | Failure:
         """Make a `request` with the server's client. What goes wrong is a value, and never holds the key."""
         import openai
 
-        self._thread.end = time.monotonic() + self.settings.server_timeout
+        timeout = self.settings.server_timeout
         try:
-            return request(self._client)
-        except (openai.OpenAIError, TimeoutError, *_UNREADABLE) as error:
+            return await asyncio.wait_for(request(self._client), timeout)
+        except (openai.OpenAIError, *_UNREADABLE) as error:
             caught = error
+        except TimeoutError:
+            return Failure(FailureKind.UNCLEAR, f"no answer within {timeout:g} s")
         # outside of the handler, so that no traceback chains what the client raised
         if isinstance(caught, openai.APIStatusError):
-            return self._of_status(caught.status_code, self._words(caught.body))
-        if any(isinstance(e, openai.APITimeoutError | TimeoutError) for e in (caught, caught.__cause__)):
-            return self.too_late()
+            return await self._of_status(caught.status_code, self._words(caught.body))
         if isinstance(caught, openai.APIConnectionError):
             return Failure(FailureKind.SERVER, self._words(str(caught.__cause__ or caught)))
         return Failure(FailureKind.UNCLEAR, self._words(str(caught)) or "an answer that cannot be read")
-
-    def too_late(self) -> Failure:
-        """Return the failure of a request that took longer than one may."""
-        return Failure(FailureKind.UNCLEAR, f"no answer within {self.settings.server_timeout:g} s")
 
     @property
     def unthinking(self) -> dict[str, Any]:
@@ -151,7 +142,7 @@ class Host:
         off = self.settings.server_thinking == "off"
         return {"chat_template_kwargs": {"enable_thinking": False}} if off else {}
 
-    def _of_status(self, status: int, words: str) -> Failure:
+    async def _of_status(self, status: int, words: str) -> Failure:
         text = f"{status} {words}".strip()
         kind = FailureKind.REFUSED
         if status in (401, 403):
@@ -163,7 +154,7 @@ class Host:
         elif status >= 500:
             kind = FailureKind.UNCLEAR
         elif status == 404:
-            kind, text = FailureKind.FATAL, self._unknown_model(text)
+            kind, text = FailureKind.FATAL, await self._unknown_model(text)
         elif status in (400, 413, 422) and _TOO_LONG.search(words):
             kind = FailureKind.TOO_LONG
         else:
@@ -178,12 +169,12 @@ class Host:
         state = "it refuses the key in" if self._key else "it wants a key; put it in"
         return f"{state} the environment variable {name} ({status}); server_key_env names another one"
 
-    def _unknown_model(self, text: str) -> str:
+    async def _unknown_model(self, text: str) -> str:
         import openai
 
         try:
-            client = self._client.with_options(timeout=_LIST_TIMEOUT_S, max_retries=0)
-            listed = ", ".join([str(model.id) for model in client.models.list().data][:20])
+            found = await self._client.with_options(timeout=_LIST_TIMEOUT_S, max_retries=0).models.list()
+            listed = ", ".join([str(model.id) for model in found.data][:20])
         except (openai.OpenAIError, *_UNREADABLE):
             listed = ""
         advice = "none; check the name and that the URL ends as the server's does, in /v1"

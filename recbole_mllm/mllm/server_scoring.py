@@ -72,11 +72,11 @@ class ServedScorer:
             )
         return torch.tensor([score.log_odds for score in scores], dtype=torch.float32)
 
-    def _request(self, host: Host, ask: Ask, shortened: int) -> Answer | Failure:
+    async def _request(self, host: Host, ask: Ask, shortened: int) -> Answer | Failure:
         """Ask for a typed decision where the server may have them, else for a completion."""
         if host not in self._without_decisions:
             body = decision_request(host.model, ask.prompt, shortened=shortened)
-            outcome = host.call(lambda client: self._decision(host, client, body))
+            outcome = await host.call(lambda client: self._decision(host, client, body))
             if isinstance(outcome, Answer) or outcome.status not in _ABSENT:
                 return outcome
             if host not in self._without_decisions:
@@ -85,30 +85,30 @@ class ServedScorer:
                     f"server {host.url} takes no typed decisions; asked for log-probabilities instead"
                 )
         turn = message(ask.prompt, shortened)
-        return host.call(
-            lambda client: scored_completion(
-                client.chat.completions.create(
-                    model=host.model,
-                    messages=[turn],
-                    max_tokens=1,
-                    temperature=0.0,
-                    logprobs=True,
-                    top_logprobs=TOP,
-                    extra_body=host.unthinking or None,
-                ),
-                self._words,
-            )
-        )
 
-    def _decision(self, host: Host, client: Any, body: dict[str, Any]) -> Scored:
+        async def request(client: Any) -> Scored:
+            completion = await client.chat.completions.create(
+                model=host.model,
+                messages=[turn],
+                max_tokens=1,
+                temperature=0.0,
+                logprobs=True,
+                top_logprobs=TOP,
+                extra_body=host.unthinking or None,
+            )
+            return scored_completion(completion, self._words)
+
+        return await host.call(request)
+
+    async def _decision(self, host: Host, client: Any, body: dict[str, Any]) -> Scored:
         """Ask for a decision; once a server, warn where it adds words of its own: its model has no template of ours."""
-        answer = client.post("/systemone", body=body, cast_to=object)
-        score = scored_decision(answer)
+        score = scored_decision(await client.post("/systemone", body=body, cast_to=object))
         if host not in self._looked_at:
             self._looked_at.add(host)
             question = {**body["questions"][QUESTION], "instructions": _INSTRUCTIONS}
-            longer = client.post("/systemone", body={**body, "questions": {QUESTION: question}}, cast_to=object)
-            if scored_decision(longer).prompt_tokens != score.prompt_tokens:
+            asked = {**body, "questions": {QUESTION: question}}
+            longer = scored_decision(await client.post("/systemone", body=asked, cast_to=object))
+            if longer.prompt_tokens != score.prompt_tokens:
                 logging.getLogger().warning(
                     f"server {host.url} adds words of its own to every question, as {host.model!r} has no "
                     "decision_template.jinja of recbole-mllm; for the prompt of training serve a folder that `export` "

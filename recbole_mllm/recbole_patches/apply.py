@@ -72,6 +72,7 @@ PATCHES = (
     Patch("recbole.utils.logger", ".processes:log_in_main_alone", "69", "a log file for each process"),
     Patch(_UTILS, ".processes:draw_curves_in_main_alone", "208", "a Tensorboard log for each process"),
     # Files, order and histories of a dataset
+    Patch(_DATASET, ".paper_protocol:read_whole_log", "277", "a temporal split's histories are those of X.inter"),
     Patch(_DATASET, ".paper_protocol:require_lists", "119", "benchmark files without histories fail much later"),
     Patch(_DATASET, ".behaviour:record_facts", "159, 853, 1796", "times are float32 and lists cut before a split"),
     Patch(_DATASET, ".paper_protocol:train_on_histories", "290-318", "general models see targets, no history"),

@@ -17,6 +17,7 @@ from recbole_mllm.common.errors import UserError
 from recbole_mllm.data import checking
 from recbole_mllm.data.facts import Facts, facts_of, wants_exact_order
 from recbole_mllm.recbole_patches.hooks import replace
+from recbole_mllm.recbole_patches.paper_protocol import cut_whole_log
 
 _ATOMIC = (".inter", ".item", ".user", ".kg", ".link", ".net")
 
@@ -140,6 +141,8 @@ def record_facts(module: Any) -> None:
     @replace(module.Dataset)
     def _set_label_by_threshold(stock: Any, self: Any) -> None:  # the first step after missing values are filled in
         self.facts = facts_of(self)
+        if self.facts is not None and self.facts.whole is not None:
+            cut_whole_log(self)
         stock(self)
 
     @replace(module.Dataset)

@@ -1,7 +1,7 @@
-"""Benchmark files whose rows are a user's history and a target, as ``convert --protocol paper`` writes them.
+"""Benchmark files whose rows are a user's history and a target, as ``convert --protocol paper|temporal`` writes them.
 
 RecBole reads them (data/dataset/dataset.py:290-318, sequential_dataset.py:154-165) but shows a sequential model lists
-of any length, and a general model nothing but the targets.
+of any length, and a general model nothing but the targets. Of a temporal split it does not see the whole ``X.inter``.
 """
 
 from __future__ import annotations
@@ -15,9 +15,44 @@ from recbole.data.interaction import Interaction
 
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.data.atomic import read_columns
+from recbole_mllm.data.facts import temporal_split
+from recbole_mllm.data.schema import PLACE
 from recbole_mllm.recbole_patches.hooks import replace
 
 _TARGETS_ALONE = {"Pop"}  # counts what users take next, which is what it is asked for
+
+
+def read_whole_log(dataset_module: Any) -> None:
+    """Read ``X.inter`` behind the benchmark files of a temporal split, so that its users and items are numbered too.
+
+    It stands in the frame until `facts` are taken (`cut_whole_log`).
+    """
+
+    @replace(dataset_module.Dataset)
+    def _load_inter_feat(stock: Any, self: Any, token: str, dataset_path: str) -> None:
+        stock(self, token, dataset_path)
+        if temporal_split(self.config) is None:
+            return
+        import pandas as pd
+
+        listed, path = f"{self.iid_field}{self.config['LIST_SUFFIX']}", Path(dataset_path) / f"{token}.inter"
+        lengths = dict(self.field2seqlen)
+        missing = [name for name in (listed, PLACE) if name not in self.inter_feat]
+        if missing or len(self.file_size_list) != 3 or not path.is_file():
+            raise UserError(
+                f"a temporal split wants {path} and three benchmark files with {listed}:token_seq and {PLACE}:float, "
+                "all named in load_col; write them again with `split --protocol temporal`"
+            )
+        whole = self._load_feat(str(path), dataset_module.FeatureSource.INTERACTION)
+        whole[listed] = [np.empty(0, str)] * len(whole)
+        self.inter_feat = pd.concat([self.inter_feat, whole], ignore_index=True)
+        self.field2seqlen.update(lengths)
+
+
+def cut_whole_log(dataset: Any) -> None:
+    """Leave of a temporal split the rows of its benchmark files alone, and none of their places."""
+    dataset.inter_feat = dataset.inter_feat.iloc[: sum(dataset.file_size_list)].copy()
+    dataset._del_col(dataset.inter_feat, PLACE)
 
 
 def require_lists(dataset_module: Any) -> None:
@@ -92,7 +127,8 @@ def train_on_histories(dataset_module: Any) -> None:
     """Where ``train_on_histories`` asks for it, give general models all users' histories and the train users' targets.
 
     Each interaction is a row once, however many rows of its user list it, and no validation or test target is one,
-    though another row's history may list it (`facts.Split.trained`). `Pop` learns from the train users' targets alone.
+    though another row's history may list it (`facts.Split.trained`). `Pop` learns from the train users' targets alone,
+    but of a temporal split from all that lies before its first moment.
     """
 
     @replace(dataset_module.Dataset)
@@ -102,7 +138,8 @@ def train_on_histories(dataset_module: Any) -> None:
         if self.config["train_on_histories"] is not True or hasattr(self, "item_list_length_field"):
             return parts
         split = self.facts.split(self.config)
-        if split is not None and self.config["model"] not in _TARGETS_ALONE:
+        alone = self.config["model"] in _TARGETS_ALONE and self.facts.whole is None
+        if split is not None and not alone:
             users, items, times = split.trained()
             columns = {self.uid_field: np.repeat(users, times), self.iid_field: np.repeat(items, times)}
             learnt = {field: torch.from_numpy(values.astype(np.int64)) for field, values in columns.items()}

@@ -156,6 +156,13 @@ def import_answers(store: Store, path: Path, origin: str | None) -> Imported:
     return Imported(added, read[0] - added)
 
 
+def copy_answers(source: Store, target: Store) -> int:
+    """Add every answer of `source` to `target`, which keeps those that it has; return how many it had not."""
+    with source.transaction() as db:
+        rows = db.execute(f"SELECT {', '.join(COLUMNS)} FROM answers")
+        return target.insert(map(StoredAnswer._make, rows))
+
+
 def _rows(path: Path, origin: str | None, read: list[int]) -> Iterator[StoredAnswer]:
     """Yield the file's answers, each checked; count them in `read`."""
     lines = _lines(path)

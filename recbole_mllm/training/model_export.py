@@ -24,8 +24,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import ModelCard, ModelCardData, snapshot_download
 from huggingface_hub.errors import HFValidationError
+from jinja2 import Template
 from PIL import Image
 from transformers import AutoTokenizer
 from transformers.decision import DecisionConfig, label_token_ids
@@ -53,6 +54,9 @@ from recbole_mllm.model.summarizers import load_style
 from recbole_mllm.training.checkpoint import find_checkpoint, read_checkpoint
 
 _CPU = torch.device("cpu")
+_TEMPLATES = Path(__file__).parent / "templates"
+_MARKS = ("<%", "%>", "<<", ">>", "<#", "#>")
+_LIBRARY = {"model": "transformers", "adapter": "peft"}
 
 
 def export(run: str, out: Path, *, merge: bool) -> Path:
@@ -123,7 +127,7 @@ def _write(path: Path, settings: Settings, mllm: HFModel, folder: Path, merge: b
     kind = write_model(mllm, settings.mllm.source("mllm"), folder, merge=merge)
     why = write_decision(mllm, question, folder)
     if kind == "adapter":  # with a config.json, transformers would look for whole weights here
-        for config in CONFIGS:
+        for config in _CONFIGS:
             remove_file(folder / config)
     if why:
         logging.getLogger().warning(
@@ -143,19 +147,27 @@ def _write(path: Path, settings: Settings, mllm: HFModel, folder: Path, merge: b
         "use_image": recommend.use_image,
         "decision_template": not why,
     }
-    write_text(folder / "README.md", _readme(about, question.style, why))
+    write_text(folder / "README.md", model_card(about, question.style, why))
     write_text(folder / EXPORT.manifest, json.dumps(about | {"outputs": outputs_of(folder)}, indent=2) + "\n")
+
+
+def model_card(about: Mapping[str, Any], style: Style, why: str = "") -> str:
+    """Return the page for an export that `about` describes; `why` it has no decision template, if it has none."""
+    on_hub = None if Path(source_of(about["base"])).exists() else about["base"]
+    data = ModelCardData(base_model=on_hub, library_name=_LIBRARY[about["kind"]], tags=["recbole", "recommendation"])
+    words = {"yes": style.answer_yes, "no": style.answer_no, "why": why}
+    return str(ModelCard.from_template(data, str(_TEMPLATES / "export.md"), **about, **words))
 
 
 # -- weights and processor ---------------------------------------------------------------------------------------------
 
 
-_OWN_FILES = (
+_CONFIGS = ("config.json", "generation_config.json")
+_OWN_FILES = [
     "*token*", "*vocab*", "merges.txt", "*.model", "*.jinja", "*processor*", "chat_template*",
-    "additional_chat_templates/*", "*.py", "LICENSE*", "NOTICE*",
-)  # fmt: skip
+    "additional_chat_templates/*", "*.py", "LICENSE*", "NOTICE*", *_CONFIGS,
+]  # fmt: skip
 _DECISION = ("decision.json", "decision_template.jinja")
-CONFIGS = ("config.json", "generation_config.json")
 _TITLE, _PREFERENCE = "A red mug, 2 pieces: \"café\" & 'tea'", "The user appears to like red.\nAnd long walks, too."
 
 
@@ -172,7 +184,7 @@ def write_model(mllm: HFModel, source: str, folder: Path, *, merge: bool) -> str
     """Write weights and the source's own processor files into `folder`; return ``adapter`` or ``model``."""
     adapted = hasattr(mllm.model, "peft_config")
     whole = merge or not adapted
-    copy_own_files(source, folder, mllm, () if whole else CONFIGS)
+    copy_own_files(source, folder, mllm)
     if whole:
         (mllm.model.merge_and_unload() if adapted else mllm.model).save_pretrained(str(folder))
     else:
@@ -181,7 +193,7 @@ def write_model(mllm: HFModel, source: str, folder: Path, *, merge: bool) -> str
     return "model" if whole else "adapter"
 
 
-def copy_own_files(source: str, folder: Path, mllm: HFModel, more: Sequence[str] = ()) -> None:
+def copy_own_files(source: str, folder: Path, mllm: HFModel) -> None:
     """Copy the source's processor and tokeniser files as they are: saving a loaded processor would change some.
 
     Raises:
@@ -191,14 +203,13 @@ def copy_own_files(source: str, folder: Path, mllm: HFModel, more: Sequence[str]
     if gguf_of(place) is not None:  # the tokeniser stands in the weights' file
         mllm.encoder.tokenizer.save_pretrained(str(folder))
         return
-    wanted = [*_OWN_FILES, *more]
     root = Path(place)
     if not root.is_dir():
         try:
-            root = Path(snapshot_download(place, revision=revision_of(source), allow_patterns=wanted))
+            root = Path(snapshot_download(place, revision=revision_of(source), allow_patterns=_OWN_FILES))
         except (OSError, ValueError, HFValidationError) as error:
             raise UserError(f"the processor's files of {source!r} cannot be had: {error}") from error
-    for pattern in wanted:
+    for pattern in _OWN_FILES:
         for path in root.glob(pattern):
             if path.is_file() and path.name not in _DECISION:
                 target = folder / path.relative_to(root)
@@ -213,20 +224,18 @@ def write_decision(mllm: HFModel, question: Question, folder: Path) -> str:
     or no spelling that reads its answers' tokens; "" where all is well.
     """
     encoder, style = mllm.encoder, question.style
-    if not (own := encoder.turns.template):
+    if not encoder.turns.template:
         return "the model has no chat template, behind which a question would stand"
     answers = mllm.answers(style)
     spelt = _labels(encoder.tokenizer, answers, (style.answer_yes, style.answer_no))
     if spelt is None:
         return f"the tokeniser has no single tokens for {style.answer_yes!r} and {style.answer_no!r}"
     begin = "{{ bos_token }}" if encoder.tokenizer.bos_token else ""
-    why, sees = "", encoder.processor is not None
+    why = ""
     # transformers' guard of user text fails on some processors: the template then guards it; a tokeniser that puts a
     # token in front itself is told not to for a template, which then writes it
     for guard, start in product(((), encoder.spellings), dict.fromkeys(("", begin, f"{begin} "))):
-        template = _decision_template(
-            own, style, item_first=question.item_first, sees=sees, start=start, guard=guard, lead=encoder.turns.lead
-        )
+        template = _decision_template(mllm, question, start, guard)
         config = DecisionConfig(labels={"noul": spelt}, chat_template=template, sanitize_control_tokens=not guard)
         config.save_pretrained(folder)
         # also in the JSON, for servers that are given one by --decision-config (an adapter's, say)
@@ -266,7 +275,7 @@ def _difference(mllm: HFModel, question: Question, folder: Path) -> str:
                 found = inputs["input_ids"][0].tolist()
                 # where transformers guards special tokens' spellings, they are cut in other places than here
                 if found != wanted and not (title == hostile and config.sanitize_control_tokens):
-                    return _parting(tokenizer, found, wanted)
+                    return f"the prompt about {title!r} has other tokens than in training"
     return ""
 
 
@@ -282,79 +291,36 @@ def _probes(question: Question, with_image: bool, folder: Path, hostile: str) ->
     ]
 
 
-def _parting(tokenizer: Any, found: Sequence[int], wanted: Sequence[int]) -> str:
-    at = next((i for i, (one, other) in enumerate(zip(found, wanted, strict=False)) if one != other), len(wanted))
-    words = [" ".join(tokenizer.decode(list(ids)[max(0, at - 3) : at + 5]).split()) for ids in (found, wanted)]
-    return f"token {at} on, {words[0]!r} is not {words[1]!r}"
-
-
 # -- the question's template -------------------------------------------------------------------------------------------
 
-_HEAD = """\
-{{#- Written by recbole-mllm: the question of prompt style {style!r}, {order}. `state` is the question itself, or a
-mapping with `title`, `preference` and, where the item has one, `image`. -#}}
-{{%- if state is mapping and state.image -%}}{{%- set content = {with_image} -%}}
-{{%- elif state is mapping -%}}{{%- set content = {without_image} -%}}
-{{%- elif state is string -%}}{{%- set content = [{{"type": "text", "text": state}}] -%}}
-{{%- else -%}}{{%- set content = state -%}}
-{{%- endif -%}}
-"""
-# Where the pipeline's own guard fails on a processor: special tokens' spellings are cut; it drops `<|split|>` again
-_GUARD = """\
-{{%- set guarded = namespace(parts=[]) -%}}
-{{%- for part in content -%}}
-  {{%- if part.type == "text" -%}}
-    {{%- set cut = namespace(text=part.text) -%}}
-    {{%- for word in {words} -%}}
-      {{%- set cut.text = cut.text.replace(word, word[0] ~ "<|split|>" ~ word[1:]) -%}}
-    {{%- endfor -%}}
-    {{%- set part = {{"type": "text", "text": cut.text}} -%}}
-  {{%- endif -%}}
-  {{%- set guarded.parts = guarded.parts + [part] -%}}
-{{%- endfor -%}}
-{{%- set content = guarded.parts -%}}
-"""
-# As prompts are rendered here; the pipeline does not say so to every processor
-_NO_THINKING = "{%- set enable_thinking = false -%}\n"
-_PARTS = '{% set messages = [{"role": "user", "content": content}] %}\n'
-_TEXT = '{% set messages = [{"role": "user", "content": content[0].text}] %}\n'
 
-
-def _decision_template(
-    chat_template: str,
-    style: Style,
-    *,
-    item_first: bool,
-    sees: bool,
-    start: str = "",
-    guard: Sequence[str] = (),
-    lead: str = "",
-) -> str:
-    """Return the template's text.
+def _decision_template(mllm: HFModel, question: Question, start: str, guard: Sequence[str]) -> str:
+    """Return the text of a template in which the model's own chat template follows the question.
 
     Args:
-        chat_template: The model's own.
-        style: The wording of a `state` that is a mapping.
-        item_first: Which of the style's two orders.
-        sees: Whether the chat template takes parts of text and images (a processor's), or a bare text (a tokeniser's).
-        guard: Spellings the template itself is to keep plain text, the longest first.
+        mllm: The model.
+        question: The wording of a `state` that is a mapping.
         start: What stands before all of it, where the tokeniser puts a token in front that the chat template lacks.
-        lead: What stands behind its generation prompt, before every answer.
+        guard: Spellings the template itself is to keep plain text, the longest first.
     """
-    order = "item-first" if item_first else "user-first"
+    style, own, lead = question.style, mllm.encoder.turns.template, mllm.encoder.turns.lead
+    order = "item-first" if question.item_first else "user-first"
     name = f"recommend_{order.replace('-', '_')}"
-    head = _HEAD.format(
-        style=style.name,
+    # a template that writes a template has marks of its own
+    outer = Template((_TEMPLATES / "decision.jinja").read_text(encoding="utf-8"), *_MARKS, trim_blocks=True)
+    rendered: str = outer.render(
+        style=repr(style.name),
         order=order,
         with_image=_content(getattr(style, name)),
         without_image=_content(getattr(style, f"{name}_without_image")),
+        guard=json.dumps(list(guard), ensure_ascii=False) if guard else "",
+        sees=mllm.encoder.processor is not None,
+        start=start,
+        # the newline that ends a template is none of its text, but would be one of text in front of something else
+        chat_template=own.removesuffix("\n") if lead else own,
+        lead=f"{{{{ {json.dumps(lead, ensure_ascii=False)} }}}}" if lead else "",
     )
-    quiet = _NO_THINKING if "enable_thinking" in chat_template else ""
-    own = _GUARD.format(words=json.dumps(list(guard), ensure_ascii=False)) if guard else ""
-    # the newline that ends a template is none of its text, but would be one of text in front of something else
-    ending = f"{{{{ {json.dumps(lead, ensure_ascii=False)} }}}}" if lead else ""
-    template = chat_template.removesuffix("\n") if lead else chat_template
-    return head + own + quiet + (_PARTS if sees else _TEXT) + start + template + ending
+    return rendered
 
 
 def _content(wording: str) -> str:
@@ -385,89 +351,3 @@ def _labels(tokenizer: Any, answers: AnswerTokens, words: tuple[str, str]) -> li
         spellings = (word, f" {word}", tokenizer.decode([first]), tokenizer.convert_ids_to_tokens(first))
         found += [s for s in spellings if tokenizer(s, add_special_tokens=False)["input_ids"] == [first]][:1]
     return found if len(found) == len(words) else None
-
-
-# -- the README --------------------------------------------------------------------------------------------------------
-
-_SERVE = {
-    "model": """\
-```bash
-transformers serve "$PWD" --port 8000                                  # its name is this folder's full path
-vllm serve "$PWD" --served-model-name my-recommender --port 8000
-python -m sglang.launch_server --model-path "$PWD" --served-model-name my-recommender --port 8000
-```
-""",
-    "adapter": """\
-This is a PEFT adapter: its base model is `{base}` ({base_identity}), which a server loads itself.
-
-```bash
-vllm serve {base}{at_revision} --enable-lora --lora-modules my-recommender="$PWD" --port 8000
-```
-
-`transformers serve` takes no adapter: for it, and for typed decisions, `recbole-mllm export … --merge` writes a
-model that stands alone.
-""",
-}
-_README = """\
-# A recommender: would this user take this item?
-
-Written by {written_by} from the checkpoint `{checkpoint}`.
-
-| | |
-|---|---|
-| base model | `{base}` |
-| its weights | `{base_identity}`, {dtype} |
-| fine-tuning | {finetune} |
-| prompt style | `{prompt_style}`, {prompt_order}{images} |
-
-## Serving
-
-{serve}
-Score with it: `--mllm=server:NAME@http://localhost:8000/v1 --finetune=none --prompt_style={prompt_style} \
---prompt_order={prompt_order}`. Serve in the precision above, or scores differ by its rounding.
-
-## Asking
-
-{asking}"""
-_ASK_DECISION = """\
-`decision_template.jinja` renders the prompt of training, token for token; checked when this was written. A typed
-decision (`POST /v1/systemone`) is answered with P({yes} | {yes} or {no}) in `answers.take.noul`:
-
-```json
-{body}
-```
-
-`image` and `assets` are left out for an item without one.
-"""
-_ASK_LOGPROBS = """\
-There is no `decision_template.jinja`, as none renders the prompt of training for this model: {why}.
-A chat completion with `max_tokens: 1`, `logprobs: true` and `top_logprobs: 20` tells how likely {yes} and {no} are.
-"""
-
-
-_FOUR_BITS = {
-    "model": """\
-Its linear layers hold what the four bits (NF4) of the base model in training stand for, with the adapter added: served
-in the precision above, it scores as that run did.
-""",
-    "adapter": """\
-The base model was loaded in four bits in training (bitsandbytes: NF4, double quantisation); behind a server that loads
-it whole, scores differ by the rounding of those bits. `recbole-mllm export … --merge` keeps the rounded weights.
-""",
-}
-
-
-def _readme(about: Mapping[str, Any], style: Style, why: str = "") -> str:
-    """Return the page for an export that `about` describes; `why` it has no template, if it has none."""
-    state = {"title": "Red mug", "preference": "The user likes red.", "image": "<image-1>"}
-    asset = {"<image-1>": {"type": "image", "format": "png", "data_base64": "…"}}
-    body = {"model": "NAME", "state": state, "questions": {"take": {"type": "noul"}}, "assets": asset}
-    asking = (_ASK_DECISION if about["decision_template"] else _ASK_LOGPROBS).format(
-        yes=style.answer_yes, no=style.answer_no, why=why, body=json.dumps(body, ensure_ascii=False, indent=2)
-    )
-    at_revision = f" --revision {about['base_revision']}" if about["base_revision"] else ""
-    serve = _SERVE[about["kind"]].format(**about, at_revision=at_revision)
-    if about["finetune"] == "qlora":
-        serve += f"\n{_FOUR_BITS[about['kind']]}"
-    images = ", with the item's image" if about["use_image"] else ", without images"
-    return _README.format(**about, images=images, serve=serve, asking=asking)

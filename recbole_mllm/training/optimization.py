@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import math
-from collections import deque
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from recbole_mllm.common import distributed
-from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.files import whole_file
-from recbole_mllm.mllm.memory import free_memory, out_of_memory
 
 NONFINITE_COLUMNS = ("user_id", "item_id", "position", "label", "suspect")
 
@@ -45,61 +41,6 @@ class MixedPrecision:
         """Return the context of a forward pass."""
         half = self.dtype != torch.float32
         return torch.autocast(self.device.type, dtype=self.dtype if half else None, enabled=enabled and half)
-
-
-class Halving:
-    """Runs parts of batches; how many rows fit into memory is remembered for the batches to come.
-
-    `release` gives back what can be done without (cached image features) and says whether there was any.
-    """
-
-    def __init__(self, release: Callable[[], bool]) -> None:
-        self.release = release
-        self.most: int | None = None
-        self._released = False  # for the part that is to be retried; it makes anew what was given back
-
-    def __call__(
-        self, parts: Sequence[Sequence[int]], run: Callable[[Sequence[int]], float]
-    ) -> Iterator[tuple[Sequence[int], float]]:
-        """Yield each of `parts`, or its halves, with what `run` returned for it.
-
-        Raises:
-            UserError: One row alone does not fit.
-        """
-        waiting = deque(piece for part in parts for piece in self._cut(part))
-        while waiting:
-            part = waiting.popleft()
-            try:
-                value = run(part)
-            except RuntimeError as error:
-                if not out_of_memory(error):
-                    raise
-            else:
-                self._released = False
-                yield part, value
-                continue
-            # not in the handler, where the error's traceback still holds the tensors of the failed call
-            waiting.extendleft(reversed(self._smaller(part)))
-
-    def _smaller(self, part: Sequence[int]) -> list[Sequence[int]]:
-        """Return what to run in place of `part`."""
-        freed = self.release() and not self._released
-        self._released = True
-        free_memory()
-        if len(part) > 1:
-            self.most = len(part) // 2
-            logging.getLogger().warning(
-                f"out of memory training on {len(part)} rows at once; going on with {self.most}"
-            )
-        elif not freed:
-            raise UserError(
-                "out of memory training on one row alone; set gradient_checkpointing: true, or lower max_text_tokens"
-            )
-        return self._cut(part)
-
-    def _cut(self, part: Sequence[int]) -> list[Sequence[int]]:
-        size = self.most or len(part)
-        return [part[start : start + size] for start in range(0, len(part), size)]
 
 
 def add_gradients(loss: Tensor, parameters: Sequence[Any]) -> None:

@@ -8,7 +8,9 @@ import sys
 import pytest
 import small_world
 import torch
+from huggingface_hub import ModelCard
 from recbole.quick_start import load_data_and_model, run_recbole
+from stock_forward import STYLE
 from transformers import AutoModelForImageTextToText
 from transformers.decision import DecisionConfig
 from transformers.pipelines import DecisionPipeline
@@ -21,7 +23,7 @@ from recbole_mllm.common.prompts import recommend_prompt
 from recbole_mllm.common.settings import ServerSettings
 from recbole_mllm.mllm.loading import load_processor
 from recbole_mllm.mllm.server_scoring import ServedScorer, decision_request
-from recbole_mllm.training.model_export import export
+from recbole_mllm.training.model_export import export, model_card
 
 pytest.importorskip("openai")
 pytest.importorskip("uvicorn")
@@ -151,6 +153,10 @@ def test_an_export_replaces_an_export_and_nothing_else(merged, trained, tmp_path
     named = {entry["file"] for entry in json.loads((copy / "export.json").read_text())["outputs"]}
     assert set(os.listdir(copy)) == named | {"export.json", "notes.txt"}
     assert "adapter_config.json" in named and not named & {"config.json", "model.safetensors"}
+    card = ModelCard.load(copy / "README.md")
+    assert card.data.library_name == "peft" and card.data.base_model is None  # a path here, and no id on the hub
+    about = json.loads((copy / "export.json").read_text())
+    assert ModelCard(model_card(about | {"base": "org/name"}, STYLE)).data.base_model == "org/name"
     (copy / "README.md").write_text("served on host 7")
     capsys.readouterr()
     assert main(["export", str(trained), "--out", str(copy)]) == 2

@@ -15,7 +15,7 @@ NONE = {"paligemma": "no chat template"}
 
 @pytest.mark.parametrize("item_first", [True, False])
 def test_the_template_renders_the_prompts_of_training(mllm, folder, sees, prompts, item_first, tmp_path):
-    copy_own_files(str(folder), tmp_path, mllm, ["config.json"])
+    copy_own_files(str(folder), tmp_path, mllm)
     why = write_decision(mllm, Question(STYLE, item_first, True), tmp_path)
     family = next((name for name in NONE if folder.name.startswith(name)), None)
     assert (NONE[family] in why) if family else not why

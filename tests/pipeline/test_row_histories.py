@@ -5,29 +5,17 @@ import re
 from collections import Counter
 
 import pytest
-from planned_server import Planned, completion, serving
+from echoed_prompts import EVALUATION, echoing, prompts_of, read, shown, told, write_items
 
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.quick_start import make_config
 
 pytest.importorskip("openai")
 
-EVALUATION = {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "uni3"}
-
-
-def shown(text):
-    """Return the items whose titles stand in `text`, in order."""
-    return re.findall(r"item-(\w+)", text)
-
-
-def read(text):
-    """Return the items a recommender's prompt has read: the first it names is the candidate."""
-    return shown(text)[1:]
-
 
 @pytest.fixture(scope="module")
 def url():
-    with serving(Planned(lambda n, text: completion(" ".join(f"item-{item}" for item in shown(text))))) as planned:
+    with echoing() as planned:
         yield planned.url
 
 
@@ -80,11 +68,6 @@ def write_listed(folder, parts, user="user_id", item="item_id"):
     write_items(folder, {own for rows in parts.values() for _, t, listed in rows for own in (t, *listed)}, item)
 
 
-def write_items(folder, items, field="item_id"):
-    lines = [f"{field}:token\ttitle:token_seq", *(f"{item}\titem-{item}" for item in sorted(items))]
-    (folder / f"{folder.name}.item").write_text("\n".join(lines) + "\n")
-
-
 def write_ties(folder, names):
     folder.mkdir(parents=True)
     user, item, time = names
@@ -99,35 +82,6 @@ LISTED = {
     "alias_of_item_id": ["item_id_list"],
     "load_col": {"inter": ["user_id", "item_id", "item_id_list"]},
 }
-
-
-def prompts_of(folder, url, monkeypatch, **keys):
-    """Return (user, target, prompt) of the target's row, for all rows of the three parts, as a run makes them."""
-    from recbole.data import create_dataset, data_preparation
-    from recbole.utils import get_model
-
-    monkeypatch.setattr("sys.argv", ["x"])
-    base = {
-        "data_path": str(folder.parent), "mllm": f"server:m@{url}", "finetune": "none", "use_image": False,
-        "item_summary": "none", "prompt_style": "demo", "eval_args": EVALUATION, "show_progress": False,
-        "MAX_ITEM_LIST_LENGTH": 2, "block_size": 2, "summary_temperature": 0.0,
-    }  # fmt: skip
-    config = make_config("MLLMMSR", folder.name, [], base | keys)
-    dataset = create_dataset(config)
-    loaders = data_preparation(config, dataset)
-    model = get_model("MLLMMSR")(config, loaders[0]._dataset)
-    found = []
-    for loader in loaders:
-        rows = loader._dataset.inter_feat
-        fields = (dataset.uid_field, dataset.iid_field)
-        users, items = (dataset.id2token(field, rows[field].numpy()) for field in fields)
-        texts = [prompt.text for prompt in model.prompts_of(model.rows_of(rows))]
-        found += zip(map(str, users), map(str, items), texts, strict=True)
-    return found
-
-
-def told(rows):
-    return Counter((user, target, tuple(items)) for user, target, items in rows)
 
 
 MODES = {

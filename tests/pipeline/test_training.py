@@ -382,7 +382,7 @@ def trained(filled, monkeypatch):
     """Return a call that trains on the batch and gives loss and gradients; the trainer forgets what it has learnt."""
     monkeypatch.setattr(loss, "LEAST_GAIN", 1)
     trainer, batch = filled
-    trainer.halving.most = None
+    trainer.budget.size = 1000
 
     def call(times=1):
         trainer.optimizer.zero_grad()

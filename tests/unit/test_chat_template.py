@@ -60,7 +60,7 @@ def test_a_prompt_ends_where_the_answer_itself_begins(case):
 
 def test_an_exported_template_ends_there_too(case, tmp_path):
     mllm, folder, _ = case
-    copy_own_files(str(folder), tmp_path, mllm, ["config.json"])
+    copy_own_files(str(folder), tmp_path, mllm)
     assert write_decision(mllm, Question(STYLE, True, False), tmp_path) == ""
     config, words = DecisionConfig.from_pretrained(str(tmp_path)), AutoTokenizer.from_pretrained(tmp_path)
     ((inputs, _),) = config.prepare_inputs(decision_request("m", PROMPT), words)
@@ -118,6 +118,6 @@ def test_a_template_that_names_today_writes_the_same_prompt_on_any_day(kind, tmp
     mllm = HFModel(str(folder), SETTINGS.mllm, CPU)
     asked = mllm.encoder.tokenizer.decode(mllm.encoder(PROMPT).ids)
     assert "Today: 26 Jul 2024 00:00:00.000000" in asked
-    copy_own_files(str(folder), tmp_path, mllm, ["config.json"])
+    copy_own_files(str(folder), tmp_path, mllm)
     assert write_decision(mllm, Question(STYLE, item_first=True, use_image=False), tmp_path) == ""
     assert "26 Jul 2024" in (tmp_path / "decision_template.jinja").read_text()
