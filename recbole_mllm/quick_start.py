@@ -24,6 +24,7 @@ from recbole_mllm.common.settings import Settings
 from recbole_mllm.data.checking import nothing_left
 from recbole_mllm.data.schema import isum_file, usum_file
 from recbole_mllm.evaluation.candidates_file import write_candidates
+from recbole_mllm.evaluation.full_ranking import loader_of_all_items
 from recbole_mllm.evaluation.metrics import has_several_rows, joined, per_user, pooled_auc
 from recbole_mllm.evaluation.protocol import protocol_line
 from recbole_mllm.evaluation.tie_breaking import evaluate, recording
@@ -50,6 +51,9 @@ class Outcome:
 
     `load_s` is what loading the models took, None of a baseline; `summarize_s` is without it: the seconds that writing
     the summaries took, of `summarize_reused` of them in an earlier run, as the store has kept them.
+
+    `full_ranking`, where it was asked for beside drawn candidates, holds the ``metrics`` of ranking all items for
+    ``n_users``, and of MLLMMSR the ``retrieval`` whose best it re-ranked.
     """
 
     config: Any
@@ -72,6 +76,7 @@ class Outcome:
     converged: bool | None = None
     load_s: float | None = None
     summarize_reused: int = 0
+    full_ranking: dict[str, Any] | None = None
 
     @property
     def pairs_scored(self) -> int:
@@ -94,13 +99,14 @@ Check = Callable[[Any, Any], None]
 """Called with the dataset and its test loader once it is split, before anything is trained; may raise."""
 
 
-def run(config: Any, check: Check | None = None, *, keep_valid: bool = False) -> Outcome:
+def run(config: Any, check: Check | None = None, *, keep_valid: bool = False, rank_all: bool = False) -> Outcome:
     """Run what `config` says, as RecBole's ``run_recbole`` does (quick_start.py:94-178).
 
     Args:
         config: RecBole's.
         check: May refuse the split.
         keep_valid: Whether the outcome holds the scored pairs of validation too.
+        rank_all: Whether all items are ranked too where candidates are drawn; by MLLMMSR only if it has a retriever.
     """
     _begin(config)
     dataset, loaders = _data(config)
@@ -111,6 +117,8 @@ def run(config: Any, check: Check | None = None, *, keep_valid: bool = False) ->
     fitted = _fit(config, model, build_s, loaders, saved=True, keep_valid=keep_valid)
     scored = _score(config, fitted.trainer, loaders.test)
     metrics, users, pairs = _metrics(config, scored)
+    retrieval = _retrieval(fitted.trainer, summaries)
+    full_ranking = _rank_all(config, fitted.trainer, loaders.test, summaries) if rank_all else None
     return Outcome(
         config=config,
         dataset=dataset,
@@ -124,9 +132,10 @@ def run(config: Any, check: Check | None = None, *, keep_valid: bool = False) ->
         pairs=pairs,
         valid_pairs=_one_ranking_each(fitted.valid_batches),
         summarize_s=summaries.preferences.spent.seconds if summaries else 0.0,
-        train_s=_with_retriever(fitted.train_s, summaries),
+        train_s=_with_retriever(fitted.train_s, summaries if retrieval else None),
         score_s=scored.seconds,
-        retrieval=_retrieval(fitted.trainer, summaries),
+        retrieval=retrieval,
+        full_ranking=full_ranking,
         scores_reused=scored.reused,
         world_size=distributed.world_size() if summaries else 1,
         converged=fitted.converged,
@@ -274,6 +283,20 @@ def _score(config: Any, trainer: Any, test: Any) -> _Scored:
     result, batches = evaluate(trainer, test, load_best_model=True, show_progress=config["show_progress"])
     seconds = time.perf_counter() - started
     return _Scored(result, batches, seconds, _reused(config, trainer.model) - reused)
+
+
+def _rank_all(config: Any, trainer: Any, test: Any, summaries: _Summaries | None) -> dict[str, Any] | None:
+    """Return what `Outcome.full_ranking` holds, None where candidates are not drawn or nothing ranks all items."""
+    if not hasattr(test, "ranking") or (summaries is not None and summaries.reranker is None):
+        return None
+    try:
+        found = evaluate(trainer, loader_of_all_items(config, test), load_best_model=False, show_progress=False)
+        metrics, users, _ = _metrics(config, _Scored(*found, seconds=0.0, reused=0))
+    except Exception:  # what stands beside a result must not cost the hours that made it
+        logging.getLogger().exception("all items could not be ranked; the report goes without")
+        return None
+    retrieval = _retrieval(trainer, summaries)
+    return {"metrics": metrics, "n_users": len(users["user"]), "retrieval": retrieval} if users else None
 
 
 def _reused(config: Any, model: Any) -> int:

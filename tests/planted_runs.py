@@ -40,17 +40,20 @@ def plant_run(
     digest: str = "0a1b2c3d",
     run_id: str = "",
     candidates: str = CANDIDATES,
+    scores: NDArray[Any] | None = None,
     **changes: Any,
 ) -> RunRecord:
     """Write the arrays of a run whose target scores `power` above the rest, and return its record.
 
-    Its validation metric follows `power` alone, so that it has no share in the test split's luck.
+    Its validation metric follows `power` alone, so that it has no share in the test split's luck. `scores`, ``[users,
+    candidates]`` with the target first, take the place of drawn ones.
     """
     run_id = run_id or f"{label.replace(':', '-')}-{seed}-{digest}"
     rng = np.random.default_rng(zlib.crc32(f"{label}{seed}".encode()))
     train_count = np.arange(n_users) % 7
-    scores = rng.normal(size=(n_users, N_CANDIDATES))
-    scores[:, 0] += power
+    if scores is None:
+        scores = rng.normal(size=(n_users, N_CANDIDATES))
+        scores[:, 0] += power
     metrics = user_metrics(scores)
     users = np.array([f"u{index}" for index in range(n_users)])
     shuffled = rng.permutation(n_users)  # every run has its own order of users, as different models do

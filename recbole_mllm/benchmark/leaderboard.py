@@ -45,6 +45,7 @@ class Score:
     p_raw: float | None = None
     effect: float | None = None
     difference: float | None = None
+    difference_ci95: tuple[float, float] | None = None
 
     @property
     def significant(self) -> bool:
@@ -101,6 +102,25 @@ class LeaderboardRow:
     def summarize_reused(self) -> int:
         """How many summaries no run of the row wrote itself, all seeds together."""
         return sum(run.summarize_reused for run in self.runs)
+
+    @property
+    def full_ranking(self) -> dict[str, Any] | None:
+        """The mean metrics of ranking all items beside drawn candidates, for how many users, and of which retriever.
+
+        None unless all seeds have them.
+        """
+        found = [run.full_ranking for run in self.runs if run.full_ranking]
+        if not found or len(found) < len(self.runs):
+            return None
+        names = [name for name in found[0]["metrics"] if all(name in one["metrics"] for one in found)]
+        retrievals = [one["retrieval"] for one in found if one["retrieval"]]
+        return {
+            "metrics": {name: sum(one["metrics"][name] for one in found) / len(found) for name in names},
+            "n_users": found[0]["n_users"],
+            "retrieval": retrievals[0] | {"recall": sum(one["recall"] for one in retrievals) / len(retrievals)}
+            if retrievals
+            else None,
+        }
 
     @property
     def ok(self) -> bool:
@@ -192,6 +212,7 @@ class Leaderboard:
                 {name: getattr(row, name) for name in ("model", "seeds", "status", "tested_against")}
                 | {
                     "metrics": {name: self._score_json(row, name) for name in self.metrics},
+                    "full_ranking": row.full_ranking,
                     "converged": row.converged,
                     "summarize_reused": row.summarize_reused,
                     "cost": {name: row.cost.get(name) for name in COSTS},

@@ -195,8 +195,9 @@ def compare_rows(
     for (model, name), key in asked.items():
         found = questions[key]
         tested[model][name] = replace(
-            tested[model][name], p=corrected[key], p_raw=found.p, effect=found.effect, difference=found.difference
-        )
+            tested[model][name], p=corrected[key], p_raw=found.p, effect=found.effect, difference=found.difference,
+            difference_ci95=found.ci95,
+        )  # fmt: skip
     done = [replace(row, scores=tested[row.model], tested_against=references[row.model]) for row in rows]
     return done, best, lacking
 

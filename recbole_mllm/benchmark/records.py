@@ -78,6 +78,8 @@ class RunRecord:
         converged: Whether validation had stopped rising when training ended; None where that is no question.
         retrieval: Under full ranking, whose best `top_k` items an MLLM re-ranked, which share of the targets is among
             them (``recall``, a ceiling), and ``fusion``, the MLLM's share of the score.
+        full_ranking: Beside drawn candidates, the ``metrics`` of ranking all items for ``n_users``; of MLLMMSR those of
+            re-ranking what ``retrieval`` says.
         features_s: What making the item features took, whichever run made them; None of a model that reads none.
         scores_reused: How many of the test scores earlier evaluations had left; their seconds are not in `score_s`.
         tuning: What ``--tune`` tried, with its validation scores, and what it chose; `config` has the choice in it.
@@ -120,6 +122,7 @@ class RunRecord:
     world_size: int = 1
     tuning: Mapping[str, Any] | None = None
     retrieval: Mapping[str, Any] | None = None
+    full_ranking: Mapping[str, Any] | None = None
     scores_reused: int = 0
     converged: bool | None = None
 

@@ -14,6 +14,7 @@ from recbole_mllm.benchmark.html import page
 from recbole_mllm.benchmark.leaderboard import Leaderboard
 from recbole_mllm.benchmark.ranking import build
 from recbole_mllm.benchmark.records import RECORDS, read_records
+from recbole_mllm.benchmark.wording import uses
 from recbole_mllm.common.files import write_text
 
 HTML = "leaderboard.html"
@@ -27,8 +28,9 @@ def render(results: Path, *, embed_images: bool = True) -> Leaderboard:
     Without `embed_images` the page's case studies hold no pictures.
     """
     board = read_leaderboard(results)
+    published = board.to_json() | {"uses": [use._asdict() for use in uses(board)]}
     forms = {
-        "leaderboard.json": json.dumps(board.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n",
+        "leaderboard.json": json.dumps(published, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
         "leaderboard.csv": tables.csv_text(tables.numbers_table(board)),
         "leaderboard-groups.csv": tables.csv_text(tables.groups_table(board)),
         "leaderboard-curves.csv": tables.csv_text(tables.curves_table(board)),

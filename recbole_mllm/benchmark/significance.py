@@ -43,11 +43,13 @@ class Comparison:
 
     Args:
         difference: Mean of (this row - the other row).
+        ci95: Student's interval of it, on the same degrees of freedom as `p`: it holds 0 where `p` is above .05.
         p: Two-sided, not yet corrected for multiplicity.
         effect: Cohen's d of the paired differences (mean / standard deviation); None where it has no finite value.
     """
 
     difference: float
+    ci95: tuple[float, float]
     p: float
     effect: float | None
 
@@ -81,10 +83,16 @@ def compare_paired(values: Floats, reference: Floats) -> Comparison:
     spread = float(difference.std(ddof=1)) if difference.size > 1 else 0.0
     if spread <= 1e-12:  # all users differ alike: t is 0/0 or infinite, but the sign test still has an answer
         if abs(mean) <= 1e-12:
-            return Comparison(0.0, 1.0, 0.0)
-        return Comparison(mean, min(1.0, 2 * 0.5**difference.size), None)
-    t = mean / spread * math.sqrt(difference.size)
-    return Comparison(mean, float(2 * special.stdtr(difference.size - 1, -abs(t))), mean / spread)
+            return Comparison(0.0, (0.0, 0.0), 1.0, 0.0)
+        return Comparison(mean, (mean, mean), min(1.0, 2 * 0.5**difference.size), None)
+    t, freedom = mean / spread * math.sqrt(difference.size), difference.size - 1
+    interval = _student_interval(mean, spread / math.sqrt(difference.size), freedom)
+    return Comparison(mean, interval, float(2 * special.stdtr(freedom, -abs(t))), mean / spread)
+
+
+def _student_interval(difference: float, error: float, freedom: int) -> tuple[float, float]:
+    reach = float(special.stdtrit(freedom, 0.5 + CONFIDENCE / 2)) * error
+    return difference - reach, difference + reach
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -174,5 +182,6 @@ def compare_auc(difference: float, replicates: Floats, reference: Floats, n_user
     freedom = max(1, n_users - 1)
     error = float(np.nanstd(replicates - reference, ddof=1)) * math.sqrt((freedom + 1) / freedom)
     if error <= 1e-12:
-        return Comparison(difference, 1.0 if abs(difference) <= 1e-12 else 0.0, None)
-    return Comparison(difference, float(2 * stats.t.sf(abs(difference) / error, freedom)), None)
+        return Comparison(difference, (difference,) * 2, 1.0 if abs(difference) <= 1e-12 else 0.0, None)
+    interval = _student_interval(difference, error, freedom)
+    return Comparison(difference, interval, float(2 * stats.t.sf(abs(difference) / error, freedom)), None)

@@ -43,6 +43,24 @@ asks of every user what is asked of a new one. The controls that put something w
 (``control``) are explained in docs/baselines.md.
 """
 
+PARTS: Mapping[str, str] = {
+    "shuffled-history": "The order of the history",
+    "wrong-image": "Which image an item has",
+    "wrong-summary": "Whose summary is read",
+    "title-only": "What is told beside titles",
+    "no-history": "The user's history",
+    "zero-shot": "Fine-tuning",
+    "no-sft": "Fine-tuning",
+    "direct": "Summarising block by block",
+    "no-user-summary": "The user summary in place of titles",
+    "no-summary": "The user summary in place of titles",
+    "no-image-summary": "The item summary beside the title",
+    "no-item-summary": "The item summary beside the title",
+    "no-image": "The candidate's image",
+    "text": "Any image",
+}
+"""What each variant takes from the full model, or spoils in it: the subject of a sentence on what the model uses."""
+
 ALONE: Mapping[str, Mapping[str, Any]] = {
     "TALLRec": {"summary_mode": "none", "item_summary": "none", "use_image": False},
 }
@@ -136,6 +154,13 @@ def resolve(label: str) -> Entry:
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", model):
         raise UserError(f"{label!r} is no model's name; give RecBole's, such as SASRec, or one of {known_variants()}")
     return Entry(model, model, "baseline", defaults=baseline_defaults(model))
+
+
+def part_of(label: str) -> str:
+    """Return what a variant of MLLMMSR takes from the full model, to begin a sentence with."""
+    variant = label.partition(":")[2]
+    block = re.fullmatch(r"block-([1-9][0-9]*)", variant)
+    return f"The size of a block, against {block[1]}," if block else PARTS[variant]
 
 
 def baseline_defaults(model: str, section: str | None = None) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import yaml
 
 from recbole_mllm.benchmark.leaderboard import COUNTS, LEVEL, Leaderboard, LeaderboardRow
 from recbole_mllm.benchmark.records import RunRecord, plain_json
+from recbole_mllm.benchmark.variants import part_of
 
 MARKS = {"better": "▲", "worse": "▼", "n.s.": "n.s.", "reference": "ref.", "": ""}
 WORDS = {"better": "better", "worse": "worse", "n.s.": "not significant", "reference": "", "": ""}
@@ -24,6 +26,12 @@ METHOD = (
     "by Holm's method, so the chance that it holds even one false mark is below 5 %; metrics that are equal for every "
     "user, as Hit and Recall are with one target, are one question and counted once. The effect size is Cohen's d_z, "
     "the mean of the per-user differences over their standard deviation; pooled AUC has no per-user value and so none."
+)
+USES_NOTE = (
+    "From each variant one part of MLLM-MSR was taken, or it was replaced by something wrong, in training and scoring. "
+    "The numbers are the paired difference to the full model, its 95 % interval, and p after the correction for all "
+    "questions of the table. Not significant means that these users show no difference, not that there is none: the "
+    "interval says how large a one they leave open."
 )
 COST_NOTE = (
     "Train is without validation and test; a dash there means that nothing was trained. Tokens are those of the "
@@ -139,6 +147,95 @@ def finding(board: Leaderboard) -> str:
     return " ".join(said + ([f"{_and(unfinished)} had not converged."] if unfinished else []))
 
 
+class Use(NamedTuple):
+    """What a variant of the full model shows of the part that it takes away; `verdict` is what the part does."""
+
+    variant: str
+    tested_against: str
+    metric: str
+    difference: float
+    ci95: tuple[float, float]
+    p_raw: float
+    p_holm: float
+    verdict: str
+    sentence: str
+
+
+def uses(board: Leaderboard) -> list[Use]:
+    """Return what the variants of MLLMMSR show of what the full model uses, by the ranking metric, worst losses first.
+
+    A difference that is not significant supports no more than that these users do not show one.
+    """
+    found = []
+    for row in board.variants:
+        score = row.scores.get(board.valid_metric)
+        if score is None or score.difference is None or score.difference_ci95 is None:
+            continue
+        verdict, does = "n.s.", f"does not matter here, as far as {board.n_users:,} users can tell"
+        if score.significant:
+            verdict, does = ("matters", "matters here") if score.difference < 0 else ("harms", "does harm here")
+        low, high = score.difference_ci95
+        tested = _p(score.p) if score.significant else f"n.s. ({_p(score.p)})"
+        told = f"{_signed(score.difference)} [{_signed(low)}, {_signed(high)}], {tested}"
+        sentence = f"{part_of(row.runs[0].label)} {does}: {told}."
+        found.append(
+            Use(
+                row.model, str(row.tested_against), board.valid_metric, score.difference, score.difference_ci95,
+                float(score.p_raw or 0), float(score.p or 0), verdict, sentence,
+            )
+        )  # fmt: skip
+    return sorted(found, key=lambda use: use.difference)
+
+
+class FullRanking(NamedTuple):
+    """A row's ranking metric over drawn candidates and over all items, in words, and of what the latter is."""
+
+    model: str
+    drawn: str
+    full: str
+    of: str
+
+
+def full_rankings(board: Leaderboard) -> list[FullRanking]:
+    """Return the rows that ranked all items beside drawn candidates, best among all items first."""
+    metric, found = board.valid_metric, []
+    for row in board.ranked:
+        ranked = row.full_ranking
+        if ranked is None or metric not in ranked["metrics"]:
+            continue
+        of, retrieval = f"{ranked['n_users']:,} users", ranked["retrieval"]
+        if retrieval:
+            items = "all items" if retrieval["retriever"] is None else _retrieved(retrieval)
+            of += f"; {items}, with a ceiling of {retrieval['recall']:.3f}"
+        value = ranked["metrics"][metric]
+        found.append((value, FullRanking(row.model, f"{row.mean(metric):.3f}", f"{value:.3f}", of)))
+    return [row for _, row in sorted(found, key=lambda pair: -pair[0])]
+
+
+def full_rankings_note(board: Leaderboard) -> str:
+    """Say what ranking all items adds to ranking drawn candidates, and whether they order this table's models alike."""
+    drawn = [row.model for row in board.ranked]
+    pairs = combinations([row.model for row in full_rankings(board)], 2)
+    swapped = [f"{a} before {b}" for a, b in pairs if drawn.index(a) > drawn.index(b)]
+    here = "here they do not"
+    if swapped:
+        more = f" and {len(swapped) - 5} more" if len(swapped) > 5 else ""
+        here = f"here all items put {', '.join(swapped[:5])}{more}"
+    return (
+        "Metrics over drawn candidates may order models otherwise than over all items (Krichene and Rendle, KDD 2020); "
+        f"{here}. Ranked are all items with an interaction, but for those the user has met; nothing is tested."
+    )
+
+
+def _retrieved(retrieval: Mapping[str, Any]) -> str:
+    return f"the best {retrieval['top_k']} items of {str(retrieval['retriever']).partition('#')[0]}"
+
+
+def _signed(number: float) -> str:
+    """Return a difference with its sign, the minus a real one."""
+    return f"{number:+.3f}".replace("-", "−")
+
+
 def legend(board: Leaderboard) -> str:
     """Explain the marks of this table, and what its numbers cannot say."""
     said = [_marks(board)]
@@ -156,9 +253,8 @@ def legend(board: Leaderboard) -> str:
         found = [run.retrieval for run in row.runs if run.ok and run.retrieval and run.retrieval.get("retriever")]
         if found:
             recall = sum(one["recall"] for one in found) / len(found)
-            items = f"{found[0]['top_k']} items of {str(found[0]['retriever']).partition('#')[0]}"
             ceiling = f"which hold {recall:.3f} of the targets, the ceiling of its Hit"
-            said.append(f"{row.model} re-ranks the best {items}, {ceiling}.")
+            said.append(f"{row.model} re-ranks {_retrieved(found[0])}, {ceiling}.")
     return " ".join([*said, *board.absent.values()])
 
 

@@ -57,7 +57,7 @@ NO_ONE_RANKING = (
 NOTHING_TO_TUNE = ("Pop", "Random")
 _OF_OUTCOME = (
     *("load_s", "train_s", "score_s", "summarize_reused", "scores_reused"),
-    *("converged", "retrieval", "world_size"),
+    *("converged", "retrieval", "full_ranking", "world_size"),
 )
 
 
@@ -93,7 +93,8 @@ def run_job(job: dict[str, Any]) -> None:
     defaults = folder / ("defaults.yaml" if distributed.is_main() else f"defaults.{distributed.process_index()}.yaml")
     tuning = _tune(job, defaults)
     config = _config(job, defaults, tuning["chosen"] if tuning else {})
-    outcome = run(config, partial(_check_split, job), keep_valid=job["keep_valid"])
+    whole = job["keep_valid"]  # a rerun needs the metrics alone
+    outcome = run(config, partial(_check_split, job), keep_valid=whole, rank_all=whole)
     peak = max(distributed.gather_objects(_peak_memory(outcome.config["device"])))
     if distributed.is_main():
         _write_evidence(outcome, folder)

@@ -31,20 +31,15 @@ def preset_of(name: str) -> str | None:
 
 def ensure_builtin(folder: Path) -> None:
     """Build the dataset that `folder` is named after, if it is one of ours and not there yet; whole or not at all."""
-    name = folder.name
-    if not is_builtin(name) or (folder / f"{name}.inter").is_file():
-        return
-    match = _DEMO.fullmatch(name)
-    if match:
-        _whole(folder, lambda scratch: _demo(scratch, int(match.group(1) or DEMO_SEED)))
-    else:
-        _whole(folder, _movies)
+    if is_builtin(folder.name) and not (folder / f"{folder.name}.inter").is_file():
+        _whole(folder, _demo if _DEMO.fullmatch(folder.name) else _movies)
 
 
-def _demo(folder: Path, seed: int) -> None:
+def _demo(folder: Path) -> None:
     from recbole_mllm.demo.world import write_demo_dataset
 
-    write_demo_dataset(folder, seed)
+    _, _, seed = folder.name.partition("-")
+    write_demo_dataset(folder, int(seed or DEMO_SEED))
     text = converters("output").dataset_yaml(DEMO_COMMENT, {"load_col": {"inter": list(INTER_TYPES)}}, "product")
     write_text(folder / "dataset.yaml", text)
 

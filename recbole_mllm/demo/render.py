@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from random import Random
 
@@ -14,13 +14,9 @@ SIDE = 128
 
 Colour = tuple[int, int, int]
 _COLOURS: Mapping[str, Colour] = {
-    "red": (205, 35, 40),
-    "orange": (245, 135, 25),
-    "yellow": (245, 215, 45),
-    "green": (45, 150, 60),
-    "blue": (40, 85, 205),
-    "purple": (125, 50, 165),
-}
+    "red": (205, 35, 40), "orange": (245, 135, 25), "yellow": (245, 215, 45),
+    "green": (45, 150, 60), "blue": (40, 85, 205), "purple": (125, 50, 165),
+}  # fmt: skip
 _DARK, _LIGHT = (25, 25, 25), (250, 250, 250)
 
 
@@ -74,12 +70,7 @@ def _night(draw: ImageDraw.ImageDraw, rng: Random) -> None:
         draw.ellipse((x, y, x + 3, y + 3), fill=(240, 240, 200))
 
 
-_SCENES: Mapping[str, Callable[[ImageDraw.ImageDraw, Random], None]] = {
-    "studio": _studio,
-    "wood": _wood,
-    "grass": _grass,
-    "night": _night,
-}
+_SCENES = {"studio": _studio, "wood": _wood, "grass": _grass, "night": _night}
 
 
 # ---- patterns
@@ -117,12 +108,7 @@ def _checked(draw: ImageDraw.ImageDraw, start: int, width: int, light: Colour) -
                 draw.rectangle((x, y, x + side - 1, y + side - 1), fill=light)
 
 
-_PATTERNS: Mapping[str, Callable[[ImageDraw.ImageDraw, int, int, Colour], None]] = {
-    "plain": _plain,
-    "striped": _striped,
-    "dotted": _dotted,
-    "checked": _checked,
-}
+_PATTERNS = {"plain": _plain, "striped": _striped, "dotted": _dotted, "checked": _checked}
 
 
 # ---- kinds

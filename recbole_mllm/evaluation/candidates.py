@@ -23,14 +23,13 @@ from recbole_mllm.common.errors import UserError, as_user_error
 from recbole_mllm.common.settings import EvaluationSettings
 from recbole_mllm.data.sampling import Pairs, hashes64, limited_users, mix64, tie_keys
 from recbole_mllm.evaluation.candidates_file import in_drawn_order, read_candidates
-from recbole_mllm.evaluation.full_ranking import AllItems, with_ranking
+from recbole_mllm.evaluation.full_ranking import DENSE, AllItems, with_ranking
 from recbole_mllm.evaluation.loader import FrozenEvalDataLoader, UserRows
 from recbole_mllm.evaluation.protocol import training_counts
 
 _PHASES = ("valid", "test")
 # Settings of the dataset that come after `facts` are taken, or add to it
 _NO_MATTER = ("MAX_ITEM_LIST_LENGTH", "additional_feat_suffix", "preload_weight", "unused_col")
-_DENSE = 2**26  # scores a batch of a full ranking holds: a quarter of a gigabyte
 _MODE = re.compile(r"(uni|pop)(\d+)")
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _CHUNK = 1 << 20  # proposals held at a time
@@ -57,7 +56,9 @@ def freeze(config: Any, dataset: Any, train: Any, valid: Any, test: Any) -> tupl
             return loader
         part.sort(by=part.uid_field, ascending=True)
         rows, negatives = UserRows.of(asked.targets(phase)[0]), asked.negatives(phase)
-        return FrozenEvalDataLoader(config, part, loader._sampler, rows, _count(mode), negatives, asked.keys)
+        drawn = FrozenEvalDataLoader(config, part, loader._sampler, rows, _count(mode), negatives, asked.keys)
+        drawn.ranking = asked.ranking(phase)  # should all items be ranked too (`loader_of_all_items`)
+        return drawn
 
     return (train, frozen("valid", valid), frozen("test", test)), asked.digest()
 
@@ -309,7 +310,7 @@ def _fitting(config: Any, loader: Any, part: Any) -> Any:
     items; it is lowered to what a memory holds.
     """
     size = config["eval_batch_size"]
-    fitting = max(1, _DENSE // part.item_num) if loader.is_sequential else size
+    fitting = max(1, DENSE // part.item_num) if loader.is_sequential else size
     if len(part) == len(loader._dataset) and size <= fitting:
         return loader
     config["eval_batch_size"] = min(size, fitting)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor
 
 from recbole_mllm.common.errors import UserError
-from recbole_mllm.data.sampling import Pairs, mix64
+from recbole_mllm.common.settings import EvaluationSettings
+from recbole_mllm.data.sampling import Pairs, mix64, sample_users
 from recbole_mllm.data.schema import ITEM, USER
 from recbole_mllm.evaluation.tie_breaking import Keys, record_scores
 from recbole_mllm.recbole_patches.hooks import replace
@@ -25,6 +27,8 @@ DEEPEST = 50
 """How many of a row's best items are recorded beside the target; fewer where there are very many rows."""
 
 KEPT_PAIRS = 5_000_000
+DENSE = 2**26  # scores a batch of a full ranking holds: a quarter of a gigabyte
+MOST_SCORES = 200_000_000  # of a full ranking beside drawn candidates; of more users, a sample is ranked
 _COMPARED = 2**24  # scores held against targets at a time
 
 
@@ -74,6 +78,31 @@ class AllItems:
         """Return a phase's name in the digest: which items are ranked, and by whose rule some are left out."""
         rule = "met" if self.met is not None else "sequential" if sequential else "general"
         return f"full {rule} {int(mix64(hashes[self.pool]).sum(dtype=np.uint64)):016x}"
+
+
+def loader_of_all_items(config: Any, drawn: Any) -> Any:
+    """Return a loader that ranks all items for the users of `drawn`, whose candidates are frozen.
+
+    Of very many users a seeded sample is asked, so that ranking them stays a matter of seconds.
+    """
+    from recbole.data.dataloader import FullSortEvalDataLoader
+    from recbole.utils import ModelType
+
+    part, users, items = drawn._dataset, drawn.rows.users, drawn._dataset.item_num
+    most, seed = max(1, MOST_SCORES // items), EvaluationSettings.from_config(config).candidate_seed
+    if len(users) > most:
+        raw = np.asarray(part.field2id_token[part.uid_field]).astype(str)
+        chosen = np.isin(raw, list(sample_users(raw[users].tolist(), most, seed)))
+        part = part.copy(part.inter_feat[chosen[part.inter_feat[part.uid_field].numpy()]])
+    size, sequential = config["eval_batch_size"], config["MODEL_TYPE"] == ModelType.SEQUENTIAL
+    # a general model's batch counts scores, a sequential one's rows
+    config["eval_batch_size"] = max(1, min(size, DENSE // items)) if sequential else DENSE
+    try:
+        loader = FullSortEvalDataLoader(config, part, drawn._sampler)
+    finally:
+        config["eval_batch_size"] = size
+    loader.collate_fn = partial(with_ranking, loader.collate_fn, drawn.ranking)
+    return loader
 
 
 def with_ranking(collate: Callable[[Any], Any], ranking: AllItems, index: Any) -> Any:

@@ -96,11 +96,11 @@ def _others(health: Health) -> Iterator[Finding]:
         )
     if not items.exists:
         todo = f"write it, with columns {layout.item}:token, title:token_seq, image:token"
-        yield Finding(f"there is no {layout.name}.item", todo)
+        yield Finding(f"there is no {health.name}.item", todo)
         return
     if not items.has_titles:
         todo = "add title:token_seq; MLLMMSR's prompts name items by it"
-        yield Finding(f"{layout.name}.item has no column of titles", todo)
+        yield Finding(f"{health.name}.item has no column of titles", todo)
     if not (items.images.found or items.images.missing or items.images.absent):
         todo = "give --image_dir=DIR with files named after item ids, or add a column image:token to .item"
         yield Finding("no item has an image", todo)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ SPREADS = ("history length", "item popularity")  # facts that have a table of th
 WIDTH, HEIGHT = 420, 260
 LEFT, RIGHT, TOP, BOTTOM = 46, 406, 26, 216  # of the area between the axes
 MAX_POINTS = 240
+_USERS, _INTERACTIONS = ("user", "users"), ("interaction", "interactions")
 
 
 # ---- text
@@ -49,7 +51,7 @@ def facts(health: Health) -> Iterator[tuple[str, str]]:
         yield "time", "in the histories' order" if health.layout.history else "none"
     else:
         yield "time", " to ".join(map(moment, health.times))
-        ties, changed = (many(found[name].count, "user", "users") for name in ("ties", "reordered"))
+        ties, changed = (many(found[name].count, *_USERS) for name in ("ties", "reordered"))
         yield "order", f"{ties} with equal times; {changed} in another order in RecBole"
     yield "with title", _part(items.titled, health.n_all_items)
     yield "with image", _part(len(items.images.found), health.n_all_items)
@@ -59,7 +61,7 @@ def format_health(health: Health) -> str:
     """Return the whole report as text, in aligned columns; a long path or id is never broken."""
     rows, found = list(facts(health)), findings(health)
     width = max(len(name) for name, _ in rows)
-    lines = [f"{health.layout.name} ({health.layout.folder})", ""]
+    lines = [f"{health.name} ({health.layout.folder})", ""]
     lines += [f"{name.ljust(width)}  {value}" for name, value in rows]
     lines += ["", _warnings(len(found))]
     for finding in found:
@@ -100,18 +102,15 @@ def moment(time: float) -> str:
 def health_page(health: Health) -> str:
     """Return the page; every text in it is escaped."""
     found = findings(health)
-    size = (
-        many(len(health.lengths), "user", "users"), many(len(health.popularity), "item", "items"),
-        many(health.n_interactions, "interaction", "interactions"),
-    )  # fmt: skip
-    of_users, of_items = quantiles(health.lengths), quantiles(health.popularity)
+    size = f"{many(len(health.lengths), *_USERS)}, {many(len(health.popularity), 'item', 'items')}"
+    spread = zip(quantiles(health.lengths), quantiles(health.popularity), strict=True)
     page = environment(Path(__file__).parent / "templates").get_template("health.html")
     return page.render(
-        name=health.layout.name,
-        summary=f"{', '.join(size)}: {_warnings(len(found))}.",
+        name=health.name,
+        summary=f"{size}, {many(health.n_interactions, *_INTERACTIONS)}: {_warnings(len(found))}.",
         findings=found,
         facts=[(name, value) for name, value in facts(health) if name not in SPREADS],
-        spread=[(name, a, b) for (name, a), (_, b) in zip(of_users, of_items, strict=True)],
+        spread=[(name, of_user, of_item) for (name, of_user), (_, of_item) in spread],
         charts=charts(health),
     )
 
@@ -121,15 +120,15 @@ def charts(health: Health) -> list[Chart]:
     if not health.n_interactions:
         return []
     drawn, times = [_history_lengths(health.lengths), _item_popularity(health.popularity)], health.times
-    if times is None or not health.over_time.any() or times[1] - times[0] + 1 == health.n_interactions:
-        return drawn  # no times, or places in the order: a flat picture
-    counts = health.over_time.tolist()
-    starts = [moment(start) for start in np.linspace(*times, len(counts) + 1)]
-    x = Axis(0, len(counts), LEFT, RIGHT, labels=[(0, starts[0]), (len(counts), starts[-1])])
-    hover = [
-        f"from {start}: {many(n, 'interaction', 'interactions')}" for start, n in zip(starts, counts, strict=False)
-    ]
-    return [*drawn, _bars("Interactions over time", x, range(len(counts) + 1), counts, hover, "time", "interactions")]
+    # places in the order, where one stands for each interaction, would be a flat picture
+    if times is not None and health.over_time.any() and times[1] - times[0] + 1 != health.n_interactions:
+        counts = health.over_time.tolist()
+        starts = [moment(start) for start in np.linspace(*times, len(counts) + 1)]
+        x = Axis(0, len(counts), LEFT, RIGHT, labels=[(0, starts[0]), (len(counts), starts[-1])])
+        hover = [f"from {starts[n]}: {many(count, *_INTERACTIONS)}" for n, count in enumerate(counts)]
+        edges = range(len(counts) + 1)
+        drawn.append(_bars("Interactions over time", x, edges, counts, hover, "time", "interactions"))
+    return drawn
 
 
 def _history_lengths(lengths: NDArray[np.int64]) -> Chart:
@@ -139,10 +138,8 @@ def _history_lengths(lengths: NDArray[np.int64]) -> Chart:
         edges.append(edges[-1] + max(1, round(edges[-1] * 0.2)))
     counts = np.histogram(lengths, bins=np.array(edges))[0].tolist()
     x = log_count_axis(edges[0], edges[-1], LEFT, RIGHT)
-    hover = [
-        f"{low:,}{'' if high == low + 1 else f' to {high - 1:,}'} interactions: {many(count, 'user', 'users')}"
-        for low, high, count in zip(edges, edges[1:], counts, strict=False)
-    ]
+    bins = [f"{a:,}" if b == a + 1 else f"{a:,} to {b - 1:,}" for a, b in pairwise(edges)]
+    hover = [f"{bin_} interactions: {many(n, *_USERS)}" for bin_, n in zip(bins, counts, strict=True)]
     return _bars("History lengths", x, edges, counts, hover, "interactions of a user, log scale", "users")
 
 
@@ -151,7 +148,7 @@ def _bars(
 ) -> Chart:
     y = linear_axis(0, max(counts), BOTTOM, TOP, counts=True)
     bars = []
-    for low, high, count, text in zip(edges, edges[1:], counts, hover, strict=False):
+    for (low, high), count, text in zip(pairwise(edges), counts, hover, strict=True):
         left, right, top = x(low), x(high), y(count)
         width = max(0.5, right - left - min(1.5, 0.2 * (right - left)))
         bars.append({"x": left, "y": top, "width": round(width, 1), "height": round(BOTTOM - top, 1), "hover": text})

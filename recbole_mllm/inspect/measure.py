@@ -67,11 +67,6 @@ class Layout:
     history: str | None
     image_dir: Path | None
 
-    @property
-    def name(self) -> str:
-        """Return the name that the files share with the folder."""
-        return self.folder.name
-
 
 def find_layout(folder: Path, given: Mapping[str, Any]) -> Layout:
     """Return the layout of the dataset in `folder`.
@@ -106,11 +101,12 @@ def find_layout(folder: Path, given: Mapping[str, Any]) -> Layout:
 def _inter_files(folder: Path, named: Any) -> tuple[Path, ...]:
     """Return the benchmark files ``X.<part>.inter`` where they are `named` or alone, else ``X.inter``."""
     plain = folder / f"{folder.name}.inter"
-    if isinstance(named, list) and named:
-        return tuple(folder / f"{folder.name}.{part}.inter" for part in named)
+    parts = named if isinstance(named, list) and named else ("train", "valid", "test")
+    files = tuple(folder / f"{folder.name}.{part}.inter" for part in parts)
+    if parts is named:
+        return files
     if os.path.lexists(plain):
         return (plain,)
-    files = [folder / f"{folder.name}.{part}.inter" for part in ("train", "valid", "test")]
     if there := tuple(path for path in files if path.is_file()):
         return there
     hint = "a folder of datasets is none itself" if any(folder.iterdir()) else "it is empty"
@@ -124,22 +120,15 @@ def _inter_files(folder: Path, named: Any) -> tuple[Path, ...]:
 
 @dataclass(slots=True)
 class InteractionColumns:
-    """Interactions in the files' order, read in one pass; `user` and `item` are places in `users` and `items`.
+    """Interactions in the files' order, read in one pass; `user` and `item` are places in `users` and `items`."""
 
-    Attributes:
-        users, items: Raw ids with their place.
-        time: NaN where none is given; empty where the dataset has no time, as benchmark files.
-        exact_time: The source's own times, where `convert` wrote them beside places in the order.
-        hashes: One of each line, to find lines that are there twice.
-    """
-
-    users: dict[str, int] = field(default_factory=dict)
+    users: dict[str, int] = field(default_factory=dict)  # raw ids with their place
     items: dict[str, int] = field(default_factory=dict)
     user: array[int] = field(default_factory=lambda: array("i"))
     item: array[int] = field(default_factory=lambda: array("i"))
-    time: array[float] = field(default_factory=lambda: array("d"))
-    exact_time: array[float] = field(default_factory=lambda: array("d"))
-    hashes: array[int] = field(default_factory=lambda: array("q"))
+    time: array[float] = field(default_factory=lambda: array("d"))  # NaN where none is given; empty in benchmark files
+    exact_time: array[float] = field(default_factory=lambda: array("d"))  # that `convert` wrote beside places
+    hashes: array[int] = field(default_factory=lambda: array("q"))  # of lines, some of which are there twice
 
 
 def read_interactions(layout: Layout, found: Samples) -> InteractionColumns:
@@ -253,11 +242,8 @@ def measure_order(inter: InteractionColumns, found: Samples) -> tuple[float, flo
     """Return the first and last time, None where there is none; compare the exact order with RecBole's.
 
     RecBole sorts float32 times, stably (data/interaction.py:307-346): today's seconds come in steps of 128 there,
-    milliseconds of 131,072. It gives interactions without a time the mean.
-
-    `found` gets interactions without a time (``untimed``), users with two interactions at the same time, whose order is
-    the file's (``ties``), users whose items stand in another order in RecBole than by exact time, then place in the
-    file (``reordered``), and those whose last item, the one a leave-one-out test asks for, is another (``other_last``).
+    milliseconds of 131,072. It gives interactions without a time the mean, and leaves equal times (``ties``) in the
+    file's order.
     """
     times, users, ids = (np.asarray(column) for column in (inter.time, inter.user, inter.item))
     gaps = np.isnan(times)
@@ -271,9 +257,9 @@ def measure_order(inter: InteractionColumns, found: Samples) -> tuple[float, flo
     differs = np.unique(user[items != in_recbole])
     ends = np.flatnonzero(np.append(~same_user, True))
     found["untimed"].count = int(gaps.sum())
-    found["ties"].count = int(np.unique(user[1:][same_user & (at[1:] == at[:-1])]).size)
+    found["ties"].count = np.unique(user[1:][same_user & (at[1:] == at[:-1])]).size
     if differs.size:
-        found["reordered"] = Sample(int(differs.size), f"user {list(inter.users)[differs[0]]!r}")
+        found["reordered"] = Sample(differs.size, f"user {list(inter.users)[differs[0]]!r}")
         found["other_last"].count = int((items[ends] != in_recbole[ends]).sum())
     return float(np.nanmin(times)), float(np.nanmax(times))
 
@@ -282,12 +268,7 @@ def measure_order(inter: InteractionColumns, found: Samples) -> tuple[float, flo
 
 
 def measure_ids(inter: InteractionColumns, items: ItemChecks, in_histories: bool, found: Samples) -> None:
-    """Look at every id; inside histories (``token_seq``) an item's id must hold no space.
-
-    `found` gets items with interactions that have no row in ``X.item`` (``unlisted``), items without interactions
-    (``unused``), ids that RecBole's reader loses or changes (``unfit``), that differ only in case or outer space from
-    one before (``alike_users``, ``alike_items``), and that hold what nobody sees, as zero-width spaces (``invisible``).
-    """
+    """Look at every id; inside histories (``token_seq``) an item's id must hold no space."""
     item_ids = [*inter.items, *(item for item in items.lines if item not in inter.items)]
     for kind, ids in (("user", list(inter.users)), ("item", item_ids)):
         judge = word_problem if in_histories and kind == "item" else id_problem
@@ -306,18 +287,17 @@ def measure_ids(inter: InteractionColumns, items: ItemChecks, in_histories: bool
             found["unlisted"].add(repr(item[:60]))
 
 
-def _measure_repeats(inter: InteractionColumns, found: Samples) -> None:
+def measure_repeats(inter: InteractionColumns, found: Samples) -> None:
     """Count identical lines, and interactions beyond the first of a user and item: all, and those on other lines."""
-    hashes = np.asarray(inter.hashes)
-    found["lines_twice"].count = len(hashes) - int(np.unique(hashes).size)
+    found["lines_twice"].count = len(inter.hashes) - np.unique(np.asarray(inter.hashes)).size
     n_items = max(1, len(inter.items))
     pairs = np.sort(np.asarray(inter.user, np.int64) * n_items + np.asarray(inter.item, np.int64))
     again = pairs[1:][pairs[1:] == pairs[:-1]]
     if again.size:
         user, item = divmod(int(again[0]), n_items)
         example = f"user {list(inter.users)[user]!r} and item {list(inter.items)[item]!r}"
-        found["pairs_twice"] = Sample(int(again.size), example)
-        found["met_again"] = Sample(max(0, int(again.size) - found["lines_twice"].count), example)
+        found["pairs_twice"] = Sample(again.size, example)
+        found["met_again"] = Sample(max(0, again.size - found["lines_twice"].count), example)
 
 
 # ---- all of it
@@ -325,22 +305,20 @@ def _measure_repeats(inter: InteractionColumns, found: Samples) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """What was measured of one dataset.
-
-    Attributes:
-        lengths, popularity: Interactions of each user and of each item that has any, ascending.
-        over_time: How many interactions fall into each of `BINS` equal stretches of time.
-        times: The first and the last, in the file's unit; None where there are none.
-        found: What looks wrong, and how many items have no interactions (``unused``).
-    """
+    """What was measured of one dataset."""
 
     layout: Layout
-    lengths: NDArray[np.int64]
-    popularity: NDArray[np.int64]
-    over_time: NDArray[np.int64]
-    times: tuple[float, float] | None
-    found: Samples
+    lengths: NDArray[np.int64]  # interactions of each user, ascending
+    popularity: NDArray[np.int64]  # interactions of each item that has any, ascending
+    over_time: NDArray[np.int64]  # how many fall into each of `BINS` equal stretches of time
+    times: tuple[float, float] | None  # the first and the last, in the file's unit
+    found: Samples  # what looks wrong, and how many items have no interactions (``unused``)
     items: ItemChecks
+
+    @property
+    def name(self) -> str:
+        """Return the name that the files share with their folder."""
+        return self.layout.folder.name
 
     @property
     def n_interactions(self) -> int:
@@ -370,7 +348,7 @@ def measure(folder: Path, given: Mapping[str, Any] | None = None) -> Health:
     inter = read_interactions(layout, found)
     items = read_items(layout, inter.items, found)
     measure_ids(inter, items, layout.history is not None, found)
-    _measure_repeats(inter, found)
+    measure_repeats(inter, found)
     found["early"].count, found["late"].count = impossible_times(inter.exact_time or inter.time)
     times = np.asarray(inter.time)
     times = times[np.isfinite(times)]

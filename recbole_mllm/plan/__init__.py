@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from recbole_mllm.common.settings import Count as AtLeastOne
 from recbole_mllm.common.settings import checked
 from recbole_mllm.mllm.generation import READ_TOKENS
 from recbole_mllm.model.summarizers import SLOTS
-from recbole_mllm.plan.cost import Count, Device, flops, pass_bytes, training_bytes
+from recbole_mllm.plan.cost import Count, Device, ModelSizes, flops, pass_bytes, training_bytes
 from recbole_mllm.plan.counting import (
     CHARACTERS,
     LIMIT,
     STAGES,
-    CountedSummaries,
-    PlannedModel,
     PlannedRun,
+    StandInWriter,
     count_scoring,
     count_summaries,
     count_training,
 )
+from recbole_mllm.summaries.chains import steps
 from recbole_mllm.summaries.preferences import Preferences
 
-SCHEMA = 1
 _SHOWN = ("prompts", "known", "text_tokens", "image_tokens", "new_tokens", "computed", "images")
+_PARTS = ("vision", "projector", "language", "embedding", "head", "parameters")
 _ANSWER_BYTES, _SCORE_BYTES = 200, 37  # of an answer's row in the store beside its text, and of a cached score
 _CHECKPOINT, _ADAPTER = 60_000, 10_000  # bytes of settings in RecBole's checkpoint, and beside PEFT's adapter
 
@@ -52,47 +54,47 @@ def make_plan(
     workers = nodes * (devices_per_node or (8 if nodes > 1 else 1))
     named = Device.called(device) if device else None
     run = PlannedRun(config, torch.device(named.kind) if named else config["device"], limit)
-    texts = count_summaries(run)
-    read = Preferences(texts["users"].texts, run.requests, run.setup.items, run.setup.style, run.settings.summary)
-    counts = {stage: found.count for stage, found in texts.items()} | {"sft": count_training(run, read)}
+    writers = count_summaries(run)
+    read = Preferences(writers["users"].texts, run.requests, run.setup.items, run.setup.style, run.settings.summary)
+    counts = {stage: writer.count for stage, writer in writers.items()} | {"sft": count_training(run, read)}
     counts |= {phase: count_scoring(run, read, phase) for phase in ("valid", "test")}
-    models = {stage: model for stage in STAGES if (model := run.model(stage)) is not None}
-    slots = run.settings.summary.summarize_batch_size or SLOTS["cpu" if run.device.type == "cpu" else "gpu"]
+    models = {run.names[stage]: model for stage in STAGES if (model := run.model(stage)) is not None}
     lora, item = run.settings.lora, run.item_bytes
-    how = {"full": lora.finetune == "full", "checkpointing": run.settings.train.gradient_checkpointing}
-    operations = {
-        stage: flops(model.sizes, counts[stage], run.trained if stage == "sft" else 0, **how)
-        for stage, model in models.items()
-    }
-    seconds = {
-        stage: named.seconds(model.sizes, counts[stage], operations[stage], item, slots)
-        for stage, model in models.items()
-        if named
-    }
-    memory = {
-        stage: _memory(run, stage, model, counts[stage], slots)
-        for stage, model in models.items()
-        if counts[stage].prompts
-    }
-    # what FSDP can split: nothing of what `full` and `qlora` train
-    whole = STAGES[2:] if lora.finetune in ("full", "qlora") else ()
-    split = {stage: 0.0 if stage in whole else models[stage].sizes.split_bytes(item) for stage in memory}
-    none = dict.fromkeys(("vision", "prompt", "decode", "head", "backward"), 0.0)
+    slots = run.settings.summary.summarize_batch_size or SLOTS["cpu" if run.device.type == "cpu" else "gpu"]
+    stages, memory, fits, seconds = {}, {}, {}, dict[str, float]()
+    for stage, count in counts.items():
+        operations = dict.fromkeys(("vision", "prompt", "decode", "head", "backward"), 0.0)
+        if (model := run.model(stage)) is not None:
+            how = {"full": lora.finetune == "full", "checkpointing": run.settings.train.gradient_checkpointing}
+            operations = flops(model.sizes, count, run.trained if stage == "sft" else 0, **how)
+            if named:
+                seconds[stage] = named.seconds(model.sizes, count, operations, item, slots)
+            if count.prompts:
+                memory[stage] = _memory(run, stage, model.sizes, count, slots)
+                # what FSDP can split: nothing of what `full` and `qlora` train
+                whole = lora.finetune in ("full", "qlora") and stage not in writers
+                split = 0.0 if whole else model.sizes.split_bytes(item)
+                fits[stage] = named and named.fits(memory[stage]["total"], split)
+        stages[stage] = {
+            "model": run.names[stage],
+            **{key: round(getattr(count, key)) for key in _SHOWN},
+            "longest_prompt": count.longest,
+            "flops": operations | {"total": sum(operations.values())},
+            "seconds": seconds.get(stage),
+            "sampled": count.sampled,
+        }
     return {
-        "schema": SCHEMA,
+        "schema": 1,
         "dataset": str(config["dataset"]),
-        "models": {model.name: _model(run, model) for model in models.values()},
-        "stages": {
-            stage: {
-                "model": run.names[stage],
-                **{key: round(getattr(counts[stage], key)) for key in _SHOWN},
-                "longest_prompt": counts[stage].longest,
-                "flops": (found := operations.get(stage, none)) | {"total": sum(found.values())},
-                "seconds": seconds.get(stage),
-                "sampled": counts[stage].sampled,
+        "models": {
+            name: {
+                "family": model.sizes.family,
+                **{part: getattr(model.sizes, part) for part in _PARTS},
+                "trained": run.trained if name == run.names["sft"] else 0,
             }
-            for stage in STAGES
+            for name, model in models.items()
         },
+        "stages": stages,
         "sharing": {
             stage: {
                 "alone": round(counts[stage].tokens),
@@ -101,41 +103,34 @@ def make_plan(
             }
             for stage in STAGES[2:]
         },
-        "disk_bytes": _disk(run, texts, counts["test"]),
+        "disk_bytes": _disk(run, writers, counts["test"]),
         "memory_bytes": memory,
-        "fits": named and {stage: named.fits(parts["total"], split[stage]) for stage, parts in memory.items()},
+        "fits": named and fits,
         "device": named and named.name,
-        "bill": named and _bill(run, named, counts, seconds, texts["users"].chain, workers),
+        "bill": named and _bill(run, named, counts, seconds, workers),
         "probe": None,
-        "assumptions": _assumptions(run, texts, counts, named, workers),
+        "assumptions": _assumptions(run, writers, counts, named, workers),
     }
 
 
-def _model(run: PlannedRun, model: PlannedModel) -> dict[str, Any]:
-    parts = {name: getattr(model.sizes, name) for name in ("vision", "projector", "language", "embedding", "head")}
-    trained = run.trained if model is run.model("sft") else 0
-    return {"family": model.sizes.family, "parameters": model.sizes.parameters, **parts, "trained": trained}
-
-
-def _disk(run: PlannedRun, texts: dict[str, CountedSummaries], test: Count) -> dict[str, float]:
+def _disk(run: PlannedRun, writers: Mapping[str, StandInWriter], test: Count) -> dict[str, float]:
     """Return the bytes of a run's files; the checkpoint holds parameters and AdamW's two moments, in float32."""
-    items, users = texts["items"], texts["users"]
-    trained = run.trained
+    text = {stage: np.mean([len(t.encode()) for t in one.texts.values()] or [0]) for stage, one in writers.items()}
+    name, trained = np.char.str_len(run.items).mean(), run.trained
     copies = 2 if trained and run.settings.train.checkpoint_every_steps else 1
     return {
-        "store": sum(one.count.prompts * (_ANSWER_BYTES + one.text_bytes) for one in texts.values()),
-        "isum": items.asked * (items.text_bytes + items.name_bytes + 2),
-        "usum": users.asked * (users.text_bytes + users.name_bytes + 22),  # with `seen` and `history`
+        "store": sum(one.count.prompts * (_ANSWER_BYTES + text[stage]) for stage, one in writers.items()),
+        "isum": writers["items"].asked * (text["items"] + name + 2),
+        "usum": writers["users"].asked * (text["users"] + name + 22),  # with `seen` and `history`
         "checkpoints": copies * (12.0 * trained + _CHECKPOINT) + (4.0 * trained + _ADAPTER if trained else 0),
         "score_cache": _SCORE_BYTES * test.prompts if run.model("test") is not None else 0,
     }
 
 
-def _memory(run: PlannedRun, stage: str, model: PlannedModel, count: Count, slots: int) -> dict[str, float]:
+def _memory(run: PlannedRun, stage: str, sizes: ModelSizes, count: Count, slots: int) -> dict[str, float]:
     """Return the bytes on one device by part."""
-    sizes, item, train = model.sizes, run.item_bytes, run.settings.train
-    lora, cache = run.settings.lora, sizes.cache_bytes(run.item_bytes)
-    writes = stage in ("items", "users")
+    item, train, lora = run.item_bytes, run.settings.train, run.settings.lora
+    cache, writes = sizes.cache_bytes(item), stage in ("items", "users")
     parts = {"weights": sizes.weight_bytes(item, four_bit=not writes and lora.finetune == "qlora")}
     if writes:
         rows = min(slots, count.prompts)
@@ -155,7 +150,7 @@ def _memory(run: PlannedRun, stage: str, model: PlannedModel, count: Count, slot
 
 
 def _bill(
-    run: PlannedRun, device: Device, counts: dict[str, Count], seconds: dict[str, float], chain: int, workers: int
+    run: PlannedRun, device: Device, counts: Mapping[str, Count], seconds: Mapping[str, float], workers: int
 ) -> dict[str, Any]:
     """Return hours by stage over all workers, the whole wall time and the price.
 
@@ -163,13 +158,17 @@ def _bill(
     more workers than there are rows, and an adapter's gradients travel after each step, in a ring and in float32.
     """
     wall = {stage: spent / workers for stage, spent in seconds.items()}
-    if (model := run.model("users")) is not None and workers > 1:
-        serial = device.chain_seconds(model.sizes, counts["users"], run.item_bytes, chain)
-        wall["users"] = max(wall["users"], serial)
+    settings, users, sft = run.settings, counts["users"], counts["sft"]
+    model = run.model("users")
+    if model is not None and users.prompts and settings.summary.summary_mode == "recurrent" and workers > 1:
+        states = run.requests.states(settings.summary).values()
+        chain = users.times(max(len(steps(own, settings.summary)) for own in states) / users.prompts)
+        operations = flops(model.sizes, chain)
+        wall["users"] = max(wall["users"], device.seconds(model.sizes, chain, operations, run.item_bytes, 1))
     if "sft" in wall:
-        rows = int(run.config["train_batch_size"]) * run.settings.train.gradient_accumulation_steps
-        split, steps = min(workers, rows), math.ceil(counts["sft"].prompts / rows)
-        travelled = steps * 2 * (split - 1) / split * run.trained * 4
+        rows = int(run.config["train_batch_size"]) * settings.train.gradient_accumulation_steps
+        split, batches = min(workers, rows), math.ceil(sft.prompts / rows)
+        travelled = batches * 2 * (split - 1) / split * run.trained * 4
         wall["sft"] = seconds["sft"] / split + travelled / (device.assumed_network_gb_s * 1e9)
     total = sum(wall.values()) / 3600
     return {
@@ -182,14 +181,18 @@ def _bill(
 
 
 def _assumptions(
-    run: PlannedRun, texts: dict[str, CountedSummaries], counts: dict[str, Count], device: Device | None, workers: int
+    run: PlannedRun,
+    writers: Mapping[str, StandInWriter],
+    counts: Mapping[str, Count],
+    device: Device | None,
+    workers: int,
 ) -> list[str]:
     """Return a line for each thing that is assumed."""
     out = []
-    for stage, found in texts.items():
-        if found.count.prompts:
-            limit = f"{found.writer.decoding.max_new_tokens} tokens long, their limit, as none is written"
-            length = limit if found.assumed else "as long as those in the store"
+    for stage, writer in writers.items():
+        if writer.count.prompts:
+            limit = f"{writer.decoding.max_new_tokens} tokens long, their limit, as none is written"
+            length = limit if writer.assumed else "as long as those in the store"
             out.append(f"{stage.removesuffix('s')} summaries not yet written are {length}")
     if sampled := ", ".join(stage for stage in STAGES if counts[stage].sampled):
         out.append(f"tokens of {sampled} are those of a sample, scaled by prompts")
@@ -207,8 +210,7 @@ def _assumptions(
         out.append(f"work is split evenly over {workers} devices; loading and validation's metrics are left out")
     if run.trained:
         out.append("memory of activations is an estimate by formula (docs/plan.md)")
-    models = [model for name in dict.fromkeys(STAGES) if (model := run.model(name)) is not None]
-    unknown = sorted({model.sizes.family for model in models if not model.body.architecture.known})
-    return out + [
-        f"{name} is no family of docs/backbones.md: it is counted without shared prefixes" for name in unknown
-    ]
+    models = [model for stage in STAGES if (model := run.model(stage)) is not None]
+    for family in sorted({model.sizes.family for model in models if not model.body.architecture.known}):
+        out.append(f"{family} is no family of docs/backbones.md: it is counted without shared prefixes")
+    return out

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from typing import Any, Self
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.resources import PROPERTIES
@@ -25,43 +25,39 @@ _MOST_PROCESSES = 64
 
 @dataclass(slots=True)
 class Count:
-    """What a stage reads, writes and computes; fractions where a sample stands for the whole.
+    """What a stage reads, writes and computes; fractions where a sample stands for the whole."""
 
-    Args:
-        prompts: Prompts for a model; `known` those the store answers.
-        text_tokens: Of all those prompts, in training with their answers; `image_tokens` what their images become,
-            `new_tokens` what is written.
-        computed: Prompt tokens that pass through the language model: what is shared counts once.
-        attended: Keys that those tokens' queries meet, masked ones included; `cache_reads` those of written tokens.
-        steps: Tokens that are written one by one, behind the first of each answer; `logits` that are computed.
-        images: How often the vision tower reads an image; `vision_flops` what that takes, with the projector.
-        longest: The longest prompt in tokens; `widest` the most tokens, padding included, that one pass (in training:
-            one backward pass) holds; `prefix` the longest shared one; `at_once` the most tokens one pass computes;
-            `sampled` whether a sample was counted. These neither add nor scale.
-    """
-
-    prompts: float = 0
-    known: float = 0
-    text_tokens: float = 0
-    image_tokens: float = 0
-    new_tokens: float = 0
-    computed: float = 0
-    attended: float = 0
-    cache_reads: float = 0
-    steps: float = 0
-    logits: float = 0
-    images: float = 0
-    vision_flops: float = 0
-    longest: int = 0
-    widest: int = 0
-    prefix: int = 0
-    at_once: int = 0
+    prompts: float = 0  # for a model
+    known: float = 0  # that the store answers
+    text_tokens: float = 0  # of the prompts, in training with their answers
+    image_tokens: float = 0  # that their images become
+    new_tokens: float = 0  # written
+    computed: float = 0  # prompt tokens that pass through the language model: what is shared counts once
+    attended: float = 0  # keys that those tokens' queries meet, masked ones included
+    predicted: float = 0  # tokens that have logits, those of a whole vocabulary: written or labelled
+    images: float = 0  # read by the vision tower
+    vision_flops: float = 0  # of the tower and the projector
+    # these neither add nor scale
+    longest: int = 0  # tokens of the longest prompt
+    widest: int = 0  # most tokens, padding and what is cached included, of one pass (in training: one backward pass)
+    at_once: int = 0  # most tokens that one pass computes
+    prefix: int = 0  # tokens of the longest shared prefix
     sampled: bool = False
 
     @property
     def tokens(self) -> float:
         """Tokens of the prompts, each read whole."""
         return self.text_tokens + self.image_tokens
+
+    @property
+    def steps(self) -> float:
+        """Tokens that are written one by one, behind the first of each answer."""
+        return max(0.0, self.new_tokens - self.prompts)
+
+    @property
+    def cache_reads(self) -> float:
+        """Keys that the queries of those tokens meet."""
+        return self.steps * (self.tokens + self.new_tokens / 2) / max(1.0, self.prompts)
 
     def add(self, other: Count) -> None:
         """Add `other` to this count."""
@@ -75,7 +71,7 @@ class Count:
         return replace(self, **{name: getattr(self, name) * factor for name in _SUMS})
 
 
-_MAXIMA = ("longest", "widest", "prefix", "at_once", "sampled")
+_MAXIMA = ("longest", "widest", "at_once", "prefix", "sampled")
 _SUMS = tuple(f.name for f in fields(Count) if f.name not in _MAXIMA)
 
 
@@ -88,7 +84,7 @@ class ModelSizes:
 
     `vision` to `head` are parameters, `language` those of the decoder's layers, `head` 0 where it is the embedding's.
     `queries` and `keys` are the widths of a layer's queries, and of its keys (or values), `inner` its MLP's; it has
-    so many `norms`. `patch` is the side of an image patch in pixels.
+    so many `norms`. An image patch has so many numbers as `patch` says.
     """
 
     family: str
@@ -104,9 +100,38 @@ class ModelSizes:
     queries: int
     keys: int
     norms: int
-    vision_layers: int
-    vision_width: int
     patch: int
+
+    @classmethod
+    def of(cls, model: Any) -> Self:
+        """Return the sizes of `model`."""
+        decoder, language = language_part(model)
+        embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+        parts = dict.fromkeys(("vision", "projector", "language", "embedding", "head"), 0)
+        for path, parameter in model.named_parameters():  # tied ones once
+            if parameter is embedding or parameter is head:
+                part = "embedding" if parameter is embedding else "head"
+            elif path.startswith(f"{decoder}." if decoder else ""):
+                part = "language"
+            else:
+                part = "projector" if any(word in path for word in _PROJECTORS) else "vision"
+            parts[part] += parameter.numel()
+        text, vision = model.config.get_text_config(), getattr(model.config, "vision_config", None)
+        heads, layers, side = text.num_attention_heads, text.num_hidden_layers, getattr(vision, "patch_size", 1)
+        size = getattr(text, "head_dim", None) or text.hidden_size // heads
+        return cls(
+            family=str(model.config.model_type),
+            **parts,
+            vocabulary=head.shape[0],
+            layers=layers,
+            width=text.hidden_size,
+            inner=text.intermediate_size,
+            queries=heads * size,
+            keys=(getattr(text, "num_key_value_heads", None) or heads) * size,
+            norms=sum(type(module).__name__.endswith("Norm") for module in language.modules()) // layers,
+            # Qwen-VL shows an image twice, as if it were a video
+            patch=3 * (side if isinstance(side, int) else side[0]) ** 2 * getattr(vision, "temporal_patch_size", 1),
+        )
 
     @property
     def parameters(self) -> int:
@@ -127,58 +152,9 @@ class ModelSizes:
         return item * self.language * (1 - 1 / max(1, self.layers))
 
     def image_flops(self, tensors: Mapping[str, Tensor], tokens: int) -> float:
-        """Return the operations of one image in tower and projector; it becomes `tokens` tokens.
-
-        The tower's attention is taken to reach over a whole tile, which is an upper bound where it has windows.
-        """
-        pixels = tensors.get("pixel_values")
-        if pixels is None:
-            return 0.0
-        if pixels.dim() < 4:  # Qwen-VL's come as rows of patches
-            patches, tiles = math.prod(pixels.shape[:-1]), 1
-        else:
-            tiles = math.prod(pixels.shape[:-3])
-            patches = tiles * (pixels.shape[-2] // self.patch) * (pixels.shape[-1] // self.patch)
-        attended = 4.0 * self.vision_layers * self.vision_width * patches * patches / tiles
-        return 2.0 * self.vision * patches + attended + 2.0 * self.projector * tokens
-
-
-def sizes_of(model: Any) -> ModelSizes:
-    """Return the sizes of `model`, which may be on the meta device."""
-    decoder, language = language_part(model)
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    parts = dict.fromkeys(("vision", "projector", "language", "embedding", "head"), 0)
-    for path, parameter in model.named_parameters():  # tied ones once
-        if parameter is embedding or parameter is head:
-            part = "embedding" if parameter is embedding else "head"
-        elif path.startswith(f"{decoder}." if decoder else ""):
-            part = "language"
-        else:
-            part = "projector" if any(word in path for word in _PROJECTORS) else "vision"
-        parts[part] += parameter.numel()
-    text, vision = model.config.get_text_config(), getattr(model.config, "vision_config", None)
-    heads, layers = text.num_attention_heads, text.num_hidden_layers
-    size = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return ModelSizes(
-        family=str(model.config.model_type),
-        **parts,
-        vocabulary=head.shape[0],
-        layers=layers,
-        width=text.hidden_size,
-        inner=text.intermediate_size,
-        queries=heads * size,
-        keys=(getattr(text, "num_key_value_heads", None) or heads) * size,
-        norms=sum(type(module).__name__.endswith("Norm") for module in language.modules()) // layers,
-        vision_layers=_first(vision, "num_hidden_layers", "depth"),
-        vision_width=_first(vision, "embed_dim", "hidden_size"),  # Qwen2-VL's `hidden_size` is what the tower hands on
-        patch=_first(vision, "patch_size") or 1,
-    )
-
-
-def _first(config: Any, *names: str) -> int:
-    found = (value for name in names if (value := getattr(config, name, None)) is not None)
-    value = next(found, 0)
-    return int(value[0] if isinstance(value, list | tuple) else value)
+        """Return the operations of one image's patches in the tower, without attention, and of its tokens behind it."""
+        numbers = sum(tensor.numel() for name, tensor in tensors.items() if name.startswith("pixel_values"))
+        return 2.0 * self.vision * numbers / self.patch + 2.0 * self.projector * tokens
 
 
 def trained_parameters(model: Any, settings: LoraSettings) -> int:
@@ -186,9 +162,8 @@ def trained_parameters(model: Any, settings: LoraSettings) -> int:
     if settings.finetune == "none":
         return 0
     if settings.finetune == "full":
-        chosen: nn.Module = model if settings.lora_target == "all" else language_part(model)[1]
-        trained = {id(p): p.numel() for p in (*chosen.parameters(), *model.get_output_embeddings().parameters())}
-        return sum(trained.values())
+        chosen = model if settings.lora_target == "all" else language_part(model)[1]
+        return sum(p.numel() for p in {*chosen.parameters(), *model.get_output_embeddings().parameters()})
     linear = (model.get_submodule(name) for name in target_modules(model, settings.lora_target))
     return sum(settings.lora_r * (one.in_features + one.out_features) for one in linear)
 
@@ -202,18 +177,13 @@ def flops(
     trained ones (`full`), else the adapter's own beside; gradient checkpointing computes the layers once more.
     """
     each, attention = 2.0 * sizes.language, 4.0 * sizes.layers * sizes.queries
-    out = {
-        "vision": count.vision_flops,
-        "prompt": each * count.computed + attention * count.attended,
-        "decode": each * count.steps + attention * count.cache_reads,
-        "head": 2.0 * sizes.width * count.logits,
-        "backward": 0.0,
-    }
+    layers, met = each * count.computed, attention * count.attended
+    head, back = 2.0 * sizes.width * sizes.vocabulary * count.predicted, 0.0
     if trained:
-        back = (1 + full) * (each * count.computed + out["head"]) + 2 * attention * count.attended
         own = 0 if full else 6.0 * trained * count.computed
-        out["backward"] = back + own + checkpointing * out["prompt"]
-    return out
+        back = (1 + full) * (layers + head) + 2 * met + own + checkpointing * (layers + met)
+    decode = each * count.steps + attention * count.cache_reads
+    return {"vision": count.vision_flops, "prompt": layers + met, "decode": decode, "head": head, "backward": back}
 
 
 # ---- memory
@@ -222,19 +192,12 @@ def flops(
 def training_bytes(
     sizes: ModelSizes, item: int, lora: LoraSettings, tokens: int, labelled: int, *, checkpointing: bool = False
 ) -> float:
-    """Return about how many bytes of activations the largest backward pass holds.
+    """Return about how many bytes of activations a backward pass of `tokens` tokens, some of them `labelled`, holds.
 
     A layer holds its norms' inputs in float32; queries, keys and values for every head of queries, attention's output;
     the MLP's two branches, the gate's activation and their product; and what LoRA's layers read, cast or with a mask of
-    dropout, and write. Under checkpointing each layer holds its input alone, and one at a time the rest.
-
-    Args:
-        sizes: The model's.
-        item: Bytes of one number.
-        lora: What is trained.
-        tokens: In the pass, of which so many `labelled` ones have logits.
-        labelled: See `tokens`.
-        checkpointing: Layers are computed again on the way back.
+    dropout, and write. Under checkpointing each layer holds its input alone, and one at a time the rest. A number has
+    `item` bytes.
     """
     width, queries, inner = sizes.width, sizes.queries, sizes.inner
     layer = 4 * sizes.norms * width + item * (2 * width + 4 * queries + 4 * inner)
@@ -308,33 +271,14 @@ class Device:
         return {"bytes": total - split * (1 - 1 / (found or 1)), "room": room, "processes": found}
 
     def seconds(self, sizes: ModelSizes, count: Count, operations: Mapping[str, float], item: int, slots: int) -> float:
-        """Return the seconds of `count`: arithmetic for reading and training, memory for writing where that is slower.
+        """Return the seconds of `count`, whose `operations` are given by kind, with numbers of `item` bytes.
 
-        Args:
-            sizes: The model's.
-            count: Of a stage.
-            operations: By kind (`flops`).
-            item: Bytes of one number.
-            slots: Prompts that are written side by side.
+        Reading and training are bounded by arithmetic. So is writing, `slots` prompts side by side, unless memory is
+        slower: each step reads all weights, and every row's own keys and values.
         """
-        total = sum(operations.values())
-        if not count.steps or not count.prompts:
-            return self._arithmetic(total, item)
+        peak = (self.bf16_tflops if item <= 2 else self.fp32_tflops) * 1e12 * self.assumed_share_of_peak
         written = operations["decode"] + operations["head"]
-        # each step reads all weights, and every row's own keys and values
-        moved = count.steps / min(slots, max(1.0, count.prompts)) * sizes.weight_bytes(item)
+        moved = count.steps / max(1.0, min(slots, count.prompts)) * sizes.weight_bytes(item)
         moved += count.cache_reads * sizes.cache_bytes(item)
-        return self._arithmetic(total - written, item) + max(self._arithmetic(written, item), self._transfer(moved))
-
-    def chain_seconds(self, sizes: ModelSizes, count: Count, item: int, chain: int) -> float:
-        """Return how long a user's `chain` of prompts takes, which wait for one another, each a mean one of `count`."""
-        moved = count.steps * sizes.weight_bytes(item)
-        seconds = self._arithmetic(flops(sizes, count)["prompt"], item) + self._transfer(moved)
-        return chain * seconds / max(1.0, count.prompts)
-
-    def _arithmetic(self, operations: float, item: int) -> float:
-        peak = self.bf16_tflops if item <= 2 else self.fp32_tflops
-        return operations / (peak * 1e12 * self.assumed_share_of_peak)
-
-    def _transfer(self, moved: float) -> float:
-        return moved / (self.bandwidth_gb_s * 1e9 * self.assumed_share_of_bandwidth)
+        transfer = moved / (self.bandwidth_gb_s * 1e9 * self.assumed_share_of_bandwidth)
+        return (sum(operations.values()) - written) / peak + max(written / peak, transfer)

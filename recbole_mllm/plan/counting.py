@@ -17,9 +17,8 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from recbole.utils import init_seed
-from torch import Tensor
 
 from recbole_mllm.common import distributed
 from recbole_mllm.common.config import check_keys
@@ -36,11 +35,11 @@ from recbole_mllm.mllm.encoder import Encoded, Encoder, ImageInput, answer_token
 from recbole_mllm.mllm.hf import positions_of
 from recbole_mllm.mllm.interface import Answer, Batch, Decoding, Work, Writer
 from recbole_mllm.mllm.loading import dtype_of, load
-from recbole_mllm.mllm.loss import groups, make_examples, micro_batches
-from recbole_mllm.mllm.scoring import LEAST_GAIN, Trie
+from recbole_mllm.mllm.loss import example_loss, make_examples, micro_batches
+from recbole_mllm.mllm.scoring import yes_logits
 from recbole_mllm.model.row_scoring import deals_by_item, question, shares_in_training
 from recbole_mllm.model.summarizers import make_summary_setup
-from recbole_mllm.plan.cost import Count, ModelSizes, sizes_of, trained_parameters
+from recbole_mllm.plan.cost import Count, ModelSizes, trained_parameters
 from recbole_mllm.plan.plan_text import duration
 from recbole_mllm.quick_start import read_and_split
 from recbole_mllm.summaries.chains import steps
@@ -60,7 +59,6 @@ _AT_A_TIME = 4096
 _TOKENS = 4e6  # of a stage's prompts that are looked at one by one: prompts with images are long
 _CALL = 1024  # pairs that are scored together
 _PAIRS = 2**20  # pairs of a ranking of all items that are listed; those of the other rows are like them
-_ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)
 
 
 # ---- prompts become tokens
@@ -76,21 +74,58 @@ class SizedEncoder(Encoder):
         """Return what an image of this size becomes, under the key of this one."""
         if path not in self._known:
             with Image.open(path) as image:
-                size = image.size[::-1] if image.getexif().get(_ORIENTATION) in _TURNED else image.size
+                ImageOps.exif_transpose(image, in_place=True)  # decodes turned ones alone
+                size = image.size
             if size not in self._known:
                 self._known[size] = Encoder.image(self, path)
             self._known[path] = replace(self._known[size], key=image_digest(path))
         return self._known[path]
 
 
+class CountingBackbone(Backbone):
+    """A backbone on the meta device: counts the passes that scoring and the loss make through it, and computes none."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self.sizes, self.count = ModelSizes.of(model), Count()
+        self.held = 0  # tokens of all passes, padding included
+        known = self.architecture  # a family without a row is not tried: it is counted without shared prefixes
+        self.way, self.way_sees = "shared" if known.known and known.shares_prefix else "flat", True
+
+    def hidden(self, rows: Sequence[Encoded], start: int, stops: Sequence[int], cache: Any) -> torch.Tensor:
+        """Count the pass; return states without numbers."""
+        ends, width = list(zip(rows, stops, strict=True)), max(stops) - start
+        images = [i for row, stop in ends if self.image_token_id in row.ids[start:stop] for i in row.images]
+        self.held += len(rows) * width
+        self.count.add(
+            Count(
+                computed=sum(stop - start for stop in stops),
+                attended=sum((stop - start) * stop for stop in stops),
+                images=len(images),
+                vision_flops=sum(self.sizes.image_flops(image.tensors, len(image.ids)) for image in images),
+                at_once=len(rows) * width,
+                widest=len(rows) * max(stops),
+                prefix=max(stop if stop < len(row.ids) else 0 for row, stop in ends),
+            )
+        )
+        return torch.empty(len(rows), width, self.sizes.width, device="meta")
+
+    def logits(self, states: torch.Tensor, tokens: Sequence[int] | None = None) -> torch.Tensor:
+        """Count the logits; return zeros for single `tokens`, for the vocabulary logits without numbers."""
+        every = self.sizes.vocabulary
+        if tokens is None:
+            self.count.predicted += len(states)
+            return torch.empty(len(states), every, device="meta")
+        self.count.predicted += len(states) * len(tokens) / every
+        return torch.zeros(len(states), len(tokens))
+
+
 @dataclass(frozen=True, slots=True)
 class PlannedModel:
-    """A model without its weights: `body` is on the meta device, it has shapes and no numbers."""
+    """A model without its weights, and what its prompts become."""
 
-    name: str
-    body: Backbone
+    body: CountingBackbone
     encoder: Encoder
-    sizes: ModelSizes
 
     @classmethod
     def of(cls, name: str, settings: MLLMSettings) -> Self:
@@ -108,105 +143,62 @@ class PlannedModel:
                 f"{error}; a plan reads its config, tokenizer and processor files and no weights: "
                 f"`hf download {source_of(name)}{at} --include '*.json' '*.jinja' '*.model' '*.txt'` fetches them"
             ) from error
-        body = Backbone(loaded.model)
+        body = CountingBackbone(loaded.model)
         limits = settings.max_text_tokens, body.architecture, positions_of(loaded.model.config)
-        return cls(name, body, SizedEncoder(loaded.tokenizer, loaded.processor, *limits), sizes_of(loaded.model))
+        return cls(body, SizedEncoder(loaded.tokenizer, loaded.processor, *limits))
+
+    @property
+    def sizes(self) -> ModelSizes:
+        """What its costs follow from."""
+        return self.body.sizes
 
     def count_written(self, prompt: Prompt, new: float, room: int = 0) -> Count:
         """Return the count of answering `prompt` with `new` tokens, of up to `room` that the answer may have."""
-        encoded = [self.encoder(prompt, room=room)]
-        count, steps = self._listed(encoded), max(0.0, new - 1)
-        count.add(self._pass(encoded))
-        count.new_tokens, count.steps, count.logits = new, steps, new * self.sizes.vocabulary
-        count.cache_reads = steps * (count.longest + new / 2)
-        return count
+        encoded = self.encoder(prompt, room=room)
+        self._begin([encoded])
+        self.body.hidden([encoded], 0, [len(encoded.ids)], None)
+        return replace(self.body.count, new_tokens=new, predicted=new)
 
     def count_scored(self, prompts: Sequence[Encoded], *, share: bool) -> Count:
-        """Return the count of scoring `prompts` in one call, two logits each."""
-        trie = _CountedTrie(self, prompts)
-        trie.score(share=share and self.body.architecture.shares_prefix)
-        trie.count.add(self._listed(prompts))
-        trie.count.logits = 2 * len(prompts)
-        return trie.count
+        """Return the count of scoring `prompts` in one call."""
+        self._begin(prompts)
+        yes_logits(self.body, prompts, (0, 1), share_prefix=share)
+        return self.body.count
 
-    def count_trained(self, examples: Sequence[Encoded], micro: int | None, *, share: bool) -> Count:
+    def count_trained(self, examples: Sequence[Encoded], micro: int | None, *, whole: bool, share: bool) -> Count:
         """Return the count of one batch of training, there; `cost.flops` adds the way back."""
-        count = self._listed(examples)
+        self._begin(examples)
+        widest = 0
         for part in micro_batches(self.body, examples, micro, share=share):
-            rows, held = [examples[i] for i in part], 0
-            for group in groups(self.body, rows, share=share):
-                members = [rows[i] for i in group.rows]
-                shared = [self._pass(members[:1], 0, group.shared)] if group.shared else []
-                for one in (*shared, self._pass(members, group.shared)):
-                    count.add(one)
-                    held += one.at_once
-            count.widest = max(count.widest, held)
-        return count
+            self.body.held = 0
+            example_loss(self.body, [examples[i] for i in part], whole=whole, share=share)
+            widest = max(widest, self.body.held)
+        return replace(self.body.count, widest=widest)
 
-    def _listed(self, prompts: Sequence[Encoded]) -> Count:
+    def _begin(self, prompts: Sequence[Encoded]) -> None:
         lengths = [len(prompt.ids) for prompt in prompts]
         shown = sum(len(image.ids) for prompt in prompts for image in prompt.images)
-        return Count(len(prompts), text_tokens=sum(lengths) - shown, image_tokens=shown, longest=max(lengths))
-
-    def _pass(self, prompts: Sequence[Encoded], start: int = 0, stop: int | None = None) -> Count:
-        """Return the count of one pass over the tokens from `start` to `stop` (None: the end) of each of `prompts`."""
-        stops, mark = [stop or len(prompt.ids) for prompt in prompts], self.body.image_token_id
-        images = [image for prompt in prompts if mark in prompt.ids[start:stop] for image in prompt.images]
-        return Count(
-            computed=sum(end - start for end in stops),
-            attended=sum((end - start) * end for end in stops),
-            images=len(images),
-            vision_flops=sum(self.sizes.image_flops(image.tensors, len(image.ids)) for image in images),
-            at_once=len(prompts) * (max(stops) - start),
-        )
+        text = sum(lengths) - shown
+        self.body.count = Count(len(prompts), text_tokens=text, image_tokens=shown, longest=max(lengths))
 
 
-class _CountedTrie(Trie):
-    """Counts the passes of scoring where `Trie` makes them: a shared prefix, and a batch behind it."""
-
-    def __init__(self, model: PlannedModel, prompts: Sequence[Encoded]) -> None:
-        super().__init__(model.body, prompts, (), str, LEAST_GAIN)
-        self.model, self.count = model, Count()
-
-    def _read(self, row: int, depth: int, stop: int, parent: Any) -> Any:
-        self.count.add(self.model._pass([self.prompts[row]], depth, stop))
-        self.count.prefix = max(self.count.prefix, stop)
-        return parent or self.model.body.new_cache()
-
-    def _scored(self, batch: Sequence[int], depth: int, cache: Any) -> Tensor:
-        self.count.add(self.model._pass([self.prompts[i] for i in batch], depth))
-        self.count.widest = max(self.count.widest, len(batch) * max(len(self.keys[i]) for i in batch))
-        return torch.empty(len(batch), 0)
-
-
-def tokens(model: PlannedModel | None, text: str) -> int:
-    """Return how many tokens `text` has by itself; of a server's model (None) they are guessed."""
-    if model is None:
-        return -(-len(text) // CHARACTERS)
-    return len(model.encoder.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def written(model: PlannedModel | None, prompt: Prompt, new: float, room: int = 0) -> Count:
-    """Return the count of answering `prompt`; of a server's model (None) text tokens are guessed, images not known."""
-    if model is not None:
-        return model.count_written(prompt, new, room)
-    text, images = tokens(None, prompt.text), len(prompt.images)
-    return Count(1, text_tokens=text, new_tokens=new, computed=text, images=images, longest=text)
+def count_served(prompt: Prompt, new: float) -> Count:
+    """Return the count of a prompt for a server: text tokens are guessed, and those of images are not known."""
+    text = -(-len(prompt.text) // CHARACTERS)
+    return Count(1, text_tokens=text, new_tokens=new, computed=text, images=len(prompt.images), longest=text)
 
 
 # ---- texts nobody has written yet
 
 
-@dataclass(frozen=True, slots=True)
-class StandIns:
-    """Texts in place of answers, the same for the same name: `length` of `words`, taken to have `tokens` tokens.
+class StandIns(dict[Any, str]):
+    """Texts by name: `length` of `words`, taken to have `tokens` tokens, stand for each that is not known.
 
     They differ from each other as answers do: equal texts would make prompts share more than they will.
     """
 
-    words: Sequence[str]
-    length: float
-    tokens: float
+    def __init__(self, words: Sequence[str], length: float, tokens: float) -> None:
+        self.words, self.length, self.tokens = words, length, tokens
 
     @classmethod
     def like(cls, samples: Sequence[tuple[str, int]]) -> Self:
@@ -214,20 +206,19 @@ class StandIns:
         words = [word for text, _ in samples for word in text.split()]
         return cls(words, len(words) / len(samples), sum(new for _, new in samples) / len(samples))
 
-    def of(self, *name: object) -> str:
-        """Return the text that stands for `name`."""
-        return " ".join(random.Random(hash64("stand-in", *name)).choices(self.words, k=round(self.length)))
-
-
-class StandInTexts(dict[Any, str]):
-    """Texts that are known, and a stand-in for each that is not."""
-
-    def __init__(self, known: Mapping[Any, str], stand_ins: StandIns) -> None:
-        super().__init__(known)
-        self.stand_ins = stand_ins
+    @classmethod
+    def longest(cls, titles: Iterable[str], model: PlannedModel | None, most: int) -> Self:
+        """Return stand-ins of `most` tokens of `model`, of the words of `titles`."""
+        words = " ".join(titles).split()[:_AT_A_TIME] or ["word"]
+        text = " ".join(words)
+        if model is None:
+            size = len(text) / CHARACTERS
+        else:
+            size = len(model.encoder.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return cls(words, max(1, (most - 1) / max(1.0, size / len(words))), most)
 
     def __missing__(self, name: Any) -> str:
-        return self.stand_ins.of(name)
+        return " ".join(random.Random(hash64("stand-in", name)).choices(self.words, k=round(self.length)))
 
     def get(self, name: Any, default: Any = None) -> Any:
         """Return the text of `name`, or its stand-in; `default` is not needed."""
@@ -239,17 +230,19 @@ class StandInWriter:
     """A `Writer` that counts its prompts: a model answers the first few, if there is one to `load`, stand-ins the rest.
 
     Prompts with another `decoding` are not counted: they are a second try at one that its stand-in repeats. `tried` are
-    the model's answers, which took `seconds`.
+    the model's answers, which took `seconds`. `texts` stand for all it has not been asked for as well.
     """
 
     model: PlannedModel | None
-    stand_ins: StandIns
+    texts: StandIns
     decoding: Decoding
     load: Callable[[], Writer] | None = None
     identity: str = "plan"
     count: Count = field(default_factory=Count)
     tried: dict[int, Answer] = field(default_factory=dict)
     seconds: float = 0.0
+    asked: int = 0  # how many texts there are, those in the store included
+    assumed: bool = True  # that they are as long as they may be
 
     def write(self, work: Work) -> None:
         """Answer every prompt.
@@ -261,13 +254,14 @@ class StandInWriter:
             answers: Mapping[int, Answer] = {}
             if not self.tried and self.load is not None:
                 answers = self.tried = self._try(self.load(), [ask.prompt for ask in asks], asks[0].decoding)
-                self.stand_ins = StandIns.like([(answer.text, answer.new_tokens) for answer in answers.values()])
+                self.texts = StandIns.like([(answer.text, answer.new_tokens) for answer in answers.values()])
             for place, ask in enumerate(asks):
+                new, prompt, room = self.texts.tokens, ask.prompt, ask.decoding.max_new_tokens
                 if ask.decoding == self.decoding:
-                    self.count.add(written(self.model, ask.prompt, self.stand_ins.tokens, ask.decoding.max_new_tokens))
-                text = self.stand_ins.of(ask.prompt.marked, *(path.name for path in ask.prompt.images))
-                stand_in = Answer(text, 0, round(self.stand_ins.tokens))
-                work.give([(ask.place, answers.get(place, stand_in))])
+                    model = self.model
+                    self.count.add(model.count_written(prompt, new, room) if model else count_served(prompt, new))
+                text = self.texts[prompt.marked, *(path.name for path in prompt.images)]
+                work.give([(ask.place, answers.get(place, Answer(text, 0, round(new))))])
 
     def _try(self, model: Writer, prompts: Sequence[Prompt], decoding: Decoding) -> dict[int, Answer]:
         batch, started = Batch(prompts, decoding), time.perf_counter()
@@ -317,7 +311,7 @@ class PlannedRun:
         self.epochs = int(config["epochs"]) if is_trained else 0
         step = min(int(config["eval_step"]), self.epochs)
         self.validations = self.epochs // step if step > 0 else int(not is_trained)  # early stopping aside
-        self._models: dict[str, PlannedModel | None] = {}
+        self._models: dict[str, PlannedModel] = {}
         self._images_read: set[int] = set()
 
     def model(self, stage: str) -> PlannedModel | None:
@@ -327,9 +321,9 @@ class PlannedRun:
             UserError: It cannot be read (`PlannedModel.of`).
         """
         name = self.names[stage]
-        if name not in self._models:
-            self._models[name] = None if is_server(name) else PlannedModel.of(name, self.settings.mllm)
-        return self._models[name]
+        if name not in self._models and not is_server(name):
+            self._models[name] = PlannedModel.of(name, self.settings.mllm)
+        return self._models.get(name)
 
     @cached_property
     def trained(self) -> int:
@@ -345,11 +339,12 @@ class PlannedRun:
             for item, history, at in rows
         ]
 
-    def with_images(self, count: Count, items: Any) -> Count:
-        """Return `count`, of questions about internal ids `items`, with the images that are really read.
+    def scaled(self, count: Count, total: float, items: Any) -> Count:
+        """Return the count of `total` questions about all internal ids `items`, of which `count` are some.
 
         A frozen tower reads an image once a run where all features fit into the cache, else for each pass over it.
         """
+        count = count.times(total / max(1, count.prompts))
         model, lora, images = self.model("sft"), self.settings.lora, self.setup.items.images
         if model is None or not count.images or (lora.finetune != "none" and lora.lora_target == "all"):
             return count
@@ -365,35 +360,7 @@ class PlannedRun:
 # ---- summaries
 
 
-@dataclass(frozen=True, slots=True)
-class CountedSummaries:
-    """The summaries of a stage, counted.
-
-    Args:
-        count: Of those to write.
-        asked: How many there are, those in the store included.
-        texts: Of all, written or not.
-        name_bytes: What the id in a row of the exported file takes.
-        chain: How many of one user wait for one another, at most.
-        assumed: Whether their length is only known from its limit.
-        writer: What has counted them.
-    """
-
-    count: Count
-    asked: int
-    texts: StandInTexts
-    name_bytes: float
-    chain: int
-    assumed: bool
-    writer: StandInWriter
-
-    @property
-    def text_bytes(self) -> float:
-        """What a text takes in UTF-8."""
-        return sum(len(text.encode()) for text in self.texts.values()) / max(1, len(self.texts))
-
-
-def count_summaries(run: PlannedRun, which: str = "all", *, tried: bool = False) -> dict[str, CountedSummaries]:
+def count_summaries(run: PlannedRun, which: str = "all", *, tried: bool = False) -> dict[str, StandInWriter]:
     """Count the item summaries that some user summary reads, and (unless `which` is ``items``) the user summaries.
 
     Above the run's limit a sample of items, or of users, is walked. With `tried` the models of this machine are loaded
@@ -401,57 +368,47 @@ def count_summaries(run: PlannedRun, which: str = "all", *, tried: bool = False)
     """
     s, setup, requests = run.settings.summary, run.setup, run.requests
     style, items = setup.style, setup.items
-    with closing(ReadOnlyStore(setup.folder)) as known:
+    with closing(ReadOnlyStore(setup.folder)) as store:
 
         def counted(
-            stage: str,
-            generator: CachedGenerator,
-            sizes: Mapping[str, int],
-            chain: int,
-            write: Callable[[list[str]], Mapping[Any, str]],
-        ) -> CountedSummaries:
-            chosen, total = _sampled(sizes, run.limit), sum(sizes.values())
-            share = sum(sizes[name] for name in chosen) / max(1, total)
+            stage: str, generator: CachedGenerator, sizes: Mapping[str, int], write: Callable[..., Mapping[Any, str]]
+        ) -> StandInWriter:
             model, most = run.model(stage) if sizes else None, generator.decoding.max_new_tokens
-            samples = known.samples(generator.kind, generator.identity)
-            words = " ".join(items.titles.values()).split()[:_AT_A_TIME] or ["word"]
-            each = max(1.0, tokens(model, " ".join(words)) / len(words))
-            stand_ins = StandIns.like(samples) if samples else StandIns(words, max(1, (most - 1) / each), most)
+            samples = store.samples(generator.kind, generator.identity)
+            texts = StandIns.like(samples) if samples else StandIns.longest(items.titles.values(), model, most)
             load = generator.load if tried and not is_server(run.names[stage]) else None
-            writer = StandInWriter(model, stand_ins, generator.decoding, load, generator.identity)
+            writer = StandInWriter(model, texts, generator.decoding, load, generator.identity)
             generator.write_alone(lambda: writer)
             generator.may_write = True
-            texts = StandInTexts(write(chosen), writer.stand_ins)
+            chosen = _sampled(sizes, run.limit)
+            found = write(chosen)
+            writer.texts.update(found)
+            writer.asked, writer.assumed = sum(sizes.values()), not samples
             writer.count.known, writer.count.sampled = generator.tally.known, len(chosen) < len(sizes)
-            names = sum(len(name.encode()) for name in chosen) / max(1, len(chosen))
-            count = writer.count.times(1 / share) if share else writer.count
-            return CountedSummaries(count, total, texts, names, chain, not samples, writer)
+            writer.count = writer.count.times(writer.asked / max(1, sum(sizes[name] for name in chosen)))
+            return writer
 
-        generator = item_generator(setup, known)
         wanted = requests.items(s) if s.summary_mode != "none" and s.item_summary != "none" else []
-        found = {
+        of_items = item_generator(setup, store)
+        out = {
             "items": counted(
                 "items",
-                generator,
+                of_items,
                 dict.fromkeys(wanted, 1),
-                1,
-                lambda chosen: summarize_items(generator, style, items, chosen, s.item_summary),
+                lambda chosen: summarize_items(of_items, style, items, chosen, s.item_summary),
             )
         }
-        if which == "items":
-            return found
-        texts = found["items"].texts if s.item_summary != "none" else {}
-        of_users = user_generator(setup, known)
-        states = requests.states(s) if s.summary_mode != "none" else {}
-        chains = {name: steps(own, s) for name, own in states.items()}
-        found["users"] = counted(
-            "users",
-            of_users,
-            {name: sum(map(len, levels)) for name, levels in chains.items()},
-            max(map(len, chains.values()), default=0) if s.summary_mode == "recurrent" else 1,
-            lambda chosen: preferences(of_users, style, items, texts, requests.reading(chosen), s),
-        )
-        return found
+        if which != "items":
+            read = out["items"].texts if s.item_summary != "none" else {}
+            states = requests.states(s) if s.summary_mode != "none" else {}
+            of_users = user_generator(setup, store)
+            out["users"] = counted(
+                "users",
+                of_users,
+                {name: sum(map(len, steps(own, s))) for name, own in states.items()},
+                lambda chosen: preferences(of_users, style, items, read, requests.reading(chosen), s),
+            )
+        return out
 
 
 def _sampled(sizes: Mapping[str, int], limit: int) -> list[str]:
@@ -471,10 +428,9 @@ def count_training(run: PlannedRun, summaries: Preferences) -> Count:
     if not run.epochs or model is None:
         return count
     may_share = not train.gradient_checkpointing  # which computes layers again, without a cache
-    grouped = may_share and deals_by_item(run.settings, model.body)
-    loader = SeededTrainDataLoader.of(run.loaders["train"], grouped)
-    loader.set_epoch(0)
     share = may_share and shares_in_training(run.settings, model.body)
+    loader = SeededTrainDataLoader.of(run.loaders["train"], may_share and deals_by_item(run.settings, model.body))
+    loader.set_epoch(0)
     own, style = loader._dataset, run.setup.style
     yes_no = answer_tokens(model.encoder, style.answer_yes, style.answer_no)
     for batch in loader:
@@ -482,16 +438,14 @@ def count_training(run: PlannedRun, summaries: Preferences) -> Count:
         prompts = run.questions(summaries, zip(*columns, strict=True))
         answers = [yes_no.yes if label else yes_no.no for label in batch[run.config["LABEL_FIELD"]].tolist()]
         examples = make_examples([model.encoder(prompt) for prompt in prompts], answers)
-        one = model.count_trained(examples, train.micro_batch_size, share=share)
-        labelled = sum(len(e.ids) - 1 if train.loss_on == "all" else e.answer for e in examples)
-        one.logits = labelled * model.sizes.vocabulary
-        count.add(one)
+        whole = train.loss_on == "all"
+        count.add(model.count_trained(examples, train.micro_batch_size, whole=whole, share=share))
         if count.prompts >= run.limit or count.tokens >= _TOKENS:
             break
     total = int(loader.sample_size * loader.times)
     count.sampled = count.prompts < total
     items = np.unique(getattr(own, "whole_split", own.inter_feat)[own.iid_field].numpy())
-    return run.with_images(count.times(run.epochs * total / max(1, count.prompts)), items)
+    return run.scaled(count, run.epochs * total, items)
 
 
 def count_scoring(run: PlannedRun, summaries: Preferences, phase: str) -> Count:
@@ -500,19 +454,20 @@ def count_scoring(run: PlannedRun, summaries: Preferences, phase: str) -> Count:
     rows, total = pairs_of(run, phase)
     if not times or not total:
         return count
-    starts = np.arange(0, len(rows), _CALL)
-    each = written(model, run.questions(summaries, rows[:1].tolist())[0], 1).tokens
+    share = run.settings.train.share_prefix == "auto"
+    calls = [rows[start : start + _CALL].tolist() for start in range(0, len(rows), _CALL)]
+    (first,) = run.questions(summaries, calls[0][:1])
+    each = (model.count_written(first, 1) if model else count_served(first, 1)).tokens
     most = max(1, int(min(run.limit, _TOKENS / max(1.0, each))) // _CALL)
-    for start in starts[np.linspace(0, len(starts) - 1, min(most, len(starts))).astype(int)]:
-        prompts = run.questions(summaries, rows[start : start + _CALL].tolist())
+    for call in np.linspace(0, len(calls) - 1, min(most, len(calls))).astype(int):
+        prompts = run.questions(summaries, calls[call])
         if model is None:
             for prompt in prompts:
-                count.add(written(None, prompt, 1))
+                count.add(count_served(prompt, 1))
         else:
-            share = run.settings.train.share_prefix == "auto"
             count.add(model.count_scored([model.encoder(prompt) for prompt in prompts], share=share))
     count.sampled = count.prompts < total
-    return run.with_images(count.times(times * total / count.prompts), np.unique(rows[:, 0]))
+    return run.scaled(count, times * total, np.unique(rows[:, 0]))
 
 
 def pairs_of(run: PlannedRun, phase: str) -> tuple[Any, int]:
@@ -521,23 +476,22 @@ def pairs_of(run: PlannedRun, phase: str) -> tuple[Any, int]:
     Of a ranking of all items the first rows' pairs are returned. What a retriever that is not trained yet would put
     first is not known: items drawn by popularity stand for it.
     """
-    loader, ranking = run.loaders[phase], run.settings.ranking
-    part = loader._dataset
+    loader, ranking, part = run.loaders[phase], run.settings.ranking, run.loaders[phase]._dataset
     histories, places, targets = (part.inter_feat[f].numpy() for f in (HISTORY_NUMBER, POSITION, part.iid_field))
     rows, items, batch = len(targets), int(part.item_num) - 1, len(targets)
     if hasattr(loader, "negatives"):
         own = np.r_[np.arange(rows), np.repeat(np.arange(rows), loader.count)]
         shown, total = np.r_[targets, loader.negatives], len(own)
-    elif ranking.full_sort == "brute":
-        own = np.repeat(np.arange(min(rows, max(1, _PAIRS // items))), items)
-        shown, total = np.tile(np.arange(1, items + 1), len(own) // items), rows * items
-        batch = int(loader.batch_size or 1)  # whose rows are scored item by item
     else:
-        top = min(ranking.top_k, items)
-        own, total = np.repeat(np.arange(rows), top), rows * top
-        met = run.train.inter_feat[run.train.iid_field].numpy()
-        counts = np.bincount(met, minlength=items + 1)[1:] + 0.1
-        shown = 1 + np.random.default_rng(run.config["seed"]).choice(items, total, p=counts / counts.sum())
+        brute = ranking.full_sort == "brute"
+        each = items if brute else min(ranking.top_k, items)
+        own, total = np.repeat(np.arange(min(rows, max(1, _PAIRS // each))), each), rows * each
+        if brute:
+            shown, batch = np.tile(np.arange(1, items + 1), len(own) // each), int(loader.batch_size or 1)
+        else:
+            met = run.train.inter_feat[run.train.iid_field].numpy()
+            shown = np.random.default_rng(run.config["seed"]).choice(met, len(own))
+    # a batch's rows are scored item by item; with candidates of their own, all rows
     order = np.lexsort((places[own], histories[own], shown, own // max(1, batch)))
     return np.c_[shown, histories[own], places[own]][order], total
 
@@ -567,11 +521,11 @@ def dry_run(config: Any, which: str, since: str | None = None) -> list[str]:
     return distributed.on_main(lines)
 
 
-def _line(stage: str, found: CountedSummaries) -> str:
+def _line(stage: str, writer: StandInWriter) -> str:
     """Return the counts of a dry run and what they would take, for people."""
-    count, writer = found.count, found.writer
+    count = writer.count
     about = "about " if count.sampled else ""
-    head = f"{stage.removesuffix('s')} summaries: {found.asked:,} prompts, {about}{round(count.known):,} known"
+    head = f"{stage.removesuffix('s')} summaries: {writer.asked:,} prompts, {about}{round(count.known):,} known"
     if not count.prompts:
         return f"{head}, nothing to write"
     head += f", {about}{round(count.prompts):,} to write"

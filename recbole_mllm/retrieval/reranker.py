@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -148,13 +148,18 @@ class Reranker:
 
 
 def obtain_reranker(config: Any, dataset: Any) -> Reranker | None:
-    """Return what re-ranks a retriever's best items, None where no phase ranks all items.
+    """Return what re-ranks a retriever's best items, None where no phase ranks all items and no retriever is named.
+
+    A retriever that is named beside drawn candidates says what MLLMMSR would do among all items; what `fusion` would
+    choose on a full validation is then the MLLM alone.
 
     The retriever is trained, and written, by the main process alone; the others then find what it has left.
     """
-    if "full" not in config["eval_args"]["mode"].values():
-        return None
     settings = RankingSettings.from_config(config)
+    if "full" not in config["eval_args"]["mode"].values():
+        if not settings.retrieves:
+            return None
+        settings = replace(settings, fusion=None if settings.fusion == "auto" else settings.fusion)
     return distributed.main_first(lambda: Reranker(config, settings, dataset))
 
 

@@ -35,16 +35,12 @@ def world() -> World:
     return demo_world(SEED)
 
 
-# ---- attributes and texts
+# ---- attributes, texts and images
 
 
-def test_a_title_holds_no_visual_attribute():
+def test_a_title_holds_no_visual_attribute_and_no_reserved_look_is_drawn_for_training(world: World):
     visual = {value for field in VISIBLE for value in VALUES[field]}
-    for item in items(300):
-        assert not visual & set(item.title.lower().split())
-
-
-def test_reserved_looks_are_about_a_third_and_pretraining_never_draws_one(world: World):
+    assert not any(visual & set(item.title.lower().split()) for item in world.items)
     looks = [dict(zip(VISIBLE, look, strict=True)) for look in product(*(VALUES[field] for field in VISIBLE))]
     assert 0.25 < sum(map(is_reserved, looks)) / len(looks) < 0.35
     assert not any(is_reserved(item.traits) for item in items(500, reserved=False))
@@ -58,13 +54,8 @@ def test_what_the_tiny_model_learns_to_say_is_read_back_and_nothing_else():
         assert texts.known_traits(item, texts.caption(item)) == item.traits
         assert texts.known_traits(item, texts.text_summary(item)) == {"theme": item.theme}
         assert texts.parse_preference(texts.preference_text(item.traits)) == item.traits
-    for wrong in (
-        "",
-        "The user prefers red.",
-        "The user prefers sport theme, red colour.",
-        "The user prefers red size.",
-    ):
-        assert texts.parse_preference(wrong) is None
+    for wrong in ("", "red.", "sport theme, red colour.", "red size."):
+        assert texts.parse_preference(f"The user prefers {wrong}" if wrong else "") is None
 
 
 def test_summary_lets_the_later_of_two_win_and_two_beat_the_previous():
@@ -75,34 +66,23 @@ def test_summary_lets_the_later_of_two_win_and_two_beat_the_previous():
     assert texts.summarize([red, blue, blue, red]) == red  # 1 + 1.6 against 1.2 + 1.4: a tie, and red was last
 
 
-# ---- images
-
-
-def test_the_same_seed_draws_the_same_image_and_the_look_decides_what_it_shows():
+def test_the_look_and_the_seed_alone_decide_what_an_image_shows():
     first, second = items(2)
-    assert render(first, 7).tobytes() == render(first, 7).tobytes()
-    assert render(first, 7).tobytes() != render(first, 8).tobytes()
-    assert render(first, 7).tobytes() != render(second, 7).tobytes()
     other_title = Item("Alba", first.colour, first.pattern, first.kind, first.scene, "retro")
-    assert render(first, 7).tobytes() == render(other_title, 7).tobytes()
+    drawn = [render(item, seed).tobytes() for item, seed in ((first, 7), (other_title, 7), (first, 8), (second, 7))]
+    assert drawn[0] == drawn[1] and len(set(drawn)) == 3
+    values = [VALUES[field] for field in VISIBLE]
+    looks = [tuple(of[n % len(of)] for of in values) for n in range(8)]  # every value once at least
+    assert len({render(Item("Alba", *look, "retro"), 1).tobytes() for look in looks}) == 8
 
 
-def test_all_768_looks_can_be_drawn():
-    for look in product(*(VALUES[field] for field in VISIBLE)):
-        assert render(Item("Alba", *look, "retro"), 1).getextrema() != ((0, 0), (0, 0), (0, 0))
+# ---- the world and its folder
 
 
-# ---- the world
-
-
-def test_cold_items_are_last_interactions_or_none(world: World):
+def test_nobody_takes_an_item_twice_cold_ones_come_last_and_tastes_show_in_what_is_taken(world: World):
     assert len(world.items) == 600 and len(world.users) == 400 and len(world.cold) == 120
     assert not world.cold & {item for user in world.users for item in user.history[:-1]}
-    targets = sum(user.history[-1] in world.cold for user in world.users)
-    assert 80 < targets < 200
-
-
-def test_nobody_takes_an_item_twice_and_tastes_show_in_what_is_taken(world: World):
+    assert 80 < sum(user.history[-1] in world.cold for user in world.users) < 200
     taken, any_item = [], []
     for user in world.users:
         assert len(set(user.history)) == len(user.history) >= 8
@@ -111,14 +91,11 @@ def test_nobody_takes_an_item_twice_and_tastes_show_in_what_is_taken(world: Worl
     assert sum(taken) / len(taken) > 2 * sum(any_item) / len(any_item)
 
 
-# ---- the dataset folder
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "toy"
-    write_demo_dataset(path, SEED)
-    return path
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> World:
+    drawn = partial(demo_world, items=120, users=20, cold=30)
+    monkeypatch.setattr("recbole_mllm.demo.world.demo_world", drawn)
+    return drawn(SEED)
 
 
 def table(path: Path) -> tuple[list[str], list[list[str]]]:
@@ -126,10 +103,11 @@ def table(path: Path) -> tuple[list[str], list[list[str]]]:
     return header.split("\t"), [row.split("\t") for row in rows]
 
 
-def test_dataset_holds_the_world(folder: Path, world: World):
+def test_the_dataset_holds_the_world_with_the_truth_beside_it(tmp_path: Path, small: World):
+    write_demo_dataset(folder := tmp_path / "toy", SEED)
     header, rows = table(folder / "toy.item")
     assert header == ["item_id:token", "title:token_seq", "image:token"]
-    assert [row[:2] for row in rows] == [[item_id(n), item.title] for n, item in enumerate(world.items)]
+    assert [row[:2] for row in rows] == [[item_id(n), item.title] for n, item in enumerate(small.items)]
     for _, _, image in rows[:20]:
         with Image.open(folder / image) as picture:
             assert picture.format == "PNG" and 64 <= picture.width <= 128
@@ -137,25 +115,19 @@ def test_dataset_holds_the_world(folder: Path, world: World):
     assert header == ["user_id:token", "item_id:token", "timestamp:float"]
     times = [int(row[2]) for row in rows]
     assert times == sorted(times) and times[-1] < 2**24
-    for number, user in enumerate(world.users):
+    for number, user in enumerate(small.users):
         own = [(int(time), item) for who, item, time in rows if who == user_id(number)]
         assert [item for _, item in own] == [item_id(n) for n in user.history]
         assert len({time for time, _ in own}) == len(own)
-
-
-def test_truth_stands_beside_the_dataset_and_not_in_it(folder: Path, world: World):
     truth = json.loads((folder / "truth.json").read_text(encoding="utf-8"))
-    assert truth["tastes"][user_id(0)] == world.users[0].taste
-    assert truth["items"]["i0001"] == {"brand": world.items[0].brand, **world.items[0].traits}
-    assert set(truth["cold"]) == {item_id(n) for n in world.cold}
+    assert truth["tastes"][user_id(0)] == small.users[0].taste
+    assert truth["items"]["i0001"] == {"brand": small.items[0].brand, **small.items[0].traits}
+    assert set(truth["cold"]) == {item_id(n) for n in small.cold}
+    with pytest.raises(FileExistsError, match="remove it"):  # never overwritten
+        write_demo_dataset(folder, SEED)
 
 
-@pytest.fixture
-def small_worlds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("recbole_mllm.demo.world.demo_world", partial(demo_world, items=120, users=20, cold=30))
-
-
-@pytest.mark.usefixtures("small_worlds")
+@pytest.mark.usefixtures("small")
 def test_a_world_depends_on_its_seed_alone_to_the_byte(tmp_path: Path):
     written = []
     for name in ("a/demo-100", "b/demo-100", "c/demo-101"):
@@ -167,7 +139,7 @@ def test_a_world_depends_on_its_seed_alone_to_the_byte(tmp_path: Path):
     assert len(written[0]) == 120 + 5  # truth.json, dataset.yaml and the list of what was built beside the two tables
 
 
-@pytest.mark.usefixtures("small_worlds")
+@pytest.mark.usefixtures("small")
 def test_a_dataset_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def full_disk(*_: object) -> None:
         raise OSError("no space left")
@@ -176,11 +148,6 @@ def test_a_dataset_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(OSError, match="no space"):
         ensure_builtin(tmp_path / "demo-5")
     assert not list(tmp_path.iterdir())
-
-
-def test_a_dataset_is_never_overwritten(folder: Path):
-    with pytest.raises(FileExistsError, match="remove it"):
-        write_demo_dataset(folder, SEED)
 
 
 # ---- the shipped model
@@ -223,7 +190,7 @@ def test_the_tiny_model_captions_looks_it_has_never_seen(tiny: tuple[Any, Any], 
     import torch
 
     model, processor = tiny
-    shown = items(100)
+    shown = items(60)
     inputs = encoded(
         processor,
         [image_summary_prompt(style, Path("x.png"))] * len(shown),
@@ -234,7 +201,7 @@ def test_the_tiny_model_captions_looks_it_has_never_seen(tiny: tuple[Any, Any], 
     told = [texts.parse_caption(text) or {} for text in processor.batch_decode(written, skip_special_tokens=True)]
     for field in VISIBLE:
         hits = sum(told_of.get(field) == item.traits[field] for told_of, item in zip(told, shown, strict=True))
-        assert hits >= 95, f"{field}: {hits} of 100"
+        assert hits >= 57, f"{field}: {hits} of 60"
 
 
 @pytest.mark.parametrize("item_first", [True, False])

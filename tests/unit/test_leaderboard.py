@@ -75,7 +75,8 @@ def test_the_published_schema_to_the_letter(board):
     assert (told["best_baseline"], told["best_baseline_chosen_on"]) == ("SASRec", "validation")
     assert (told["dataset"], told["candidates"], told["n_users"]) == ("demo", CANDIDATES, 120)
     assert {"Hit@5", "MRR@5", "NDCG@5", "Recall@5", "NDCG@3", "NDCG@10", "GAUC", "AUC"} <= set(told["metrics"])
-    own = ["model", "seeds", "status", "tested_against", "metrics", "converged", "summarize_reused", "cost", "slices"]
+    own = ["model", "seeds", "status", "tested_against", "metrics", "full_ranking", "converged", "summarize_reused"]
+    own += ["cost", "slices"]
     for row in told["rows"]:
         assert list(row) == own and list(row["slices"]) == list(SLICES) and list(row["metrics"]) == told["metrics"]
         assert list(row["cost"]) == ["load_s", "summarize_s", "train_s", "score_s", "pairs_per_s", "peak_memory_mb"]
@@ -351,6 +352,29 @@ def test_costs_say_what_they_hold(field, tmp_path):
     assert next(row for row in board.rows if row.model == "SASRec").seconds == pytest.approx(20 + 3 + 12.5)
     numbers = numbers_table(board).set_index("model").loc["MLLMMSR"]
     assert [numbers[name] for name in ("summarize_reused", "load_s", "train_s")] == [7, 3.0, None]
+
+
+def test_all_items_ranked_beside_candidates_stand_in_a_table_that_says_where_the_order_differs(field, tmp_path):
+    def ranked(record: RunRecord, value: float, retrieval: dict | None = None) -> RunRecord:
+        return replace(
+            record, full_ranking={"metrics": {"NDCG@10": value}, "n_users": 90, "retrieval": retrieval}
+        )  # fmt: skip
+
+    told = {"retriever": "SASRec#0a", "top_k": 20, "recall": 0.25, "fusion": 1.0}
+    pop, sasrec, mllm, twin = field
+    seeds = ranked(sasrec, 0.04), ranked(replace(sasrec, run_id="SASRec-2025-0a1b2c3d", seed=2025), 0.06)
+    board = build([ranked(pop, 0.07), *seeds, ranked(mllm, 0.09, told), twin], tmp_path)
+    assert row_of(board, "SASRec")["full_ranking"] == {
+        "metrics": {"NDCG@10": pytest.approx(0.05)}, "n_users": 90, "retrieval": None
+    }  # fmt: skip
+    assert row_of(board, "MLLMMSR")["full_ranking"]["retrieval"] == told
+    assert row_of(board, "[Twin]")["full_ranking"] is None
+    for text in (format_markdown(board), page(board)):
+        assert "here all items put Pop before SASRec. Ranked" in text
+        assert "90 users; the best 20 items of SASRec, with a ceiling of 0.250" in text
+    assert "| Pop | 0.2" in format_markdown(board) and "| 0.070 | 90 users |" in format_markdown(board)
+    assert "All items ranked" not in format_markdown(build(field, tmp_path))
+    assert "here they do not." in format_markdown(build([ranked(pop, 0.01), *seeds], tmp_path))
 
 
 def test_the_groups_stand_in_the_order_of_the_key_also_where_a_baseline_leads(tmp_path):

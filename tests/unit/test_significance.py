@@ -57,7 +57,8 @@ def test_the_paired_test_is_students_on_the_differences():
     told, expected = sig.compare_paired(a, b), stats.ttest_rel(a, b)
     assert told.difference == pytest.approx((a - b).mean()) and told.p == pytest.approx(expected.pvalue)
     assert told.effect == pytest.approx(expected.statistic / np.sqrt(60))
-    assert sig.compare_paired(a, a) == sig.Comparison(0.0, 1.0, 0.0)
+    assert told.ci95 == pytest.approx(tuple(expected.confidence_interval(0.95)))
+    assert sig.compare_paired(a, a) == sig.Comparison(0.0, (0.0, 0.0), 1.0, 0.0)
     constant = sig.compare_paired(np.full(30, 1.0), np.zeros(30))
     assert constant.p < 1e-6 and constant.effect is None
 
