@@ -90,6 +90,7 @@ setup(
         ],
         "gguf": ["gguf>=0.10"],
         "server": ["openai>=1.98"],
+        "energy": ["codecarbon>=3"],
         "report": ["plotly>=4.0.0"],
         "qlora": ["bitsandbytes>=0.46"],
     },

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recbole_mllm.benchmark import significance as sig
+from recbole_mllm.benchmark.beyond import Recommended
 from recbole_mllm.benchmark.leaderboard import Dimension
 from recbole_mllm.benchmark.records import PAIR_COLUMNS, USER_COLUMNS, Arrays, RunRecord, read_arrays
 from recbole_mllm.benchmark.significance import Estimate, Floats, SortedPairs
@@ -53,6 +54,7 @@ class Evidence:
         ranks: The targets' ranks in each seed; empty where a run does not show them.
         columns: ``[users]`` arrays that users are grouped by, `USER_COLUMNS`.
         best_alone: Whether the runs ranked all items and stored each user's best alone.
+        recommended: Each user's best items in each seed; empty where a run did not record training counts.
     """
 
     users: NDArray[np.str_]
@@ -62,6 +64,7 @@ class Evidence:
     ranks: tuple[Ranks, ...] = ()
     columns: Arrays = field(default_factory=dict)
     best_alone: bool = False
+    recommended: tuple[Recommended, ...] = ()
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -104,9 +107,16 @@ def load_evidence(record: RunRecord, results: Path) -> Evidence:
     if not np.isfinite(score).all():
         raise UserError(f"run {record.run_id}: some scores are not finite")
     label, best_alone = arrays["label"].astype(np.float64), "among" in arrays
-    ranks = target_ranks(index, label, arrays.get("place", score), users.size)
+    order = arrays.get("place", score)
+    ranks = target_ranks(index, label, order, users.size)
+    recommended: tuple[Recommended, ...] = ()
+    if record.train_counts is not None:
+        trained = read_arrays(results / record.train_counts, ("item", "count"))
+        known = trained["item"].astype(str), trained["count"].astype(np.int64)
+        recommended = (Recommended.of(index, arrays["item"].astype(str), order, users.size, *known),)
     pairs = () if best_alone else (sig.sort_pairs(index, label, score),)
-    return replace(evidence, pairs=pairs, ranks=(ranks,) if ranks else (), best_alone=best_alone)
+    ranked = (ranks,) if ranks else ()
+    return replace(evidence, pairs=pairs, ranks=ranked, best_alone=best_alone, recommended=recommended)
 
 
 def average(seeds: Sequence[Evidence]) -> Evidence:
@@ -116,7 +126,9 @@ def average(seeds: Sequence[Evidence]) -> Evidence:
     values = {name: np.mean([seed.values[name] for seed in seeds], axis=0) for name in shared}
     pairs = tuple(pairs for seed in seeds for pairs in seed.pairs) if all(seed.pairs for seed in seeds) else ()
     ranks = tuple(ranks for seed in seeds for ranks in seed.ranks) if all(seed.ranks for seed in seeds) else ()
-    return replace(first, values=values, pairs=pairs, ranks=ranks)
+    told = all(seed.recommended for seed in seeds)
+    recommended = tuple(run for seed in seeds for run in seed.recommended) if told else ()
+    return replace(first, values=values, pairs=pairs, ranks=ranks, recommended=recommended)
 
 
 def target_ranks(user: NDArray[Any], label: NDArray[Any], order: NDArray[Any], n_users: int) -> Ranks | None:

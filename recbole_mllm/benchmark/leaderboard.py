@@ -19,7 +19,8 @@ VALID_METRIC = "NDCG@10"
 LEVEL = 0.05
 ALL_COSTS = {
     "load_s": "Load", "summarize_s": "Summarise", "features_s": "Features", "train_s": "Train", "score_s": "Score",
-    "pairs_per_s": "Pairs/s", "peak_memory_mb": "Memory MB", "tokens": "Tokens", "parameters_trained": "Parameters",
+    "pairs_per_s": "Pairs/s", "peak_memory_mb": "Memory MB", "energy_kwh": "Energy kWh",
+    "tokens": "Tokens", "parameters_trained": "Parameters",
 }  # fmt: skip
 """Costs that the reports show, with their titles."""
 
@@ -90,6 +91,7 @@ class LeaderboardRow:
     slices: Mapping[str, Mapping[str, Part]] = field(default_factory=dict)
     curves: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     groups: Mapping[str, tuple[Estimate, ...]] = field(default_factory=dict)
+    beyond: Mapping[str, Estimate] = field(default_factory=dict)
     tested_against: str | None = None
 
     @property
@@ -164,9 +166,9 @@ class Leaderboard:
 
     @property
     def costs(self) -> tuple[str, ...]:
-        """The costs that the pages show: loading and making features only where a row tells them."""
+        """The costs that the pages show: loading, making features and energy only where a row tells them."""
         known = {name for row in self.rows for name, value in row.cost.items() if value is not None}
-        return tuple(name for name in ALL_COSTS if name in known or name not in ("load_s", "features_s"))
+        return tuple(name for name in ALL_COSTS if name in known or name not in ("load_s", "features_s", "energy_kwh"))
 
     @property
     def short_metrics(self) -> list[str]:
@@ -213,6 +215,9 @@ class Leaderboard:
                 | {
                     "metrics": {name: self._score_json(row, name) for name in self.metrics},
                     "full_ranking": row.full_ranking,
+                    "beyond": {
+                        name: {"mean": one.mean, "ci95": (one.low, one.high)} for name, one in row.beyond.items()
+                    },
                     "converged": row.converged,
                     "summarize_reused": row.summarize_reused,
                     "cost": {name: row.cost.get(name) for name in COSTS},

@@ -17,8 +17,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from recbole_mllm.benchmark import significance as sig
+from recbole_mllm.benchmark.beyond import measured
 from recbole_mllm.benchmark.evidence import (
     POOLED,
     Evidence,
@@ -67,16 +69,23 @@ def build(records: Iterable[RunRecord], results: Path, note: str = "") -> Leader
     one_set_of_candidates(run for run in runs if run.ok)
     loaded, failed = _load(runs, results)
     contenders = _contenders(loaded)
-    measured = {name for run, _ in loaded for name in run.metrics}
-    measured |= {name for contender in contenders for name in contender.evidence.metrics}
+    known = {name for run, _ in loaded for name in run.metrics}
+    known |= {name for contender in contenders for name in contender.evidence.metrics}
     absent = {POOLED: NO_POOLED} if any(evidence.best_alone for _, evidence in loaded) else {}
-    metrics = ordered_metrics(measured | set(absent))
+    metrics = ordered_metrics(known | set(absent))
     told = loaded[0][0] if loaded else runs[0]
     board = Leaderboard(
         told.dataset, told.protocol, told.candidates, told.n_users, metrics, (), None, note, absent=absent
     )
     parted = partitions(loaded[0][1].columns) if loaded else ()
-    rows = [_row(contender, metrics, parted, board.valid_metric) for contender in contenders]
+    pool = _recommendable(contenders)
+    rows = [
+        replace(
+            _row(contender, metrics, parted, board.valid_metric),
+            beyond=measured(contender.evidence.recommended, pool) if contender.evidence.recommended else {},
+        )
+        for contender in contenders
+    ]
     rows = sorted(rows, key=lambda row: (-row.mean(board.valid_metric), row.model))
     rows, best, lacking = compare_rows(rows, contenders, board.valid_metric)
     return replace(
@@ -135,6 +144,15 @@ def _contenders(loaded: Sequence[tuple[RunRecord, Evidence]]) -> list[Contender]
         replicates = sig.auc_replicates(evidence.pairs, draws) if evidence.pairs else None
         found.append(Contender(name, tuple(run for run, _ in seeds.values()), evidence, replicates))
     return found
+
+
+def _recommendable(contenders: Sequence[Contender]) -> NDArray[np.bool_]:
+    """Return ``[items]`` which items are trained on, or recommended by anybody: of these, coverage is a share."""
+    runs = [run for contender in contenders for run in contender.evidence.recommended]
+    pool = runs[0].counts > 0 if runs else np.zeros(0, bool)
+    for run in runs:
+        pool[run.items[run.items >= 0]] = True
+    return pool
 
 
 def configuration(run_id: str) -> str:

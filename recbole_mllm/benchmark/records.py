@@ -48,7 +48,7 @@ full ranking a file holds each user's best items and target alone, with ``among`
 """
 
 
-_SINCE_0_2 = ("valid_scores", "train_counts", "fusion")
+_SINCE_0_2 = ("valid_scores", "train_counts", "fusion", "full_ranking", "energy_kwh", "energy_of")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +81,8 @@ class RunRecord:
         full_ranking: Beside drawn candidates, the ``metrics`` of ranking all items for ``n_users``; of MLLMMSR those of
             re-ranking what ``retrieval`` says.
         features_s: What making the item features took, whichever run made them; None of a model that reads none.
+        energy_kwh: What the machine took while the run was at work, read by codecarbon from the meters of `energy_of`
+            (CPU, GPU); None where there is no meter, or several runs shared the machine.
         scores_reused: How many of the test scores earlier evaluations had left; their seconds are not in `score_s`.
         tuning: What ``--tune`` tried, with its validation scores, and what it chose; `config` has the choice in it.
     """
@@ -116,6 +118,8 @@ class RunRecord:
     tokens: int | None = None
     parameters_trained: int | None = None
     peak_memory_mb: float | None = None
+    energy_kwh: float | None = None
+    energy_of: str | None = None
     device: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     commit: str = ""

@@ -9,7 +9,7 @@ cluster bootstrap, in which whole users, with all their pairs, are drawn again.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,6 +74,25 @@ def estimate_means(values: Floats, seed: int, budget: float = BOOTSTRAP_BUDGET) 
             method="percentile", batch=max(1, int(BATCH_VALUES / values.size)), rng=np.random.default_rng(seed),
         ).confidence_interval  # fmt: skip
     return [Estimate(float(m), float(lo), float(hi)) for m, lo, hi in zip(means, low, high, strict=True)]
+
+
+def jackknife(statistic: Callable[[NDArray[np.bool_]], float], n_users: int, seed: int, groups: int = 50) -> Estimate:
+    """Return a statistic of all users with Student's interval of the delete-a-group jackknife (Kott, JOS 2001).
+
+    Args:
+        statistic: Of the users in a mask ``[users]``.
+        n_users: How many there are.
+        seed: Of the parting into groups.
+        groups: How many are left out in turn; as many as users where there are fewer.
+    """
+    everyone = np.ones(n_users, dtype=bool)
+    value, groups = statistic(everyone), min(groups, n_users)
+    if n_users < 2:
+        return Estimate(value, value, value)
+    group = np.random.default_rng(seed).permutation(n_users) % groups
+    without = np.array([statistic(group != left_out) for left_out in range(groups)])
+    error = math.sqrt((groups - 1) / groups * float(((without - without.mean()) ** 2).sum()))
+    return Estimate(value, *_student_interval(value, error, groups - 1))
 
 
 def compare_paired(values: Floats, reference: Floats) -> Comparison:

@@ -65,6 +65,8 @@ def numbers_table(board: Leaderboard) -> pd.DataFrame:
                 f"{name} p_holm": score and score.p, f"{name} difference": score and score.difference,
                 f"{name} d": score and score.effect,
             }  # fmt: skip
+        for name, one in row.beyond.items():
+            cells |= {name: one.mean, f"{name} low": one.low, f"{name} high": one.high}
         full = row.full_ranking
         cells[f"{board.valid_metric} of all items"] = full and full["metrics"].get(board.valid_metric)
         cells |= {name: row.cost.get(name) for name in ALL_COSTS} | {"summarize_reused": row.summarize_reused}

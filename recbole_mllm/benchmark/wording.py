@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from recbole_mllm.benchmark.beyond import BEYOND
 from recbole_mllm.benchmark.leaderboard import COUNTS, LEVEL, Leaderboard, LeaderboardRow
 from recbole_mllm.benchmark.records import RunRecord, plain_json
 from recbole_mllm.benchmark.variants import part_of
@@ -104,6 +105,8 @@ def cost_text(row: LeaderboardRow, name: str) -> str:
         return NOTHING
     if name in COUNTS:
         return f"{value / 1e6:,.1f} M" if value >= 1e6 else f"{value:,.0f}"
+    if name == "energy_kwh":
+        return f"{value:.3g}"
     if name in ("pairs_per_s", "peak_memory_mb"):
         return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
     return seconds_text(value) + ("*" if name == "summarize_s" and row.summarize_reused else "")
@@ -114,6 +117,11 @@ def cost_notes(board: Leaderboard) -> str:
     notes = [COST_NOTE]
     if any(row.summarize_reused for row in board.ranked):
         notes.append("* Some of these summaries were in the store already; they are priced by what they took then.")
+    if parts := sorted({run.energy_of for row in board.ranked for run in row.runs if run.energy_of}):
+        notes.append(
+            f"Energy is what the meters of the whole machine ({_and(parts)}) have read from a run's start to its end, "
+            "by codecarbon; what it would estimate is left out."
+        )
     if any(run.tuning for row in board.rows for run in row.runs):
         notes.append("What --tune tried before is not in Train; its seconds stand in each run's record.")
     if old := [row.model for row in board.ranked if any(run.valid is None for run in row.runs)]:
@@ -217,14 +225,28 @@ def full_rankings_note(board: Leaderboard) -> str:
     drawn = [row.model for row in board.ranked]
     pairs = combinations([row.model for row in full_rankings(board)], 2)
     swapped = [f"{a} before {b}" for a, b in pairs if drawn.index(a) > drawn.index(b)]
-    here = "here they do not"
+    here = "; here they do not" if len(full_rankings(board)) > 1 else ""
     if swapped:
         more = f" and {len(swapped) - 5} more" if len(swapped) > 5 else ""
-        here = f"here all items put {', '.join(swapped[:5])}{more}"
+        here = f"; here all items put {', '.join(swapped[:5])}{more}"
     return (
-        "Metrics over drawn candidates may order models otherwise than over all items (Krichene and Rendle, KDD 2020); "
+        "Metrics over drawn candidates may order models otherwise than over all items (Krichene and Rendle, KDD 2020)"
         f"{here}. Ranked are all items with an interaction, but for those the user has met; nothing is tested."
     )
+
+
+BEYOND_NOTE = (
+    "Of each user's ten best of what was ranked. "
+    + " ".join(f"{name}: {meaning}." for name, meaning in BEYOND.items())
+    + " Items are those trained on or recommended by any model here. Intervals are over users: bootstrap of the means, "
+    "and for coverage and Gini's index, which all users make together, a jackknife that leaves groups of users out."
+)
+
+
+def beyond_text(row: LeaderboardRow, name: str) -> str:
+    """Put one measure of what a row recommends into words."""
+    one, digits = row.beyond[name], 1 if name.startswith("Popularity") else 3
+    return f"{one.mean:.{digits}f} [{one.low:.{digits}f}, {one.high:.{digits}f}]"
 
 
 def _retrieved(retrieval: Mapping[str, Any]) -> str:

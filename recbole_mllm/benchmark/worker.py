@@ -23,6 +23,7 @@ import yaml
 
 import recbole_mllm
 from recbole_mllm.benchmark.cases import write_cases, write_titles
+from recbole_mllm.benchmark.energy import measured_energy
 from recbole_mllm.benchmark.records import (
     CANDIDATE_RULES,
     PER_USER,
@@ -94,11 +95,12 @@ def run_job(job: dict[str, Any]) -> None:
     tuning = _tune(job, defaults)
     config = _config(job, defaults, tuning["chosen"] if tuning else {})
     whole = job["keep_valid"]  # a rerun needs the metrics alone
-    outcome = run(config, partial(_check_split, job), keep_valid=whole, rank_all=whole)
+    with measured_energy(config["device"], alone=job.get("alone", False)) as energy:
+        outcome = run(config, partial(_check_split, job), keep_valid=whole, rank_all=whole)
     peak = max(distributed.gather_objects(_peak_memory(outcome.config["device"])))
     if distributed.is_main():
         _write_evidence(outcome, folder)
-        append(output / RECORDS, _record(job, outcome, started, tuning, peak))
+        append(output / RECORDS, _record(job, outcome, started, tuning, {"peak_memory_mb": peak, **energy}))
 
 
 def _home(job: Mapping[str, Any]) -> Path:
@@ -269,7 +271,9 @@ def _pair_columns(pairs: Mapping[str, Any], users: Any, items: Any) -> dict[str,
     return known | {name: pairs[name] for name in ("among", "answer") if name in pairs}
 
 
-def _record(job: dict[str, Any], outcome: Any, started: str, tuning: dict[str, Any] | None, peak: float) -> RunRecord:
+def _record(
+    job: dict[str, Any], outcome: Any, started: str, tuning: dict[str, Any] | None, used: dict[str, Any]
+) -> RunRecord:
     from recbole_mllm.evaluation.protocol import protocol_line
 
     features_s = None
@@ -308,7 +312,7 @@ def _record(job: dict[str, Any], outcome: Any, started: str, tuning: dict[str, A
         pairs_per_s=max(0, outcome.pairs_scored - outcome.scores_reused) / outcome.score_s or None,
         tokens=getattr(outcome.model, "tokens_read", None),
         parameters_trained=parameters_trained(outcome.model),
-        peak_memory_mb=peak,
+        **used,
         device=str(outcome.config["device"]),
         versions=_versions(),
         commit=_commit(),

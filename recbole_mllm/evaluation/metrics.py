@@ -39,6 +39,18 @@ METRICS = (
 )
 
 
+HEAD_SHARE = 0.2  # the most popular fifth of the trained items is the head, the rest the long tail
+
+
+def popular_head(counts: Any) -> Any:
+    """Return ``[items]`` whether each item is in the head of popularity, from its training interactions."""
+    trained = np.flatnonzero(counts)
+    inside = np.zeros(len(counts), bool)
+    best_first = trained[np.argsort(-counts[trained], kind="stable")]
+    inside[best_first[: max(1, round(len(trained) * HEAD_SHARE))]] = True
+    return inside
+
+
 def joined(batches: Sequence[Log]) -> dict[str, Any]:
     """Return the batches of `tie_breaking.evaluate` as one set of columns, sorted by user, best place first."""
     columns = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}

@@ -11,8 +11,7 @@ import torch
 from recbole_mllm.common.settings import EvaluationSettings
 from recbole_mllm.data.facts import temporal_split
 from recbole_mllm.data.schema import POSITION
-
-HEAD_SHARE = 0.2  # the most popular fifth of the trained items is the head, the rest the long tail
+from recbole_mllm.evaluation.metrics import popular_head
 
 
 def protocol_line(config: Any, users: int | None = None, phase: str | None = None) -> str:
@@ -63,13 +62,11 @@ def user_columns(dataset: Any, train: Any, pairs: dict[str, Any], images: Any) -
     owners, first = np.unique(pairs["user_id"][hit], return_index=True)
     targets = pairs["item_id"][hit][first]
     counts, lengths = training_counts(train, len(users), len(items))
-    trained = np.flatnonzero(counts)
-    head = trained[np.argsort(-counts[trained], kind="stable")][: max(1, round(len(trained) * HEAD_SHARE))]
     return {
         "user": users[owners],
         "item": items[targets],
         "train_count": counts[targets],
-        "tail": ~np.isin(targets, head),
+        "tail": ~popular_head(counts)[targets],
         "history_length": lengths[owners],
         "has_image": np.isin(items[targets], list(images)) if images is not None else np.zeros(len(targets), bool),
     }

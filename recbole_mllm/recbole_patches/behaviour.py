@@ -136,7 +136,7 @@ def record_facts(module: Any) -> None:
 
     RecBole's other sorts are stable, and by a time that is rounded but never reversed: they leave that order alone.
     """
-    # here, as that module reads RecBole, and this one is imported in the middle of RecBole's own import
+    # here, as it imports RecBole's data, which is not there yet when `recbole.utils` is imported first
     from recbole_mllm.recbole_patches.paper_protocol import cut_whole_log
 
     @replace(module.Dataset)

@@ -75,11 +75,12 @@ def test_the_published_schema_to_the_letter(board):
     assert (told["best_baseline"], told["best_baseline_chosen_on"]) == ("SASRec", "validation")
     assert (told["dataset"], told["candidates"], told["n_users"]) == ("demo", CANDIDATES, 120)
     assert {"Hit@5", "MRR@5", "NDCG@5", "Recall@5", "NDCG@3", "NDCG@10", "GAUC", "AUC"} <= set(told["metrics"])
-    own = ["model", "seeds", "status", "tested_against", "metrics", "full_ranking", "converged", "summarize_reused"]
-    own += ["cost", "slices"]
+    own = ["model", "seeds", "status", "tested_against", "metrics", "full_ranking", "beyond", "converged"]
+    own += ["summarize_reused", "cost", "slices"]
     for row in told["rows"]:
         assert list(row) == own and list(row["slices"]) == list(SLICES) and list(row["metrics"]) == told["metrics"]
-        assert list(row["cost"]) == ["load_s", "summarize_s", "train_s", "score_s", "pairs_per_s", "peak_memory_mb"]
+        costs = ["load_s", "summarize_s", "train_s", "score_s", "pairs_per_s", "peak_memory_mb", "energy_kwh"]
+        assert list(row["cost"]) == costs
         for score in row["metrics"].values():
             assert list(score) == ["mean", "ci95", "p_vs_best_baseline", "p_raw", "p_holm"]
             assert score["ci95"][0] <= score["mean"] <= score["ci95"][1]

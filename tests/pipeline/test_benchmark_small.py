@@ -1,4 +1,4 @@
-"""Beside drawn candidates a benchmark's run ranks all items: with the numbers that a full ranking has."""
+"""Real runs of a benchmark on a small world: all items ranked beside candidates, controls beside the full model."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ import pytest
 import small_world
 import tiny_models
 
+from recbole_mllm.benchmark.beyond import BEYOND
 from recbole_mllm.benchmark.jobs import BenchmarkPlan, jobs_of
-from recbole_mllm.benchmark.records import RECORDS, RunRecord, read_records
+from recbole_mllm.benchmark.records import RECORDS, RunRecord, read_arrays, read_records
+from recbole_mllm.benchmark.report import render
 from recbole_mllm.benchmark.worker import run_job
+from recbole_mllm.data.atomic import read_atomic
 from recbole_mllm.evaluation import full_ranking
+from recbole_mllm.summaries.controls import other_images
 
 
 def runs(place: Path, mode: str, *labels: str, **more: Any) -> dict[str, RunRecord]:
@@ -64,3 +68,26 @@ def test_of_many_users_a_sample_is_ranked_and_mllmmsr_without_a_retriever_ranks_
     found = runs(place, "uni20", "Pop", "MLLMMSR", retriever=None)
     assert found["Pop"].full_ranking is not None and found["Pop"].full_ranking["n_users"] == 10
     assert found["Pop"].n_users == small_world.USERS and found["MLLMMSR"].full_ranking is None
+
+
+def test_controls_run_on_texts_of_their_own_where_texts_change_and_the_leaderboard_tests_them(place: Path) -> None:
+    names = ("shuffled-history", "wrong-image", "wrong-summary", "no-history")
+    found = runs(place, "uni20", "MLLMMSR", *(f"MLLMMSR:{name}" for name in names), retriever=None, limit_users=8)
+    assert len({run.candidates for run in found.values()}) == 1 and all(run.ok for run in found.values())
+    scores = {label: read_arrays(place / "uni20" / str(run.scores), ["score"])["score"] for label, run in found.items()}
+    assert all((scores[f"MLLMMSR:{name}"] != scores["MLLMMSR"]).any() for name in names)
+    folder = place / "data" / "steps"
+    tags = {path.name for path in folder.glob("*.usum")}
+    assert len(tags) == 3 and sum("shuffled-history" in tag or "wrong-image" in tag for tag in tags) == 2
+    texts = {
+        "wrong-image" in path.name: {row["item_id"]: row["summary"] for row in read_atomic(path)}
+        for path in folder.glob("*.isum")
+    }
+    images = {small_world.item(n): Path(small_world.item(n)) for n in range(small_world.ITEMS)}
+    swapped = {item: image.name for item, image in other_images(images, 2024).items()}
+    both = [item for item in texts[True] if swapped[item] in texts[False]]
+    assert both and all(texts[True][item] == texts[False][swapped[item]] for item in both)
+    render(place / "uni20")
+    told = json.loads((place / "uni20" / "leaderboard.json").read_text())
+    assert {use["variant"] for use in told["uses"]} == found.keys() - {"MLLMMSR"}
+    assert all(set(row["beyond"]) == set(BEYOND) for row in told["rows"])
