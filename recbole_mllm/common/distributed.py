@@ -61,7 +61,7 @@ def world_size() -> int:
 
 def is_one_machine() -> bool:
     """Return whether all processes run on this machine, as far as the launcher says."""
-    return not is_launched() or _number("LOCAL_WORLD_SIZE", world_size()) == world_size()
+    return not is_launched() or int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) == world_size()
 
 
 def is_main() -> bool:
