@@ -300,10 +300,12 @@ def run_benchmark(
     from recbole_mllm.benchmark.report import format_leaderboard
     from recbole_mllm.benchmark.runner import benchmark, follow
     from recbole_mllm.benchmark.worker import digests_of
+    from recbole_mllm.evaluation.protocol import check_one_target
 
     def check(config: Any) -> None:
         check_config(config)
         check_training(config)
+        check_one_target(config)
 
     note = "" if not is_builtin(dataset) else POSTERS_NOTE if dataset == "ml-100k-posters" else DEMO_NOTE
     keys = dict(options.overrides)
