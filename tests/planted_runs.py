@@ -47,8 +47,8 @@ def plant_run(
     """Write the arrays of a run whose target scores `power` above the rest, and return its record.
 
     Its validation metric follows `power` alone, so that it has no share in the test split's luck. `scores`, ``[users,
-    candidates]`` with the target first, take the place of drawn ones. With `keep_valid` those of validation, and training
-    counts, are there too.
+    candidates]`` with the target first, take the place of drawn ones. With `keep_valid` those of validation, and
+    training counts, are there too.
     """
     run_id = run_id or f"{label.replace(':', '-')}-{seed}-{digest}"
     rng = np.random.default_rng(zlib.crc32(f"{label}{seed}".encode()))
