@@ -89,8 +89,8 @@ def check_given(dataset: str, options: Options) -> None:
     check_keys(options.overrides, "the command line")
     given = {key: value for key, value in options.keys().items() if not isinstance(value, str)}
     check_values(given, lambda key: f"--{key}")
-    if not dataset.strip() or dataset in (".", "..") or any(sign in dataset for sign in "/\\\0"):
-        folder, home = Path(dataset.replace("\0", "")).resolve(), str(options.overrides.get("data_path") or "dataset")
+    if not dataset.strip() or dataset in (".", "..") or any(sign in dataset for sign in "/\\"):
+        folder, home = Path(dataset).resolve(), str(options.overrides.get("data_path") or "dataset")
         place = "" if folder.parent == Path(home).resolve() else f" --data_path={folder.parent}"
         hint = f"for that folder write --dataset {folder.name}{place}" if folder.is_dir() else "it is no folder either"
         raise UserError(
@@ -109,7 +109,7 @@ def check_model(name: str) -> None:
     if name.startswith(f"{MLLM}:") or name in ALONE or name in SETS:
         raise UserError(f"--model {name}: variants and sets of models are for `benchmark --models {name}`")
     hint = nearest_model(name, (*ALONE, *SETS)) or f"; give RecBole's name of one, such as SASRec, or {MLLM}"
-    is_path = any(sign in name for sign in "/\\\0") or name.endswith(".pth")
+    is_path = any(sign in name for sign in "/\\") or name.endswith(".pth")
     what = "is a path where a model's name is wanted" if is_path else "is not the name of an existing model"
     raise UserError(f"--model [{name}] {what}{hint}")
 

@@ -83,8 +83,6 @@ def in_a_line(error: BaseException, place: str = "") -> tuple[int, str] | None:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         what = said.partition(". ")[0]
         return 1, f"memory ran out{f' ({what})' if what else ''}; smaller batches, or fewer --jobs, need less"
-    if isinstance(error, RecursionError):
-        return 1, "something given is nested too deeply to be read; --debug shows where"
     return None
 
 

@@ -11,8 +11,6 @@ import re
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from types import TracebackType
 
 
 class UserError(Exception):
@@ -55,7 +53,7 @@ _MEANINGS = (
 
 def reason_of(error: BaseException, model: str, dataset: str) -> str | None:
     """Return one sentence that says why `model` failed on `dataset`; None where the error speaks for itself."""
-    place = _place(error)
+    place = next((name for name in reversed(_modules(error)) if not _is_ours(name)), "")
     if isinstance(error, ModuleNotFoundError) and place:
         package = str(error.name).partition(".")[0]
         return f"{model} needs the Python package {package!r}, which is not installed"
@@ -65,8 +63,9 @@ def reason_of(error: BaseException, model: str, dataset: str) -> str | None:
     for pattern, meaning in _MEANINGS:
         if place and (found := re.fullmatch(pattern, said)):
             return f"{model} {meaning.format(*found.groups(), dataset=dataset)}"
-    if place and place.parts[0] in ("model", "trainer"):  # elsewhere RecBole speaks of settings, and says so
-        return f"{model} stopped in RecBole's {place}: {type(error).__name__}: {said or 'no word'}"
+    if place.startswith(("recbole.model.", "recbole.trainer.")):  # elsewhere RecBole speaks of settings, and says so
+        file = place.removeprefix("recbole.").replace(".", "/") + ".py"
+        return f"{model} stopped in RecBole's {file}: {type(error).__name__}: {said or 'no word'}"
     return None
 
 
@@ -83,14 +82,14 @@ def _field(name: str) -> str:
             "(selected_features), or set item_features: [text] for a model that takes those")  # fmt: skip
 
 
-def _place(error: BaseException) -> Path | None:
-    """Return the innermost file of RecBole's that the error went through, in its package; None where there is none."""
-    import recbole  # here, as importing this package imports nothing heavy
+def _modules(error: BaseException) -> list[str]:
+    """Return the modules of RecBole's and ours that the error went through, the innermost last."""
+    names = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return [name for name in names if _is_ours(name) or name.partition(".")[0] == "recbole"]
 
-    home = Path(recbole.__file__).resolve().parent
-    paths = [Path(frame.filename).resolve() for frame in traceback.extract_tb(error.__traceback__)]
-    inside = [path.relative_to(home) for path in paths if path.is_relative_to(home)]
-    return inside[-1] if inside else None
+
+def _is_ours(module: str) -> bool:
+    return module.partition(".")[0] == "recbole_mllm"
 
 
 # RecBole checks what it is given with exceptions of all kinds, or trips over it
@@ -113,7 +112,7 @@ def as_user_error(what: str, model: str = "", dataset: str = "") -> Iterator[Non
     try:
         yield
     except _COMPLAINTS as error:
-        if type(error) not in _COMPLAINTS or not _is_recboles(error.__traceback__):
+        if type(error) not in _COMPLAINTS or _is_ours((_modules(error) or ["recbole_mllm"])[-1]):
             raise
         reason = reason_of(error, model, dataset) if model else None
         where = "the log file, or --debug," if _logged(error) else "--debug"
@@ -130,16 +129,6 @@ def _logged(error: Exception) -> bool:
     for file in files:
         file.handle(logging.makeLogRecord({"levelno": logging.ERROR, "levelname": "ERROR", "msg": trace}))
     return bool(files)
-
-
-def _is_recboles(at: TracebackType | None) -> bool:
-    """Whether the innermost code of RecBole's and of ours is RecBole's."""
-    theirs = False
-    while at:
-        package = str(at.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
-        theirs = package == "recbole" if package in ("recbole", "recbole_mllm") else theirs
-        at = at.tb_next
-    return theirs
 
 
 def _words(error: Exception) -> str:

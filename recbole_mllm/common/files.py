@@ -198,10 +198,10 @@ def _scratch_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.recbole-mllm-{secrets.token_hex(4)}.tmp")
 
 
-def _left(folder: Path, name: str | None = None) -> Iterator[Path]:
-    """Yield each scratch file or folder whose writer is gone, locked meanwhile."""
+def _left(folder: Path, name: str | None = None, *, files: bool = True) -> Iterator[Path]:
+    """Yield each scratch folder, and file, whose writer is gone, locked meanwhile."""
     for path in sorted(folder.glob(_SCRATCH.format(escape(name) if name else "*"))):
-        if not path.is_symlink():
+        if not path.is_symlink() and (files or path.is_dir()):
             with suppress(OSError), (path / _LOCKED if path.is_dir() else path).open("ab") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # else a living process holds it
                 yield path
@@ -341,7 +341,7 @@ def publish(stage: Path, folder: Path, kind: Kind) -> None:
 
 def recover(folder: Path, kind: Kind) -> None:
     """Finish what a killed process was putting into `folder`, and remove what it had only begun."""
-    for home in _left(folder):
+    for home in _left(folder, files=False):
         if (home / _COMPLETE).is_file():
             _move_in(home / home.name[1:].rsplit(".", 2)[0], folder, kind)
         _remove_scratch(home)
@@ -512,10 +512,7 @@ def _resolved(path: Path, option: str) -> Path:
     for part in (path, *path.parents):
         if os.path.islink(part) and not os.path.exists(part):
             raise UserError(f"{option} {path}: {part} is a link that leads nowhere; remove it, or give another name")
-    try:
-        return Path(os.path.realpath(path))
-    except ValueError:
-        raise UserError(f"{option} {str(path)!r} holds a NUL, which no path does; give another name") from None
+    return Path(os.path.realpath(path))
 
 
 def _check_writable(folder: Path, path: Path, option: str) -> None:

@@ -23,7 +23,6 @@ from recbole_mllm.common.model_names import (
 
 _SIZE = re.compile(r"\d+(\.\d+)?\s*[KMG]i?B")
 _SHOWN = 80  # characters of a value that an error repeats
-_LARGEST = 2**53  # what floats count exactly; a number beyond it is a slip, and arrays of it would not fit anywhere
 
 
 class WrongValue(UserError):
@@ -43,16 +42,14 @@ class Range:
 
     kind: type[int] | type[float]
     least: float = -math.inf
-    most: float = _LARGEST
+    most: float = math.inf
     above: float = -math.inf
     below: float = math.inf
 
-    def described(self, value: object) -> str:
-        """Return the range in words; the bound that every number has is only named where `value` is beyond it."""
-        beyond = isinstance(value, int | float) and value > _LARGEST
+    def described(self) -> str:
+        """Return the range in words."""
         bounds = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
-        named = (f"{word} {bound}" for word, bound in bounds.items() if bound != _LARGEST or beyond)
-        words = " and ".join(one for one in named if not one.endswith("inf"))
+        words = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if math.isfinite(bound))
         return ("a whole number" if self.kind is int else "a number") + (f", {words}" if words else "")
 
     def read(self, value: Any) -> int | float | None:
@@ -71,7 +68,7 @@ class Rule:
     accepts: Callable[[Any], bool]
     words: str
 
-    def described(self, value: object) -> str:
+    def described(self) -> str:
         """Return the rule in words."""
         return self.words
 
@@ -121,23 +118,23 @@ def checked(key: str, value: Any, hint: Any) -> Any:
             return word
         if origin is Annotated and (number := inner[1].read(value)) is not None:
             return number
-        if kind is str and isinstance(value, str) and value.strip() and "\0" not in value:
+        if kind is str and isinstance(value, str) and value.strip():
             return value
         if origin is dict and isinstance(value, dict):
             return value
         if origin is list and isinstance(value, list) and value:
             with suppress(WrongValue):
                 return [checked(key, one, inner[0]) for one in value]
-    raise WrongValue(key, value, ", or ".join(_described(kind, value) for kind in kinds))
+    raise WrongValue(key, value, ", or ".join(map(_described, kinds)))
 
 
-def _described(kind: Any, value: Any) -> str:
+def _described(kind: Any) -> str:
     origin, inner = get_origin(kind), get_args(kind)
     if origin is Literal:
         return f"one of {', '.join(inner)}" if len(inner) > 1 else str(inner[0])
     if origin is list:
-        return f"a list, each of it {_described(inner[0], None)}"
-    return str(inner[1].described(value)) if origin is Annotated else _WORDS[origin or kind]
+        return f"a list, each of it {_described(inner[0])}"
+    return str(inner[1].described()) if origin is Annotated else _WORDS[origin or kind]
 
 
 MODELS = ("mllm", "item_summarizer", "user_summarizer")

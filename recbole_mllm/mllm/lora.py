@@ -117,11 +117,6 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, Conv1D) or (isinstance(module, nn.Linear) and plain)
 
 
-def dequantized(model: Any) -> Any:
-    """Return `model` with the weights its four bits stand for, which are those its adapter was trained on."""
-    return model.dequantize().requires_grad_(False)
-
-
 def trained_state(model: Any) -> dict[str, Tensor]:
     """Return the tensors that are trained, and no other."""
     if hasattr(model, "peft_config"):

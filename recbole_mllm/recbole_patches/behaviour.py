@@ -17,7 +17,6 @@ from recbole_mllm.common.errors import UserError
 from recbole_mllm.data import checking
 from recbole_mllm.data.facts import Facts, facts_of, wants_exact_order
 from recbole_mllm.recbole_patches.hooks import replace
-from recbole_mllm.recbole_patches.paper_protocol import cut_whole_log
 
 _ATOMIC = (".inter", ".item", ".user", ".kg", ".link", ".net")
 
@@ -137,6 +136,8 @@ def record_facts(module: Any) -> None:
 
     RecBole's other sorts are stable, and by a time that is rounded but never reversed: they leave that order alone.
     """
+    # here, as it imports RecBole's data, which is not there yet when `recbole.utils` is imported first
+    from recbole_mllm.recbole_patches.paper_protocol import cut_whole_log
 
     @replace(module.Dataset)
     def _set_label_by_threshold(stock: Any, self: Any) -> None:  # the first step after missing values are filled in

@@ -48,7 +48,7 @@ from recbole_mllm.common.settings import MLLMSettings, Settings
 from recbole_mllm.mllm.encoder import AnswerTokens
 from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.mllm.loading import load_processor
-from recbole_mllm.mllm.lora import check_finetune, dequantized, load_trained_state, tune
+from recbole_mllm.mllm.lora import check_finetune, load_trained_state, tune
 from recbole_mllm.mllm.server_scoring import decision_request
 from recbole_mllm.model.summarizers import load_style
 from recbole_mllm.training.checkpoint import find_checkpoint, read_checkpoint
@@ -110,7 +110,7 @@ def _load(path: Path, merge: bool) -> tuple[Settings, HFModel]:
     if not is_same(trained_on, mllm.identity.removesuffix(":nf4")):
         raise UserError(f"{path} belongs to {base}, not to {mllm.identity}; put that model back in its place")
     if four_bit:
-        mllm.replace_model(dequantized(mllm.model))
+        mllm.replace_model(mllm.model.dequantize().requires_grad_(False))
     if lora.finetune != "none":
         mllm.replace_model(tune(mllm.model, lora, 0, revision_of(name)))
         load_trained_state(mllm.model, dict(checkpoint["state_dict"]))

@@ -1,4 +1,4 @@
-"""A fine-tuned model exported, served by a real `transformers serve`, and asked there: the scores of this process."""
+"""A fine-tuned model, exported and served by a real `transformers serve`: its scores and texts are this process's."""
 
 import json
 import os
@@ -9,6 +9,7 @@ import pytest
 import small_world
 import torch
 from huggingface_hub import ModelCard
+from PIL import Image
 from recbole.quick_start import load_data_and_model, run_recbole
 from stock_forward import STYLE
 from transformers import AutoModelForImageTextToText
@@ -19,9 +20,18 @@ from transformers_serve import TransformersServe
 from recbole_mllm.cli import main
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.model_names import parse_endpoint, source_of
-from recbole_mllm.common.prompts import recommend_prompt
+from recbole_mllm.common.prompts import (
+    fused_summary_prompt,
+    image_summary_prompt,
+    item_line,
+    preference_prompt,
+    recommend_prompt,
+    text_summary_prompt,
+)
 from recbole_mllm.common.settings import ServerSettings
+from recbole_mllm.mllm.interface import Decoding, answers_of
 from recbole_mllm.mllm.loading import load_processor
+from recbole_mllm.mllm.server import ServerModel
 from recbole_mllm.mllm.server_scoring import ServedScorer, decision_request
 from recbole_mllm.training.model_export import export, model_card
 
@@ -30,6 +40,8 @@ pytest.importorskip("uvicorn")
 
 SERVERS = ServerSettings(4, 60.0, 90.0, None)
 SOURCE = source_of("tiny")
+LENGTH = Decoding(14)
+KEY = "sk-no-file-may-hold-this"
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +134,65 @@ def test_recbole_ranks_by_a_served_model_as_by_the_trained_one(served, local, tr
     assert saved["other_parameter"] == {"base": f"server:{served.model}"} and not saved["state_dict"]
     with pytest.raises(UserError, match="its model is behind a server, so there is nothing here to export"):
         export(str(path), place / "nothing", merge=True)
+
+
+@pytest.fixture(scope="module")
+def summaries(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    kinds = {"red.png": ("RGB", "red"), "blue.jpg": ("RGB", "blue"), "half.png": ("RGBA", (0, 128, 0, 128))}
+    paths = []
+    for name, (mode, colour) in kinds.items():
+        Image.new(mode, (48, 64), colour).save(folder / name)
+        paths.append(folder / name)
+    lines = [item_line(STYLE, f"Mug {n}", "A red plain mug, wood scene.") for n in range(3)]
+    return [
+        *(image_summary_prompt(STYLE, path) for path in paths),
+        *(text_summary_prompt(STYLE, f"Title {n} of ünïcode") for n in range(4)),
+        fused_summary_prompt(STYLE, "a red mug", "Mug"),
+        preference_prompt(STYLE, lines, None),
+        preference_prompt(STYLE, lines, "The user prefers red."),
+    ]
+
+
+def test_text_and_image_prompts_are_answered_as_in_this_process(served, local, summaries):
+    here = [answers_of(local.mllm, [prompt], LENGTH)[0] for prompt in summaries]
+    there = answers_of(ServerModel(parse_endpoint(served.endpoint, "item_summarizer"), SERVERS), summaries, LENGTH)
+    assert [a.text for a in there] == [a.text for a in here]
+    assert [a.prompt_tokens for a in there] == [a.prompt_tokens for a in here]
+    assert len({a.text for a in here}) > 4  # they do depend on the prompt
+    assert all(a.truncated == (a.new_tokens >= LENGTH.max_new_tokens) for a in there)
+    assert {a.truncated for a in there} == {True, False}
+
+
+def test_a_model_it_does_not_serve_is_refused_with_its_own_words(served, summaries):
+    other = parse_endpoint(served.endpoint.replace(str(served.model), "another/model"), "item_summarizer")
+    with pytest.raises(UserError, match="Server is pinned to"):
+        answers_of(ServerModel(other, SERVERS), summaries[3:6], LENGTH)
+
+
+def test_summaries_made_through_a_server_need_no_server_once_imported(served, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["recbole-mllm"])
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    for name in "ab":
+        small_world.write(tmp_path / "dataset" / name)
+        shutil.move(tmp_path / "dataset" / name / "steps", tmp_path / "dataset" / "steps")
+        words = f"summarize --dataset steps --limit_users 3 --train_last_k=1 --item_summarizer={served.endpoint}"
+        words += f" --user_summarizer={served.endpoint} --prompt_style=demo"
+        words += " --item_summary_tokens=10 --user_summary_tokens=12"
+        if name == "a":
+            assert main(words.split()) == 0
+            assert main(["store", "export", "steps", "--out", "published.jsonl.gz"]) == 0
+            made = {p.name: p.read_bytes() for p in (tmp_path / "dataset" / "steps").glob("*.?sum")}
+            shutil.move(tmp_path / "dataset" / "steps", tmp_path / "gone")
+        else:
+            assert main(["store", "import", "steps", "published.jsonl.gz"]) == 0
+            assert main(words.replace(str(served.port), "9").split() + ["--summarize=off"]) == 0
+            assert made == {p.name: p.read_bytes() for p in (tmp_path / "dataset" / "steps").glob("*.?sum")}
+    assert len(made) == 2 and all(len(data.splitlines()) > 10 for data in made.values())
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(path.suffix == ".log" for path in files)
+    assert not [path for path in files if KEY.encode() in path.read_bytes()]
 
 
 def test_an_adapter_export_is_read_by_transformers_and_scores_alike(trained, local, prompts, tmp_path):

@@ -29,7 +29,7 @@ from recbole_mllm.quick_start import make_config, run
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder: Path = tmp_path_factory.mktemp("habits")
     small_world.write(folder / "data")
-    tiny_models.llava(folder / "llava")
+    tiny_models.llama(folder / "llama")
     return folder
 
 
@@ -38,8 +38,9 @@ def settings(place: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setattr(sys, "argv", ["pytest"])
     monkeypatch.chdir(place)
     return {
-        "data_path": str(place / "data"), "checkpoint_dir": str(place / "saved"), "mllm": str(place / "llava"),
-        "prompt_style": "demo", "summary_mode": "none", "load_col": {"inter": ["user_id", "item_id", "timestamp"]},
+        "data_path": str(place / "data"), "checkpoint_dir": str(place / "saved"), "mllm": str(place / "llama"),
+        "prompt_style": "demo", "summary_mode": "none", "use_image": False,
+        "load_col": {"inter": ["user_id", "item_id", "timestamp"]},
         "train_last_k": 1, "show_progress": False, "seed": 7, "limit_users": 8, "train_batch_size": 4,
     }  # fmt: skip
 

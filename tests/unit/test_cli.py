@@ -115,7 +115,6 @@ def test_a_value_in_a_file_is_named_with_its_line(tmp_path, capsys):
             2,
             "weights could not be written: Error while serializing: I/O error: File too large",
         ),
-        (RecursionError("maximum"), 1, "nested too deeply"),
         (KeyboardInterrupt(), 1, "stopped; what was finished is kept"),
         (BrokenPipeError(32, "Broken pipe"), 1, None),
     ],

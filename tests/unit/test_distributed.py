@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recbole_mllm.cli import main
 from recbole_mllm.common import distributed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,23 +42,6 @@ def test_one_process_is_no_launched_run(monkeypatch, size, launched):
     else:
         monkeypatch.setenv("WORLD_SIZE", size)
     assert distributed.is_launched() is launched
-
-
-WRONG = [
-    ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two' where a launcher would have put a number; start with torchrun"),
-    ({"WORLD_SIZE": "-2"}, "WORLD_SIZE is '-2'"),
-    ({"RANK": ""}, "RANK is '' where"),
-    ({"RANK": "2"}, "RANK is 2 of WORLD_SIZE 2; it counts from 0"),
-]
-
-
-@pytest.mark.parametrize(("environment", "words"), WRONG)
-def test_what_no_launcher_would_say_is_one_line(monkeypatch, capsys, environment, words):
-    for name, value in {"RANK": "0", "WORLD_SIZE": "2", **environment}.items():
-        monkeypatch.setenv(name, value)
-    assert main(["inspect", "nowhere"]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"recbole-mllm: {words}")
 
 
 def test_a_process_that_knows_no_host_leaves_the_word_to_the_main_one(monkeypatch):

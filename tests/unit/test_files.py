@@ -46,7 +46,8 @@ ELSEWHERE = {
     ("recbole_mllm/benchmark/process.py", "open"),  # a run's log, in its own folder
     ("recbole_mllm/benchmark/records.py", "truncate"),  # a torn last line
     ("recbole_mllm/model/score_cache.py", "truncate"),
-    ("recbole_mllm/training/model_export.py", "copyfile"),
+    ("recbole_mllm/training/model_export.py", "copyfile"),  # into a folder that is being written
+    ("dataset_converters/split.py", "copyfile"),
 }
 
 

@@ -105,6 +105,11 @@ def test_recbole_may_be_imported_first():
     assert done.stdout.split() == ["True"] * 5 + ["BPR", "False"], done.stderr
 
 
+def test_any_part_of_recbole_may_be_imported_right_behind_the_package():
+    done = python("import recbole_mllm\nfrom recbole.config import Config\nprint(Config.__name__)")
+    assert done.stdout.strip() == "Config", done.stderr
+
+
 def test_a_missing_recbole_is_one_line_with_the_command():
     done = python(HIDE_RECBOLE + "import recbole_mllm\nimport recbole.quick_start")
     assert done.stderr.strip().endswith("run `pip install --no-deps recbole==1.2.1`")
