@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from recbole_mllm.common.errors import UserError
-from recbole_mllm.common.files import CONVERTED, digest, publish, whole_file
+from recbole_mllm.common.files import CONVERTED, publish, whole_file
 from recbole_mllm.data.atomic import impossible_times
 from recbole_mllm.data.splits import SplitSettings
 
@@ -137,7 +137,7 @@ def convert(job: Job, intake: Intake) -> Converted:
         done = Converted(steps, written, Catalog(), intake, times_read, times_written)
         _write_items(job, stage, wanted, done)
         if intake.rejected:
-            written.files.append(output.write_rejects(stage, intake.rejects))
+            output.write_rejects(stage, intake.rejects)
         _write_words(job, stage, done)
         publish(stage, job.folder, CONVERTED)
     return done
@@ -165,7 +165,6 @@ def _write_items(job: Job, stage: Path, wanted: list[str], done: Converted) -> N
     with ExitStack() as stack:
         if source.has_urls:
             rows = noting_urls(rows, stack.enter_context(whole_file(stage / URLS)))
-            catalog.files.append(stage / URLS)
         write_items(stage, rows, source.features, images, job.folder, catalog, output.images_of(job.folder))
     check_counts("items written", catalog.items, len(wanted))
     check_counts("items described or not", catalog.described + catalog.without_metadata, len(wanted))
@@ -183,7 +182,6 @@ def _write_words(job: Job, folder: Path, done: Converted) -> None:
         file.write(output.dataset_yaml(comment, done.written.config, kind))
     with whole_file(folder / "README.md") as file:
         file.write(readme(job, done))
-    files = [*done.written.files, *done.catalog.files, folder / "dataset.yaml", folder / "README.md"]
     content = {
         "converter": job.source.name,
         "protocol": job.split.protocol,
@@ -196,7 +194,6 @@ def _write_words(job: Job, folder: Path, done: Converted) -> None:
             {"file": f.path.name, "bytes": f.size, "sha256": f.digest, "lines": f.line, **f.parts(), "rows": f.rows}
             for f in done.intake.files
         ],
-        "outputs": [{"file": p.name, "bytes": p.stat().st_size, "sha256": digest(p)} for p in files],
         "images": done.catalog.with_image,
     }
     output.write_manifest(folder, content)
@@ -204,7 +201,7 @@ def _write_words(job: Job, folder: Path, done: Converted) -> None:
 
 def readme(job: Job, done: Converted) -> str:
     """Return the README; it holds no path and no date, so that the same input gives the same bytes."""
-    return "\n".join([*_head(job, done), *_counts(done), *_items(done.catalog), *_use(job), ""])
+    return "\n".join([*_head(job, done), *counts(done), *_use(job), ""])
 
 
 def _head(job: Job, done: Converted) -> Iterator[str]:
@@ -221,7 +218,8 @@ def _head(job: Job, done: Converted) -> Iterator[str]:
     yield from job.source.notes
 
 
-def _counts(done: Converted) -> Iterator[str]:
+def counts(done: Converted) -> Iterator[str]:
+    """Yield what was read, dropped and written, for the README and the terminal."""
     yield "\n## Counts\n"
     yield "| after | users | items | interactions | dropped here |"
     yield "|---|---:|---:|---:|---:|"
@@ -238,9 +236,7 @@ def _counts(done: Converted) -> Iterator[str]:
         yield f"\n{told}"
     for part, count in done.written.counts.items():
         yield f"\n{part}: {count}"
-
-
-def _items(catalog: Catalog) -> Iterator[str]:
+    catalog = done.catalog
     yield "\n## Items\n"
     yield f"- {catalog.items:,} items; {catalog.without_title:,} without a title"
     yield f"- {catalog.without_metadata:,} of them are not described in the raw data; they stay, with an empty title"

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from filecmp import cmp
 from http.client import HTTPException
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.files import bring, sweep_scratch, whole_file
@@ -58,7 +58,6 @@ class Catalog:
     broken_images: int = 0
     unused: int = 0
     repeated: int = 0
-    files: list[Path] = field(default_factory=list)
 
 
 def safe_name(item: str) -> str:
@@ -152,10 +151,8 @@ def write_items(
     types = {**schema.ITEM_TYPES, **features}
     missing: list[tuple[str, str, str]] = []
     write_atomic(schema.item_file(folder), types, _with_images(home, rows, source, catalog, missing, earlier))
-    catalog.files.append(schema.item_file(folder))
     if missing:
         write_report(folder / MISSING, missing)
-        catalog.files.append(folder / MISSING)
 
 
 def _with_images(
@@ -224,7 +221,6 @@ def noting_urls(rows: Iterable[ItemRow], file: IO[str]) -> Iterator[ItemRow]:
 
 _SUFFIXES = {"image/jpeg": ".jpg", "image/jpg": ".jpg", "image/png": ".png", "image/webp": ".webp"}
 _AGAIN = {408, 425, 429, 500, 502, 503, 504}
-_BLOCK = 1 << 16
 
 
 class _Final(Exception):
@@ -269,51 +265,24 @@ class Downloader:
         if not url.startswith(("http://", "https://")):
             raise _Final(f"{url[:80]} is no http address")
         request = urllib.request.Request(url, headers={"User-Agent": "recbole-mllm", "Accept": "image/*"})
-        try:
-            with _OPENER.open(request, timeout=self.timeout_s) as answer:
-                return self._keep(url, answer, stem)
+        try:  # a redirect leads to no file of this machine: urllib follows none but to http, https and ftp
+            with urllib.request.urlopen(request, timeout=self.timeout_s) as answer:
+                kind, announced = answer.headers.get_content_type(), answer.headers.get("Content-Length")
+                body = answer.read(self.max_bytes + 1) if kind in _SUFFIXES else b""
         except urllib.error.HTTPError as error:
             if error.code in _AGAIN:
                 raise
             raise _Final(f"{url}: the server answers {error.code}") from error
-
-    def _keep(self, url: str, answer: Any, stem: Path) -> Path:
-        kind = answer.headers.get_content_type()
         if kind not in _SUFFIXES:
             raise _Final(f"{url}: the server sends {kind}, not a jpeg, png or webp image")
+        if len(body) > self.max_bytes:
+            raise _Final(f"{url}: more than {self.max_bytes:,} bytes")
+        if announced is not None and announced.isdigit() and len(body) != int(announced):
+            raise OSError(f"{len(body)} bytes of {announced}")
         target = stem.with_name(stem.name + _SUFFIXES[kind])
         with whole_file(target, binary=True, sweep=False) as file:
-            self._write(url, answer, file)
+            file.write(body)
             file.flush()
-            trouble = problem(Path(file.name))
-            if trouble is not None:
+            if (trouble := problem(Path(file.name))) is not None:
                 raise _Final(f"{url}: {trouble}")
         return target
-
-    def _write(self, url: str, answer: Any, file: IO[bytes]) -> None:
-        announced, got = answer.headers.get("Content-Length"), 0
-        while block := answer.read(_BLOCK):
-            got += len(block)
-            if got > self.max_bytes:
-                raise _Final(f"{url}: more than {self.max_bytes:,} bytes")
-            file.write(block)
-        if announced is not None and announced.isdigit() and got != int(announced):
-            raise OSError(f"{got} bytes of {announced}")
-
-
-def _opener() -> urllib.request.OpenerDirector:
-    """Return an opener that knows http and https alone, so that no redirect can lead to a file of this machine."""
-    opener = urllib.request.OpenerDirector()
-    for handler in (
-        urllib.request.ProxyHandler,
-        urllib.request.HTTPHandler,
-        urllib.request.HTTPSHandler,
-        urllib.request.HTTPDefaultErrorHandler,
-        urllib.request.HTTPRedirectHandler,
-        urllib.request.HTTPErrorProcessor,
-    ):
-        opener.add_handler(handler())
-    return opener
-
-
-_OPENER = _opener()

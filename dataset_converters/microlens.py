@@ -21,7 +21,9 @@ class MicroLens(Source):
     def __init__(self, raw: Path, images: Path | None) -> None:
         self._timed = only_one(raw, "*_pairs.csv", required=False)
         self._listed = only_one(raw, "*_pairs.tsv", required=self._timed is None)
-        self._titles = only_one(raw, "*_title*.csv", required=True)
+        titles = only_one(raw, "*_title*.csv", required=True)
+        assert titles is not None
+        self._titles = titles
         super().__init__(images or folder_named(raw, "cover", "image"))
         if self._timed is not None and self._listed is not None:
             self.notes.append(f"{self._timed.name} was read, which has times; {self._listed.name} was not.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from recbole_mllm.common.progress import Progress, log_to_terminal
 from recbole_mllm.data.splits import SplitSettings
 
 from .amazon2023 import Amazon2023
-from .convert import Converted, Job, Source, add_option, convert
+from .convert import Job, Source, add_option, convert, counts
 from .csv_table import CsvTable
 from .interactions import Limits
 from .item_rows import Downloader
@@ -60,7 +60,7 @@ def main(words: Sequence[str]) -> int:
             known.skip_bad_rows, lambda count: progress.update(count / 1e6), known.encoding, bool(known.multiline)
         )
         done = convert(job, read)
-    print("\n".join([*source.notes, *_told(folder, done)]))
+    print("\n".join([*source.notes, *counts(done), f"written: {folder}"]))
     return 0
 
 
@@ -93,23 +93,6 @@ def _found(known: argparse.Namespace, raw: Path) -> tuple[Source, int]:
 def _bytes(raw: Path) -> int:
     files = raw.iterdir() if raw.is_dir() else [raw]
     return sum(path.stat().st_size for path in files if path.is_file())
-
-
-def _told(folder: Path, done: Converted) -> list[str]:
-    lines = [raw.told() for raw in done.intake.files]
-    lines += [f"{'after':<46} {'users':>11} {'items':>11} {'interactions':>13}"]
-    lines += [f"{s.name[:46]:<46} {s.users:>11,} {s.items:>11,} {s.interactions:>13,}" for s in done.steps]
-    lines += [f"{part}: {count}" for part, count in done.written.counts.items()]
-    catalog = done.catalog
-    lines.append(
-        f"{catalog.items:,} items, {catalog.without_title:,} without title, {catalog.with_image:,} with image, "
-        f"{catalog.broken_images:,} images missing or unusable"
-    )
-    if done.intake.rejected:
-        lines.append(f"rows left out: {done.intake.rejected:,}; see rejected.tsv")
-    if told := done.told_times():
-        lines.append(told)
-    return [*lines, f"written: {folder}"]
 
 
 def _limits(known: argparse.Namespace) -> Limits:
@@ -207,16 +190,10 @@ def read_split(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_known_args(words)
 
 
-def _number(check: Callable[[int], bool]) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not (text.isascii() and text.isdigit() and len(text) < 10 and check(int(text))):
-            raise argparse.ArgumentTypeError(f"{text[:40]!r} is no whole number from 1 to 999,999,999")
-        return int(text)
-
-    return parse
-
-
-_positive = _number(lambda value: value > 0)
+def _positive(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text)):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no whole number from 1 to 999,999,999")
+    return int(text)
 
 
 def _core(text: str) -> tuple[int, int]:

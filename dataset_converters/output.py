@@ -15,6 +15,7 @@ from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.files import (
     CONVERTED,
     check_folder,
+    outputs_of,
     remove_empty_folder,
     remove_file,
     staged,
@@ -55,7 +56,7 @@ USUAL_FIELDS = Fields()
 
 @dataclass(slots=True)
 class Written:
-    """What a dataset's interactions were written as: files, and the settings and words that go with them.
+    """What a dataset's interactions were written as: the settings and words that go with the files.
 
     Args:
         stamps: ``[interactions]`` what stands in the column of times.
@@ -63,7 +64,6 @@ class Written:
         about: Numbers of the split, for the manifest.
     """
 
-    files: list[Path]
     interactions: int
     config: dict[str, Any]
     order: str
@@ -106,7 +106,7 @@ def write_interactions(folder: Path, inter: Interactions) -> Written:
     config: dict[str, Any] = {"load_col": {"inter": [schema.USER, schema.ITEM, schema.TIME]}}
     if inter.times is None or (extra is not None and len(inter) > _EXACT_FLOAT32):
         config["global_times"] = False
-    return Written([path], count, config, order, stamps)
+    return Written(count, config, order, stamps)
 
 
 def _timestamps(inter: Interactions) -> tuple[Column, Column | None, str]:
@@ -148,9 +148,9 @@ def write_rows(
     if whole is not None:
         types |= {schema.PLACE: "float", fields.time: "float"}
     cut = settings.max_list if whole is not None else len(inter)
-    paths = [folder / f"{folder.name}.{part}.inter" for part in PARTS]
-    for part, path in zip(PARTS, paths, strict=True):
-        write_atomic(path, types, _rows(inter, made, part, cut, None if whole is None else whole.stamps))
+    for part in PARTS:
+        rows = _rows(inter, made, part, cut, None if whole is None else whole.stamps)
+        write_atomic(folder / f"{folder.name}.{part}.inter", types, rows)
     longest = min(cut, max(int(rows.positions.max(initial=1)) for rows in made.parts.values()))
     config = {
         "load_col": {"inter": list(types)},
@@ -160,8 +160,8 @@ def write_rows(
         "MAX_ITEM_LIST_LENGTH": min(longest, _SHOWN),
     }
     if whole is None:
-        return _by_users(paths, config, made, longest)
-    return _by_moments(paths, config, made, inter, settings, whole)
+        return _by_users(config, made, longest)
+    return _by_moments(config, made, inter, settings, whole)
 
 
 def _rows(inter: Interactions, made: Splitting, part: str, cut: int, stamps: Any) -> Iterator[list[str]]:
@@ -179,7 +179,7 @@ def _rows(inter: Interactions, made: Splitting, part: str, cut: int, stamps: Any
             yield row if stamp is None else [*row, str(position), stamp]
 
 
-def _by_users(paths: list[Path], config: dict[str, Any], made: Splitting, longest: int) -> Written:
+def _by_users(config: dict[str, Any], made: Splitting, longest: int) -> Written:
     words = "Each row is a user: the history in exact time order, and the last item as the target."
     if longest > _SHOWN:
         words += (
@@ -190,16 +190,11 @@ def _by_users(paths: list[Path], config: dict[str, Any], made: Splitting, longes
     interactions = alone + sum(int((rows.positions + 1).sum()) for rows in made.parts.values())
     counts = {part: f"{len(made.parts[part].targets):,} users" for part in PARTS}
     counts["users without a history, left out"] = f"{alone:,} users"
-    return Written(paths, interactions, config, words, counts=counts)
+    return Written(interactions, config, words, counts=counts)
 
 
 def _by_moments(
-    paths: list[Path],
-    config: dict[str, Any],
-    made: Splitting,
-    inter: Interactions,
-    settings: SplitSettings,
-    whole: Written,
+    config: dict[str, Any], made: Splitting, inter: Interactions, settings: SplitSettings, whole: Written
 ) -> Written:
     assert made.moments is not None
     first, second = made.moments
@@ -222,7 +217,7 @@ def _by_moments(
     }
     counts = {name.replace("_", " "): f"{number:,}" for name, number in numbers.items()}
     about = {"moments": [first, second], "target": settings.target, "max_list": settings.max_list, **numbers}
-    return Written([*whole.files, *paths], whole.interactions, config, words, counts=counts, about=about)
+    return Written(whole.interactions, config, words, counts=counts, about=about)
 
 
 def _names(codes: Column, names: list[str]) -> Iterator[str]:
@@ -237,13 +232,11 @@ def _numbers(values: Column) -> Iterator[str]:
         yield from map(str, values[start : start + _CHUNK].tolist())
 
 
-def write_rejects(folder: Path, rejects: Iterable[Reject]) -> Path:
+def write_rejects(folder: Path, rejects: Iterable[Reject]) -> None:
     """Write the list of raw lines that were left out."""
-    path = folder / REJECTED
-    with whole_file(path) as file:
+    with whole_file(folder / REJECTED) as file:
         file.write("file\tline\treason\n")
         file.writelines(f"{r.file}\t{r.line}\t{r.reason}\n" for r in rejects)
-    return path
 
 
 def dataset_yaml(comment: str, config: Mapping[str, Any], item_kind: str) -> str:
@@ -255,7 +248,8 @@ def dataset_yaml(comment: str, config: Mapping[str, Any], item_kind: str) -> str
 
 
 def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
-    """Write ``manifest.json``, which names every file but itself and the images."""
+    """Write ``manifest.json``, which names every other file of a `folder` that is made."""
+    content = {**content, "outputs": outputs_of(folder)}
     write_text(folder / CONVERTED.manifest, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -286,7 +280,7 @@ def into(folder: Path) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     is_first = not (folder / CONVERTED.manifest).is_file()
     if is_first:
-        write_manifest(folder, {"converter": "", "outputs": []})
+        write_text(folder / CONVERTED.manifest, json.dumps({"converter": "", "outputs": []}) + "\n")
     try:
         with staged(folder, folder.name) as stage:
             yield stage

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, overload
+from typing import Any, BinaryIO
 
 from recbole_mllm.common.errors import UserError
 
@@ -28,7 +28,6 @@ _TOLD_EVERY = 1 << 20
 _KEPT_REJECTS = 100_000
 _MOST_LINES = 1_000  # of one quoted field; a longer one is a quote that was never closed
 _SHOWN = 4_096  # bytes that tell what kind of file it is
-_UNDECODABLE = "\udcff"  # stands where a stream cannot be decoded; no text holds it
 _OPEN_QUOTE = "a quoted field does not end on its line"
 _RETURN = "a carriage return (\\r) inside the line; lines end with \\n or \\r\\n"
 
@@ -154,12 +153,10 @@ class Intake:
             raw.digest = hashed.digest()
 
     def _by_line(self, raw: RawFile, file: BinaryIO, encoding: str) -> Iterator[str]:
-        for number, line in enumerate(file, start=1):
-            raw.line = raw.at = number
-            if number == 1:
-                line = line.removeprefix(codecs.BOM_UTF8)
-            if not raw.first:
-                raw.first = line[:_SHOWN].decode("latin-1").strip()
+        for raw.line, line in enumerate(file, start=1):
+            raw.at = raw.line
+            line = line.removeprefix(codecs.BOM_UTF8) if raw.line == 1 else line
+            raw.first = raw.first or line[:_SHOWN].decode("latin-1").strip()
             try:
                 yield line.decode(encoding).rstrip("\r\n")
             except UnicodeError as error:
@@ -168,20 +165,14 @@ class Intake:
     def _by_stream(self, raw: RawFile, file: BinaryIO, encoding: str) -> Iterator[str]:
         """Read what cannot be cut into lines before it is decoded, as UTF-16."""
         try:
-            text = io.TextIOWrapper(file, encoding, errors="dataset_converters.mark", newline="\n")
-            for number, line in enumerate(text, start=1):
-                raw.line = raw.at = number
-                if number == 1:
-                    line = line.removeprefix("\ufeff")
-                if not raw.first:
-                    raw.first = line[:_SHOWN].strip()
-                if _UNDECODABLE in line:
-                    self.refuse(f"no {encoding} text")
-                else:
-                    yield line.rstrip("\r\n")
+            for raw.line, line in enumerate(io.TextIOWrapper(file, encoding, newline="\n"), start=1):
+                raw.at = raw.line
+                line = line.removeprefix("\ufeff") if raw.line == 1 else line
+                raw.first = raw.first or line[:_SHOWN].strip()
+                yield line.rstrip("\r\n")
         except UnicodeError as error:
             raise UserError(
-                f"{raw.path} is no {encoding} ({error}); give its own --encoding, such as utf-8, latin-1 or utf-16-le"
+                f"{raw.path}:{raw.line + 1}: no {encoding} text ({error}); give its own --encoding, such as utf-16-le"
             ) from None
 
     def table(
@@ -237,25 +228,33 @@ class Intake:
             line = next(lines, None)
             return None if line is None else (self.file.line, line)
 
+        def each(taken: list[tuple[int, str]]) -> Iterator[str]:
+            yield f"{taken[0][1]}\n"
+            while len(taken) < _MOST_LINES and (more := take()) is not None:
+                taken.append(more)
+                yield f"{more[1]}\n"
+            raise csv.Error(f"{_OPEN_QUOTE}, nor within {_MOST_LINES:,} lines")  # asked for more than there is
+
         while (start := take()) is not None:
-            raw = self.file
-            raw.at, line = start
-            if not line:
+            raw, taken = self.file, [start]
+            raw.at = start[0]
+            if not start[1]:
                 raw.blank += 1
                 continue
-            taken = _Lines(line, take)
             try:
-                row = taken.row(separator)
-            except _Unreadable as error:
+                row = next(csv.reader(each(taken), delimiter=separator))
+                if len(taken) > 1:  # a stray quote may have found its match in another row
+                    next(csv.reader((f"{line}\n" for _, line in taken), delimiter=separator, strict=True))
+            except csv.Error as error:
                 raw.at = start[0]
-                self.refuse(f"{error}")
+                self.refuse(_why_no_row(error, *(line for _, line in taken)))
             else:
                 raw.at, before = start[0], raw.rejected  # an undecodable line may have been met on the way
                 yield row
                 if raw.rejected == before:
-                    raw.continued += len(taken.further)
+                    raw.continued += len(taken) - 1
                     continue
-            again.extendleft(reversed(taken.further))
+            again.extendleft(reversed(taken[1:]))
 
     def header(self) -> None:
         """Note that the row just read is a header."""
@@ -279,54 +278,6 @@ class Intake:
 
 def _why_no_row(error: csv.Error, *lines: str) -> str:
     return _RETURN if any("\r" in line for line in lines) and "new-line" in str(error) else f"{error}"
-
-
-class _Unreadable(Exception):
-    """Why a line is no row of a table."""
-
-
-class _Lines:
-    """The lines of one row, for a csv reader that asks for more: `further` are those beyond the first."""
-
-    def __init__(self, line: str, take: Callable[[], tuple[int, str] | None]) -> None:
-        self._first, self._take = line, take
-        self.further: list[tuple[int, str]] = []
-
-    def row(self, separator: str) -> list[str]:
-        """Return the row, however many lines it takes.
-
-        Raises:
-            _Unreadable: There is none.
-        """
-        self._open = False
-        try:
-            row = next(csv.reader(self._each(), delimiter=separator))
-            if self.further and not self._open:  # a stray quote may have found its match in another row
-                next(csv.reader((f"{line}\n" for line in self._all()), delimiter=separator, strict=True))
-        except csv.Error as error:
-            raise _Unreadable(_why_no_row(error, *self._all())) from None
-        if self._open:
-            raise _Unreadable(f"{_OPEN_QUOTE}, nor within {_MOST_LINES:,} lines")
-        return row
-
-    def _all(self) -> list[str]:
-        return [self._first, *(line for _, line in self.further)]
-
-    def _each(self) -> Iterator[str]:
-        yield f"{self._first}\n"
-        while len(self.further) + 1 < _MOST_LINES and (more := self._take()) is not None:
-            self.further.append(more)
-            yield f"{more[1]}\n"
-        self._open = True  # asked for more than there is
-
-
-def _mark(error: UnicodeError) -> tuple[str, int]:
-    if not isinstance(error, UnicodeDecodeError):
-        raise error
-    return _UNDECODABLE, error.end
-
-
-codecs.register_error("dataset_converters.mark", _mark)
 
 
 def _opened(path: Path) -> BinaryIO:
@@ -357,29 +308,11 @@ def _check_kind(path: Path, start: bytes, encoding: str) -> None:
         raise UserError(f"{path} is packed with gzip; let its name end in .gz, once for each time it is packed")
     if start.startswith(b"PK\x03\x04"):
         raise UserError(f"{path} is a zip archive; unpack it")
-    if _ends_lines_in_a_byte(encoding) and (wide := _wide_encoding(start)) is not None:
-        kind = wide[:6].upper() + (" without a byte order mark" if wide[6:] else "")
-        raise UserError(f"{path} is {kind}; give --encoding {wide}, or save it as UTF-8")
-
-
-def _wide_encoding(start: bytes) -> str | None:
-    """Return the encoding of more than a byte a character that `start` is in, or None."""
-    for mark, name in (
-        (codecs.BOM_UTF32_LE, "utf-32"),
-        (codecs.BOM_UTF32_BE, "utf-32"),
-        (codecs.BOM_UTF16_LE, "utf-16"),
-        (codecs.BOM_UTF16_BE, "utf-16"),
-    ):
-        if start.startswith(mark):
-            return name
-    even, odd = start[::2].count(0), start[1::2].count(0)
-    if len(start) < 8 or (even + odd) * 4 < len(start):
-        return None
-    if (even + odd) * 5 > len(start) * 3:
-        return "utf-32-le" if start[0] else "utf-32-be"
-    if min(even, odd) * 4 > max(even, odd):
-        return None
-    return "utf-16-le" if odd > even else "utf-16-be"
+    if _ends_lines_in_a_byte(encoding) and b"\0" in start[:4]:
+        raise UserError(
+            f"{path} looks like UTF-16 or UTF-32; give --encoding utf-16 (without a byte order mark utf-16-le or "
+            "utf-16-be, and likewise utf-32), or save it as UTF-8"
+        )
 
 
 def _ends_lines_in_a_byte(encoding: str) -> bool:
@@ -435,10 +368,6 @@ USUAL = {
 _NUMBERS = ("time", "rating")
 
 
-@overload
-def only_one(raw: Path, pattern: str, required: Literal[True]) -> Path: ...
-@overload
-def only_one(raw: Path, pattern: str, required: bool) -> Path | None: ...
 def only_one(raw: Path, pattern: str, required: bool) -> Path | None:
     """Return the file in `raw` that matches `pattern`.
 

@@ -18,6 +18,7 @@ from recbole_mllm.common.files import CONVERTED, bring, digest, publish, whole_f
 from recbole_mllm.common.yaml_files import read_mapping
 from recbole_mllm.data import schema
 from recbole_mllm.data.atomic import id_fault, read_atomic, read_columns, read_values, write_atomic
+from recbole_mllm.data.facts import has_global_times
 from recbole_mllm.data.images import find_image, resolve
 from recbole_mllm.data.splits import SplitSettings
 
@@ -31,7 +32,6 @@ _OF_A_SPLIT = (
     *("benchmark_filename", "alias_of_item_id", "train_on_histories", "temporal_split", "MAX_ITEM_LIST_LENGTH"),
     *("load_col", "global_times"),
 )
-_NO_TIMES = "The source has no times: `timestamp` is the place"  # as `convert` has said it before `global_times`
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,18 +53,18 @@ def split_folder(
         UserError: There is no ``X.inter``, it cannot be read or split so, or `out` is none to write to.
     """
     output.check(out, [folder])
-    keys, text = _settings_of(folder)
-    log = _read(folder, fields, keys.get("global_times") is not False and _NO_TIMES not in text)
+    keys = read_mapping(own) if (own := folder / "dataset.yaml").is_file() else {}
+    log = _read(folder, fields, has_global_times(folder, keys.get("global_times")))
     with output.into(out) as stage:
         written = _write(stage, log, fields, settings)
-        own = {key: value for key, value in keys.items() if key not in _OF_A_SPLIT}
+        kept = {key: value for key, value in keys.items() if key not in _OF_A_SPLIT}
         columns = {**(keys.get("load_col") or {}), **written.config["load_col"]}
         if settings.protocol == "loo" and keys.get("load_col") and not keys.get("benchmark_filename"):
             columns = keys["load_col"]
         names = dict(zip(("USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD"), fields, strict=True))
         with whole_file(stage / "dataset.yaml") as file:
             file.write(f"# {out.name}: {folder.name}, split anew; see README.md.\n# {written.order}\n")
-            file.write(yaml.safe_dump({**own, **names, **written.config, "load_col": columns}, sort_keys=False))
+            file.write(yaml.safe_dump({**kept, **names, **written.config, "load_col": columns}, sort_keys=False))
         for end in _BESIDE:
             if (folder / f"{folder.name}{end}").is_file():
                 shutil.copyfile(folder / f"{folder.name}{end}", stage / f"{out.name}{end}")
@@ -81,20 +81,10 @@ def split_folder(
             "options": dict(options),
             "split": written.about,
             "inputs": [{"file": f"{folder.name}.inter", "sha256": digest(folder / f"{folder.name}.inter")}],
-            "outputs": [
-                {"file": path.name, "bytes": path.stat().st_size, "sha256": digest(path)}
-                for path in sorted(stage.iterdir())
-            ],
         }
         output.write_manifest(stage, content)
         publish(stage, out, CONVERTED)
     return [*told, f"written: {out}"]
-
-
-def _settings_of(folder: Path) -> tuple[dict[str, Any], str]:
-    """Return what the dataset's own ``dataset.yaml`` says, and its text."""
-    path = folder / "dataset.yaml"
-    return (read_mapping(path), path.read_text(encoding="utf-8")) if path.is_file() else ({}, "")
 
 
 def _read(folder: Path, fields: Fields, compares: bool) -> Log:
@@ -153,7 +143,7 @@ def _write(stage: Path, log: Log, fields: Fields, settings: SplitSettings) -> Wr
     config: dict[str, Any] = {"load_col": {"inter": loaded}}
     if log.inter.times is None:
         config["global_times"] = False
-    whole = Written([path], len(log.inter), config, "Interactions stand in exact order of time.", log.stamps)
+    whole = Written(len(log.inter), config, "Interactions stand in exact order of time.", log.stamps)
     return whole if settings.protocol == "loo" else output.write_rows(stage, log.inter, settings, whole, fields)
 
 

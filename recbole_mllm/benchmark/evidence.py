@@ -96,6 +96,7 @@ def load_evidence(record: RunRecord, results: Path) -> Evidence:
         raise UserError(f"run {record.run_id}: {', '.join(odd) or 'no metric'} is not finite for every user")
     count = arrays["train_count"]
     masks = {"cold": count == 0, "warm": count > 0, "tail": arrays["tail"].astype(bool)}
+    masks["new_user"] = arrays["history_length"] == 0
     evidence = Evidence(users, values, masks, columns={name: arrays[name] for name in USER_COLUMNS})
     if record.scores is None:
         return evidence

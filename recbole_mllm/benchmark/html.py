@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from recbole_mllm.benchmark.cases import SIDE, CaseStudies
 from recbole_mllm.benchmark.evidence import CURVES, FEW
-from recbole_mllm.benchmark.leaderboard import SLICES, Dimension, Leaderboard, LeaderboardRow
+from recbole_mllm.benchmark.leaderboard import Dimension, Leaderboard, LeaderboardRow
 from recbole_mllm.benchmark.significance import Estimate
 from recbole_mllm.benchmark.tables import template, tests_table
 from recbole_mllm.benchmark.wording import score_text, seconds_text
@@ -27,7 +27,7 @@ TIMES = (0.1, 1, 10, 60, 600, 3600, 36_000, 360_000, 3_600_000)
 
 def page(board: Leaderboard, cases: CaseStudies | None = None) -> str:
     """Return the report; every text in it is escaped."""
-    parts = [board.slice_of(row, name, board.valid_metric) for row in board.ranked for name in SLICES]
+    parts = [board.slice_of(row, name, board.valid_metric) for row in board.ranked for name in board.slices]
     return template("leaderboard.html").render(
         board=board,
         metrics=[(name, name.partition("@")[2]) for name in board.metrics],

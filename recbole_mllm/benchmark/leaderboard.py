@@ -32,6 +32,7 @@ SLICES = {
     "cold": ("Cold", "the target item has no interaction in training"),
     "warm": ("Warm", "the target item has at least one interaction in training"),
     "tail": ("Long tail", "the target item is in the long tail of popularity"),
+    "new_user": ("New user", "the user has no interaction in training"),
 }
 """Slices of the users, with title and meaning."""
 
@@ -143,6 +144,8 @@ class LeaderboardRow:
 class Leaderboard:
     """All rows, best first, and what they were measured on.
 
+    `future_share` is the share of test targets with later interactions in training; None where no run can say.
+
     `without_validation` are baselines that recorded no validation metric: where there are some, the best one was chosen
     on the test split. `absent` says of each expected metric without a value under this protocol why it has none.
     """
@@ -158,11 +161,18 @@ class Leaderboard:
     without_validation: tuple[str, ...] = ()
     dimensions: tuple[Dimension, ...] = ()
     absent: Mapping[str, str] = field(default_factory=dict)
+    future_share: float | None = None
 
     @property
     def valid_metric(self) -> str:
         """The metric that ranks: NDCG@10, or the first there is."""
         return VALID_METRIC if VALID_METRIC in self.metrics or not self.metrics else self.metrics[0]
+
+    @property
+    def slices(self) -> dict[str, tuple[str, str]]:
+        """The slices that the pages show: of new users only where there are some."""
+        there = any(self.slice_of(row, "new_user", self.valid_metric).n for row in self.rows)
+        return {name: words for name, words in SLICES.items() if there or name != "new_user"}
 
     @property
     def costs(self) -> tuple[str, ...]:
@@ -208,9 +218,11 @@ class Leaderboard:
     def to_json(self) -> dict[str, Any]:
         """Return the published schema of ``leaderboard.json``; a failed row has the same keys with null values.
 
-        What only some records tell stands where they do: ``full_ranking``, ``beyond`` and the cost ``energy_kwh``.
+        What only some records tell stands where they do: ``future_share``, ``full_ranking``, ``beyond``, ``energy_kwh``.
         """
-        about = ("dataset", "protocol", "candidates", "n_users", "metrics", "best_baseline")
+        about = ["dataset", "protocol", "candidates", "n_users", "metrics", "best_baseline"]
+        if self.future_share is not None:
+            about.insert(2, "future_share")
         return {name: getattr(self, name) for name in about} | {
             "best_baseline_chosen_on": self.chosen_on if self.best_baseline else None,
             "rows": [

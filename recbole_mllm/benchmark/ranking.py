@@ -75,8 +75,9 @@ def build(records: Iterable[RunRecord], results: Path, note: str = "") -> Leader
     metrics = ordered_metrics(known | set(absent))
     told = loaded[0][0] if loaded else runs[0]
     board = Leaderboard(
-        told.dataset, told.protocol, told.candidates, told.n_users, metrics, (), None, note, absent=absent
-    )
+        told.dataset, told.protocol, told.candidates, told.n_users, metrics, (), None, note, absent=absent,
+        future_share=next((run.future_share for run, _ in loaded if run.future_share is not None), None),
+    )  # fmt: skip
     parted = partitions(loaded[0][1].columns) if loaded else ()
     pool = _recommendable(contenders)
     rows = [

@@ -84,6 +84,7 @@ class RunRecord:
         energy_kwh: What the machine took while the run was at work, read by codecarbon from the meters of `energy_of`
             (CPU, GPU); None where there is no meter, or several runs shared the machine.
         scores_reused: How many of the test scores earlier evaluations had left; their seconds are not in `score_s`.
+        future_share: The share of test targets with a later interaction in training; None where times do not tell.
         tuning: What ``--tune`` tried, with its validation scores, and what it chose; `config` has the choice in it.
     """
 
@@ -129,6 +130,7 @@ class RunRecord:
     full_ranking: Mapping[str, Any] | None = None
     scores_reused: int = 0
     converged: bool | None = None
+    future_share: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse a success without finite metrics, and a status that would break the one-line-a-run rule."""

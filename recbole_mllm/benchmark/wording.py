@@ -155,6 +155,16 @@ def finding(board: Leaderboard) -> str:
     return " ".join(said + ([f"{_and(unfinished)} had not converged."] if unfinished else []))
 
 
+def future_text(board: Leaderboard) -> str:
+    """Say how far training has seen the future of what is asked."""
+    if board.future_share is None:
+        return "future_share unknown: the runs know no times that compare across users"
+    share = f"future_share {board.future_share:.3f}"
+    if board.future_share == 0:
+        return f"{share}: no test target has a later interaction in training"
+    return f"{share}: that part of the test targets has later interactions in training, of any user"
+
+
 class Use(NamedTuple):
     """What a variant of the full model shows of the part that it takes away; `verdict` is what the part does."""
 

@@ -274,7 +274,7 @@ def _pair_columns(pairs: Mapping[str, Any], users: Any, items: Any) -> dict[str,
 def _record(
     job: dict[str, Any], outcome: Any, started: str, tuning: dict[str, Any] | None, used: dict[str, Any]
 ) -> RunRecord:
-    from recbole_mllm.evaluation.protocol import protocol_line
+    from recbole_mllm.evaluation.protocol import future_share, protocol_line
 
     features_s = None
     if outcome.config["item_features"]:
@@ -295,6 +295,7 @@ def _record(
         status="ok",
         started=started,
         protocol=protocol_line(outcome.config, users),
+        future_share=future_share(outcome.dataset, outcome.train_data._dataset, outcome.test_data._dataset),
         candidates=outcome.dataset.candidates_digest,
         candidate_rules=CANDIDATE_RULES,
         n_users=users,

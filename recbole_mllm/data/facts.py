@@ -8,6 +8,7 @@ ids are numbered (data/dataset/dataset.py:159-178), which is the same for every 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from recbole_mllm.data.atomic import impossible_times
 from recbole_mllm.data.schema import PLACE
 
 _DATES = 1e8  # times that all lie between 0 and this are places or steps, not moments
+
+_PLACES = "The source has no times: `timestamp` is the place"  # as `convert` words it
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +172,7 @@ class Split:
     def future_share(self) -> float | None:
         """Return the share of test targets with a later training interaction; None without times to compare."""
         facts, whole = self.facts, self.facts.whole
-        if whole is not None:
+        if whole is not None and whole.moments is not None:
             rows = np.searchsorted(whole.users[by_user := whole.by_user()], facts.users[self.test])
             held, learnt = whole.moments[by_user[rows + facts.positions[self.test]]], whole.moments[: facts.trained]
         elif facts.moments is not None:
@@ -222,6 +225,17 @@ def facts_of(dataset: Any) -> Facts | None:
         return Facts(users, items)
     reordered = _reordered(users, items, times, order)
     return Facts(users, items, order, moments, reordered=reordered, impossible=impossible)
+
+
+def has_global_times(folder: Path, said: Any) -> bool:
+    """Return whether the times of a dataset's column compare across users, by what the dataset says.
+
+    Args:
+        folder: The dataset's, in whose ``dataset.yaml`` `convert` has said it in a comment before there was the key.
+        said: The key ``global_times``.
+    """
+    path = folder / "dataset.yaml"
+    return said is not False and not (path.is_file() and _PLACES in path.read_text(encoding="utf-8", errors="replace"))
 
 
 def temporal_split(config: Any) -> dict[str, Any] | None:

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.settings import EvaluationSettings
-from recbole_mllm.data.facts import temporal_split
+from recbole_mllm.data.facts import Split, has_global_times, temporal_split
 from recbole_mllm.data.schema import POSITION
 from recbole_mllm.evaluation.metrics import popular_head
 
@@ -46,6 +47,42 @@ def protocol_line(config: Any, users: int | None = None, phase: str | None = Non
 def _split(split: dict[str, Any]) -> str:
     (kind, how), *_ = split.items()
     return f"leave-one-out ({how})" if kind == "LS" else f"{kind} {how}"
+
+
+def check_one_target(config: Any) -> None:
+    """Refuse a split of RecBole's by shares, whose runs no leaderboard can compare.
+
+    Raises:
+        UserError: It holds out several targets a user, and other rows for each kind of model.
+    """
+    split = () if config["benchmark_filename"] else config["eval_args"]["split"] or ()
+    if kind := next((kind for kind in ("RS", "TS") if kind in split), None):
+        raise UserError(
+            f"eval_args.split {kind} holds out several targets a user, and other rows for each kind of model, so that "
+            "no leaderboard can compare them; split by time with `recbole-mllm split DATASET --protocol temporal --out "
+            "DIR`, or leave one out (split: {LS: valid_and_test})"
+        )
+
+
+def future_share(dataset: Any, train: Any, test: Any) -> float | None:
+    """Return the share of test targets with a later interaction in training; None where times do not compare.
+
+    A random split's times are RecBole's float32 ones, in steps of about a minute.
+
+    Args:
+        dataset: RecBole's whole dataset.
+        train: Its training part.
+        test: Its test part.
+    """
+    config, field = dataset.config, dataset.time_field
+    if not has_global_times(Path(dataset.dataset_path), config["global_times"]):
+        return None
+    split: Split | None = dataset.facts.split(config) if dataset.facts is not None else None
+    if split is not None:
+        return split.future_share()
+    if any(field not in part.inter_feat or not len(part) for part in (train, test)):
+        return None
+    return float((test.inter_feat[field] < train.inter_feat[field].max()).double().mean())
 
 
 def user_columns(dataset: Any, train: Any, pairs: dict[str, Any], images: Any) -> dict[str, Any]:

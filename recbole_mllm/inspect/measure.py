@@ -82,7 +82,8 @@ def find_layout(folder: Path, given: Mapping[str, Any]) -> Layout:
         folder = folder.resolve()
     own = folder / "dataset.yaml"
     keys = {**(checked_file(own, of_dataset=True) if os.path.lexists(own) else {}), **given}
-    files = _inter_files(folder, keys.get("benchmark_filename"))
+    # of a temporal split X.inter holds all interactions, and the benchmark files most of them again
+    files = _inter_files(folder, None if keys.get("temporal_split") else keys.get("benchmark_filename"))
     columns = read_columns(files[0])
     user, item = str(keys.get("USER_ID_FIELD") or schema.USER), str(keys.get("ITEM_ID_FIELD") or schema.ITEM)
     time, history = str(keys.get("TIME_FIELD") or schema.TIME), f"{item}{keys.get('LIST_SUFFIX') or '_list'}"

@@ -34,7 +34,7 @@ def log(seed, users=40, items=60):
     for user in range(users):
         low, high, count = 0, 900, rng.randrange(3, 20)
         if user < 5:
-            low = 800
+            low = 860
         elif user < 8:
             high, count = 300, 1
         elif user == 8:
@@ -163,7 +163,7 @@ def test_a_random_target_is_of_its_period_and_depends_on_the_seed_alone(tmp_path
 def world(tmp_path_factory):
     """A temporal split, and the same dataset whole."""
     home = tmp_path_factory.mktemp("temporal")
-    rows = log(7)
+    rows = log(9)
     whole = convert(write_log(home / "raw", rows), home / "whole")
     return split(whole, home / "later", *TEMPORAL, "--max-list", "6"), Truth(rows, longest=6)
 
@@ -256,6 +256,52 @@ def test_a_prompt_has_read_what_its_user_did_before_and_the_answers_of_another_s
         (later / "later.mllm.sqlite").unlink()  # written anew, the chains are the same
         again = prompts_of(later, server.url, monkeypatch, load_col=load)
         assert again == found and len(server.bodies) > asked
+
+
+def test_a_leaderboard_says_that_nothing_has_seen_the_future_and_who_is_new(world, tmp_path):
+    folder, truth = world
+    words = ["--dataset", "later", "--models", "Pop", f"--data_path={folder.parent}", "--topk=[5]", "--jobs", "1"]
+    words += ["--output_dir", str(tmp_path / "out"), "--valid_metric=NDCG@5", "--use_gpu=False"]
+    mode = {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "uni10"}
+    assert main(["benchmark", *words, f"--eval_args={mode}"]) == 0
+    told = json.loads((tmp_path / "out" / "leaderboard.json").read_text())
+    assert told["future_share"] == 0 and told["protocol"].startswith("temporal split (trained before ")
+    known_users, known_items = ({row[n] for row in truth.training} for n in (0, 1))
+    slices = told["rows"][0]["slices"]
+    new = sum(user not in known_users for user, *_ in truth.rows["test"])
+    assert slices["new_user"]["NDCG@5"]["n"] == new > 0
+    assert slices["cold"]["NDCG@5"]["n"] == sum(i not in known_items for _, i, _ in truth.rows["test"]) > 0
+    for name in ("leaderboard.md", "leaderboard.html"):
+        text = (tmp_path / "out" / name).read_text()
+        assert "future_share 0.000" in text and "the user has no interaction in training" in text
+
+
+@pytest.mark.parametrize("kind", ["RS", "TS"])
+def test_splits_that_no_leaderboard_can_compare_are_refused_before_anything_is_trained(world, tmp_path, kind, capsys):
+    words = ["--dataset", "whole", "--models", "Pop,SASRec", f"--data_path={world[0].parent}"]
+    mode = {"split": {kind: [0.8, 0.1, 0.1]}, "order": "TO", "group_by": "user", "mode": "uni5"}
+    assert main(["benchmark", *words, "--output_dir", str(tmp_path / "out"), f"--eval_args={mode}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    assert kind in line and "split DATASET --protocol temporal --out DIR" in line
+    assert not list((tmp_path / "out").rglob("*.npz"))
+
+
+def test_how_much_of_the_future_leave_one_out_sees_on_ml_100k(tmp_path):
+    """RecBole's wheel holds the dataset."""
+    from pathlib import Path
+
+    import recbole
+    from recbole.data import create_dataset
+
+    from recbole_mllm.evaluation.protocol import future_share
+
+    keys = {"data_path": str(Path(recbole.__file__).parent / "dataset_example"), "state": "ERROR", "use_gpu": False}
+    split = {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "uni20"}
+    config = make_config("Pop", "ml-100k", [], keys | {"eval_args": split, "checkpoint_dir": str(tmp_path)})
+    data = create_dataset(config)
+    assert future_share(data, None, None) == pytest.approx(0.999, abs=5e-4)
+    config["global_times"] = False
+    assert future_share(data, None, None) is None
 
 
 def test_what_a_temporal_split_cannot_be_made_of_is_one_line(tmp_path, capsys):

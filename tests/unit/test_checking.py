@@ -142,7 +142,7 @@ SOUND = {
 
 
 @pytest.mark.parametrize("what", SOUND)
-def test_what_recbole_reads_rightly_is_read(what):
+def test_what_recbole_reads_rightly_is_read(what, monkeypatch):
     plant(**SOUND[what])
     keys = {"field_separator": "|"} if "separator" in what else {}
     found, stock = load(**keys), load("Pop", frozen_candidates=None, **keys)
@@ -150,6 +150,9 @@ def test_what_recbole_reads_rightly_is_read(what):
     for name in ("inter_feat", "item_feat", "user_feat"):
         one, two = getattr(found, name), getattr(stock, name)
         assert one.astype(str).equals(two.astype(str))
+    plant()  # a plain file is never read value by value
+    monkeypatch.setattr(checking, "check_file", lambda *_: pytest.fail("the quick look was enough"))
+    assert load().inter_num == len(ROWS)
 
 
 def test_a_column_that_is_not_loaded_may_hold_anything():
@@ -205,12 +208,6 @@ def test_a_file_that_may_not_be_read_is_one_line():
             checking.check_file(path, checking.Rules(("user_id",)))
     finally:
         os.seteuid(user)
-
-
-def test_a_sound_file_is_never_read_value_by_value(monkeypatch):
-    plant()
-    monkeypatch.setattr(checking, "check_file", lambda *_: pytest.fail("the quick look was enough"))
-    assert load().inter_num == len(ROWS)
 
 
 def test_a_run_stops_with_exit_code_2_before_a_model_is_loaded(monkeypatch, capsys):

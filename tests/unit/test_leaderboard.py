@@ -69,9 +69,9 @@ def test_the_planted_order_comes_out_and_the_best_baseline_is_the_reference(boar
 
 
 def test_the_published_schema_to_the_letter(board):
-    told = json.loads(json.dumps(board.to_json(), allow_nan=False))
-    about = ["dataset", "protocol", "candidates", "n_users", "metrics", "best_baseline", "best_baseline_chosen_on"]
-    assert list(told) == [*about, "rows"]
+    told = json.loads(json.dumps(replace(board, future_share=0.5).to_json(), allow_nan=False))
+    about = ["dataset", "protocol", "future_share", "candidates", "n_users", "metrics", "best_baseline"]
+    assert list(told) == [*about, "best_baseline_chosen_on", "rows"]
     assert (told["best_baseline"], told["best_baseline_chosen_on"]) == ("SASRec", "validation")
     assert (told["dataset"], told["candidates"], told["n_users"]) == ("demo", CANDIDATES, 120)
     assert {"Hit@5", "MRR@5", "NDCG@5", "Recall@5", "NDCG@3", "NDCG@10", "GAUC", "AUC"} <= set(told["metrics"])
