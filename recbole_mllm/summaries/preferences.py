@@ -152,7 +152,7 @@ def _refreshed(
         generator = claiming(user_generator(setup, store), store)
         given = generator, setup.style, setup.items, items
         texts = preferences(*given, requests if users is None else requests.of(users), s)
-        others = requests.of(users if users is not None else requests.positions, others=True)
+        others = requests.reading(()) if users is None else requests.of(users, others=True)
         texts |= preferences(*given, others, s, known_only=True)
         generator.report()
         if distributed.is_main():
