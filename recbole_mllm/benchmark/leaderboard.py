@@ -218,7 +218,8 @@ class Leaderboard:
     def to_json(self) -> dict[str, Any]:
         """Return the published schema of ``leaderboard.json``; a failed row has the same keys with null values.
 
-        What only some records tell stands where they do: ``future_share``, ``full_ranking``, ``beyond``, ``energy_kwh``.
+        What only some records tell stands where they do: ``future_share``, the slice ``new_user``, ``full_ranking``,
+        ``beyond`` and ``energy_kwh``.
         """
         about = ["dataset", "protocol", "candidates", "n_users", "metrics", "best_baseline"]
         if self.future_share is not None:
@@ -232,7 +233,7 @@ class Leaderboard:
                     "converged": row.converged,
                     "summarize_reused": row.summarize_reused,
                     "cost": {n: row.cost.get(n) for n in COSTS if n != "energy_kwh" or row.cost.get(n) is not None},
-                    "slices": {s: {m: asdict(self.slice_of(row, s, m)) for m in self.metrics} for s in SLICES},
+                    "slices": {s: {m: asdict(self.slice_of(row, s, m)) for m in self.metrics} for s in self.slices},
                 }
                 | {name: told for name, told in self._told_json(row).items() if told}
                 for row in self.rows
