@@ -52,6 +52,7 @@ setup(
             "benchmark/templates/*",
             "common/templates/*",
             "inspect/templates/*",
+            "plan/templates/*",
             "training/templates/*",
             "py.typed",
         ],

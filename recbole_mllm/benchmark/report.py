@@ -12,6 +12,7 @@ from recbole_mllm.benchmark import tables
 from recbole_mllm.benchmark.cases import read_cases
 from recbole_mllm.benchmark.html import page
 from recbole_mllm.benchmark.leaderboard import Leaderboard
+from recbole_mllm.benchmark.memory_questions import memory_note
 from recbole_mllm.benchmark.ranking import build
 from recbole_mllm.benchmark.records import RECORDS, read_records
 from recbole_mllm.benchmark.wording import uses
@@ -47,7 +48,8 @@ def read_leaderboard(results: Path) -> Leaderboard:
     """Return what the runs in `results` show, writing nothing."""
     note = results / NOTE
     text = note.read_text(encoding="utf-8").strip() if note.exists() else ""
-    return build(read_records(results / RECORDS), results, text)
+    records = read_records(results / RECORDS)
+    return build(records, results, " ".join(filter(None, (text, memory_note(records)))))
 
 
 def format_leaderboard(results: Path) -> str:

@@ -39,6 +39,7 @@ from recbole_mllm.common.files import (
     set_folder_aside,
     write_text,
 )
+from recbole_mllm.common.settings import Count, checked
 from recbole_mllm.data.schema import store_file
 from recbole_mllm.demo.builtin import DEMO_SEED, ensure_builtin, is_builtin
 
@@ -117,6 +118,15 @@ def summarize(args: Namespace, options: Options) -> int:
     lines = (dry_run if args.dry_run else prepare_summaries)(config, args.stage, since=args.since)
     if distributed.is_main():
         print("".join(f"{line}\n" for line in lines), end="")
+    return 0
+
+
+def probe_memory(args: Namespace, options: Options) -> int:
+    """Ask the model that writes user summaries about the dataset, without any user's history."""
+    from recbole_mllm.benchmark.memory_probe import probe_memory as probe
+
+    count = checked("--questions", args.questions, Count)
+    print(*probe(config_of(MLLM, args.where, options), count), sep="\n")
     return 0
 
 

@@ -26,6 +26,7 @@ COMMANDS = {
     "plan": (commands.plan, "what a run would cost, before it runs"),
     "benchmark": (commands.benchmark, "many models, same candidates, one leaderboard"),
     "inspect": (commands.inspect, "a dataset's health, as text and as a page"),
+    "probe-memory": (commands.probe_memory, "whether the LLM knows the dataset without any user's history"),
     "report": (commands.report, "render leaderboard.* again from runs.jsonl"),
     "candidates export": (commands.export_candidates, "write them as JSON lines"),
     "rerun": (
@@ -45,8 +46,8 @@ _GROUPS = {
     "candidates": ("the frozen candidates as a file; import them with --candidates_file=FILE", "{export}"),
     "store": ("the summary store: stats, prune, export, import", "{stats,prune,export,import}"),
 }
-_SHOWN = "{convert,split,inspect,plan,summarize,store,candidates,benchmark,report,rerun,recommend,export}"
-_CONFIGURED = ("summarize", "plan", "benchmark", "candidates export")  # read a run's configuration
+_SHOWN = "{convert,split,inspect,probe-memory,plan,summarize,store,candidates,benchmark,report,rerun,recommend,export}"
+_CONFIGURED = ("summarize", "plan", "benchmark", "probe-memory", "candidates export")  # read a run's configuration
 _SHARED = ("", "summarize", "benchmark")  # several processes have something to share in them
 _COMMON: dict[str, dict[str, Any]] = {
     "--dataset": {"help": "a folder name under data_path (default ./dataset)"},
@@ -156,6 +157,9 @@ def _add_options(of: dict[str, Parser]) -> None:
     add("--jobs", type=int, default=1, help="runs at a time")
     add("--quick", action="store_true", help="baselines train for a few epochs: a first look, marked")
     add("--tune", type=int, default=0, metavar="N", help="configurations each model may try first")
+    add = of["probe-memory"].add_argument
+    add("where", metavar="DATASET", help="its name under data_path, as --dataset")
+    add("--questions", type=int, default=100, metavar="N", help="of each kind; default: 100")
     add = of["inspect"].add_argument
     add("directory", help="a dataset's folder, or its name under data_path (default ./dataset)")
     add("--image_dir", default=argparse.SUPPRESS, help="images by item id")

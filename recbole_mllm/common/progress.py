@@ -6,7 +6,6 @@ import logging
 import sys
 import time
 from functools import lru_cache
-from types import TracebackType
 from typing import Self
 
 from tqdm import tqdm
@@ -29,9 +28,7 @@ class Progress:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:

@@ -86,12 +86,6 @@ def find_layout(folder: Path, given: Mapping[str, Any]) -> Layout:
     files = _inter_files(folder, None if keys.get("temporal_split") else keys.get("benchmark_filename"))
     columns = read_columns(files[0])
     user, item = str(keys.get("USER_ID_FIELD") or schema.USER), str(keys.get("ITEM_ID_FIELD") or schema.ITEM)
-    for name in (user, item):
-        if name not in columns:
-            raise UserError(
-                f"{files[0]}:1: there is no column {name}; its columns are {', '.join(columns)}; name yours with "
-                "USER_ID_FIELD and ITEM_ID_FIELD, in dataset.yaml or a config file"
-            )
     time, history = str(keys.get("TIME_FIELD") or schema.TIME), f"{item}{keys.get('LIST_SUFFIX') or '_list'}"
     images = Path(str(keys["image_dir"])) if keys.get("image_dir") else None
     if images is not None and not images.is_dir():
@@ -138,11 +132,11 @@ def read_interactions(layout: Layout, found: Samples) -> InteractionColumns:
     Raises:
         UserError: A file cannot be read, or a time is no number (file and line are named).
     """
-    out, rules = InteractionColumns(), Rules((layout.user, layout.item), layout.time)
+    out, rules = InteractionColumns(), Rules((layout.user, layout.item), None if layout.history else layout.time)
     users, items = out.users, out.items
     histories: dict[int, array[int]] = {}
     for path in layout.inter:
-        columns = list(check_columns(path, rules) if layout.history is None else read_columns(path))
+        columns = list(check_columns(path, rules))
         if layout.history is not None and layout.history not in columns:
             raise UserError(f"{path}:1: there is no column {layout.history}, which {layout.inter[0].name} has")
         at = {name: number for number, name in enumerate(columns)}
@@ -199,9 +193,7 @@ def read_items(layout: Layout, others: Iterable[str], found: Samples) -> ItemChe
     out, path = ItemChecks(), schema.item_file(layout.folder)
     images = out.images
     out.exists = os.path.lexists(path)
-    columns = read_columns(path) if out.exists else {layout.item: ""}
-    if layout.item not in columns:
-        raise UserError(f"{path}:1: there is no column {layout.item}; its columns are {', '.join(columns)}")
+    columns = check_columns(path, Rules((layout.item,))) if out.exists else {}
     title = schema.title_column(columns)
     out.has_titles = title is not None
     first_with: dict[int, str] = {}

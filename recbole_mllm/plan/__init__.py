@@ -194,23 +194,22 @@ def _assumptions(
             limit = f"{writer.decoding.max_new_tokens} tokens long, their limit, as none is written"
             length = limit if writer.assumed else "as long as those in the store"
             out.append(f"{stage.removesuffix('s')} summaries not yet written are {length}")
-    if sampled := ", ".join(stage for stage in STAGES if counts[stage].sampled):
-        out.append(f"tokens of {sampled} are those of a sample, scaled by prompts")
-    if run.epochs > 1:
-        out.append("every epoch costs what the first does, and none is saved by early stopping")
-    if "full" in run.config["eval_args"]["mode"].values() and run.settings.ranking.full_sort != "brute":
-        out.append("popular items stand for those the retriever will put first; what it costs itself is left out")
-    if served := ", ".join(stage for stage in STAGES if run.model(stage) is None and counts[stage].prompts):
-        guess = f"{CHARACTERS} characters are a token, and images' tokens are not known; hours depend on the servers"
-        out.append(f"{served} ask servers: {guess}")
+    sampled = ", ".join(stage for stage in STAGES if counts[stage].sampled)
+    served = ", ".join(stage for stage in STAGES if run.model(stage) is None and counts[stage].prompts)
+    retrieved = "full" in run.config["eval_args"]["mode"].values() and run.settings.ranking.full_sort != "brute"
+    guess = f"{CHARACTERS} characters are a token, and images' tokens are not known; hours depend on the servers"
+    holds = {
+        f"tokens of {sampled} are those of a sample, scaled by prompts": sampled,
+        "every epoch costs what the first does, and none is saved by early stopping": run.epochs > 1,
+        "popular items stand for those the retriever will put first; what it costs itself is left out": retrieved,
+        f"{served} ask servers: {guess}": served,
+        f"work is split evenly over {workers} devices; loading and validation's metrics are left out": workers > 1,
+        "memory of activations is an estimate by formula (docs/plan.md)": run.trained,
+    }
     if device:
         peak, bandwidth = device.assumed_share_of_peak, device.assumed_share_of_bandwidth
         out.append(f"{device.name} reaches {peak:.0%} of its peak arithmetic and {bandwidth:.0%} of its bandwidth")
-    if workers > 1:
-        out.append(f"work is split evenly over {workers} devices; loading and validation's metrics are left out")
-    if run.trained:
-        out.append("memory of activations is an estimate by formula (docs/plan.md)")
     models = [model for stage in STAGES if (model := run.model(stage)) is not None]
-    for family in sorted({model.sizes.family for model in models if not model.body.architecture.known}):
+    for family in sorted({model.sizes.family for model in models if not model.architecture.known}):
         out.append(f"{family} is no family of docs/backbones.md: it is counted without shared prefixes")
-    return out
+    return out + [line for line, true in holds.items() if true]

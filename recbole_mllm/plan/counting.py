@@ -82,15 +82,30 @@ class SizedEncoder(Encoder):
         return self._known[path]
 
 
-class CountingBackbone(Backbone):
-    """A backbone on the meta device: counts the passes that scoring and the loss make through it, and computes none."""
+class PlannedModel(Backbone):
+    """A model without its weights: counts the passes that scoring and the loss make through it, and computes none.
 
-    def __init__(self, model: Any) -> None:
-        super().__init__(model)
-        self.sizes, self.count = ModelSizes.of(model), Count()
+    Raises:
+        UserError: Its config, tokenizer or processor is neither on this disk nor to be had.
+    """
+
+    def __init__(self, name: str, settings: MLLMSettings) -> None:
+        try:
+            trusted = settings.trust_remote_code
+            loaded = load(name, torch.float32, torch.device("meta"), trust_remote_code=trusted, weights=False)
+        except UserError as error:
+            at = f" --revision {revision}" if (revision := revision_of(name)) else ""
+            raise UserError(
+                f"{error}; a plan reads its config, tokenizer and processor files and no weights: "
+                f"`hf download {source_of(name)}{at} --include '*.json' '*.jinja' '*.model' '*.txt'` fetches them"
+            ) from error
+        super().__init__(loaded.model)
+        limits = settings.max_text_tokens, self.architecture, positions_of(loaded.model.config)
+        self.encoder = SizedEncoder(loaded.tokenizer, loaded.processor, *limits)
+        self.sizes, self.count = ModelSizes.of(loaded.model), Count()
         self.held = 0  # tokens of all passes, padding included
-        known = self.architecture  # a family without a row is not tried: it is counted without shared prefixes
-        self.way, self.way_sees = "shared" if known.known and known.shares_prefix else "flat", True
+        own = self.architecture  # a family without a row is not tried: it is counted without shared prefixes
+        self.way, self.way_sees = "shared" if own.known and own.shares_prefix else "flat", True
 
     def hidden(self, rows: Sequence[Encoded], start: int, stops: Sequence[int], cache: Any) -> torch.Tensor:
         """Count the pass; return states without numbers."""
@@ -119,67 +134,34 @@ class CountingBackbone(Backbone):
         self.count.predicted += len(states) * len(tokens) / every
         return torch.zeros(len(states), len(tokens))
 
-
-@dataclass(frozen=True, slots=True)
-class PlannedModel:
-    """A model without its weights, and what its prompts become."""
-
-    body: CountingBackbone
-    encoder: Encoder
-
-    @classmethod
-    def of(cls, name: str, settings: MLLMSettings) -> Self:
-        """Read the config, tokenizer and processor of `name`.
-
-        Raises:
-            UserError: One of them is neither on this disk nor to be had.
-        """
-        try:
-            trusted = settings.trust_remote_code
-            loaded = load(name, torch.float32, torch.device("meta"), trust_remote_code=trusted, weights=False)
-        except UserError as error:
-            at = f" --revision {revision}" if (revision := revision_of(name)) else ""
-            raise UserError(
-                f"{error}; a plan reads its config, tokenizer and processor files and no weights: "
-                f"`hf download {source_of(name)}{at} --include '*.json' '*.jinja' '*.model' '*.txt'` fetches them"
-            ) from error
-        body = CountingBackbone(loaded.model)
-        limits = settings.max_text_tokens, body.architecture, positions_of(loaded.model.config)
-        return cls(body, SizedEncoder(loaded.tokenizer, loaded.processor, *limits))
-
-    @property
-    def sizes(self) -> ModelSizes:
-        """What its costs follow from."""
-        return self.body.sizes
-
     def count_written(self, prompt: Prompt, new: float, room: int = 0) -> Count:
         """Return the count of answering `prompt` with `new` tokens, of up to `room` that the answer may have."""
         encoded = self.encoder(prompt, room=room)
         self._begin([encoded])
-        self.body.hidden([encoded], 0, [len(encoded.ids)], None)
-        return replace(self.body.count, new_tokens=new, predicted=new)
+        self.hidden([encoded], 0, [len(encoded.ids)], None)
+        return replace(self.count, new_tokens=new, predicted=new)
 
     def count_scored(self, prompts: Sequence[Encoded], *, share: bool) -> Count:
         """Return the count of scoring `prompts` in one call."""
         self._begin(prompts)
-        yes_logits(self.body, prompts, (0, 1), share_prefix=share)
-        return self.body.count
+        yes_logits(self, prompts, (0, 1), share_prefix=share)
+        return self.count
 
     def count_trained(self, examples: Sequence[Encoded], micro: int | None, *, whole: bool, share: bool) -> Count:
         """Return the count of one batch of training, there; `cost.flops` adds the way back."""
         self._begin(examples)
         widest = 0
-        for part in micro_batches(self.body, examples, micro, share=share):
-            self.body.held = 0
-            example_loss(self.body, [examples[i] for i in part], whole=whole, share=share)
-            widest = max(widest, self.body.held)
-        return replace(self.body.count, widest=widest)
+        for part in micro_batches(self, examples, micro, share=share):
+            self.held = 0
+            example_loss(self, [examples[i] for i in part], whole=whole, share=share)
+            widest = max(widest, self.held)
+        return replace(self.count, widest=widest)
 
     def _begin(self, prompts: Sequence[Encoded]) -> None:
         lengths = [len(prompt.ids) for prompt in prompts]
         shown = sum(len(image.ids) for prompt in prompts for image in prompt.images)
         text = sum(lengths) - shown
-        self.body.count = Count(len(prompts), text_tokens=text, image_tokens=shown, longest=max(lengths))
+        self.count = Count(len(prompts), text_tokens=text, image_tokens=shown, longest=max(lengths))
 
 
 def count_served(prompt: Prompt, new: float) -> Count:
@@ -318,18 +300,18 @@ class PlannedRun:
         """Return the model of a `stage`, None of a server's.
 
         Raises:
-            UserError: It cannot be read (`PlannedModel.of`).
+            UserError: It cannot be read (`PlannedModel`).
         """
         name = self.names[stage]
         if name not in self._models and not is_server(name):
-            self._models[name] = PlannedModel.of(name, self.settings.mllm)
+            self._models[name] = PlannedModel(name, self.settings.mllm)
         return self._models.get(name)
 
     @cached_property
     def trained(self) -> int:
         """How many parameters are trained."""
         model = self.model("sft")
-        return trained_parameters(model.body.model, self.settings.lora) if model is not None else 0
+        return trained_parameters(model.model, self.settings.lora) if model is not None else 0
 
     def questions(self, summaries: Preferences, rows: Iterable[Sequence[int]]) -> list[Prompt]:
         """Return the question of each (item, history, position), by number."""
@@ -428,8 +410,8 @@ def count_training(run: PlannedRun, summaries: Preferences) -> Count:
     if not run.epochs or model is None:
         return count
     may_share = not train.gradient_checkpointing  # which computes layers again, without a cache
-    share = may_share and shares_in_training(run.settings, model.body)
-    loader = SeededTrainDataLoader.of(run.loaders["train"], may_share and deals_by_item(run.settings, model.body))
+    share = may_share and shares_in_training(run.settings, model)
+    loader = SeededTrainDataLoader.of(run.loaders["train"], may_share and deals_by_item(run.settings, model))
     loader.set_epoch(0)
     own, style = loader._dataset, run.setup.style
     yes_no = answer_tokens(model.encoder, style.answer_yes, style.answer_no)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+from recbole_mllm.common.svg import environment
 
 _TITLES = {"items": "item summaries", "users": "user summaries", "sft": "SFT", "valid": "validation", "test": "test"}
 _SIZES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -20,58 +23,15 @@ _COLUMNS = {
 
 def format_plan(plan: dict[str, Any]) -> str:
     """Return the plan in tables of at most 100 columns, with what is assumed."""
-    head = [f"plan for {plan['dataset']}; nothing has been run or written"]
-    for name, one in plan["models"].items():
-        trained = f", {number(one['trained'])} trained" if one["trained"] else ""
-        head.append(
-            f"{name}: {one['family']}, {number(one['parameters'])} parameters (vision {number(one['vision'])}, "
-            f"projector {number(one['projector'])}, language {number(one['language'])}, "
-            f"embeddings and head {number(one['embedding'] + one['head'])}){trained}"
-        )
     rows = [["stage", *_COLUMNS.values(), "FLOPs", "time"]]
     for name, one in plan["stages"].items():
         counts = [f"{one[key]:,}" if key in ("prompts", "known") else number(one[key]) for key in _COLUMNS]
         rows.append([_TITLES[name], *counts, number(one["flops"]["total"]), duration(one["seconds"])])
-    sharing = [
-        f"{_TITLES[name]} {number(one['alone'])} to {number(one['shared'])} tokens (x{one['saving']:.2f})"
-        for name, one in plan["sharing"].items()
-        if one["alone"]
-    ]
-    time = "time: --device NAME (properties/devices.yaml) says how long it takes on a device"
-    hours: list[str] = []
-    if bill := plan["bill"]:
-        price = f", price {bill['price']:,.2f}" if bill["price"] is not None else ""
-        whole = f"{duration(bill['wall_hours'] * 3600)}, {number(bill['device_hours'])} device hours"
-        time = f"time on {bill['workers']} x {plan['device']}: {whole}{price}"
-        hours = [f"{_TITLES[name]:<15} {duration(spent * 3600)}" for name, spent in bill["hours"].items()]
-    disk = ", ".join(f"{name.replace('_', ' ')} {number(n)}B" for name, n in plan["disk_bytes"].items())
-    parts = [
-        "\n".join(head),
-        table(rows),
-        _listed("sharing prefixes on these very rows and candidates:", sharing),
-        _listed("device memory:", _memory(plan)),
-        f"disk: {disk}",
-        "\n  ".join([time, *hours]),
-        _listed("assumed:", plan["assumptions"]),
-    ]
-    return "\n\n".join(part for part in parts if part)
-
-
-def _listed(title: str, lines: Sequence[str]) -> str:
-    return "\n  ".join([title, *lines]) if lines else ""
-
-
-def _memory(plan: dict[str, Any]) -> list[str]:
-    lines = []
-    for name, parts in plan["memory_bytes"].items():
-        found = (f"{part.replace('_', ' ')} {number(size)}B" for part, size in parts.items() if part != "total")
-        lines.append(f"{_TITLES[name]:<15} {number(parts['total'])}B: {', '.join(found)}")
-        fit = (plan["fits"] or {}).get(name)
-        if fit and fit["processes"] != 1:
-            each = f", {number(fit['bytes'])}B each" if fit["processes"] else ""
-            helps = what_helps(name, fit["processes"])
-            lines.append(f"{'':<15} more than a {plan['device']}'s {number(fit['room'])}B: {helps}{each}")
-    return lines
+    template = environment(Path(__file__).parent / "templates").get_template("plan.txt")
+    text = template.render(
+        plan=plan, stages=table(rows), titles=_TITLES, number=number, duration=duration, what_helps=what_helps
+    )
+    return text.rstrip()
 
 
 def what_helps(stage: str, processes: int | None) -> str:

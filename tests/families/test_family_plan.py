@@ -20,7 +20,7 @@ LORA = {"finetune": "lora", "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
 
 @pytest.fixture(scope="session")
 def plan(folder):
-    return PlannedModel.of(str(folder), SETTINGS.mllm)
+    return PlannedModel(str(folder), SETTINGS.mllm)
 
 
 @contextmanager
@@ -32,7 +32,7 @@ def counting():
 
 def test_weights_and_prompts_are_those_of_the_loaded_model(plan, mllm, prompts):
     real = {id(p): p for p in mllm.model.parameters()}.values()
-    assert plan.body.device.type == "meta" and plan.sizes.parameters == sum(p.numel() for p in real)
+    assert plan.device.type == "meta" and plan.sizes.parameters == sum(p.numel() for p in real)
     assert plan.sizes.weight_bytes(4) == sum(p.nbytes for p in real)
     assert plan.sizes.weight_bytes(2, four_bit=True) < plan.sizes.weight_bytes(2)
     for prompt in prompts:
@@ -44,7 +44,7 @@ def test_weights_and_prompts_are_those_of_the_loaded_model(plan, mllm, prompts):
 def test_trained_parameters_are_those_that_training_has(plan, folder, settings):
     how = LoraSettings(**LORA | {"finetune": settings[0], "lora_target": settings[1]})
     model = tune(HFModel(str(folder), SETTINGS.mllm, CPU).model, how, 1)
-    assert trained_parameters(plan.body.model, how) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trained_parameters(plan.model, how) == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def test_text_takes_the_operations_and_the_cache_that_torch_shows(plan, mllm, prompts):

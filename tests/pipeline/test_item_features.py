@@ -135,38 +135,34 @@ def test_vectors_are_centred_cut_and_of_one_scale() -> None:
 def test_features_are_made_once_and_again_where_what_they_are_made_of_changes(
     place: Path, keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (place / "data" / "steps" / "images" / "i05.png").unlink()
+    data = small_world.write(place / "once")
+    (data / "images" / "i05.png").unlink()
 
-    def offered(**more: Any) -> Any:
-        given = keys | {"item_features": ["text", "image"], "train_neg_sample_args": None} | more
-        config = Config("SASRecF", "steps", config_dict=given)
+    def offered(**more: Any) -> tuple[list[Path], Any, Any]:
+        given = keys | {"data_path": str(place / "once"), "item_features": ["text", "image"]} | more
+        config = Config("SASRecF", "steps", config_dict=given | {"train_neg_sample_args": None})
         dataset = create_dataset(config)
-        return config, dataset
+        files = [data / f"steps.{tag}" for tag in config["additional_feat_suffix"]]
+        return files, dataset, item_vectors.seconds_of(config)
 
     with caplog.at_level("INFO"):
-        config, dataset = offered()
-    assert "1 items have no image, zeros stand for it" in caplog.text
-    files = [place / "data" / "steps" / f"steps.{tag}" for tag in config["additional_feat_suffix"]]
+        files, dataset, spent = offered()
+    assert "1 items have no image, zeros stand for it" in caplog.text and spent > 0
     rows = {row["image_id"]: row["image_vector"] for row in read_atomic(files[1])}
     assert len(rows) == small_world.ITEMS and set(rows["i05"].split()) == {"0"}
     vectors = dataset.get_preload_weight("image_id")
     for item in ("i00", "i33"):
-        told = np.array(rows[item].split(), float)
-        assert np.allclose(vectors[dataset.token2id("item_id", item)], told)
-    times, spent = [path.stat().st_mtime_ns for path in files], item_vectors.seconds_of(config)
-    assert spent is not None and spent > 0
-    monkeypatch.setattr("recbole_mllm.mllm.hf.HFModel", None)
-    assert offered()[0]["additional_feat_suffix"] == config["additional_feat_suffix"]
-    assert item_vectors.seconds_of(offered()[0]) == spent, "whoever finds them is told what they took"
-    again = offered(seed=5, item_features=["image"])[0]
-    assert 0 < (item_vectors.seconds_of(again) or 0) < spent
-    assert again["additional_feat_suffix"] == config["additional_feat_suffix"][1:]
+        assert np.allclose(vectors[dataset.token2id("item_id", item)], np.array(rows[item].split(), float))
+    times = [path.stat().st_mtime_ns for path in files]
+    with monkeypatch.context() as patch:
+        patch.setattr("recbole_mllm.mllm.hf.HFModel", None)
+        again, _, told = offered()
+        assert (again, told) == (files, spent), "whoever finds them is told what they took"
+        image_alone, _, told = offered(seed=5, item_features=["image"])
+        assert image_alone == files[1:] and 0 < told < spent
     assert [path.stat().st_mtime_ns for path in files] == times
     for change in ({"feature_size": 4}, {"feature_encoder": str(place / "llama"), "item_features": ["text"]}):
-        monkeypatch.undo()
-        monkeypatch.chdir(place)
-        monkeypatch.setattr(sys, "argv", ["pytest"])
-        assert not set(offered(**change)[0]["additional_feat_suffix"]) & set(config["additional_feat_suffix"])
+        assert not set(offered(**change)[0]) & set(files)
 
 
 def test_what_the_dataset_and_the_user_say_of_the_mllm_holds_for_features_too(keys: dict[str, Any]) -> None:

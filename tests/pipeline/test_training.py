@@ -364,7 +364,7 @@ def test_a_killed_evaluation_resumes_from_what_it_had_scored(settings, tmp_path,
 # -- memory: a batch is halved, and no row's gradient is counted twice or lost
 
 
-@pytest.fixture(scope="module", params=["lora", "full"])
+@pytest.fixture(scope="module", params=["lora", pytest.param("full", marks=pytest.mark.slow)])
 def filled(request, place, tmp_path_factory):
     """A trainer and the first batch of its data: eight rows, dropout off."""
     folder = tmp_path_factory.mktemp("memory")

@@ -7,21 +7,21 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import pytest
-import yaml
 from PIL import Image
+from stock_forward import CPU, SETTINGS, STYLE
 from tiny_mllm import sentences as texts
 
-from recbole_mllm.common.prompts import Prompt, Style, image_summary_prompt, recommend_prompt
+from recbole_mllm.common.prompts import image_summary_prompt, recommend_prompt
 from recbole_mllm.demo.attributes import FIELDS, VALUES, VISIBLE, Item, draw_item, is_reserved
 from recbole_mllm.demo.builtin import ensure_builtin
 from recbole_mllm.demo.render import render
 from recbole_mllm.demo.world import World, demo_world, item_id, user_id, write_demo_dataset
+from recbole_mllm.mllm.hf import HFModel
+from recbole_mllm.mllm.interface import Batch, Decoding
 
 ROOT = Path(__file__).parents[2]
-TINY = ROOT / "recbole_mllm" / "demo" / "tiny"
 SEED = 100
 
 
@@ -154,75 +154,44 @@ def test_a_dataset_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.fixture(scope="module")
-def tiny() -> tuple[Any, Any]:
-    import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    model = AutoModelForImageTextToText.from_pretrained(TINY, dtype=torch.float32).eval()
-    return model, AutoProcessor.from_pretrained(TINY)
+def tiny() -> HFModel:
+    return HFModel(str(ROOT / "recbole_mllm" / "demo" / "tiny"), SETTINGS.mllm, CPU)
 
 
-@pytest.fixture(scope="module")
-def style() -> Style:
-    wording = yaml.safe_load((ROOT / "properties" / "prompt" / "demo.yaml").read_text(encoding="utf-8"))
-    return Style.from_mapping("demo", wording)
+def drawn(folder: Path, shown: list[Item]) -> list[Path]:
+    """Return images of the items, none of which the tiny model has seen."""
+    paths = [folder / f"{n}.png" for n in range(len(shown))]
+    for n, (item, path) in enumerate(zip(shown, paths, strict=True)):
+        render(item, 500_000 + n).save(path)
+    return paths
 
 
-def encoded(processor: Any, prompts: list[Prompt], pictures: list[Image.Image]) -> Any:
-    """Encode prompts as anyone would: text and image parts through the chat template, then the processor."""
-    chats = []
-    for prompt in prompts:
-        before, *after = prompt.text.split("<image>")
-        parts: list[dict[str, str]] = [{"type": "text", "text": before}] if before else []
-        for text in after:
-            parts += [{"type": "image"}, {"type": "text", "text": text}]
-        chats.append(processor.apply_chat_template([{"role": "user", "content": parts}]))
-    return processor(text=chats, images=pictures or None, return_tensors="pt", padding=True, add_special_tokens=False)
-
-
-def test_every_value_is_one_token_and_belongs_to_one_field(tiny: tuple[Any, Any]):
+def test_every_value_is_one_token_and_belongs_to_one_field(tiny: HFModel):
     values = [value for field in FIELDS for value in VALUES[field]]
     assert len(values) == len(set(values))
-    assert all(len(tiny[1].tokenizer.encode(f" {value}", add_special_tokens=False)) == 1 for value in values)
+    words = tiny.encoder.tokenizer
+    assert all(len(words.encode(f" {value}", add_special_tokens=False)) == 1 for value in values)
 
 
-def test_the_tiny_model_captions_looks_it_has_never_seen(tiny: tuple[Any, Any], style: Style):
-    import torch
-
-    model, processor = tiny
+def test_the_tiny_model_captions_looks_it_has_never_seen(tiny: HFModel, tmp_path: Path):
     shown = items(60)
-    inputs = encoded(
-        processor,
-        [image_summary_prompt(style, Path("x.png"))] * len(shown),
-        [render(item, 500_000 + n) for n, item in enumerate(shown)],
-    )
-    with torch.inference_mode():
-        written = model.generate(**inputs, max_new_tokens=16, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-    told = [texts.parse_caption(text) or {} for text in processor.batch_decode(written, skip_special_tokens=True)]
+    work = Batch([image_summary_prompt(STYLE, path) for path in drawn(tmp_path, shown)], Decoding(16))
+    tiny.write(work)
+    told = [texts.parse_caption(work.answers[n].text) or {} for n in range(len(shown))]
     for field in VISIBLE:
         hits = sum(told_of.get(field) == item.traits[field] for told_of, item in zip(told, shown, strict=True))
         assert hits >= 57, f"{field}: {hits} of 60"
 
 
 @pytest.mark.parametrize("item_first", [True, False])
-def test_the_tiny_model_says_yes_to_what_agrees(tiny: tuple[Any, Any], style: Style, item_first: bool):
-    import torch
-
-    model, processor = tiny
-    shown = items(40)
-    rng = Random(8)
-    unlike = [
-        {field: rng.choice([v for v in VALUES[field] if v != item.traits[field]]) for field in FIELDS} for item in shown
-    ]
+def test_the_tiny_model_says_yes_to_what_agrees(tiny: HFModel, tmp_path: Path, item_first: bool):
+    shown, rng = items(40), Random(8)
+    unlike = [{f: rng.choice([v for v in VALUES[f] if v != item.traits[f]]) for f in FIELDS} for item in shown]
     prompts = [
-        recommend_prompt(style, texts.preference_text(taste), item.title, Path("x.png"), item_first=item_first)
-        for item, other in zip(shown, unlike, strict=True)
+        recommend_prompt(STYLE, texts.preference_text(taste), item.title, path, item_first=item_first)
+        for item, other, path in zip(shown, unlike, drawn(tmp_path, shown), strict=True)
         for taste in (item.traits, other)
     ]
-    pictures = [render(item, 600_000 + n) for n, item in enumerate(shown) for _ in range(2)]
-    yes, no = (processor.tokenizer.encode(f" {word}", add_special_tokens=False)[0] for word in ("Yes", "No"))
-    with torch.inference_mode():
-        logits = model(**encoded(processor, prompts, pictures), logits_to_keep=1).logits[:, -1]
-    agreeing, disagreeing = (logits[:, yes] - logits[:, no]).view(-1, 2).unbind(1)
+    agreeing, disagreeing = tiny.yes_scores(prompts, tiny.answers(STYLE)).view(-1, 2).unbind(1)
     assert (agreeing > 0).float().mean() >= 0.95
     assert (disagreeing < 0).float().mean() >= 0.95

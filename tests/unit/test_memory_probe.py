@@ -1,0 +1,136 @@
+"""Whether a model knows a dataset: one that is planted to is found out, one that is not is cleared."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from pathlib import Path
+
+import planned_server
+import pytest
+import small_world
+from planted_runs import plant_run
+
+from recbole_mllm.benchmark.memory_questions import (
+    BEGINNING,
+    BY_ID,
+    GENRE,
+    NEXT,
+    YEAR,
+    judge,
+    memory_file,
+    memory_note,
+    questions_of,
+    verdict,
+)
+from recbole_mllm.cli import main
+
+WORDS = ["amber", "birch", "cedar", "delta", "ember", "frost", "grove", "heron", "inlet", "jetty", "knoll", "larch"]
+GENRES = ["Comedy", "Drama", "Horror", "Western"]
+ITEMS, USERS = 300, 80
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Items with titles of four words, a year and one or two genres."""
+    draw = random.Random(5)
+    place = tmp_path / "films"
+    place.mkdir()
+    rows = ["item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq"]
+    for n in range(ITEMS):
+        title, genres = " ".join(draw.sample(WORDS, 4)), " ".join(draw.sample(GENRES, draw.choice((1, 2))))
+        rows.append(f"{n}\t{title}\t{draw.randrange(1930, 2000)}\t{genres}")
+    (place / "films.item").write_text("\n".join(rows) + "\n")
+    return place
+
+
+@pytest.fixture
+def histories():
+    draw = random.Random(6)
+    return {f"u{n}": [str(item) for item in draw.sample(range(ITEMS), 12)] for n in range(USERS)}
+
+
+def found(questions, answers):
+    return {finding.kind: finding for finding in judge(questions, answers)}
+
+
+def test_a_model_that_knows_all_is_found_out_and_one_that_knows_one_kind_is_in_that_kind(folder, histories):
+    questions = questions_of("films", folder, histories, 7, 60)
+    kinds = [BEGINNING, BY_ID, YEAR, GENRE, NEXT]
+    assert list(found(questions, [q.truth[0] for q in questions])) == kinds
+    for kind, finding in found(questions, [f"It is {q.truth[0]}." for q in questions]).items():
+        assert (finding.asked, finding.right, finding.rate) == (60, 60, 1.0) and finding.ci95[0] > 0.9, kind
+        assert finding.p < 1e-6 and finding.chance < 0.7
+    answers = [q.truth[0] if q.kind == YEAR else "I do not know" for q in questions]
+    assert verdict("m", judge(questions, answers)).startswith("Asked without any history, m knows this dataset (year):")
+
+
+@pytest.mark.parametrize("kind", ["guesses", "always the same", "refuses", "names everything"])
+def test_a_model_that_does_not_know_does_no_better_than_chance(folder, histories, kind):
+    draw = random.Random(8)
+    questions = questions_of("films", folder, histories, 7, 60)
+    said = {
+        "guesses": lambda q: draw.choice([other for other in questions if other.kind == q.kind]).truth[0],
+        "always the same": lambda q: next(other for other in questions if other.kind == q.kind).truth[0],
+        "refuses": lambda q: "I am sorry, I cannot know that.",
+        "names everything": lambda q: "A B " + " ".join([*WORDS, *GENRES]) + " 1950 1960",
+    }[kind]
+    findings = found(questions, [said(q) for q in questions])
+    assert "does no better than chance" in verdict("m", list(findings.values()))
+    assert findings[NEXT].chance == 0.5
+    if kind == "names everything":
+        assert findings[GENRE].rate == findings[GENRE].chance == 1.0, "whoever says all is always right, by chance"
+
+
+def test_what_is_asked_holds_no_history_and_depends_on_the_seed_alone(folder, histories):
+    questions = questions_of("films", folder, histories, 7, 20)
+    turned = dict(reversed(histories.items()))
+    assert questions_of("films", folder, turned, 7, 20) == questions
+    assert questions_of("films", folder, histories, 8, 20) != questions
+    for q in (q for q in questions if q.kind == NEXT):
+        user, *pair = re.search(r"user (\w+) take next: A, item (\d+), or B, item (\d+)", q.prompt.text).groups()
+        right = pair["AB".index(q.truth[0])]
+        (wrong,) = set(pair) - {right}
+        assert histories[user][-1] == right and wrong not in histories[user]
+    assert {q.truth[0] for q in questions if q.kind == NEXT} == {"A", "B"}
+    for q in (q for q in questions if q.kind == BEGINNING):
+        assert q.truth[0] not in q.prompt.text and " ".join(q.truth[0].split()[:2]) in q.prompt.text
+
+
+def test_a_dataset_without_years_or_titles_of_several_words_is_asked_about_what_it_has(folder, histories):
+    (folder / "films.item").write_text("item_id:token\ttitle:token_seq\n1\tOne\n2\tTwo\n")
+    assert {q.kind for q in questions_of("films", folder, histories, 7, 9)} == {BY_ID, NEXT}
+
+
+def test_the_command_asks_once_and_a_leaderboard_tells(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    place = small_world.write(tmp_path / "dataset", images=False)
+    titles = {small_world.item(n): f"title of {small_world.item(n)}" for n in range(small_world.ITEMS)}
+
+    def remembers(_: int, text: str) -> planned_server.Reply | None:
+        item = re.search(r"with the id (\w+)", text)
+        return planned_server.completion(titles[item[1]]) if item else None
+
+    with planned_server.serving(planned_server.Planned(plan=remembers)) as server:
+        words = ["probe-memory", "steps", "--questions=20", f"--mllm=server:m@{server.url}", "--finetune=none"]
+        words += ["--server_key_env=null"]
+        assert main(words) == 0
+        asked = len(server.bodies)
+        told = capsys.readouterr().out
+        assert main(words) == 0 and len(server.bodies) == asked, "answers come from the store"
+    assert capsys.readouterr().out == told
+    assert told.startswith("Asked without any history, server:m knows this dataset (title from its id):")
+    assert not any("history" in text for text in server.texts())
+    known = json.loads(memory_file(place).read_text())
+    assert list(known) == ["server:m"]
+    config = {"data_path": str(place), "provenance": {"weights": {"mllm": "server:m"}}}
+    record = plant_run(tmp_path / "results", "MLLMMSR", 1.0, kind="mllm", config=config)
+    assert memory_note([record]) == told.splitlines()[0]
+    (Path("results") / "runs.jsonl").write_text(record.to_line() + "\n")
+    assert main(["report", "results"]) == 0
+    pages = [Path("results", f"leaderboard.{form}").read_text() for form in ("md", "html")]
+    assert all("knows this dataset (title from its id)" in page for page in pages)
+    assert main(["probe-memory", "steps", "--questions=20", "--mllm=tiny", "--prompt_style=demo"]) == 0
+    assert "does no better than chance" in capsys.readouterr().out
+    assert len(json.loads(memory_file(place).read_text())) == 2
