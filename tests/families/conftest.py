@@ -71,7 +71,7 @@ def own(mllm, stock):
 @pytest.fixture(scope="session")
 def prompts(sees, images):
     """Both orders, long and short texts, images of three shapes and none, in no order."""
-    likes = ["likes cats", "The user likes a very long list of dogs, and other animals", "red"]
+    likes = ["likes cats", "The user likes a very long list of dogs, and other animals", *([] if sees else ["red"])]
     shown = [images[colour] for colour in IMAGES] if sees else []
     made = [
         recommend_prompt(STYLE, preference, f"the {image.stem if image else 'plain'} mug", image, item_first=first)

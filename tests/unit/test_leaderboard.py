@@ -126,6 +126,17 @@ def test_slices_recomputed_from_the_arrays(world, board):
     assert row_of(board, "MLLMMSR")["slices"]["cold"]["AUC"]["mean"] == pytest.approx(auc)
 
 
+def test_seeds_of_other_weights_are_another_row(tmp_path):
+    def planted(seed, weights):
+        config = {"provenance": {"weights": {"mllm": weights}}} if weights else {}
+        return plant_run(tmp_path, "MLLMMSR", 1.0, "mllm", seed=seed, config=config)
+
+    same = [planted(seed, weights) for seed, weights in ((1, "m@aa"), (2, "m@aa"), (3, ""))]
+    assert [row.seeds for row in build(same, tmp_path).rows] == [(1, 2, 3)], "an older record does not say"
+    rows = build([*same[:2], planted(3, "m@bb")], tmp_path).rows
+    assert sorted(row.seeds for row in rows) == [(1, 2), (3,)] and all("weights" in row.model for row in rows)
+
+
 def test_seeds_are_averaged_per_user(tmp_path):
     records = [plant_run(tmp_path, "SASRec", 1.0, seed=seed) for seed in (1, 2, 3)]
     board = build([*records, plant_run(tmp_path, "Pop", 0.1)], tmp_path)

@@ -111,25 +111,29 @@ def test_what_is_not_worth_sharing_is_not_shared(place):
     assert [g.shared for g in groups(mllm.backbone, _examples(mllm, place))] == [0]
 
 
-def test_rows_that_are_the_same_share_all_but_a_token(place, monkeypatch):
+@pytest.fixture(scope="module")
+def llava(place):
+    return _model(place, tiny_models.llava)
+
+
+def test_rows_that_are_the_same_share_all_but_a_token(llava, place, monkeypatch):
     monkeypatch.setattr("recbole_mllm.mllm.loss.LEAST_GAIN", 1)
-    mllm = _model(place, tiny_models.llava)
-    twice = [_examples(mllm, place)[0]] * 2
-    assert _relative(_step(mllm, twice, share=True), _step(mllm, twice[:1])) < 1e-5
+    twice = [_examples(llava, place)[0]] * 2
+    assert _relative(_step(llava, twice, share=True), _step(llava, twice[:1])) < 1e-5
 
 
 @pytest.mark.parametrize("share", [False, True])
-@pytest.mark.parametrize("size", [1, 2, None])
-def test_micro_batches_hold_every_row_once_and_change_no_gradient(place, size, share, monkeypatch):
+def test_micro_batches_hold_every_row_once_and_change_no_gradient(llava, place, share, monkeypatch):
     monkeypatch.setattr("recbole_mllm.mllm.loss.LEAST_GAIN", 1)
-    mllm = _model(place, tiny_models.llava)
-    examples = _examples(mllm, place)
-    parts = micro_batches(mllm.backbone, examples, size, share=share)
-    assert sorted(i for part in parts for i in part) == list(range(len(examples)))
-    lengths = [[len(examples[i].ids) for i in part] for part in parts]
-    if size and not share:
-        assert all(len(part) <= size for part in parts) and sum(lengths, []) == sorted(sum(lengths, []))
-    assert _relative(_step(mllm, examples, parts, share=share), _step(mllm, examples)) < 1e-5
+    examples = _examples(llava, place)
+    whole = _step(llava, examples)
+    for size in (1, 2, None):
+        parts = micro_batches(llava.backbone, examples, size, share=share)
+        assert sorted(i for part in parts for i in part) == list(range(len(examples)))
+        lengths = [[len(examples[i].ids) for i in part] for part in parts]
+        if size and not share:
+            assert all(len(part) <= size for part in parts) and sum(lengths, []) == sorted(sum(lengths, []))
+        assert _relative(_step(llava, examples, parts, share=share), whole) < 1e-5
 
 
 def test_rows_that_share_a_prefix_count_by_what_they_add(place):
@@ -163,14 +167,12 @@ def test_features_of_a_frozen_tower_are_computed_once_and_are_exact(place, monke
 
 
 @pytest.mark.parametrize("finetune", ["lora", "full"])
-@pytest.mark.parametrize("share", [False, True])
-def test_a_tower_that_is_trained_gets_gradients_and_no_cache(place, finetune, share, monkeypatch):
+def test_a_tower_that_is_trained_gets_gradients_and_no_cache(place, finetune, monkeypatch):
     monkeypatch.setattr("recbole_mllm.mllm.loss.LEAST_GAIN", 1)
     mllm = _model(place, tiny_models.llava, finetune=finetune, lora_target="all")
     examples = _examples(mllm, place)
-    gradient = _step(mllm, examples, share=share)
+    gradient = _step(mllm, examples)
     tower = [float(g.norm()) for name, g in gradient.items() if "vision_tower" in name]
-    assert (
-        not mllm.backbone.frozen_vision and not mllm.backbone._features and sum(n > 0 for n in tower) > len(tower) / 2
-    )
-    assert _relative(gradient, _step(mllm, examples)) < 1e-5
+    assert sum(n > 0 for n in tower) > len(tower) / 2
+    assert not mllm.backbone.frozen_vision and not mllm.backbone._features
+    assert _relative(_step(mllm, examples, share=True), gradient) < 1e-5

@@ -119,29 +119,27 @@ def test_an_unknown_family_writes_as_its_own_generate(unknown, caplog):
     assert answers_of(model, prompts[::-1], sampled)[::-1] == answers_of(model, prompts, sampled)
 
 
-@pytest.mark.parametrize("whole", [False, True], ids=["answer", "whole"])
-def test_an_unknown_family_is_trained_by_its_own_likelihood(unknown, whole):
+def test_an_unknown_family_is_trained_by_its_own_likelihood(unknown):
     given, *_ = unknown
     model = copy.deepcopy(given)
     model.replace_model(tune(model.model, replace(SETTINGS.lora, lora_dropout=0.0), seed=1))
-    answers = model.answers(STYLE)
-    losses = []
-    for prompt in PROMPTS:
-        start = own_of(model, prompt)["input_ids"][0]
-        ids = torch.cat([start, torch.tensor(answers.yes)])
-        places = torch.arange(1 if whole else len(start), len(ids))
-        logits = model.model(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None]).logits[0]
-        losses.append(torch.nn.functional.cross_entropy(logits[places - 1], ids[places]))
+    answers, labels = model.answers(STYLE), torch.ones(len(PROMPTS))
     adapted = [p for p in model.model.parameters() if p.requires_grad]
-    loss = loss_of(model, PROMPTS, torch.ones(len(PROMPTS)), whole=whole, share=True)
-    own, got = (
-        flat(torch.autograd.grad(one, adapted, allow_unused=True)) for one in (torch.stack(losses).mean(), loss)
-    )
-    assert torch.allclose(loss, torch.stack(losses).mean(), atol=1e-5)
-    assert own.norm() > 0 and (got - own).norm() < 2e-5 * own.norm()
+    for whole in (False, True):
+        losses = []
+        for prompt in PROMPTS:
+            start = own_of(model, prompt)["input_ids"][0]
+            ids = torch.cat([start, torch.tensor(answers.yes)])
+            places = torch.arange(1 if whole else len(start), len(ids))
+            logits = model.model(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None]).logits[0]
+            losses.append(torch.nn.functional.cross_entropy(logits[places - 1], ids[places]))
+        expected, loss = torch.stack(losses).mean(), loss_of(model, PROMPTS, labels, whole=whole, share=True)
+        assert torch.allclose(loss, expected, atol=1e-5)
+        own, got = (flat(torch.autograd.grad(one, adapted, allow_unused=True)) for one in (expected, loss))
+        assert own.norm() > 0 and (got - own).norm() < 2e-5 * own.norm()
     model.model.train()
     model.backbone.way = None  # the check must not leave dropout off
-    loss_of(model, PROMPTS, torch.ones(len(PROMPTS)))
+    loss_of(model, PROMPTS, labels)
     assert all(module.training for module in model.model.modules())
 
 
@@ -198,9 +196,11 @@ def test_items_are_shared_behind_a_prefix_too_short_to_share(tmp_path, monkeypat
     monkeypatch.setattr(scoring, "LEAST_GAIN", len(prompts) * start + 1)
     assert 2 * image > scoring.LEAST_GAIN
     read, stock = [], mllm.backbone.hidden
-    spy = lambda rows, first, stops, cache: (  # noqa: E731
-        read.append(sum(stop - first for stop in stops)) or stock(rows, first, stops, cache)
-    )
+
+    def spy(rows, first, stops, cache):
+        read.append(sum(stop - first for stop in stops))
+        return stock(rows, first, stops, cache)
+
     monkeypatch.setattr(mllm.backbone, "hidden", spy)
     mllm.yes_scores(prompts, mllm.answers(STYLE))
     assert len(calls) == len(colours)  # an image is seen once, however many prompts show it
@@ -280,16 +280,3 @@ def test_what_can_be_released_is_released_before_one_row_is_given_up(helps):
     else:  # what is made anew at each try is no way out
         with pytest.raises(UserError, match="out of memory 5"):
             list(in_batches([5], run, len, budget, str))
-
-
-def test_rows_come_once_each_and_in_order():
-    def run(batch):
-        if len(batch) > 3:
-            raise torch.OutOfMemoryError("out")
-        return len(batch)
-
-    budget = Budget(100)
-    batches = [list(batch) for batch, _ in in_batches(range(20), run, len, budget, str)]
-    assert sum(batches, []) == list(range(20))
-    assert budget.size == 2 and max(map(len, batches)) == 2
-    assert list(in_batches([], run, len, budget, str)) == []
