@@ -29,8 +29,8 @@ def render(results: Path, *, embed_images: bool = True) -> Leaderboard:
     Without `embed_images` the page's case studies hold no pictures.
     """
     board = read_leaderboard(results)
-    published = board.to_json() | {"uses": [use._asdict() for use in uses(board)]}
-    published |= {"what_the_mllm_adds": adds} if (adds := added(board)) else {}
+    found = {"uses": [use._asdict() for use in uses(board)], "what_the_mllm_adds": added(board)}
+    published = board.to_json() | {name: told for name, told in found.items() if told}
     forms = {
         "leaderboard.json": json.dumps(published, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
         "leaderboard.csv": tables.csv_text(tables.numbers_table(board)),
