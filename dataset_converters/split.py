@@ -28,10 +28,8 @@ from .output import Fields, Written
 from .source import number
 
 _BESIDE = (".item", ".user", ".kg", ".link", ".net")  # files that do not depend on the split
-_OF_A_SPLIT = (
-    *("benchmark_filename", "alias_of_item_id", "train_on_histories", "temporal_split", "MAX_ITEM_LIST_LENGTH"),
-    *("load_col", "global_times"),
-)
+_OF_A_SPLIT = ("benchmark_filename", "train_on_histories", "temporal_split", "load_col", "global_times")
+_OF_BENCHMARK_FILES = ("alias_of_item_id", "MAX_ITEM_LIST_LENGTH")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +52,15 @@ def split_folder(
     """
     output.check(out, [folder])
     keys = read_mapping(own) if (own := folder / "dataset.yaml").is_file() else {}
-    log = _read(folder, fields, has_global_times(folder, keys.get("global_times")))
+    compares, listed = has_global_times(folder, keys.get("global_times")), keys.get("benchmark_filename")
+    log = _read(folder, fields, compares)
     with output.into(out) as stage:
         written = _write(stage, log, fields, settings)
-        kept = {key: value for key, value in keys.items() if key not in _OF_A_SPLIT}
+        dropped = (*_OF_A_SPLIT, *(_OF_BENCHMARK_FILES if listed else ()))
+        kept = {key: value for key, value in keys.items() if key not in dropped}
+        kept |= {} if compares else {"global_times": False}
         columns = {**(keys.get("load_col") or {}), **written.config["load_col"]}
-        if settings.protocol == "loo" and keys.get("load_col") and not keys.get("benchmark_filename"):
+        if settings.protocol == "loo" and keys.get("load_col") and not listed:
             columns = keys["load_col"]
         names = dict(zip(("USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD"), fields, strict=True))
         with whole_file(stage / "dataset.yaml") as file:
@@ -141,8 +142,6 @@ def _write(stage: Path, log: Log, fields: Fields, settings: SplitSettings) -> Wr
     write_atomic(path, log.types, (line.split("\t") for line in log.lines))
     loaded = [name for name in fields if name in log.types]
     config: dict[str, Any] = {"load_col": {"inter": loaded}}
-    if log.inter.times is None:
-        config["global_times"] = False
     whole = Written(len(log.inter), config, "Interactions stand in exact order of time.", log.stamps)
     return whole if settings.protocol == "loo" else output.write_rows(stage, log.inter, settings, whole, fields)
 

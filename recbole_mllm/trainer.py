@@ -26,6 +26,7 @@ from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.progress import Progress
 from recbole_mllm.common.seeding import random_state, restore_random_state, seed_step
 from recbole_mllm.data.dataloader import SeededTrainDataLoader
+from recbole_mllm.evaluation.full_ranking import ranked_batch
 from recbole_mllm.evaluation.loader import FrozenEvalDataLoader
 from recbole_mllm.evaluation.tie_breaking import record_scores, recording
 from recbole_mllm.mllm.loading import dtype_of
@@ -379,6 +380,15 @@ class MLLMMSRTrainer(Trainer):  # type: ignore[misc]
                 self.model.remove_cached_scores()
             return result
 
+    def _full_sort_batch_eval(self, batched_data: Any) -> Any:
+        """Rank all items as every trainer does, and record the MLLM's log-odds beside (trainer.py:463-486)."""
+        interaction, _, owner, targets, *ranking = batched_data  # of a sequential model no history is left out
+        scores, answers = self.model.ranking(interaction.to(self.device))
+        scores[:, 0] = -torch.inf
+        if not ranking:
+            return interaction, scores, owner, targets
+        return ranked_batch(self.config, ranking[0], interaction, scores, owner, targets, answers)
+
     @torch.no_grad()
     def _score_ahead(self, eval_data: Any) -> None:
         """Score the split's pairs; only with frozen candidates, as others change at every pass."""
@@ -451,7 +461,7 @@ def best_share(reranker: Any, evaluate: Callable[[], Mapping[str, float]], metri
     best = int(np.argmax(scores if bigger else -scores))
     reranker.share = SHARES[best]
     for batch in recorded[best]:
-        record_scores(partial(dict, batch))
+        record_scores(batch)
     tried = ", ".join(f"{share:.1f}: {score:.4f}" for share, score in zip(SHARES, scores, strict=True))
     logging.getLogger().info(f"fusion: {SHARES[best]:.1f} is the MLLM's best share on validation ({tried})")
     return results[best]

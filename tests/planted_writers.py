@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 from recbole_mllm.common.prompts import Prompt
 from recbole_mllm.mllm.interface import Answer, Work
@@ -27,3 +27,15 @@ class Planted:
         while asks := work.take(self.size):
             self.batches.append([ask.prompt.text for ask in asks])
             work.give([(ask.place, Answer(self.reply(ask.prompt), 3, 2)) for ask in asks])
+
+
+class StoreInMemory(dict[str, str]):
+    """A store of answers that no file has."""
+
+    def get(self, keys: Iterable[str]) -> dict[str, str]:  # type: ignore[override]
+        """Return the texts that are known."""
+        return {key: self[key] for key in keys if key in self}
+
+    def add(self, kind: str, model: str, keys: Sequence[str], answers: Sequence[Answer], seconds: float) -> None:
+        """Keep a batch of answers."""
+        self.update(zip(keys, (answer.text for answer in answers), strict=True))

@@ -18,8 +18,8 @@ from recbole_mllm.data.schema import item_file
 from recbole_mllm.mllm.interface import Decoding
 from recbole_mllm.model.summarizers import make_summary_setup
 from recbole_mllm.quick_start import read_and_split
-from recbole_mllm.summaries.generator import claiming, user_generator
-from recbole_mllm.summaries.work_shares import opened_store
+from recbole_mllm.summaries.generator import user_generator
+from recbole_mllm.summaries.store import opened_store
 
 _TOKENS = 32  # of an answer: a title
 
@@ -42,7 +42,7 @@ def probe_memory(config: Any, count: int = COUNT) -> list[str]:
         raise UserError(f"{item_file(setup.folder)} has no titles to ask about, and no user's items are known")
     decoding = Decoding(_TOKENS, rules=setup.who.user_rules)
     with closing(opened_store(setup.folder)) as store:
-        generator = claiming(replace(user_generator(setup, store), kind="probe", decoding=decoding), store)
+        generator = replace(user_generator(setup, store), kind="probe", decoding=decoding)
         with generator.progress(len(questions)):
             answers = generator.answer([question.prompt for question in questions])
     model, findings = settings.mllm.identity("user_summarizer"), judge(questions, answers)

@@ -78,7 +78,7 @@ class Finding:
     def of(cls, questions: Sequence[Question], answers: Sequence[str]) -> Finding:
         """Compare the `answers` to `questions` of one kind with the same answers dealt to the other questions.
 
-        So an answer that is often right, whatever is asked, is what chance gives; at least one title of all.
+        So an answer that is often right, whatever is asked, is what chance gives; at least one in as many truths.
         """
         right = sum(q.is_answered(a) for q, a in zip(questions, answers, strict=True))
         others = len(questions) * (len(questions) - 1)
@@ -197,9 +197,8 @@ def memory_note(records: Iterable[RunRecord]) -> str:
     """Return what is known of the memory of the models behind `records`, from beside their dataset; "" for nothing."""
     told: dict[str, None] = {}
     for record in records:
-        weights = record.config.get("provenance", {}).get("weights", {})
-        known = read_memory(memory_file(Path(str(record.config["data_path"])))) if weights else {}
-        for model in dict.fromkeys(weights.values()):
+        known = read_memory(memory_file(Path(str(record.config["data_path"])))) if record.weights else {}
+        for model in dict.fromkeys(record.weights.values()):
             if model in known:
                 told[verdict(model, [Finding(**finding) for finding in known[model]["findings"]])] = None
     return " ".join(told)

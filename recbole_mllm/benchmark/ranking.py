@@ -126,14 +126,19 @@ def _load(runs: Sequence[RunRecord], results: Path) -> tuple[list[tuple[RunRecor
 
 
 def _contenders(loaded: Sequence[tuple[RunRecord, Evidence]]) -> list[Contender]:
-    """Put the seeds of one model and one configuration together, and draw the users again for pooled AUC.
+    """Put the seeds of one model, configuration and weights together, and draw the users again for pooled AUC.
 
     The draws are the same for all rows, since only replicates of the same draws can be paired.
     """
     groups: dict[tuple[str, str], dict[int, tuple[RunRecord, Evidence]]] = defaultdict(dict)
     variants: dict[str, set[str]] = defaultdict(set)
+    weights: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for run, _ in loaded:
+        weights[run.label, configuration(run.run_id)] |= {_weights(run)} if run.weights else set()
     for run, evidence in loaded:
         variant = configuration(run.run_id)
+        if len(weights[run.label, variant]) > 1:
+            variant += f", weights {_weights(run)}"
         groups[run.label, variant][run.seed] = (run, evidence)
         variants[run.label].add(variant)
     pairs = max((pairs.size for _, evidence in loaded for pairs in evidence.pairs), default=0)
@@ -160,6 +165,10 @@ def configuration(run_id: str) -> str:
     """Return the part of a run id that names its configuration whatever the seed: the digest after ``-<seed>-``."""
     found = re.search(r"-\d+-([0-9a-f]{8})$", run_id)
     return found[1] if found else ""
+
+
+def _weights(run: RunRecord) -> str:
+    return hashlib.sha256(repr(sorted(run.weights.items())).encode()).hexdigest()[:8]
 
 
 def _row(contender: Contender, metrics: Sequence[str], parted: Sequence[Partition], valid: str) -> LeaderboardRow:

@@ -145,6 +145,11 @@ class RunRecord:
         """Whether the run finished and its numbers may be ranked."""
         return self.status == OK
 
+    @property
+    def weights(self) -> Mapping[str, str]:
+        """What names the weights of each model it asked; empty of a baseline, and of a run of before this was kept."""
+        return dict(self.config.get("provenance", {}).get("weights", {}))
+
     def to_line(self) -> str:
         """Return the record as one line of JSON, without those of the fields of 0.2.0 that say nothing."""
         told = {name: value for name, value in asdict(self).items() if value is not None or name not in _SINCE_0_2}

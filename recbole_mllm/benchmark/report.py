@@ -29,7 +29,8 @@ def render(results: Path, *, embed_images: bool = True) -> Leaderboard:
     Without `embed_images` the page's case studies hold no pictures.
     """
     board = read_leaderboard(results)
-    published = board.to_json() | {"uses": [use._asdict() for use in uses(board)]}
+    found = [use._asdict() for use in uses(board)]
+    published = board.to_json() | ({"uses": found} if found else {})
     forms = {
         "leaderboard.json": json.dumps(published, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
         "leaderboard.csv": tables.csv_text(tables.numbers_table(board)),

@@ -105,9 +105,8 @@ def _check_weights(record: RunRecord) -> None:
     Raises:
         UserError: A local model's files are others now, or are gone.
     """
-    recorded = record.config.get("provenance", {}).get("weights", {})
     models = MLLMSettings.from_config({**read_mapping(PROPERTIES / "model" / "MLLMMSR.yaml"), **record.config})
-    for key, weights in recorded.items():
+    for key, weights in record.weights.items():
         if not is_same(weights, now := models.identity(key)):
             raise UserError(
                 f"{key} {models.name(key)} was {weights} and is {now}: a run of other weights is another run; put the "

@@ -160,7 +160,9 @@ def part_of(label: str) -> str:
     """Return what a variant of MLLMMSR takes from the full model, to begin a sentence with."""
     variant = label.partition(":")[2]
     block = re.fullmatch(r"block-([1-9][0-9]*)", variant)
-    return f"The size of a block, against {block[1]}," if block else PARTS[variant]
+    if block:
+        return f"The size of a block, against {block[1]},"
+    return PARTS.get(variant, f"What {variant} changes")  # a record may be of another version
 
 
 def baseline_defaults(model: str, section: str | None = None) -> dict[str, Any]:

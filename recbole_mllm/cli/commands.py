@@ -380,7 +380,7 @@ def rerun(args: Namespace, options: Options) -> int:
 @contextmanager
 def _store(folder: Path, *, new: bool = False) -> Iterator[Any]:
     """Open the store in `folder`; unless it may be `new`, one must be there."""
-    from recbole_mllm.summaries.work_shares import opened_store
+    from recbole_mllm.summaries.store import opened_store
 
     if not new and not store_file(folder).is_file():
         raise UserError(f"{folder} holds no summary store yet ({store_file(folder).name}); `summarize` makes one")

@@ -59,6 +59,11 @@ def world_size() -> int:
     return int(os.environ["WORLD_SIZE"]) if is_launched() else 1
 
 
+def is_one_machine() -> bool:
+    """Return whether all processes run on this machine, as far as the launcher says."""
+    return not is_launched() or int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) == world_size()
+
+
 def is_main() -> bool:
     """Return whether this process is the one that writes files and speaks."""
     return process_index() == 0

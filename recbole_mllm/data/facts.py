@@ -172,9 +172,10 @@ class Split:
     def future_share(self) -> float | None:
         """Return the share of test targets with a later training interaction; None without times to compare."""
         facts, whole = self.facts, self.facts.whole
-        if whole is not None and whole.moments is not None:
-            rows = np.searchsorted(whole.users[by_user := whole.by_user()], facts.users[self.test])
-            held, learnt = whole.moments[by_user[rows + facts.positions[self.test]]], whole.moments[: facts.trained]
+        if whole is not None:  # which stands in exact order
+            by_user = whole.by_user()
+            starts = np.searchsorted(whole.users[by_user], facts.users[self.test])
+            held, learnt = by_user[starts + facts.positions[self.test]], np.arange(facts.trained)
         elif facts.moments is not None:
             held, learnt = facts.moments[self.test], facts.moments[self.train]
         else:

@@ -21,7 +21,7 @@ from recbole_mllm.common.settings import EvaluationSettings
 from recbole_mllm.data.sampling import Pairs, mix64, sample_users
 from recbole_mllm.data.schema import ITEM, USER
 from recbole_mllm.evaluation.tie_breaking import Keys, record_scores
-from recbole_mllm.recbole_patches.hooks import wrap
+from recbole_mllm.recbole_patches.hooks import replace
 
 DEEPEST = 50
 """How many of a row's best items are recorded beside the target; fewer where there are very many rows."""
@@ -136,32 +136,37 @@ def install(trainer_class: Any) -> None:
     Wraps ``Trainer._full_sort_batch_eval`` (trainer.py:463-486), between a model's scores and RecBole's collector.
     """
 
-    def make(stock: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-        def batch_eval(self: Any, batched: Any) -> Any:
-            interaction, scores, owner, targets = stock(self, batched[:4])
-            if len(batched) == 4:
-                return interaction, scores, owner, targets
-            ranking = batched[4]
-            users = interaction[self.config["USER_ID_FIELD"]].cpu().numpy()
-            rows, items = (torch.as_tensor(part).cpu().numpy() for part in (owner, targets))
-            found = rank_all(scores, users, rows, items, ranking, ranking.depth(max(self.config["topk"])))
-            record_scores(lambda: _best(found, users, rows, items, self.model))
-            return interaction, found.collected.to(scores.device), owner, targets
-
-        return batch_eval
-
-    wrap(trainer_class, "_full_sort_batch_eval", make)
+    @replace(trainer_class)
+    def _full_sort_batch_eval(stock: Any, self: Any, batched: Any) -> Any:
+        collected = stock(self, batched[:4])
+        return collected if len(batched) == 4 else ranked_batch(self.config, batched[4], *collected)
 
 
-def _best(found: Ranked, users: Any, owner: Any, targets: Any, model: Any) -> dict[str, Any]:
+def ranked_batch(
+    config: Any, ranking: AllItems, rows: Any, scores: Tensor, owner: Any, targets: Any, answers: Any = None
+) -> tuple[Any, Tensor, Any, Any]:
+    """Return what RecBole's collector takes of a batch's ranking, after recording the best of it.
+
+    Args:
+        config: RecBole's.
+        ranking: What is ranked.
+        rows: The batch.
+        scores: ``[B, items]`` of a model, padding and what RecBole leaves out at -inf.
+        owner: ``[P]`` the row of each target.
+        targets: ``[P]`` internal item ids.
+        answers: ``[B, items]`` the log-odds of an MLLM, NaN where it was not asked; None for any other model.
+    """
+    users = rows[config["USER_ID_FIELD"]].cpu().numpy()
+    at, items = (torch.as_tensor(part).cpu().numpy() for part in (owner, targets))
+    found = rank_all(scores, users, at, items, ranking, ranking.depth(max(config["topk"])))
+    record_scores(_best(found, users, at, items, answers))
+    return rows, found.collected.to(scores.device), owner, targets
+
+
+def _best(found: Ranked, users: Any, owner: Any, targets: Any, answers: Any) -> dict[str, Any]:
     """Return each row's best items and its targets: score, place (0 for the worst of ``among``), an MLLM's answer."""
     labels = torch.zeros(found.scores.shape, dtype=torch.int8)
     labels[owner, targets] = 1
-    answers = np.full(found.scores.shape, np.nan, np.float32)  # NaN where no MLLM was asked
-    if (answered := getattr(model, "answered", None)) is not None:
-        asked, log_odds = answered
-        at, columns = np.nonzero(asked)
-        answers[at, asked[at, columns]] = log_odds[at, columns]
     rows, columns = np.nonzero(found.head)
     items = found.head[rows, columns]
     beyond = ~(found.head[owner] == targets[:, None]).any(1)
@@ -174,7 +179,7 @@ def _best(found: Ranked, users: Any, owner: Any, targets: Any, model: Any) -> di
         "score": found.scores[rows, items].numpy(),
         "place": found.among[rows] - 1 - columns,
         "among": found.among[rows],
-        "answer": answers[rows, items],
+        "answer": np.full(len(rows), np.nan, np.float32) if answers is None else answers[rows, items],
     }
 
 

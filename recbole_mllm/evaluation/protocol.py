@@ -75,7 +75,7 @@ def future_share(dataset: Any, train: Any, test: Any) -> float | None:
         test: Its test part.
     """
     config, field = dataset.config, dataset.time_field
-    if not has_global_times(Path(dataset.dataset_path), config["global_times"]):
+    if temporal_split(config) is None and not has_global_times(Path(dataset.dataset_path), config["global_times"]):
         return None
     split: Split | None = dataset.facts.split(config) if dataset.facts is not None else None
     if split is not None:

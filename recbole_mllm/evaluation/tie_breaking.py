@@ -16,7 +16,7 @@ import torch
 
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.data.schema import ITEM, TIE, USER
-from recbole_mllm.recbole_patches.hooks import wrap
+from recbole_mllm.recbole_patches.hooks import replace
 
 Keys = Callable[[Any, Any], Any]
 """Of internal (users, items) ``[B]``: int64 ``[B]`` that order equal scores (`data.sampling.tie_keys`)."""
@@ -49,11 +49,10 @@ def recording() -> Iterator[list[dict[str, Any]]]:
         _RECORDED.reset(token)
 
 
-def record_scores(columns: Callable[[], dict[str, Any]]) -> None:
+def record_scores(columns: dict[str, Any]) -> None:
     """Add a batch's columns to what the innermost `recording` yields, if there is one."""
-    batches = _RECORDED.get()
-    if batches is not None:
-        batches.append(columns())
+    if (batches := _RECORDED.get()) is not None:
+        batches.append(columns)
 
 
 def ranks(owner: Any, scores: Any, keys: Any) -> Any:
@@ -77,30 +76,20 @@ def install(trainer_class: Any) -> None:
     Wraps ``Trainer._neg_sample_batch_eval`` (trainer.py:505-524), between a model's scores and RecBole's collector.
     """
 
-    def make(stock: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-        def batch_eval(self: Any, batched: Any) -> Any:
-            interaction, scores, positive_u, positive_i = stock(self, batched)
-            pairs, owner = batched[0], batched[1]
-            if TIE not in pairs or scores.dim() != 2:
-                return interaction, scores, positive_u, positive_i
-            config = self.config
-            items = pairs[config["ITEM_ID_FIELD"]]
-            raw = scores[owner, items].float().cpu()
-            if bool(torch.isnan(raw).any()):
-                raise UserError(
-                    f"{config['model']} scored {int(torch.isnan(raw).sum())} pairs with NaN; it cannot be ranked"
-                )
-            place = ranks(owner.numpy(), raw.numpy(), pairs[TIE].cpu().numpy())
-            scores[owner, items] = torch.from_numpy(place).to(scores)
-            fields = {USER: config["USER_ID_FIELD"], ITEM: config["ITEM_ID_FIELD"], "label": config["LABEL_FIELD"]}
-            record_scores(
-                lambda: (
-                    {name: pairs[field].cpu().numpy() for name, field in fields.items()}
-                    | {"score": raw.numpy(), "place": place}
-                )
-            )
+    @replace(trainer_class)
+    def _neg_sample_batch_eval(stock: Any, self: Any, batched: Any) -> Any:
+        interaction, scores, positive_u, positive_i = stock(self, batched)
+        pairs, owner = batched[0], batched[1]
+        if TIE not in pairs or scores.dim() != 2:
             return interaction, scores, positive_u, positive_i
-
-        return batch_eval
-
-    wrap(trainer_class, "_neg_sample_batch_eval", make)
+        config = self.config
+        fields = {USER: config["USER_ID_FIELD"], ITEM: config["ITEM_ID_FIELD"], "label": config["LABEL_FIELD"]}
+        items = pairs[fields[ITEM]]
+        raw = scores[owner, items].float().cpu()
+        if lost := int(torch.isnan(raw).sum()):
+            raise UserError(f"{config['model']} scored {lost} pairs with NaN; it cannot be ranked")
+        place = ranks(owner.numpy(), raw.numpy(), pairs[TIE].cpu().numpy())
+        scores[owner, items] = torch.from_numpy(place).to(scores)
+        columns = {name: pairs[field].cpu().numpy() for name, field in fields.items()}
+        record_scores(columns | {"score": raw.numpy(), "place": place})
+        return interaction, scores, positive_u, positive_i

@@ -190,8 +190,9 @@ def _feature(kind: str, config: Any, chosen: FeatureSettings, folder: Path, want
     from recbole_mllm.mllm import embedding  # here, as whoever reads no features waits for no transformers
     from recbole_mllm.mllm.hf import HFModel
     from recbole_mllm.model.summarizers import make_summary_setup, without_refused
+    from recbole_mllm.summaries.generator import item_generator
     from recbole_mllm.summaries.preferences import export_item_summaries
-    from recbole_mllm.summaries.work_shares import opened_store
+    from recbole_mllm.summaries.store import opened_store
 
     settings, device = settings_of(config), config["device"]
     mllm = settings.mllm.source("mllm")
@@ -213,7 +214,7 @@ def _feature(kind: str, config: Any, chosen: FeatureSettings, folder: Path, want
     if settings.summary.item_summary != "none" and (items.images or settings.summary.item_summary == "text"):
         setup = make_summary_setup({**config.final_config_dict, "data_path": str(folder)}, settings, device)
         with closing(opened_store(folder)) as store:
-            summaries = export_item_summaries(setup, store, wanted)
+            summaries = export_item_summaries(setup, item_generator(setup, store), wanted)
     texts = [". ".join(filter(None, (items.title(item), summaries.get(item, "")))) for item in wanted]
     encoder = chosen.feature_encoder and pinned(chosen.feature_encoder)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from recbole_mllm.data.sampling import hashes64, mix64
-from recbole_mllm.recbole_patches.hooks import wrap
+from recbole_mllm.recbole_patches.hooks import replace
 
 
 def score_by_pair(model: Any) -> None:
@@ -22,32 +22,24 @@ def score_by_pair(model: Any) -> None:
     It is changed in place: its own methods name it through their module (``super(Random, self)``), so that a subclass
     under its name would call itself.
     """
-    wrap(model, "__init__", _remembering)
-    wrap(model, "predict", lambda stock: _predict)
-    wrap(model, "full_sort_predict", lambda stock: _full_sort_predict)
 
-
-def _remembering(stock: Any) -> Any:
-    def __init__(self: Any, config: Any, dataset: Any) -> None:
+    @replace(model)
+    def __init__(stock: Any, self: Any, config: Any, dataset: Any) -> None:
         stock(self, config, dataset)
         tokens = dataset.field2id_token
         users, items = (np.asarray(tokens[field]).astype(str) for field in (self.USER_ID, self.ITEM_ID))
         self.of_user = hashes64(users, "random-user", config["seed"])
         self.of_item = hashes64(items, "random-item", config["seed"])
 
-    return __init__
+    @replace(model)
+    def predict(stock: Any, self: Any, interaction: Any) -> Tensor:
+        users, items = (interaction[field].cpu().numpy() for field in (self.USER_ID, self.ITEM_ID))
+        return _scores(self.of_user[users], self.of_item[items]).to(self.device)
 
-
-def _predict(self: Any, interaction: Any) -> Tensor:
-    """Return ``[B]`` scores of the pairs."""
-    users, items = (interaction[field].cpu().numpy() for field in (self.USER_ID, self.ITEM_ID))
-    return _scores(self.of_user[users], self.of_item[items]).to(self.device)
-
-
-def _full_sort_predict(self: Any, interaction: Any) -> Tensor:
-    """Return ``[B * items]`` scores of every item for each user."""
-    users = interaction[self.USER_ID].cpu().numpy()
-    return _scores(self.of_user[users][:, None], self.of_item[None]).reshape(-1).to(self.device)
+    @replace(model)
+    def full_sort_predict(stock: Any, self: Any, interaction: Any) -> Tensor:
+        users = interaction[self.USER_ID].cpu().numpy()
+        return _scores(self.of_user[users][:, None], self.of_item[None]).reshape(-1).to(self.device)
 
 
 def _scores(users: Any, items: Any) -> Tensor:

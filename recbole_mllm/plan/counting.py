@@ -484,7 +484,8 @@ def pairs_of(run: PlannedRun, phase: str) -> tuple[Any, int]:
 def dry_run(config: Any, which: str, since: str | None = None) -> list[str]:
     """Return, a line a stage, what summarising ``items``, ``users`` or ``all`` for a run of `config` would take.
 
-    Of users active `since` alone, if given. The model answers a few prompts; nothing is written.
+    Then the tag that the files will bear. Of users active `since` alone, if given. The model answers a few prompts;
+    nothing is written.
 
     Raises:
         UserError: The model is split among processes, or answers none of the first prompts.
@@ -498,7 +499,8 @@ def dry_run(config: Any, which: str, since: str | None = None) -> list[str]:
 
     def lines() -> list[str]:
         found = count_summaries(run, which, tried=True)
-        return [_line(stage, one) for stage, one in found.items() if one.asked or stage == "items"]
+        told = [_line(stage, one) for stage, one in found.items() if one.asked or stage == "items"]
+        return [*told, f"tag: {run.setup.tag}"]
 
     return distributed.on_main(lines)
 

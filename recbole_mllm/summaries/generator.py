@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -109,8 +109,8 @@ class CachedGenerator:
         may_write: Whether the model may be loaded at all.
         in_step: The model is split among the processes of a run: they all must call `generate`, each as often as the
             others, and all load it if one must.
-        leases: With them, what another process is generating is waited for, behind everything else.
-        label: Follows the name of what is generated wherever it is reported, where several processes report.
+        leases: With them, what another process is generating is waited for, behind everything else. So processes that
+            ask for the same share the work.
         keys: The store's keys of all answers so far.
     """
 
@@ -123,7 +123,6 @@ class CachedGenerator:
     may_write: bool = True
     in_step: bool = False
     leases: Leases | None = None
-    label: str = ""
     tally: Tally = field(default_factory=Tally)
     findings: Findings = field(default_factory=Findings)
     keys: set[str] = field(default_factory=set)
@@ -166,12 +165,16 @@ class CachedGenerator:
                 f"{len(self._waiting)} {self.kind} summaries are missing or stale and summarize is off; "
                 "run `python run_recbole_mllm.py summarize` with the same settings, or set summarize: auto"
             )
+        if must and not distributed.is_one_machine():
+            raise UserError(
+                f"{len(self._waiting)} {self.kind} summaries are missing, and processes on several machines cannot "
+                "write into one store; run `summarize` with the same settings on one machine first"
+            )
         if any(distributed.gather_objects(must)) if self.in_step else must:
             started = time.perf_counter()
             writer = self.load()
             self.tally.load_s += time.perf_counter() - started
-            if must:
-                self._write(writer)
+            self._write(writer)
         if self._failed:
             raise UserError(
                 f"{len(self._failed)} {self.kind} summaries cannot be written, the first for this: {self._failed[0]}; "
@@ -188,9 +191,7 @@ class CachedGenerator:
             writer.write(self)
             if self._held:
                 logging.getLogger().info(f"{len(self._held)} {self.kind} summaries: waiting for another process")
-            while self._held:
-                self._store()  # or those who hold them may wait for ours
-                time.sleep(_HELD_S)
+            while self._must_wait():
                 self._claim(1)
                 if self._claimed:
                     writer.write(self)
@@ -200,7 +201,17 @@ class CachedGenerator:
                 self.leases.release_all()
             self.tally.seconds += time.perf_counter() - self._started
 
-    # What the model sees (`mllm.base.Work`)
+    def _must_wait(self) -> bool:
+        """Wait a while for what other processes are generating; return whether there is anything to wait for."""
+        self._store()  # or those who hold it may wait for ours
+        if self.in_step:  # they come here too, when they have written what they could
+            self._held_at = 0.0
+            return any(distributed.gather_objects(bool(self._held)))
+        if self._held:
+            time.sleep(_HELD_S)
+        return bool(self._held)
+
+    # What the model sees (`mllm.interface.Work`)
 
     def take(self, count: int) -> list[Ask]:
         """Return up to `count` prompts that the store cannot answer."""
@@ -239,8 +250,11 @@ class CachedGenerator:
 
     def fail(self, place: int, reason: str) -> None:
         """Note that a prompt cannot be answered; the others are."""
-        del self._jobs[self._under_way.pop(place).key]
+        key = self._under_way.pop(place).key
+        del self._jobs[key]
         self._failed.append(reason)
+        if self.leases is not None:
+            self.leases.release([key])
 
     # From a request to the model, and back
 
@@ -248,7 +262,9 @@ class CachedGenerator:
         """Have up to `count` prompts ready that are ours to generate; look now and then at those others generate."""
         while len(self._claimed) < count:
             self._look_up(count)
-            if batch := self._waiting[: max(count, _CLAIMED)]:
+            # of few prompts, each process of a run has its part under way
+            share = -(-len(self._jobs) // distributed.world_size()) - len(self._under_way) - len(self._claimed)
+            if batch := self._waiting[: max(0, min(share, max(count, _CLAIMED)))]:
                 del self._waiting[: len(batch)]
             elif self._held and time.perf_counter() - self._held_at >= _HELD_S:
                 batch, self._held = self._held, []
@@ -331,7 +347,7 @@ class CachedGenerator:
 
     def progress(self, total: int) -> Progress:
         """Return what shows how many of `total` requests are answered, by the store or the model."""
-        self._progress = Progress(total, f"{self.kind} summaries{self.label}", "summary")
+        self._progress = Progress(total, f"{self.kind} summaries", "summary")
         return self._progress
 
     def report(self) -> None:
@@ -341,11 +357,11 @@ class CachedGenerator:
             return
         rate = f"{t.written / t.seconds:.1f}/s, {t.new_tokens / t.seconds:.0f} tokens/s" if t.seconds else "-"
         log.info(
-            f"{self.kind} summaries{self.label}: {t.asked} requested, {t.known} known, {t.written} written in "
+            f"{self.kind} summaries: {t.asked} requested, {t.known} known, {t.written} written in "
             f"{t.seconds:.1f} s ({rate})"
         )
         if lines := table(self.findings, self.kind, t.texts):
-            log.warning("\n".join([f"{self.kind} summaries{self.label} to look at:", *lines]))
+            log.warning("\n".join([f"{self.kind} summaries to look at:", *lines]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -379,28 +395,19 @@ class SummarySetup:
     who: Summarizers
 
 
-def item_generator(
-    setup: SummarySetup, store: AnswerStore, load: Callable[[], Writer] | None = None
-) -> CachedGenerator:
-    """Return what generates item summaries; its model is loaded once, by `load` if given, and goes with it."""
-    return _scribe("item", setup, store, load)
-
-
-def user_generator(
-    setup: SummarySetup, store: AnswerStore, load: Callable[[], Writer] | None = None
-) -> CachedGenerator:
-    """Return what generates user summaries; its model is loaded once, by `load` if given, and goes with it."""
-    return _scribe("user", setup, store, load)
-
-
-def _scribe(kind: str, setup: SummarySetup, store: AnswerStore, load: Callable[[], Writer] | None) -> CachedGenerator:
+def _generator(kind: str, setup: SummarySetup, store: AnswerStore) -> CachedGenerator:
+    """Return what generates summaries of a `kind`; its model is loaded once, and goes with it."""
     who, may_write = setup.who, setup.settings.summarize == "auto"
     if kind == "item":
-        load_own, identity, split, former = who.load_item, who.item_identity, who.item_is_split, who.item_former
+        load, identity, split, former = who.load_item, who.item_identity, who.item_is_split, who.item_former
     else:
-        load_own, identity, split, former = who.load_user, who.user_identity, who.user_is_split, who.user_former
+        load, identity, split, former = who.load_user, who.user_identity, who.user_is_split, who.user_former
     decoding = decodings(setup.settings, who)[kind]
-    return CachedGenerator(kind, load or cache(load_own), identity, store, decoding, former, may_write, in_step=split)
+    leases = Leases(store) if isinstance(store, Store) else None
+    return CachedGenerator(kind, cache(load), identity, store, decoding, former, may_write, split, leases)
+
+
+item_generator, user_generator = partial(_generator, "item"), partial(_generator, "user")
 
 
 def decodings(settings: SummarySettings, who: Summarizers) -> dict[str, Decoding]:
@@ -410,18 +417,3 @@ def decodings(settings: SummarySettings, who: Summarizers) -> dict[str, Decoding
         "item": Decoding(settings.item_summary_tokens, *sampling, who.item_rules),
         "user": Decoding(settings.user_summary_tokens, *sampling, who.user_rules),
     }
-
-
-def claiming(generator: CachedGenerator, store: Store) -> CachedGenerator:
-    """Return `generator`, which from now on leaves alone what other processes at its `store` are generating.
-
-    It works in one process by itself. A model that is split has generated everything before, or cannot.
-    """
-    generator.leases = Leases(store)
-    if generator.in_step:
-        generator.write_alone(_refuse)
-    return generator
-
-
-def _refuse() -> Writer:
-    raise UserError("summaries that all processes had just written are gone from the store; start the command again")

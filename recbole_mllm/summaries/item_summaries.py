@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
 
-from recbole_mllm.common.prompts import Prompt, Style, fused_summary_prompt, image_summary_prompt, text_summary_prompt
+from recbole_mllm.common.prompts import Style, fused_summary_prompt, image_summary_prompt, text_summary_prompt
 from recbole_mllm.data.item_table import Items
-
-
-class Answering(Protocol):
-    """Answers prompts that are all known from the start."""
-
-    def answer(self, prompts: Sequence[Prompt]) -> list[str]:
-        """Return the answers, by the order of `prompts`."""
-        ...
+from recbole_mllm.summaries.generator import CachedGenerator
 
 
 def summarize_items(
-    generator: Answering, style: Style, items: Items, wanted: Sequence[str], what: str
+    generator: CachedGenerator, style: Style, items: Items, wanted: Sequence[str], what: str
 ) -> dict[str, str]:
     """Have `generator` summarise each `wanted` raw id; return its summary, "" where the item has nothing to summarise.
 

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Mapping, Set
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from recbole_mllm.common import distributed
 from recbole_mllm.common.errors import UserError
@@ -16,11 +16,10 @@ from recbole_mllm.data import schema
 from recbole_mllm.data.histories import user_of
 from recbole_mllm.data.item_table import Items, write_item_summaries, write_user_summaries
 from recbole_mllm.summaries.chains import State, before, state_at
-from recbole_mllm.summaries.generator import CachedGenerator, SummarySetup, claiming, item_generator, user_generator
+from recbole_mllm.summaries.generator import CachedGenerator, SummarySetup, item_generator, user_generator
 from recbole_mllm.summaries.item_summaries import summarize_items
-from recbole_mllm.summaries.store import Spent, Store
+from recbole_mllm.summaries.store import Spent, opened_store
 from recbole_mllm.summaries.user_summaries import SummaryRequests, as_rows, preferences
-from recbole_mllm.summaries.work_shares import generate_in_shares, opened_store
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,23 +90,15 @@ class Preferences:
 
 def make_item_summaries(setup: SummarySetup, requests: SummaryRequests) -> None:
     """Generate the summaries of all items that some row of `requests` reads, and export them."""
-    generate_in_shares(setup, requests, None, only_items=True)
-
-    def export() -> None:
-        with closing(opened_store(setup.folder)) as store:
-            export_item_summaries(setup, store, requests.items(setup.settings))
-
-    distributed.on_main(export)
+    with closing(opened_store(setup.folder)) as store:
+        export_item_summaries(setup, item_generator(setup, store), requests.items(setup.settings))
 
 
 def make_preferences(setup: SummarySetup, requests: SummaryRequests) -> Preferences:
     """Generate every summary that some row of `requests` reads, item summaries first, and export both."""
     if setup.settings.summary_mode == "none":
         return Preferences({}, requests, setup.items, setup.style, setup.settings)
-    started = time.time()
-    load_s = generate_in_shares(setup, requests, None)
-    found, _ = distributed.main_first(lambda: _refreshed(setup, requests, None, started))
-    return replace(found, load_s=load_s + found.load_s)
+    return _refreshed(setup, requests, None)[0]
 
 
 def generate(setup: SummarySetup, requests: SummaryRequests) -> Preferences:
@@ -130,31 +121,28 @@ def refresh(setup: SummarySetup, requests: SummaryRequests, users: Set[str] | No
     changed.
 
     Returns:
-        The users among the others whose rows still lack a summary; in the main process alone.
+        The users among the others whose rows still lack a summary.
     """
-    left: list[str] = []
-    if setup.settings.summary_mode != "none":
-        generate_in_shares(setup, requests, users)
-        distributed.on_main(lambda: left.extend(_refreshed(setup, requests, users, time.time())[1]))
-    return left
+    return [] if setup.settings.summary_mode == "none" else _refreshed(setup, requests, users)[1]
 
 
-def _refreshed(
-    setup: SummarySetup, requests: SummaryRequests, users: Set[str] | None, started: float
-) -> tuple[Preferences, list[str]]:
-    """Export the summaries of all users, those of `users` (None: all) complete; return who still lacks some."""
-    s = setup.settings
+def _refreshed(setup: SummarySetup, requests: SummaryRequests, users: Set[str] | None) -> tuple[Preferences, list[str]]:
+    """Export the summaries of all users, those of `users` (None: all) complete; return who still lacks some.
+
+    All processes of a run ask for the same; whoever comes first to a prompt generates it.
+    """
+    s, started = setup.settings, time.time()
     with closing(opened_store(setup.folder)) as store:
-        describing = claiming(item_generator(setup, store), store)
-        items = export_item_summaries(setup, store, requests.items(s), describing)
+        describing = item_generator(setup, store)
+        items = export_item_summaries(setup, describing, requests.items(s))
         item_keys, load_s = describing.keys, describing.tally.load_s
         del describing  # and its model, before the next one is loaded
-        generator = claiming(user_generator(setup, store), store)
+        generator = user_generator(setup, store)
         given = generator, setup.style, setup.items, items
         texts = preferences(*given, requests if users is None else requests.of(users), s)
-        others = requests.of(users if users is not None else requests.positions, others=True)
+        others = requests.reading(()) if users is None else requests.of(users, others=True)
         texts |= preferences(*given, others, s, known_only=True)
-        generator.report()
+        _report(generator)
         if distributed.is_main():
             path = schema.usum_file(setup.folder, setup.tag)
             rows = write_user_summaries(path, as_rows(texts, requests))
@@ -165,16 +153,21 @@ def _refreshed(
     return found, list(dict.fromkeys(map(user_of, lacking)))
 
 
-def export_item_summaries(
-    setup: SummarySetup, store: Store, wanted: list[str], generator: CachedGenerator | None = None
-) -> dict[str, str]:
-    """Generate the summaries of `wanted` items that are missing, export all of them, and return them."""
-    generator = generator or claiming(item_generator(setup, store), store)
+def export_item_summaries(setup: SummarySetup, generator: CachedGenerator, wanted: list[str]) -> dict[str, str]:
+    """Have `generator` write the summaries of `wanted` items that are missing; export all of them, and return them."""
     with generator.progress(len(wanted)):
         found = summarize_items(generator, setup.style, setup.items, wanted, setup.settings.item_summary)
-    generator.report()
+    _report(generator)
     if setup.settings.item_summary != "none" and distributed.is_main():
         path = schema.isum_file(setup.folder, setup.tag)
         rows = write_item_summaries(path, found)
         logging.getLogger().info(f"{path}: {rows} summaries")
     return found
+
+
+def _report(generator: CachedGenerator) -> None:
+    """Log what `generator` did; all processes leave its model here, if they share one that is split."""
+    generator.report()
+    if generator.in_step:
+        distributed.barrier()
+        distributed.before_meeting(None)

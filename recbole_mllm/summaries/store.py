@@ -24,8 +24,9 @@ from typing import Any, NamedTuple, Protocol, get_type_hints
 
 import psutil  # type: ignore[import-untyped]
 
+from recbole_mllm.common import distributed
 from recbole_mllm.common.errors import UserError
-from recbole_mllm.common.files import replace_file, set_file_aside, staged
+from recbole_mllm.common.files import remove_file, replace_file, set_file_aside, staged
 from recbole_mllm.common.prompts import Prompt
 from recbole_mllm.data.images import image_digest
 from recbole_mllm.data.schema import store_file
@@ -106,11 +107,19 @@ def wal_of(path: Path) -> Path:
     return path.with_name(f"{path.name}-wal")
 
 
-def shard_files(folder: Path) -> list[Path]:
-    """Return the stores of single processes (see `work_shares`) beside the dataset's store."""
+def opened_store(folder: Path) -> Store:
+    """Open the dataset's store; what version 0.1.0 has left in stores of single processes is moved into it."""
     main = store_file(folder)
-    name = re.compile(rf"{re.escape(main.stem)}\.rank\d+(-\d+)?{re.escape(main.suffix)}")
-    return sorted(path for path in main.parent.glob(f"*{main.suffix}") if name.fullmatch(path.name))
+    store, left = Store(main), re.compile(rf"{re.escape(main.stem)}\.rank\d+(-\d+)?{re.escape(main.suffix)}")
+    for path in sorted(path for path in folder.glob(f"*{main.suffix}") if left.fullmatch(path.name)):
+        if not distributed.is_main():
+            break
+        with closing(Store(path)) as shard, shard.transaction() as db:
+            added = store.insert(map(StoredAnswer._make, db.execute(f"SELECT {', '.join(COLUMNS)} FROM answers")))
+        logging.getLogger().info(f"{path}: {added} answers merged into {main.name}")
+        for ending in ("", "-wal", "-shm"):
+            remove_file(path.with_name(path.name + ending))
+    return store
 
 
 class Store:
@@ -179,15 +188,13 @@ class Store:
         with self._connection() as db:
             return int(db.execute("SELECT COUNT(*) FROM answers").fetchone()[0])
 
-    def _opened(self, retried: bool = False) -> sqlite3.Connection:
+    def _opened(self) -> sqlite3.Connection:
         self._file = _inode(self.path)
         try:
             db = _connected(self.path)
         except DamagedStore as error:
-            if retried:
-                raise UserError(f"the summary store {self.path} is damaged; move it away") from error
             _salvage(self.path, self._file, str(error))
-            return self._opened(retried=True)
+            db = _connected(self.path)
         self._file = _inode(self.path)
         return db
 
@@ -255,7 +262,7 @@ def _connected(path: Path) -> sqlite3.Connection:
         UserError: It cannot be opened or written, is newer than this program, or is something else's.
     """
     with _explained(path):
-        if not path.is_file() and (path.exists() or path.is_symlink()):
+        if os.path.lexists(path) and not path.is_file():  # in this order: another process may just have made it
             raise UserError(f"the summary store {path} is no file; move it away, and a new store is created")
         path.parent.mkdir(parents=True, exist_ok=True)
         db = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None)
@@ -271,13 +278,13 @@ def _connected(path: Path) -> sqlite3.Connection:
         return db
 
 
-def patiently(db: sqlite3.Connection, statement: str, patience: float = _BUSY_S) -> list[Any]:
-    """Return the rows of `statement`, tried again until `patience` seconds are over.
+def patiently(db: sqlite3.Connection, statement: str) -> list[Any]:
+    """Return the rows of `statement`, retried for `_BUSY_S` seconds.
 
     Of two processes that create one file at the same moment, the second gets an error at once, whatever its timeout
     (SQLite does not wait where both might).
     """
-    end = time.monotonic() + patience
+    end = time.monotonic() + _BUSY_S
     while True:
         try:
             return db.execute(statement).fetchall()
@@ -359,9 +366,7 @@ def _salvage(path: Path, seen: int | None, why: str) -> None:
             return
         with staged(path.parent, f"{path.name}.salvage") as scratch:
             fresh = scratch / path.name
-            with closing(sqlite3.connect(fresh, isolation_level=None)) as db:
-                db.execute(f"PRAGMA page_size={PAGE}")
-                _create_table(db)
+            with closing(_connected(fresh)) as db:
                 saved = _inserted(db, _readable(path))
             fresh.chmod(path.stat().st_mode)
             # with its log, which would be replayed into the fresh one
@@ -380,23 +385,18 @@ def _readable(path: Path) -> Iterator[StoredAnswer]:
         suppress(sqlite3.DatabaseError),
     ):
         db.execute("PRAGMA writable_schema = ON")  # so that SQLite opens a file that is shorter than it says
-        db.text_factory = bytes
         for low, high in pairwise(_RANGES):
             for order in ("ASC", "DESC"):  # from both ends of what is unreadable
                 query = f"SELECT {', '.join(COLUMNS)} FROM answers WHERE key >= ? AND key < ? ORDER BY key {order}"
                 with suppress(sqlite3.DatabaseError):
-                    yield from filter(None, map(_sound, db.execute(query, (low, high))))
+                    yield from filter(_is_sound, map(StoredAnswer._make, db.execute(query, (low, high))))
                     break
 
 
-def _sound(values: tuple[Any, ...]) -> StoredAnswer | None:
-    """Return the row, or None where a value is not what its column holds."""
-    try:
-        row = StoredAnswer._make(value.decode() if isinstance(value, bytes) else value for value in values)
-    except UnicodeDecodeError:
-        return None
-    typed = all(isinstance(value, kind) for value, kind in zip(row, get_type_hints(StoredAnswer).values(), strict=True))
-    return row if typed and "\0" not in row.text else None
+def _is_sound(row: StoredAnswer) -> bool:
+    """Return whether each value is what its column holds."""
+    kinds = get_type_hints(StoredAnswer).values()
+    return all(isinstance(value, kind) for value, kind in zip(row, kinds, strict=True)) and "\0" not in row.text
 
 
 # Who generates what
@@ -428,7 +428,8 @@ class Leases:
                 db.execute(_LEASES)
                 known = dict(_select(db, "key, text", keys))
                 owners = dict(_select(db, "key, owner", keys, f"leases WHERE until > {now} AND"))
-                taken = {key for key, owner in owners.items() if owner != self._owner and _is_alive(owner)}
+                living = {owner for owner in set(owners.values()) - {self._owner} if _is_alive(owner)}
+                taken = {key for key, owner in owners.items() if owner in living}
                 mine = set(keys) - known.keys() - taken
                 values = ((key, self._owner, now + _LEASE_S) for key in mine)
                 db.executemany("INSERT OR REPLACE INTO leases VALUES (?, ?, ?)", values)
@@ -476,25 +477,24 @@ def _is_alive(owner: str) -> bool:
 
 
 class ReadOnlyStore:
-    """A dataset's store for reading alone: no file is created or touched. Unmerged stores of processes are part of it.
+    """A dataset's store for reading alone: no file is created or touched, and it may be absent.
 
     Raises:
-        UserError: A file cannot be read.
+        UserError: The file cannot be read.
     """
 
     def __init__(self, folder: Path) -> None:
-        files = [path for path in (store_file(folder), *shard_files(folder)) if path.is_file()]
-        self._files = {path: db for path in files if (db := _opened_to_read(path)) is not None}
+        self._path = store_file(folder)
+        self._db = _opened_to_read(self._path) if self._path.is_file() else None
 
     def close(self) -> None:
-        """Close the files."""
-        for db in self._files.values():
-            db.close()
+        """Close the file."""
+        if self._db is not None:
+            self._db.close()
 
     def get(self, keys: Iterable[str]) -> dict[str, str]:
         """Return the texts of those `keys` that are known."""
-        wanted = list(keys)
-        return dict(self._read(lambda db: _select(db, "key, text", wanted)))
+        return dict(self._read(lambda db: _select(db, "key, text", keys)))
 
     def add(self, *_: object) -> None:
         """Store nothing."""
@@ -509,11 +509,10 @@ class ReadOnlyStore:
         return self._read(lambda db: db.execute(query, (kind, like, _SAMPLES)).fetchall())
 
     def _read(self, query: Callable[[sqlite3.Connection], list[Any]]) -> list[Any]:
-        found: list[Any] = []
-        for path, db in self._files.items():
-            with _to_read(path):
-                found += query(db)
-        return found
+        if self._db is None:
+            return []
+        with _to_read(self._path):
+            return query(self._db)
 
 
 def _opened_to_read(path: Path) -> sqlite3.Connection | None:

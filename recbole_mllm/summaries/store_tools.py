@@ -8,11 +8,11 @@ import math
 import re
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.files import whole_text
@@ -97,6 +97,7 @@ def prune(store: Store, model: str | None, older_than: float | None, *, dry_run:
 FORMAT, FORMAT_VERSION = "recbole-mllm answers", 1
 _KEY = re.compile(r"[0-9a-f]{64}")
 _LONGEST = 2**20  # characters of a line; an answer is a paragraph
+_WANTED = {str: "a text", int: "a whole number of at least 0", float: "a number of at least 0", bool: "true or false"}
 
 
 def is_export(head: bytes) -> bool:
@@ -197,16 +198,25 @@ def _head(path: Path, first: tuple[int, str]) -> int:
     if head.get("version") != FORMAT_VERSION:
         version = head.get("version")
         raise UserError(f"{path}:1: format version {version!r} is not {FORMAT_VERSION}; upgrade this program")
-    return int(head["answers"]) if _is_count(head.get("answers")) else 0
+    answers = head.get("answers")
+    return answers if isinstance(answers, int) else 0
 
 
 def _row(line: str, where: str) -> StoredAnswer:
     answer = _object(line, where)
     if wrong := sorted(set(answer).symmetric_difference(COLUMNS)):
         raise UserError(f"{where}: missing or unknown: {', '.join(wrong)[:200]}")
-    for name, (is_right, wanted) in _CHECKS.items():
-        if not is_right(answer[name]):
-            raise UserError(f"{where}: {name} is not {wanted}")
+    for name, kind in (get_type_hints(StoredAnswer) | {"truncated": bool}).items():
+        value = answer[name]
+        right = type(value) is kind or (kind is float and type(value) is int)
+        if not right or (kind in (int, float) and not 0 <= value < (2**63 if kind is int else math.inf)):
+            raise UserError(f"{where}: {name} is not {_WANTED[kind]}")
+    if not _KEY.fullmatch(answer["key"]):
+        raise UserError(f"{where}: key is not 64 hexadecimal digits")
+    if clean(answer["text"]) != answer["text"]:
+        raise UserError(f"{where}: text holds tabs, line ends, control characters or leading quotes")
+    if not answer["kind"] or not answer["model"]:
+        raise UserError(f"{where}: kind or model is empty")
     return StoredAnswer(**answer | {"truncated": int(answer["truncated"]), "seconds": float(answer["seconds"])})
 
 
@@ -216,31 +226,3 @@ def _object(line: str, where: str) -> dict[str, Any]:
         if isinstance(value, dict):
             return value
     raise UserError(f"{where}: no JSON object")
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**63
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and 0 <= value < math.inf
-
-
-# What each column of an answer must hold, in words too
-_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "key": (lambda value: _is_text(value) and bool(_KEY.fullmatch(value)), "64 hexadecimal digits"),
-    "text": (lambda value: _is_text(value) and clean(value) == value,
-             "a text without tabs, line ends, control characters and leading quotes"),
-    "kind": (lambda value: _is_text(value) and value != "", "a text"),
-    "model": (lambda value: _is_text(value) and value != "", "a text"),
-    "origin": (_is_text, "a text"),
-    "prompt_tokens": (_is_count, "a whole number of at least 0"),
-    "new_tokens": (_is_count, "a whole number of at least 0"),
-    "seconds": (_is_number, "a number of at least 0"),
-    "created": (_is_number, "a number of at least 0"),
-    "truncated": (lambda value: isinstance(value, bool), "true or false"),
-}  # fmt: skip

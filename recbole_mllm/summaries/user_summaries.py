@@ -9,7 +9,7 @@ from itertools import groupby
 from operator import itemgetter
 from typing import cast
 
-from recbole_mllm.common.prompts import Prompt, Style, item_line, preference_prompt
+from recbole_mllm.common.prompts import Style, item_line, preference_prompt
 from recbole_mllm.common.settings import SummarySettings
 from recbole_mllm.data.histories import user_of
 from recbole_mllm.data.item_table import Items, UserSummary
@@ -75,16 +75,6 @@ def preferences(
     with generator.progress(chains.total):
         generator.generate(chains, known_only=known_only)
     return chains.texts
-
-
-def openings(
-    style: Style, items: Items, summaries: Mapping[str, str], requests: SummaryRequests, settings: SummarySettings
-) -> Iterator[Prompt]:
-    """Yield the prompts of `preferences` that wait for no other: users who began alike share them."""
-    for name in requests.positions:
-        chains = _Chains(style, items, summaries, requests.reading([name]), settings)
-        for request in chains.ready(chains.total):
-            yield request.prompt
 
 
 class _Chains:

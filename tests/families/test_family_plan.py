@@ -12,6 +12,7 @@ from recbole_mllm.common.prompts import recommend_prompt
 from recbole_mllm.common.settings import LoraSettings
 from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.mllm.lora import tune
+from recbole_mllm.mllm.loss import example_loss, make_examples
 from recbole_mllm.plan.cost import flops, trained_parameters
 from recbole_mllm.plan.counting import PlannedModel
 
@@ -71,7 +72,7 @@ def test_an_image_takes_about_the_operations_that_torch_counts(plan, mllm, image
         assert planned == pytest.approx(counter.get_total_flops(), rel=0.15)
 
 
-def test_scoring_computes_the_tokens_that_are_planned(plan, mllm, images, sees, monkeypatch):
+def test_scoring_and_training_compute_the_tokens_that_are_planned(plan, mllm, images, sees, monkeypatch):
     ran, real = [], mllm.backbone.hidden
 
     def hidden(rows, start, stops, cache):
@@ -86,6 +87,13 @@ def test_scoring_computes_the_tokens_that_are_planned(plan, mllm, images, sees, 
         for n in range(20)
     ]
     mllm.yes_scores(many, mllm.answers(STYLE))
-    planned = plan.count_scored([plan.encoder(prompt) for prompt in many], share=True)
+    ours, theirs = ([encoder(prompt) for prompt in many] for encoder in (plan.encoder, mllm.encoder))
+    planned = plan.count_scored(ours, share=True)
     assert planned.computed == sum(ran)
-    assert planned.prompts == len(many) and planned.tokens == sum(len(mllm.encoder(prompt).ids) for prompt in many)
+    assert planned.prompts == len(many) and planned.tokens == sum(len(prompt.ids) for prompt in theirs)
+    ran.clear()
+    yes = [mllm.answers(STYLE).yes] * 8
+    with torch.no_grad():
+        example_loss(mllm.backbone, make_examples(theirs[:8], yes), whole=True, share=True)
+    planned = plan.count_trained(make_examples(ours[:8], yes), None, whole=True, share=True)
+    assert planned.computed == sum(ran) and planned.predicted > 8

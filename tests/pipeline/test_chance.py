@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from raw_dumps import write_microlens
+from recbole.data.interaction import Interaction
 from recbole.model.abstract_recommender import GeneralRecommender, SequentialRecommender
 from recbole.utils import InputType
 
@@ -53,7 +54,7 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = random.Random(5)
     items = [f"i{n}" for n in range(90)]
     weights = [1 / (1 + n) ** 0.5 for n in range(90)]
-    for name, users, protocol in (("loo", 400, "loo"), ("paper", 3000, "paper")):
+    for name, users, protocol in (("loo", 400, "loo"), ("paper", 2900, "paper")):
         lists = {f"u{u}": list(dict.fromkeys(rng.choices(items, weights, k=rng.randint(6, 9)))) for u in range(users)}
         dump = write_microlens(home / f"raw-{name}", lists, {item: f"title {item}" for item in items})
         words = ["convert", "microlens", "--raw", str(dump), "--out", str(home / name), "--protocol", protocol]
@@ -100,8 +101,10 @@ def assert_at_chance(found: Any, least_users: int) -> None:
         assert abs(found.test[name] - mean) < 4 * spread / math.sqrt(users), name
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
-@pytest.mark.parametrize("model", [ZeroGeneral, ZeroSequential])
+@pytest.mark.parametrize(
+    ("model", "protocol"),
+    [(ZeroGeneral, "uni20"), (ZeroSequential, "pop20"), (ZeroGeneral, "paper"), (ZeroSequential, "paper")],
+)
 def test_a_constant_scorer_scores_at_chance(worlds, model, protocol, monkeypatch):
     found = outcome(worlds, model, protocol, monkeypatch)
     assert set(found.pairs["score"].tolist()) == {0.0}
@@ -119,12 +122,7 @@ def test_random_scores_at_chance_and_by_pair(worlds, monkeypatch):
     assert smaller.test == found.test, "RecBole's own Random changes with the batch size"
     other = outcome(worlds, "Random", "uni20", monkeypatch, seed=77)
     assert not np.array_equal(other.pairs["score"], found.pairs["score"])
-
-
-def test_random_ranks_all_items_by_the_same_scores(worlds, monkeypatch):
-    found = outcome(worlds, "Random", "uni20", monkeypatch)
-    from recbole.data.interaction import Interaction
-
+    # all items are ranked by the same scores
     every = Interaction({"user_id": torch.arange(1, 4)})
     scores = found.model.full_sort_predict(every).view(3, -1)
     pairs = Interaction({"user_id": torch.tensor([1, 2, 3]), "item_id": torch.tensor([5, 6, 7])})

@@ -196,13 +196,11 @@ def test_a_retriever_of_recboles_own_is_loaded_and_one_of_another_split_refused(
         ({"retriever": "SASRecc"}, "retriever 'SASRecc' cannot be had"),
         ({"retriever": "FM"}, "retriever FM cannot rank all items at once"),
         ({"retriever": None, "retriever_checkpoint": "no.pth"}, "no.pth does not exist"),
-        ({"fusion": 1.5}, "fusion is 1.5; it must be auto, or a number"),
         ({"retriever": None, "full_sort": "brute", "fusion": 0.5}, "fusion mixes in a retriever's scores"),
         (
             {"eval_args": {**FULL["eval_args"], "mode": {"valid": "uni20", "test": "full"}}, "fusion": "auto"},
             "valid too",
         ),
-        ({"per_model": {"SASRec": {"hiden_size": 3}}}, "unknown key 'hiden_size' in per_model, SASRec"),
     ],
 )
 def test_what_cannot_be_ranked_is_one_line(settings, keys, message):

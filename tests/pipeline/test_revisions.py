@@ -103,13 +103,15 @@ def test_summaries_belong_to_a_commit_and_those_of_before_are_taken_over_once(hu
     old = Path(f"dataset/steps/steps.{old_tag}.usum").read_bytes()
     capsys.readouterr()
     assert called("summarize", "--dry-run") == 0
-    assert capsys.readouterr().out.count("nothing to write") == 2 and answers() == before
+    planned = capsys.readouterr().out
+    assert planned.count("nothing to write") == 2 and answers() == before
     caplog.clear()
     assert called("summarize") == 0
     assert answers() == {f"{NAME}@{hub.first}:float32": sum(before.values())}
     told = [r.message for r in caplog.records if "are taken for those of" in r.message]
     assert len(told) == 2 and " 0 written" in caplog.text
     (tag,) = {path.name.split(".")[1] for path in Path("dataset/steps").glob("*.usum")} - {old_tag}
+    assert planned.splitlines()[-1] == f"tag: {tag}"
     assert Path(f"dataset/steps/steps.{tag}.usum").read_bytes() == old
     # another commit under the same name writes its own, and takes over nothing where it is not the main branch
     second = hub.plant(Path(source_of("tiny")), SHIFT)

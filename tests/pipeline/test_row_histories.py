@@ -202,17 +202,6 @@ def test_a_datasets_own_field_names_do_in_its_yaml(tmp_path, monkeypatch, url):
         assert made.inter_num == 8 * 9 and made.time_field in made.inter_feat
 
 
-def test_own_field_names_do_in_benchmark_files(tmp_path, monkeypatch, url):
-    parts = rows_of("one a user")
-    write_listed(tmp_path / "own", parts, "userID", "business_id")
-    load = {"load_col": {"inter": ["userID", "business_id", "business_id_list"]}}
-    keys = OWN | load | {"benchmark_filename": [*parts], "alias_of_item_id": ["business_id_list"]}
-    found = prompts_of(tmp_path / "own", url, monkeypatch, **keys)
-    truth = told(row for rows in parts.values() for row in rows)
-    assert told((user, target, read(text)) for user, target, text in found) == truth
-    assert dataset_of("BPR", tmp_path / "own", monkeypatch, **keys).build()[0].inter_num == len(parts["train"])
-
-
 def test_inspect_takes_field_names_from_config_files_and_keys(tmp_path, capsys):
     from recbole_mllm.cli import main
 

@@ -6,16 +6,16 @@ import yaml
 from hypothesis import given
 from hypothesis import settings as settings_
 from hypothesis import strategies as st
-from planted_writers import Planted
+from planted_writers import Planted, StoreInMemory
 
 from recbole_mllm.common.prompts import Style
 from recbole_mllm.common.resources import PROPERTIES
 from recbole_mllm.common.settings import SummarySettings
 from recbole_mllm.data.item_table import Items
+from recbole_mllm.mllm.interface import Decoding
 from recbole_mllm.summaries.chains import State, before, history_digest, state_at, steps
 from recbole_mllm.summaries.generator import CachedGenerator
 from recbole_mllm.summaries.preferences import Preferences
-from recbole_mllm.summaries.store import Decoding
 from recbole_mllm.summaries.user_summaries import SummaryRequests, as_rows, preferences
 
 BASE = SummarySettings.from_config(yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text()))
@@ -50,19 +50,9 @@ def _world(lengths):
     return histories, Items(titles, {})
 
 
-class Texts(dict):
-    """A store in memory."""
-
-    def get(self, keys):
-        return {key: self[key] for key in keys if key in self}
-
-    def add(self, kind, model, keys, answers, seconds):
-        self.update(zip(keys, (answer.text for answer in answers), strict=True))
-
-
 def _run(plan, items, settings):
-    scribe = CachedGenerator("user", Echo, "echo", Texts(), Decoding(9))
-    return preferences(scribe, STYLE, items, {}, plan, settings)
+    generator = CachedGenerator("user", Echo, "echo", StoreInMemory(), Decoding(9))
+    return preferences(generator, STYLE, items, {}, plan, settings)
 
 
 @settings_(deadline=None)
@@ -74,6 +64,11 @@ def test_a_row_reads_only_what_lies_before_it(lengths, settings):
     known = Preferences(texts, plan, items, STYLE, settings)
     for user, history in histories.items():
         for position in range(len(history)):
+            chain = known.chain(user, position)
+            assert [one for one, _ in chain][-1:] == ([state] if (state := state_at(position, settings)) else [])
+            assert (chain[-1][1] if chain else STYLE.cold) == known.of(user, position)
+            if settings.summary_mode == "recurrent":
+                assert [one.since for one, _ in chain[1:]] == [one.seen for one, _ in chain[:-1]]
             seen = set(_markers(known.of(user, position)))
             start = 0 if settings.max_history is None else max(0, position - settings.max_history)
             stop = position
@@ -101,11 +96,6 @@ def test_full_blocks_are_shared_and_a_step_continues_the_one_before_it():
     assert before(State(0, 2, 3), settings) == State(0, 0, 2) and before(State(0, 0, 2), settings) is None
 
 
-def test_no_partial_block_means_a_cold_start_before_the_first_full_one():
-    settings = replace(BASE, block_size=3, partial_block=False)
-    assert [state_at(p, settings) for p in (0, 1, 2, 5)] == [None] * 3 + [State(0, 0, 3)]
-
-
 def test_rows_name_the_history_they_have_read():
     histories, items = _world({"u1": 5})
     plan = SummaryRequests(histories, {"u1": {4}})
@@ -114,19 +104,3 @@ def test_rows_name_the_history_they_have_read():
         (3, history_digest(histories["u1"][:3])),
         (4, history_digest(histories["u1"][:4])),
     ]
-
-
-@given(HISTORIES, SETTINGS)
-@settings_(max_examples=40, deadline=None)
-def test_the_chain_of_a_position_ends_with_what_its_row_reads(lengths, settings):
-    histories, items = _world(lengths)
-    plan = SummaryRequests(histories, {user: {len(history) - 1} for user, history in histories.items()})
-    texts = _run(plan, items, settings)
-    told = Preferences(texts, plan, items, STYLE, settings)
-    for user, history in histories.items():
-        position = len(history) - 1
-        chain = told.chain(user, position)
-        assert [one for one, _ in chain][-1:] == ([state] if (state := state_at(position, settings)) else [])
-        assert (chain[-1][1] if chain else STYLE.cold) == told.of(user, position)
-        if settings.summary_mode == "recurrent":
-            assert [one.since for one, _ in chain[1:]] == [one.seen for one, _ in chain[:-1]]

@@ -48,14 +48,16 @@ def _rows(loader, epoch=0, first=0):
 
 
 def test_the_layout_is_recboles_positives_then_their_negatives(settings):
-    loader = _loader(settings)
-    batches = _rows(loader)
-    assert isinstance(loader, SeededTrainDataLoader) and len(batches) == len(loader)
-    for batch in batches:
-        half = len(batch) // 2
-        assert [row[3] for row in batch] == [1.0] * half + [0.0] * half
-        assert [row[:2] for row in batch[:half]] == [row[:2] for row in batch[half:]]
-        assert all(item == (2 * user + place) % small_world.ITEMS for user, place, item, _ in batch[:half])
+    how = {"distribution": "uniform", "sample_num": 3, "alpha": 1.0, "dynamic": False, "candidate_num": 0}
+    for drawn, keys in ((1, {}), (3, {"train_neg_sample_args": how})):
+        loader = _loader(settings, **keys)
+        batches = _rows(loader)
+        assert isinstance(loader, SeededTrainDataLoader) and len(batches) == len(loader)
+        for batch in batches:
+            count = len(batch) // (1 + drawn)
+            assert [row[3] for row in batch] == [1.0] * count + [0.0] * drawn * count
+            assert all(row[:2] == batch[place % count][:2] for place, row in enumerate(batch))
+            assert all(item == (2 * user + place) % small_world.ITEMS for user, place, item, _ in batch[:count])
 
 
 def test_no_negative_is_of_the_users_training_history_and_all_occur_in_training(settings):
@@ -98,24 +100,6 @@ def test_grouping_deals_out_the_same_rows_with_one_items_together(settings):
     assert neighbours(grouped) > 0.55 > 0.15 > neighbours(plain)
     assert all(max(Counter(row[2] for row in batch).values()) <= 8 for batch in grouped)
     assert len({tuple(batch) for batch in grouped} & {tuple(batch) for batch in _rows(loader, 1)}) == 0
-
-
-def test_small_batches_still_hold_several_items(settings):
-    for size in (2, 4, 6):
-        loader = _loader(settings, train_batch_size=size)
-        plain = _rows(loader)
-        SeededTrainDataLoader.of(loader, grouped=True)
-        assert all(len({row[2] for row in batch}) > 1 for batch in _rows(loader) if len(batch) == size)
-        assert (_rows(loader) == plain) == (size == 2)  # too small to group
-
-
-def test_several_negatives_a_positive(settings):
-    how = {"distribution": "uniform", "sample_num": 3, "alpha": 1.0, "dynamic": False, "candidate_num": 0}
-    batches = _rows(_loader(settings, train_neg_sample_args=how))
-    for batch in batches:
-        quarter = len(batch) // 4
-        assert [row[3] for row in batch] == [1.0] * quarter + [0.0] * 3 * quarter
-        assert all(batch[i][:2] == batch[i % quarter][:2] for i in range(len(batch)))
 
 
 def test_popular_negatives_come_in_proportion():

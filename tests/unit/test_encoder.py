@@ -8,7 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from planned_server import Planned, error, serving
+from planned_server import Planned as PlannedServer
+from planned_server import error, serving
+from planted_writers import Planted, StoreInMemory
 from stock_forward import CPU, SETTINGS, STYLE
 from tiny_models.words import byte_level, gemma_sentencepiece, llama_sentencepiece
 from tokenizers import AddedToken, normalizers
@@ -22,7 +24,8 @@ from recbole_mllm.mllm.encoder import ROOM, PlainText
 from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.mllm.interface import Batch, Decoding, answers_of
 from recbole_mllm.mllm.server import ServerModel
-from recbole_mllm.summaries.user_summaries import SummaryRequests, openings
+from recbole_mllm.summaries.generator import CachedGenerator
+from recbole_mllm.summaries.user_summaries import SummaryRequests, preferences
 
 SPECIAL = ["<a>", "<<a>", "a><", "<s>", "<|x|>", "x|><s"]
 WORDS = {
@@ -115,8 +118,11 @@ SHOWN = dict.fromkeys(FILMS, "A drama in a small town, with a dog.")
 
 def asked(**changes):
     """Return the first prompt about a user who has seen all films, as the summaries' stage asks it."""
-    settings = replace(SETTINGS.summary, **changes)
-    return next(openings(STYLE, FILM_ITEMS, SHOWN, SummaryRequests({"u": FILMS}, {"u": {len(FILMS)}}), settings))
+    prompts, requests = [], SummaryRequests({"u": FILMS}, {"u": {len(FILMS)}})
+    writer = Planted(lambda prompt: prompts.append(prompt) or "likes dogs")
+    generator = CachedGenerator("user", lambda: writer, "m", StoreInMemory(), Decoding(9))
+    preferences(generator, STYLE, FILM_ITEMS, SHOWN, requests, replace(SETTINGS.summary, **changes))
+    return prompts[0]
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +146,7 @@ def test_a_history_too_long_for_the_model_is_told_the_setting_that_shortens_it(b
 
 def test_a_server_that_finds_a_history_too_long_is_told_of_both_ways_out():
     settings = ServerSettings(4, 5.0, 2.0, None)
-    too_long = Planned(lambda n, text: error(400, "maximum context length is 9 tokens"))
+    too_long = PlannedServer(lambda n, text: error(400, "maximum context length is 9 tokens"))
     with serving(too_long) as planned, pytest.raises(UserError, match="6 texts.*max_history.*longer context"):
         ServerModel(Endpoint("m", (planned.url,)), settings).write(
             Batch([asked(summary_mode="direct", max_history=3)], Decoding(9))

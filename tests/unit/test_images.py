@@ -47,14 +47,11 @@ GOOD = {
     "clear.png": (Image.new("RGBA", (4, 4), (255, 0, 0, 0)), {}, (255, 255, 255)),
     "half.png": (Image.new("LA", (4, 4), (0, 128)), {}, (127, 127, 127)),
     "deep.png": (grey("uint16", 32_768), {}, (128, 128, 128)),
-    "deep-big-endian.tif": (grey(">u2", 32_768), {}, (128, 128, 128)),
     "deeper.tif": (grey("int32", 65_535), {}, (255, 255, 255)),
     "floating.tif": (grey("float32", 0.5), {}, (128, 128, 128)),
     "bit.png": (Image.new("1", (4, 4), 1), {}, (255, 255, 255)),
-    "one.png": (Image.new("RGB", (1, 1), RED), {}, RED),
     "moving.gif": (Image.new("RGB", (4, 4), RED), {"append_images": [Image.new("RGB", (4, 4), "blue")]}, RED),
     "moving.webp": (Image.new("RGB", (4, 4), RED), {"append_images": [Image.new("RGB", (4, 4))], "lossless": 1}, RED),
-    "moving.png": (Image.new("RGB", (4, 4), RED), {"append_images": [Image.new("RGB", (4, 4), "blue")]}, RED),
 }
 
 
@@ -132,13 +129,10 @@ def test_an_image_cut_short_is_truncated(tmp_path, kind):
         assert "truncated" in refused(tmp_path / "cut")
 
 
-def test_a_folder_a_pipe_and_an_absent_file_are_no_images(tmp_path):
+def test_no_file_and_one_without_permission_say_so(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     assert refused(tmp_path) == refused(tmp_path / "pipe.jpg") == "is no file"
     assert refused(tmp_path / "none.jpg") == "does not exist"
-
-
-def test_a_file_without_permission_says_so(tmp_path):
     Image.new("RGB", (2, 2)).save(tmp_path / "mine.png")
     (tmp_path / "mine.png").chmod(0)
     user = os.geteuid()
@@ -171,15 +165,11 @@ def shop(tmp_path: Path) -> Path:
     [
         ("images/1.png", None),
         ("images/3.png", None),
-        ("images/../images/1.png", None),
         ("images/2.png", "leads out of the folder"),
         ("../secret.png", "leads out of the folder"),
-        ("../shop2/x.png", "leads out of the folder"),
         ("/etc/hostname", "leads out of the folder"),
         ("images/9.png", "does not exist"),
-        ("images/1.png/x", "does not exist"),
         ("images", "is no file"),
-        (".", "is no file"),
         ("", "no path is given"),
         ("images/\0.png", "cannot be a file"),
         ("x" * 5_000, "cannot be a file"),
@@ -188,7 +178,6 @@ def shop(tmp_path: Path) -> Path:
 )
 def test_a_path_leads_to_a_file_in_the_folder_or_says_why_not(tmp_path, relative, reason):
     folder = shop(tmp_path)
-    (tmp_path / "shop2").mkdir()
     path, told = resolve(folder, relative)
     assert (path == folder / relative and told is None) if reason is None else (path is None and reason in str(told))
 
@@ -206,23 +195,14 @@ def test_an_image_by_id_stays_in_the_folder_which_may_itself_be_a_link(tmp_path)
     assert find_image(folder / "images", "../../secret") == (None, None)
 
 
-def test_the_images_folder_of_a_dataset_may_be_a_link_and_links_may_stay_inside(tmp_path):
-    photos = tmp_path / "photos"
-    photos.mkdir()
-    Image.new("RGB", (2, 2)).save(photos / "1.png")
-    Image.new("RGB", (2, 2)).save(tmp_path / "secret.png")
-    (photos / "2.png").symlink_to(tmp_path / "secret.png")
-    folder = tmp_path / "shop"
-    (folder / "own").mkdir(parents=True)
-    Image.new("RGB", (2, 2)).save(folder / "own" / "1.png")
-    (folder / "images").symlink_to(photos)
-    assert resolve(folder, "images/1.png") == (folder / "images/1.png", None)
-    assert resolve(folder, "images/2.png") == resolve(folder, "images/../../secret.png")
-    assert resolve(folder, "images/2.png") == (None, "leads out of the folder")
-    (folder / "images").unlink()
-    (folder / "images").mkdir()
-    (folder / "images" / "1.png").symlink_to("../own/1.png")
-    assert resolve(folder, "images/1.png") == (folder / "images/1.png", None)
+def test_the_images_folder_of_a_dataset_may_be_a_link_out_of_which_none_leads(tmp_path):
+    photos = shop(tmp_path) / "images"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "images").symlink_to(photos)
+    for name in ("1.png", "3.png"):
+        assert resolve(tmp_path / "other", f"images/{name}") == (tmp_path / "other/images" / name, None)
+    for name in ("2.png", "../../secret.png"):
+        assert resolve(tmp_path / "other", f"images/{name}") == (None, "leads out of the folder")
 
 
 def test_each_item_without_an_image_is_in_the_report(tmp_path):

@@ -227,21 +227,7 @@ def test_an_export_that_somebody_touched_is_written_again_and_pruned_answers_are
 # What it costs
 
 
-@pytest.mark.parametrize("last_k", [None, 1])
-def test_one_percent_new_interactions_cost_at_most_three_percent(tmp_path, last_k):
-    rng = random.Random(7)
-    world = World(tmp_path / "a", random_histories(rng, 150, 10, 50), last_k=last_k)
-    items, users, _ = world.refresh()
-    grown = sum(map(len, world.histories.values())) // 100
-    for n in range(grown):  # a fifth of them on items that are new
-        world.histories[f"u{rng.randrange(150)}"].append(f"new{n}" if n % 5 == 0 else f"i{rng.randrange(300)}")
-    more_items, more_users, _ = world.refresh()
-    # the last item of a history is a target and read by nobody
-    assert more_items <= -(-grown // 5)
-    assert 0 < more_users <= 0.03 * users and more_items + more_users <= 0.03 * (items + users) + -(-grown // 5)
-
-
-@pytest.mark.parametrize(("last_k", "each"), [(None, 10), (1, 1), (3, 10)])
+@pytest.mark.parametrize(("last_k", "each"), [(None, 10), (1, 1)])
 @pytest.mark.parametrize("name", refresh_benchmark.SETTINGS)
 def test_what_a_refresh_asks_is_what_the_benchmark_counts(tmp_path, name, last_k, each):
     settings = replace(refresh_benchmark.SETTINGS[name], item_summary="text")

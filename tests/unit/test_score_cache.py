@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from recbole_mllm.common.prompts import Prompt
-from recbole_mllm.model.score_cache import ScoreCache, prompt_digest, state_digest
+from recbole_mllm.model.score_cache import ScoreCache, state_digest
 
 PROMPTS = [Prompt(f"question {n}") for n in range(50)]
 
@@ -65,18 +65,6 @@ def test_a_file_that_cannot_be_made_is_done_without(score, tmp_path, caplog):
     (tmp_path / "file").touch()
     assert score(PROMPTS, folder=tmp_path / "file")[1] == 50
     assert len(caplog.records) == 1 and "scores are not cached in" in caplog.text
-
-
-def test_a_prompt_is_its_text_and_the_bytes_of_its_image(tmp_path):
-    image = tmp_path / "a.png"
-    image.write_bytes(b"one")
-    same = Prompt("<image> like it?", (image,))
-    before = prompt_digest(same)
-    (tmp_path / "b.png").write_bytes(b"one")
-    assert prompt_digest(Prompt("<image> like it?", (tmp_path / "b.png",))) == before
-    assert prompt_digest(Prompt("<image> Like it?", (image,))) != before
-    image.write_bytes(b"other")
-    assert prompt_digest(same) != before
 
 
 def test_a_state_is_its_names_settings_and_every_trained_bit():

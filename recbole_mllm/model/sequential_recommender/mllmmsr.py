@@ -84,8 +84,6 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
         self.load_s = time.perf_counter() - started
         self.answers = self.mllm.answers(self.style)
         self.backbone = getattr(self.mllm, "model", None)  # none where a server has it
-        # of the last full ranking, which hands scores alone to RecBole: the items asked about, and their log-odds
-        self.answered: tuple[Any, Any] | None = None
         self._ahead: Scores = {}
         self._cache = ScoreCache(Path(config["checkpoint_dir"]))
         self._in_shares = False  # whether all processes now ask for the same scores at the same time
@@ -182,17 +180,25 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
 
         Without a retriever every item is asked about, as RecBole's ``full_sort_topk`` wants it for a few users.
         """
+        return self.ranking(interaction)[0].view(-1)
+
+    def ranking(self, interaction: Interaction) -> tuple[Tensor, Any]:
+        """Return ``[B, items]`` scores as `full_sort_predict` does, and the MLLM's log-odds, NaN where not asked."""
         if self.reranker is None:
             moments = list(zip(interaction[HISTORY_NUMBER].tolist(), interaction[POSITION].tolist(), strict=True))
             every = self._log_odds([(*moment, item) for moment in moments for item in range(1, self.n_items)])
-            scores = torch.full((len(moments), self.n_items), float("-inf"))
-            scores[:, 1:] = torch.tensor(every).view(len(moments), -1)
-            return scores.to(self.device).view(-1)
+            answers = np.full((len(moments), self.n_items), np.nan, np.float32)
+            answers[:, 1:] = np.reshape(every, (len(moments), -1))
+            scores = torch.from_numpy(answers.copy())
+            scores[:, 0] = -torch.inf
+            return scores.to(self.device), answers
         short = self.reranker.shortlist(interaction)
-        log_odds = np.zeros(short.asked.shape)
-        log_odds[short.asked > 0] = self._log_odds(self.rows_asked(interaction, short))
-        self.answered = short.asked, log_odds
-        return short.ranked(log_odds, self.reranker.share).to(self.device).view(-1)
+        asked, rows = short.asked > 0, np.arange(len(interaction))[:, None]
+        log_odds = np.zeros(asked.shape)
+        log_odds[asked] = self._log_odds(self.rows_asked(interaction, short))
+        answers = np.full(short.scores.shape, np.nan, np.float32)
+        answers[rows, short.asked] = np.where(asked, log_odds, np.nan)
+        return short.ranked(log_odds, self.reranker.share).to(self.device), answers
 
     def rows_asked(self, interaction: Interaction, short: Shortlist) -> list[Row]:
         """Return (history, position, item) of each pair that `short`, of `interaction`, asks about, row by row."""
