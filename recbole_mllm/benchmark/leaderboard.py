@@ -107,6 +107,11 @@ class LeaderboardRow:
         return sum(run.summarize_reused for run in self.runs)
 
     @property
+    def fusions(self) -> list[Mapping[str, Any]]:
+        """How each seed's scores were fused; empty of a row that is no ``A+B``."""
+        return [{"seed": run.seed, **run.fusion} for run in self.runs if run.fusion]
+
+    @property
     def full_ranking(self) -> dict[str, Any] | None:
         """The mean metrics of ranking all items beside drawn candidates, for how many users, and of which retriever.
 
@@ -194,7 +199,12 @@ class Leaderboard:
     @property
     def variants(self) -> list[LeaderboardRow]:
         """The rows that are tested against a full model rather than the best baseline."""
-        return [row for row in self.rows if row.tested_against not in (None, self.best_baseline)]
+        return [row for row in self.rows if row.tested_against not in (None, self.best_baseline) and not row.fusions]
+
+    @property
+    def fused(self) -> list[LeaderboardRow]:
+        """The rows ``A+B`` that have numbers."""
+        return [row for row in self.ranked if row.fusions]
 
     @property
     def chosen_on(self) -> str:
@@ -242,7 +252,7 @@ class Leaderboard:
 
     def _told_json(self, row: LeaderboardRow) -> dict[str, Any]:
         beyond = {name: {"mean": one.mean, "ci95": (one.low, one.high)} for name, one in row.beyond.items()}
-        return {"full_ranking": row.full_ranking, "beyond": beyond}
+        return {"full_ranking": row.full_ranking, "beyond": beyond, "fusion": row.fusions}
 
     def _score_json(self, row: LeaderboardRow, metric: str) -> dict[str, Any]:
         score = row.scores.get(metric)
