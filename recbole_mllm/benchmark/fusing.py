@@ -27,7 +27,10 @@ from recbole_mllm.common.errors import UserError
 from recbole_mllm.evaluation.fusion import align_candidates, choose_fusion, ndcg, sorted_scores
 from recbole_mllm.evaluation.metrics import per_user, pooled_auc
 
-_SUMMED = ("load_s", "summarize_s", "features_s", "train_s", "score_s", "tokens", "parameters_trained")
+_SUMMED = (
+    *("load_s", "summarize_s", "summarize_reused", "features_s", "train_s", "score_s"),
+    *("tokens", "parameters_trained"),
+)
 
 
 def fuse_runs(job: Mapping[str, Any], results: Path, folder: Path, surroundings: Mapping[str, Any]) -> RunRecord:

@@ -106,7 +106,7 @@ def check_model(name: str) -> None:
     """
     if is_model(name):
         return
-    if name.startswith(f"{MLLM}:") or name in ALONE or name in SETS:
+    if name.startswith((f"{MLLM}:", f"{MLLM}+")) or name in ALONE or name in SETS:
         raise UserError(f"--model {name}: variants and sets of models are for `benchmark --models {name}`")
     hint = nearest_model(name, (*ALONE, *SETS)) or f"; give RecBole's name of one, such as SASRec, or {MLLM}"
     is_path = any(sign in name for sign in "/\\") or name.endswith(".pth")
