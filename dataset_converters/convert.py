@@ -176,10 +176,10 @@ def _write_items(job: Job, stage: Path, wanted: list[str], done: Converted) -> N
 
 
 def _write_words(job: Job, folder: Path, done: Converted) -> None:
-    kind = job.item_kind or job.source.item_kind
+    config = {**done.written.config, "item_kind": job.item_kind or job.source.item_kind}
     comment = f"{folder.name}, converted from {job.source.name}; see README.md.\n{done.written.order}"
     with whole_file(folder / "dataset.yaml") as file:
-        file.write(output.dataset_yaml(comment, done.written.config, kind))
+        file.write(output.dataset_yaml(comment, config))
     with whole_file(folder / "README.md") as file:
         file.write(readme(job, done))
     content = {

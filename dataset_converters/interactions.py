@@ -186,7 +186,7 @@ def narrow(inter: Interactions, limits: Limits) -> tuple[Interactions, list[Step
 def _filters(limits: Limits) -> Iterator[tuple[str, Callable[[Interactions], Interactions]]]:
     if limits.min_rating is not None:
         least = limits.min_rating
-        yield f"--min-rating {least:g}", lambda inter: at_least(inter, least)
+        yield f"--min-rating {least:g}", lambda inter: _at_least(inter, least)
     if limits.earliest:
         yield "a user's earliest interaction with an item", earliest
     if limits.k_core is not None:
@@ -194,14 +194,16 @@ def _filters(limits: Limits) -> Iterator[tuple[str, Callable[[Interactions], Int
         yield f"--k-core {user},{item}", lambda inter: k_core(inter, user, item)
     if limits.max_history is not None:
         longest = limits.max_history
-        yield f"--max-history {longest}", lambda inter: latest(inter, longest)
+        yield (
+            f"--max-history {longest}",
+            lambda inter: inter.take(places(inter) > inter.per_user()[inter.users] - longest),
+        )
     if limits.limit_users is not None:
         users, seed = limits.limit_users, limits.seed
         yield f"--limit-users {users} (seed {seed})", lambda inter: of_sample(inter, users, seed)
 
 
-def at_least(inter: Interactions, rating: float) -> Interactions:
-    """Keep interactions rated `rating` or better."""
+def _at_least(inter: Interactions, rating: float) -> Interactions:
     if inter.ratings is None:
         raise UserError("--min-rating: the raw data has no rating for every interaction; leave the option out")
     return inter.take(inter.ratings >= rating)
@@ -223,11 +225,6 @@ def k_core(inter: Interactions, user: int, item: int) -> Interactions:
         if keep.all():
             return inter
         inter = inter.take(keep)
-
-
-def latest(inter: Interactions, longest: int) -> Interactions:
-    """Keep each user's last `longest` interactions."""
-    return inter.take(places(inter) > inter.per_user()[inter.users] - longest)
 
 
 def of_sample(inter: Interactions, users: int, seed: int) -> Interactions:

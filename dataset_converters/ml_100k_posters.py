@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from recbole_mllm.common.files import whole_file
+from recbole_mllm.common.files import write_text
 from recbole_mllm.data import schema
 from recbole_mllm.data.atomic import clean, read_atomic, write_atomic
 
@@ -21,8 +21,8 @@ def convert(source: Path, folder: Path) -> None:
     written = write_interactions(folder, in_time_order(collect(rows, Intake())))
     types = {schema.ITEM: "token", schema.TITLE: "token_seq"}
     write_atomic(schema.item_file(folder), types, _items(source / "ml-100k.item"))
-    with whole_file(folder / "dataset.yaml") as file:
-        file.write(dataset_yaml(f"MovieLens-100k in exact time order.\n{written.order}", written.config, "movie"))
+    comment = f"MovieLens-100k in exact time order.\n{written.order}"
+    write_text(folder / "dataset.yaml", dataset_yaml(comment, {**written.config, "item_kind": "movie"}))
 
 
 def _items(path: Path) -> Iterator[tuple[str, str]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import yaml
 
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.files import (
@@ -239,12 +240,12 @@ def write_rejects(folder: Path, rejects: Iterable[Reject]) -> None:
         file.writelines(f"{r.file}\t{r.line}\t{r.reason}\n" for r in rejects)
 
 
-def dataset_yaml(comment: str, config: Mapping[str, Any], item_kind: str) -> str:
+def dataset_yaml(comment: str, config: Mapping[str, Any], fields: Fields = USUAL_FIELDS) -> str:
     """Return the text of ``dataset.yaml``, RecBole's settings of the dataset, ready to be passed as a config file."""
-    lines = [f"# {line}" for line in comment.splitlines()]
-    lines += [f"USER_ID_FIELD: {schema.USER}", f"ITEM_ID_FIELD: {schema.ITEM}", f"TIME_FIELD: {schema.TIME}"]
-    lines += [f"{key}: {json.dumps(value).replace(chr(34), '')}" for key, value in config.items()]
-    return "\n".join([*lines, f"item_kind: {item_kind}", ""])
+    names = dict(zip(("USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD"), fields, strict=True))
+    comments = "".join(f"# {line}\n" for line in comment.splitlines())
+    text: str = yaml.safe_dump({**names, **config}, sort_keys=False, default_flow_style=None, width=10_000)
+    return comments + text
 
 
 def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:

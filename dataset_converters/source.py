@@ -187,10 +187,8 @@ class Intake:
         lines = self.lines(path, encoding)
         if len(separator) > 1 or not quoted:
             yield from self._unquoted(lines, separator)
-        elif self.multiline:
-            yield from self._over_lines(lines, separator)
         else:
-            yield from self._on_one_line(lines, separator)
+            yield from self._quoted(lines, separator)
 
     def _unquoted(self, lines: Iterator[str], separator: str) -> Iterator[list[str]]:
         for line in lines:
@@ -201,25 +199,9 @@ class Intake:
             else:
                 yield line.split(separator)
 
-    def _on_one_line(self, lines: Iterator[str], separator: str) -> Iterator[list[str]]:
-        for line in lines:
-            if not line:
-                self.file.blank += 1
-            elif '"' not in line and "\r" not in line:
-                yield line.split(separator)
-            else:
-                reader = csv.reader((line, ""), delimiter=separator)
-                try:
-                    row = next(reader)
-                except csv.Error as error:
-                    self.refuse(_why_no_row(error, line))
-                    continue
-                if reader.line_num == 1:
-                    yield row
-                else:
-                    self.refuse(f"{_OPEN_QUOTE} (give --multiline where fields may span lines)")
-
-    def _over_lines(self, lines: Iterator[str], separator: str) -> Iterator[list[str]]:
+    def _quoted(self, lines: Iterator[str], separator: str) -> Iterator[list[str]]:
+        most = _MOST_LINES if self.multiline else 1
+        why = f", nor within {most:,} lines" if self.multiline else " (give --multiline where fields may span lines)"
         again: deque[tuple[int, str]] = deque()  # read as a part of a row that was none
 
         def take() -> tuple[int, str] | None:
@@ -230,24 +212,28 @@ class Intake:
 
         def each(taken: list[tuple[int, str]]) -> Iterator[str]:
             yield f"{taken[0][1]}\n"
-            while len(taken) < _MOST_LINES and (more := take()) is not None:
+            while len(taken) < most and (more := take()) is not None:
                 taken.append(more)
                 yield f"{more[1]}\n"
-            raise csv.Error(f"{_OPEN_QUOTE}, nor within {_MOST_LINES:,} lines")  # asked for more than there is
+            raise csv.Error(f"{_OPEN_QUOTE}{why}")  # asked for more than there is
 
         while (start := take()) is not None:
-            raw, taken = self.file, [start]
+            raw, line = self.file, start[1]
             raw.at = start[0]
-            if not start[1]:
+            if not line:
                 raw.blank += 1
                 continue
+            if '"' not in line and "\r" not in line:
+                yield line.split(separator)
+                continue
+            taken = [start]
             try:
                 row = next(csv.reader(each(taken), delimiter=separator))
                 if len(taken) > 1:  # a stray quote may have found its match in another row
-                    next(csv.reader((f"{line}\n" for _, line in taken), delimiter=separator, strict=True))
+                    next(csv.reader((f"{part}\n" for _, part in taken), delimiter=separator, strict=True))
             except csv.Error as error:
                 raw.at = start[0]
-                self.refuse(_why_no_row(error, *(line for _, line in taken)))
+                self.refuse(_why_no_row(error, *(part for _, part in taken)))
             else:
                 raw.at, before = start[0], raw.rejected  # an undecodable line may have been met on the way
                 yield row

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from recbole_mllm.common.errors import UserError
-from recbole_mllm.common.files import CONVERTED, bring, digest, publish, whole_file
+from recbole_mllm.common.files import CONVERTED, bring, digest, publish, write_text
 from recbole_mllm.common.yaml_files import read_mapping
 from recbole_mllm.data import schema
 from recbole_mllm.data.atomic import id_fault, read_atomic, read_columns, read_values, write_atomic
@@ -62,10 +61,9 @@ def split_folder(
         columns = {**(keys.get("load_col") or {}), **written.config["load_col"]}
         if settings.protocol == "loo" and keys.get("load_col") and not listed:
             columns = keys["load_col"]
-        names = dict(zip(("USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD"), fields, strict=True))
-        with whole_file(stage / "dataset.yaml") as file:
-            file.write(f"# {out.name}: {folder.name}, split anew; see README.md.\n# {written.order}\n")
-            file.write(yaml.safe_dump({**kept, **names, **written.config, "load_col": columns}, sort_keys=False))
+        comment = f"{out.name}: {folder.name}, split anew; see README.md.\n{written.order}"
+        config = {**kept, **written.config, "load_col": columns}
+        write_text(stage / "dataset.yaml", output.dataset_yaml(comment, config, fields))
         for end in _BESIDE:
             if (folder / f"{folder.name}{end}").is_file():
                 shutil.copyfile(folder / f"{folder.name}{end}", stage / f"{out.name}{end}")
@@ -73,9 +71,8 @@ def split_folder(
         images = _link_images(folder, out, fields.item)
         told = [f"{step.users:,} users, {step.items:,} items, {step.interactions:,} interactions, {images:,} images"]
         told += [f"{name}: {number}" for name, number in written.counts.items()]
-        with whole_file(stage / "README.md") as file:
-            file.write("\n\n".join([f"# {out.name}", f"{folder.name}, split by --protocol {settings.protocol}. "
-                                    f"{written.order}", *told, ""]))  # fmt: skip
+        words = f"{folder.name}, split by --protocol {settings.protocol}. {written.order}"
+        write_text(stage / "README.md", "\n\n".join([f"# {out.name}", words, *told, ""]))
         content = {
             "converter": "split",
             "protocol": settings.protocol,

@@ -293,6 +293,8 @@ def _rank_all(config: Any, trainer: Any, test: Any, summaries: _Summaries | None
         found = evaluate(trainer, loader_of_all_items(config, test), load_best_model=False, show_progress=False)
         metrics, users, _ = _metrics(config, _Scored(*found, seconds=0.0, reused=0))
     except Exception:  # what stands beside a result must not cost the hours that made it
+        if distributed.is_launched():  # the other processes would wait for this one
+            raise
         logging.getLogger().exception("all items could not be ranked; the report goes without")
         return None
     retrieval = _retrieval(trainer, summaries)

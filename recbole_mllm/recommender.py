@@ -222,6 +222,11 @@ class _Asked:
         from recbole_mllm.summaries.user_summaries import SummaryRequests
 
         settings = Settings.from_config(config)
+        if settings.summary.control:
+            raise UserError(
+                f"this checkpoint was trained under control: {settings.summary.control}, which spoils what is read on "
+                "purpose; recommend from the full model's"
+            )
         self.setup = make_summary_setup(config, settings, config["device"])
         self.items = self.setup.items
         described = dict.fromkeys([*map(str, train.field2id_token[train.iid_field][1:]), *self.items.titles])

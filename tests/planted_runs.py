@@ -41,12 +41,14 @@ def plant_run(
     run_id: str = "",
     candidates: str = CANDIDATES,
     scores: NDArray[Any] | None = None,
+    keep_valid: bool = False,
     **changes: Any,
 ) -> RunRecord:
     """Write the arrays of a run whose target scores `power` above the rest, and return its record.
 
     Its validation metric follows `power` alone, so that it has no share in the test split's luck. `scores`, ``[users,
-    candidates]`` with the target first, take the place of drawn ones.
+    candidates]`` with the target first, take the place of drawn ones. With `keep_valid` those of validation, and
+    training counts, are there too.
     """
     run_id = run_id or f"{label.replace(':', '-')}-{seed}-{digest}"
     rng = np.random.default_rng(zlib.crc32(f"{label}{seed}".encode()))
@@ -70,6 +72,15 @@ def plant_run(
     pairs = {"user": np.repeat(users, N_CANDIDATES), "label": label_row.ravel(), "score": scores.ravel()}
     pairs["item"] = np.array([f"i{index}" for index in range(n_users * N_CANDIDATES)])
     write_arrays(results / folder / "scores.npz", pairs)
+    if keep_valid:
+        before = np.random.default_rng(zlib.crc32(f"valid {label}{seed}".encode())).normal(size=scores.shape)
+        before[:, 0] += power
+        for name, values in (("scores", scores), ("valid_scores", before)):
+            places = values.argsort(axis=1).argsort(axis=1).ravel()
+            write_arrays(results / folder / f"{name}.npz", pairs | {"score": values.ravel(), "place": places})
+        counts = np.where(label_row.ravel() > 0, np.repeat(train_count, N_CANDIDATES), np.arange(scores.size) % 3)
+        write_arrays(results / folder / "train_counts.npz", {"item": pairs["item"], "count": counts})
+        changes |= {name: f"{folder}/{name}.npz" for name in ("valid_scores", "train_counts")}
     values: dict[str, Any] = {
         "run_id": run_id, "model": label.partition(":")[0], "label": label, "kind": kind, "seed": seed,
         "dataset": "demo", "protocol": "leave-one-out, 1+20 frozen candidates", "candidates": candidates,

@@ -83,19 +83,31 @@ class BenchmarkJob:
         """Where the job's own files lie: its order, log, checkpoints and arrays."""
         return self.plan.output_dir / "runs" / self.run_id
 
+    @property
+    def parts(self) -> list[str]:
+        """The ids of the runs that a fused one is made of."""
+        return [run_id(part, self.seed, self.plan) for part in self.entry.parts]
+
     def order(self) -> dict[str, Any]:
-        """Return the worker's order: `defaults` stand below the config files, `overrides` above them."""
-        return {
+        """Return the worker's order: `defaults` stand below the config files, `overrides` above them.
+
+        What is fused has the run ids of its ``parts`` instead, and the folder of ``results`` that they stand in.
+        """
+        who = {
             "run_id": self.run_id,
             "model": self.entry.model,
             "label": self.entry.label,
             "kind": self.entry.kind,
             "seed": self.seed,
             "dataset": self.plan.dataset,
+            "output_dir": str(self.plan.output_dir),
+        }
+        if self.entry.parts:
+            return who | {"parts": self.parts, "results": str(self.plan.output_dir)}
+        return who | {
             "config_files": list(self.plan.config_files),
             "defaults": dict(self.entry.defaults),
             "overrides": {**_few_epochs(self.entry, self.plan), **self.plan.overrides, **self.entry.overrides},
-            "output_dir": str(self.plan.output_dir),
             "limit_users": self.plan.limit_users,
             "tune": self.plan.tune,
             "keep_valid": True,
@@ -113,8 +125,11 @@ def run_id(entry: Entry, seed: int, plan: BenchmarkPlan) -> str:
     """Name a run readably; the digest covers everything that decides its outcome except the seed, which stands beside.
 
     So the seeds of one configuration share the digest and are averaged, and another configuration is another row.
-    Config files, and files that decide what is ranked and how, count by what they hold and not by where they lie.
+    Config files, and files that decide what is ranked and how, count by what they hold and not by where they lie. Its
+    parts decide what is fused.
     """
+    if entry.parts:
+        return _named(entry, seed, [run_id(part, seed, plan).rpartition("-")[2] for part in entry.parts])
     given = [*(file_keys(name) for name in plan.config_files if Path(name).is_file()), plan.overrides]
     named = [str(keys[key]) for keys in given for key in DECISIVE_FILES if keys.get(key)]
     files = [*plan.config_files, *(name for name in named if Path(name).is_file())]
@@ -122,7 +137,11 @@ def run_id(entry: Entry, seed: int, plan: BenchmarkPlan) -> str:
     keys = {key: value for key, value in plan.overrides.items() if str(value) not in files or key not in DECISIVE_FILES}
     settings = {**_few_epochs(entry, plan), **keys, **entry.overrides}
     decisive = [entry.model, plan.dataset, entry.defaults, settings, contents, plan.limit_users]
-    text = json.dumps(plain_json([*decisive, *([plan.tune] if plan.tune else [])]), sort_keys=True)
+    return _named(entry, seed, [*decisive, *([plan.tune] if plan.tune else [])])
+
+
+def _named(entry: Entry, seed: int, decisive: list[Any]) -> str:
+    text = json.dumps(plain_json(decisive), sort_keys=True)
     readable = re.sub(r"[^A-Za-z0-9]+", "-", entry.label)
     return f"{readable}-{seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 

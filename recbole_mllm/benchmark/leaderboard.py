@@ -107,6 +107,11 @@ class LeaderboardRow:
         return sum(run.summarize_reused for run in self.runs)
 
     @property
+    def fusions(self) -> list[Mapping[str, Any]]:
+        """How each seed's scores were fused; empty of a row that is no ``A+B``."""
+        return [{"seed": run.seed, **run.fusion} for run in self.runs if run.fusion]
+
+    @property
     def full_ranking(self) -> dict[str, Any] | None:
         """The mean metrics of ranking all items beside drawn candidates, for how many users, and of which retriever.
 
@@ -194,7 +199,12 @@ class Leaderboard:
     @property
     def variants(self) -> list[LeaderboardRow]:
         """The rows that are tested against a full model rather than the best baseline."""
-        return [row for row in self.rows if row.tested_against not in (None, self.best_baseline)]
+        return [row for row in self.rows if row.tested_against not in (None, self.best_baseline) and not row.fusions]
+
+    @property
+    def fused(self) -> list[LeaderboardRow]:
+        """The rows ``A+B`` that have numbers."""
+        return [row for row in self.ranked if row.fusions]
 
     @property
     def chosen_on(self) -> str:
@@ -216,26 +226,33 @@ class Leaderboard:
         return score.p if score is not None and row.tested_against == self.best_baseline else None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the published schema of ``leaderboard.json``; a failed row has the same keys with null values."""
-        about = ("dataset", "protocol", "future_share", "candidates", "n_users", "metrics", "best_baseline")
+        """Return the published schema of ``leaderboard.json``; a failed row has the same keys with null values.
+
+        What only some records tell stands where they do: ``future_share``, the slice ``new_user``, ``full_ranking``,
+        ``beyond`` and ``energy_kwh``.
+        """
+        about = ["dataset", "protocol", "candidates", "n_users", "metrics", "best_baseline"]
+        if self.future_share is not None:
+            about.insert(2, "future_share")
         return {name: getattr(self, name) for name in about} | {
             "best_baseline_chosen_on": self.chosen_on if self.best_baseline else None,
             "rows": [
                 {name: getattr(row, name) for name in ("model", "seeds", "status", "tested_against")}
                 | {
                     "metrics": {name: self._score_json(row, name) for name in self.metrics},
-                    "full_ranking": row.full_ranking,
-                    "beyond": {
-                        name: {"mean": one.mean, "ci95": (one.low, one.high)} for name, one in row.beyond.items()
-                    },
                     "converged": row.converged,
                     "summarize_reused": row.summarize_reused,
-                    "cost": {name: row.cost.get(name) for name in COSTS},
-                    "slices": {s: {m: asdict(self.slice_of(row, s, m)) for m in self.metrics} for s in SLICES},
+                    "cost": {n: row.cost.get(n) for n in COSTS if n != "energy_kwh" or row.cost.get(n) is not None},
+                    "slices": {s: {m: asdict(self.slice_of(row, s, m)) for m in self.metrics} for s in self.slices},
                 }
+                | {name: told for name, told in self._told_json(row).items() if told}
                 for row in self.rows
             ],
         }
+
+    def _told_json(self, row: LeaderboardRow) -> dict[str, Any]:
+        beyond = {name: {"mean": one.mean, "ci95": (one.low, one.high)} for name, one in row.beyond.items()}
+        return {"full_ranking": row.full_ranking, "beyond": beyond, "fusion": row.fusions}
 
     def _score_json(self, row: LeaderboardRow, metric: str) -> dict[str, Any]:
         score = row.scores.get(metric)

@@ -111,10 +111,13 @@ def _load(runs: Sequence[RunRecord], results: Path) -> tuple[list[tuple[RunRecor
     """Read each finished run; one whose arrays are unusable costs its own row and no other."""
     loaded: list[tuple[RunRecord, Evidence]] = []
     failed: list[LeaderboardRow] = []
+    started = {run.run_id: run.started for run in runs}
     for run in runs:
         try:
             if not run.ok:
                 raise UserError(run.status)
+            if run.fusion and any(at != started.get(part) for part, at in run.fusion["parts"].items()):
+                raise UserError("what it was made of has been run again since; run it again")
             evidence = load_evidence(run, results)
             if loaded and not np.array_equal(evidence.users, loaded[0][1].users):
                 raise UserError(f"run {run.run_id} evaluated other users than {loaded[0][0].run_id}")
@@ -247,8 +250,12 @@ def _best_baseline(rows: Sequence[LeaderboardRow], metric: str) -> tuple[str | N
 def _reference(contender: Contender, contenders: Sequence[Contender], best: str | None) -> str | None:
     """Return what a contender is tested against: the full model for a variant of MLLMMSR, else the best baseline.
 
-    Of several full models it is the one whose settings differ least from the variant's.
+    What is fused is tested against the baseline in it: so the table says what the MLLM adds to that. Of several full
+    models it is the one whose settings differ least from the variant's.
     """
+    if fusion := contender.runs[0].fusion:
+        parts = (one for one in contenders if any(run.run_id in fusion["parts"] for run in one.runs))
+        return next((one.name for one in parts if one.runs[0].kind == "baseline"), None)
     config = contender.runs[0].config
 
     def differences(other: Contender) -> int:

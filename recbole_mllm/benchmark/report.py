@@ -15,7 +15,7 @@ from recbole_mllm.benchmark.leaderboard import Leaderboard
 from recbole_mllm.benchmark.memory_questions import memory_note
 from recbole_mllm.benchmark.ranking import build
 from recbole_mllm.benchmark.records import RECORDS, read_records
-from recbole_mllm.benchmark.wording import uses
+from recbole_mllm.benchmark.wording import added, uses
 from recbole_mllm.common.files import write_text
 
 HTML = "leaderboard.html"
@@ -29,7 +29,8 @@ def render(results: Path, *, embed_images: bool = True) -> Leaderboard:
     Without `embed_images` the page's case studies hold no pictures.
     """
     board = read_leaderboard(results)
-    published = board.to_json() | {"uses": [use._asdict() for use in uses(board)]}
+    found = {"uses": [use._asdict() for use in uses(board)], "what_the_mllm_adds": added(board)}
+    published = board.to_json() | {name: told for name, told in found.items() if told}
     forms = {
         "leaderboard.json": json.dumps(published, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
         "leaderboard.csv": tables.csv_text(tables.numbers_table(board)),

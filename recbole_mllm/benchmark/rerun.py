@@ -117,9 +117,15 @@ def _check_weights(record: RunRecord) -> None:
 def order_of(record: RunRecord, output: Path, data_path: str | None = None) -> dict[str, Any]:
     """Return the worker's order that repeats `record`: its whole configuration, no file of the first run's.
 
+    What is fused is made again from the scores that its parts have kept in the folder above `output`.
+
     Raises:
         UserError: The dataset is no longer where it was.
     """
+    who = {key: getattr(record, key) for key in ("run_id", "model", "label", "kind", "seed", "dataset")}
+    who["output_dir"] = str(output)
+    if record.fusion:
+        return {**who, "parts": list(record.fusion["parts"]), "results": str(output.parent)}
     defaults = {key: value for key, value in record.config.items() if key in every_key() - _DERIVED}
     # its own section is in its keys already, a retriever's is not
     others = {name: keys for name, keys in (record.config.get("per_model") or {}).items() if name != record.model}
@@ -132,11 +138,10 @@ def order_of(record: RunRecord, output: Path, data_path: str | None = None) -> d
     if not (bundled or (home / record.dataset).is_dir()):
         raise UserError(f"dataset {record.dataset!r} is no longer in {home}; say where it is with --data_path=DIR")
     order = {
-        **{key: getattr(record, key) for key in ("run_id", "model", "label", "kind", "seed", "dataset")},
+        **who,
         "config_files": [],
         "defaults": defaults,
         "overrides": {"data_path": str(home.resolve())},
-        "output_dir": str(output),
         "limit_users": record.config.get("limit_users"),
         "keep_valid": False,  # what is fused are a benchmark's runs
     }

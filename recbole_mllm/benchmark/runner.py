@@ -113,7 +113,7 @@ def _check_comparable(plan: BenchmarkPlan, jobs: Sequence[BenchmarkJob], digests
                 f"{plan.output_dir} holds runs of dataset {record.dataset} ({run}), and a leaderboard is of one; give "
                 f"this one of {plan.dataset} another --output_dir"
             )
-    due = [job.order() for job in jobs if job.run_id not in stay]
+    due = [job.order() for job in jobs if job.run_id not in stay and not job.entry.parts]
     if digests is None or not due:
         return {}
     found = digests(due, bool(stay))
@@ -164,14 +164,15 @@ class _Bench:
         return rewrite
 
     def run_all(self, jobs: Sequence[BenchmarkJob]) -> None:
-        """Run the jobs, `plan.jobs` at a time; whatever ends this ends all of them."""
+        """Run the jobs, `plan.jobs` at a time, and then those that fuse them; whatever ends this ends all of them."""
         pool = ThreadPoolExecutor(self.plan.jobs)
-        pending = {pool.submit(self.run_one, job) for job in jobs}
         try:
-            while pending:
-                done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
-                for future in done:
-                    future.result()
+            for fused in (False, True):
+                pending = {pool.submit(self.run_one, job) for job in jobs if bool(job.entry.parts) == fused}
+                while pending:
+                    done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        future.result()
         finally:
             self.stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
@@ -179,9 +180,13 @@ class _Bench:
                 distributed.post(f"order/{self.shared + 1}", pickle.dumps(None))  # lets the others go
 
     def finished(self, job: BenchmarkJob) -> RunRecord | None:
-        """Return the job's record if its last run succeeded."""
-        records = records_of(self.records, job.run_id)
-        return records[-1] if records and records[-1].ok else None
+        """Return the job's record if its last run succeeded, and what it was made of has not been run again since."""
+        known = latest(read_records(self.records))
+        record = known.get(job.run_id)
+        if record is None or not record.ok:
+            return None
+        made_of = (record.fusion or {}).get("parts", {})
+        return record if all(part in known and known[part].started == at for part, at in made_of.items()) else None
 
     def run_one(self, job: BenchmarkJob) -> None:
         """Do one job unless it is done, and put it into the leaderboard."""

@@ -16,7 +16,7 @@ from jinja2 import Template
 
 from recbole_mllm.benchmark import wording
 from recbole_mllm.benchmark.leaderboard import ALL_COSTS, SLICES, Leaderboard
-from recbole_mllm.benchmark.wording import NOT_CONVERGED, cost_text, finding, legend, score_text, seeds
+from recbole_mllm.benchmark.wording import NOT_CONVERGED, added, cost_text, finding, legend, score_text, seeds
 from recbole_mllm.common.svg import environment
 
 WIDTH = 120
@@ -130,7 +130,11 @@ def format_table(board: Leaderboard) -> str:
     users = "" if f"{board.n_users} users" in board.protocol else f" · {board.n_users} users"
     title = f"{board.dataset}: {board.protocol}{users} · candidates {board.candidates}"
     fixed = [_cut(line, WIDTH) for line in ["", *table, *failed, ""]]
-    below = [line for text in (legend(board), finding(board), board.note) for line in textwrap.wrap(text, WIDTH)]
+    below = [
+        line
+        for text in (legend(board), finding(board), *added(board), board.note)
+        for line in textwrap.wrap(text, WIDTH)
+    ]
     return "\n".join([*textwrap.wrap(title, WIDTH), *fixed, *below])
 
 

@@ -17,7 +17,7 @@ from recbole_mllm.common.yaml_files import read_mapping
 
 MLLM = "MLLMMSR"
 
-Kind = Literal["baseline", "mllm"]
+Kind = Literal["baseline", "mllm", "fused"]
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "zero-shot": {"finetune": "none"},
@@ -108,7 +108,7 @@ class Entry:
     Args:
         label: What the user asked for and what the table shows.
         model: RecBole's name of the model.
-        kind: Whether the row is held against the best baseline or may be that baseline.
+        kind: A baseline may be the best one, which an MLLM is held against; what is fused is held against its baseline.
         defaults: Settings that any of the user's own, in files or on the command line, replace.
         overrides: Settings that make the label true; they win over the user's.
     """
@@ -119,11 +119,20 @@ class Entry:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def parts(self) -> tuple[Entry, ...]:
+        """The MLLM and the baseline whose scores a row ``A+B`` is made of; none of any other row."""
+        return tuple(resolve(label) for label in self.label.split("+")) if self.kind == "fused" else ()
+
 
 def expand(models: str) -> tuple[str, ...]:
-    """Return the labels that a list such as ``quick,TALLRec`` stands for, each once, in its order."""
+    """Return the labels that a list such as ``quick,TALLRec`` stands for, each once, in its order.
+
+    The parts of a fused row ``A+B`` are rows of their own and stand before it.
+    """
     words = [word.strip() for word in models.split(",") if word.strip()]
-    return tuple(dict.fromkeys(label for word in words for label in SETS.get(word, (word,))))
+    labels = (label for word in words for label in SETS.get(word, (word,)))
+    return tuple(dict.fromkeys(one for label in labels for one in (*label.split("+"), label)))
 
 
 def resolve(label: str) -> Entry:
@@ -133,6 +142,8 @@ def resolve(label: str) -> Entry:
         UserError: It has no such variant; names the nearest, or those there are.
     """
     label = label.strip()
+    if "+" in label:
+        return _resolve_fused(label)
     model, colon, variant = label.partition(":")
     if model in FEATURE_MODELS:
         if variant and variant not in FEATURES:
@@ -156,11 +167,20 @@ def resolve(label: str) -> Entry:
     return Entry(model, model, "baseline", defaults=baseline_defaults(model))
 
 
+def _resolve_fused(label: str) -> Entry:
+    parts = [resolve(part) for part in label.split("+")]
+    if [part.kind for part in parts] != ["mllm", "baseline"]:
+        raise UserError(f"{label!r}: fused are {MLLM}, or a variant of it, and one baseline: {MLLM}+SASRec")
+    return Entry("+".join(part.label for part in parts), MLLM, "fused")
+
+
 def part_of(label: str) -> str:
     """Return what a variant of MLLMMSR takes from the full model, to begin a sentence with."""
     variant = label.partition(":")[2]
     block = re.fullmatch(r"block-([1-9][0-9]*)", variant)
-    return f"The size of a block, against {block[1]}," if block else PARTS[variant]
+    if block:
+        return f"The size of a block, against {block[1]},"
+    return PARTS.get(variant, f"What {variant} changes")  # a record may be of another version
 
 
 def baseline_defaults(model: str, section: str | None = None) -> dict[str, Any]:

@@ -155,6 +155,53 @@ def finding(board: Leaderboard) -> str:
     return " ".join(said + ([f"{_and(unfinished)} had not converged."] if unfinished else []))
 
 
+def added(board: Leaderboard) -> list[str]:
+    """Say of each fused row what the MLLM adds to its baseline, and how the two were put together."""
+    return [_added(board, row) for row in board.fused]
+
+
+def _added(board: Leaderboard, row: LeaderboardRow) -> str:
+    metric, (mllm, _, baseline) = board.valid_metric, row.runs[0].label.partition("+")
+    text, how = score_text(board, row, metric), _fused(row, mllm, baseline)
+    other = next((one for one in board.ranked if one.model == row.tested_against), None)
+    if other is None:
+        return f"{row.model}: {how}"
+    verdict = {"better": "significant", "worse": "significantly worse"}.get(text.verdict, "not significant")
+    parts = [
+        (name, board.slice_of(row, name, metric), board.slice_of(other, name, metric)) for name in ("cold", "warm")
+    ]
+    apart = [
+        f"{mine.mean - theirs.mean:+.3f} on {name} targets"
+        for name, mine, theirs in parts
+        if mine.mean is not None and theirs.mean is not None
+    ]
+    interval = row.scores[metric].difference_ci95
+    shown = f" [{_signed(interval[0])}, {_signed(interval[1])}]" if interval else ""
+    return (
+        f"What {mllm} adds to {baseline}: {text.difference} {metric}{shown}, {verdict} "
+        f"(paired, {text.p or 'not tested'}); "
+        f"{row.model} {text.mean}, {other.model} {score_text(board, other, metric).mean}; {_and(apart)}. {how}"
+    )
+
+
+def _fused(row: LeaderboardRow, mllm: str, baseline: str) -> str:
+    """Say how each seed's scores were fused, seeds of one way together."""
+    guard = "was taken alone, as no mixture was ahead of it by two standard errors on validation"
+    ways = {
+        "mixture": f"the mixture that validation chose, α being {mllm}'s share",
+        "first": f"{mllm} {guard}",
+        "second": f"{baseline} {guard}",
+        "second, unknown items by the first": f"{baseline} {guard}, but items it has not met are placed by {mllm}",
+    }
+    said = []
+    for chosen in dict.fromkeys(str(fusion["chosen"]) for fusion in row.fusions):
+        own = [fusion for fusion in row.fusions if fusion["chosen"] == chosen]
+        shares = ", ".join(f"α = {fusion['alpha']:.1f} and ρ = {fusion['rho']:.2f}" for fusion in own)
+        seeds_of = ", ".join(str(fusion["seed"]) for fusion in own)
+        said.append(f"Seed {seeds_of}: {ways[chosen]} ({shares}).")
+    return " ".join(said)
+
+
 def future_text(board: Leaderboard) -> str:
     """Say how far training has seen the future of what is asked."""
     if board.future_share is None:
@@ -292,6 +339,7 @@ def legend(board: Leaderboard) -> str:
 
 def _marks(board: Leaderboard) -> str:
     best, variants = board.best_baseline, board.variants
+    fused = " Fused rows are tested against the baseline in them." if board.fused else ""
     if best is None and not variants:
         return "No baseline has finished, so nothing is tested."
     against = "; ".join(
@@ -300,10 +348,10 @@ def _marks(board: Leaderboard) -> str:
     )
     level = f"at p < {LEVEL:.2f} after Holm's correction; n.s. = not significant."
     if best is None:
-        return f"▲ better, ▼ worse {level} No baseline has finished; tested are {against}."
+        return f"▲ better, ▼ worse {level} No baseline has finished; tested are {against}.{fused}"
     chosen = f"the best baseline by {board.valid_metric} on {board.chosen_on}"
     marks = f"▲ better, ▼ worse than {best} (ref.), {chosen}, {level}"
-    return f"{marks} Variants are tested against the full model: {against}." if against else marks
+    return (f"{marks} Variants are tested against the full model: {against}." if against else marks) + fused
 
 
 def seeds(row: LeaderboardRow) -> str:

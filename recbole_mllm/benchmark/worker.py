@@ -24,6 +24,7 @@ import yaml
 import recbole_mllm
 from recbole_mllm.benchmark.cases import write_cases, write_titles
 from recbole_mllm.benchmark.energy import measured_energy
+from recbole_mllm.benchmark.fusing import fuse_runs
 from recbole_mllm.benchmark.records import (
     CANDIDATE_RULES,
     PER_USER,
@@ -91,6 +92,10 @@ def run_job(job: dict[str, Any]) -> None:
     started = datetime.now().astimezone().isoformat(timespec="seconds")
     output = (_home(job) / job["output_dir"]).resolve()
     folder = output / "runs" / job["run_id"]
+    if "parts" in job:
+        surroundings = {"started": started, "versions": _versions(), "commit": _commit(), "device": "cpu"}
+        append(output / RECORDS, fuse_runs(job, (_home(job) / job["results"]).resolve(), folder, surroundings))
+        return
     defaults = folder / ("defaults.yaml" if distributed.is_main() else f"defaults.{distributed.process_index()}.yaml")
     tuning = _tune(job, defaults)
     config = _config(job, defaults, tuning["chosen"] if tuning else {})

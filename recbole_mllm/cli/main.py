@@ -149,7 +149,9 @@ def _add_options(of: dict[str, Parser]) -> None:
     for name in ("probe", "price_per_hour", "requests_per_s"):
         add(f"--{name}", nargs="?", dest=argparse.SUPPRESS, action=_Withdrawn, help=argparse.SUPPRESS)
     add = of["benchmark"].add_argument
-    models = f"RecBole's by name, MLLMMSR, {known_variants()}; or sets of them: {', '.join(SETS)}"
+    models = (
+        f"RecBole's by name, MLLMMSR, {known_variants()}, MLLMMSR+SASRec (fused); or sets of them: {', '.join(SETS)}"
+    )
     add("--models", required=True, help=models)
     add("--seeds", help="e.g. 2024,2025; default: --seed, else 2024")
     add("--output_dir", help="default: results/<dataset>")

@@ -40,7 +40,9 @@ def _demo(folder: Path) -> None:
 
     _, _, seed = folder.name.partition("-")
     write_demo_dataset(folder, int(seed or DEMO_SEED))
-    text = converters("output").dataset_yaml(DEMO_COMMENT, {"load_col": {"inter": list(INTER_TYPES)}}, "product")
+    text = converters("output").dataset_yaml(
+        DEMO_COMMENT, {"load_col": {"inter": list(INTER_TYPES)}, "item_kind": "product"}
+    )
     write_text(folder / "dataset.yaml", text)
 
 

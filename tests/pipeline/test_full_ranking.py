@@ -193,7 +193,6 @@ def test_a_retriever_of_recboles_own_is_loaded_and_one_of_another_split_refused(
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"retriever": "SASRecc"}, "retriever 'SASRecc' cannot be had"),
         ({"retriever": "FM"}, "retriever FM cannot rank all items at once"),
         ({"retriever": None, "retriever_checkpoint": "no.pth"}, "no.pth does not exist"),
         ({"retriever": None, "full_sort": "brute", "fusion": 0.5}, "fusion mixes in a retriever's scores"),

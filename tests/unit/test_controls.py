@@ -14,6 +14,7 @@ from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.prompts import read_style
 from recbole_mllm.common.settings import Settings, SummarySettings
 from recbole_mllm.data.item_table import Items
+from recbole_mllm.recommender import _Asked
 from recbole_mllm.summaries.controls import controlled, other_images
 from recbole_mllm.summaries.generator import CachedGenerator
 from recbole_mllm.summaries.preferences import Preferences
@@ -100,6 +101,11 @@ def test_without_a_history_every_row_is_asked_as_a_new_user_s(tmp_path):
     settings = SummarySettings.from_config(KEYS | resolve("MLLMMSR:no-history").overrides)
     _, known, echo = read_by_rows(settings, tmp_path)
     assert not echo.asked and {known.of(*row) for row in [("a", 1), ("a", 8), ("e", 14)]} == {STYLE.cold}
+
+
+def test_nobody_is_recommended_anything_by_a_control():
+    with pytest.raises(UserError, match="recommend from the full model's"):
+        _Asked(KEYS | {"control": "shuffled-history"}, None, {})
 
 
 @pytest.mark.parametrize(

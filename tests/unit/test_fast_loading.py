@@ -1,7 +1,6 @@
 """The fast ways give what RecBole's own give, or are not taken: the C parser, lazy list columns, choosing rows."""
 
 import copy
-import io
 import pickle
 import string
 
@@ -12,7 +11,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from recbole.data.dataset import dataset as dataset_module
-from recbole.data.interaction import Interaction, cat_interactions
 
 from recbole_mllm.recbole_patches import fast_loading, list_column
 from recbole_mllm.recbole_patches.fast_loading import as_places, read_fast
@@ -198,29 +196,6 @@ def test_writing_in_place_is_refused_as_it_would_be_lost(column):
         with pytest.raises(RuntimeError, match=r"write into its clone\(\)"):
             write(column)
     column.clone().add_(1)
-
-
-def test_checkpoints_hold_no_padding(column):
-    wide, file = ListColumn(column.flat, column.start, column.length, 10_000), io.BytesIO()
-    torch.save({"column": wide}, file)
-    assert file.tell() < 20_000
-    file.seek(0)
-    assert torch.equal(torch.load(file, weights_only=False)["column"], wide)
-
-
-def test_an_interaction_holds_it_as_any_tensor(column):
-    lazy, plain = (Interaction({"x": c, "n": torch.arange(ROWS).flip(0)}) for c in (column, padded(column)))
-    for change in (
-        lambda i: i[np.array([3, 1])],
-        lambda i: i[torch.arange(ROWS) > 30],
-        lambda i: i.repeat_interleave(2),
-        lambda i: cat_interactions([i, i]),
-        lambda i: i.to("cpu"),
-        lambda i: [torch.manual_seed(1), i.shuffle(), i][2],
-    ):
-        one, two = change(plain), change(lazy)
-        assert len(one) == len(two) and torch.equal(one["x"], two["x"]) and torch.equal(one["n"], two["n"])
-    assert np.array_equal(lazy.numpy()["x"], plain.numpy()["x"])
 
 
 INDICES = [

@@ -143,3 +143,4 @@ def test_a_part_that_does_harm_is_said_to_and_without_a_full_model_there_is_no_s
 def test_each_variant_says_what_it_takes_away():
     assert PARTS.keys() == PRESETS.keys()
     assert part_of("MLLMMSR:block-2") == "The size of a block, against 2,"
+    assert part_of("MLLMMSR:of-tomorrow") == "What of-tomorrow changes"
