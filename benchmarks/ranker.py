@@ -1,10 +1,10 @@
 """Two rules of ranking on demo worlds that nothing was tuned on: fusion with a baseline, and three negatives or one.
 
 A world a call: `python benchmarks/ranker.py` takes the first of `--worlds` that is not finished, and a killed call
-resumes. In each world SASRec, MLLMMSR and MLLMMSR fine-tuned on three negatives are run on the same candidates, and
-`MLLMMSR+SASRec` is fused from what the first two have kept. `--summary` runs nothing. Ends in one JSON line of all
-finished worlds: how far the fused row is from each part, and three negatives from one, as means of paired differences
-of NDCG@10 with 95 % intervals over users, of all, cold and warm targets; and what fine-tuning on them took.
+resumes. In each world SASRec and MLLMMSR are run on the same candidates and `MLLMMSR+SASRec` is fused from what they
+have kept; with `--negatives` MLLMMSR is also fine-tuned on three negatives a positive. `--summary` runs nothing. Ends
+in one JSON line of all finished worlds: how far the fused row is from each part, and three negatives from one, as means
+of paired differences of NDCG@10 with 95 % intervals over users, of all, cold and warm targets; and seconds of training.
 """
 
 from __future__ import annotations
@@ -47,12 +47,9 @@ def plans(world: int, out: Path, limit: int | None) -> tuple[BenchmarkPlan, Benc
 def finished(plan: BenchmarkPlan) -> dict[str, RunRecord] | None:
     """Return the plan's records by label, None where one is missing."""
     known = latest(read_records(plan.output_dir / RECORDS))
-    found = {job.entry.label: known.get(job.run_id) for job in jobs_of(plan)}
-    return (
-        {label: run for label, run in found.items() if run is not None and run.ok}
-        if all(run is not None and run.ok for run in found.values())
-        else None
-    )
+    jobs = jobs_of(plan)
+    found = {job.entry.label: known[job.run_id] for job in jobs if job.run_id in known and known[job.run_id].ok}
+    return found if len(found) == len(jobs) else None
 
 
 def compared(results: Path, one: RunRecord, other: RunRecord) -> dict[str, Any]:
