@@ -283,10 +283,10 @@ def _config(state: Mapping[str, Any], device: torch.device, data_path: str | Pat
 def _whole_histories(data: Any) -> dict[str, list[str]]:
     """Return the raw item ids of each user, oldest first, whatever part of the split they are in.
 
-    With benchmark files that is the longest list of a user's rows, and the target behind it.
+    Where benchmark files stand alone that is the longest list of a user's rows, and the target behind it.
     """
     users, items = (np.asarray(data.field2id_token[f]).astype(str) for f in (data.uid_field, data.iid_field))
-    facts = data.facts
+    facts = data.facts.whole or data.facts
     if facts.lists is None:
         rows = facts.by_user() if facts.order is not None else np.argsort(facts.users, kind="stable")
         owners, read = facts.users[rows], facts.items[rows]

@@ -100,6 +100,17 @@ def test_a_retriever_chooses_whom_the_mllm_ranks(outcomes):
     assert sorted(frame["item_id"]) == sorted(best) and len(frame) == 5
 
 
+@pytest.mark.parametrize(("protocol", "more"), [("paper", []), ("temporal", ["--boundaries", "4,6"])])
+def test_a_history_is_whole_whatever_the_split(home, protocol, more):
+    folder = home / "dataset" / protocol
+    assert main(["split", str(home / "dataset" / "steps"), "--protocol", protocol, "--out", str(folder), *more]) == 0
+    keys = {"data_path": str(home / "dataset"), "checkpoint_dir": str(home / "saved"), "state": "ERROR", "epochs": 1}
+    found = Recommender(run(make_config("Pop", protocol, [], keys | {"frozen_candidates": True})).checkpoint)
+    assert sorted(found.users) == [f"u{n:02d}" for n in range(small_world.USERS)]
+    for n in (0, 7, 29):
+        assert found.history(f"u{n:02d}") == [small_world.item(2 * n + t) for t in range(small_world.LENGTH)]
+
+
 @pytest.mark.parametrize(
     ("model", "arguments", "said"),
     [

@@ -4,9 +4,11 @@ import json
 import random
 from bisect import bisect_left
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
+import recbole
 import yaml
 from echoed_prompts import echoing, prompts_of, read
 
@@ -16,6 +18,7 @@ from recbole_mllm.data.atomic import read_atomic
 from recbole_mllm.quick_start import make_config, run
 
 PARTS = ("train", "valid", "test")
+EXAMPLES = Path(recbole.__file__).parent / "dataset_example"
 START = 1_700_000_000
 
 
@@ -143,6 +146,16 @@ def test_rows_are_those_of_the_raw_log_from_a_dump_or_from_a_folder(tmp_path, ca
         assert about["test_targets_of_new_users"] == new
         assert about["test_targets_that_are_new_items"] == sum(i not in known_items for _, i, _ in truth.rows["test"])
         assert f"test targets of new users: {new}" in (folder / "README.md").read_text()
+
+
+def test_the_rows_of_ml_100k_are_those_of_its_raw_log(tmp_path):
+    """As RecBole's wheel holds it."""
+    whole = EXAMPLES / "ml-100k"
+    raw = [(row["user_id"], row["item_id"], float(row["timestamp"])) for row in read_atomic(whole / "ml-100k.inter")]
+    truth, found = Truth(raw), split(whole, tmp_path / "later", *TEMPORAL)
+    assert rows_in(found) == truth.rows
+    about = json.loads((found / "manifest.json").read_text())["split"]
+    assert (about["moments"], about["train_interactions"]) == (truth.moments, len(truth.training))
 
 
 def test_a_random_target_is_of_its_period_and_depends_on_the_seed_alone(tmp_path):
@@ -287,15 +300,11 @@ def test_splits_that_no_leaderboard_can_compare_are_refused_before_anything_is_t
 
 
 def test_how_much_of_the_future_leave_one_out_sees_on_ml_100k(tmp_path):
-    """RecBole's wheel holds the dataset."""
-    from pathlib import Path
-
-    import recbole
     from recbole.data import create_dataset
 
     from recbole_mllm.evaluation.protocol import future_share
 
-    keys = {"data_path": str(Path(recbole.__file__).parent / "dataset_example"), "state": "ERROR", "use_gpu": False}
+    keys = {"data_path": str(EXAMPLES), "state": "ERROR", "use_gpu": False}
     split = {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "uni20"}
     config = make_config("Pop", "ml-100k", [], keys | {"eval_args": split, "checkpoint_dir": str(tmp_path)})
     data = create_dataset(config)
