@@ -48,7 +48,7 @@ full ranking a file holds each user's best items and target alone, with ``among`
 """
 
 
-_SINCE_0_2 = ("valid_scores", "train_counts", "fusion", "full_ranking", "energy_kwh", "energy_of")
+_SINCE_0_2 = ("valid_scores", "train_counts", "fusion", "full_ranking", "energy_kwh", "energy_of", "future_share")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

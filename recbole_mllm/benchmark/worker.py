@@ -300,7 +300,9 @@ def _record(
         status="ok",
         started=started,
         protocol=protocol_line(outcome.config, users),
-        future_share=future_share(outcome.dataset, outcome.train_data._dataset, outcome.test_data._dataset),
+        future_share=future_share(outcome.dataset, outcome.train_data._dataset, outcome.test_data._dataset)
+        if job["keep_valid"]  # a rerun needs the metrics alone
+        else None,
         candidates=outcome.dataset.candidates_digest,
         candidate_rules=CANDIDATE_RULES,
         n_users=users,
