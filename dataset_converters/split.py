@@ -97,6 +97,11 @@ def _read(folder: Path, fields: Fields, compares: bool) -> Log:
     if not path.is_file():
         raise UserError(f"{folder} holds no {path.name} to split; convert the raw data again, with the --protocol")
     types = read_columns(path)
+    if missing := [name for name in (fields.user, fields.item) if name not in types]:
+        raise UserError(
+            f"{path}:1: there is no column {missing[0]}; name yours with --USER_ID_FIELD and --ITEM_ID_FIELD, or in "
+            f"{folder / 'dataset.yaml'}"
+        )
     places = {name: place for place, name in enumerate(types)}
     user, item = places[fields.user], places[fields.item]
     exact = schema.EXACT_TIME if schema.EXACT_TIME in types else fields.time

@@ -213,7 +213,11 @@ def recommend(args: Namespace, options: Options) -> int:
         for name in ("json", "csv")
         if (path := getattr(args, name))
     }
+    if len(files) > len({os.path.realpath(path) for path in files.values()}):
+        raise UserError(f"--json and --csv both name {args.csv}; give two files")
     candidates = None if args.candidates is None else _lines(Path(args.candidates), "--candidates")
+    if candidates == []:
+        raise UserError(f"--candidates {args.candidates} is empty; give a text file with one item id a line")
     from recbole_mllm.recommender import Recommender  # loads torch
 
     history = None if args.history is None else [item for item in args.history.split(",") if item]
@@ -221,7 +225,7 @@ def recommend(args: Namespace, options: Options) -> int:
         args.checkpoint,
         retriever_checkpoint=args.retriever_checkpoint,
         top_k=args.top_k,
-        data_path=options.overrides.get("data_path"),
+        data_path=None if (home := options.overrides.get("data_path")) is None else str(home),
     )
     frame = found.recommend(args.user, history=history, top=args.top, candidates=candidates)
     about: dict[str, Any] = {"model": found.name, "checkpoint": str(found.checkpoint), "dataset": found.dataset_name}

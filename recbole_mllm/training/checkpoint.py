@@ -151,7 +151,8 @@ def find_checkpoint(run: str, model: str | None = "MLLMMSR") -> Path:
     if given.is_file():
         return given
     if given.is_dir():
-        beside = given.with_name(f"{given.resolve().name}.pth")
+        home = given.parent if given.name else given.resolve().parent  # "." and "/" have no name
+        beside = home / f"{given.resolve().name}.pth"
         return beside if beside.is_file() else _best_checkpoint(given, model)
     folders = sorted(Path("results").glob(f"*/runs/{run}")) if given.name == run else []
     if len(folders) == 1:

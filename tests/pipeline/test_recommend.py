@@ -128,6 +128,13 @@ def test_what_cannot_be_recommended_is_refused(outcomes, model, arguments, said)
         Recommender(outcomes[model].checkpoint).recommend(**arguments)
 
 
+@pytest.mark.parametrize("folder", [".", "/"])
+def test_a_folder_without_a_name_holds_no_checkpoint(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="no checkpoint is kept in"):
+        Recommender(folder)
+
+
 def test_the_command_prints_and_writes(home, outcomes, capsys, monkeypatch):
     monkeypatch.chdir(home)
     ids = home / "ids.txt"
@@ -144,4 +151,13 @@ def test_the_command_prints_and_writes(home, outcomes, capsys, monkeypatch):
     assert main([*words, "--json", "out.json"]) == 0  # its own file is replaced
     assert main([*words, "--json", str(ids)]) == 2  # another's is not
     assert ids.read_text().startswith("i01")
+    (home / "none.txt").write_text("\n")
+    for more, said in (
+        (["--json", "one", "--csv", "./one"], "both name"),
+        (["--candidates", "none.txt"], "is empty"),
+        (["--data_path=3"], "dataset is not in 3/"),
+    ):
+        assert main([*words, *more]) == 2
+        assert said in capsys.readouterr().err.splitlines()[-1]
+    assert not (home / "one").exists()
     assert main(["recommend", "--checkpoint", str(outcomes["ItemKNN"].checkpoint), "--history", "i01"]) == 2

@@ -331,6 +331,7 @@ def test_what_a_temporal_split_cannot_be_made_of_is_one_line(tmp_path, capsys):
         ([str(timed), "--target", "first"], "--target is of --protocol temporal"),
         ([str(tmp_path / "raw")], "holds no raw.inter"),
         ([str(timed), "--seeed=3"], "split takes no --seeed"),
+        ([str(timed), "--USER_ID_FIELD=uid"], "t.inter:1: there is no column uid; name yours with"),
     ]
     capsys.readouterr()
     for given, said in cases:
