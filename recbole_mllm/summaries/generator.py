@@ -377,7 +377,7 @@ class Summarizers:
     load_user: Callable[[], Writer]
     item_is_split: bool = False
     user_is_split: bool = False
-    item_rules: str = ""  # what their generation_config asks of a text (see mllm.rules)
+    item_rules: str = ""  # what their generation_config asks of a text (`mllm.generation.own_rules`)
     user_rules: str = ""
     item_former: str | None = None  # what an identity was before its commit was known
     user_former: str | None = None
