@@ -295,8 +295,8 @@ def full_rankings_note(board: Leaderboard) -> str:
         here = f"; here all items put {', '.join(swapped[:5])}{more}"
     return (
         "Metrics over drawn candidates may order models otherwise than over all items (Krichene and Rendle, KDD 2020)"
-        f"{here}. Ranked are all items with an interaction, but for those the user has met; none of these differences is "
-        "tested for significance."
+        f"{here}. Ranked are all items with an interaction, but for those the user has met; none of these differences "
+        "is tested for significance."
     )
 
 
