@@ -243,7 +243,7 @@ def uses(board: Leaderboard) -> list[Use]:
         score = row.scores.get(board.valid_metric)
         if score is None or score.difference is None or score.difference_ci95 is None:
             continue
-        verdict, does = "n.s.", f"does not matter here, as far as {board.n_users:,} users can tell"
+        verdict, does = "n.s.", f"is not shown to matter by these {board.n_users:,} users"
         if score.significant:
             verdict, does = ("matters", "matters here") if score.difference < 0 else ("harms", "does harm here")
         low, high = score.difference_ci95
