@@ -132,7 +132,10 @@ def test_a_case_holds_nothing_at_or_after_the_target():
     plan = SimpleNamespace(histories={"u": ["a", "b", "a", "c"]}, positions={"u": {1, 2}})
     asked = []
     preferences = SimpleNamespace(
-        requests=plan, chain=lambda user, at: asked.append(at) or [], of=lambda user, at: f"read at {at}"
+        requests=plan,
+        place=lambda user, at: (user, at),
+        chain=lambda user, at: asked.append(at) or [],
+        of=lambda user, at: f"read at {at}",
     )
     told = case_of(preferences, "u", 2, "a")
     assert (told["history"], told["position"], told["read"], asked) == (["a", "b"], 2, "read at 2", [2])
