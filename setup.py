@@ -61,6 +61,7 @@ setup(
     entry_points={"console_scripts": ["recbole-mllm = recbole_mllm.cli:main"]},
     install_requires=[
         "accelerate>=1.0",
+        "huggingface-hub>=1.30",  # resolve_revision
         "jinja2>=3.1",
         "numpy>=1.26",
         "pandas>=2.2",

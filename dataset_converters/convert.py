@@ -102,7 +102,7 @@ class Converted:
     times_read: tuple[int, int]  # how many lie at or before 1970, and after tomorrow
     times_written: tuple[int, int]
 
-    def told_times(self) -> str:
+    def times_sentence(self) -> str:
         """Return a sentence on the times that no interaction can have, "" where there are none."""
         if not any(self.times_read):
             return ""
@@ -229,11 +229,11 @@ def counts(done: Converted) -> Iterator[str]:
         yield f"| {step.name} | {step.users:,} | {step.items:,} | {step.interactions:,} | {dropped:,} |"
         before = step.interactions
     yield "\nEvery line of the raw files is accounted for:\n"
-    yield from (f"- {raw.told()}" for raw in done.intake.files)
+    yield from (f"- {raw.sentence()}" for raw in done.intake.files)
     if done.intake.rejected:
         yield f"\nRows of raw input that could not be read and were left out: {done.intake.rejected:,}; see {REJECTED}."
-    if told := done.told_times():
-        yield f"\n{told}"
+    if sentence := done.times_sentence():
+        yield f"\n{sentence}"
     for part, count in done.written.counts.items():
         yield f"\n{part}: {count}"
     catalog = done.catalog

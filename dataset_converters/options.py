@@ -28,7 +28,7 @@ SOURCES: dict[str, type[Source]] = {source.name: source for source in (MicroLens
 """The converters; a new one is entered here."""
 
 # Options that change what is written; where files lie does not
-_TOLD = (
+_RECORDED = (
     *("k_core", "min_rating", "max_history", "limit_users", "seed", "duplicates"),
     *("category", "separator", "encoding", "multiline"),
     *("boundaries", "valid_share", "test_share", "target", "max_list"),
@@ -52,7 +52,7 @@ def main(words: Sequence[str]) -> int:
         split=split_settings(known),
         item_kind=known.item_kind,
         fetch=Downloader() if getattr(known, "download_images", False) else None,
-        options=told_options(known),
+        options=recorded_options(known),
     )
     log_to_terminal()
     with Progress(size / 1e6, f"reading {known.name}", "MB") as progress:
@@ -64,9 +64,9 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
-def told_options(known: argparse.Namespace) -> dict[str, Any]:
-    """Return the options that change what is written, as README and manifest tell them."""
-    given = {key: value for key in _TOLD if (value := getattr(known, key, None)) is not None}
+def recorded_options(known: argparse.Namespace) -> dict[str, Any]:
+    """Return the options that change what is written, as README and manifest record them."""
+    given = {key: value for key in _RECORDED if (value := getattr(known, key, None)) is not None}
     return {key: ",".join(map(str, value)) if isinstance(value, tuple) else value for key, value in given.items()}
 
 

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 
 from recbole_mllm.common.errors import UserError
 
-_TOLD_EVERY = 1 << 20
+_REPORT_EVERY = 1 << 20
 _KEPT_REJECTS = 100_000
 _MOST_LINES = 1_000  # of one quoted field; a longer one is a quote that was never closed
 _SHOWN = 4_096  # bytes that tell what kind of file it is
@@ -80,7 +80,7 @@ class RawFile:
         named = {"header": self.headers, "blank": self.blank, "continued": self.continued, "left_out": self.rejected}
         return {name: count for name, count in named.items() if count}
 
-    def told(self) -> str:
+    def sentence(self) -> str:
         """Return what became of the lines, in a sentence."""
         parts = "".join(f"{count:,} {name.replace('_', ' ')}, " for name, count in self.parts().items())
         several = " (several a line)" if self.listed else ""
@@ -90,7 +90,7 @@ class RawFile:
 def check_lines(files: Iterable[RawFile], rows: int) -> None:
     """Check that every line of `files` is one of the `rows` that arrived, or counted under a name."""
     files = list(files)
-    check_counts(f"rows of {'; '.join(raw.told() for raw in files)}", rows, sum(raw.rows for raw in files))
+    check_counts(f"rows of {'; '.join(raw.sentence() for raw in files)}", rows, sum(raw.rows for raw in files))
 
 
 def check_counts(what: str, found: int, expected: int) -> None:
@@ -326,7 +326,7 @@ class _Hashed(io.RawIOBase):
         count = self._file.readinto(buffer)  # type: ignore[attr-defined]
         self._sha.update(buffer[:count])
         self._untold += count
-        if self._untold >= _TOLD_EVERY or not count:
+        if self._untold >= _REPORT_EVERY or not count:
             self._told(self._untold)
             self._untold = 0
         return int(count)

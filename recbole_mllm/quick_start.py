@@ -359,8 +359,8 @@ def make_config(model: str, dataset: str, files: list[str], overrides: dict[str,
     return recbole_config(model, dataset, files, keys | per_model(files, model) | overrides)
 
 
-def prepare_summaries(config: Any, stage: str, *, since: str | None = None) -> list[str]:
-    """Make the summaries a run of `config` would read (``items``, ``users``, ``all``); return the files they are in.
+def write_summaries(config: Any, stage: str, *, since: str | None = None) -> list[str]:
+    """Write the summaries a run of `config` would read (``items``, ``users``, ``all``); return the files they are in.
 
     With `since` only users with an interaction at or after it get theirs (`users_since`); a line says who else has
     none.
@@ -377,16 +377,16 @@ def prepare_summaries(config: Any, stage: str, *, since: str | None = None) -> l
     check_keys(config.external_config_dict, "the configuration")
     dataset, (train, *_) = read_and_split(config)
     settings = Settings.from_config(config)
-    made = make_summary_setup(config, settings, config["device"])
+    setup = make_summary_setup(config, settings, config["device"])
     requests = SummaryRequests(train._dataset.histories, train._dataset.positions)
-    plan = controlled(requests, settings.summary)
+    requests = controlled(requests, settings.summary)
     users = users_since(dataset, since) if since is not None else None
     lines = []
     if stage != "items":
-        lines = _left(refresh(made, plan, users), since)
+        lines = _left(refresh(setup, requests, users), since)
     else:
-        make_item_summaries(made, plan)
-    files = (isum_file(made.folder, made.tag), usum_file(made.folder, made.tag))
+        make_item_summaries(setup, requests)
+    files = (isum_file(setup.folder, setup.tag), usum_file(setup.folder, setup.tag))
     return [str(path) for path in files if path.is_file()] + lines
 
 

@@ -18,9 +18,9 @@ from recbole.utils import ModelType, get_model, init_seed
 from recbole_mllm.common.errors import UserError, as_user_error
 from recbole_mllm.common.settings import Settings
 from recbole_mllm.data.item_table import Items, read_items
+from recbole_mllm.quick_start import MLLM
 from recbole_mllm.training.checkpoint import find_checkpoint, read_checkpoint
 
-MLLM = "MLLMMSR"
 TOP_K = 100
 """How many of a retriever's best items the MLLM is asked about."""
 
@@ -57,7 +57,7 @@ class Recommender:
             data = create_dataset(config)
             train = data.build()[0]
         self._histories = _whole_histories(data)
-        kind: type[_Asked] | type[_Ranked] = _Asked if self.name == MLLM else _Ranked
+        kind: type[_MLLMRanker] | type[_BaselineRanker] = _MLLMRanker if self.name == MLLM else _BaselineRanker
         self._ranker = kind(config, train, state)
         self.items = self._ranker.items
         self.retriever: Recommender | None = None
@@ -126,7 +126,7 @@ class Recommender:
             asked = found["item_id"].tolist()
         else:
             seen = set(read)
-            asked = [item for item in self._ranker.known if item not in seen]
+            asked = [item for item in self._ranker.numbers if item not in seen]
         scores = self._ranker.scores(owner, read, asked)
         order = np.argsort(-scores, kind="stable")[:top]
         frame = pd.DataFrame({
@@ -149,7 +149,7 @@ class Recommender:
         Raises:
             UserError: As `recommend`; or the model reads no preference.
         """
-        if not isinstance(self._ranker, _Asked):
+        if not isinstance(self._ranker, _MLLMRanker):
             raise UserError(f"{self.name} reads no text of a user; only MLLMMSR's recommendations are explained")
         return pd.DataFrame(self._ranker.chain(self._reader(user, history)[1]), columns=["items", "preference"])
 
@@ -168,7 +168,7 @@ class Recommender:
         return None, read
 
     def _check_items(self, asked: Sequence[str], what: str) -> None:
-        known = self._ranker.known
+        known = self._ranker.numbers
         if unknown := [item for item in asked if item not in known]:
             near = get_close_matches(unknown[0], known, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
@@ -178,12 +178,12 @@ class Recommender:
             )
 
 
-class _Ranked:
+class _BaselineRanker:
     """One of RecBole's models, by its own ranking of all items."""
 
     def __init__(self, config: Any, train: Any, state: Mapping[str, Any]) -> None:
         self.data, self.config = train, config
-        self.known = {str(name): n for n, name in enumerate(train.field2id_token[train.iid_field]) if n}
+        self.numbers = {str(name): n for n, name in enumerate(train.field2id_token[train.iid_field]) if n}
         item_file = Path(config["data_path"]) / f"{config['dataset']}.item"
         self.items = read_items(item_file.parent, None, train.iid_field) if item_file.is_file() else Items({}, {})
         model = get_model(config["model"])(config, train)
@@ -197,7 +197,7 @@ class _Ranked:
         data, depth = self.data, int(self.config["MAX_ITEM_LIST_LENGTH"] or 0)
         columns = {data.uid_field: torch.tensor([data.field2token_id[data.uid_field][user] if user is not None else 0])}
         if self.config["MODEL_TYPE"] == ModelType.SEQUENTIAL:
-            read = torch.tensor([self.known[item] for item in history][-depth:], dtype=torch.long)
+            read = torch.tensor([self.numbers[item] for item in history][-depth:], dtype=torch.long)
             if not len(read):
                 raise UserError(f"{self.config['model']} reads a history, and this one is empty; give item ids")
             listed = torch.zeros(1, depth, dtype=torch.long)
@@ -210,10 +210,10 @@ class _Ranked:
                 "sequential model, such as SASRec, or MLLMMSR"
             )
         found = self.model.full_sort_predict(Interaction(columns).to(self.config["device"])).reshape(-1)
-        return found.double().cpu().numpy()[[self.known[item] for item in asked]]
+        return found.double().cpu().numpy()[[self.numbers[item] for item in asked]]
 
 
-class _Asked:
+class _MLLMRanker:
     """MLLMMSR: what its question says of the user is summarised here, where the store does not know it."""
 
     def __init__(self, config: Any, train: Any, state: Mapping[str, Any]) -> None:
@@ -230,7 +230,7 @@ class _Asked:
         self.setup = make_summary_setup(config, settings, config["device"])
         self.items = self.setup.items
         described = dict.fromkeys([*map(str, train.field2id_token[train.iid_field][1:]), *self.items.titles])
-        self.known = {item: n for n, item in enumerate(described)}
+        self.numbers = {item: n for n, item in enumerate(described)}
         setup = self.setup
         nobody = Preferences({}, SummaryRequests({}, {}), setup.items, setup.style, setup.settings)
         self.model = _filled(get_model(MLLM)(config, train, nobody), state, config)

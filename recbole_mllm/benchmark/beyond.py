@@ -6,7 +6,7 @@ A user's recommendations are the ten best of what was ranked: of the drawn candi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -78,10 +78,17 @@ def measured(runs: Sequence[Recommended], pool: NDArray[np.bool_]) -> dict[str, 
     def gini(kept: NDArray[np.bool_]) -> float:
         return float(np.mean([gini_index(_times(run, kept)[pool]) for run in runs]))
 
-    found = {name: jackknife(of, users, DRAW_SEED) for name, of in zip(names[:2], (coverage, gini), strict=True)}
+    found = {}
+    for name, of in zip(names[:2], (coverage, gini), strict=True):
+        found[name] = within_bounds(jackknife(of, users, DRAW_SEED))
     rows = np.stack([np.mean([_of_items(run, run.counts) for run in runs], axis=0),
                      np.mean([_of_items(run, ~popular_head(run.counts)) for run in runs], axis=0)])  # fmt: skip
     return found | dict(zip(names[2:], estimate_means(rows, DRAW_SEED), strict=True))
+
+
+def within_bounds(share: Estimate) -> Estimate:
+    """Cut the interval of a value in [0, 1] there: Student's interval knows no bounds."""
+    return replace(share, low=max(0.0, share.low), high=min(1.0, share.high))
 
 
 def gini_index(times: NDArray[np.int64]) -> float:

@@ -111,7 +111,7 @@ def case_of(preferences: Any, history: str, position: int, target: str) -> dict[
         "target": target,
         "start": start,
         "position": end,
-        "history": list(preferences.plan.histories[name][start:end]),
+        "history": list(preferences.requests.histories[name][start:end]),
         "steps": [{"since": s.since, "seen": s.seen, "text": text} for s, text in preferences.chain(history, position)],
         "read": preferences.of(history, position),
     }

@@ -127,8 +127,8 @@ def average(seeds: Sequence[Evidence]) -> Evidence:
     values = {name: np.mean([seed.values[name] for seed in seeds], axis=0) for name in shared}
     pairs = tuple(pairs for seed in seeds for pairs in seed.pairs) if all(seed.pairs for seed in seeds) else ()
     ranks = tuple(ranks for seed in seeds for ranks in seed.ranks) if all(seed.ranks for seed in seeds) else ()
-    told = all(seed.recommended for seed in seeds)
-    recommended = tuple(run for seed in seeds for run in seed.recommended) if told else ()
+    complete = all(seed.recommended for seed in seeds)
+    recommended = tuple(run for seed in seeds for run in seed.recommended) if complete else ()
     return replace(first, values=values, pairs=pairs, ranks=ranks, recommended=recommended)
 
 

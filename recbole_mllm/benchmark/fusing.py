@@ -142,5 +142,5 @@ def _config(first: RunRecord, second: RunRecord) -> dict[str, Any]:
 
 
 def _sum(one: Any, other: Any) -> Any:
-    told = [value for value in (one, other) if value is not None]
-    return sum(told) if told else None
+    values = [value for value in (one, other) if value is not None]
+    return sum(values) if values else None

@@ -245,12 +245,12 @@ class Leaderboard:
                     "cost": {n: row.cost.get(n) for n in COSTS if n != "energy_kwh" or row.cost.get(n) is not None},
                     "slices": {s: {m: asdict(self.slice_of(row, s, m)) for m in self.metrics} for s in self.slices},
                 }
-                | {name: told for name, told in self._told_json(row).items() if told}
+                | {name: value for name, value in self._optional_json(row).items() if value}
                 for row in self.rows
             ],
         }
 
-    def _told_json(self, row: LeaderboardRow) -> dict[str, Any]:
+    def _optional_json(self, row: LeaderboardRow) -> dict[str, Any]:
         beyond = {name: {"mean": one.mean, "ci95": (one.low, one.high)} for name, one in row.beyond.items()}
         return {"full_ranking": row.full_ranking, "beyond": beyond, "fusion": row.fusions}
 

@@ -43,7 +43,7 @@ _YEAR = re.compile(r"(?<!\d)(?:1[5-9]|20)\d\d(?!\d)")
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class Probe:
     """A question of a kind, and any of the answers that are right."""
 
     kind: str
@@ -60,7 +60,7 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class ProbeResult:
     """How many questions of a kind were answered rightly, with the exact 95 % interval of the rate, beside chance.
 
     `p` is that of so many right answers, or more, by chance.
@@ -75,7 +75,7 @@ class Finding:
     p: float
 
     @classmethod
-    def of(cls, questions: Sequence[Question], answers: Sequence[str]) -> Finding:
+    def of(cls, questions: Sequence[Probe], answers: Sequence[str]) -> ProbeResult:
         """Compare the `answers` to `questions` of one kind with the same answers dealt to the other questions.
 
         So an answer that is often right, whatever is asked, is what chance gives; at least one in as many truths.
@@ -95,20 +95,20 @@ class Finding:
         return f"{self.kind} {self.rate:.1%} [{low:.1%}, {high:.1%}] of {self.asked}, by chance {self.chance:.1%}"
 
 
-def judge(questions: Sequence[Question], answers: Sequence[str]) -> list[Finding]:
+def judge(questions: Sequence[Probe], answers: Sequence[str]) -> list[ProbeResult]:
     """Return what the `answers` show, kind by kind."""
     both = list(zip(questions, answers, strict=True))
     kinds = dict.fromkeys(question.kind for question in questions)
-    return [Finding.of(*zip(*(one for one in both if one[0].kind == kind), strict=True)) for kind in kinds]
+    return [ProbeResult.of(*zip(*(one for one in both if one[0].kind == kind), strict=True)) for kind in kinds]
 
 
-def verdict(model: str, findings: Sequence[Finding]) -> str:
+def verdict(model: str, findings: Sequence[ProbeResult]) -> str:
     """Return the sentence that `findings` about `model` support, p corrected for how many kinds were asked."""
-    told = "; ".join(map(str, findings))
+    rates = "; ".join(map(str, findings))
     kinds = [finding.kind for finding in findings if finding.p < LEVEL / len(findings)]
     if kinds:
-        return f"Asked without any history, {model} knows this dataset ({', '.join(kinds)}): {told}."
-    return f"Asked without any history, {model} does no better than chance on this dataset: {told}."
+        return f"Asked without any history, {model} knows this dataset ({', '.join(kinds)}): {rates}."
+    return f"Asked without any history, {model} does no better than chance on this dataset: {rates}."
 
 
 # ---- the questions
@@ -116,7 +116,7 @@ def verdict(model: str, findings: Sequence[Finding]) -> str:
 
 def questions_of(
     dataset: str, folder: Path, histories: Mapping[str, Sequence[str]], seed: int, count: int = COUNT
-) -> list[Question]:
+) -> list[Probe]:
     """Return up to `count` questions of each kind that the files in `folder` have the answers to.
 
     Args:
@@ -132,11 +132,11 @@ def questions_of(
     for _, row in read_numbered(path):
         rows[row[next(iter(columns))]] = row
     titles = {item: row[title] for item, row in rows.items() if title and row[title].strip()}
-    out: list[Question] = []
+    out: list[Probe] = []
 
     def ask(kind: str, given: str, truth: Collection[str]) -> None:
         text = _WORDING[kind].format(dataset=dataset, given=f"{OPEN}{given}{CLOSE}")
-        out.append(Question(kind, Prompt(text), tuple(truth)))
+        out.append(Probe(kind, Prompt(text), tuple(truth)))
 
     for item in _drawn((item for item, text in titles.items() if _beginning(text)), BEGINNING, seed, count):
         ask(BEGINNING, _beginning(titles[item]), [titles[item]])
@@ -195,16 +195,17 @@ def memory_file(folder: Path) -> Path:
 
 def memory_note(records: Iterable[RunRecord]) -> str:
     """Return what is known of the memory of the models behind `records`, from beside their dataset; "" for nothing."""
-    told: dict[str, None] = {}
+    sentences: dict[str, None] = {}
     for record in records:
         known = read_memory(memory_file(Path(str(record.config["data_path"])))) if record.weights else {}
         for model in dict.fromkeys(record.weights.values()):
             if model in known:
-                told[verdict(model, [Finding(**finding) for finding in known[model]["findings"]])] = None
-    return " ".join(told)
+                sentences[verdict(model, [ProbeResult(**finding) for finding in known[model]["findings"]])] = None
+    return " ".join(sentences)
 
 
 def read_memory(path: Path) -> dict[str, Any]:
+    """Return what `probe_memory` has written to `path`, by model; nothing where there is no such file."""
     with suppress(OSError, ValueError):
         return dict(json.loads(path.read_text(encoding="utf-8")))
     return {}

@@ -16,7 +16,16 @@ from jinja2 import Template
 
 from recbole_mllm.benchmark import wording
 from recbole_mllm.benchmark.leaderboard import ALL_COSTS, SLICES, Leaderboard
-from recbole_mllm.benchmark.wording import NOT_CONVERGED, added, cost_text, finding, legend, score_text, seeds
+from recbole_mllm.benchmark.wording import (
+    NOT_CONVERGED,
+    added,
+    cost_text,
+    finding,
+    legend,
+    reused_note,
+    score_text,
+    seeds,
+)
 from recbole_mllm.common.svg import environment
 
 WIDTH = 120
@@ -132,7 +141,7 @@ def format_table(board: Leaderboard) -> str:
     fixed = [_cut(line, WIDTH) for line in ["", *table, *failed, ""]]
     below = [
         line
-        for text in (legend(board), finding(board), *added(board), board.note)
+        for text in (f"{legend(board)} {reused_note(board)}".strip(), finding(board), *added(board), board.note)
         for line in textwrap.wrap(text, WIDTH)
     ]
     return "\n".join([*textwrap.wrap(title, WIDTH), *fixed, *below])

@@ -112,11 +112,18 @@ def cost_text(row: LeaderboardRow, name: str) -> str:
     return seconds_text(value) + ("*" if name == "summarize_s" and row.summarize_reused else "")
 
 
+def reused_note(board: Leaderboard) -> str:
+    """Explain the star of `cost_text`, where there is one."""
+    if not any(row.summarize_reused for row in board.ranked):
+        return ""
+    return "* Some of these summaries were in the store already; they are priced by what they took then."
+
+
 def cost_notes(board: Leaderboard) -> str:
     """Say what the costs of this table hold."""
     notes = [COST_NOTE]
-    if any(row.summarize_reused for row in board.ranked):
-        notes.append("* Some of these summaries were in the store already; they are priced by what they took then.")
+    if reused := reused_note(board):
+        notes.append(reused)
     if parts := sorted({run.energy_of for row in board.ranked for run in row.runs if run.energy_of}):
         notes.append(
             f"Energy is what the meters of the whole machine ({_and(parts)}) have read from a run's start to its end, "
@@ -236,7 +243,7 @@ def uses(board: Leaderboard) -> list[Use]:
         score = row.scores.get(board.valid_metric)
         if score is None or score.difference is None or score.difference_ci95 is None:
             continue
-        verdict, does = "n.s.", f"does not matter here, as far as {board.n_users:,} users can tell"
+        verdict, does = "n.s.", f"is not shown to matter by these {board.n_users:,} users"
         if score.significant:
             verdict, does = ("matters", "matters here") if score.difference < 0 else ("harms", "does harm here")
         low, high = score.difference_ci95
@@ -288,7 +295,8 @@ def full_rankings_note(board: Leaderboard) -> str:
         here = f"; here all items put {', '.join(swapped[:5])}{more}"
     return (
         "Metrics over drawn candidates may order models otherwise than over all items (Krichene and Rendle, KDD 2020)"
-        f"{here}. Ranked are all items with an interaction, but for those the user has met; nothing is tested."
+        f"{here}. Ranked are all items with an interaction, but for those the user has met; none of these differences "
+        "is tested for significance."
     )
 
 

@@ -74,7 +74,7 @@ def split(args: Namespace, options: Options) -> int:
     out, settings = Path(os.path.abspath(known.out)), converters("options").split_settings(known)
     layout = find_layout(folder, keys)
     fields = converters("output").Fields(layout.user, layout.item, layout.time)
-    given = converters("options").told_options(known)
+    given = converters("options").recorded_options(known)
     lines = converters("split").split_folder(folder, out, fields, settings, given)
     if store_file(folder).is_file():
         with _store(folder) as source, _store(out, new=True) as target:
@@ -112,10 +112,10 @@ def _metrics(values: Mapping[str, float]) -> str:
 def summarize(args: Namespace, options: Options) -> int:
     """Make the summaries that a training of MLLMMSR with the same settings would read, no more; or say their cost."""
     from recbole_mllm.plan.counting import dry_run
-    from recbole_mllm.quick_start import prepare_summaries
+    from recbole_mllm.quick_start import write_summaries
 
     config = config_of(MLLM, dataset_of(args), options)
-    lines = (dry_run if args.dry_run else prepare_summaries)(config, args.stage, since=args.since)
+    lines = (dry_run if args.dry_run else write_summaries)(config, args.stage, since=args.since)
     if distributed.is_main():
         print("".join(f"{line}\n" for line in lines), end="")
     return 0

@@ -227,7 +227,10 @@ class ServerSettings(_FromConfig):
 
 @dataclass(frozen=True, slots=True)
 class SummarySettings(_FromConfig):
-    """What the summaries are made of; everything here but `summarize` and the batch size changes their text."""
+    """What the summaries are made of, and what of them a row reads.
+
+    Their text depends on all of it but `summarize`, the batch size, `history_titles` and ``control: wrong-summary``.
+    """
 
     summary_mode: Literal["recurrent", "direct", "none"]
     block_size: Count

@@ -213,7 +213,7 @@ def facts_of(dataset: Any) -> Facts | None:
     if dataset.config["benchmark_filename"] is not None:
         sizes = tuple(dataset.file_size_list)
         if temporal_split(dataset.config) is not None:
-            return _beside_whole(dataset, users, items, moments, sizes, impossible)
+            return _temporal_facts(dataset, users, items, moments, sizes, impossible)
         rest: dict[str, Any] = {"moments": moments, "sizes": sizes, "impossible": impossible}
         one_numbering = any({dataset.iid_field, listed} <= set(group) for group in dataset.alias.values())
         if listed not in frame or not one_numbering:
@@ -258,7 +258,7 @@ def temporal_split(config: Any) -> dict[str, Any] | None:
     )
 
 
-def _beside_whole(
+def _temporal_facts(
     dataset: Any, users: Any, items: Any, moments: Any, sizes: tuple[int, ...], impossible: tuple[int, int]
 ) -> Facts:
     """Return the facts of benchmark rows behind which, in RecBole's frame, stand all interactions of ``X.inter``.

@@ -44,7 +44,7 @@ Chosen = Literal["mixture", "first", "second", "second, unknown items by the fir
 
 
 @dataclass(frozen=True, slots=True)
-class Candidates:
+class ScoredPairs:
     """What two models have made of the same items, sorted by row; ``[P]`` arrays.
 
     Args:
@@ -93,12 +93,12 @@ class Fusion:
     gain: float
     error: float
 
-    def scores(self, of: Candidates) -> Any:
+    def scores(self, of: ScoredPairs) -> Any:
         """Return ``[P]`` the fused scores, NaN where the MLLM was not asked."""
         first, second = _parts(of)
         return self.alpha * first + (1 - self.alpha) * np.where(of.known, second, self.rho * first + self.offset)
 
-    def places(self, of: Candidates) -> Any:
+    def places(self, of: ScoredPairs) -> Any:
         """Return ``[P]`` places: what the MLLM was asked about stands in the fused order, all else where it stood.
 
         Equal scores keep the MLLM's order.
@@ -110,7 +110,7 @@ class Fusion:
         return out
 
 
-def choose_fusion(valid: Candidates) -> Fusion:
+def choose_fusion(valid: ScoredPairs) -> Fusion:
     """Return what is best on the candidates of validation.
 
     Raises:
@@ -140,7 +140,7 @@ def choose_fusion(valid: Candidates) -> Fusion:
     return replace(found, alpha=0.0, chosen="second, unknown items by the first" if sees else "second")
 
 
-def _among_known(of: Candidates, place: Any, rows: Any) -> Any:
+def _among_known(of: ScoredPairs, place: Any, rows: Any) -> Any:
     """Return NDCG@10 of `rows`, unknown items left out of the rankings of ``[P]`` `place`."""
     order = np.lexsort((-place, of.row))
     unknown = (~of.known)[order]
@@ -151,7 +151,7 @@ def _among_known(of: Candidates, place: Any, rows: Any) -> Any:
     return ndcg(replace(of, label=np.where(of.known, of.label, 0)), place + above)[rows]
 
 
-def ndcg(of: Candidates, place: Any) -> Any:
+def ndcg(of: ScoredPairs, place: Any) -> Any:
     """Return ``[rows]`` NDCG@10 of rankings given by ``[P]`` `place`; 0 of a row without a target."""
     hit = of.label > 0
     rank = (of.among - 1 - place)[hit]
@@ -162,7 +162,7 @@ def ndcg(of: Candidates, place: Any) -> Any:
     return np.bincount(of.row[hit], gain, rows) / ideal[targets]
 
 
-def align_candidates(first: Mapping[str, Any], second: Mapping[str, Any], known: Any) -> Candidates:
+def align_candidates(first: Mapping[str, Any], second: Mapping[str, Any], known: Any) -> ScoredPairs:
     """Return the items of the file of scores `first`, an MLLM's, with what `second` says of them.
 
     Of a full ranking the files hold each user's best items and target. The target is looked at no closer than other
@@ -188,12 +188,12 @@ def align_candidates(first: Mapping[str, Any], second: Mapping[str, Any], known:
             raise UserError("they scored other items")
         log_odds, scores = first["score"].astype(float), second["score"].astype(float)
         among = np.bincount(row)[row]
-        return Candidates(**about, first=log_odds, second=scores, second_place=second["place"], among=among)
+        return ScoredPairs(**about, first=log_odds, second=scores, second_place=second["place"], among=among)
     at, found = _places_of(first, second)
     best = _among_best(second)
     lowest = np.full(len(users), np.inf)
     np.minimum.at(lowest, np.searchsorted(users, second["user"][best]), second["score"][best])
-    return Candidates(
+    return ScoredPairs(
         **about,
         first=np.where(_among_best(first), first["answer"], np.nan),
         second=np.where(found & best[at], second["score"][at], lowest[row]),
@@ -226,7 +226,7 @@ def _among_best(scores: Mapping[str, Any]) -> Any:
     return rank <= rank[scores["label"] <= 0].max(initial=-1)
 
 
-def _parts(of: Candidates) -> tuple[Any, Any]:
+def _parts(of: ScoredPairs) -> tuple[Any, Any]:
     """Return m and b of the formula, b at known items alone."""
     asked = of.asked
     return _standardised(of.first, of.row, asked), _standardised(of.second, of.row, asked & of.known)

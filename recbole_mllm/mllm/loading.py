@@ -83,7 +83,7 @@ def load(
 ) -> Loaded:
     """Load `name` for inference, its linear layers in four bits where asked for.
 
-    `placed` says where its layers go (see `dispatching.placement`); else all go to `device`. Without `weights` only
+    `placed` says where its layers go (see `placement.placement`); else all go to `device`. Without `weights` only
     small files are read, and the model is on the meta device: it has shapes and no numbers.
 
     Raises:

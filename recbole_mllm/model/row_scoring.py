@@ -51,7 +51,7 @@ def item_major(row: Row) -> Row:
 
 
 def row_costs(rows: Sequence[Row], prompts: Iterable[Prompt], image_tokens: int, *, item_first: bool) -> Costs:
-    """Return each row's key, the tokens that rows of its key share, and its own, as `shares.cut` takes them.
+    """Return each row's key, the tokens that rows of its key share, and its own, as `distributed.cut` takes them.
 
     Where `item_first` is true, rows of an item share what its question says first; an image takes `image_tokens`.
     """

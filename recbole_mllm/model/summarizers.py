@@ -98,7 +98,7 @@ def load_style(settings: Settings) -> Style:
 
 
 def make_summary_setup(config: Mapping[str, Any], settings: Settings, device: torch.device) -> SummarySetup:
-    """Read titles and images, and find who writes the summaries and under which tag they are exported.
+    """Read titles and images, and find what writes the summaries and under which tag they are exported.
 
     Raises:
         UserError: A file, a style or a model's name cannot be used.
@@ -118,8 +118,8 @@ def make_summary_setup(config: Mapping[str, Any], settings: Settings, device: to
     if settings.summary.control == "wrong-image":
         items = replace(items, images=other_images(items.images, settings.summary.summary_seed))
     style = load_style(settings)
-    who = _summarizers(settings, device)
-    return SummarySetup(folder, _tag(settings, style, who), style, items, settings.summary, who)
+    summarizers = _summarizers(settings, device)
+    return SummarySetup(folder, _tag(settings, style, summarizers), style, items, settings.summary, summarizers)
 
 
 def without_refused(items: Items, folder: Path, models: Sequence[str], *, trust_remote_code: bool = False) -> Items:
@@ -192,17 +192,19 @@ def _writer(key: str, settings: Settings, device: torch.device) -> Writer:
     return mllm
 
 
-def _tag(settings: Settings, style: Style, who: Summarizers) -> str:
+def _tag(settings: Settings, style: Style, summarizers: Summarizers) -> str:
     """Return a readable name and 8 hex digits of everything that changes the summaries' text."""
     unread = _NO_TEXT_CHANGE if settings.summary.summary_temperature else _NO_TEXT_CHANGE | _SAMPLING
     fields = {key: value for key, value in asdict(settings.summary).items() if key not in unread}
-    parts = [fields, asdict(style), who.item_identity, who.user_identity, settings.mllm.max_text_tokens]
-    parts += [[who.item_rules, who.user_rules]] if who.item_rules or who.user_rules else []
+    parts = [fields, asdict(style), summarizers.item_identity, summarizers.user_identity, settings.mllm.max_text_tokens]
+    if summarizers.item_rules or summarizers.user_rules:
+        parts.append([summarizers.item_rules, summarizers.user_rules])
     control = settings.summary.control if settings.summary.control != "wrong-summary" else None  # no other texts
     parts += [[control, settings.summary.summary_seed]] if control else []
     digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:8]
-    writer, key = settings.mllm.source("user_summarizer"), "user_summarizer"
-    model = Path(settings.mllm.endpoint(key).model if is_server(writer) else source_of(writer)).name
+    key = "user_summarizer"
+    source = settings.mllm.source(key)
+    model = Path(settings.mllm.endpoint(key).model if is_server(source) else source_of(source)).name
     name = f"{model}-{settings.summary.summary_mode}-b{settings.summary.block_size}-{settings.summary.item_summary}"
     name += f"-{control}" if control else ""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + f"-{digest}"

@@ -377,7 +377,7 @@ class Summarizers:
     load_user: Callable[[], Writer]
     item_is_split: bool = False
     user_is_split: bool = False
-    item_rules: str = ""  # what their generation_config asks of a text (see mllm.rules)
+    item_rules: str = ""  # what their generation_config asks of a text (`mllm.generation.own_rules`)
     user_rules: str = ""
     item_former: str | None = None  # what an identity was before its commit was known
     user_former: str | None = None
@@ -392,17 +392,17 @@ class SummarySetup:
     style: Style
     items: Items
     settings: SummarySettings
-    who: Summarizers
+    summarizers: Summarizers
 
 
 def _generator(kind: str, setup: SummarySetup, store: AnswerStore) -> CachedGenerator:
     """Return what generates summaries of a `kind`; its model is loaded once, and goes with it."""
-    who, may_write = setup.who, setup.settings.summarize == "auto"
+    of, may_write = setup.summarizers, setup.settings.summarize == "auto"
     if kind == "item":
-        load, identity, split, former = who.load_item, who.item_identity, who.item_is_split, who.item_former
+        load, identity, split, former = of.load_item, of.item_identity, of.item_is_split, of.item_former
     else:
-        load, identity, split, former = who.load_user, who.user_identity, who.user_is_split, who.user_former
-    decoding = decodings(setup.settings, who)[kind]
+        load, identity, split, former = of.load_user, of.user_identity, of.user_is_split, of.user_former
+    decoding = decodings(setup.settings, of)[kind]
     leases = Leases(store) if isinstance(store, Store) else None
     return CachedGenerator(kind, cache(load), identity, store, decoding, former, may_write, split, leases)
 
@@ -410,10 +410,10 @@ def _generator(kind: str, setup: SummarySetup, store: AnswerStore) -> CachedGene
 item_generator, user_generator = partial(_generator, "item"), partial(_generator, "user")
 
 
-def decodings(settings: SummarySettings, who: Summarizers) -> dict[str, Decoding]:
+def decodings(settings: SummarySettings, summarizers: Summarizers) -> dict[str, Decoding]:
     """Return how the answers of each kind are decoded."""
     sampling = settings.summary_temperature, settings.summary_top_p, settings.summary_seed
     return {
-        "item": Decoding(settings.item_summary_tokens, *sampling, who.item_rules),
-        "user": Decoding(settings.user_summary_tokens, *sampling, who.user_rules),
+        "item": Decoding(settings.item_summary_tokens, *sampling, summarizers.item_rules),
+        "user": Decoding(settings.user_summary_tokens, *sampling, summarizers.user_rules),
     }

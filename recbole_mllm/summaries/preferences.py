@@ -31,7 +31,7 @@ class Preferences:
     """
 
     texts: Mapping[tuple[str, State], str]
-    plan: SummaryRequests
+    requests: SummaryRequests
     items: Items
     style: Style
     settings: SummarySettings
@@ -44,10 +44,10 @@ class Preferences:
         Raises:
             UserError: The control was drawn for other rows.
         """
-        if self.plan.rows is None:
+        if self.requests.rows is None:
             return history, position
         try:
-            return self.plan.rows[history, position]
+            return self.requests.rows[history, position]
         except KeyError:
             raise UserError(
                 f"control: {self.settings.control} is drawn for the rows of the dataset, and position {position} of "
@@ -62,7 +62,7 @@ class Preferences:
         """
         history, position = self.place(history, position)
         if self.settings.summary_mode == "none":
-            before = self.plan.histories[history][max(0, position - self.settings.history_titles) : position]
+            before = self.requests.histories[history][max(0, position - self.settings.history_titles) : position]
             return titles_as_preference(self.style, [title for item in before if (title := self.items.title(item))])
         state = state_at(position, self.settings)
         if state is None:

@@ -73,9 +73,9 @@ def test_a_prefix_is_shared_where_the_family_allows_it(mllm, prompts, tokens, mo
 
 
 def test_bfloat16_is_no_worse_than_batching_alone(folder, prompts, tokens):
-    half, few = HFModel(str(folder), replace(SETTINGS.mllm, dtype="bfloat16"), CPU), prompts[:8]
-    shared, flat = (_scores(half, few, tokens, share_prefix=share) for share in (True, False))
-    alone = torch.cat([_scores(half, [prompt], tokens, share_prefix=False) for prompt in few])
+    half = HFModel(str(folder), replace(SETTINGS.mllm, dtype="bfloat16"), CPU)
+    shared, flat = (_scores(half, prompts, tokens, share_prefix=share) for share in (True, False))
+    alone = torch.cat([_scores(half, [prompt], tokens, share_prefix=False) for prompt in prompts])
     assert shared.dtype == torch.float32
     assert (shared - flat).abs().max() <= 2 * (flat - alone).abs().max() + 2**-7 * flat.abs().max()
 

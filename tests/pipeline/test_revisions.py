@@ -124,6 +124,7 @@ def test_summaries_belong_to_a_commit_and_those_of_before_are_taken_over_once(hu
     assert capsys.readouterr().out.count("nothing to write") == 2
 
 
+@pytest.mark.slow
 def test_a_run_is_repeated_exported_and_scored_with_the_commit_it_had(hub, capsys):
     assert called("benchmark", *TRAINED, "--models=MLLMMSR", "--output_dir=results") == 0
     (record,) = records()

@@ -59,6 +59,12 @@ def test_a_lover_of_the_popular_covers_less_and_its_intervals_say_so():
     assert popular["Tail@10"].high < fair["Tail@10"].low
 
 
+def test_intervals_of_shares_stay_within_their_bounds():
+    found = measured([scored(9, 0.0)], np.arange(ITEMS) >= 0)
+    assert found["Coverage@10"].mean < found["Coverage@10"].high == 1.0
+    assert all(found[name].low >= 0 and found[name].high <= 1 for name in ("Coverage@10", "Gini@10", "Tail@10"))
+
+
 def test_lists_shorter_than_ten_and_seeds_are_averaged():
     short = scored(30, 1.0, candidates=4)
     assert (short.items[:, :4] >= 0).all() and (short.items[:, 4:] == -1).all()

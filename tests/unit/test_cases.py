@@ -31,6 +31,10 @@ from recbole_mllm.benchmark.cases import (
 from recbole_mllm.benchmark.html import page
 from recbole_mllm.benchmark.ranking import build
 from recbole_mllm.benchmark.records import append, read_arrays
+from recbole_mllm.data.item_table import Items
+from recbole_mllm.summaries.chains import State
+from recbole_mllm.summaries.preferences import Preferences
+from recbole_mllm.summaries.user_summaries import SummaryRequests
 from tests.planted_cases import TEXTS, plant_cases, plant_images
 from tests.planted_runs import plant_run
 
@@ -128,14 +132,22 @@ def test_who_is_drawn_depends_on_names_alone():
     assert len(set(first)) == 10 and first != sorted(first) and len(drawn({"a": 0, "b": 0}, 10)) == 2
 
 
-def test_a_case_holds_nothing_at_or_after_the_target():
-    plan = SimpleNamespace(histories={"u": ["a", "b", "a", "c"]}, positions={"u": {1, 2}})
-    asked = []
-    preferences = SimpleNamespace(
-        plan=plan, chain=lambda user, at: asked.append(at) or [], of=lambda user, at: f"read at {at}"
-    )
-    told = case_of(preferences, "u", 2, "a")
-    assert (told["history"], told["position"], told["read"], asked) == (["a", "b"], 2, "read at 2", [2])
+@pytest.mark.parametrize(
+    ("rows", "history"), [(None, ["a", "b"]), ({("u", 2): ("v", 1)}, ["c"])], ids=["own", "control"]
+)
+def test_a_case_holds_nothing_at_or_after_the_target(rows, history):
+    """Nor under a control, where what is shown is what was read in its place."""
+    requests = SummaryRequests({"u": ["a", "b", "a", "c"], "v": ["c", "b"]}, {"u": {1, 2}, "v": {1}}, rows)
+    settings = SimpleNamespace(summary_mode="recurrent", block_size=1, max_history=None, partial_block=True, control="")
+    items = dict(requests.histories)
+    texts = {
+        (name, State(0, seen - 1, seen)): f"likes {' '.join(items[name][:seen])}" for name in items for seen in (1, 2)
+    }
+    case = case_of(Preferences(texts, requests, Items({}, {}), None, settings), "u", 2, "a")
+    assert (case["user"], case["target"]) == ("u", "a")
+    assert (case["history"], case["position"]) == (history, len(history))
+    assert case["read"] == case["steps"][-1]["text"] == f"likes {' '.join(history)}"
+    assert [(step["since"], step["seen"]) for step in case["steps"]] == [(n, n + 1) for n in range(len(history))]
 
 
 def test_texts_are_shown_after_their_blocks_with_what_changed(copied):

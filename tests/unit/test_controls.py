@@ -14,7 +14,7 @@ from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.prompts import read_style
 from recbole_mllm.common.settings import Settings, SummarySettings
 from recbole_mllm.data.item_table import Items
-from recbole_mllm.recommender import _Asked
+from recbole_mllm.recommender import _MLLMRanker
 from recbole_mllm.summaries.controls import controlled, other_images
 from recbole_mllm.summaries.generator import CachedGenerator
 from recbole_mllm.summaries.preferences import Preferences
@@ -105,7 +105,7 @@ def test_without_a_history_every_row_is_asked_as_a_new_user_s(tmp_path):
 
 def test_nobody_is_recommended_anything_by_a_control():
     with pytest.raises(UserError, match="recommend from the full model's"):
-        _Asked(KEYS | {"control": "shuffled-history"}, None, {})
+        _MLLMRanker(KEYS | {"control": "shuffled-history"}, None, {})
 
 
 @pytest.mark.parametrize(

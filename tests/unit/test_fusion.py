@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from recbole_mllm.common.errors import UserError
-from recbole_mllm.evaluation.fusion import GUARD, SHARES, Candidates, Fusion, align_candidates, choose_fusion, ndcg
+from recbole_mllm.evaluation.fusion import GUARD, SHARES, Fusion, ScoredPairs, align_candidates, choose_fusion, ndcg
 
 N, COLD = 21, 0.25
 
 
-def world(seed: int, first: float, second: float, cold_targets: float = 0.0, rows: int = 400) -> Candidates:
+def world(seed: int, first: float, second: float, cold_targets: float = 0.0, rows: int = 400) -> ScoredPairs:
     """Plant two models that see the target `first` and `second` above the rest, the second none of a quarter's items.
 
     What it makes of those it cannot know is low, as of items that training pushed away.
@@ -32,7 +32,7 @@ def world(seed: int, first: float, second: float, cold_targets: float = 0.0, row
         return values.argsort(axis=1).argsort(axis=1).ravel()
 
     row = np.repeat(np.arange(rows), N)
-    return Candidates(row, label.ravel(), log_odds.ravel(), scores.ravel(), known.ravel(), places(log_odds),
+    return ScoredPairs(row, label.ravel(), log_odds.ravel(), scores.ravel(), known.ravel(), places(log_odds),
                       places(scores), np.full(rows * N, N))  # fmt: skip
 
 
@@ -40,7 +40,7 @@ def mixture(alpha: float, rho: float = 0.4, offset: float = 0.2) -> Fusion:
     return Fusion(alpha, rho, offset, "mixture", 0.0, 0.0)
 
 
-def by_hand(of: Candidates, alpha: float, rho: float, offset: float) -> np.ndarray:
+def by_hand(of: ScoredPairs, alpha: float, rho: float, offset: float) -> np.ndarray:
     """The formula at the head of fusion.py, item by item, in plain Python."""
     out = []
     for n in range(len(of.row)):
@@ -149,7 +149,7 @@ def test_ndcg_of_several_targets():
     np.testing.assert_allclose(ndcg(of, place.ravel()), expected)
 
 
-def file_of(of: Candidates, score: Any, place: Any, keep: Any = None, **more: Any) -> dict[str, Any]:
+def file_of(of: ScoredPairs, score: Any, place: Any, keep: Any = None, **more: Any) -> dict[str, Any]:
     columns = {
         "user": np.array([f"u{row:02d}" for row in of.row]),
         "item": np.array([f"i{n:05d}" for n in range(len(of.row))]),
@@ -164,7 +164,7 @@ def test_files_of_frozen_candidates_are_aligned():
     known = dict(zip([f"i{n:05d}" for n in range(len(of.row))], of.known, strict=True))
     first, second = file_of(of, of.first, of.place), file_of(of, of.second, of.second_place)
     found = align_candidates(first, second, lambda items: np.array([known[item] for item in items]))
-    for name in Candidates.__dataclass_fields__:
+    for name in ScoredPairs.__dataclass_fields__:
         np.testing.assert_array_equal(getattr(found, name), getattr(of, name))
     second["item"][3] = "other"
     with pytest.raises(UserError, match="other items"):

@@ -352,7 +352,7 @@ def test_costs_say_what_they_hold(field, tmp_path):
     assert (row["summarize_reused"], row["cost"]["load_s"], row["cost"]["train_s"]) == (7, 3.0, None)
     assert [*row["cost"], "energy_kwh"] == COSTS
     for text in (format_table(board), format_markdown(board), page(board)):
-        assert "12 s*" in text
+        assert "12 s*" in text and "in the store already" in " ".join(text.split())
     text = format_markdown(board)
     assert "in the store already" in text and "| 3 s | 12 s* | – | 3 s |" in text
     assert "--tune" not in text and "Features" not in text

@@ -127,7 +127,7 @@ def test_the_section_says_of_each_control_whether_it_was_planted_to_matter(truth
     for name, use in found.items():
         assert use.tested_against == "MLLMMSR" and use.ci95[0] <= use.difference <= use.ci95[1]
         assert (use.p_raw < 0.05) == (not use.ci95[0] <= 0 <= use.ci95[1])
-        words = "matters here: −" if name in MATTERS[truth] else "does not matter here, as far as 150 users can tell: "
+        words = "matters here: −" if name in MATTERS[truth] else "is not shown to matter by these 150 users: "
         assert use.sentence.startswith(f"{PARTS[name]} {words}")
         assert ("n.s. (p = " in use.sentence) != (name in MATTERS[truth])
         assert all(use.sentence in page for page in pages)
