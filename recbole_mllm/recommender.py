@@ -304,6 +304,13 @@ def _whole_histories(data: Any) -> dict[str, list[str]]:
 def _filled(model: Any, state: Mapping[str, Any], config: Any) -> Any:
     """Return `model` with the checkpoint's state, on its device and ready to score."""
     with as_user_error(f"load the checkpoint of {config['model']}", config["model"], config["dataset"]):
-        model.load_state_dict(state["state_dict"])
+        try:
+            model.load_state_dict(state["state_dict"])
+        except RuntimeError as error:  # names and shapes of all weights, a line each
+            raise UserError(
+                f"the checkpoint of {config['model']} does not fit dataset {config['dataset']} in "
+                f"{config['data_path']}, which has other users or items than at training; give that state's "
+                "folder as data_path, or train again"
+            ) from error
         model.load_other_parameter(state.get("other_parameter"))
     return model.to(config["device"]).eval()

@@ -6,11 +6,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import small_world
+import torch
 
 from recbole_mllm.cli import main
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.quick_start import make_config, run
-from recbole_mllm.recommender import Recommender
+from recbole_mllm.recommender import Recommender, _filled
 
 SMALL = {
     "MLLMMSR": {
@@ -126,6 +127,12 @@ def test_a_history_is_whole_whatever_the_split(home, protocol, more):
 def test_what_cannot_be_recommended_is_refused(outcomes, model, arguments, said):
     with pytest.raises(UserError, match=said):
         Recommender(outcomes[model].checkpoint).recommend(**arguments)
+
+
+def test_a_checkpoint_of_other_items_is_refused():
+    config = {"model": "SASRec", "dataset": "steps", "data_path": "dataset/steps", "device": "cpu"}
+    with pytest.raises(UserError, match="has other users or items than at training"):
+        _filled(torch.nn.Embedding(3, 2), {"state_dict": torch.nn.Embedding(4, 2).state_dict()}, config)
 
 
 @pytest.mark.parametrize("folder", [".", "/"])
