@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -56,6 +57,8 @@ class Recommender:
         with as_user_error("read and split the dataset", self.name, self.dataset_name):
             data = create_dataset(config)
             train = data.build()[0]
+        if self.name != MLLM:
+            _warn_of_newer_data(path, config)
         self._histories = _whole_histories(data)
         kind: type[_MLLMRanker] | type[_BaselineRanker] = _MLLMRanker if self.name == MLLM else _BaselineRanker
         self._ranker = kind(config, train, state)
@@ -299,6 +302,18 @@ def _whole_histories(data: Any) -> dict[str, list[str]]:
     starts = np.flatnonzero(np.diff(owners, prepend=-1))
     lists = np.split(items[read], starts[1:])
     return {str(users[owners[start]]): own.tolist() for start, own in zip(starts.tolist(), lists, strict=True)}
+
+
+def _warn_of_newer_data(checkpoint: Path, config: Any) -> None:
+    """Say that the dataset was written after the checkpoint: RecBole's checkpoints hold numbers of items, no ids."""
+    folder, trained = Path(config["data_path"]), checkpoint.stat().st_mtime
+    for path in sorted(folder.glob(f"{config['dataset']}*.inter")):
+        if path.stat().st_mtime > trained:
+            logging.getLogger().warning(
+                f"{path} was written after {checkpoint.name}, which knows users and items by their number in the data: "
+                f"unless the data is the same, train {config['model']} again"
+            )
+            return
 
 
 def _filled(model: Any, state: Mapping[str, Any], config: Any) -> Any:

@@ -168,7 +168,8 @@ def resolve(label: str) -> Entry:
 
 
 def _resolve_fused(label: str) -> Entry:
-    parts = [resolve(part) for part in label.split("+")]
+    words = label.split("+")
+    parts = [resolve(word) for word in words] if all(words) else []
     if [part.kind for part in parts] != ["mllm", "baseline"]:
         raise UserError(f"{label!r}: fused are {MLLM}, or a variant of it, and one baseline: {MLLM}+SASRec")
     return Entry("+".join(part.label for part in parts), MLLM, "fused")

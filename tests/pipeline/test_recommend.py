@@ -1,6 +1,7 @@
 """Recommendations from checkpoints: MLLMMSR's scores are those of its evaluation, a planted sequence is continued."""
 
 import json
+import os
 
 import numpy as np
 import pandas as pd
@@ -91,6 +92,17 @@ def test_a_sequential_model_continues_a_history_it_has_not_seen(outcomes):
         history = [small_world.item(start + t) for t in range(4)]
         assert found.recommend(history=history, top=1)["item_id"].tolist() == [small_world.item(start + 4)]
     assert list(found.recommend("u00").columns) == ["rank", "item_id", "title", "score"]
+
+
+def test_data_written_after_a_baselines_checkpoint_is_named(home, outcomes, caplog):
+    checkpoint = outcomes["GRU4Rec"].checkpoint
+    Recommender(checkpoint)
+    assert "was written after" not in caplog.text
+    before = checkpoint.stat()
+    os.utime(checkpoint, (0, 0))
+    Recommender(checkpoint)
+    os.utime(checkpoint, (before.st_atime, before.st_mtime))
+    assert "steps.inter was written after" in caplog.text
 
 
 def test_a_retriever_chooses_whom_the_mllm_ranks(outcomes):

@@ -100,6 +100,8 @@ def test_sets_of_models():
         ("MLLMMSR:block3", "did you mean MLLMMSR:block-3"),
         ("Pop:direct", "only these have named variants: MLLMMSR:zero-shot"),
         ("", "no model"),
+        ("MLLMMSR+", "one baseline"),
+        ("+", "one baseline"),
     ],
 )
 def test_an_unknown_label_is_refused_before_anything_runs(label, words):
