@@ -216,7 +216,8 @@ def future_text(board: Leaderboard) -> str:
     share = f"future_share {board.future_share:.3f}"
     if board.future_share == 0:
         return f"{share}: no test target has a later interaction in training"
-    return f"{share}: that part of the test targets has later interactions in training, of any user"
+    part = f"{board.future_share:.1%}".replace("%", " %")
+    return f"{share}: training has interactions, of any user, that are later than {part} of the test targets"
 
 
 class Use(NamedTuple):
