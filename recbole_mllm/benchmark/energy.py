@@ -54,7 +54,7 @@ def _stop(tracker: Any, device: Any) -> dict[str, Any]:
         data = tracker.final_emissions_data
         read = {"CPU": data.cpu_energy if cpu.is_rapl_available() else 0.0}
         read["GPU"] = data.gpu_energy if device.type == "cuda" else 0.0
-    except Exception:
+    except Exception:  # as in `_start`: a meter that fails leaves the run without a figure, and no more
         logging.getLogger().warning("codecarbon failed, so energy is not measured", exc_info=True)
         return {}
     metered = {name: kwh for name, kwh in read.items() if kwh > 0}

@@ -175,7 +175,9 @@ def _pairs(histories: Mapping[str, Sequence[str]], seed: int, count: int) -> Ite
     users = sample_users(histories, count, seed)
     for user in sorted(user for user in users if set(histories[user]) < set(every)):
         draw, own = random.Random(hash64("probe", NEXT, seed, user)), set(histories[user])
-        other = next(item for item in iter(lambda: draw.choice(every), None) if item not in own)  # noqa: B023
+        other = draw.choice(every)
+        while other in own:
+            other = draw.choice(every)
         pair = (histories[user][-1], other)
         side = draw.choice("AB")
         yield user, side, pair if side == "A" else pair[::-1]
