@@ -202,16 +202,27 @@ def _left(folder: Path, name: str | None = None, *, files: bool = True) -> Itera
     """Yield each scratch folder, and file, whose writer is gone, locked meanwhile."""
     for path in sorted(folder.glob(_SCRATCH.format(escape(name) if name else "*"))):
         if not path.is_symlink() and (files or path.is_dir()):
-            with suppress(OSError), (path / _LOCKED if path.is_dir() else path).open("ab") as file:
+            # a folder in which something lies, but not the lock that `staged` makes first, is none of ours
+            lock = path / _LOCKED if path.is_dir() else path
+            with suppress(OSError), lock.open("ab" if path.is_dir() and not any(path.iterdir()) else "r+b") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # else a living process holds it
                 yield path
 
 
 def _remove_scratch(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
+    """Remove a scratch file, or what `staged` has made; whatever else lies in its folder stays, and so does that."""
+    if not path.is_dir():
         remove_file(path)
+        return
+    shutil.rmtree(path / _inside(path), ignore_errors=True)  # which refuses a link, and follows none inside
+    for name in (_COMPLETE, _LOCKED):
+        remove_file(path / name)
+    remove_empty_folder(path)
+
+
+def _inside(home: Path) -> str:
+    """Return the name of the folder that `staged` makes in a scratch folder."""
+    return home.name[1:].rsplit(".", 2)[0]
 
 
 def _lock(descriptor: int) -> None:
@@ -230,10 +241,11 @@ def staged(place: Path, name: str) -> Iterator[Path]:
     """
     sweep_scratch(place, name)
     home = _scratch_name(place / name)
-    (home / name).mkdir(parents=True)
+    home.mkdir(parents=True)
     with (home / _LOCKED).open("x") as file:
         try:
             _lock(file.fileno())
+            (home / name).mkdir()
             yield home / name
         finally:
             _remove_scratch(home)
@@ -343,7 +355,7 @@ def recover(folder: Path, kind: Kind) -> None:
     """Finish what a killed process was putting into `folder`, and remove what it had only begun."""
     for home in _left(folder, files=False):
         if (home / _COMPLETE).is_file():
-            _move_in(home / home.name[1:].rsplit(".", 2)[0], folder, kind)
+            _move_in(home / _inside(home), folder, kind)
         _remove_scratch(home)
 
 

@@ -28,6 +28,7 @@ from recbole_mllm.common.files import (
     recover,
     set_folder_aside,
     staged,
+    sweep_scratch,
     whole_file,
     whole_text,
     write_text,
@@ -301,3 +302,16 @@ def test_after_kill_9_the_next_one_makes_it_and_removes_what_was_left_and_nothin
     assert path.read_text() == "whole"
     assert {left.name for left in tmp_path.iterdir()} == {".x.tag-a.lock", path.name, *others}
     assert not make_once(path, lambda scratch: scratch.unlink())
+
+
+def test_a_scratch_folder_gives_up_what_was_made_in_it_and_nothing_else(tmp_path):
+    killed, foreign = (tmp_path / f".d.recbole-mllm-{digits}.tmp" for digits in ("0123abcd", "4567abcd"))
+    (killed / "d").mkdir(parents=True)
+    (killed / "locked").touch()
+    (killed / "d" / "half.txt").touch()
+    (killed / "mine.txt").write_text("a user's")
+    foreign.mkdir()
+    (foreign / "d").write_text("no lock beside it")
+    sweep_scratch(tmp_path, "d")
+    assert [path.name for path in killed.iterdir()] == ["mine.txt"]
+    assert (foreign / "d").read_text() == "no lock beside it"
