@@ -17,6 +17,7 @@ from recbole.model.abstract_recommender import AbstractRecommender
 from recbole.utils import ModelType, get_model, init_seed
 
 from recbole_mllm.common.errors import UserError, as_user_error
+from recbole_mllm.common.model_names import TINY
 from recbole_mllm.common.settings import Settings
 from recbole_mllm.data.item_table import Items, read_items
 from recbole_mllm.quick_start import MLLM
@@ -270,6 +271,8 @@ def _config(state: Mapping[str, Any], device: torch.device, data_path: str | Pat
     config["device"] = device
     if data_path is not None:
         config["data_path"] = str(Path(data_path) / config["dataset"])
+    if config["item_features"]:
+        config["mllm"] = config["mllm"] or TINY  # the default when a checkpoint that names none was made
     for key in ("limit_users", "frozen_candidates", "candidates_file", "retriever_checkpoint"):
         config[key] = None
     for key in ("save_dataset", "save_dataloaders"):
