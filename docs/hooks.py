@@ -1,4 +1,4 @@
-"""MkDocs hooks: pages made from the code, so that nothing is written twice, and a check that no page loads from outside.
+"""MkDocs hooks: pages made from the code, so that nothing is written twice; no page loads anything from outside.
 
 ``commands.md`` and ``keys.md`` hold a line ``<!-- generated: NAME -->``, which one of `GENERATED` replaces.
 """
