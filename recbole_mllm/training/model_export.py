@@ -31,6 +31,7 @@ from PIL import Image
 from transformers import AutoTokenizer
 from transformers.decision import DecisionConfig, label_token_ids
 
+from recbole_mllm.common.checkpoint import find_checkpoint, read_checkpoint
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.files import (
     EXPORT,
@@ -51,7 +52,6 @@ from recbole_mllm.mllm.loading import load_processor
 from recbole_mllm.mllm.lora import check_finetune, load_trained_state, tune
 from recbole_mllm.mllm.server_scoring import decision_request
 from recbole_mllm.model.summarizers import load_style
-from recbole_mllm.training.checkpoint import find_checkpoint, read_checkpoint
 
 _CPU = torch.device("cpu")
 _TEMPLATES = Path(__file__).parent / "templates"

@@ -7,12 +7,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import small_world
-import torch
 
 from recbole_mllm.cli import main
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.quick_start import make_config, run
-from recbole_mllm.recommender import Recommender, _filled
+from recbole_mllm.recommender import Recommender
 
 SMALL = {
     "MLLMMSR": {
@@ -141,10 +140,15 @@ def test_what_cannot_be_recommended_is_refused(outcomes, model, arguments, said)
         Recommender(outcomes[model].checkpoint).recommend(**arguments)
 
 
-def test_a_checkpoint_of_other_items_is_refused():
-    config = {"model": "SASRec", "dataset": "steps", "data_path": "dataset/steps", "device": "cpu"}
-    with pytest.raises(UserError, match="has other users or items than at training"):
-        _filled(torch.nn.Embedding(3, 2), {"state_dict": torch.nn.Embedding(4, 2).state_dict()}, config)
+def test_a_checkpoint_of_other_items_is_refused(outcomes, tmp_path):
+    small_world.write(tmp_path)
+    rows = tmp_path / "steps" / "steps.inter"
+    with rows.open("a") as file:
+        file.write(rows.read_text().splitlines()[-1].replace("i", "new") + "\n")
+    for how in ({"checkpoint": "GRU4Rec"}, {"checkpoint": "MLLMMSR", "retriever_checkpoint": "GRU4Rec"}):
+        paths = {key: outcomes[model].checkpoint for key, model in how.items()}
+        with pytest.raises(UserError, match="has other users or items than at training"):
+            Recommender(**paths, data_path=tmp_path)
 
 
 @pytest.mark.parametrize("folder", [".", "/"])
