@@ -28,6 +28,7 @@ from recbole_mllm.evaluation.full_ranking import loader_of_all_items
 from recbole_mllm.evaluation.metrics import has_several_rows, joined, per_user, pooled_auc
 from recbole_mllm.evaluation.protocol import protocol_line
 from recbole_mllm.evaluation.tie_breaking import evaluate, recording
+from recbole_mllm.retrieval.baseline import write_ids
 
 MLLM = "MLLMMSR"
 """RecBole's name of this project's model, the one that reads summaries."""
@@ -256,6 +257,8 @@ def _fit(
     fit = Fit(trainer, recording) if keep_valid else Fit(trainer)
     with as_user_error("train", *refused):
         score, best = fit.run(loaders.train, loaders.valid, saved=saved, show_progress=config["show_progress"])
+    if config["model"] != MLLM and (checkpoint := Path(trainer.saved_model_file)).is_file():
+        write_ids(checkpoint, loaders.train._dataset)
     seconds: float | None = None
     if trainer.epochs and config["model"] != "Random":  # which learns nothing
         # ours counts the seconds itself, those before a run was resumed included

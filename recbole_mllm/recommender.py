@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -63,7 +62,6 @@ class Recommender:
             self._ranker = _MLLMRanker(state, folder, device)
         else:
             self._ranker = _BaselineRanker(load_baseline(path, state, folder, device))
-            _warn_of_newer_data(path, config)
         self._histories, self.items = _whole_histories(self._ranker.dataset), self._ranker.items
         self.retriever: Recommender | None = None
         if retriever_checkpoint is not None:
@@ -284,15 +282,3 @@ def _whole_histories(data: Any) -> dict[str, list[str]]:
     starts = np.flatnonzero(np.diff(owners, prepend=-1))
     lists = np.split(items[read], starts[1:])
     return {str(users[owners[start]]): own.tolist() for start, own in zip(starts.tolist(), lists, strict=True)}
-
-
-def _warn_of_newer_data(checkpoint: Path, config: Any) -> None:
-    """Say that the dataset was written after the checkpoint: RecBole's checkpoints hold numbers of items, no ids."""
-    folder, trained = Path(config["data_path"]), checkpoint.stat().st_mtime
-    for path in sorted(folder.glob(f"{config['dataset']}*.inter")):
-        if path.stat().st_mtime > trained:
-            logging.getLogger().warning(
-                f"{path} was written after {checkpoint.name}, which knows users and items by their number in the data: "
-                f"unless the data is the same, train {config['model']} again"
-            )
-            return
