@@ -373,7 +373,7 @@ class MLLMMSRTrainer(Trainer):  # type: ignore[misc]
         ):
             self._score_ahead(eval_data)
             rank = partial(super().evaluate, eval_data, load_best_model=False, show_progress=show_progress)
-            if self._validates and self.retrieval and self.model.settings.ranking.fusion == "auto":
+            if self._validates and self.retrieval and self.model.settings.ranking.mllm_share == "auto":
                 return best_share(self.model.reranker, rank, self.valid_metric, self.valid_metric_bigger)
             result = rank()
             if not self._validates:

@@ -306,6 +306,11 @@ class RankingSettings(_FromConfig):
             raise UserError("retriever is MLLMMSR itself; name a model that ranks all items cheaply, e.g. SASRec")
 
     @property
+    def mllm_share(self) -> float | Literal["auto"]:
+        """The MLLM's share of a re-ranked item's score (key `fusion`; a row ``A+B`` is another matter)."""
+        return 1.0 if self.fusion is None else self.fusion
+
+    @property
     def retrieves(self) -> bool:
         """Whether another model ranks the items first."""
         return bool(self.retriever or self.retriever_checkpoint)
