@@ -15,9 +15,9 @@ from recbole.utils import ModelType, get_model
 
 from recbole_mllm.common.checkpoint import find_checkpoint, read_checkpoint
 from recbole_mllm.common.errors import UserError, as_user_error
+from recbole_mllm.common.resources import MLLM
 from recbole_mllm.common.settings import Settings
 from recbole_mllm.data.item_table import Items, read_items
-from recbole_mllm.quick_start import MLLM
 from recbole_mllm.retrieval.baseline import Baseline, fill, load_baseline, training_part
 
 TOP_K = 100

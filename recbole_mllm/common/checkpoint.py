@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.files import replace_file, staged, whole_file
 from recbole_mllm.common.model_names import is_same
+from recbole_mllm.common.resources import MLLM
 
 LAST = ".last.pth"
 # What another value of would make another model of, and what would make the rest of a begun epoch another one
@@ -137,7 +138,7 @@ def read_checkpoint(path: Path, device: torch.device, *, cautious: bool = False)
     return found
 
 
-def find_checkpoint(run: str, model: str | None = "MLLMMSR") -> Path:
+def find_checkpoint(run: str, model: str | None = MLLM) -> Path:
     """Return the checkpoint that `run` names: a file, the folder of a run, or a run's id below ``results/``.
 
     Args:

@@ -25,6 +25,7 @@ from recbole_mllm.common.config import check_keys, recbole_config
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.files import make_once
 from recbole_mllm.common.fitting import Fit
+from recbole_mllm.common.resources import MLLM
 from recbole_mllm.common.seeding import undisturbed
 from recbole_mllm.common.settings import RankingSettings
 from recbole_mllm.data.schema import HISTORY_NUMBER, POSITION
@@ -221,7 +222,7 @@ def _loaded(path: Path, config: Any, ours: Any) -> Retriever:
 
 def _difference(theirs: Any, ours: Any) -> str | None:
     """Return what a checkpoint's training rows were decided by otherwise than this run's are; None for nothing."""
-    if theirs["model"] == "MLLMMSR":
+    if theirs["model"] == MLLM:
         return "MLLMMSR, which is no retriever"
     mine, its = ({"dataset": config["dataset"]} for config in (ours, theirs))
     for values, config in ((mine, ours), (its, theirs)):

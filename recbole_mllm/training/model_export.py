@@ -45,6 +45,7 @@ from recbole_mllm.common.files import (
 )
 from recbole_mllm.common.model_names import gguf_of, is_same, is_server, revision_of, source_of
 from recbole_mllm.common.prompts import IMAGE, Prompt, Style, recommend_prompt
+from recbole_mllm.common.resources import MLLM
 from recbole_mllm.common.settings import MLLMSettings, Settings
 from recbole_mllm.mllm.encoder import AnswerTokens
 from recbole_mllm.mllm.hf import HFModel
@@ -93,7 +94,7 @@ def _load(path: Path, merge: bool) -> tuple[Settings, HFModel]:
     what those four bits stand for, as that is what the adapter was trained on.
     """
     checkpoint = read_checkpoint(path, _CPU)
-    if checkpoint["config"]["model"] != "MLLMMSR":
+    if checkpoint["config"]["model"] != MLLM:
         raise UserError(f"{path} is a checkpoint of {checkpoint['config']['model']}; only MLLMMSR is exported")
     settings = Settings.from_config(checkpoint["config"])
     if is_server(settings.mllm.mllm):
