@@ -90,6 +90,7 @@ setup(
             "sentencepiece",
             "transformers[serving]",
         ],
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"],
         "gguf": ["gguf>=0.10"],
         "server": ["openai>=1.98"],
         "energy": ["codecarbon>=3"],

@@ -378,7 +378,7 @@ def count_summaries(run: PlannedRun, which: str = "all", *, tried: bool = False)
                 "items",
                 of_items,
                 dict.fromkeys(wanted, 1),
-                lambda chosen: summarize_items(of_items, style, items, chosen, s.item_summary),
+                lambda chosen: summarize_items(of_items.answer_all, style, items, chosen, s.item_summary),
             )
         }
         if which != "items":
