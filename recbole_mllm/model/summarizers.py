@@ -119,7 +119,8 @@ def make_summary_setup(config: Mapping[str, Any], settings: Settings, device: to
         items = replace(items, images=other_images(items.images, settings.summary.summary_seed))
     style = load_style(settings)
     summarizers = _summarizers(settings, device)
-    return SummarySetup(folder, _tag(settings, style, summarizers), style, items, settings.summary, summarizers)
+    tag, item_field = _tag(settings, style, summarizers), str(config["ITEM_ID_FIELD"])
+    return SummarySetup(folder, tag, style, items, settings.summary, summarizers, item_field)
 
 
 def without_refused(items: Items, folder: Path, models: Sequence[str], *, trust_remote_code: bool = False) -> Items:
