@@ -57,10 +57,10 @@ def find_run(run_id: str, output: Path | None = None, root: Path = Path("results
     found = [folder for folder, records in known.items() if run_id in records]
     if not found:
         near = get_close_matches(run_id, [name for records in known.values() for name in records], n=1)
-        hint = f"; did you mean {near[0]}?" if near else "; the ids stand in runs.jsonl and below runs/"
+        hint = f"; did you mean {near[0]}?" if near else "; the ids are in runs.jsonl and below runs/"
         raise UserError(f"no run {run_id!r} in {output or root}{hint}")
     if len(found) > 1:
-        raise UserError(f"run {run_id} stands in {', '.join(map(str, found))}; say which with --output_dir")
+        raise UserError(f"run {run_id} is in {', '.join(map(str, found))}; say which with --output_dir")
     record = known[found[0]][run_id]
     if not record.ok:
         raise UserError(f"run {run_id} has no numbers to compare with: {record.status}; run the benchmark again")
