@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from recbole_mllm.benchmark.variants import MLLM, expand, resolve
+from recbole_mllm.benchmark.variants import expand, resolve
 from recbole_mllm.cli.arguments import (
     Options,
     check_config,
@@ -39,6 +39,7 @@ from recbole_mllm.common.files import (
     set_folder_aside,
     write_text,
 )
+from recbole_mllm.common.resources import MLLM
 from recbole_mllm.common.settings import Count, checked
 from recbole_mllm.data.schema import store_file
 from recbole_mllm.demo.builtin import DEMO_SEED, ensure_builtin, is_builtin
@@ -437,14 +438,69 @@ def store_export(args: Namespace, options: Options) -> int:
 
 
 def store_import(args: Namespace, options: Options) -> int:
-    """Add the answers of a file that `store export` wrote."""
+    """Add the answers of a file that `store export` wrote, or take in an edited ``.isum`` or ``.usum``."""
     from recbole_mllm.summaries.store_tools import import_answers
+    from recbole_mllm.summaries.summary_files import import_file, is_summary_file
 
-    folder, path = _folder(args.where).resolve(), Path(args.file)
+    path = Path(args.file)
     if not path.is_file():
         what = "is no file" if os.path.lexists(path) else "does not exist"
-        raise UserError(f"{path} {what}; give a file that `store export` wrote")
+        raise UserError(f"{path} {what}; give a file that `store export` wrote, or an edited .isum or .usum")
+    if is_summary_file(path):
+        folder = (_folder(args.where) if args.where else path.parent).resolve()
+        with _store(folder) as store:
+            print(import_file(store, folder, path, args.origin))
+        return 0
+    if not args.where:
+        raise UserError(f"store import {path}: say into which dataset: `store import DATASET {path}`")
+    folder = _folder(args.where).resolve()
     with _store(folder, new=True) as store:
-        done = import_answers(store, path, args.origin)
-    print(f"{store_file(folder)}: {done.added} answers added, {done.known} known already and kept as they were")
+        done = import_answers(store, path, args.origin, replace=args.replace)
+    kept = (
+        f"{done.replaced} replaced, {done.known} the same" if args.replace else f"{done.known} known already and kept"
+    )
+    print(f"{store_file(folder)}: {done.added} answers added, {kept}{'' if args.replace else ' as they were'}")
     return 0
+
+
+def store_show(args: Namespace, options: Options) -> int:
+    """Print an item's summaries, or each state of a user's, as the next run finds them."""
+    from recbole_mllm.data.item_table import read_titles
+    from recbole_mllm.summaries.summary_files import current, find
+
+    folder, (kind, owner) = _folder(args.where).resolve(), _whose(args)
+    with _store(folder) as store:
+        for tag, summaries in find(store, kind, owner, args.tag).items():
+            print(f"tag {tag.name}")
+            for found in current(store, folder, tag, summaries):
+                place, read = found.summary.place, found.summary.read
+                if kind == "item":
+                    title = read_titles(folder, tag.about["item_field"], {owner}).get(owner, "")
+                    head = f"item {owner}, title: {title or '-'}, image: {', '.join(read) or '-'}"
+                else:
+                    head = f"user {owner}, position {place.seen}, has read {', '.join(read)}"
+                    head += f" and what was written at {found.summary.continues.seen}" if found.summary.earlier else ""
+                print(head)
+                if args.prompt:
+                    said = [line for prompt in found.prompts for line in prompt.text.splitlines()]
+                    print(
+                        *(f"  > {line}" for line in said or ["(title, image or wording has changed since)"]), sep="\n"
+                    )
+                print(f"  {'(the next run writes it anew)' if found.text is None else found.text}")
+    return 0
+
+
+def store_set(args: Namespace, options: Options) -> int:
+    """Put a text in the place of an item's summary, or of one state of a user's."""
+    from recbole_mllm.summaries.summary_files import set_text
+
+    folder, (kind, owner) = _folder(args.where).resolve(), _whose(args)
+    if args.position is not None and kind == "item":
+        raise UserError("--position is a place in a user's history; an item has one summary")
+    with _store(folder) as store:
+        print(set_text(store, folder, kind, owner, args.position, args.text, args.tag))
+    return 0
+
+
+def _whose(args: Namespace) -> tuple[str, str]:
+    return ("item", args.item) if args.item is not None else ("user", args.user)

@@ -38,13 +38,15 @@ COMMANDS = {
     "store stats": (commands.store_stats, "answers, tokens and seconds by model, kind of prompt and origin"),
     "store prune": (commands.store_prune, "delete answers"),
     "store export": (commands.store_export, "write the answers as JSON lines"),
-    "store import": (commands.store_import, "add the answers of an exported file; known ones stay"),
+    "store import": (commands.store_import, "take in the answers of an exported file, or an edited .isum or .usum"),
+    "store show": (commands.store_show, "the summaries of an item or a user, and what asked for them"),
+    "store set": (commands.store_set, "write a summary yourself"),
 }
 """What does each command, given what argparse has read and the configuration keys beside it; and its help."""
 
 _GROUPS = {
     "candidates": ("the frozen candidates as a file; import them with --candidates_file=FILE", "{export}"),
-    "store": ("the summary store: stats, prune, export, import", "{stats,prune,export,import}"),
+    "store": ("the summary store", "{stats,show,set,prune,export,import}"),
 }
 _SHOWN = "{convert,split,inspect,probe-memory,plan,summarize,store,candidates,benchmark,report,rerun,recommend,export}"
 _CONFIGURED = ("summarize", "plan", "benchmark", "probe-memory", "candidates export")  # read a run's configuration
@@ -198,10 +200,26 @@ def _add_options(of: dict[str, Parser]) -> None:
     of["store export"].add_argument("--out", required=True, metavar="FILE", help="FILE.jsonl or FILE.jsonl.gz")
     for name in ("store prune", "store export"):
         of[name].add_argument("--model", help="only this model's, as stats names it; * and ? match any characters")
-    for name in ("store stats", "store prune", "store export", "store import"):
-        of[name].add_argument("where", metavar="D", help="a dataset's folder, or its name under ./dataset")
+    for name in ("store stats", "store prune", "store export", "store import", "store show", "store set"):
+        own: dict[str, Any] = {"nargs": "?"} if name == "store import" else {}  # X.isum names its dataset
+        of[name].add_argument("where", metavar="DATASET", help="its folder, or its name under ./dataset", **own)
+    for name in ("store show", "store set"):
+        whose = of[name].add_mutually_exclusive_group(required=True)
+        whose.add_argument("--item", metavar="ID", help="an item's raw id")
+        whose.add_argument("--user", metavar="ID", help="a user's raw id")
+        of[name].add_argument("--tag", help="of this tag alone, as the files X.TAG.isum and X.TAG.usum name it")
+    of["store show"].add_argument("--prompt", action="store_true", help="also what the model was asked")
+    add = of["store set"].add_argument
+    add(
+        "--position",
+        type=int,
+        metavar="P",
+        help="which of a user's summaries: the one of P interactions; default: last",
+    )
+    add("--text", required=True, help="the summary that is to be read")
     add = of["store import"].add_argument
-    add("file", help="what `store export` wrote")
+    add("file", metavar="FILE", help="what `store export` wrote, or X.TAG.isum or X.TAG.usum, edited")
+    add("--replace", action="store_true", help="a known answer gives way to the file's")
     add("--origin", help="what marks the answers, e.g. the paper; default: the file's name")
 
 

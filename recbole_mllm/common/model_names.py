@@ -16,9 +16,9 @@ from recbole_mllm.common.progress import warn_once
 
 TINY = "tiny"
 PRESETS = (
-    ("smolvlm-256m", "0.3 billion parameters, 2 GB of memory"),
-    ("qwen2.5-vl-7b", "8 billion, 24 GB"),
-    ("llava-1.6-mistral-7b", "8 billion with long images, 40 GB"),
+    ("smolvlm2-500m", "0.51 B parameters, 12 GB to train"),
+    ("qwen3-vl-2b", "2.13 B, 19 GB"),
+    ("qwen3-vl-8b", "8.77 B, 37 GB"),
 )
 """A small, a middle and a large model for `no_model`, with the memory that docs/backbones.md says."""
 _WHOLE = 64 * 2**20  # files up to this many bytes are digested whole, larger ones by size, head and tail
@@ -72,7 +72,7 @@ def pinned(name: str, revision: str | None = None) -> str:
     if commit is None:
         kept = f"{name}@{revision or 'main'}"
         warn_once(
-            f"{kept}: neither the local cache nor the hub says which commit that is, so its answers are kept under "
+            f"{kept}: neither the local cache nor the hub says which commit that is, so its answers are stored under "
             "this name; a commit can also be given as the revision"
         )
     return f"{name}@{commit or revision}" if commit or revision else name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -63,7 +63,7 @@ def read_items(folder: Path, image_dir: Path | None, item_field: str = schema.IT
                 f"{path}:{number}: the item's id {problem}; RecBole would know it by another, or not at all"
             )
         if (first := lines.setdefault(item, number)) != number:
-            raise UserError(f"{path}:{number}: item {item} stands in line {first} already; keep one of the two")
+            raise UserError(f"{path}:{number}: item {item} is already in line {first}; keep one of the two")
         titles[item] = clean(row[title]) if title else ""
         images.add(folder, item, row.get(schema.IMAGE, ""), image_dir)
     images.check()
@@ -74,6 +74,15 @@ def read_items(folder: Path, image_dir: Path | None, item_field: str = schema.IT
             f"missing, the first of item {item}: {file} {reason}; `recbole-mllm inspect {folder}` lists them"
         )
     return Items(titles, images.found, images.extreme)
+
+
+def read_titles(folder: Path, item_field: str, wanted: Container[str]) -> dict[str, str]:
+    """Return the titles of the `wanted` items alone, without a look at images."""
+    path = schema.item_file(folder)
+    title = schema.title_column(read_columns(path))
+    return (
+        {row[item_field]: clean(row[title]) for row in read_atomic(path) if row[item_field] in wanted} if title else {}
+    )
 
 
 def write_item_summaries(path: Path, summaries: Mapping[str, str]) -> int:

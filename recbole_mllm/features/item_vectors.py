@@ -224,7 +224,7 @@ def _feature(kind: str, config: Any, chosen: FeatureSettings, folder: Path, want
     if settings.summary.item_summary != "none" and (items.images or settings.summary.item_summary == "text"):
         setup = make_summary_setup({**config.final_config_dict, "data_path": str(folder)}, settings, device)
         with closing(opened_store(folder)) as store:
-            summaries = export_item_summaries(setup, item_generator(setup, store), wanted)
+            summaries = export_item_summaries(setup, item_generator(setup, store), store, wanted)
     texts = [". ".join(filter(None, (items.title(item), summaries.get(item, "")))) for item in wanted]
     encoder = chosen.feature_encoder and pinned(chosen.feature_encoder)
 

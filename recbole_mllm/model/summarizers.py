@@ -119,7 +119,8 @@ def make_summary_setup(config: Mapping[str, Any], settings: Settings, device: to
         items = replace(items, images=other_images(items.images, settings.summary.summary_seed))
     style = load_style(settings)
     summarizers = _summarizers(settings, device)
-    return SummarySetup(folder, _tag(settings, style, summarizers), style, items, settings.summary, summarizers)
+    tag, item_field = _tag(settings, style, summarizers), str(config["ITEM_ID_FIELD"])
+    return SummarySetup(folder, tag, style, items, settings.summary, summarizers, item_field)
 
 
 def without_refused(items: Items, folder: Path, models: Sequence[str], *, trust_remote_code: bool = False) -> Items:
@@ -196,7 +197,8 @@ def _tag(settings: Settings, style: Style, summarizers: Summarizers) -> str:
     """Return a readable name and 8 hex digits of everything that changes the summaries' text."""
     unread = _NO_TEXT_CHANGE if settings.summary.summary_temperature else _NO_TEXT_CHANGE | _SAMPLING
     fields = {key: value for key, value in asdict(settings.summary).items() if key not in unread}
-    parts = [fields, asdict(style), summarizers.item_identity, summarizers.user_identity, settings.mllm.max_text_tokens]
+    wording = {key: text for key, text in asdict(style).items() if key != "recommend_system"}  # of no summary
+    parts = [fields, wording, summarizers.item_identity, summarizers.user_identity, settings.mllm.max_text_tokens]
     if summarizers.item_rules or summarizers.user_rules:
         parts.append([summarizers.item_rules, summarizers.user_rules])
     control = settings.summary.control if settings.summary.control != "wrong-summary" else None  # no other texts

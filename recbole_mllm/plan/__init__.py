@@ -29,7 +29,7 @@ from recbole_mllm.summaries.preferences import Preferences
 
 _SHOWN = ("prompts", "known", "text_tokens", "image_tokens", "new_tokens", "computed", "images")
 _PARTS = ("vision", "projector", "language", "embedding", "head", "parameters")
-_ANSWER_BYTES, _SCORE_BYTES = 200, 37  # of an answer's row in the store beside its text, and of a cached score
+_ANSWER_BYTES, _SCORE_BYTES = 310, 37  # of an answer's rows in the store beside its text, and of a cached score
 _CHECKPOINT, _ADAPTER = 60_000, 10_000  # bytes of settings in RecBole's checkpoint, and beside PEFT's adapter
 
 

@@ -9,23 +9,25 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 from recbole_mllm.common import distributed
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.progress import Progress, warn_once
 from recbole_mllm.common.prompts import Prompt, Style
 from recbole_mllm.common.settings import SummarySettings
+from recbole_mllm.data import schema
 from recbole_mllm.data.atomic import clean
 from recbole_mllm.data.item_table import Items
 from recbole_mllm.mllm.interface import Answer, Ask, Decoding, Writer
 from recbole_mllm.summaries.quality import Findings, cut_at_sentence, repeats_prompt, table
 from recbole_mllm.summaries.store import AnswerStore, Leases, Store, answer_key
 
+Name = TypeVar("Name", bound=Hashable)
 _AT_A_TIME = 4096  # prompts rendered and looked up at once
 _STORE_COUNT, _STORE_S = 32, 1.0  # answers, or seconds, after which what arrived is committed
 _CLAIMED = 32  # prompts claimed at once, so that other processes at the same store leave them alone
@@ -112,6 +114,7 @@ class CachedGenerator:
         leases: With them, what another process is generating is waited for, behind everything else. So processes that
             ask for the same share the work.
         keys: The store's keys of all answers so far.
+        key_of: The key of the last answer to each name.
     """
 
     kind: str
@@ -126,6 +129,7 @@ class CachedGenerator:
     tally: Tally = field(default_factory=Tally)
     findings: Findings = field(default_factory=Findings)
     keys: set[str] = field(default_factory=set)
+    key_of: dict[Hashable, str] = field(default_factory=dict)
     _source: RequestSource = field(default_factory=lambda: FixedRequests([]))
     _jobs: dict[str, _Job] = field(default_factory=dict)  # all that have no answer yet, by key: in one of the next four
     _waiting: list[_Job] = field(default_factory=list)
@@ -142,9 +146,14 @@ class CachedGenerator:
 
     def answer(self, prompts: Sequence[Prompt]) -> list[str]:
         """Return the answers, each one line; equal prompts are answered once."""
-        source = FixedRequests(enumerate(prompts))
+        found = self.answer_all(dict(enumerate(prompts)))
+        return [found[place] for place in range(len(prompts))]
+
+    def answer_all(self, prompts: Mapping[Name, Prompt]) -> dict[Name, str]:
+        """Return the answers by the names of their prompts."""
+        source = FixedRequests(prompts.items())
         self.generate(source)
-        return [source.texts[place] for place in range(len(prompts))]
+        return {name: source.texts[name] for name in prompts}
 
     def generate(self, source: RequestSource, *, known_only: bool = False) -> None:
         """Answer all requests of `source`; with `known_only` those the store knows, without what continues others.
@@ -178,7 +187,7 @@ class CachedGenerator:
         if self._failed:
             raise UserError(
                 f"{len(self._failed)} {self.kind} summaries cannot be written, the first for this: {self._failed[0]}; "
-                "all others are kept, and the same command resumes from there"
+                "all others are saved; the same command resumes"
             )
 
     def write_alone(self, load: Callable[[], Writer]) -> None:
@@ -309,7 +318,7 @@ class CachedGenerator:
         now = {answer_key(self.former, request.prompt, self.decoding): key for key, request in keyed}
         found = self.store.get(now)
         if found:
-            warn_once(f"{self.kind} summaries kept as {self.former} are taken for those of {self.identity}")
+            warn_once(f"{self.kind} summaries stored as {self.former} are used as those of {self.identity}")
             self.store.rename({key: now[key] for key in found}, self.identity)
         return {now[key]: text for key, text in found.items()}
 
@@ -320,6 +329,7 @@ class CachedGenerator:
             self._failed.append(f"an image cannot be read any more: {error}")
             return None
         self.keys.add(key)
+        self.key_of[request.name] = key
         return key
 
     def _hand_on(self, names: Sequence[Hashable], text: str) -> None:
@@ -393,6 +403,7 @@ class SummarySetup:
     items: Items
     settings: SummarySettings
     summarizers: Summarizers
+    item_field: str = schema.ITEM
 
 
 def _generator(kind: str, setup: SummarySetup, store: AnswerStore) -> CachedGenerator:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from recbole_mllm.common.prompts import Style, fused_summary_prompt, image_summary_prompt, text_summary_prompt
+from recbole_mllm.common.prompts import (
+    Prompt,
+    Style,
+    fused_summary_prompt,
+    image_summary_prompt,
+    text_summary_prompt,
+)
 from recbole_mllm.data.item_table import Items
-from recbole_mllm.summaries.generator import CachedGenerator
+
+AnswerAll = Callable[[Mapping[str, Prompt]], dict[str, str]]  # of `CachedGenerator`, or what the store knows
 
 
-def summarize_items(
-    generator: CachedGenerator, style: Style, items: Items, wanted: Sequence[str], what: str
-) -> dict[str, str]:
-    """Have `generator` summarise each `wanted` raw id; return its summary, "" where the item has nothing to summarise.
+def summarize_items(answer: AnswerAll, style: Style, items: Items, wanted: Sequence[str], what: str) -> dict[str, str]:
+    """Have each `wanted` raw id summarised; return its summary, "" where the item has nothing to summarise.
 
     Args:
-        generator: Answers the prompts.
+        answer: Answers prompts by item; called up to three times, an item's summary being its last answer.
         style: The wording.
         items: Titles and images.
         wanted: Raw item ids.
@@ -24,14 +29,11 @@ def summarize_items(
     out = dict.fromkeys(wanted, "")
     if what in ("image", "fused"):
         seen = {item: path for item in wanted if (path := items.image(item)) is not None}
-        out |= _zip(seen, generator.answer([image_summary_prompt(style, path) for path in seen.values()]))
+        out |= answer({item: image_summary_prompt(style, path) for item, path in seen.items()})
     if what in ("text", "fused"):
         titled = {item: title for item in wanted if (title := items.title(item))}
-        asked = [text_summary_prompt(style, title, balanced_length(out[item])) for item, title in titled.items()]
-        texts = _zip(titled, generator.answer(asked))
-        both = {item: text for item, text in texts.items() if out[item]}
-        prompts = [fused_summary_prompt(style, out[item], text) for item, text in both.items()]
-        out |= texts | _zip(both, generator.answer(prompts))
+        texts = answer({i: text_summary_prompt(style, title, balanced_length(out[i])) for i, title in titled.items()})
+        out |= texts | answer({i: fused_summary_prompt(style, out[i], text) for i, text in texts.items() if out[i]})
     return out
 
 
@@ -42,7 +44,3 @@ def balanced_length(image_summary: str) -> int | None:
     """
     words = len(image_summary.split())
     return max(10, round(words / 10) * 10) if words else None
-
-
-def _zip(keys: Iterable[str], answers: Sequence[str]) -> dict[str, str]:
-    return dict(zip(keys, answers, strict=True))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Mapping, Set
 from contextlib import closing
@@ -14,11 +13,12 @@ from recbole_mllm.common.prompts import Style, titles_as_preference
 from recbole_mllm.common.settings import SummarySettings
 from recbole_mllm.data import schema
 from recbole_mllm.data.histories import user_of
-from recbole_mllm.data.item_table import Items, write_item_summaries, write_user_summaries
-from recbole_mllm.summaries.chains import State, before, state_at
+from recbole_mllm.data.item_table import Items, UserSummary, write_item_summaries, write_user_summaries
+from recbole_mllm.summaries.chains import State, before, history_digest, state_at
 from recbole_mllm.summaries.generator import CachedGenerator, SummarySetup, item_generator, user_generator
 from recbole_mllm.summaries.item_summaries import summarize_items
-from recbole_mllm.summaries.store import Spent, opened_store
+from recbole_mllm.summaries.store import Spent, Store, opened_store
+from recbole_mllm.summaries.summary_files import Place, Summary, check_unedited, export
 from recbole_mllm.summaries.user_summaries import SummaryRequests, as_rows, preferences
 
 
@@ -91,7 +91,7 @@ class Preferences:
 def make_item_summaries(setup: SummarySetup, requests: SummaryRequests) -> None:
     """Generate the summaries of all items that some row of `requests` reads, and export them."""
     with closing(opened_store(setup.folder)) as store:
-        export_item_summaries(setup, item_generator(setup, store), requests.items(setup.settings))
+        export_item_summaries(setup, item_generator(setup, store), store, requests.items(setup.settings))
 
 
 def make_preferences(setup: SummarySetup, requests: SummaryRequests) -> Preferences:
@@ -108,7 +108,7 @@ def generate(setup: SummarySetup, requests: SummaryRequests) -> Preferences:
         return Preferences({}, requests, setup.items, setup.style, s)
     with closing(opened_store(setup.folder)) as store:
         describing = item_generator(setup, store)
-        items = summarize_items(describing, setup.style, setup.items, requests.items(s), s.item_summary)
+        items = summarize_items(describing.answer_all, setup.style, setup.items, requests.items(s), s.item_summary)
         del describing  # and its model, before the next one is loaded
         texts = preferences(user_generator(setup, store), setup.style, setup.items, items, requests, s)
     return Preferences(texts, requests, setup.items, setup.style, s)
@@ -133,8 +133,9 @@ def _refreshed(setup: SummarySetup, requests: SummaryRequests, users: Set[str] |
     """
     s, started = setup.settings, time.time()
     with closing(opened_store(setup.folder)) as store:
+        check_unedited(store, schema.usum_file(setup.folder, setup.tag), setup.tag, "user")  # before anything is paid
         describing = item_generator(setup, store)
-        items = export_item_summaries(setup, describing, requests.items(s))
+        items = export_item_summaries(setup, describing, store, requests.items(s))
         item_keys, load_s = describing.keys, describing.tally.load_s
         del describing  # and its model, before the next one is loaded
         generator = user_generator(setup, store)
@@ -144,25 +145,44 @@ def _refreshed(setup: SummarySetup, requests: SummaryRequests, users: Set[str] |
         texts |= preferences(*given, others, s, known_only=True)
         _report(generator)
         if distributed.is_main():
-            path = schema.usum_file(setup.folder, setup.tag)
-            rows = write_user_summaries(path, as_rows(texts, requests))
-            logging.getLogger().info(f"{path}: {rows} summaries")
+            made = (_summary(row, *of, generator.key_of[of], requests, s) for row, of in as_rows(texts, requests))
+            rows = (row for row, _ in as_rows(texts, requests))
+            export(store, setup, "user", made, lambda path: write_user_summaries(path, rows))
         spent = store.spent(item_keys | generator.keys, started)
     lacking = (name for name, states in others.states(s).items() if any((name, state) not in texts for state in states))
     found = Preferences(texts, requests, setup.items, setup.style, s, spent, load_s + generator.tally.load_s)
     return found, list(dict.fromkeys(map(user_of, lacking)))
 
 
-def export_item_summaries(setup: SummarySetup, generator: CachedGenerator, wanted: list[str]) -> dict[str, str]:
+def export_item_summaries(
+    setup: SummarySetup, generator: CachedGenerator, store: Store, wanted: list[str]
+) -> dict[str, str]:
     """Have `generator` write the summaries of `wanted` items that are missing; export all of them, and return them."""
+    exported = setup.settings.item_summary != "none"
+    if exported:
+        check_unedited(store, schema.isum_file(setup.folder, setup.tag), setup.tag, "item")
     with generator.progress(len(wanted)):
-        found = summarize_items(generator, setup.style, setup.items, wanted, setup.settings.item_summary)
+        found = summarize_items(generator.answer_all, setup.style, setup.items, wanted, setup.settings.item_summary)
     _report(generator)
-    if setup.settings.item_summary != "none" and distributed.is_main():
-        path = schema.isum_file(setup.folder, setup.tag)
-        rows = write_item_summaries(path, found)
-        logging.getLogger().info(f"{path}: {rows} summaries")
+    if exported and distributed.is_main():
+        images = setup.items.images
+        made = (
+            Summary(Place(item), (str(images[item].absolute()),) if item in images else (), "", key)
+            for item in wanted
+            if (key := generator.key_of.get(item))
+        )
+        export(store, setup, "item", made, lambda path: write_item_summaries(path, found))
     return found
+
+
+def _summary(
+    row: UserSummary, name: str, state: State, key: str, requests: SummaryRequests, settings: SummarySettings
+) -> Summary:
+    """Return what the store keeps of a row of ``X.<tag>.usum``."""
+    history = requests.histories[name]
+    continues = settings.summary_mode == "recurrent" and not state.is_first
+    earlier = history_digest(history[state.start : state.since]) if continues else ""
+    return Summary(Place(row.user, row.seen, row.history), tuple(history[state.since : state.seen]), earlier, key)
 
 
 def _report(generator: CachedGenerator) -> None:

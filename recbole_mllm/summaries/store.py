@@ -68,9 +68,8 @@ class StoredAnswer(NamedTuple):
 
 
 COLUMNS = StoredAnswer._fields
-_INSERT = (
-    f"INSERT INTO answers ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))}) ON CONFLICT (key) DO NOTHING"
-)
+_INSERT = f"INSERT INTO answers ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))}) ON CONFLICT (key) DO "
+_REPLACE = f"UPDATE SET {', '.join(f'{name} = excluded.{name}' for name in COLUMNS[1:])} WHERE text != excluded.text"
 
 
 class Spent(NamedTuple):
@@ -157,10 +156,10 @@ class Store:
         with self.transaction(write=True) as db:
             db.executemany("UPDATE OR IGNORE answers SET key = ?, model = ? WHERE key = ?", values)
 
-    def insert(self, rows: Iterable[StoredAnswer]) -> int:
-        """Store `rows`, all or none, beside what is there; return how many were new."""
+    def insert(self, rows: Iterable[StoredAnswer], *, replace: bool = False) -> int:
+        """Store `rows`, all or none, beside what is there (`replace`: in its place); return how many changed a text."""
         with self._connection() as db:
-            return _inserted(db, rows)
+            return _inserted(db, rows, replace=replace)
 
     def spent(self, keys: Iterable[str], since: float) -> Spent:
         """Return the seconds that generating the answers of `keys` took, and how many are older than moment `since`."""
@@ -240,10 +239,10 @@ def _select(db: sqlite3.Connection, columns: str, keys: Iterable[str], where: st
     return db.execute(query, [json.dumps(list(keys))]).fetchall()
 
 
-def _inserted(db: sqlite3.Connection, rows: Iterable[StoredAnswer]) -> int:
+def _inserted(db: sqlite3.Connection, rows: Iterable[StoredAnswer], *, replace: bool = False) -> int:
     with _transaction(db, "BEGIN IMMEDIATE"):
         before = db.total_changes
-        db.executemany(_INSERT, rows)
+        db.executemany(_INSERT + (_REPLACE if replace else "NOTHING"), rows)
         return db.total_changes - before
 
 

@@ -18,6 +18,7 @@ from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.files import whole_text
 from recbole_mllm.data.atomic import clean
 from recbole_mllm.summaries.store import COLUMNS, Store, StoredAnswer, wal_of
+from recbole_mllm.summaries.summary_files import names_by_key
 
 _DAY_S = 86400.0
 _EVER = 1e6  # days
@@ -94,7 +95,7 @@ def prune(store: Store, model: str | None, older_than: float | None, *, dry_run:
 
 # Published answers
 
-FORMAT, FORMAT_VERSION = "recbole-mllm answers", 1
+FORMAT, FORMAT_VERSION = "recbole-mllm answers", 2  # since 2 a line may hold `of`: whose summary it is
 _KEY = re.compile(r"[0-9a-f]{64}")
 _LONGEST = 2**20  # characters of a line; an answer is a paragraph
 _WANTED = {str: "a text", int: "a whole number of at least 0", float: "a number of at least 0", bool: "true or false"}
@@ -110,12 +111,14 @@ class Imported(NamedTuple):
 
     added: int
     known: int
+    replaced: int
 
 
 def export(store: Store, dataset: str, out: Path, model: str | None) -> int:
     """Write the answers (of models like the pattern `model`) to `out`, whole or not at all; return how many.
 
-    The first line says what follows; each other line is one answer, ordered by key. ``.gz`` compresses.
+    The first line says what follows; each other line is one answer, ordered by key, with `of`: the tag, and the item or
+    the user and position, of each summary that it is known to be. ``.gz`` compresses.
     """
     chosen = f"WHERE {_LIKE}" if model else ""
     given = (model, model) if model else ()
@@ -130,7 +133,7 @@ def export(store: Store, dataset: str, out: Path, model: str | None) -> int:
         rows = map(
             StoredAnswer._make, db.execute(f"SELECT {', '.join(COLUMNS)} FROM answers {chosen} ORDER BY key", given)
         )
-        answers = (row._asdict() | {"truncated": bool(row.truncated)} for row in rows)
+        answers = _named(rows, names_by_key(db))
         try:
             with whole_text(out) as file:
                 file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in chain([head], answers))
@@ -139,21 +142,36 @@ def export(store: Store, dataset: str, out: Path, model: str | None) -> int:
     return total
 
 
-def import_answers(store: Store, path: Path, origin: str | None) -> Imported:
-    """Add the answers of an exported file to `store`, all or none; what is known already stays as it is.
+def _named(rows: Iterator[StoredAnswer], names: Iterator[tuple[str, dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+    """Yield answers as they are exported; both iterators are in the order of keys."""
+    name = next(names, None)
+    for row in rows:
+        of = []
+        while name is not None and name[0] <= row.key:
+            if name[0] == row.key:
+                of.append(name[1])
+            name = next(names, None)
+        yield row._asdict() | {"truncated": bool(row.truncated)} | ({"of": of} if of else {})
+
+
+def import_answers(store: Store, path: Path, origin: str | None, *, replace: bool = False) -> Imported:
+    """Add the answers of an exported file to `store`, all or none; what is known already stays unless `replace`.
 
     Args:
         store: Where they go.
         path: A file `export` wrote.
         origin: What marks them; default: each answer's own origin, else the file's name.
+        replace: Whether a known answer gives way to the file's, where their texts differ.
 
     Raises:
         UserError: The file is no export, is cut short, or a line is not what it should be (file and line are named);
             nothing is changed then.
     """
     read = [0]
-    added = store.insert(_rows(path, origin, read))
-    return Imported(added, read[0] - added)
+    before = len(store)
+    changed = store.insert(_rows(path, origin, read), replace=replace)
+    added = min(len(store) - before, changed)  # other processes may add some meanwhile
+    return Imported(added, read[0] - changed, changed - added)
 
 
 def copy_answers(source: Store, target: Store) -> int:
@@ -195,15 +213,16 @@ def _head(path: Path, first: tuple[int, str]) -> int:
     head = _object(first[1], f"{path}:1")
     if head.get("format") != FORMAT:
         raise UserError(f"{path}:1: this is no file `store export` wrote; its first line names no {FORMAT!r}")
-    if head.get("version") != FORMAT_VERSION:
+    if head.get("version") not in range(1, FORMAT_VERSION + 1):
         version = head.get("version")
-        raise UserError(f"{path}:1: format version {version!r} is not {FORMAT_VERSION}; upgrade this program")
+        raise UserError(f"{path}:1: format version {version!r} is not one up to {FORMAT_VERSION}; upgrade this program")
     answers = head.get("answers")
     return answers if isinstance(answers, int) else 0
 
 
 def _row(line: str, where: str) -> StoredAnswer:
     answer = _object(line, where)
+    answer.pop("of", None)  # the next run says whose it is in this dataset
     if wrong := sorted(set(answer).symmetric_difference(COLUMNS)):
         raise UserError(f"{where}: missing or unknown: {', '.join(wrong)[:200]}")
     for name, kind in (get_type_hints(StoredAnswer) | {"truncated": bool}).items():

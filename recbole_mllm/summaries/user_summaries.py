@@ -129,8 +129,13 @@ class _Chains:
         self.waiting.extend((history, later) for later in self.after.pop((history, state), []))
 
 
-def as_rows(texts: Mapping[tuple[str, State], str], requests: SummaryRequests) -> Iterator[UserSummary]:
-    """Yield `texts` as rows of ``X.<tag>.usum``, by user and moment; what several histories begin with stands once."""
+def as_rows(
+    texts: Mapping[tuple[str, State], str], requests: SummaryRequests
+) -> Iterator[tuple[UserSummary, tuple[str, State]]]:
+    """Yield `texts` as rows of ``X.<tag>.usum``, by user and moment; what several histories begin with stands once.
+
+    Behind each row stand the name of the history and the state that it is the text of.
+    """
     ordered = sorted((user_of(name), state, name) for name, state in texts)
     for user, keys in groupby(ordered, key=itemgetter(0)):
         histories: dict[str, Sequence[str]] = {}
@@ -141,4 +146,4 @@ def as_rows(texts: Mapping[tuple[str, State], str], requests: SummaryRequests) -
             read = state.seen, history_digest(histories[name][state.start : state.seen])
             if read not in written:
                 written.add(read)
-                yield UserSummary(user, *read, texts[name, state])
+                yield UserSummary(user, *read, texts[name, state]), (name, state)

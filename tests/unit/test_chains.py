@@ -100,7 +100,7 @@ def test_rows_name_the_history_they_have_read():
     histories, items = _world({"u1": 5})
     plan = SummaryRequests(histories, {"u1": {4}})
     rows = as_rows(_run(plan, items, BASE), plan)
-    assert [(row.seen, row.history) for row in rows] == [
+    assert [(row.seen, row.history) for row, _ in rows] == [
         (3, history_digest(histories["u1"][:3])),
         (4, history_digest(histories["u1"][:4])),
     ]

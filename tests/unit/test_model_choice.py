@@ -1,5 +1,6 @@
 """Outside the demo nothing says which MLLM is meant but the user: one line, before any work."""
 
+import re
 import sys
 
 import pytest
@@ -10,8 +11,9 @@ from recbole.config import Config
 from recbole_mllm import UserError
 from recbole_mllm.cli import main
 from recbole_mllm.common.model_names import PRESETS, no_model
-from recbole_mllm.common.resources import resource
+from recbole_mllm.common.resources import PROPERTIES, resource
 
+TABLE = (PROPERTIES.parent / "docs" / "backbones.md").read_text()
 LINE = f"recbole-mllm: {no_model()}\n"
 ONE = "server:a@http://127.0.0.1:9/v1"
 COMMANDS = (
@@ -49,7 +51,9 @@ def test_no_model_is_one_line_and_exit_code_2_before_any_work(data, words, capsy
 def test_the_line_names_presets_that_set_a_model_and_the_trial():
     assert len(PRESETS) == 3
     for name, size in PRESETS:
-        assert f"{name} ({size})" in LINE and " GB" in size
+        assert f"{name} ({size})" in LINE
+        row = next(line for line in TABLE.splitlines() if line.startswith(f"| `{name}` |")).split("|")
+        assert re.findall(r"[\d.]+ B|\d+ GB", size) == [row[3].strip(), f"{row[7].strip()} GB"]
         assert yaml.safe_load(resource("quick_start_config", name).read_text())["mllm"]
     assert "--mllm=tiny" in LINE and LINE.count("\n") == 1
 

@@ -1,0 +1,223 @@
+"""Summaries are the user's: found by item or user, edited by command or in the file, and read by the next run."""
+
+import json
+from contextlib import closing
+from dataclasses import replace
+
+import pytest
+from summary_world import BASE, World
+
+from recbole_mllm.cli import main
+from recbole_mllm.common.errors import UserError
+from recbole_mllm.data.schema import isum_file, store_file, usum_file
+from recbole_mllm.summaries.store import Store
+
+SETTINGS = replace(BASE, block_size=2, item_summary="image", max_history=None)
+
+
+@pytest.fixture
+def world(tmp_path):
+    """A user and an item share the name a; rows read u1's states at 1, 2 and 3, a's at 1 to 4."""
+    made = World(tmp_path, {"u1": "abcx", "a": "deabx"}, SETTINGS)
+    for n, item in enumerate("abcdex"):
+        made.paint(item, (50 * n, 10, 10))
+    made.refresh()
+    return made
+
+
+def run(world, words, capsys, code=0):
+    """Run a store command on the world; return what it prints, or what it is refused with."""
+    action, *rest = words
+    assert main(["store", action, str(world.folder), *rest]) == code
+    said = capsys.readouterr()
+    assert code == 0 or said.err.count("\n") == 1
+    return said.err if code else said.out
+
+
+def edit(path, old, new):
+    before = path.read_text()
+    assert old in before
+    path.write_text(before.replace(old, new))
+
+
+def isum(world):
+    rows = isum_file(world.folder, "t").read_text().splitlines()[1:]
+    return dict(row.split("\t") for row in rows)
+
+
+def answers(world):
+    with closing(Store(store_file(world.folder))) as store, store.transaction() as db:
+        return dict(db.execute("SELECT text, origin FROM answers"))
+
+
+def test_an_item_is_shown_with_its_image_its_text_and_what_asked_for_it(world, capsys):
+    said = run(world, ["show", "--item", "b", "--prompt"], capsys)
+    assert said.splitlines()[:2] == ["tag t", f"item b, title: title of b, image: {world.images['b']}"]
+    assert isum(world)["b"] in said and f"> {world.style.image_summary.splitlines()[-1]}" in said
+    assert "no summary of item 'zz'" in run(world, ["show", "--item", "zz"], capsys, 2)
+    assert "no summaries of tag 'x'; it has t" in run(world, ["show", "--item", "b", "--tag", "x"], capsys, 2)
+
+
+def test_a_user_is_shown_state_by_state_with_the_prompts_that_were_asked(world, capsys):
+    said = run(world, ["show", "--user", "u1", "--prompt"], capsys)
+    rows = world.rows()
+    heads = [line for line in said.splitlines() if line.startswith("user u1")]
+    assert heads == [
+        "user u1, position 1, has read a",
+        "user u1, position 2, has read a, b",
+        "user u1, position 3, has read c and what was written at 2",
+    ]
+    assert all(rows["u1", seen].text in said for seen in (1, 2, 3))
+    world.identity = "n"  # another model is asked all of it again
+    world.refresh()
+    asked = {prompt for batch in world.user.batches for prompt in batch}
+    shown = "\n".join(line.removeprefix("  > ") for line in said.splitlines() if line.startswith("  > "))
+    assert all(prompt in shown for prompt in asked if "title of c" in prompt and "title of a" not in prompt)
+
+
+def test_a_set_item_is_read_by_the_next_run_and_what_it_was_read_for_is_written_anew(world, capsys):
+    before = isum(world)
+    said = run(world, ["set", "--item", "b", "--text", " a  \tlamp"], capsys)
+    assert "3 user summaries were written from what it replaces" in said
+    assert isum(world) == before | {"b": "a lamp"} and answers(world)["a lamp"] == "user"
+    assert run(world, ["show", "--user", "u1"], capsys).count("the next run writes it anew") == 2
+    assert world.refresh() == (0, 3, [])  # u1 at 2 and 3; a at 4
+    assert any("a lamp" in prompt for batch in world.user.batches for prompt in batch)
+    assert isum(world)["b"] == "a lamp" and world.refresh() == (0, 0, [])
+
+
+def test_a_set_state_is_read_and_continued(world, capsys):
+    said = run(world, ["set", "--user", "u1", "--position", "2", "--text", "likes lamps"], capsys)
+    assert "position 2 of tag t is set; 1 user summaries were written from what it replaces" in said
+    assert world.rows()["u1", 2].text == "likes lamps"
+    run(world, ["set", "--user", "u1", "--text", "likes all of it"], capsys)  # at 3, which continues the new text
+    assert world.refresh() == (0, 0, [])
+    known = world.known()
+    assert [known.of("u1", p) for p in (2, 3)] == ["likes lamps", "likes all of it"]
+    said = run(world, ["set", "--item", "a", "--text", "new"], capsys)  # the user a reads it at 3 and 4
+    assert "5 user summaries were written from what it replaces" in said and "2 of those were set by you" in said
+    for words, told in (
+        (["--user", "u1", "--position", "9", "--text", "x"], "no summary at position 9 of tag t; it has 1, 2, 3"),
+        (["--item", "a", "--position", "1", "--text", "x"], "an item has one summary"),
+        (["--item", "a", "--text", " "], "--text is empty"),
+    ):
+        assert told in run(world, ["set", *words], capsys, 2)
+
+
+def test_two_tags_must_be_told_apart(world, capsys):
+    stage = world.stage
+    world.stage = lambda settings=None: replace(stage(settings), tag="s")
+    world.refresh()
+    assert "several tags; add --tag, one of s, t" in run(world, ["set", "--item", "b", "--text", "x"], capsys, 2)
+    assert "1 more with the same prompt share the answer" in run(
+        world, ["set", "--item", "b", "--text", "x", "--tag", "t"], capsys
+    )
+
+
+@pytest.mark.parametrize("kind", ["isum", "usum"])
+def test_an_edited_file_is_refused_before_anything_is_asked_and_imported_by_the_line_that_says_so(
+    world, kind, capsys, monkeypatch
+):
+    path = {"isum": isum_file, "usum": usum_file}[kind](world.folder, "t")
+    text = isum(world)["b"] if kind == "isum" else world.rows()["u1", 2].text
+    edit(path, text, "mine")
+    edited = path.read_bytes()
+    world.histories["u1"].append("e")
+    with pytest.raises(UserError, match=rf"{path.name}:\d+: edited: 1 texts .*`recbole-mllm store import {path}`"):
+        world.refresh()
+    assert path.read_bytes() == edited and world.item.asked + world.user.asked == 0
+    assert main(["store", "import", str(path)]) == 0
+    assert "1 summaries replaced" in capsys.readouterr().out and answers(world)["mine"] == "user"
+    world.refresh()
+    assert "mine" in (isum(world).values() if kind == "isum" else {row.text for row in world.rows().values()})
+    assert world.refresh() == (0, 0, [])
+
+
+def test_edited_states_of_one_chain_are_all_read(world, capsys):
+    path, rows = usum_file(world.folder, "t"), world.rows()
+    for seen in (2, 3):
+        edit(path, rows["u1", seen].text, f"mine at {seen}")
+    assert main(["store", "import", str(path)]) == 0
+    assert world.refresh() == (0, 0, [])
+    assert [world.rows()["u1", seen].text for seen in (1, 2, 3)] == [rows["u1", 1].text, "mine at 2", "mine at 3"]
+    assert "1 of those were set by you" in run(world, ["set", "--user", "u1", "--position", "2", "--text", "x"], capsys)
+
+
+def test_a_removed_file_is_exported_anew(world):
+    whole = world.file()
+    edit(usum_file(world.folder, "t"), "likes", "hates")
+    usum_file(world.folder, "t").unlink()
+    assert world.refresh() == (0, 0, []) and world.file() == whole
+
+
+def test_a_file_that_a_killed_run_has_just_exported_is_not_taken_for_edited(world):
+    world.histories["u1"].append("e")
+    world.refresh()
+    with closing(Store(store_file(world.folder))) as store, store.transaction(write=True) as db:
+        db.execute("UPDATE tags SET user_file = 'of before', item_file = ''")
+    assert world.refresh() == (0, 0, [])
+
+
+def test_what_cannot_be_imported_changes_nothing(world, capsys):
+    path, before = isum_file(world.folder, "t"), answers(world)
+    whole = path.read_text()
+    for text, said in (
+        (whole + "zz\tmine\n", "item zz has no summary of tag t in the store; remove the line"),
+        (whole.replace(isum(world)["b"], ""), "the summary of item b is empty"),
+        (whole.replace("summary:", "text:"), "t.isum:1: the columns are item_id, text; they must be item_id:token"),
+        (whole + "a\tmine\n", "item a is already in line 2"),
+    ):
+        path.write_text(text)
+        assert main(["store", "import", str(path)]) == 2
+        assert said in capsys.readouterr().err and answers(world) == before
+        with pytest.raises(UserError):
+            world.refresh()
+
+
+def test_one_answer_of_two_items_is_one_text(tmp_path, capsys):
+    world = World(tmp_path, {"u1": "abx"}, SETTINGS)
+    for item in "abx":
+        world.paint(item, (1, 1, 1))
+    world.refresh()
+    path, text = isum_file(world.folder, "t"), isum(world)["a"]
+    path.write_text(path.read_text().replace(f"a\t{text}", "a\tone").replace(f"b\t{text}", "b\tother"))
+    assert main(["store", "import", str(path)]) == 2
+    assert "item a and item b have one prompt" in capsys.readouterr().err
+    path.write_text(path.read_text().replace("b\tother", f"b\t{text}"))
+    assert main(["store", "import", str(path)]) == 0
+    world.refresh()
+    assert isum(world) == {"a": "one", "b": "one"}
+
+
+def test_summaries_of_an_earlier_version_are_kept_and_taken_in(world, capsys):
+    """Its store says nothing of whose an answer is."""
+    path = usum_file(world.folder, "t")
+    with closing(Store(store_file(world.folder))) as store, store.transaction(write=True) as db:
+        db.execute("DROP TABLE tags"), db.execute("DROP TABLE summaries")
+    assert world.refresh() == (0, 0, [])  # as they were exported
+    with closing(Store(store_file(world.folder))) as store, store.transaction(write=True) as db:
+        db.execute("DROP TABLE tags"), db.execute("DROP TABLE summaries")
+    edit(path, world.rows()["u1", 3].text, "mine")
+    with pytest.raises(UserError, match="an earlier version wrote it, so move it away"):
+        world.refresh()
+    moved = path.rename(world.folder.parent / path.name)
+    world.refresh()
+    run(world, ["import", str(moved)], capsys)
+    world.refresh()
+    assert world.rows()["u1", 3].text == "mine"
+
+
+def test_an_export_names_items_users_and_positions_and_is_imported(world, tmp_path, capsys):
+    out = tmp_path / "out.jsonl"
+    run(world, ["export", "--out", str(out)], capsys)
+    _, *lines = map(json.loads, out.read_text().splitlines())
+    named = {line["text"]: line["of"] for line in lines}
+    assert named[isum(world)["c"]] == [{"tag": "t", "item": "c"}]
+    assert named[world.rows()["u1", 3].text] == [{"tag": "t", "user": "u1", "position": 3}]
+    assert len(named) == len(answers(world))
+    run(world, ["set", "--item", "c", "--text", "mine"], capsys)
+    assert "0 answers added, 12 known" in run(world, ["import", str(out)], capsys)
+    assert answers(world)["mine"] == "user"
+    assert "0 answers added, 1 replaced, 11 the same" in run(world, ["import", str(out), "--replace"], capsys)
+    assert "mine" not in answers(world)
+    assert "say into which dataset" in (main(["store", "import", str(out)]), capsys.readouterr().err)[1]
