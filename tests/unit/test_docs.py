@@ -177,6 +177,22 @@ def test_pages_that_messages_name_are_there():
             assert (ROOT / page).is_file(), f"{path.relative_to(ROOT)}: {page}"
 
 
+def test_messages_of_the_page_on_trouble_are_those_of_the_code():
+    code = "\n".join(
+        re.sub(r"\"\s*\n\s*f?\"", "", path.read_text(encoding="utf-8"))
+        for folder in ("recbole_mllm", "dataset_converters")
+        for path in (ROOT / folder).rglob("*.py")
+    )
+    tables = re.findall(
+        r"^\| message .*\n\|[-|]+\n((?:\|.*\n)+)", (ROOT / "docs" / "trouble.md").read_text(), re.MULTILINE
+    )
+    messages = re.findall(r"^\| `(.+?)`", "".join(tables), re.MULTILINE)
+    assert len(messages) > 10
+    for message in messages:
+        for words in re.split(r"\s*(?:…|'[^']*'|\b[A-Z]+\b:?)\s*", message):  # what stands for a name or a number
+            assert len(words) < 6 or words in code, f"{message}: {words}"
+
+
 @pytest.fixture(scope="module")
 def hooks():
     pytest.importorskip("mkdocs", reason="the extra docs is not installed")
