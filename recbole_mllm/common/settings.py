@@ -387,7 +387,7 @@ class Settings:
         summary = self.summary
         summarizes = summary.summary_mode != "none"
         shows_images = self.recommend.use_image or (summarizes and summary.item_summary in ("image", "fused"))
-        reads_history = summarizes or summary.history_titles > 0
+        reads_history = summarizes or summary.history_titles > (summary.control == "shuffled-history")
         if summary.control and not (shows_images if summary.control == "wrong-image" else reads_history):
             raise UserError(f"control: {summary.control} would change nothing under these settings; leave it out")
 

@@ -114,6 +114,7 @@ def test_nobody_is_recommended_anything_by_a_control():
         {"control": "wrong-image", "use_image": False, "item_summary": "text"},
         {"control": "wrong-image", "use_image": False, "summary_mode": "none"},
         {"control": "shuffled-history", "summary_mode": "none", "history_titles": 0},
+        {"control": "shuffled-history", "summary_mode": "none", "history_titles": 1},
         {"control": "wrong-summary", "summary_mode": "none", "history_titles": 0},
     ],
     ids=lambda keys: " ".join(map(str, keys.values())),
