@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from planted_writers import Planted
 
@@ -105,7 +106,7 @@ def test_without_a_history_every_row_is_asked_as_a_new_user_s(tmp_path):
 
 def test_nobody_is_recommended_anything_by_a_control():
     with pytest.raises(UserError, match="recommend from the full model's"):
-        _MLLMRanker(KEYS | {"control": "shuffled-history"}, None, {})
+        _MLLMRanker({"config": KEYS | {"control": "shuffled-history"}}, "", torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
