@@ -33,6 +33,7 @@ from recbole_mllm.benchmark.records import (
     SCORES,
     TRAIN_COUNTS,
     VALID_SCORES,
+    WHO,
     RunRecord,
     append,
     config_digest,
@@ -297,7 +298,7 @@ def _record(
     users = len(outcome.users["user"])
     place = f"runs/{job['run_id']}"
     return RunRecord(
-        **{key: job[key] for key in ("run_id", "model", "label", "kind", "seed", "dataset")},
+        **{key: job[key] for key in WHO},
         status="ok",
         started=started,
         protocol=protocol_line(outcome.config, users),
