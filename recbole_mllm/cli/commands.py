@@ -48,7 +48,6 @@ DEMO_NOTE = (
     "This world is made so that the images carry the taste and some items are new: it shows that the machine works, "
     "not that MLLMs beat SASRec."
 )
-POSTERS_NOTE = "The bundled tiny MLLM has never seen a film poster: its row shows that every stage runs on real data."
 DEFAULT_SEED = 2024
 
 
@@ -311,7 +310,7 @@ def run_benchmark(
         check_training(config)
         check_one_target(config)
 
-    note = "" if not is_builtin(dataset) else POSTERS_NOTE if dataset == "ml-100k-posters" else DEMO_NOTE
+    note = DEMO_NOTE if preset_of(dataset) == "demo" else ""
     keys = dict(options.overrides)
     plan = BenchmarkPlan(
         dataset=dataset,
