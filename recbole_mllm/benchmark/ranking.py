@@ -43,8 +43,8 @@ from recbole_mllm.benchmark.leaderboard import (
 from recbole_mllm.benchmark.records import RunRecord, latest, one_set_of_candidates
 from recbole_mllm.benchmark.setups import ModelSetup, setup_of
 from recbole_mllm.benchmark.significance import DRAW_SEED
-from recbole_mllm.benchmark.variants import MLLM
 from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.resources import MLLM
 from recbole_mllm.demo.builtin import is_demo_world
 
 NO_POOLED = (

@@ -15,11 +15,10 @@ from typing import Any
 
 from recbole_mllm.benchmark.process import LOG, WORKER, claim, failure, heartbeat, run_child, write_order
 from recbole_mllm.benchmark.records import RECORDS, RunRecord, latest, plain_json, read_records, records_of
-from recbole_mllm.benchmark.variants import MLLM
 from recbole_mllm.common.config import every_key
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.model_names import is_same
-from recbole_mllm.common.resources import PROPERTIES
+from recbole_mllm.common.resources import MLLM, PROPERTIES
 from recbole_mllm.common.settings import MLLMSettings
 from recbole_mllm.common.yaml_files import read_mapping
 from recbole_mllm.demo.builtin import is_builtin
@@ -58,10 +57,10 @@ def find_run(run_id: str, output: Path | None = None, root: Path = Path("results
     found = [folder for folder, records in known.items() if run_id in records]
     if not found:
         near = get_close_matches(run_id, [name for records in known.values() for name in records], n=1)
-        hint = f"; did you mean {near[0]}?" if near else "; the ids stand in runs.jsonl and below runs/"
+        hint = f"; did you mean {near[0]}?" if near else "; the ids are in runs.jsonl and below runs/"
         raise UserError(f"no run {run_id!r} in {output or root}{hint}")
     if len(found) > 1:
-        raise UserError(f"run {run_id} stands in {', '.join(map(str, found))}; say which with --output_dir")
+        raise UserError(f"run {run_id} is in {', '.join(map(str, found))}; say which with --output_dir")
     record = known[found[0]][run_id]
     if not record.ok:
         raise UserError(f"run {run_id} has no numbers to compare with: {record.status}; run the benchmark again")

@@ -9,8 +9,8 @@ from pathlib import PurePath
 from typing import Any
 
 from recbole_mllm.benchmark.records import RunRecord
-from recbole_mllm.benchmark.variants import MLLM
 from recbole_mllm.common.model_names import PREFIX, TINY
+from recbole_mllm.common.resources import MLLM
 
 _FINETUNE = {"lora": "LoRA r={}", "qlora": "QLoRA r={}", "full": "full fine-tuning", "none": "zero-shot"}
 

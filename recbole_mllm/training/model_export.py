@@ -31,6 +31,7 @@ from PIL import Image
 from transformers import AutoTokenizer
 from transformers.decision import DecisionConfig, label_token_ids
 
+from recbole_mllm.common.checkpoint import find_checkpoint, read_checkpoint
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.files import (
     EXPORT,
@@ -44,6 +45,7 @@ from recbole_mllm.common.files import (
 )
 from recbole_mllm.common.model_names import gguf_of, is_same, is_server, revision_of, source_of
 from recbole_mllm.common.prompts import IMAGE, Prompt, Style, recommend_prompt
+from recbole_mllm.common.resources import MLLM
 from recbole_mllm.common.settings import MLLMSettings, Settings
 from recbole_mllm.mllm.encoder import AnswerTokens
 from recbole_mllm.mllm.hf import HFModel
@@ -51,7 +53,6 @@ from recbole_mllm.mllm.loading import load_processor
 from recbole_mllm.mllm.lora import check_finetune, load_trained_state, tune
 from recbole_mllm.mllm.server_scoring import decision_request
 from recbole_mllm.model.summarizers import load_style
-from recbole_mllm.training.checkpoint import find_checkpoint, read_checkpoint
 
 _CPU = torch.device("cpu")
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -93,7 +94,7 @@ def _load(path: Path, merge: bool) -> tuple[Settings, HFModel]:
     what those four bits stand for, as that is what the adapter was trained on.
     """
     checkpoint = read_checkpoint(path, _CPU)
-    if checkpoint["config"]["model"] != "MLLMMSR":
+    if checkpoint["config"]["model"] != MLLM:
         raise UserError(f"{path} is a checkpoint of {checkpoint['config']['model']}; only MLLMMSR is exported")
     settings = Settings.from_config(checkpoint["config"])
     if is_server(settings.mllm.mllm):
@@ -306,6 +307,7 @@ def _decision_template(mllm: HFModel, question: Question, start: str, guard: Seq
     style, own, lead = question.style, mllm.encoder.turns.template, mllm.encoder.turns.lead
     order = "item-first" if question.item_first else "user-first"
     name = f"recommend_{order.replace('-', '_')}"
+    system = mllm.encoder.turns.turn("system", [style.recommend_system]) if style.recommend_system else None
     # a template that writes a template has marks of its own
     outer = Template((_TEMPLATES / "decision.jinja").read_text(encoding="utf-8"), *_MARKS, trim_blocks=True)
     rendered: str = outer.render(
@@ -315,6 +317,7 @@ def _decision_template(mllm: HFModel, question: Question, start: str, guard: Seq
         without_image=_content(getattr(style, f"{name}_without_image")),
         guard=json.dumps(list(guard), ensure_ascii=False) if guard else "",
         sees=mllm.encoder.processor is not None,
+        system=json.dumps(system, ensure_ascii=False) if system else "",
         start=start,
         # the newline that ends a template is none of its text, but would be one of text in front of something else
         chat_template=own.removesuffix("\n") if lead else own,

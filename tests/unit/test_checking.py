@@ -92,7 +92,7 @@ DAMAGED = {
     "an empty item": ("inter", inter("u0\t\t3\t1"), r"x\.inter:4: item_id is empty"),
     "RecBole's own id": ("inter", inter("u0\t[PAD]\t3\t1"), r"x\.inter:4: item_id is \[PAD\], which RecBole reserves"),
     "a very long id": ("inter", inter(f"u0\t{'i' * 5000}\t3\t1"), r"x\.inter:4: item_id has 5,000 characters"),
-    "an item twice": ("item", item("i0\tanother\t1\t0 0"), r"x\.item:4: item_id 'i0' stands in line 2 already"),
+    "an item twice": ("item", item("i0\tanother\t1\t0 0"), r"x\.item:4: item_id 'i0' is already in line 2"),
     "words for a number": ("item", item("i2\tx\tcheap\t0 0"), r"x\.item:4: price 'cheap' is no number; write a number"),
     "words in a vector": ("item", item("i2\tx\t1\t0.1 much"), r"x\.item:4: vector 'much' is no number"),
     "a rating in words": ("inter", inter("u0\ti2\t3\tgood"), r"x\.inter:4: rating 'good' is no number"),
