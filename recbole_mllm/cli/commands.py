@@ -114,7 +114,7 @@ def summarize(args: Namespace, options: Options) -> int:
     from recbole_mllm.plan.counting import dry_run
     from recbole_mllm.quick_start import write_summaries
 
-    config = config_of(MLLM, dataset_of(args), options)
+    config = config_of(MLLM, dataset_of(args), options, recommends=False)
     lines = (dry_run if args.dry_run else write_summaries)(config, args.stage, since=args.since)
     if distributed.is_main():
         print("".join(f"{line}\n" for line in lines), end="")
@@ -126,7 +126,7 @@ def probe_memory(args: Namespace, options: Options) -> int:
     from recbole_mllm.benchmark.memory_probe import probe_memory as probe
 
     count = checked("--questions", args.questions, Count)
-    print(*probe(config_of(MLLM, args.where, options), count), sep="\n")
+    print(*probe(config_of(MLLM, args.where, options, recommends=False), count), sep="\n")
     return 0
 
 

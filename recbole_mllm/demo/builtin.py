@@ -24,7 +24,12 @@ DEMO_COMMENT = "A made world: the images carry the taste, the titles do not (doc
 
 def is_builtin(name: str) -> bool:
     """Return whether a dataset of this name can be built here."""
-    return name == "ml-100k-posters" or _DEMO.fullmatch(name) is not None
+    return name == "ml-100k-posters" or is_demo(name)
+
+
+def is_demo(name: str) -> bool:
+    """Return whether a dataset of this name is a demo world, on which the bundled MLLM is the default."""
+    return _DEMO.fullmatch(name) is not None
 
 
 def preset_of(name: str) -> str | None:
@@ -49,7 +54,7 @@ def is_demo_world(folder: Path) -> bool:
 def ensure_builtin(folder: Path) -> None:
     """Build the dataset that `folder` is named after, if it is one of ours and not there yet; whole or not at all."""
     if is_builtin(folder.name) and not (folder / f"{folder.name}.inter").is_file():
-        _whole(folder, _demo if _DEMO.fullmatch(folder.name) else _movies)
+        _whole(folder, _demo if is_demo(folder.name) else _movies)
 
 
 def _demo(folder: Path) -> None:

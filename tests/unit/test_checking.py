@@ -54,7 +54,7 @@ def plant(**files):
 
 def load(model="Pop", **keys):
     """Read the dataset as a run of `model` through our command does."""
-    base = {"data_path": ".", "gpu_id": "", "load_col": None, "frozen_candidates": True}
+    base = {"data_path": ".", "gpu_id": "", "load_col": None, "frozen_candidates": True, "mllm": "tiny"}
     base["eval_args"] = {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "uni5", "group_by": "user"}
     return create_dataset(Config(model, "x", config_dict=base | keys))
 
@@ -219,7 +219,7 @@ def test_a_run_stops_with_exit_code_2_before_a_model_is_loaded(monkeypatch, caps
     summarize = ["summarize", "--dataset", "steps", "--mllm=tiny"]
     export = ["candidates", "export", "--dataset", "steps", "--out", "c.jsonl.gz"]
     run, ours = (["--model", model, "--dataset", "steps"] for model in ("BPR", "MLLMMSR"))
-    for words in (run, ours, plan, summarize, export):
+    for words in (run, [*ours, "--mllm=tiny"], plan, summarize, export):
         assert main(words) == 2
         lines = capsys.readouterr().err.splitlines()
         assert lines[-1].endswith("steps.inter:25: 2 values for 3 columns; check for stray tabs"), words
