@@ -66,7 +66,7 @@ class Planned:
 
 def text_of(body: dict[str, Any]) -> str:
     """Return the request's text."""
-    content = body["messages"][0]["content"]
+    content = body["messages"][-1]["content"]
     return content if isinstance(content, str) else "".join(part.get("text", "<image>") for part in content)
 
 

@@ -97,7 +97,7 @@ def benchmark(
             bench.run_all(jobs)
     except KeyboardInterrupt:
         done = sum(bench.finished(job) is not None for job in jobs)
-        bench.say(f"stopped; {done} of {len(jobs)} runs are finished and kept: the same command resumes there")
+        bench.say(f"stopped; {done} of {len(jobs)} runs are finished; the same command resumes")
         raise SystemExit(1) from None
     render(plan.output_dir, embed_images=plan.embed_images)
     return plan.output_dir / HTML

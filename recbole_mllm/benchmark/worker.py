@@ -268,7 +268,7 @@ def _write_evidence(outcome: Any, folder: Path) -> None:
         if write_cases(outcome, folder) is None and "among" in pairs and items is not None:
             write_titles(outcome, folder, items.titles)
     except Exception:  # what illustrates a result must not cost the hours that made it
-        logging.getLogger(__name__).exception("the case studies of this run could not be kept; the report goes without")
+        logging.getLogger(__name__).exception("this run's case studies could not be saved; the report has none of it")
 
 
 def _pair_columns(pairs: Mapping[str, Any], users: Any, items: Any) -> dict[str, Any]:

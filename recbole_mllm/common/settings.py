@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 import re
+from collections import ChainMap
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Self, Union, cast, get_args, get_origin, get_type_hints
 
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.model_names import (
     Endpoint,
     identity_of,
     is_server,
+    no_model,
     parse_endpoint,
     pinned,
     revision_of,
@@ -393,8 +395,25 @@ class Settings:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
-        """Parse a complete mapping of keys (the border between RecBole's Config and this project)."""
+        """Parse a complete mapping of keys (the border between RecBole's Config and this project).
+
+        Raises:
+            UserError: A value is wrong, or a model is not set that summaries need.
+        """
+        check_models(config)
+        if config["mllm"] is None:  # no recommender: these settings can write summaries, and no more
+            config = ChainMap({"mllm": config["item_summarizer"], "finetune": "none"}, cast(Any, config))
         return cls(**{name: group.from_config(config) for name, group in get_type_hints(cls).items()})
+
+
+def check_models(config: Mapping[str, Any], *, recommender: bool = False) -> None:
+    """Refuse a configuration that names no model for what reads one: summaries, and the `recommender` if asked.
+
+    Raises:
+        UserError: Names presets.
+    """
+    if config["mllm"] is None and (recommender or not (config["item_summarizer"] and config["user_summarizer"])):
+        raise no_model()
 
 
 _GROUPS = (

@@ -27,8 +27,8 @@ _ORIENTATION = 0x0112
 _MOST_TOKENS = 2**31
 
 
-def message(prompt: Prompt, shortened: int = 0) -> dict[str, Any]:
-    """Return the user's turn: plain text, or text and images in their order; no mark of ours is in it.
+def messages(prompt: Prompt, shortened: int = 0) -> list[dict[str, Any]]:
+    """Return the system's turn, if the prompt has one, and the user's: plain text, or text and images in their order.
 
     `shortened` halves the longest filled-in text that many times (a server that finds the prompt too long).
     """
@@ -44,9 +44,9 @@ def message(prompt: Prompt, shortened: int = 0) -> dict[str, Any]:
         for tail in tails:
             image = {"type": "image_url", "image_url": {"url": data_url(next(images))}}
             parts += [image, {"type": "text", "text": tail}]
-    if not prompt.images:
-        return {"role": "user", "content": parts[0]["text"]}
-    return {"role": "user", "content": [p for p in parts if p["type"] != "text" or p["text"]]}
+    shown = [part for part in parts if part["type"] != "text" or part["text"]]
+    system = [{"role": "system", "content": prompt.system}] if prompt.system else []
+    return [*system, {"role": "user", "content": shown if prompt.images else parts[0]["text"]}]
 
 
 def cut(prompt: Prompt, times: int) -> list[str]:

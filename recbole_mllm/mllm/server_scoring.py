@@ -17,7 +17,7 @@ from recbole_mllm.common.settings import ServerSettings
 from recbole_mllm.mllm.interface import Answer, Ask, Batch, Decoding, Scored
 from recbole_mllm.mllm.server import Requests, make_hosts
 from recbole_mllm.mllm.server_host import Failure, Host
-from recbole_mllm.mllm.server_messages import cut, data_url, message, tokens
+from recbole_mllm.mllm.server_messages import cut, data_url, messages, tokens
 
 QUESTION = "answer"
 TOP = 20  # log-probabilities a chat completion is asked for: OpenAI's most, and what servers allow by default
@@ -86,12 +86,12 @@ class ServedScorer:
                 logging.getLogger().info(
                     f"server {host.url} takes no typed decisions; asked for log-probabilities instead"
                 )
-        turn = message(ask.prompt, shortened)
+        turns = messages(ask.prompt, shortened)
 
         async def request(client: Any) -> Scored:
             completion = await client.chat.completions.create(
                 model=host.model,
-                messages=[turn],
+                messages=turns,
                 max_tokens=1,
                 temperature=0.0,
                 logprobs=True,

@@ -208,7 +208,8 @@ def _tag(settings: Settings, style: Style, summarizers: Summarizers) -> str:
     """Return a readable name and 8 hex digits of everything that changes the summaries' text."""
     unread = _NO_TEXT_CHANGE if settings.summary.summary_temperature else _NO_TEXT_CHANGE | _SAMPLING
     fields = {key: value for key, value in asdict(settings.summary).items() if key not in unread}
-    parts = [fields, asdict(style), summarizers.item_identity, summarizers.user_identity, settings.mllm.max_text_tokens]
+    wording = {key: text for key, text in asdict(style).items() if key != "recommend_system"}  # of no summary
+    parts = [fields, wording, summarizers.item_identity, summarizers.user_identity, settings.mllm.max_text_tokens]
     if summarizers.item_rules or summarizers.user_rules:
         parts.append([summarizers.item_rules, summarizers.user_rules])
     control = settings.summary.control if settings.summary.control != "wrong-summary" else None  # no other texts

@@ -307,6 +307,7 @@ def _decision_template(mllm: HFModel, question: Question, start: str, guard: Seq
     style, own, lead = question.style, mllm.encoder.turns.template, mllm.encoder.turns.lead
     order = "item-first" if question.item_first else "user-first"
     name = f"recommend_{order.replace('-', '_')}"
+    system = mllm.encoder.turns.turn("system", [style.recommend_system]) if style.recommend_system else None
     # a template that writes a template has marks of its own
     outer = Template((_TEMPLATES / "decision.jinja").read_text(encoding="utf-8"), *_MARKS, trim_blocks=True)
     rendered: str = outer.render(
@@ -316,6 +317,7 @@ def _decision_template(mllm: HFModel, question: Question, start: str, guard: Seq
         without_image=_content(getattr(style, f"{name}_without_image")),
         guard=json.dumps(list(guard), ensure_ascii=False) if guard else "",
         sees=mllm.encoder.processor is not None,
+        system=json.dumps(system, ensure_ascii=False) if system else "",
         start=start,
         # the newline that ends a template is none of its text, but would be one of text in front of something else
         chat_template=own.removesuffix("\n") if lead else own,

@@ -165,7 +165,7 @@ def test_a_killed_process_ends_the_others_with_a_word_and_another_number_resumes
 ):
     _, said = broken(2, KILLED.format(rank=rank), world, tmp_path, **how)
     # who notices first on a busy machine: the other process, or the launcher, which then ends it
-    words = "another process of this run has ended without a word", "the launcher has ended this process"
+    words = "another process of this run ended without a message", "the launcher has ended this process"
     assert sum(map(said.count, words)) == 1, said[-3000:]
     (last,) = (tmp_path / "saved").glob("*.last.pth")
     assert read_checkpoint(last, torch.device("cpu"))["training"]["place"][:2] == (1, 4)

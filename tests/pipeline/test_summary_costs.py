@@ -19,7 +19,7 @@ def outcome(tmp_path, monkeypatch):
     keys = {"data_path": str(tmp_path / "dataset"), "limit_users": 4, "finetune": "none", "epochs": 0, "use_gpu": False}
     keys |= {"item_summary_tokens": 4, "user_summary_tokens": 5, "metrics": ["Hit"], "topk": 5, "valid_metric": "Hit@5"}
     keys |= {"eval_args": {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "uni5", "group_by": "user"}}
-    keys |= {"frozen_candidates": True, "state": "ERROR"}
+    keys |= {"frozen_candidates": True, "state": "ERROR", "mllm": "tiny"}
     return folder, lambda **more: run(make_config("MLLMMSR", "steps", [], keys | more))
 
 

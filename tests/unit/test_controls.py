@@ -22,7 +22,7 @@ from recbole_mllm.summaries.preferences import Preferences
 from recbole_mllm.summaries.store import Decoding, Store
 from recbole_mllm.summaries.user_summaries import SummaryRequests, preferences
 
-KEYS = yaml.safe_load(Path(preset("MLLMMSR")).read_text())
+KEYS = yaml.safe_load(Path(preset("MLLMMSR")).read_text()) | {"mllm": "tiny"}
 BASE = SummarySettings.from_config(KEYS | {"item_summary": "none"})
 STYLE = read_style("demo")
 LENGTHS = {"a": 9, "b": 6, "c": 6, "d\t1": 4, "e": 15}

@@ -89,7 +89,7 @@ def test_a_real_models_log_probabilities_give_its_own_score(tmp_path):
     from recbole_mllm.mllm.hf import HFModel
 
     base = yaml.safe_load(resource("model", "MLLMMSR").read_text())
-    model = HFModel("tiny", Settings.from_config(base).mllm, torch.device("cpu"))
+    model = HFModel("tiny", Settings.from_config(base | {"mllm": "tiny"}).mllm, torch.device("cpu"))
     Image.new("RGB", (48, 64), "red").save(tmp_path / "red.png")
     prompts = [recommend_prompt(STYLE, "likes red", title, tmp_path / "red.png") for title in ("mug", "blue car")]
     by_text = {prompt.text: prompt for prompt in prompts}
