@@ -219,7 +219,7 @@ class ServerSettings(_FromConfig):
     server_patience: Annotated[float, Range(float, above=0, most=10**6)]
     server_key_env: str | None
     server_thinking: Literal["auto", "off"] = "auto"
-    server_scoring: Literal["auto", "chat", "score", "rerank"] = "auto"
+    server_scoring: Literal["chat", "score", "rerank"] | None = None
     server_tokenizer: str | None = None
 
     def __post_init__(self) -> None:

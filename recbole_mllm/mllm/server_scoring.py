@@ -38,7 +38,7 @@ _INSTRUCTIONS = "Instructions that the template of an export leaves out."
 class ServedScorer:
     """Scores prompts as `HFModel` does, without weights here. Servers that fail are treated as for summaries.
 
-    Under ``server_scoring: auto`` a server is asked at ``/v1/systemone`` until it turns out to have none, then by a
+    Without a ``server_scoring`` a server is asked at ``/v1/systemone`` until it turns out to have none, then by a
     chat completion of one token. `mllm` says how the prompts of ``score`` are encoded, here.
 
     Raises:
@@ -103,7 +103,7 @@ class ServedScorer:
             return await self._label_tokens(host, self._encoder(shortened_prompt(ask.prompt, shortened)).ids)
         if self.settings.server_scoring == "rerank":
             return await self._reranked(host, ask.prompt, shortened)
-        if host not in self._without_decisions and self.settings.server_scoring == "auto":
+        if host not in self._without_decisions and self.settings.server_scoring is None:
             body = decision_request(host.model, ask.prompt, shortened=shortened)
             outcome = await host.call(lambda client: self._decision(host, client, body))
             if isinstance(outcome, Answer) or outcome.status not in _ABSENT:
