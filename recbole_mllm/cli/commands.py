@@ -45,14 +45,13 @@ from recbole_mllm.common.hub import check_can_push, push
 from recbole_mllm.common.resources import MLLM
 from recbole_mllm.common.settings import Count, checked
 from recbole_mllm.data.schema import store_file
-from recbole_mllm.demo.builtin import DEMO_SEED, ensure_builtin, is_builtin
+from recbole_mllm.demo.builtin import DEMO_SEED, ensure_builtin, preset_of
 
 DEMO_MODELS = "quick"
 DEMO_NOTE = (
     "This world is made so that the images carry the taste and some items are new: it shows that the machine works, "
     "not that MLLMs beat SASRec."
 )
-POSTERS_NOTE = "The bundled tiny MLLM has never seen a film poster: its row shows that every stage runs on real data."
 DEFAULT_SEED = 2024
 
 
@@ -118,7 +117,7 @@ def summarize(args: Namespace, options: Options) -> int:
     from recbole_mllm.plan.counting import dry_run
     from recbole_mllm.quick_start import write_summaries
 
-    config = config_of(MLLM, dataset_of(args), options)
+    config = config_of(MLLM, dataset_of(args), options, recommends=False)
     lines = (dry_run if args.dry_run else write_summaries)(config, args.stage, since=args.since)
     if distributed.is_main():
         print("".join(f"{line}\n" for line in lines), end="")
@@ -130,7 +129,7 @@ def probe_memory(args: Namespace, options: Options) -> int:
     from recbole_mllm.benchmark.memory_probe import probe_memory as probe
 
     count = checked("--questions", args.questions, Count)
-    print(*probe(config_of(MLLM, args.where, options), count), sep="\n")
+    print(*probe(config_of(MLLM, args.where, options, recommends=False), count), sep="\n")
     return 0
 
 
@@ -331,7 +330,7 @@ def run_benchmark(
         check_training(config)
         check_one_target(config)
 
-    note = "" if not is_builtin(dataset) else POSTERS_NOTE if dataset == "ml-100k-posters" else DEMO_NOTE
+    note = DEMO_NOTE if preset_of(dataset) == "demo" else ""
     keys = dict(options.overrides)
     plan = BenchmarkPlan(
         dataset=dataset,

@@ -209,12 +209,12 @@ class Requests:
             return
         who = "; ".join(f"{host.url}: {host.last_failure}" for host in self.hosts)
         raise UserError(
-            f"no server has answered for {patience:g} s ({who}); start them again and repeat the command: what was "
-            "finished is kept (server_patience sets how long is waited)"
+            f"no server has answered for {patience:g} s ({who}); start them again and repeat the command; finished "
+            "work is saved (server_patience sets how long the run waits)"
         )
 
     def _refusal(self) -> UserError:
         return UserError(
             f"{len(self.refused)} prompts were refused, the first for this: {self.refused[0]}; "
-            "mend that and repeat the command: what was finished is kept"
+            "mend that and repeat the command; finished work is saved"
         )

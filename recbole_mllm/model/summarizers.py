@@ -54,8 +54,19 @@ def prepare_summaries(config: Any, dataset: Any) -> Preferences:
     settings = Settings.from_config(config)
     check_recommender(config, settings, dataset)
     stage = make_summary_setup(config, settings, torch.device(config["device"]))
+    return make_preferences(stage, summary_requests(dataset, settings))
+
+
+def summary_requests(dataset: Any, settings: Settings) -> SummaryRequests:
+    """Return which summaries the rows of `dataset` (the training part) read; zero-shot reads none for training rows.
+
+    Raises:
+        UserError: A control finds nothing to put in their place.
+    """
     requests = SummaryRequests(dataset.histories, dataset.positions)
-    return make_preferences(stage, controlled(requests, settings.summary))
+    if settings.lora.finetune == "none":
+        requests = replace(requests, positions=dataset.evaluated, unread=dataset.positions)
+    return controlled(requests, settings.summary)
 
 
 def check_recommender(config: Any, settings: Settings, dataset: Any) -> None:

@@ -27,7 +27,7 @@ pytest.importorskip("openai")
 
 STYLE = Style.from_mapping("demo", yaml.safe_load(resource("prompt", "demo").read_text()))
 SETTINGS = ServerSettings(3, 5.0, 5.0, None)
-MLLM = Settings.from_config(yaml.safe_load(resource("model", "MLLMMSR").read_text())).mllm
+MLLM = Settings.from_config(yaml.safe_load(resource("model", "MLLMMSR").read_text()) | {"mllm": "tiny"}).mllm
 CPU = torch.device("cpu")
 
 
