@@ -30,6 +30,7 @@ from recbole_mllm.mllm.loading import Size, dtype_of, load_images_processor, ref
 from recbole_mllm.mllm.lora import check_finetune
 from recbole_mllm.mllm.placement import check_dispatch
 from recbole_mllm.mllm.server import ServerModel
+from recbole_mllm.mllm.server_scoring import IMAGES_LOST
 from recbole_mllm.summaries.controls import controlled, other_images
 from recbole_mllm.summaries.generator import Summarizers, SummarySetup, decodings
 from recbole_mllm.summaries.preferences import Preferences, make_preferences
@@ -126,6 +127,8 @@ def make_summary_setup(config: Mapping[str, Any], settings: Settings, device: to
         raise UserError(
             "no item has an image; give --image_dir, or set use_image: false and item_summary: text to go without"
         )
+    if items.images and use_image and is_server(settings.mllm.mllm) and settings.server.server_scoring == "score":
+        raise UserError(IMAGES_LOST)
     if settings.summary.control == "wrong-image":
         items = replace(items, images=other_images(items.images, settings.summary.summary_seed))
     style = load_style(settings)
