@@ -11,7 +11,7 @@ from recbole_mllm.cli import main
 from tests.unit.test_docs import CALLS
 
 _TRAINED = ("benchmark", "--model", "--seed", "--models")  # hours, and tested elsewhere
-_NOT_HERE = ("qwen", "llava", "server:", "full.yaml", "my-style.yaml")  # a hub, a server, a reader's own file
+_NOT_HERE = ("qwen", "llava", "server:", "--push-to-hub", "full.yaml", "my-style.yaml")  # a hub, a server, own files
 
 
 def commands() -> list[list[str]]:
