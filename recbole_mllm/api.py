@@ -28,7 +28,7 @@ from recbole_mllm.common import distributed
 from recbole_mllm.common.config import check_training
 from recbole_mllm.common.files import BENCHMARK, check_folder
 from recbole_mllm.common.resources import MLLM, converters
-from recbole_mllm.demo.builtin import is_builtin
+from recbole_mllm.demo.builtin import is_demo
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,7 +40,6 @@ DEMO_NOTE = (
     "This world is made so that the images carry the taste and some items are new: it shows that the machine works, "
     "not that MLLMs beat SASRec."
 )
-POSTERS_NOTE = "The bundled tiny MLLM has never seen a film poster: its row shows that every stage runs on real data."
 DEFAULT_SEED = 2024
 
 
@@ -346,7 +345,7 @@ def run_benchmark(
 
     check_folder(folder := Path(output_dir or f"results/{dataset}"), BENCHMARK, "--output_dir")
     options = options_of(config_file_list, config_dict)
-    note = "" if not is_builtin(dataset) else POSTERS_NOTE if dataset == "ml-100k-posters" else DEMO_NOTE
+    note = DEMO_NOTE if is_demo(dataset) else ""
     keys = dict(options.overrides)
     plan = BenchmarkPlan(
         dataset=dataset,

@@ -6,15 +6,18 @@ import importlib.util
 import json
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.files import BUILTIN, check_place, publish_new, staged, write_text
 from recbole_mllm.common.resources import converters
-from recbole_mllm.data.schema import INTER_TYPES
+from recbole_mllm.data.schema import INTER_TYPES, item_file, title_column
+from recbole_mllm.demo.attributes import BRANDS, VALUES
 
 DEMO_SEED = 1  # the world behind the plain name `demo`; `demo-7` is the world of seed 7
 _DEMO = re.compile(r"demo(?:-(\d+))?")
+_TITLE = re.compile(f"({'|'.join(BRANDS)}) ({'|'.join(VALUES['theme'])}) edition")
 
 DEMO_COMMENT = "A made world: the images carry the taste, the titles do not (docs/tiny-mllm.md)."
 
@@ -32,6 +35,20 @@ def is_demo(name: str) -> bool:
 def preset_of(name: str) -> str | None:
     """Return the preset that goes with a built-in dataset."""
     return None if not is_builtin(name) else "ml-100k-posters" if name == "ml-100k-posters" else "demo"
+
+
+def is_demo_world(folder: Path) -> bool:
+    """Return whether the dataset in `folder` is a demo world, whatever it is called, whole or split.
+
+    Its titles tell; the name alone does where they cannot be read, as where results lie on another machine.
+    """
+    from recbole_mllm.data.atomic import read_columns, read_numbered  # numpy, for which `--help` does not wait
+
+    with suppress(OSError, UserError):
+        path = item_file(folder)
+        title = title_column(read_columns(path))
+        return title is not None and all(_TITLE.fullmatch(row[title]) for _, row in read_numbered(path))
+    return _DEMO.fullmatch(folder.name) is not None
 
 
 def ensure_builtin(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The commands as functions: they return frames that agree with what was planted, and say mistakes as the commands do."""
+"""The commands as functions: their frames agree with what was planted, and they say mistakes as the commands do."""
 
 import inspect
 import re
