@@ -1,6 +1,6 @@
 """MkDocs hooks: pages made from the code, so that nothing is written twice; no page loads anything from outside.
 
-``commands.md``, ``keys.md`` and ``python.md`` hold a line ``<!-- generated: NAME -->``, which one of `GENERATED` replaces.
+``commands.md``, ``keys.md`` and ``python.md`` hold a line ``<!-- generated: NAME -->``; one of `GENERATED` replaces it.
 """
 
 from __future__ import annotations
