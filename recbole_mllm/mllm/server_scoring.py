@@ -167,7 +167,7 @@ class ServedScorer:
     async def _first_form(
         self, host: Host, forms: Sequence[Callable[[Any], Awaitable[Scored]]], other: Collection[int], path: str
     ) -> Answer | Failure:
-        """Make the request of `forms` that `host` takes: the first without a status of `other`, from then on that one."""
+        """Make the request of `forms` that `host` takes: the first without a status of `other`, then always it."""
         outcome: Answer | Failure
         for place in [self._forms[host]] if len(forms) > 1 and host in self._forms else range(len(forms)):
             outcome = await host.call(forms[place])
