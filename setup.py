@@ -10,6 +10,14 @@ PACKAGE = (HERE / "recbole_mllm/__init__.py").read_text(encoding="utf-8")
 VERSION = re.search(r'^__version__ = "([^"]+)"', PACKAGE, re.MULTILINE)[1]
 README = HERE / "README.md"
 
+
+def description() -> str:
+    """Return the README for a package index, where links to files of the repository lead nowhere, without them."""
+    text = README.read_text(encoding="utf-8") if README.is_file() else ""
+    text = re.sub(r"<picture>.*?</picture>|!\[[^]]*\]\((?!http)[^)]*\)", "", text, flags=re.DOTALL)
+    return re.sub(r"\[([^]]+)\]\((?!http)[^)]*\)", r"\1", text)
+
+
 # RecBole's metadata asks for ray<=2.6.3, which has no wheel for Python 3.12 and later: there
 # `pip install --no-deps recbole==1.2.1` brings it. We never import ray.
 RECBOLE = ["recbole==1.2.1; python_version < '3.12'"]
@@ -32,7 +40,7 @@ setup(
     name="recbole-mllm",
     version=VERSION,
     description="MLLM-MSR for RecBole: multimodal large language models as sequential recommenders",
-    long_description=README.read_text(encoding="utf-8") if README.is_file() else "",
+    long_description=description(),
     long_description_content_type="text/markdown",
     license="MIT",
     license_files=["LICENSE"],
@@ -90,6 +98,7 @@ setup(
             "sentencepiece",
             "transformers[serving]",
         ],
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"],
         "gguf": ["gguf>=0.10"],
         "server": ["openai>=1.98"],
         "energy": ["codecarbon>=3"],

@@ -20,22 +20,25 @@ from recbole_mllm.common.config import check_keys, check_training, per_model, re
 from recbole_mllm.common.errors import UserError, as_user_error
 from recbole_mllm.common.files import check_place
 from recbole_mllm.common.fitting import Fit
+from recbole_mllm.common.resources import MLLM
 from recbole_mllm.common.settings import Settings
 from recbole_mllm.data.checking import nothing_left
 from recbole_mllm.data.schema import isum_file, usum_file
 from recbole_mllm.evaluation.candidates_file import write_candidates
 from recbole_mllm.evaluation.full_ranking import loader_of_all_items
+from recbole_mllm.evaluation.loader import FrozenEvalDataLoader
 from recbole_mllm.evaluation.metrics import has_several_rows, joined, per_user, pooled_auc
 from recbole_mllm.evaluation.protocol import protocol_line
 from recbole_mllm.evaluation.tie_breaking import evaluate, recording
-
-MLLM = "MLLMMSR"
-"""RecBole's name of this project's model, the one that reads summaries."""
+from recbole_mllm.retrieval.baseline import write_ids
 
 
 @dataclass(slots=True)
 class Outcome:
-    """What a run ended with. `pairs` holds internal ids, labels, scores and places of every scored test pair.
+    """What a run ended with.
+
+    `candidates` is the digest of what was asked, "" where that was not frozen. `pairs` holds internal ids, labels,
+    scores and places of every scored test pair.
 
     Under full ranking it holds each user's best items and target, with ``among``, how many were ranked, and ``answer``,
     the log-odds of an MLLM that was asked about the pair; `pairs_scored` counts all.
@@ -62,6 +65,7 @@ class Outcome:
     test_data: Any
     model: Any
     checkpoint: Path
+    candidates: str
     valid: dict[str, float]
     test: dict[str, float]
     users: dict[str, Any]
@@ -95,8 +99,17 @@ def metric_name(key: str) -> str:
     return (metrics_dict[name].__name__ if name in metrics_dict else name) + at + k
 
 
-Check = Callable[[Any, Any], None]
-"""Called with the dataset and its test loader once it is split, before anything is trained; may raise."""
+class Loaders(NamedTuple):
+    """RecBole's, of a split dataset; those for evaluation hold the frozen candidates, whose digest is `candidates`."""
+
+    train: Any
+    valid: Any
+    test: Any
+    candidates: str
+
+
+Check = Callable[[Loaders], None]
+"""Called once the dataset is split, before anything is trained; may raise."""
 
 
 def run(config: Any, check: Check | None = None, *, keep_valid: bool = False, rank_all: bool = False) -> Outcome:
@@ -111,7 +124,7 @@ def run(config: Any, check: Check | None = None, *, keep_valid: bool = False, ra
     _begin(config)
     dataset, loaders = _data(config)
     if check is not None:
-        check(dataset, loaders.test)
+        check(loaders)
     summaries = _summaries(config, loaders.train)
     model, build_s = _model(config, loaders.train, summaries)
     fitted = _fit(config, model, build_s, loaders, saved=True, keep_valid=keep_valid)
@@ -126,6 +139,7 @@ def run(config: Any, check: Check | None = None, *, keep_valid: bool = False, ra
         test_data=loaders.test,
         model=model,
         checkpoint=Path(fitted.trainer.saved_model_file),
+        candidates=loaders.candidates,
         valid=fitted.valid,
         test=metrics,
         users=users,
@@ -165,14 +179,6 @@ def _begin(config: Any) -> None:
             check_place(Path(str(config[key])), f"{key}:")
 
 
-class Loaders(NamedTuple):
-    """RecBole's, of a split dataset; those for evaluation hold the frozen candidates."""
-
-    train: Any
-    valid: Any
-    test: Any
-
-
 def read_and_split(config: Any) -> tuple[Any, Loaders]:
     """Return the dataset of `config`, and its loaders with the candidates that every model is asked about.
 
@@ -183,7 +189,8 @@ def read_and_split(config: Any) -> tuple[Any, Loaders]:
     with as_user_error("read the dataset", *refused):
         dataset = create_dataset(config)
     with as_user_error("split the dataset", *refused):
-        return dataset, Loaders(*data_preparation(config, dataset))
+        train, valid, test = data_preparation(config, dataset)
+        return dataset, Loaders(train, valid, test, dataset.candidates_digest)
 
 
 def _data(config: Any) -> tuple[Any, Loaders]:
@@ -256,6 +263,8 @@ def _fit(
     fit = Fit(trainer, recording) if keep_valid else Fit(trainer)
     with as_user_error("train", *refused):
         score, best = fit.run(loaders.train, loaders.valid, saved=saved, show_progress=config["show_progress"])
+    if config["model"] != MLLM and (checkpoint := Path(trainer.saved_model_file)).is_file():
+        write_ids(checkpoint, loaders.train._dataset)
     seconds: float | None = None
     if trainer.epochs and config["model"] != "Random":  # which learns nothing
         # ours counts the seconds itself, those before a run was resumed included
@@ -287,7 +296,7 @@ def _score(config: Any, trainer: Any, test: Any) -> _Scored:
 
 def _rank_all(config: Any, trainer: Any, test: Any, summaries: _Summaries | None) -> dict[str, Any] | None:
     """Return what `Outcome.full_ranking` holds, None where candidates are not drawn or nothing ranks all items."""
-    if not hasattr(test, "ranking") or (summaries is not None and summaries.reranker is None):
+    if not isinstance(test, FrozenEvalDataLoader) or (summaries is not None and summaries.reranker is None):
         return None
     try:
         found = evaluate(trainer, loader_of_all_items(config, test), load_best_model=False, show_progress=False)
@@ -375,10 +384,11 @@ def write_summaries(config: Any, stage: str, *, since: str | None = None) -> lis
     init_seed(config["seed"], config["reproducibility"])
     init_logger(config)
     check_keys(config.external_config_dict, "the configuration")
-    dataset, (train, *_) = read_and_split(config)
+    dataset, loaders = read_and_split(config)
+    train = loaders.train._dataset
     settings = Settings.from_config(config)
     setup = make_summary_setup(config, settings, config["device"])
-    requests = SummaryRequests(train._dataset.histories, train._dataset.positions)
+    requests = SummaryRequests(train.histories, train.positions)
     requests = controlled(requests, settings.summary)
     users = users_since(dataset, since) if since is not None else None
     lines = []
@@ -410,8 +420,9 @@ def frozen_candidates(config: Any, out: Path) -> str:
     config["show_progress"], config["state"] = False, "ERROR"
     init_seed(config["seed"], config["reproducibility"])  # as `run`: a random split draws from it
     init_logger(config)
-    dataset, (_, *loaders) = read_and_split(config)
-    frozen = {p: made for p, made in zip(("valid", "test"), loaders, strict=True) if hasattr(made, "negatives")}
+    dataset, loaders = read_and_split(config)
+    phases = {"valid": loaders.valid, "test": loaders.test}
+    frozen = {phase: loader for phase, loader in phases.items() if isinstance(loader, FrozenEvalDataLoader)}
     if not frozen:
         raise UserError("full ranking has no candidates to export; set eval_args.mode to uniN or popN")
     users, items = (np.asarray(dataset.field2id_token[f]).astype(str) for f in (dataset.uid_field, dataset.iid_field))
@@ -419,7 +430,7 @@ def frozen_candidates(config: Any, out: Path) -> str:
         "dataset": dataset.dataset_name,
         "protocol": protocol_line(config, len(frozen["test"].rows.users) if "test" in frozen else 0),
         "seed": config["candidate_seed"],
-        "digest": dataset.candidates_digest,
+        "digest": loaders.candidates,
     }
     lines = write_candidates(out, header, frozen, users, items)
-    return f"{out}: {lines} lines of users, digest {dataset.candidates_digest}; {header['protocol']}"
+    return f"{out}: {lines} lines of users, digest {loaders.candidates}; {header['protocol']}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -11,16 +10,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from recbole.data import create_dataset
 from recbole.data.interaction import Interaction
-from recbole.model.abstract_recommender import AbstractRecommender
-from recbole.utils import ModelType, get_model, init_seed
+from recbole.utils import ModelType, get_model
 
+from recbole_mllm.common.checkpoint import find_checkpoint, read_checkpoint
 from recbole_mllm.common.errors import UserError, as_user_error
+from recbole_mllm.common.resources import MLLM
 from recbole_mllm.common.settings import Settings
 from recbole_mllm.data.item_table import Items, read_items
-from recbole_mllm.quick_start import MLLM
-from recbole_mllm.training.checkpoint import find_checkpoint, read_checkpoint
+from recbole_mllm.retrieval.baseline import Baseline, fill, load_baseline, training_part
 
 TOP_K = 100
 """How many of a retriever's best items the MLLM is asked about."""
@@ -50,19 +48,21 @@ class Recommender:
         data_path: str | Path | None = None,
     ) -> None:
         path = find_checkpoint(str(checkpoint), model=None)
-        state = read_checkpoint(path, device := _device())
-        config = _config(state, device, data_path)
+        state = read_checkpoint(path, device := torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        config = state["config"]
         self.name, self.checkpoint, self.dataset_name = str(config["model"]), path, str(config["dataset"])
-        init_seed(config["seed"], config["reproducibility"])
-        with as_user_error("read and split the dataset", self.name, self.dataset_name):
-            data = create_dataset(config)
-            train = data.build()[0]
-        if self.name != MLLM:
-            _warn_of_newer_data(path, config)
-        self._histories = _whole_histories(data)
-        kind: type[_MLLMRanker] | type[_BaselineRanker] = _MLLMRanker if self.name == MLLM else _BaselineRanker
-        self._ranker = kind(config, train, state)
-        self.items = self._ranker.items
+        folder = str(Path(data_path) / self.dataset_name) if data_path is not None else config["data_path"]
+        if not Path(folder).is_dir():
+            raise UserError(
+                f"the checkpoint's dataset is not in {folder}; give the folder that holds {self.dataset_name} as "
+                "data_path"
+            )
+        self._ranker: _MLLMRanker | _BaselineRanker
+        if self.name == MLLM:
+            self._ranker = _MLLMRanker(state, folder, device)
+        else:
+            self._ranker = _BaselineRanker(load_baseline(path, state, folder, device))
+        self._histories, self.items = _whole_histories(self._ranker.dataset), self._ranker.items
         self.retriever: Recommender | None = None
         if retriever_checkpoint is not None:
             if self.name != MLLM:
@@ -184,20 +184,17 @@ class Recommender:
 class _BaselineRanker:
     """One of RecBole's models, by its own ranking of all items."""
 
-    def __init__(self, config: Any, train: Any, state: Mapping[str, Any]) -> None:
-        self.data, self.config = train, config
+    def __init__(self, loaded: Baseline) -> None:
+        self.model, self.dataset, train = loaded
+        self.config = config = self.dataset.config
         self.numbers = {str(name): n for n, name in enumerate(train.field2id_token[train.iid_field]) if n}
         item_file = Path(config["data_path"]) / f"{config['dataset']}.item"
         self.items = read_items(item_file.parent, None, train.iid_field) if item_file.is_file() else Items({}, {})
-        model = get_model(config["model"])(config, train)
-        if type(model).full_sort_predict is AbstractRecommender.full_sort_predict:
-            raise UserError(f"{config['model']} cannot rank all items at once; take a general or sequential model")
-        self.model = _filled(model, state, config)
 
     @torch.no_grad()
     def scores(self, user: str | None, history: Sequence[str], asked: Sequence[str]) -> Any:
         """Return RecBole's scores of the items; ``full_sort_predict`` of one row."""
-        data, depth = self.data, int(self.config["MAX_ITEM_LIST_LENGTH"] or 0)
+        data, depth = self.dataset, int(self.config["MAX_ITEM_LIST_LENGTH"] or 0)
         columns = {data.uid_field: torch.tensor([data.field2token_id[data.uid_field][user] if user is not None else 0])}
         if self.config["MODEL_TYPE"] == ModelType.SEQUENTIAL:
             read = torch.tensor([self.numbers[item] for item in history][-depth:], dtype=torch.long)
@@ -219,11 +216,14 @@ class _BaselineRanker:
 class _MLLMRanker:
     """MLLMMSR: what its question says of the user is summarised here, where the store does not know it."""
 
-    def __init__(self, config: Any, train: Any, state: Mapping[str, Any]) -> None:
+    def __init__(self, state: Mapping[str, Any], data_path: str, device: torch.device) -> None:
         from recbole_mllm.model.summarizers import make_summary_setup
         from recbole_mllm.summaries.preferences import Preferences
         from recbole_mllm.summaries.user_summaries import SummaryRequests
 
+        config = state["config"]
+        config["retriever_checkpoint"], config["eval_args"]["mode"] = None, {"valid": "uni1", "test": "uni1"}
+        self.dataset, train = training_part(config, data_path, device)  # and no retriever is trained
         settings = Settings.from_config(config)
         if settings.summary.control:
             raise UserError(
@@ -236,7 +236,10 @@ class _MLLMRanker:
         self.numbers = {item: n for n, item in enumerate(described)}
         setup = self.setup
         nobody = Preferences({}, SummaryRequests({}, {}), setup.items, setup.style, setup.settings)
-        self.model = _filled(get_model(MLLM)(config, train, nobody), state, config)
+        self.model = get_model(MLLM)(config, train, nobody)
+        with as_user_error(f"load the checkpoint of {MLLM}", MLLM, config["dataset"]):
+            fill(self.model, state)
+        self.model.to(device).eval()
         self._preferences: dict[tuple[str, ...], Any] = {}
 
     def scores(self, user: str | None, history: Sequence[str], asked: Sequence[str]) -> Any:
@@ -260,29 +263,6 @@ class _MLLMRanker:
         return self._preferences[key]
 
 
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _config(state: Mapping[str, Any], device: torch.device, data_path: str | Path | None) -> Any:
-    """Return the configuration of the checkpoint's run, for this machine and without an evaluation."""
-    config = state["config"]
-    config["device"] = device
-    if data_path is not None:
-        config["data_path"] = str(Path(data_path) / config["dataset"])
-    for key in ("limit_users", "frozen_candidates", "candidates_file", "retriever_checkpoint"):
-        config[key] = None
-    for key in ("save_dataset", "save_dataloaders"):
-        config[key] = False
-    config["eval_args"]["mode"] = {"valid": "uni1", "test": "uni1"}  # no retriever is trained
-    if not Path(config["data_path"]).is_dir():
-        raise UserError(
-            f"the checkpoint's dataset is not in {config['data_path']}; give the folder that holds {config['dataset']} "
-            "as data_path"
-        )
-    return config
-
-
 def _whole_histories(data: Any) -> dict[str, list[str]]:
     """Return the raw item ids of each user, oldest first, whatever part of the split they are in.
 
@@ -302,30 +282,3 @@ def _whole_histories(data: Any) -> dict[str, list[str]]:
     starts = np.flatnonzero(np.diff(owners, prepend=-1))
     lists = np.split(items[read], starts[1:])
     return {str(users[owners[start]]): own.tolist() for start, own in zip(starts.tolist(), lists, strict=True)}
-
-
-def _warn_of_newer_data(checkpoint: Path, config: Any) -> None:
-    """Say that the dataset was written after the checkpoint: RecBole's checkpoints hold numbers of items, no ids."""
-    folder, trained = Path(config["data_path"]), checkpoint.stat().st_mtime
-    for path in sorted(folder.glob(f"{config['dataset']}*.inter")):
-        if path.stat().st_mtime > trained:
-            logging.getLogger().warning(
-                f"{path} was written after {checkpoint.name}, which knows users and items by their number in the data: "
-                f"unless the data is the same, train {config['model']} again"
-            )
-            return
-
-
-def _filled(model: Any, state: Mapping[str, Any], config: Any) -> Any:
-    """Return `model` with the checkpoint's state, on its device and ready to score."""
-    with as_user_error(f"load the checkpoint of {config['model']}", config["model"], config["dataset"]):
-        try:
-            model.load_state_dict(state["state_dict"])
-        except RuntimeError as error:  # names and shapes of all weights, a line each
-            raise UserError(
-                f"the checkpoint of {config['model']} does not fit dataset {config['dataset']} in "
-                f"{config['data_path']}, which has other users or items than at training; give that state's "
-                "folder as data_path, or train again"
-            ) from error
-        model.load_other_parameter(state.get("other_parameter"))
-    return model.to(config["device"]).eval()

@@ -15,10 +15,10 @@ from types import ModuleType
 from typing import Any
 
 from recbole_mllm.common.files import CONVERTED, recover
-from recbole_mllm.common.resources import PROPERTIES, resource
+from recbole_mllm.common.resources import MLLM, PROPERTIES, resource
 from recbole_mllm.recbole_patches.hooks import replace
 
-MODELS = {"MLLMMSR": "recbole_mllm.model.sequential_recommender.mllmmsr"}
+MODELS = {MLLM: "recbole_mllm.model.sequential_recommender.mllmmsr"}
 _EVERY_TIME = {"inter": ["user_id", "item_id", "timestamp"]}
 _GIVEN: dict[str, type] = {}  # classes that a Config was given instead of a name
 
@@ -50,7 +50,7 @@ def find_models(utils: ModuleType) -> None:
 
     @replace(utils)
     def get_trainer(stock: Any, model_type: Any, model_name: str) -> Any:
-        if model_name == "MLLMMSR":
+        if model_name == MLLM:
             return importlib.import_module("recbole_mllm.trainer").MLLMMSRTrainer
         return stock(model_type, model_name)
 
@@ -147,7 +147,7 @@ def prepare_data(utils: ModuleType) -> None:
         importlib.import_module("recbole_mllm.common.config").tell_missing_gpus(config)
         if config["item_features"]:
             importlib.import_module("recbole_mllm.features.item_vectors").offer_features(config)
-        if config["model"] == "MLLMMSR":  # :41-42 looks for a dataset of the model's name in this package
+        if config["model"] == MLLM:  # :41-42 looks for a dataset of the model's name in this package
             ours = importlib.import_module("recbole_mllm.data.dataset").MLLMMSRDataset
             importlib.import_module("recbole.data.dataset").MLLMMSRDataset = ours  # type: ignore[attr-defined]
         with checking.explain_what_is_left(config):
@@ -160,7 +160,7 @@ def prepare_data(utils: ModuleType) -> None:
     def data_preparation(stock: Any, config: Any, dataset: Any) -> Any:
         with checking.explain_what_is_left(config, dataset):
             train, *rest = stock(config, dataset)
-        if hasattr(getattr(train, "_dataset", None), "histories"):  # our dataset, whose rows know their places
+        if config["model"] == MLLM:
             train = importlib.import_module("recbole_mllm.data.dataloader").SeededTrainDataLoader.of(train)
         loaders = (train, *rest)
         if config["frozen_candidates"] is True:

@@ -22,17 +22,7 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 from recbole_mllm.common import distributed
-from recbole_mllm.common.errors import UserError
-from recbole_mllm.common.progress import Progress
-from recbole_mllm.common.seeding import random_state, restore_random_state, seed_step
-from recbole_mllm.data.dataloader import SeededTrainDataLoader
-from recbole_mllm.evaluation.full_ranking import ranked_batch
-from recbole_mllm.evaluation.loader import FrozenEvalDataLoader
-from recbole_mllm.evaluation.tie_breaking import record_scores, recording
-from recbole_mllm.mllm.loading import dtype_of
-from recbole_mllm.mllm.memory import Budget, in_batches
-from recbole_mllm.model.row_scoring import Row
-from recbole_mllm.training.checkpoint import (
+from recbole_mllm.common.checkpoint import (
     TrainingPlace,
     best_of,
     difference,
@@ -43,6 +33,16 @@ from recbole_mllm.training.checkpoint import (
     whole_folder,
     write_checkpoint,
 )
+from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.progress import Progress
+from recbole_mllm.common.seeding import random_state, restore_random_state, seed_step
+from recbole_mllm.data.dataloader import SeededTrainDataLoader
+from recbole_mllm.evaluation.full_ranking import ranked_batch
+from recbole_mllm.evaluation.loader import FrozenEvalDataLoader
+from recbole_mllm.evaluation.tie_breaking import record_scores, recording
+from recbole_mllm.mllm.loading import dtype_of
+from recbole_mllm.mllm.memory import Budget, in_batches
+from recbole_mllm.model.row_scoring import Row
 from recbole_mllm.training.optimization import (
     MixedPrecision,
     add_gradients,
@@ -373,7 +373,7 @@ class MLLMMSRTrainer(Trainer):  # type: ignore[misc]
         ):
             self._score_ahead(eval_data)
             rank = partial(super().evaluate, eval_data, load_best_model=False, show_progress=show_progress)
-            if self._validates and self.retrieval and self.model.settings.ranking.fusion == "auto":
+            if self._validates and self.retrieval and self.model.settings.ranking.mllm_share == "auto":
                 return best_share(self.model.reranker, rank, self.valid_metric, self.valid_metric_bigger)
             result = rank()
             if not self._validates:

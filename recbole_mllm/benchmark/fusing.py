@@ -22,8 +22,8 @@ from recbole_mllm.benchmark.records import (
     read_records,
     write_arrays,
 )
-from recbole_mllm.benchmark.variants import MLLM
 from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.resources import MLLM
 from recbole_mllm.evaluation.fusion import align_candidates, choose_fusion, ndcg, sorted_scores
 from recbole_mllm.evaluation.metrics import per_user, pooled_auc
 

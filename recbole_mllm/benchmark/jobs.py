@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from recbole_mllm.benchmark.records import DECISIVE_FILES, plain_json
-from recbole_mllm.benchmark.variants import MLLM, Entry, baseline_defaults, resolve
+from recbole_mllm.benchmark.variants import Entry, baseline_defaults, resolve
 from recbole_mllm.common import distributed
 from recbole_mllm.common.config import file_keys
 from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.resources import MLLM
 from recbole_mllm.common.settings import Count, Seed, Whole, checked
 
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from recbole_mllm.benchmark.records import RunRecord
+from recbole_mllm.benchmark.setups import ModelSetup, setup_of
 from recbole_mllm.benchmark.significance import Estimate
 from recbole_mllm.evaluation.metrics import METRICS
 
@@ -94,6 +95,11 @@ class LeaderboardRow:
     groups: Mapping[str, tuple[Estimate, ...]] = field(default_factory=dict)
     beyond: Mapping[str, Estimate] = field(default_factory=dict)
     tested_against: str | None = None
+
+    @property
+    def setup(self) -> ModelSetup | None:
+        """Which models the row asks, and how; None of a plain baseline."""
+        return setup_of(self.runs)
 
     @property
     def converged(self) -> bool | None:
@@ -228,8 +234,8 @@ class Leaderboard:
     def to_json(self) -> dict[str, Any]:
         """Return the published schema of ``leaderboard.json``; a failed row has the same keys with null values.
 
-        What only some records tell stands where they do: ``future_share``, the slice ``new_user``, ``full_ranking``,
-        ``beyond`` and ``energy_kwh``.
+        What only some records tell stands where they do: ``future_share``, the slice ``new_user``, ``setup``,
+        ``full_ranking``, ``beyond`` and ``energy_kwh``.
         """
         about = ["dataset", "protocol", "candidates", "n_users", "metrics", "best_baseline"]
         if self.future_share is not None:
@@ -252,7 +258,8 @@ class Leaderboard:
 
     def _optional_json(self, row: LeaderboardRow) -> dict[str, Any]:
         beyond = {name: {"mean": one.mean, "ci95": (one.low, one.high)} for name, one in row.beyond.items()}
-        return {"full_ranking": row.full_ranking, "beyond": beyond, "fusion": row.fusions}
+        setup = row.setup and row.setup.to_json()
+        return {"setup": setup, "full_ranking": row.full_ranking, "beyond": beyond, "fusion": row.fusions}
 
     def _score_json(self, row: LeaderboardRow, metric: str) -> dict[str, Any]:
         score = row.scores.get(metric)

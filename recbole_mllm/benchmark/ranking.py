@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -41,9 +41,10 @@ from recbole_mllm.benchmark.leaderboard import (
     ordered_metrics,
 )
 from recbole_mllm.benchmark.records import RunRecord, latest, one_set_of_candidates
+from recbole_mllm.benchmark.setups import ModelSetup, setup_of
 from recbole_mllm.benchmark.significance import DRAW_SEED
-from recbole_mllm.benchmark.variants import MLLM
 from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.resources import MLLM
 
 NO_POOLED = (
     "AUC has no value here: it pools the scores of all users' pairs, and of a ranking of all items each user's best "
@@ -134,7 +135,6 @@ def _contenders(loaded: Sequence[tuple[RunRecord, Evidence]]) -> list[Contender]
     The draws are the same for all rows, since only replicates of the same draws can be paired.
     """
     groups: dict[tuple[str, str], dict[int, tuple[RunRecord, Evidence]]] = defaultdict(dict)
-    variants: dict[str, set[str]] = defaultdict(set)
     weights: dict[tuple[str, str], set[str]] = defaultdict(set)
     for run, _ in loaded:
         weights[run.label, configuration(run.run_id)] |= {_weights(run)} if run.weights else set()
@@ -143,16 +143,28 @@ def _contenders(loaded: Sequence[tuple[RunRecord, Evidence]]) -> list[Contender]
         if len(weights[run.label, variant]) > 1:
             variant += f", weights {_weights(run)}"
         groups[run.label, variant][run.seed] = (run, evidence)
-        variants[run.label].add(variant)
     pairs = max((pairs.size for _, evidence in loaded for pairs in evidence.pairs), default=0)
     draws = sig.draw_users(loaded[0][1].users.size, pairs, DRAW_SEED) if pairs else np.empty((0, 0), np.uint16)
+    setups = {group: setup_of([run for run, _ in seeds.values()]) for group, seeds in groups.items()}
     found = []
     for (label, variant), seeds in groups.items():
-        name = f"{label} ({variant})" if len(variants[label]) > 1 else label
+        same = {one: setup for (other, one), setup in setups.items() if other == label}
+        name = f"{label} ({_apart(variant, same)})" if len(same) > 1 else label
         evidence = average([evidence for _, evidence in seeds.values()])
         replicates = sig.auc_replicates(evidence.pairs, draws) if evidence.pairs else None
         found.append(Contender(name, tuple(run for run, _ in seeds.values()), evidence, replicates))
     return found
+
+
+def _apart(variant: str, setups: Mapping[str, ModelSetup | None]) -> str:
+    """Return what tells a variant from the others of its label: what it is in words, its digest where that is alike."""
+    words = {
+        name: [part.rpartition("/")[2] for part in (*setup.short, *setup.rest)] if setup else []
+        for name, setup in setups.items()
+    }
+    own = [part for part in words[variant] if not all(part in others for others in words.values())]
+    alike = sum(others == words[variant] for others in words.values()) > 1
+    return ", ".join([*own, *([variant] if alike or not own else [])])
 
 
 def _recommendable(contenders: Sequence[Contender]) -> NDArray[np.bool_]:

@@ -15,11 +15,10 @@ from typing import Any
 
 from recbole_mllm.benchmark.process import LOG, WORKER, claim, failure, heartbeat, run_child, write_order
 from recbole_mllm.benchmark.records import RECORDS, RunRecord, latest, plain_json, read_records, records_of
-from recbole_mllm.benchmark.variants import MLLM
 from recbole_mllm.common.config import every_key
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.model_names import is_same
-from recbole_mllm.common.resources import PROPERTIES
+from recbole_mllm.common.resources import MLLM, PROPERTIES
 from recbole_mllm.common.settings import MLLMSettings
 from recbole_mllm.common.yaml_files import read_mapping
 from recbole_mllm.demo.builtin import is_builtin

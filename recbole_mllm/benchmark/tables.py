@@ -15,7 +15,8 @@ import pandas as pd
 from jinja2 import Template
 
 from recbole_mllm.benchmark import wording
-from recbole_mllm.benchmark.leaderboard import ALL_COSTS, SLICES, Leaderboard
+from recbole_mllm.benchmark.leaderboard import ALL_COSTS, SLICES, Leaderboard, LeaderboardRow
+from recbole_mllm.benchmark.setups import SETUP
 from recbole_mllm.benchmark.wording import (
     NOT_CONVERGED,
     added,
@@ -65,6 +66,7 @@ def numbers_table(board: Leaderboard) -> pd.DataFrame:
             "converged": None if row.converged is None else str(row.converged).lower(),
             "tested_against": row.tested_against,
         }  # fmt: skip
+        cells |= row.setup.to_json() if row.setup else dict.fromkeys(SETUP)
         for name in board.metrics:
             score = row.scores.get(name)
             low, high = (score and score.ci95) or (None, None)
@@ -117,7 +119,7 @@ def format_table(board: Leaderboard) -> str:
     valid = board.valid_metric
     also = [name for name in board.short_metrics if name != valid]
     also = sorted(also, key=lambda name: name.endswith("@5"))[:ALSO_SHOWN]
-    lines = [["model", f"{valid} [95 %]", "", *also, "summarise", "train", "score"]]
+    lines, setups = [["model", f"{valid} [95 %]", "", *also, "summarise", "train", "score"]], [""]
     for row in board.ranked:
         text = score_text(board, row, valid)
         cells = [score_text(board, row, name) for name in also]
@@ -125,15 +127,17 @@ def format_table(board: Leaderboard) -> str:
         costs = [cost_text(row, name) for name in ("summarize_s", "train_s", "score_s")]
         name = _cut(row.model) + (f" {NOT_CONVERGED}" if row.converged is False else "")
         lines.append([name, f"{text.mean} {text.interval}", text.mark, *marked, *costs])
+        setups.append(row.setup.described if row.setup else "")
     while True:  # rather lose a column than break a line
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         if sum(widths) + 2 * len(widths) - 2 <= WIDTH or len(widths) <= 6:
             break
         lines = [line[:-4] + line[-3:] for line in lines]
-    table = []
-    for name, *values in lines:
+    table: list[str] = []
+    for (name, *values), setup in zip(lines, setups, strict=True):
         padded = [value.rjust(width) for value, width in zip(values, widths[1:], strict=True)]
         table.append("  ".join([name.ljust(widths[0]), *padded]))
+        table += [f"  {line}".ljust(len(table[0])) for line in textwrap.wrap(setup, len(table[0]) - 2)]
     table.insert(1, "─" * len(table[0]))
     failed = [f"{_cut(row.model)} seed {seeds(row)} failed: {row.status}" for row in board.rows if not row.ok]
     users = "" if f"{board.n_users} users" in board.protocol else f" · {board.n_users} users"
@@ -210,7 +214,25 @@ def format_latex(board: Leaderboard) -> str:
     The best value of a column is in bold; marks of significance, protocol and digest are explained in the caption.
     """
     label = "".join(c if c.isascii() and c.isalnum() else "-" for c in board.dataset)
-    return template("leaderboard.tex").render(board=board, label=label)
+    names = {row.model: _name_in_paper(board, row) for row in board.rows}
+    rest: dict[str, list[str]] = {}
+    for row in board.ranked:
+        if row.setup and row.setup.rest:
+            rest.setdefault(", ".join(row.setup.rest), []).append(row.model)
+    return template("leaderboard.tex").render(board=board, label=label, names=names, rest=rest)
+
+
+def _name_in_paper(board: Leaderboard, row: LeaderboardRow) -> str:
+    """Return a row's label with what it is behind it, in as few words as tell it from the others of its label."""
+    if row.setup is None:
+        return row.model
+    label, short = row.runs[0].label, ", ".join(row.setup.short)
+    alike = [one.setup for one in board.ranked if one.setup and one.runs[0].label == label and one.model != row.model]
+    if not any(one.short == row.setup.short for one in alike):
+        return f"{label} ({short})"
+    if not any(one == row.setup for one in alike):
+        return f"{label} ({row.setup.described})"
+    return f"{row.model.removesuffix(')')}; {short})"
 
 
 def escape_latex(text: str) -> str:

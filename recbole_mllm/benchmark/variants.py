@@ -12,10 +12,8 @@ from difflib import get_close_matches
 from typing import Any, Literal
 
 from recbole_mllm.common.errors import UserError
-from recbole_mllm.common.resources import PROPERTIES
+from recbole_mllm.common.resources import MLLM, PROPERTIES
 from recbole_mllm.common.yaml_files import read_mapping
-
-MLLM = "MLLMMSR"
 
 Kind = Literal["baseline", "mllm", "fused"]
 

@@ -153,15 +153,15 @@ def _config(job: Mapping[str, Any], defaults: Path, tuned: Mapping[str, Any]) ->
     return config
 
 
-def _check_split(job: dict[str, Any], dataset: Any, test: Any) -> None:
+def _check_split(job: dict[str, Any], loaders: Any) -> None:
     """Refuse, before training, a run that could not stand beside the others of its benchmark."""
-    expected = job.get("candidates")
-    if expected and dataset.candidates_digest != expected:
+    expected, test = job.get("candidates"), loaders.test
+    if expected and loaders.candidates != expected:
         raise UserError(
-            f"its candidates are {dataset.candidates_digest}, and were {expected} when the benchmark began; the "
+            f"its candidates are {loaders.candidates}, and were {expected} when the benchmark began; the "
             "dataset's files have changed since: start the benchmark again, into another --output_dir"
         )
-    users = test._dataset.inter_feat[dataset.uid_field].numpy()
+    users = test._dataset.inter_feat[test._dataset.uid_field].numpy()
     full = "full" in test.config["eval_args"]["mode"].values()
     if full and getattr(test, "is_sequential", False) and len(set(users.tolist())) < len(users):
         raise UserError(NO_ONE_RANKING)
@@ -303,7 +303,7 @@ def _record(
         future_share=future_share(outcome.dataset, outcome.train_data._dataset, outcome.test_data._dataset)
         if job["keep_valid"]  # a rerun needs the metrics alone
         else None,
-        candidates=outcome.dataset.candidates_digest,
+        candidates=outcome.candidates,
         candidate_rules=CANDIDATE_RULES,
         n_users=users,
         config_digest=config_digest(config),

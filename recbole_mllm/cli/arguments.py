@@ -11,10 +11,11 @@ from typing import Any
 
 import yaml
 
-from recbole_mllm.benchmark.variants import ALONE, MLLM, SETS
+from recbole_mllm.benchmark.variants import ALONE, SETS
 from recbole_mllm.common.config import check_keys, check_values, config_paths, is_model, nearest_model, recbole_home
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.prompts import read_style
+from recbole_mllm.common.resources import MLLM
 from recbole_mllm.common.settings import EvaluationSettings, Settings
 from recbole_mllm.common.yaml_files import read_mapping
 from recbole_mllm.demo.builtin import preset_of

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from recbole_mllm.benchmark.variants import MLLM, expand, resolve
+from recbole_mllm.benchmark.variants import expand, resolve
 from recbole_mllm.cli.arguments import (
     Options,
     check_config,
@@ -39,6 +39,7 @@ from recbole_mllm.common.files import (
     set_folder_aside,
     write_text,
 )
+from recbole_mllm.common.resources import MLLM
 from recbole_mllm.common.settings import Count, checked
 from recbole_mllm.data.schema import store_file
 from recbole_mllm.demo.builtin import DEMO_SEED, ensure_builtin, is_builtin

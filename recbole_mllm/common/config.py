@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 from recbole_mllm.common import distributed
 from recbole_mllm.common.errors import UserError, as_user_error
 from recbole_mllm.common.progress import warn_once
-from recbole_mllm.common.resources import PROPERTIES, named, resource
+from recbole_mllm.common.resources import MLLM, PROPERTIES, named, resource
 from recbole_mllm.common.settings import (
     Count,
     Positive,
@@ -45,7 +45,7 @@ _UNLISTED = {
     "model", "dataset", "config_files", "data_path", "device", "single_spec", "MODEL_TYPE", "eval_type", "local_rank",
 }  # fmt: skip
 _READ = re.compile(r"""config\[\s*["'](\w+)["']\s*\]|config\.get\(\s*["'](\w+)["']""")
-_WITHOUT_FILE = {"Random", "MLLMMSR"}  # models for which RecBole has no YAML file
+_WITHOUT_FILE = {"Random", MLLM}  # models for which RecBole has no YAML file
 
 
 def recbole_home() -> Path:
@@ -432,7 +432,7 @@ def check_training(config: Any) -> None:
     if str(config["learner"]).lower() not in _LEARNERS:
         raise UserError(f"learner: {config['learner']} is not known; take one of {', '.join(_LEARNERS)}")
     modes = config["eval_args"]["mode"]
-    if config["model"] == "MLLMMSR":
+    if config["model"] == MLLM:
         ranking = RankingSettings.from_config(config)
         ranking.check_modes(modes)
         if ranking.retriever and not is_model(ranking.retriever):

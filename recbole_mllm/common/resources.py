@@ -1,4 +1,4 @@
-"""Where properties/ lies: beside the package in a checkout, inside it once installed."""
+"""The name of the model, and where properties/ lies: beside the package in a checkout, inside it once installed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import importlib
 import importlib.util
 from pathlib import Path
 from types import ModuleType
+
+MLLM = "MLLMMSR"
+"""RecBole's name of this project's model, the one that reads summaries."""
 
 _HERE = Path(__file__).resolve().parents[1]
 PROPERTIES = next(

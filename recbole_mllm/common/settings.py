@@ -20,6 +20,7 @@ from recbole_mllm.common.model_names import (
     pinned,
     revision_of,
 )
+from recbole_mllm.common.resources import MLLM
 
 _SIZE = re.compile(r"\d+(\.\d+)?\s*[KMG]i?B")
 _SHOWN = 80  # characters of a value that an error repeats
@@ -302,8 +303,13 @@ class RankingSettings(_FromConfig):
     def __post_init__(self) -> None:
         if self.retriever and self.retriever_checkpoint:
             raise UserError("retriever and retriever_checkpoint are both set; the checkpoint names its model, drop one")
-        if self.retriever == "MLLMMSR":
+        if self.retriever == MLLM:
             raise UserError("retriever is MLLMMSR itself; name a model that ranks all items cheaply, e.g. SASRec")
+
+    @property
+    def mllm_share(self) -> float | Literal["auto"]:
+        """The MLLM's share of a re-ranked item's score (key `fusion`; a row ``A+B`` is another matter)."""
+        return 1.0 if self.fusion is None else self.fusion
 
     @property
     def retrieves(self) -> bool:

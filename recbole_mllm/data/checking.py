@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.resources import MLLM
 from recbole_mllm.data.atomic import id_fault, read_columns, read_values
 
 # what pandas takes for a missing number, in any case and with spaces around (recbole_patches/libraries.py has the list)
@@ -208,7 +209,7 @@ def _is_suspicious(frame: Any, rules: Rules) -> bool:
 
 def is_checked(config: Any) -> bool:
     """Return whether files are checked for a run: ours and MLLMMSR's; a stock run of another model is left as it is."""
-    return config["frozen_candidates"] is True or config["model"] == "MLLMMSR"
+    return config["frozen_candidates"] is True or config["model"] == MLLM
 
 
 def check_files(dataset: Any, token: str, folder: Path) -> None:

@@ -151,7 +151,7 @@ def training_pairs(train: Any) -> Any:
 
     Whole lists are read, not what RecBole's cut leaves.
     """
-    rows, names, ids = getattr(train, "whole_split", train.inter_feat), train.history_names, train.field2token_id
+    rows, names, ids = train.whole_split, train.history_names, train.field2token_id
     users, targets = rows[train.uid_field].numpy(), rows[train.iid_field].numpy()
     numbers, places = rows[HISTORY_NUMBER].numpy(), rows[POSITION].numpy()
     read = np.zeros(len(names), int)

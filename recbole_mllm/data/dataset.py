@@ -44,6 +44,7 @@ class MLLMMSRDataset(SequentialDataset):  # type: ignore[misc]  # RecBole is unt
     exact_order = True  # whatever the configuration says (`facts.wants_exact_order`)
     whole_lists: list[Any] | None = None
     row_times: Any = None
+    whole_split: Any  # of the training part: its rows before `train_last_k` and `limit_users` thin them
 
     def _benchmark_presets(self) -> None:
         """Keep each row's whole history and exact time, of which RecBole will see the latest items, and a float32."""
@@ -66,7 +67,7 @@ class MLLMMSRDataset(SequentialDataset):  # type: ignore[misc]  # RecBole is unt
         """Split, keep the rows `train_last_k` and `limit_users` allow, and say what summaries the rows will read."""
         parts = super().build()
         train = parts[0]
-        train.whole_split = train.inter_feat  # popularity is the split's, whatever part of it this model trains on
+        train.whole_split = train.inter_feat
         counts = None  # of each user's histories; one each
         if self.whole_lists is not None:
             counts = np.bincount(self.inter_feat[self.uid_field].numpy()[self._holders], minlength=self.user_num)

@@ -56,9 +56,7 @@ def freeze(config: Any, dataset: Any, train: Any, valid: Any, test: Any) -> tupl
             return loader
         part.sort(by=part.uid_field, ascending=True)
         rows, negatives = UserRows.of(asked.targets(phase)[0]), asked.negatives(phase)
-        drawn = FrozenEvalDataLoader(config, part, loader._sampler, rows, _count(mode), negatives, asked.keys)
-        drawn.ranking = asked.ranking(phase)  # should all items be ranked too (`loader_of_all_items`)
-        return drawn
+        return FrozenEvalDataLoader(config, part, loader._sampler, rows, _count(mode), negatives, asked.ranking(phase))
 
     return (train, frozen("valid", valid), frozen("test", test)), asked.digest()
 

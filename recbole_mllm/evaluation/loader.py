@@ -14,7 +14,9 @@ from recbole.data.interaction import Interaction
 from recbole.utils import InputType
 
 from recbole_mllm.common.errors import UserError
+from recbole_mllm.data.dataset import MLLMMSRDataset
 from recbole_mllm.data.schema import HISTORY_NUMBER, POSITION, TIE
+from recbole_mllm.evaluation.full_ranking import AllItems
 from recbole_mllm.recbole_patches.hooks import wrap
 
 
@@ -51,7 +53,7 @@ def refuse_users_without_rows(case_study: Any) -> None:
     def make(stock: Callable[..., Any]) -> Callable[..., Any]:
         def full_sort_scores(uid_series: Any, model: Any, test_data: Any, device: Any = None) -> Any:
             rows = test_data.dataset
-            if hasattr(rows, "history_names"):
+            if isinstance(rows, MLLMMSRDataset):
                 own = rows.inter_feat[rows.uid_field].tolist()
                 for user in np.asarray(uid_series).tolist():
                     if not 0 <= user < rows.user_num:
@@ -76,13 +78,13 @@ class FrozenEvalDataLoader(NegSampleEvalDataLoader):  # type: ignore[misc]
         rows: Whose evaluation rows stand where in `dataset`, which is sorted by user.
         count: Negatives of each row.
         negatives: ``[rows * count]`` internal item ids, one user after the other.
-        keys: ``tie_keys`` of RecBole's users and items.
+        ranking: What a full ranking of the same rows ranks (`loader_of_all_items`), with the keys that break ties.
     """
 
     def __init__(
-        self, config: Any, dataset: Any, sampler: Any, rows: UserRows, count: int, negatives: Any, keys: Any
+        self, config: Any, dataset: Any, sampler: Any, rows: UserRows, count: int, negatives: Any, ranking: AllItems
     ) -> None:
-        self.rows, self.count, self.negatives, self.keys = rows, count, negatives, keys
+        self.rows, self.count, self.negatives, self.ranking = rows, count, negatives, ranking
         self.logger = getLogger()
         phase = sampler.phase if sampler is not None else "test"
         self._set_neg_sample_args(config, dataset, InputType.POINTWISE, config[f"{phase}_neg_sample_args"])
@@ -133,6 +135,7 @@ class FrozenEvalDataLoader(NegSampleEvalDataLoader):  # type: ignore[misc]
         plain.update(Interaction({self.iid_field: torch.from_numpy(items)}))
         pairs = self._dataset.join(plain)
         users = plain[self._dataset.uid_field].numpy()
-        extra = {self.label_field: torch.from_numpy(labels).float(), TIE: torch.from_numpy(self.keys(users, items))}
+        keys = self.ranking.keys(users, items)
+        extra = {self.label_field: torch.from_numpy(labels).float(), TIE: torch.from_numpy(keys)}
         pairs.update(Interaction(extra))
         return pairs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,22 +18,20 @@ class Metric(NamedTuple):
     Args:
         name: RecBole's name of it; a key is ``name@k`` or, without cut-offs, the name alone.
         per_cutoff: Whether it is RecBole's metric class of that name, at each k (metrics.py:39-205).
-        of_targets: Whether that class also reads how many targets a user has.
         short: At which cut-offs ("" for none) it stands in the short tables, of the terminal and of LaTeX.
         gain: What a user's one target is worth at rank r (``[users]``, 0 = best), for the curves; None = not drawn.
     """
 
     name: str
     per_cutoff: bool = True
-    of_targets: bool = False
     short: tuple[str, ...] = ()
     gain: Callable[[Any], Any] | None = None
 
 
 METRICS = (
-    Metric("NDCG", of_targets=True, short=("10", "5"), gain=lambda rank: 1 / np.log2(rank + 2)),
+    Metric("NDCG", short=("10", "5"), gain=lambda rank: 1 / np.log2(rank + 2)),
     Metric("Hit", short=("10", "5"), gain=lambda rank: np.ones_like(rank, dtype=float)),
-    Metric("Recall", of_targets=True),
+    Metric("Recall"),
     Metric("MRR", short=("10",), gain=lambda rank: 1 / (rank + 1)),
     Metric("GAUC", per_cutoff=False, short=("",)),
     Metric("AUC", per_cutoff=False, short=("",)),
@@ -86,8 +85,9 @@ def per_user(log: Log, config: Any) -> dict[str, Any]:
     from recbole.evaluator import metrics as recbole_metrics  # loads torch, which the reports do without
 
     for metric in sorted((metric for metric in METRICS if metric.per_cutoff), key=lambda metric: metric.name):
-        extra = (positives,) if metric.of_targets else ()
-        values = getattr(recbole_metrics, metric.name)(config).metric_info(hits, *extra)
+        metric_info = getattr(recbole_metrics, metric.name)(config).metric_info
+        read = (hits, positives)[: len(signature(metric_info).parameters)]  # some ask how many targets there are
+        values = metric_info(*read)
         out |= {f"{metric.name}@{k}": np.asarray(values[:, k - 1], dtype=float) for k in config["topk"]}
     counts = log["among"][starts] if "among" in log else counts
     below = np.add.reduceat(np.where(log["label"] > 0, log["place"], 0), starts) - positives * (positives - 1) / 2

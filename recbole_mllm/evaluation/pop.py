@@ -43,7 +43,7 @@ def count_training(module: Any) -> None:
     def data_collect(stock: Any, self: Any, train_data: Any) -> None:
         stock(self, train_data)
         train = train_data.dataset
-        if getattr(train, "facts", None) is None or not wants_exact_order(train):
+        if train.facts is None or not wants_exact_order(train):
             return
         # not those that only `.item` names, which some models load; and the padding, as RecBole's
         found: dict[str, Any] = {"num_items": train.facts.n_items + 1}

@@ -10,6 +10,7 @@ import torch
 
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.settings import EvaluationSettings
+from recbole_mllm.data.dataset import MLLMMSRDataset
 from recbole_mllm.data.facts import Split, has_global_times, temporal_split
 from recbole_mllm.data.schema import POSITION
 from recbole_mllm.evaluation.metrics import popular_head
@@ -119,7 +120,7 @@ def training_counts(train: Any, users: int, items: int) -> tuple[Any, Any]:
         owner, item, times = split.trained()
         counts = (np.bincount(who, times, n).astype(np.int64) for who, n in ((item, items), (owner, users)))
         return next(counts), next(counts)
-    rows = getattr(train, "whole_split", train.inter_feat)
+    rows = train.whole_split if isinstance(train, MLLMMSRDataset) else train.inter_feat
     owner, item = rows[train.uid_field].numpy(), rows[train.iid_field].numpy()
     listed = train.iid_field + train.config["LIST_SUFFIX"]
     if listed in rows:  # a sequential row's target stands alone; the first item of a user is only in the lists

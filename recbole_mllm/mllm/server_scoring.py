@@ -38,6 +38,8 @@ class ServedScorer:
         UserError: As `make_hosts`.
     """
 
+    model = encoder = None  # nothing of it is in this process
+
     def __init__(self, endpoint: Endpoint, settings: ServerSettings) -> None:
         self.identity = endpoint.identity
         self.settings = settings

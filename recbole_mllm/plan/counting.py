@@ -30,6 +30,7 @@ from recbole_mllm.data.dataloader import SeededTrainDataLoader
 from recbole_mllm.data.images import image_digest
 from recbole_mllm.data.sampling import hash64
 from recbole_mllm.data.schema import HISTORY_NUMBER, POSITION
+from recbole_mllm.evaluation.loader import FrozenEvalDataLoader
 from recbole_mllm.mllm.backbone import FEATURE_BYTES, Backbone
 from recbole_mllm.mllm.encoder import Encoded, Encoder, ImageInput, answer_tokens
 from recbole_mllm.mllm.hf import positions_of
@@ -280,8 +281,8 @@ class PlannedRun:
         check_keys(config.external_config_dict, "the configuration")
         dataset, loaders = read_and_split(config)
         self.setup = make_summary_setup(config, self.settings, device)
-        self.loaders = dict(zip(("train", "valid", "test"), loaders, strict=True))
-        self.train = own = loaders[0]._dataset
+        self.loaders = {"train": loaders.train, "valid": loaders.valid, "test": loaders.test}
+        self.train = own = loaders.train._dataset
         self.requests = controlled(SummaryRequests(own.histories, own.positions), self.settings.summary)
         if since is not None:
             self.requests = self.requests.of(users_since(dataset, since))
@@ -426,7 +427,7 @@ def count_training(run: PlannedRun, summaries: Preferences) -> Count:
             break
     total = int(loader.sample_size * loader.times)
     count.sampled = count.prompts < total
-    items = np.unique(getattr(own, "whole_split", own.inter_feat)[own.iid_field].numpy())
+    items = np.unique(own.whole_split[own.iid_field].numpy())
     return run.scaled(count, run.epochs * total, items)
 
 
@@ -461,7 +462,7 @@ def pairs_of(run: PlannedRun, phase: str) -> tuple[Any, int]:
     loader, ranking, part = run.loaders[phase], run.settings.ranking, run.loaders[phase]._dataset
     histories, places, targets = (part.inter_feat[f].numpy() for f in (HISTORY_NUMBER, POSITION, part.iid_field))
     rows, items, batch = len(targets), int(part.item_num) - 1, len(targets)
-    if hasattr(loader, "negatives"):
+    if isinstance(loader, FrozenEvalDataLoader):
         own = np.r_[np.arange(rows), np.repeat(np.arange(rows), loader.count)]
         shown, total = np.r_[targets, loader.negatives], len(own)
     else:

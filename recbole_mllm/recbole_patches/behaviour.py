@@ -14,6 +14,7 @@ import numpy as np
 
 from recbole_mllm.common import distributed
 from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.resources import MLLM
 from recbole_mllm.data import checking
 from recbole_mllm.data.facts import Facts, facts_of, wants_exact_order
 from recbole_mllm.recbole_patches.hooks import replace
@@ -60,7 +61,7 @@ def count_no_llm_flops(utils: ModuleType) -> None:
 
     @replace(utils)
     def get_flops(stock: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
-        if any(kind.__name__ == "MLLMMSR" for kind in type(model).__mro__):
+        if any(kind.__name__ == MLLM for kind in type(model).__mro__):
             return 0
         return stock(model, *args, **kwargs)
 
@@ -166,6 +167,7 @@ def record_facts(module: Any) -> None:
         self.inter_feat = kept.sort_index()
 
     module.Dataset.exact_order, module.Dataset.facts = False, None
+    module.Dataset.candidates_digest = ""  # none are frozen; `data_preparation` may return nothing but loaders
 
 
 def _exact_order(dataset: Any, by: Any) -> Any:

@@ -49,14 +49,14 @@ class Shortlist:
         """
         asked = self.asked
         before = np.take_along_axis(self.scores.numpy(), asked, 1).astype(float)
-        mixed = np.where(asked > 0, fused(logodds, before, asked > 0, share), -np.inf)
+        mixed = np.where(asked > 0, mixed_scores(logodds, before, asked > 0, share), -np.inf)
         order = np.argsort(-mixed, axis=1, kind="stable")  # what is equal keeps the retriever's order
         head = self.head.copy()
         head[:, : self.count] = np.take_along_axis(asked, order, 1)
         return _lifted(self.scores, torch.from_numpy(head))
 
 
-def fused(logodds: Any, before: Any, real: Any, share: float) -> Any:
+def mixed_scores(logodds: Any, before: Any, real: Any, share: float) -> Any:
     """Return ``share * P(Yes) + (1 - share) * r``, r being a row's retriever scores brought to [0, 1]; all ``[B, K]``.
 
     A share of 1 gives the log-odds themselves, which do not tie where P(Yes) rounds to 0 or 1.
@@ -99,7 +99,7 @@ class Reranker:
         self._depth = max(config["topk"])
         self.count = self._items - 1 if self.is_brute else settings.top_k
         self._met = dataset.met if evaluation.exclude_seen else None
-        self._share = None if settings.fusion == "auto" else 1.0 if settings.fusion is None else float(settings.fusion)
+        self._share = None if settings.mllm_share == "auto" else float(settings.mllm_share)
 
     @property
     def share(self) -> float:
@@ -137,7 +137,7 @@ class Reranker:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take over a share that was chosen on validation, unless it was chosen for another retriever."""
-        if self.settings.fusion != "auto" or state.get("share") is None:
+        if self.settings.mllm_share != "auto" or state.get("share") is None:
             return
         if state.get("retriever") != self.identity:
             logging.getLogger().warning(
@@ -159,7 +159,7 @@ def obtain_reranker(config: Any, dataset: Any) -> Reranker | None:
     if "full" not in config["eval_args"]["mode"].values():
         if not settings.retrieves:
             return None
-        settings = replace(settings, fusion=None if settings.fusion == "auto" else settings.fusion)
+        settings = replace(settings, fusion=None) if settings.mllm_share == "auto" else settings
     return distributed.main_first(lambda: Reranker(config, settings, dataset))
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,25 +16,26 @@ import numpy as np
 import torch
 from recbole.data import create_dataset, data_preparation
 from recbole.data.interaction import Interaction
-from recbole.model.abstract_recommender import AbstractRecommender
 from recbole.utils import ModelType, get_model, get_trainer, init_seed
 from recbole.utils.argument_list import dataset_arguments
 from torch import Tensor
 
+from recbole_mllm.common.checkpoint import read_checkpoint
 from recbole_mllm.common.config import check_keys, recbole_config
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.files import make_once
 from recbole_mllm.common.fitting import Fit
+from recbole_mllm.common.resources import MLLM
 from recbole_mllm.common.seeding import undisturbed
 from recbole_mllm.common.settings import RankingSettings
 from recbole_mllm.data.schema import HISTORY_NUMBER, POSITION
+from recbole_mllm.retrieval.baseline import NOT_EVALUATED, check_ranks_all, fill, load_baseline
 
 # What a retriever shares with the run it serves; how it is trained is its own affair
 _SHARED = (
     *dataset_arguments, "seed", "reproducibility", "gpu_id", "use_gpu", "state", "checkpoint_dir", "show_progress",
     "metrics", "topk", "valid_metric", "metric_decimal_place", "train_on_histories", "candidate_seed",
 )  # fmt: skip
-_OWN = {"frozen_candidates": None, "limit_users": None, "save_dataset": False, "save_dataloaders": False}
 # What decides which rows are training rows; a checkpoint must agree, or it may have learnt this run's answers
 _SPLIT = (
     "benchmark_filename", "user_inter_num_interval", "item_inter_num_interval", "val_interval", "rm_dup_inter",
@@ -59,13 +59,11 @@ class Retriever:
         ours: The dataset whose rows are to be ranked.
 
     Raises:
-        UserError: The model cannot rank all items, or does not know a user or an item of `ours`.
+        UserError: The model does not know a user or an item of `ours`.
     """
 
     def __init__(self, model: Any, dataset: Any, identity: str, ours: Any) -> None:
         name = identity.partition("#")[0]
-        if type(model).full_sort_predict is AbstractRecommender.full_sort_predict:
-            raise UserError(f"retriever {name} cannot rank all items at once; take a general or sequential model")
         self.model, self.identity, self.ours = model.eval(), identity, ours
         self.train_s = 0.0  # what its training took, whoever trained it
         self.is_sequential = dataset.config["MODEL_TYPE"] == ModelType.SEQUENTIAL
@@ -146,7 +144,7 @@ def _config(name: str, config: Any) -> Any:
     check_keys(own, f"per_model, {name}")
     shared = {key: config[key] for key in _SHARED if key in config}
     modes = {"valid": "full", "test": "full"}
-    keys = {**shared, **_OWN, "eval_args": {**config["eval_args"], "mode": modes}, **own}
+    keys = {**shared, **NOT_EVALUATED, "eval_args": {**config["eval_args"], "mode": modes}, **own}
     keys["data_path"] = str(Path(config["data_path"]).parent)
     try:
         return recbole_config(name, config["dataset"], [], keys)
@@ -168,6 +166,7 @@ def _trained(name: str, config: Any, ours: Any) -> Retriever:
     started = time.perf_counter()
     model = get_model(name)(theirs, train._dataset).to(theirs["device"])
     made = time.perf_counter() - started if model.type == ModelType.TRADITIONAL else 0.0  # then it is the training
+    check_ranks_all(model, f"retriever {name}")
     retriever = Retriever(model, train._dataset, identity, ours)  # refused before it is trained
 
     def fit(scratch: Path) -> None:
@@ -176,13 +175,16 @@ def _trained(name: str, config: Any, ours: Any) -> Retriever:
         trainer.saved_model_file = str(scratch)
         training = Fit(trainer)
         training.run(train, valid, saved=True, show_progress=theirs["show_progress"])
-        torch.save({**_read(scratch, theirs["device"]), "train_s": made + training.seconds}, scratch)
+        torch.save({**read_checkpoint(scratch, theirs["device"]), "train_s": made + training.seconds}, scratch)
 
     if not make_once(path, fit):
         log.info(f"retriever {identity} was trained before: {path}")
-    checkpoint = _read(path, theirs["device"])
+    try:
+        checkpoint = read_checkpoint(path, theirs["device"])
+        fill(model, checkpoint)
+    except (UserError, RuntimeError) as error:
+        raise UserError(f"{path} is no whole checkpoint of {name}; remove it, and it is trained again") from error
     retriever.train_s = float(checkpoint.get("train_s", 0.0))
-    _fill(model, checkpoint)
     model.eval()
     return retriever
 
@@ -200,65 +202,30 @@ def _digest(config: Any, train: Any) -> str:
 
 def _loaded(path: Path, config: Any, ours: Any) -> Retriever:
     """Load a RecBole checkpoint, its dataset read anew from this run's folder."""
-    checkpoint = _read(path, config["device"])
-    theirs = checkpoint["config"]
-    if found := _difference(theirs, config):
-        raise UserError(f"retriever_checkpoint {path} was trained with {found}; train one on this data and split")
-    for key in ("data_path", "device", "checkpoint_dir"):
-        theirs[key] = config[key]
-    frozen = theirs["frozen_candidates"] is True
-    for key, value in _OWN.items():
-        theirs[key] = value
-    theirs["eval_args"]["mode"] = {"valid": "full", "test": "full"}
-    dataset = create_dataset(theirs)
-    dataset.exact_order = True
+    try:
+        checkpoint = read_checkpoint(path, config["device"])
+        theirs = checkpoint["config"]
+        if found := _difference(theirs, config):
+            raise UserError(f"{path} was trained with {found}; train one on this data and split")
+        theirs["checkpoint_dir"], frozen = config["checkpoint_dir"], theirs["frozen_candidates"] is True
+        model, dataset, train = load_baseline(path, checkpoint, config["data_path"], config["device"])
+    except UserError as error:
+        raise UserError(f"retriever_checkpoint: {error}") from error
     if dataset.facts is not None and dataset.facts.reordered and not frozen:
         raise UserError(
             f"retriever_checkpoint {path} was trained without frozen_candidates, in the order of RecBole's float32 "
             f"times: for {dataset.facts.reordered} users that is not the exact order, so it may have learnt their "
             "answers; train it with frozen_candidates: true"
         )
-    train, *_ = data_preparation(theirs, dataset)
-    name = theirs["model"]
-    identity = f"{name}#{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
-    init_seed(theirs["seed"], theirs["reproducibility"])
-    model = get_model(name)(theirs, train._dataset).to(config["device"])
-    retriever = Retriever(model, train._dataset, identity, ours)
-    _fill(model, checkpoint)
-    return retriever
+    return Retriever(model, train, f"{theirs['model']}#{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}", ours)
 
 
 def _difference(theirs: Any, ours: Any) -> str | None:
     """Return what a checkpoint's training rows were decided by otherwise than this run's are; None for nothing."""
-    if theirs["model"] == "MLLMMSR":
+    if theirs["model"] == MLLM:
         return "MLLMMSR, which is no retriever"
     mine, its = ({"dataset": config["dataset"]} for config in (ours, theirs))
     for values, config in ((mine, ours), (its, theirs)):
         values |= {f"eval_args.{key}": config["eval_args"][key] for key in ("split", "order")}
         values |= {key: config[key] for key in _SPLIT}
     return next((f"{key} {its[key]}, not {mine[key]}" for key in mine if its[key] != mine[key]), None)
-
-
-def _read(path: Path, device: torch.device) -> Mapping[str, Any]:
-    try:
-        found = torch.load(path, map_location=device, weights_only=False)
-    except FileNotFoundError:
-        raise UserError(f"retriever_checkpoint {path} does not exist; give a RecBole checkpoint (.pth)") from None
-    except Exception as error:  # whatever unpickling a file that is none may raise
-        raise UserError(
-            f"retriever checkpoint {path} cannot be read: {str(error).splitlines()[0]}; remove it (what is named in "
-            "`retriever` is trained again) or give another"
-        ) from error
-    if not isinstance(found, dict) or not {"config", "state_dict"} <= found.keys():
-        raise UserError(f"retriever checkpoint {path} is no checkpoint of RecBole's")
-    return found
-
-
-def _fill(model: Any, checkpoint: Mapping[str, Any]) -> None:
-    try:
-        model.load_state_dict(checkpoint["state_dict"])
-        model.load_other_parameter(checkpoint.get("other_parameter"))
-    except RuntimeError as error:
-        raise UserError(
-            f"the retriever's checkpoint does not fit this data: {' '.join(str(error).split())[:200]}; train it again"
-        ) from error

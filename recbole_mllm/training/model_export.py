@@ -31,6 +31,7 @@ from PIL import Image
 from transformers import AutoTokenizer
 from transformers.decision import DecisionConfig, label_token_ids
 
+from recbole_mllm.common.checkpoint import find_checkpoint, read_checkpoint
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.files import (
     EXPORT,
@@ -44,6 +45,7 @@ from recbole_mllm.common.files import (
 )
 from recbole_mllm.common.model_names import gguf_of, is_same, is_server, revision_of, source_of
 from recbole_mllm.common.prompts import IMAGE, Prompt, Style, recommend_prompt
+from recbole_mllm.common.resources import MLLM
 from recbole_mllm.common.settings import MLLMSettings, Settings
 from recbole_mllm.mllm.encoder import AnswerTokens
 from recbole_mllm.mllm.hf import HFModel
@@ -51,7 +53,6 @@ from recbole_mllm.mllm.loading import load_processor
 from recbole_mllm.mllm.lora import check_finetune, load_trained_state, tune
 from recbole_mllm.mllm.server_scoring import decision_request
 from recbole_mllm.model.summarizers import load_style
-from recbole_mllm.training.checkpoint import find_checkpoint, read_checkpoint
 
 _CPU = torch.device("cpu")
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -93,7 +94,7 @@ def _load(path: Path, merge: bool) -> tuple[Settings, HFModel]:
     what those four bits stand for, as that is what the adapter was trained on.
     """
     checkpoint = read_checkpoint(path, _CPU)
-    if checkpoint["config"]["model"] != "MLLMMSR":
+    if checkpoint["config"]["model"] != MLLM:
         raise UserError(f"{path} is a checkpoint of {checkpoint['config']['model']}; only MLLMMSR is exported")
     settings = Settings.from_config(checkpoint["config"])
     if is_server(settings.mllm.mllm):

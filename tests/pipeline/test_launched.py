@@ -14,8 +14,8 @@ import torch
 from launching import FSDP, ROOT, launched, one_of_two, script_with
 
 from recbole_mllm.cli import main
+from recbole_mllm.common.checkpoint import read_checkpoint
 from recbole_mllm.common.resources import PROPERTIES
-from recbole_mllm.training.checkpoint import read_checkpoint
 
 SLOW = pytest.mark.slow
 RUN = ROOT / "run_recbole_mllm.py"

@@ -14,10 +14,10 @@ from torch.nn import functional
 from transformers import AutoModelForImageTextToText
 
 from recbole_mllm.cli import main
+from recbole_mllm.common.checkpoint import read_checkpoint
 from recbole_mllm.common.prompts import recommend_prompt
 from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.mllm.lora import tune
-from recbole_mllm.training.checkpoint import read_checkpoint
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra `qlora`)")
 CPU = torch.device("cpu")

@@ -56,15 +56,15 @@ def test_all_kinds_of_models_rank_the_same_items_and_share_a_digest(
     worlds: Path, protocol: str, monkeypatch: Any
 ) -> None:
     found = [outcome(worlds, model, protocol, monkeypatch, **FULL) for model in ("Pop", "BPR", "SASRec")]
-    assert len({one.dataset.candidates_digest for one in found}) == 1
+    assert len({one.candidates for one in found}) == 1
     among = [dict(zip(one.pairs["user_id"].tolist(), one.pairs["among"].tolist(), strict=True)) for one in found]
     assert all(one == among[0] for one in among)
     limited = outcome(worlds, "Pop", protocol, monkeypatch, limit_users=50, **FULL)
-    assert limited.dataset.candidates_digest != found[0].dataset.candidates_digest
+    assert limited.candidates != found[0].candidates
     assert len(limited.users["user"]) == 50
     if protocol == "loo":
         stock = [outcome(worlds, model, protocol, monkeypatch) for model in ("Pop", "SASRec")]
-        assert len({one.dataset.candidates_digest for one in (*stock, found[0])}) == 3  # RecBole's two rules, and ours
+        assert len({one.candidates for one in (*stock, found[0])}) == 3  # RecBole's two rules, and ours
 
 
 @pytest.mark.parametrize("model", ["BPR", "SASRec"])

@@ -2,17 +2,19 @@
 
 import json
 import os
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import small_world
-import torch
 
 from recbole_mllm.cli import main
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.quick_start import make_config, run
-from recbole_mllm.recommender import Recommender, _filled
+from recbole_mllm.recommender import Recommender
+from recbole_mllm.retrieval.baseline import ids_file
 
 SMALL = {
     "MLLMMSR": {
@@ -94,14 +96,12 @@ def test_a_sequential_model_continues_a_history_it_has_not_seen(outcomes):
     assert list(found.recommend("u00").columns) == ["rank", "item_id", "title", "score"]
 
 
-def test_data_written_after_a_baselines_checkpoint_is_named(home, outcomes, caplog):
-    checkpoint = outcomes["GRU4Rec"].checkpoint
+def test_data_written_after_a_baselines_checkpoint_is_named(outcomes, tmp_path, caplog):
+    checkpoint = shutil.copy(outcomes["ItemKNN"].checkpoint, tmp_path)  # as stock RecBole saves one, without ids
     Recommender(checkpoint)
     assert "was written after" not in caplog.text
-    before = checkpoint.stat()
     os.utime(checkpoint, (0, 0))
     Recommender(checkpoint)
-    os.utime(checkpoint, (before.st_atime, before.st_mtime))
     assert "steps.inter was written after" in caplog.text
 
 
@@ -141,10 +141,20 @@ def test_what_cannot_be_recommended_is_refused(outcomes, model, arguments, said)
         Recommender(outcomes[model].checkpoint).recommend(**arguments)
 
 
-def test_a_checkpoint_of_other_items_is_refused():
-    config = {"model": "SASRec", "dataset": "steps", "data_path": "dataset/steps", "device": "cpu"}
-    with pytest.raises(UserError, match="has other users or items than at training"):
-        _filled(torch.nn.Embedding(3, 2), {"state_dict": torch.nn.Embedding(4, 2).state_dict()}, config)
+@pytest.mark.parametrize("kept", [True, False], ids=["ids kept", "stock checkpoint"])
+def test_a_checkpoint_of_other_items_is_refused(outcomes, tmp_path, kept):
+    checkpoint = Path(shutil.copy(outcomes["GRU4Rec"].checkpoint, tmp_path))
+    if kept:
+        shutil.copy(ids_file(outcomes["GRU4Rec"].checkpoint), ids_file(checkpoint))
+    rows = small_world.write(tmp_path) / "steps.inter"
+    text = rows.read_text()
+    # as many users and items, two of which change places: the weights fit, and mean others
+    for change in ([text.replace("i03", "x").replace("i04", "i03").replace("x", "i04")] if kept else []) + [
+        text + f"u00\tnew\t{small_world.LENGTH + 1}\n"
+    ]:
+        rows.write_text(change)
+        with pytest.raises(UserError, match="other users or items than at training"):
+            Recommender(checkpoint, data_path=tmp_path)
 
 
 @pytest.mark.parametrize("folder", [".", "/"])

@@ -19,6 +19,7 @@ from recbole.data import create_dataset, data_preparation
 from recbole.quick_start import load_data_and_model
 from recbole.utils import get_trainer, init_logger, init_seed
 
+from recbole_mllm.common.checkpoint import _COURSE, _MODEL, last_of, newest, read_checkpoint
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.fitting import Fit
 from recbole_mllm.evaluation.metrics import per_user
@@ -26,7 +27,6 @@ from recbole_mllm.mllm import loss
 from recbole_mllm.model import row_scoring
 from recbole_mllm.model.sequential_recommender.mllmmsr import MLLMMSR
 from recbole_mllm.quick_start import run
-from recbole_mllm.training.checkpoint import _COURSE, _MODEL, last_of, newest, read_checkpoint
 
 CPU = torch.device("cpu")
 EVALUATED = {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "uni10"}

@@ -5,8 +5,8 @@ import torch
 from full_disk import files_up_to
 from safetensors.torch import save_file
 
+from recbole_mllm.common.checkpoint import on_disk, whole_folder, write_checkpoint
 from recbole_mllm.common.errors import UserError
-from recbole_mllm.training.checkpoint import on_disk, whole_folder, write_checkpoint
 
 
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays_whole(tmp_path):

@@ -16,6 +16,7 @@ from recbole_mllm.benchmark.html import curve_charts, group_charts
 from recbole_mllm.benchmark.ranking import build
 from recbole_mllm.benchmark.records import read_arrays
 from recbole_mllm.benchmark.tables import curves_table, groups_table
+from recbole_mllm.evaluation import metrics
 from recbole_mllm.evaluation.metrics import per_user
 from tests.planted_runs import plant_run
 
@@ -47,6 +48,15 @@ def test_every_k_is_what_recboles_classes_say(tmp_path, monkeypatch):
     log["label"][np.flatnonzero(log["label"] == 0)[0]] = 1
     assert target_ranks(log["user_id"], log["label"], log["place"], 40) is None, "two targets"
     assert metric_curves([]) == {}
+
+
+def test_a_metric_of_recboles_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+    monkeypatch.setattr(metrics, "METRICS", (*metrics.METRICS, metrics.Metric("Precision"), metrics.Metric("MAP")))
+    keys = {"topk": [1, 5], "data_path": str(tmp_path), "metrics": ["Hit", "MRR", "Precision", "MAP"]}
+    told = per_user(log_with_ties(), Config(model="Pop", dataset="none", config_dict=keys))
+    assert told["Hit@5"].any() and told["Precision@5"] == pytest.approx(told["Hit@5"] / 5)
+    assert told["MAP@5"] == pytest.approx(told["MRR@5"])  # of one target
 
 
 def test_a_rows_curve_meets_its_table_at_the_configured_k(tmp_path):

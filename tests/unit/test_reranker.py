@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from recbole_mllm.data.sampling import tie_keys
 from recbole_mllm.evaluation.full_ranking import best_items
-from recbole_mllm.retrieval.reranker import Shortlist, fused
+from recbole_mllm.retrieval.reranker import Shortlist, mixed_scores
 
 KEYS = tie_keys([f"u{n}" for n in range(3000)], [f"i{n}" for n in range(50)], 3)
 
@@ -71,5 +71,5 @@ def test_a_silent_mllm_leaves_the_retrievers_order():
 def test_a_mixture_is_of_probability_and_rescaled_score():
     logodds, before = np.array([[0.0, 2.0, -1.0, 7.0]]), np.array([[5.0, 3.0, 1.0, -np.inf]])
     real = np.array([[True, True, True, False]])
-    found = fused(logodds, before, real, 0.25)[0, :3]
+    found = mixed_scores(logodds, before, real, 0.25)[0, :3]
     assert found == pytest.approx([0.25 * 0.5 + 0.75, 0.25 / (1 + np.exp(-2)) + 0.375, 0.25 / (1 + np.e)])

@@ -83,7 +83,7 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
         self.mllm: Any = self._load_mllm(config["seed"])
         self.load_s = time.perf_counter() - started
         self.answers = self.mllm.answers(self.style)
-        self.backbone = getattr(self.mllm, "model", None)  # none where a server has it
+        self.backbone = self.mllm.model
         self._ahead: Scores = {}
         self._cache = ScoreCache(Path(config["checkpoint_dir"]))
         self._in_shares = False  # whether all processes now ask for the same scores at the same time
@@ -253,8 +253,7 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
     @cached_property
     def _image_tokens(self) -> int:
         """The tokens of the first item's image, which stands for all, so that every process finds the same number."""
-        encoder: Any = getattr(self.mllm, "encoder", None)  # none where a server has the model
-        first = next(iter(self.items.images.values()), None)
+        encoder, first = self.mllm.encoder, next(iter(self.items.images.values()), None)
         if encoder is None or first is None or not self.settings.recommend.use_image:
             return IMAGE_TOKENS
         return len(encoder.image(first).ids)

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.files import replace_file, staged, whole_file
 from recbole_mllm.common.model_names import is_same
+from recbole_mllm.common.resources import MLLM
 
 LAST = ".last.pth"
 # What another value of would make another model of, and what would make the rest of a begun epoch another one
@@ -123,19 +124,21 @@ def read_checkpoint(path: Path, device: torch.device, *, cautious: bool = False)
             raise UserError(f"{path} is no checkpoint")
         found: dict[str, Any] = torch.load(path, map_location=device, weights_only=False, pickle_module=with_care)
     except FileNotFoundError:
-        raise UserError(f"checkpoint {path} does not exist; give its path, or resume: auto") from None
+        raise UserError(f"checkpoint {path} does not exist; give a FILE.pth that a run has saved") from None
     except (UserError, MemoryError):
         raise
     except Exception as error:  # whatever unpickling a file that is none may raise
         why = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"checkpoint {path} cannot be read: {why}") from error
+        raise UserError(
+            f"checkpoint {path} cannot be read: {why}; give another FILE.pth of that run, or train again"
+        ) from error
     whole = isinstance(found, dict) and {"config", "state_dict", "optimizer"} <= found.keys()
     if not whole or not isinstance(found["config"], Config):
-        raise UserError(f"{path} is no checkpoint of a training run")
+        raise UserError(f"{path} is no checkpoint of a training run; give a FILE.pth that a run has saved")
     return found
 
 
-def find_checkpoint(run: str, model: str | None = "MLLMMSR") -> Path:
+def find_checkpoint(run: str, model: str | None = MLLM) -> Path:
     """Return the checkpoint that `run` names: a file, the folder of a run, or a run's id below ``results/``.
 
     Args:

@@ -1,0 +1,162 @@
+"""MkDocs hooks: pages made from the code, so that nothing is written twice; no page loads anything from outside.
+
+``commands.md`` and ``keys.md`` hold a line ``<!-- generated: NAME -->``, which one of `GENERATED` replaces.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from collections.abc import Iterator
+from contextlib import redirect_stdout, suppress
+from pathlib import Path
+from typing import Any
+
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).resolve().parents[1]
+PROPERTIES = ROOT / "properties"
+COPIED = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
+_LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)#\s]+)(#[^)\s]*)?\)")
+_OUTSIDE = re.compile(
+    r"""<(?:script|img|iframe|source|audio|video|embed|link(?![^>]*rel="?(?:canonical|prev|next)))\b[^>]*?"""
+    r"""\b(?:src|srcset|href)=["']?(?:https?:)?//[^"'>\s]+""",
+    re.IGNORECASE,
+)
+
+
+# ---- what MkDocs calls
+
+
+def on_config(config: Any) -> Any:
+    """Add the published results, once there are pages of them."""
+    pages = sorted((ROOT / "docs" / "results").glob("*.md"), key=lambda path: (path.name != "index.md", path.name))
+    if pages:
+        config.nav.insert(-2, {"Results": [f"results/{path.name}" for path in pages]})
+    return config
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add the pages that stand beside docs/ in the repository."""
+    for name, source in COPIED.items():
+        files.append(File.generated(config, name, content=(ROOT / source).read_text(encoding="utf-8")))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Fill in what is generated, and mend links that leave docs/ or enter it from the repository's root."""
+    name = page.file.src_uri
+    folder = ROOT if name in COPIED else (ROOT / "docs" / name).parent
+    markdown = re.sub(r"<!-- generated: (\w+) -->", lambda found: GENERATED[found[1]](), markdown)
+    return _LINK.sub(lambda link: _mended(link, folder, len(Path(name).parts) - 1), markdown)
+
+
+def on_post_page(output: str, page: Any, **_: Any) -> str:
+    """Refuse a page that loads a script, a style, a font or a picture from another host."""
+    if found := _OUTSIDE.search(output):
+        raise PluginError(f"{page.file.src_uri} loads from outside: {found[0]}")
+    return output
+
+
+def on_post_build(config: Any) -> None:
+    """Refuse styles that load from another host."""
+    for path in Path(config.site_dir).rglob("*.css"):
+        if found := re.search(r"(?:@import\s*|url\()\s*[\"']?(?:https?:)?//[^)\s]+", path.read_text(encoding="utf-8")):
+            raise PluginError(f"{path} loads from outside: {found[0]}")
+
+
+def _mended(link: re.Match[str], folder: Path, depth: int) -> str:
+    text, target, anchor = link[1], link[2], link[3] or ""
+    if "://" in target or target.startswith("mailto:"):
+        return link[0]
+    path = Path(os.path.normpath(folder / target))
+    own = {ROOT / source: name for name, source in COPIED.items()}
+    if path in own:
+        return f"[{text}]({'../' * depth}{own[path]}{anchor})"
+    if path.is_relative_to(PROPERTIES):
+        return f"[{text}]({'../' * depth}keys.md)"
+    if path.is_relative_to(ROOT / "docs"):
+        return f"[{text}]({os.path.relpath(path, ROOT / 'docs' / '/'.join(['x'] * depth))}{anchor})"
+    return text  # a file of the repository, of which the site has no page
+
+
+# ---- what is generated
+
+
+def commands() -> str:
+    """Return every command's ``--help``."""
+    from recbole_mllm.cli.main import COMMANDS
+    from recbole_mllm.common.resources import converters
+
+    names = [name for name in COMMANDS if name != "convert"]
+    names = ["", "convert", *(f"convert {source}" for source in converters("options").SOURCES), *names]
+    return "\n\n".join(f"## {('recbole-mllm ' + name).strip()}\n\n```text\n{_help(name)}\n```" for name in names)
+
+
+def _help(name: str) -> str:
+    from recbole_mllm.cli.main import main
+
+    os.environ["COLUMNS"] = "100"
+    with redirect_stdout(io.StringIO()) as said, suppress(SystemExit):
+        main([*name.split(), "--help"])
+    return said.getvalue().strip()
+
+
+def keys() -> str:
+    """Return the keys of this project as tables, then the files of presets and styles."""
+    parts = [_table("model/MLLMMSR.yaml", "MLLMMSR"), _table("overall.yaml", "Every model")]
+    for title, pattern in (
+        ("Presets", "quick_start_config/*.yaml"),
+        ("Prompt styles", "prompt/*.yaml"),
+        ("Baselines", "baselines.yaml"),
+        ("Devices of `plan`", "devices.yaml"),
+        ("Launchers", "accelerate/*.yaml"),
+        ("Search spaces of `--tune`", "tuning/*.yaml"),
+    ):
+        parts.append(f"## {title}")
+        for path in sorted(PROPERTIES.glob(pattern)):
+            text = path.read_text(encoding="utf-8").rstrip().replace("\n", "\n    ")
+            parts.append(f'??? note "properties/{path.relative_to(PROPERTIES)}"\n\n    ```yaml\n    {text}\n    ```')
+    return "\n\n".join(parts)
+
+
+def _table(file: str, title: str) -> str:
+    lines = [f"## {title}", "", f"In `properties/{file}`.", ""]
+    header = ["| key | default | meaning |", "|---|---|---|"]
+    for heading, rows in _sections((PROPERTIES / file).read_text(encoding="utf-8")):
+        table = [f"| `{key}` | `{value}` | {_cell(told)} |" for key, value, told in rows]
+        lines += [heading, "", *(header if table else []), *table, ""]
+    return "\n".join(lines)
+
+
+def _cell(told: str) -> str:
+    told = re.sub(r"docs/([\w-]+)\.md", r"[\1](\1.md)", told)
+    return told.replace("|", "\\|").replace("<", "&lt;")
+
+
+def _sections(text: str) -> Iterator[tuple[str, list[tuple[str, str, str]]]]:
+    """Yield each block of a YAML file: the comment at its head, and its top-level keys with value and comment."""
+    for block in re.split(r"\n\s*\n", text.strip()):
+        heading: list[str] = []
+        before: list[str] = []
+        rows: list[list[str]] = []
+        for line in block.splitlines():
+            entry = re.match(r"(\w+):\s*(.*?)\s*(?:(?:^|\s)#\s*(.*))?$", line)
+            more = re.match(r"\s*#\s?(.*)$", line)
+            if entry:
+                rows.append([entry[1], entry[2], " ".join([*before, entry[3] or ""]).strip()])
+                before = []
+            elif more and line.startswith("#"):
+                (before if rows else heading).append(more[1])
+            elif more:
+                rows[-1][2] += f" {more[1]}"
+            else:
+                nested = re.match(r"\s+(.*?)\s*(?:\s#\s*(.*))?$", line)
+                rows[-1][1] += f" {nested[1]}"
+                rows[-1][2] += f" {nested[2] or ''}".rstrip()
+        yield " ".join(heading), [(key, value.strip().replace("|", "\\|") or "null", told) for key, value, told in rows]
+
+
+GENERATED = {"commands": commands, "keys": keys}

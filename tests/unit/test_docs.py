@@ -1,0 +1,175 @@
+"""What the docs show is real: commands are parsed, keys and presets known, Python compiles, links lead somewhere."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+import recbole_mllm
+from recbole_mllm.benchmark.variants import expand, resolve
+from recbole_mllm.cli.arguments import check_model, read_overrides
+from recbole_mllm.cli.main import COMMANDS, _read
+from recbole_mllm.common.config import check_keys, check_values, config_paths, every_key
+from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.resources import converters
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+_FENCE = re.compile(r"^( *)```(\w+)[^\n]*\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
+_PROGRAM = re.compile(r"(.*/)?(recbole-mllm|run_recbole_mllm\.py)")
+
+
+def blocks(language: str) -> Iterator[tuple[str, str]]:
+    """Yield the place and the text of every fenced block of `language`."""
+    for path in PAGES:
+        text = path.read_text(encoding="utf-8")
+        for found in _FENCE.finditer(text):
+            if found[2] == language:
+                yield f"{path.relative_to(ROOT)}:{text[: found.start()].count(chr(10)) + 1}", found[3]
+
+
+def words_of(line: str) -> list[list[str]]:
+    """Return the words of each call of our program in a shell line."""
+    lexer = shlex.shlex(line, posix=True, punctuation_chars="&|;")
+    lexer.whitespace_split = True
+    calls: list[list[str]] = []
+    inside = False
+    for word in lexer:
+        if _PROGRAM.fullmatch(word):
+            calls.append([])
+            inside = True
+        elif set(word) <= set("&|;"):
+            inside = False
+        elif inside:
+            calls[-1].append(word)
+    return calls
+
+
+CALLS = [
+    pytest.param(words, id=f"{where} {' '.join(words)[:50]}")
+    for where, text in blocks("bash")
+    for line in re.sub(r"\\\n\s*", " ", text).splitlines()
+    for words in words_of(line)
+]
+
+
+def parse(words: list[str]) -> None:
+    """Read `words` as the program does, as far as that needs no dataset.
+
+    Raises:
+        UserError: A command, an option, a key, a value, a preset or a model is not known.
+    """
+    assert not any("…" in word or "..." in word for word in words), "a command must be complete, to be copied"
+    if words[:1] == ["convert"]:
+        converters("options")._parser().parse_args(words[1:])
+        return
+    if words[:1] == ["split"]:
+        known, rest = converters("options").read_split(words[1:])
+        converters("options").split_settings(known)
+        check_keys(read_overrides(rest), "the command line")
+        return
+    try:
+        known, rest = _read([word for word in words if word != "--debug"])  # as `exit_code` leaves it out
+    except SystemExit as end:  # --help, --version
+        assert end.code == 0
+        return
+    name = " ".join(filter(None, (known.command, getattr(known, "action", None))))
+    assert not name or name in COMMANDS
+    keys = read_overrides(rest)
+    assert not (keys and known.command in ("store", "export"))
+    check_keys(keys, "the command line")
+    check_values({key: value for key, value in keys.items() if not isinstance(value, str)}, lambda key: f"--{key}")
+    # files that readers write themselves are not here; presets are, and so is what properties/ holds
+    files = str(getattr(known, "config_files", None) or "").split()
+    config_paths([name for name in files if not name.endswith(".yaml") or name.startswith("properties/")])
+    models = known.models if name == "benchmark" else known.model if not name else ""
+    for label in expand(models or ""):
+        check_model(resolve(label).model)
+
+
+@pytest.mark.parametrize("words", CALLS)
+def test_every_command_in_the_docs_is_parsed(words, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    parse(words)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "recbole-mllm sumarize --dataset demo",
+        "recbole-mllm plan --dataset demo --devise H100",
+        "recbole-mllm summarize --dataset demo --blok_size=3",
+        "recbole-mllm summarize --dataset demo --block_size=0",
+        "recbole-mllm benchmark --dataset demo --models quick,SASRek",
+        "python run_recbole_mllm.py --model MLLMMSR --dataset demo --config_files qwen9",
+        "recbole-mllm convert csv --raw log/ --interactions log.csv --items items.csv --outt dataset/mine",
+        "a && recbole-mllm split demo --protocol temporally --out dataset/x",
+    ],
+)
+def test_a_wrong_command_would_be_noticed(line):
+    with pytest.raises(UserError):
+        for words in words_of(line):
+            parse(words)
+
+
+def test_commands_were_found():
+    assert len(CALLS) > 30
+    assert ["summarize", "--dataset", "x"] in words_of("A=1 torchrun run_recbole_mllm.py summarize --dataset x # one")
+
+
+def test_scripts_and_files_that_commands_name_are_there():
+    for where, text in blocks("bash"):
+        for path in re.findall(r"(?:^|[\s=\"])((?:benchmarks|tools|properties|examples)/[\w./-]+)", text):
+            assert (ROOT / path).exists(), f"{where}: {path}"
+
+
+def test_python_in_the_docs_compiles_and_its_names_exist():
+    found = list(blocks("python"))
+    assert found
+    for where, text in found:
+        tree = ast.parse(text, where)
+        names = {
+            node.attr
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "recbole_mllm"
+        }
+        names |= {
+            alias.name
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom) and node.module == "recbole_mllm"
+            for alias in node.names
+        }
+        for name in names:
+            assert hasattr(recbole_mllm, name), f"{where}: recbole_mllm.{name}"
+
+
+def test_yaml_in_the_docs_holds_known_keys():
+    for where, text in blocks("yaml"):
+        for key in yaml.safe_load(text):
+            assert key in every_key() or key == "per_model", f"{where}: {key}"
+
+
+def test_links_lead_somewhere():
+    for path in PAGES:
+        text = _FENCE.sub("", path.read_text(encoding="utf-8"))
+        targets = re.findall(r"\]\(([^)\s#]+)[^)]*\)", text) + re.findall(r"(?:src|srcset)=\"([^\"]+)\"", text)
+        for target in targets:
+            assert "://" in target or (path.parent / target).exists(), f"{path.relative_to(ROOT)}: {target}"
+
+
+def test_pages_that_messages_name_are_there():
+    files = [
+        path
+        for folder in ("recbole_mllm", "dataset_converters", "properties", "benchmarks", "tools", "examples")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in (".py", ".yaml", ".html", ".md", ".ipynb")
+    ]
+    for path in [*files, ROOT / "CHANGELOG.md", *ROOT.glob("*.py")]:
+        for page in re.findall(r"\bdocs/[\w/-]+\.md\b", path.read_text(encoding="utf-8")):
+            assert (ROOT / page).is_file(), f"{path.relative_to(ROOT)}: {page}"
