@@ -30,7 +30,7 @@ from recbole_mllm.common.settings import Settings
 from recbole_mllm.mllm.hf import HFModel
 
 STYLE = Style.from_mapping("demo", yaml.safe_load((PROPERTIES / "prompt" / "demo.yaml").read_text()))
-SETTINGS = Settings.from_config(yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text()))
+SETTINGS = Settings.from_config(yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text()) | {"mllm": "tiny"})
 
 
 def pairs(folder: Path, items: int, users: int) -> list[Prompt]:

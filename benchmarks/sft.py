@@ -34,7 +34,7 @@ from recbole_mllm.mllm.lora import adapt
 from recbole_mllm.mllm.loss import example_loss, micro_batches
 
 STYLE = Style.from_mapping("demo", yaml.safe_load((PROPERTIES / "prompt" / "demo.yaml").read_text()))
-SETTINGS = Settings.from_config(yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text()))
+SETTINGS = Settings.from_config(yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text()) | {"mllm": "tiny"})
 STEPS = 2  # the second shows what is kept from the first
 
 

@@ -39,7 +39,7 @@ from recbole_mllm.summaries.store import Store
 from recbole_mllm.summaries.user_summaries import SummaryRequests, preferences
 
 STYLE = Style.from_mapping("video", yaml.safe_load((PROPERTIES / "prompt" / "video.yaml").read_text()))
-SETTINGS = Settings.from_config(yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text()))
+SETTINGS = Settings.from_config(yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text()) | {"mllm": "tiny"})
 LENGTH, BLOCK = 96, 3
 Texts = dict[tuple[str, int], str]
 

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.files import CONVERTED, publish, whole_file
+from recbole_mllm.common.model_names import PRESETS
 from recbole_mllm.data.atomic import impossible_times
 from recbole_mllm.data.splits import SplitSettings
 
@@ -250,10 +251,17 @@ def counts(done: Converted) -> Iterator[str]:
         yield f"- {catalog.repeated:,} repeated descriptions of an item, alike in title and image, were left out"
 
 
+def benchmark_command(name: str, home: str) -> str:
+    """Return the command that compares models on the dataset; MLLMMSR's comes from the preset of a middle size."""
+    place = "" if home == "dataset" else f" --data_path={home}"
+    return f"recbole-mllm benchmark --models quick --config_files {PRESETS[1][0]} --dataset {name}{place}"
+
+
 def _use(job: Job) -> Iterator[str]:
     name = job.folder.name
     yield "\n## Use\n"
     yield "`dataset.yaml` is read by itself where this folder is below `data_path`, or passed as a config file:\n"
     yield "```"
     yield f"recbole-mllm --model SASRec --dataset {name} --data_path=PARENT_OF_THIS_FOLDER"
+    yield benchmark_command(name, "PARENT_OF_THIS_FOLDER")
     yield "```"

@@ -14,7 +14,7 @@ from recbole_mllm.common.progress import Progress, log_to_terminal
 from recbole_mllm.data.splits import SplitSettings
 
 from .amazon2023 import Amazon2023
-from .convert import Job, Source, add_option, convert, counts
+from .convert import Job, Source, add_option, benchmark_command, convert, counts
 from .csv_table import CsvTable
 from .interactions import Limits
 from .item_rows import Downloader
@@ -60,7 +60,8 @@ def main(words: Sequence[str]) -> int:
             known.skip_bad_rows, lambda count: progress.update(count / 1e6), known.encoding, bool(known.multiline)
         )
         done = convert(job, read)
-    print("\n".join([*source.notes, *counts(done), f"written: {folder}"]))
+    command = f"next: {benchmark_command(folder.name, os.path.relpath(folder.parent))} (or --mllm=tiny for a trial)"
+    print("\n".join([*source.notes, *counts(done), f"written: {folder}", command]))
     return 0
 
 

@@ -13,6 +13,7 @@ from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
+import yaml
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 
@@ -123,40 +124,50 @@ def keys() -> str:
 
 
 def _table(file: str, title: str) -> str:
+    text = (PROPERTIES / file).read_text(encoding="utf-8")
+    values = yaml.safe_load(text)
     lines = [f"## {title}", "", f"In `properties/{file}`.", ""]
-    header = ["| key | default | meaning |", "|---|---|---|"]
-    for heading, rows in _sections((PROPERTIES / file).read_text(encoding="utf-8")):
-        table = [f"| `{key}` | `{value}` | {_cell(told)} |" for key, value, told in rows]
-        lines += [heading, "", *(header if table else []), *table, ""]
+    for heading, rows in _sections(text):
+        table = [f"| `{key}` | `{_cell(_flow(values[key]))}` | {_linked(_cell(told))} |" for key, told in rows]
+        lines += [
+            _linked(heading),
+            "",
+            *(["| key | default | meaning |", "|---|---|---|"] if table else []),
+            *table,
+            "",
+        ]
     return "\n".join(lines)
 
 
-def _cell(told: str) -> str:
-    told = re.sub(r"docs/([\w-]+)\.md", r"[\1](\1.md)", told)
-    return told.replace("|", "\\|").replace("<", "&lt;")
+def _flow(value: Any) -> str:
+    """Return a value as YAML on one line."""
+    return yaml.safe_dump(value, default_flow_style=True, width=10_000, sort_keys=False).removesuffix("\n...\n").strip()
 
 
-def _sections(text: str) -> Iterator[tuple[str, list[tuple[str, str, str]]]]:
-    """Yield each block of a YAML file: the comment at its head, and its top-level keys with value and comment."""
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+def _linked(text: str) -> str:
+    return re.sub(r"docs/([\w-]+)\.md", r"[\1](\1.md)", text)
+
+
+def _sections(text: str) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    """Yield each block of a YAML file: the comment at its head, and its top-level keys with their comments."""
     for block in re.split(r"\n\s*\n", text.strip()):
         heading: list[str] = []
-        before: list[str] = []
-        rows: list[list[str]] = []
+        before: list[str] = []  # a comment on lines of its own, above a key
+        rows: list[tuple[str, list[str]]] = []
         for line in block.splitlines():
-            entry = re.match(r"(\w+):\s*(.*?)\s*(?:(?:^|\s)#\s*(.*))?$", line)
-            more = re.match(r"\s*#\s?(.*)$", line)
-            if entry:
-                rows.append([entry[1], entry[2], " ".join([*before, entry[3] or ""]).strip()])
+            code, _, comment = (f" {line}").partition(" #")
+            if key := re.match(r" (\w+):", code):
+                rows.append((key[1], [*before, comment]))
                 before = []
-            elif more and line.startswith("#"):
-                (before if rows else heading).append(more[1])
-            elif more:
-                rows[-1][2] += f" {more[1]}"
+            elif code.strip() or not line.startswith("#"):
+                rows[-1][1].append(comment)
             else:
-                nested = re.match(r"\s+(.*?)\s*(?:\s#\s*(.*))?$", line)
-                rows[-1][1] += f" {nested[1]}"
-                rows[-1][2] += f" {nested[2] or ''}".rstrip()
-        yield " ".join(heading), [(key, value.strip().replace("|", "\\|") or "null", told) for key, value, told in rows]
+                (before if rows else heading).append(comment)
+        yield " ".join(map(str.strip, heading)), [(key, " ".join(" ".join(told).split())) for key, told in rows]
 
 
 GENERATED = {"commands": commands, "keys": keys}

@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from recbole_mllm.common.files import CONVERTED, recover
+from recbole_mllm.common.model_names import TINY
 from recbole_mllm.common.resources import MLLM, PROPERTIES, resource
 from recbole_mllm.recbole_patches.hooks import replace
 
@@ -101,7 +102,11 @@ def read_our_files(configurator: ModuleType) -> None:
             ours += [of_dataset] * of_dataset.is_file()
         for path in (*ours, *_dataset_files(self, dataset)):
             self._update_internal_config_dict(path)
+        if ours and importlib.import_module("recbole_mllm.demo.builtin").is_demo(dataset):
+            self.internal_config_dict["mllm"] = self.internal_config_dict["mllm"] or TINY
         known = {**self.internal_config_dict, **self.external_config_dict}
+        if ours:
+            importlib.import_module("recbole_mllm.common.settings").check_models(known)
         if known.get("load_col") == _EVERY_TIME:  # nobody says which columns to load: the dataset's own fields
             names = [known.get(key) for key in ("USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD")]
             self.internal_config_dict["load_col"] = {"inter": [name for name in names if name]}

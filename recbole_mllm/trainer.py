@@ -322,7 +322,7 @@ class MLLMMSRTrainer(Trainer):  # type: ignore[misc]
         place = TrainingPlace(*training.get("place", (checkpoint["epoch"] + 1,)))
         self.model.load_other_parameter(checkpoint.get("other_parameter"))
         if found := difference(checkpoint, self.config, course=place.batch > 0):
-            raise UserError(f"{path} was trained with {found}; give the same settings to go on from it")
+            raise UserError(f"{path} was trained with {found}; give the same settings to resume from it")
         if training.get("best_valid_result") is not None and not best_of(path).is_file():
             raise UserError(f"{best_of(path)}, the best epoch so far, is missing beside {path}; put it back")
         self.model.load_state_dict(checkpoint["state_dict"])

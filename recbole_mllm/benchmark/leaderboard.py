@@ -157,6 +157,8 @@ class Leaderboard:
 
     `future_share` is the share of test targets with later interactions in training; None where no run can say.
 
+    `is_demo` says whether the dataset is a demo world, which the bundled model was made for.
+
     `without_validation` are baselines that recorded no validation metric: where there are some, the best one was chosen
     on the test split. `absent` says of each expected metric without a value under this protocol why it has none.
     """
@@ -173,6 +175,7 @@ class Leaderboard:
     dimensions: tuple[Dimension, ...] = ()
     absent: Mapping[str, str] = field(default_factory=dict)
     future_share: float | None = None
+    is_demo: bool = False
 
     @property
     def valid_metric(self) -> str:
@@ -211,6 +214,11 @@ class Leaderboard:
     def fused(self) -> list[LeaderboardRow]:
         """The rows ``A+B`` that have numbers."""
         return [row for row in self.ranked if row.fusions]
+
+    @property
+    def out_of_place(self) -> tuple[str, ...]:
+        """The rows that ask the bundled test model about something else than the demo it was made for."""
+        return tuple(row.model for row in self.ranked if not self.is_demo and row.setup and row.setup.is_tiny)
 
     @property
     def chosen_on(self) -> str:

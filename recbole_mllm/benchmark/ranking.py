@@ -45,6 +45,7 @@ from recbole_mllm.benchmark.setups import ModelSetup, setup_of
 from recbole_mllm.benchmark.significance import DRAW_SEED
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.resources import MLLM
+from recbole_mllm.demo.builtin import is_demo_world
 
 NO_POOLED = (
     "AUC has no value here: it pools the scores of all users' pairs, and of a ranking of all items each user's best "
@@ -78,6 +79,7 @@ def build(records: Iterable[RunRecord], results: Path, note: str = "") -> Leader
     board = Leaderboard(
         told.dataset, told.protocol, told.candidates, told.n_users, metrics, (), None, note, absent=absent,
         future_share=next((run.future_share for run, _ in loaded if run.future_share is not None), None),
+        is_demo=is_demo_world(Path(str(told.config.get("data_path", told.dataset)))),
     )  # fmt: skip
     parted = partitions(loaded[0][1].columns) if loaded else ()
     pool = _recommendable(contenders)

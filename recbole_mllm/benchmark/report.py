@@ -12,10 +12,10 @@ from recbole_mllm.benchmark import tables
 from recbole_mllm.benchmark.cases import read_cases
 from recbole_mllm.benchmark.html import page
 from recbole_mllm.benchmark.leaderboard import Leaderboard
-from recbole_mllm.benchmark.memory_questions import memory_note
+from recbole_mllm.benchmark.memory_probe import memory_note
 from recbole_mllm.benchmark.ranking import build
 from recbole_mllm.benchmark.records import RECORDS, read_records
-from recbole_mllm.benchmark.wording import added, uses
+from recbole_mllm.benchmark.wording import added, banner, uses
 from recbole_mllm.common.files import write_text
 
 HTML = "leaderboard.html"
@@ -30,7 +30,8 @@ def render(results: Path, *, embed_images: bool = True) -> Leaderboard:
     """
     board = read_leaderboard(results)
     found = {"uses": [use._asdict() for use in uses(board)], "what_the_mllm_adds": added(board)}
-    published = board.to_json() | {name: told for name, told in found.items() if told}
+    published = {"banner": banner(board)} | board.to_json() | found
+    published = {name: told for name, told in published.items() if told or name not in ("banner", *found)}
     forms = {
         "leaderboard.json": json.dumps(published, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
         "leaderboard.csv": tables.csv_text(tables.numbers_table(board)),

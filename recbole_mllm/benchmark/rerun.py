@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from recbole_mllm.benchmark.process import LOG, WORKER, claim, failure, heartbeat, run_child, write_order
-from recbole_mllm.benchmark.records import RECORDS, RunRecord, latest, plain_json, read_records, records_of
+from recbole_mllm.benchmark.records import RECORDS, WHO, RunRecord, latest, plain_json, read_records, records_of
 from recbole_mllm.common.config import every_key
 from recbole_mllm.common.errors import UserError
-from recbole_mllm.common.model_names import is_same
+from recbole_mllm.common.model_names import TINY, is_same
 from recbole_mllm.common.resources import MLLM, PROPERTIES
 from recbole_mllm.common.settings import MLLMSettings
 from recbole_mllm.common.yaml_files import read_mapping
@@ -57,10 +57,10 @@ def find_run(run_id: str, output: Path | None = None, root: Path = Path("results
     found = [folder for folder, records in known.items() if run_id in records]
     if not found:
         near = get_close_matches(run_id, [name for records in known.values() for name in records], n=1)
-        hint = f"; did you mean {near[0]}?" if near else "; the ids stand in runs.jsonl and below runs/"
+        hint = f"; did you mean {near[0]}?" if near else "; the ids are in runs.jsonl and below runs/"
         raise UserError(f"no run {run_id!r} in {output or root}{hint}")
     if len(found) > 1:
-        raise UserError(f"run {run_id} stands in {', '.join(map(str, found))}; say which with --output_dir")
+        raise UserError(f"run {run_id} is in {', '.join(map(str, found))}; say which with --output_dir")
     record = known[found[0]][run_id]
     if not record.ok:
         raise UserError(f"run {run_id} has no numbers to compare with: {record.status}; run the benchmark again")
@@ -104,7 +104,8 @@ def _check_weights(record: RunRecord) -> None:
     Raises:
         UserError: A local model's files are others now, or are gone.
     """
-    models = MLLMSettings.from_config({**read_mapping(PROPERTIES / "model" / "MLLMMSR.yaml"), **record.config})
+    ours = read_mapping(PROPERTIES / "model" / "MLLMMSR.yaml")
+    models = MLLMSettings.from_config({**ours, "mllm": TINY, **record.config})
     for key, weights in record.weights.items():
         if not is_same(weights, now := models.identity(key)):
             raise UserError(
@@ -121,11 +122,13 @@ def order_of(record: RunRecord, output: Path, data_path: str | None = None) -> d
     Raises:
         UserError: The dataset is no longer where it was.
     """
-    who = {key: getattr(record, key) for key in ("run_id", "model", "label", "kind", "seed", "dataset")}
+    who = {key: getattr(record, key) for key in WHO}
     who["output_dir"] = str(output)
     if record.fusion:
         return {**who, "parts": list(record.fusion["parts"]), "results": str(output.parent)}
     defaults = {key: value for key, value in record.config.items() if key in every_key() - _DERIVED}
+    if record.config.get("item_features"):
+        defaults.setdefault("mllm", TINY)  # the default when a record that names none was made
     # its own section is in its keys already, a retriever's is not
     others = {name: keys for name, keys in (record.config.get("per_model") or {}).items() if name != record.model}
     defaults |= {"per_model": others} if others else {}

@@ -43,6 +43,7 @@ from recbole_mllm.benchmark.process import (
 )
 from recbole_mllm.benchmark.records import (
     RECORDS,
+    WHO,
     RunRecord,
     append,
     latest,
@@ -96,7 +97,7 @@ def benchmark(
             bench.run_all(jobs)
     except KeyboardInterrupt:
         done = sum(bench.finished(job) is not None for job in jobs)
-        bench.say(f"stopped; {done} of {len(jobs)} runs are finished and kept: the same command resumes there")
+        bench.say(f"stopped; {done} of {len(jobs)} runs are finished; the same command resumes")
         raise SystemExit(1) from None
     render(plan.output_dir, embed_images=plan.embed_images)
     return plan.output_dir / HTML
@@ -223,7 +224,7 @@ class _Bench:
         if len(records_of(self.records, job.run_id)) == known:
             reason = said_anywhere(reason or failure(job.folder / LOG, 0))
             failed = RunRecord(
-                **{key: order[key] for key in ("run_id", "model", "label", "kind", "seed", "dataset")},
+                **{key: order[key] for key in WHO},
                 status=f"{reason} (log: {(job.folder / LOG).relative_to(self.plan.output_dir)})",
                 started=started.isoformat(timespec="seconds"),
                 config=job.order(),

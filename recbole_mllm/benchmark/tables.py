@@ -20,6 +20,7 @@ from recbole_mllm.benchmark.setups import SETUP
 from recbole_mllm.benchmark.wording import (
     NOT_CONVERGED,
     added,
+    banner,
     cost_text,
     finding,
     legend,
@@ -67,6 +68,8 @@ def numbers_table(board: Leaderboard) -> pd.DataFrame:
             "tested_against": row.tested_against,
         }  # fmt: skip
         cells |= row.setup.to_json() if row.setup else dict.fromkeys(SETUP)
+        if board.out_of_place:
+            cells["banner"] = banner(board) if row.model in board.out_of_place else None
         for name in board.metrics:
             score = row.scores.get(name)
             low, high = (score and score.ci95) or (None, None)
@@ -148,7 +151,8 @@ def format_table(board: Leaderboard) -> str:
         for text in (f"{legend(board)} {reused_note(board)}".strip(), finding(board), *added(board), board.note)
         for line in textwrap.wrap(text, WIDTH)
     ]
-    return "\n".join([*textwrap.wrap(title, WIDTH), *fixed, *below])
+    above = [*textwrap.wrap(banner(board), WIDTH), ""] if banner(board) else []
+    return "\n".join([*above, *textwrap.wrap(title, WIDTH), *fixed, *below])
 
 
 def _cut(text: str, width: int = NAME_WIDTH) -> str:

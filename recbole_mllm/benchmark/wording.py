@@ -142,6 +142,18 @@ def _and(names: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
+def banner(board: Leaderboard) -> str:
+    """Say what the bundled model is, where a row asks it about other items than the demo's; else ""."""
+    if not board.out_of_place:
+        return ""
+    rows = "the row" if len(board.out_of_place) == 1 else "the rows"
+    say = "says" if len(board.out_of_place) == 1 else "say"
+    return (
+        f"tiny is a test model of 2.7 M parameters that has never seen these items: {rows} {_and(board.out_of_place)} "
+        f"{say} nothing about MLLM-MSR. For a result, set mllm to a real model (docs/backbones.md)."
+    )
+
+
 def finding(board: Leaderboard) -> str:
     """Say in one or two sentences what the table shows, and no more than it shows."""
     if not board.ranked:

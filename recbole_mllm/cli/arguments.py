@@ -16,7 +16,7 @@ from recbole_mllm.common.config import check_keys, check_values, config_paths, i
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.prompts import read_style
 from recbole_mllm.common.resources import MLLM
-from recbole_mllm.common.settings import EvaluationSettings, Settings
+from recbole_mllm.common.settings import EvaluationSettings, FeatureSettings, Settings, check_models
 from recbole_mllm.common.yaml_files import read_mapping
 from recbole_mllm.demo.builtin import preset_of
 
@@ -59,8 +59,8 @@ def read_overrides(words: Sequence[str]) -> dict[str, Any]:
     return out
 
 
-def config_of(model: str, dataset: str, options: Options) -> Any:
-    """Return RecBole's Config of one run.
+def config_of(model: str, dataset: str, options: Options, *, recommends: bool = True) -> Any:
+    """Return RecBole's Config of one run; without `recommends`, of one that writes texts alone.
 
     Raises:
         UserError: A key, a value, the model or the dataset is not what it should be; nothing has run yet.
@@ -71,7 +71,7 @@ def config_of(model: str, dataset: str, options: Options) -> Any:
     check_model(model)
     files = config_files(dataset, options)
     config = make_config(model, dataset, files, {"frozen_candidates": True, **options.keys()})
-    check_config(config)
+    check_config(config, recommends=recommends)
     return config
 
 
@@ -115,15 +115,21 @@ def check_model(name: str) -> None:
     raise UserError(f"--model [{name}] {what}{hint}")
 
 
-def check_config(config: Any) -> None:
+def check_config(config: Any, *, recommends: bool = True) -> None:
     """Refuse settings of this project, or files and a dataset they name, that a run could not use.
 
     Raises:
         UserError: Says which.
     """
     EvaluationSettings.from_config(config)
-    if config["model"] == MLLM and (style := Settings.from_config(config).recommend.prompt_style) != "auto":
-        read_style(style)
+    if config["model"] == MLLM:
+        check_models(config, recommender=recommends)
+        if (style := Settings.from_config(config).recommend.prompt_style) != "auto":
+            read_style(style)
+    if FeatureSettings.from_config(config).kinds:
+        from recbole_mllm.features.item_vectors import settings_of  # loads torch
+
+        settings_of(config)
     for key in ("image_dir", "candidates_file", "retriever_checkpoint"):
         if (path := config[key]) and not Path(str(path)).exists():
             raise UserError(f"{key} {str(path)!r} does not exist")

@@ -72,7 +72,10 @@ _EXAMPLES = {
         "recbole-mllm recommend --checkpoint results/mine/runs/RUN_ID --user u0012 --top 5 --explain",
         "recbole-mllm recommend --checkpoint saved/MLLMMSR.pth --history i0335,i0261",
     ),
-    "export": ("recbole-mllm export results/mine/runs/RUN_ID --out exported --merge",),
+    "export": (
+        "recbole-mllm export results/mine/runs/RUN_ID --out exported --merge",
+        "recbole-mllm export results/mine/runs/RUN_ID --out exported --push-to-hub me/my-recommender",
+    ),
     "store stats": ("recbole-mllm store stats mine",),
     "store prune": ('recbole-mllm store prune mine --model "server:*" --older-than 90 --dry-run',),
     "store export": ("recbole-mllm store export mine --out summaries.jsonl.gz",),
@@ -281,6 +284,9 @@ def _add_options(of: dict[str, Parser]) -> None:
     words = "some of scratch, logs, scores, retrievers (these by default), pairs, checkpoints"
     add("--kind", metavar="K1,K2", help=f"{words}; docs/commands.md says what they are")
     add("--yes", action="store_true", help="remove them; without it they are listed alone")
+    for name, kind in {"export": "model's", "store export": "dataset's"}.items():
+        told = f"also send it to a {kind} repository on the hub, made private where there is none (docs/publish.md)"
+        of[name].add_argument("--push-to-hub", metavar="OWNER/NAME", help=told)
     add = of["store prune"].add_argument
     add("--older-than", type=float, metavar="DAYS", help="only those written longer ago")
     add("--dry-run", action="store_true", help="only say what would go")

@@ -172,7 +172,7 @@ def _best_checkpoint(folder: Path, model: str | None) -> Path:
     if (folder / "adapter_config.json").is_file() or (folder / "trained.safetensors").is_file():
         raise UserError(f"beside {folder} there is no {folder.name}.pth, which says how the prompts are worded")
     of = f" of {model}" if model else ""
-    raise UserError(f"no checkpoint{of} is kept in {folder}; run that model again, or give a FILE.pth")
+    raise UserError(f"no checkpoint{of} is in {folder}; run that model again, or give a FILE.pth")
 
 
 def last_of(best: Path) -> Path:

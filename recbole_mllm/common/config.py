@@ -30,6 +30,7 @@ from recbole_mllm.common.settings import (
     Seed,
     Whole,
     WrongValue,
+    check_models,
     checked,
     known_keys,
     own_types,
@@ -300,6 +301,8 @@ def check_values(values: Mapping[str, Any], where: Callable[[str], str] = lambda
 
 
 def _check_value(key: str, value: Any) -> None:
+    if key == "mllm" and value is None:
+        return  # not set here; where a run needs it, its settings say so
     if key in _INNER:
         _check_inner(key, value)
     elif hint := _TYPES.get(key) or own_types().get(key):
@@ -433,6 +436,7 @@ def check_training(config: Any) -> None:
         raise UserError(f"learner: {config['learner']} is not known; take one of {', '.join(_LEARNERS)}")
     modes = config["eval_args"]["mode"]
     if config["model"] == MLLM:
+        check_models(config, recommender=True)
         ranking = RankingSettings.from_config(config)
         ranking.check_modes(modes)
         if ranking.retriever and not is_model(ranking.retriever):

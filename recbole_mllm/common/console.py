@@ -83,7 +83,7 @@ def in_a_line(error: BaseException, place: str = "") -> tuple[int, str] | None:
     if isinstance(error, UserError):
         return 2, str(error)
     if isinstance(error, KeyboardInterrupt):
-        return 1, "stopped; what was finished is kept"
+        return 1, "stopped; finished work is saved"
     if isinstance(error, BrokenPipeError):
         return 1, ""
     if isinstance(error, OSError):

@@ -252,7 +252,7 @@ def _dist() -> Any:
 
 
 _LOST_WORDS = (
-    "another process of this run has ended without a word (killed, or out of memory); what was finished is kept: start "
+    "another process of this run ended without a message (killed, or out of memory); finished work is saved: start "
     "the same command again, a training with --checkpoint_every_steps and --resume=auto"
 )
 
@@ -358,7 +358,7 @@ def _abandon(code: int) -> int:
 
 
 def _ended_by_launcher(number: int, frame: object) -> NoReturn:
-    raise LostProcess("the launcher has ended this process, as another one has ended; what was finished is kept")
+    raise LostProcess("the launcher has ended this process, as another one has ended; finished work is saved")
 
 
 # -- shares of work ----------------------------------------------------------------------------------------------------

@@ -15,9 +15,24 @@ from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.progress import warn_once
 
 TINY = "tiny"
+PRESETS = (
+    ("smolvlm2-500m", "0.51 B parameters, 12 GB to train"),
+    ("qwen3-vl-2b", "2.13 B, 19 GB"),
+    ("qwen3-vl-8b", "8.77 B, 37 GB"),
+)
+"""A small, a middle and a large model for `no_model`, with the memory that docs/backbones.md says."""
 _WHOLE = 64 * 2**20  # files up to this many bytes are digested whole, larger ones by size, head and tail
 _END = 2**20
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def no_model() -> UserError:
+    """Return the error that no model is set; the bundled one is no silent default outside the demo."""
+    presets = ", ".join(f"{name} ({size})" for name, size in PRESETS)
+    return UserError(
+        f"mllm names no model; take a preset by its size, --config_files {presets}, or set mllm to a hub id or a "
+        f"folder; --mllm={TINY} is the bundled model of the demo, for a trial"
+    )
 
 
 def source_of(name: str) -> str:
@@ -57,7 +72,7 @@ def pinned(name: str, revision: str | None = None) -> str:
     if commit is None:
         kept = f"{name}@{revision or 'main'}"
         warn_once(
-            f"{kept}: neither the local cache nor the hub says which commit that is, so its answers are kept under "
+            f"{kept}: neither the local cache nor the hub says which commit that is, so its answers are stored under "
             "this name; a commit can also be given as the revision"
         )
     return f"{name}@{commit or revision}" if commit or revision else name

@@ -35,6 +35,7 @@ _FIELDS: dict[str, set[str]] = {  # of each wording; of those not named here, no
     "recommend_user_first": _QUESTION,
     "recommend_user_first_without_image": _QUESTION,
 }
+_OPTIONAL = ("text_summary_length", "recommend_system")
 _SHOW_AN_IMAGE = ("image_summary", "recommend_item_first", "recommend_user_first")
 
 
@@ -43,10 +44,12 @@ class Prompt:
     """One question to an MLLM: text with one ``<image>`` mark for each image.
 
     `marked` is the text with titles, summaries and preferences between `OPEN` and `CLOSE`; ``<image>`` there is none.
+    `system` is what a system message says before it; "" is none.
     """
 
     marked: str
     images: tuple[Path, ...] = ()
+    system: str = ""
 
     def __post_init__(self) -> None:
         marks = _PIECES.sub("", self.marked).count(IMAGE)
@@ -84,6 +87,7 @@ class Style:
     answer_yes: str
     answer_no: str
     text_summary_length: str = ""
+    recommend_system: str = ""
 
     @classmethod
     def from_mapping(cls, name: str, wording: Mapping[str, Any], path: Path | None = None) -> Self:
@@ -95,7 +99,7 @@ class Style:
         """
         where = str(path) if path else f"prompt style {name!r}"
         known = {f.name for f in fields(cls)} - {"name"}
-        wording = {"text_summary_length": "", **wording}
+        wording = dict.fromkeys(_OPTIONAL, "") | dict(wording)
         for key in wording.keys() - known:
             near = get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]}?" if near else "see docs/prompts.md"
@@ -103,7 +107,7 @@ class Style:
         if missing := sorted(known - wording.keys()):
             raise UserError(f"{where}: missing wording {', '.join(missing)}; see docs/prompts.md")
         for key, text in wording.items():
-            if (key, text) != ("text_summary_length", "") and (wrong := _wrong(key, text)):
+            if (text or key not in _OPTIONAL) and (wrong := _wrong(key, text)):
                 raise UserError(f"{where}: {key} {wrong}")
         return cls(name=name, **{key: text.strip("\n") for key, text in wording.items()})
 
@@ -194,4 +198,5 @@ def recommend_prompt(
     """
     order = "recommend_item_first" if item_first else "recommend_user_first"
     template = getattr(style, order if image else f"{order}_without_image")
-    return Prompt(_fill(template, preference=preference, title=title), (image,) if image else ())
+    marked = _fill(template, preference=preference, title=title)
+    return Prompt(marked, (image,) if image else (), style.recommend_system)

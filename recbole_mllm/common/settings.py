@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 import re
+from collections import ChainMap
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Self, Union, cast, get_args, get_origin, get_type_hints
 
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.model_names import (
     Endpoint,
     identity_of,
     is_server,
+    no_model,
     parse_endpoint,
     pinned,
     revision_of,
@@ -212,13 +214,15 @@ class MLLMSettings(_FromConfig):
 
 @dataclass(frozen=True, slots=True)
 class ServerSettings(_FromConfig):
-    """How servers are asked; nothing here but `server_thinking` changes a text."""
+    """How servers are asked; nothing here but `server_thinking` changes a text, and none but the last two a score."""
 
     server_concurrency: Annotated[int, Range(int, least=1, most=4096)]  # each is a thread
     server_timeout: Annotated[float, Range(float, above=0, most=10**6)]  # longer ones overflow the socket's clock
     server_patience: Annotated[float, Range(float, above=0, most=10**6)]
     server_key_env: str | None
     server_thinking: Literal["auto", "off"] = "auto"
+    server_scoring: Literal["chat", "score", "rerank"] | None = None
+    server_tokenizer: str | None = None
 
     def __post_init__(self) -> None:
         if self.server_key_env is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", self.server_key_env):
@@ -387,14 +391,31 @@ class Settings:
         summary = self.summary
         summarizes = summary.summary_mode != "none"
         shows_images = self.recommend.use_image or (summarizes and summary.item_summary in ("image", "fused"))
-        reads_history = summarizes or summary.history_titles > 0
+        reads_history = summarizes or summary.history_titles > (summary.control == "shuffled-history")
         if summary.control and not (shows_images if summary.control == "wrong-image" else reads_history):
             raise UserError(f"control: {summary.control} would change nothing under these settings; leave it out")
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
-        """Parse a complete mapping of keys (the border between RecBole's Config and this project)."""
+        """Parse a complete mapping of keys (the border between RecBole's Config and this project).
+
+        Raises:
+            UserError: A value is wrong, or a model is not set that summaries need.
+        """
+        check_models(config)
+        if config["mllm"] is None:  # no recommender: these settings can write summaries, and no more
+            config = ChainMap({"mllm": config["item_summarizer"], "finetune": "none"}, cast(Any, config))
         return cls(**{name: group.from_config(config) for name, group in get_type_hints(cls).items()})
+
+
+def check_models(config: Mapping[str, Any], *, recommender: bool = False) -> None:
+    """Refuse a configuration that names no model for what reads one: summaries, and the `recommender` if asked.
+
+    Raises:
+        UserError: Names presets.
+    """
+    if config["mllm"] is None and (recommender or not (config["item_summarizer"] and config["user_summarizer"])):
+        raise no_model()
 
 
 _GROUPS = (

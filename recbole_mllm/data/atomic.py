@@ -74,7 +74,7 @@ def write_atomic(path: Path, types: Mapping[str, str], rows: Iterable[Sequence[s
             raise
         raise UserError(
             f"{path} cannot be written ({error.strerror}); make room on the disk (or raise the quota) and repeat the "
-            "command; an earlier file is kept as it was"
+            "command; an earlier file is unchanged"
         ) from error
     return line_number - 1
 

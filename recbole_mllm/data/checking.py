@@ -145,7 +145,7 @@ def check_file(path: Path, rules: Rules) -> None:
             first, before = seen.setdefault(values[unique], (number, values))
             if before != values:
                 raise UserError(
-                    f"{path}:{number}: {names[unique]} {values[unique]!r} stands in line {first} already, with other "
+                    f"{path}:{number}: {names[unique]} {values[unique]!r} is already in line {first}, with other "
                     "values; keep one of the two"
                 )
     if number == 1:

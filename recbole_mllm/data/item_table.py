@@ -63,7 +63,7 @@ def read_items(folder: Path, image_dir: Path | None, item_field: str = schema.IT
                 f"{path}:{number}: the item's id {problem}; RecBole would know it by another, or not at all"
             )
         if (first := lines.setdefault(item, number)) != number:
-            raise UserError(f"{path}:{number}: item {item} stands in line {first} already; keep one of the two")
+            raise UserError(f"{path}:{number}: item {item} is already in line {first}; keep one of the two")
         titles[item] = clean(row[title]) if title else ""
         images.add(folder, item, row.get(schema.IMAGE, ""), image_dir)
     images.check()

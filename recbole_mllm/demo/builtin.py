@@ -6,22 +6,30 @@ import importlib.util
 import json
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.files import BUILTIN, check_place, publish_new, staged, write_text
 from recbole_mllm.common.resources import converters
-from recbole_mllm.data.schema import INTER_TYPES
+from recbole_mllm.data.schema import INTER_TYPES, item_file, title_column
+from recbole_mllm.demo.attributes import BRANDS, VALUES
 
 DEMO_SEED = 1  # the world behind the plain name `demo`; `demo-7` is the world of seed 7
 _DEMO = re.compile(r"demo(?:-(\d+))?")
+_TITLE = re.compile(f"({'|'.join(BRANDS)}) ({'|'.join(VALUES['theme'])}) edition")
 
 DEMO_COMMENT = "A made world: the images carry the taste, the titles do not (docs/tiny-mllm.md)."
 
 
 def is_builtin(name: str) -> bool:
     """Return whether a dataset of this name can be built here."""
-    return name == "ml-100k-posters" or _DEMO.fullmatch(name) is not None
+    return name == "ml-100k-posters" or is_demo(name)
+
+
+def is_demo(name: str) -> bool:
+    """Return whether a dataset of this name is a demo world, on which the bundled MLLM is the default."""
+    return _DEMO.fullmatch(name) is not None
 
 
 def preset_of(name: str) -> str | None:
@@ -29,10 +37,24 @@ def preset_of(name: str) -> str | None:
     return None if not is_builtin(name) else "ml-100k-posters" if name == "ml-100k-posters" else "demo"
 
 
+def is_demo_world(folder: Path) -> bool:
+    """Return whether the dataset in `folder` is a demo world, whatever it is called, whole or split.
+
+    Its titles tell; the name alone does where they cannot be read, as where results lie on another machine.
+    """
+    from recbole_mllm.data.atomic import read_columns, read_numbered  # numpy, for which `--help` does not wait
+
+    with suppress(OSError, UserError):
+        path = item_file(folder)
+        title = title_column(read_columns(path))
+        return title is not None and all(_TITLE.fullmatch(row[title]) for _, row in read_numbered(path))
+    return _DEMO.fullmatch(folder.name) is not None
+
+
 def ensure_builtin(folder: Path) -> None:
     """Build the dataset that `folder` is named after, if it is one of ours and not there yet; whole or not at all."""
     if is_builtin(folder.name) and not (folder / f"{folder.name}.inter").is_file():
-        _whole(folder, _demo if _DEMO.fullmatch(folder.name) else _movies)
+        _whole(folder, _demo if is_demo(folder.name) else _movies)
 
 
 def _demo(folder: Path) -> None:

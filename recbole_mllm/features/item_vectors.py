@@ -29,13 +29,14 @@ from torch import Tensor, nn
 
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.files import make_once, write_text
-from recbole_mllm.common.model_names import identity_of, pinned, source_of
+from recbole_mllm.common.model_names import TINY, identity_of, pinned, source_of
 from recbole_mllm.common.resources import PROPERTIES
-from recbole_mllm.common.settings import FeatureSettings, Settings, known_keys
+from recbole_mllm.common.settings import FeatureSettings, Settings, check_models, known_keys
 from recbole_mllm.common.yaml_files import read_mapping
 from recbole_mllm.data.atomic import read_columns, read_values, write_atomic
 from recbole_mllm.data.images import image_digest
 from recbole_mllm.data.item_table import read_items
+from recbole_mllm.demo.builtin import is_demo
 from recbole_mllm.recbole_patches.hooks import wrap
 
 _EDITION = 1  # of how vectors are made
@@ -179,10 +180,19 @@ def settings_of(config: Any) -> Settings:
     """Return MLLMMSR's settings as a run of it would have them here: its own file's, then the dataset's and the user's.
 
     So both read the same summaries.
+
+    Raises:
+        UserError: No model is set, or a value is wrong.
     """
     ours = read_mapping(PROPERTIES / "model" / "MLLMMSR.yaml")
+    ours["mllm"] = TINY if is_demo(str(config["dataset"])) else None
     said = config.final_config_dict
-    return Settings.from_config({**ours, **{key: said[key] for key in known_keys() if key in said}, "finetune": "none"})
+    keys = {**ours, **{key: said[key] for key in known_keys() if key in said}, "finetune": "none"}
+    alone = FeatureSettings.from_config(config).kinds == ("text",) and keys.get("feature_encoder")
+    if alone and (keys["item_summarizer"] or keys["item_summary"] == "none"):
+        keys["mllm"] = keys["mllm"] or keys["item_summarizer"] or alone  # texts that `mllm` has no part in
+    check_models(keys, recommender=True)
+    return Settings.from_config(keys)
 
 
 def _feature(kind: str, config: Any, chosen: FeatureSettings, folder: Path, wanted: list[str]) -> ItemFeature:

@@ -38,15 +38,25 @@ class ChatTemplate:
         own = getattr(self.owner, "chat_template", None)
         return _NOW.sub(lambda found: json.dumps(_DAY.strftime(found[2])), own) if isinstance(own, str) else own
 
-    def render(self, texts: Sequence[str], answer: str = "") -> str:
-        """Return a question of `texts` with an image between each two, with the generation prompt or the answer."""
-        if not self.template:
-            return self._bare(texts, answer)
-        turn = self._turn("user", texts)
-        rendered = self._chat([turn], add_generation_prompt=True) + self.lead
+    def render(self, texts: Sequence[str], answer: str = "", system: str = "") -> str:
+        """Return a question of `texts` with an image between each two, with the generation prompt or the answer.
+
+        Raises:
+            UserError: The template shows no `system` message, or there is no template.
+        """
+        turns = [self.turn("system", [system])] if system and self.template else []
+        turns += [self.turn("user", texts)] if self.template else []
+        rendered = self._chat(turns, add_generation_prompt=True) + self.lead if turns else self._bare(texts, "")
+        if system not in rendered:
+            raise UserError(
+                "the model's chat template has no place for the prompt style's recommend_system; take another "
+                "prompt_style or model"
+            )
         if not answer:
             return rendered
-        whole = self._chat([turn, self._turn("assistant", [answer])])  # with the answer's end tag
+        if not turns:
+            return self._bare(texts, answer)
+        whole = self._chat([*turns, self.turn("assistant", [answer])])  # with the answer's end tag
         return whole if whole.startswith(rendered) else rendered + answer + str(self.tokenizer.eos_token or "")
 
     @cached_property
@@ -57,9 +67,9 @@ class ChatTemplate:
         """
         if not self.template:
             return ""
-        turn = self._turn("user", [_QUESTION])
+        turn = self.turn("user", [_QUESTION])
         prompt = self._chat([turn], add_generation_prompt=True)
-        whole = self._chat([turn, self._turn("assistant", [_ANSWER])])
+        whole = self._chat([turn, self.turn("assistant", [_ANSWER])])
         found = whole[len(prompt) :].partition(_ANSWER)[0] if whole.startswith(prompt) else ""
         return found.rstrip(" ") if found.strip() else ""  # a space belongs to the word behind it
 
@@ -86,7 +96,8 @@ class ChatTemplate:
             shown, key=lambda in_parts: (self.sees and self.image_token in shown[in_parts], in_parts == self.sees)
         )
 
-    def _turn(self, role: str, texts: Sequence[str]) -> dict[str, Any]:
+    def turn(self, role: str, texts: Sequence[str]) -> dict[str, Any]:
+        """Return a message of `role` in the form that the template takes, with an image between each two `texts`."""
         return {"role": role, "content": self._content(texts, self._in_parts)}
 
     def _content(self, texts: Sequence[str], in_parts: bool) -> Any:

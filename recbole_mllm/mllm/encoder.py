@@ -109,7 +109,7 @@ class Encoder:
         images, room = tuple(self.image(path) for path in prompt.images), max(room, ROOM)
         bound = self.max_text_tokens * _LETTERS
         pieces = [text[:bound] if place % 2 else text for place, text in enumerate(prompt.pieces())]
-        ids = self._ids(pieces, images, answer)
+        ids = self._ids(pieces, images, answer, prompt.system)
         seen = sum(len(image.ids) - 1 for image in images)  # beside its mark, which is among the text's
         most = min(self.max_text_tokens, self.positions - seen - room)
         self.truncated += len(ids) > most
@@ -121,7 +121,7 @@ class Encoder:
             left = min(len(text) - 1, int(len(text) * max(0, tokens - len(ids) + most) / tokens))
             # half the text at most in one step: another may have become the longest by then
             pieces[longest] = text[: max(FEWEST, left, len(text) // 2)].rstrip()
-            ids = self._ids(pieces, images, answer)
+            ids = self._ids(pieces, images, answer, prompt.system)
         return Encoded(self._expanded(ids, images), images)
 
     def text_ids(self, text: str) -> list[int]:
@@ -130,13 +130,13 @@ class Encoder:
         ids, _ = self._read(lambda guard: guard(text))
         return [*self._plain.start, *ids][: min(self.max_text_tokens, self.positions)]
 
-    def _ids(self, pieces: Sequence[str], images: Sequence[ImageInput], answer: str) -> list[int]:
+    def _ids(self, pieces: Sequence[str], images: Sequence[ImageInput], answer: str, system: str) -> list[int]:
         """Return ids with one image token an image; what is filled in holds no special token."""
         marks = [f"{image.before}{self.image_token}{image.behind}" for image in images]
 
         def rendered(guard: Callable[[str], str]) -> str:
             guarded = [guard(piece) if i % 2 else piece.replace(IMAGE, _MARK) for i, piece in enumerate(pieces)]
-            parts = self.turns.render("".join(guarded).split(_MARK), answer).split(self.image_token)
+            parts = self.turns.render("".join(guarded).split(_MARK), answer, system).split(self.image_token)
             if len(parts) != len(marks) + 1:  # refused where images are expanded
                 return self.image_token.join(parts)
             return "".join(part + mark for part, mark in zip_longest(parts, marks, fillvalue=""))

@@ -20,7 +20,7 @@ from recbole_mllm.common.model_names import Endpoint
 from recbole_mllm.common.settings import ServerSettings
 from recbole_mllm.mllm.interface import Answer, Ask, Work
 from recbole_mllm.mllm.server_host import Failure, FailureKind, Host
-from recbole_mllm.mllm.server_messages import answer_of, message
+from recbole_mllm.mllm.server_messages import answer_of, messages
 
 _TRIES = 3  # times a prompt may draw an error that could be its own doing, each retried by the client
 _HOPELESS = 3  # prompts refused before any was answered: it is not the prompts
@@ -71,14 +71,14 @@ def make_hosts(endpoint: Endpoint, settings: ServerSettings) -> list[Host]:
 
 async def _complete(host: Host, ask: Ask, shortened: int) -> Answer | Failure:
     """Ask for a chat completion."""
-    turn, decoding = message(ask.prompt, shortened), ask.decoding
+    turns, decoding = messages(ask.prompt, shortened), ask.decoding
     sampled = {"top_p": decoding.top_p, "seed": decoding.seed} if decoding.temperature else {}
     beside = (json.loads(decoding.rules) if decoding.rules else {}) | host.unthinking  # a repetition penalty
 
     async def request(client: Any) -> Answer:
         completion = await client.chat.completions.create(
             model=host.model,
-            messages=[turn],
+            messages=turns,
             max_tokens=decoding.max_new_tokens,
             temperature=decoding.temperature,
             extra_body=beside or None,
@@ -213,8 +213,8 @@ class Requests:
             return
         who = "; ".join(f"{host.url}: {host.last_failure}" for host in self.hosts)
         raise UserError(
-            f"no server has answered for {patience:g} s ({who}); start them again and repeat the command: what was "
-            "finished is kept (server_patience sets how long is waited)"
+            f"no server has answered for {patience:g} s ({who}); start them again and repeat the command; finished "
+            "work is saved (server_patience sets how long the run waits)"
         )
 
     def _tell(self, now: float, failing: float) -> None:
@@ -236,5 +236,5 @@ class Requests:
     def _refusal(self) -> UserError:
         return UserError(
             f"{len(self.refused)} prompts were refused, the first for this: {self.refused[0]}; "
-            "mend that and repeat the command: what was finished is kept"
+            "mend that and repeat the command; finished work is saved"
         )

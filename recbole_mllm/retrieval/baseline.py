@@ -19,6 +19,7 @@ from recbole.utils import get_model, init_seed
 
 from recbole_mllm.common.errors import UserError, as_user_error
 from recbole_mllm.common.files import write_text
+from recbole_mllm.common.model_names import TINY
 
 NOT_EVALUATED = {"frozen_candidates": None, "limit_users": None, "save_dataset": False, "save_dataloaders": False}
 """Keys by which nothing is drawn, left out or saved where the training part of a split alone is wanted."""
@@ -67,6 +68,8 @@ def load_baseline(path: Path, checkpoint: Mapping[str, Any], data_path: str, dev
 def training_part(config: Any, data_path: str, device: torch.device) -> tuple[Any, Any]:
     """Return the dataset of a checkpoint's `config`, which is changed to it, and its training part, as at training."""
     exact = config["frozen_candidates"] is True
+    if config["item_features"]:
+        config["mllm"] = config["mllm"] or TINY  # the default when a checkpoint that names none was made
     for key, value in {**NOT_EVALUATED, "data_path": data_path, "device": device}.items():
         config[key] = value
     init_seed(config["seed"], config["reproducibility"])

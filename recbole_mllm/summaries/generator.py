@@ -187,7 +187,7 @@ class CachedGenerator:
         if self._failed:
             raise UserError(
                 f"{len(self._failed)} {self.kind} summaries cannot be written, the first for this: {self._failed[0]}; "
-                "all others are kept, and the same command resumes from there"
+                "all others are saved; the same command resumes"
             )
 
     def write_alone(self, load: Callable[[], Writer]) -> None:
@@ -318,7 +318,7 @@ class CachedGenerator:
         now = {answer_key(self.former, request.prompt, self.decoding): key for key, request in keyed}
         found = self.store.get(now)
         if found:
-            warn_once(f"{self.kind} summaries kept as {self.former} are taken for those of {self.identity}")
+            warn_once(f"{self.kind} summaries stored as {self.former} are used as those of {self.identity}")
             self.store.rename({key: now[key] for key in found}, self.identity)
         return {now[key]: text for key, text in found.items()}
 

@@ -205,7 +205,7 @@ def read_rows(path: Path, kind: str) -> Iterator[tuple[Place, tuple[int, str]]]:
             raise UserError(f"{path}:{line}: {schema.SEEN} is {row[schema.SEEN]!r}; it must be a number") from None
         place = Place(row[schema.USER if kind == "user" else schema.ITEM], seen, row.get(schema.HISTORY, ""))
         if (first := met.setdefault(place, line)) != line:
-            raise UserError(f"{path}:{line}: {place} stands in line {first} already; keep one of the two")
+            raise UserError(f"{path}:{line}: {place} is already in line {first}; keep one of the two")
         yield place, (line, clean(row[schema.SUMMARY]))
 
 

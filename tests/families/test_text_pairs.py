@@ -21,7 +21,7 @@ from recbole_mllm.mllm.lora import tune
 from recbole_mllm.mllm.loss import example_loss, groups
 from recbole_mllm.training.model_export import write_model
 
-QUICK = {"llava_cohere", "llava_next_granite", "aya_vision_cohere2"}
+QUICK = {"llava_cohere", "llava_next_granite", "aya_vision_cohere2", "internvl_qwen3"}  # the last: InternVL3.5
 CASES = [
     pytest.param(build, id=build.__name__, marks=() if build.__name__ in QUICK else pytest.mark.slow)
     for build in tiny_models.PAIRS

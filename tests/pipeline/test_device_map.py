@@ -72,7 +72,7 @@ def test_summaries_scores_and_metrics_are_those_of_a_model_in_one_place(keys, tm
 
 def test_numbers_of_gpus_may_come_as_text():
     base = yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text())
-    given = base | {"device_map": "balanced", "max_memory": {"0": "20GiB", "1": 5, "cpu": "60 GiB"}}
+    given = base | {"mllm": "tiny", "device_map": "balanced", "max_memory": {"0": "20GiB", "1": 5, "cpu": "60 GiB"}}
     found = placement(Settings.from_config(given).mllm, torch.device("cuda"))
     assert found == {"device_map": "balanced", "max_memory": {0: "20GiB", 1: 5, "cpu": "60 GiB"}}
     on_cpu = placement(Settings.from_config(given).mllm, torch.device("cpu"))

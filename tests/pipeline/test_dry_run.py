@@ -21,7 +21,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_a_dry_run_counts_what_the_run_then_does(folder, capsys, caplog):
-    words = ["summarize", "--dataset", "steps", "--limit_users=8", "--block_size=2"]
+    words = ["summarize", "--dataset", "steps", "--mllm=tiny", "--limit_users=8", "--block_size=2"]
     words += ["--item_summary_tokens=6", "--user_summary_tokens=8"]
     before = _digests(folder)
     assert main([*words, "--dry-run"]) == 0
@@ -50,7 +50,8 @@ def _digests(folder):
 
 
 def test_what_the_store_has_counts_as_written_and_stays_as_it_is(folder, capsys):
-    words = ["summarize", "--dataset", "steps", "--limit_users=6", "--item_summary_tokens=4", "--user_summary_tokens=4"]
+    words = ["summarize", "--dataset", "steps", "--mllm=tiny", "--limit_users=6"]
+    words += ["--item_summary_tokens=4", "--user_summary_tokens=4"]
     assert main(words) == 0
     before = _digests(folder)
     capsys.readouterr()
@@ -76,7 +77,7 @@ def test_neither_a_dry_run_nor_a_plan_sends_anything_to_a_server(folder, capsys)
         told = capsys.readouterr().out
         assert main(["plan", *few, *served]) == 0
         capsys.readouterr()
-        assert main(["summarize", *few, f"--user_summarizer={name}", "--dry-run"]) == 0  # items by the bundled model
+        assert main(["summarize", *few, "--mllm=tiny", f"--user_summarizer={name}", "--dry-run"]) == 0
         mixed = capsys.readouterr().out.splitlines()
         server.setblocking(False)
         with pytest.raises(BlockingIOError):
@@ -84,5 +85,5 @@ def test_neither_a_dry_run_nor_a_plan_sends_anything_to_a_server(folder, capsys)
     counted = [int(n.replace(",", "")) for n in re.findall(r"([\d,]+) to write, by server:dear/model", told)]
     assert told.count("a dry run sends nothing to a server") == 2 and "probe" not in told
     assert "probe: " in mixed[0] and "sends nothing to a server" in mixed[1]
-    assert main(["summarize", *few]) == 0
+    assert main(["summarize", *few, "--mllm=tiny"]) == 0
     assert counted[0] == _answers(folder / "steps.mllm.sqlite", "SELECT COUNT(*) FROM answers WHERE kind = 'item'")

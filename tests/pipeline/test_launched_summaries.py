@@ -169,7 +169,8 @@ def test_an_image_gone_for_one_process_ends_all_that_share_a_split_model(world, 
 
 def stage_of(world, **models):
     """Return what writes the summaries with such `models`."""
-    settings = Settings.from_config(yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text()))
+    keys = yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text())
+    settings = Settings.from_config(keys | {"mllm": "tiny"})
     settings = replace(settings, mllm=replace(settings.mllm, **models))
     config = {"data_path": str(world / "data" / "steps"), "ITEM_ID_FIELD": "item_id"}
     return make_summary_setup(config, settings, torch.device("cpu"))

@@ -182,7 +182,7 @@ def test_missing_images_are_told_before_any_summary_is_made(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     small_world.write(tmp_path / "dataset", images=False)
     for words in (["summarize"], ["--model", "MLLMMSR"]):
-        assert main([*words, "--dataset", "steps"]) == 2
+        assert main([*words, "--dataset", "steps", "--mllm=tiny"]) == 2
         assert "no item has an image" in capsys.readouterr().err
     assert not list((tmp_path / "dataset" / "steps").glob("*sum")) + list((tmp_path / "dataset").rglob("*.sqlite"))
 

@@ -56,7 +56,7 @@ def test_what_a_row_reads_is_what_lies_before_its_target(tmp_path, monkeypatch, 
     exact = write_world(tmp_path, seed, "paper" if split == "paper" else "loo")
     arguments = {"order": "TO", "group_by": "user", "mode": "uni5", "split": SPLITS[split] or {"LS": "valid_and_test"}}
     keys = {"data_path": str(tmp_path), "eval_args": arguments, "block_size": 1 + seed, "MAX_ITEM_LIST_LENGTH": 4}
-    keys |= {"partial_block": seed != 2, "item_summary": "none", "max_history": None, "load_col": None}
+    keys |= {"partial_block": seed != 2, "item_summary": "none", "max_history": None, "mllm": "tiny"}
     settings_file = yaml.safe_load((tmp_path / "made" / "dataset.yaml").read_text())
     config = make_config("MLLMMSR", "made", [], {**keys, "load_col": settings_file["load_col"]})
     settings = Settings.from_config(config).summary

@@ -160,7 +160,7 @@ def test_a_checkpoint_of_other_items_is_refused(outcomes, tmp_path, kept):
 @pytest.mark.parametrize("folder", [".", "/"])
 def test_a_folder_without_a_name_holds_no_checkpoint(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="no checkpoint is kept in"):
+    with pytest.raises(UserError, match="no checkpoint is in"):
         Recommender(folder)
 
 

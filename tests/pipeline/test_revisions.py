@@ -108,7 +108,7 @@ def test_summaries_belong_to_a_commit_and_those_of_before_are_taken_over_once(hu
     caplog.clear()
     assert called("summarize") == 0
     assert answers() == {f"{NAME}@{hub.first}:float32": sum(before.values())}
-    told = [r.message for r in caplog.records if "are taken for those of" in r.message]
+    told = [r.message for r in caplog.records if "are used as those of" in r.message]
     assert len(told) == 2 and " 0 written" in caplog.text
     (tag,) = {path.name.split(".")[1] for path in Path("dataset/steps").glob("*.usum")} - {old_tag}
     assert planned.splitlines()[-1] == f"tag: {tag}"

@@ -164,7 +164,7 @@ def dataset_of(model, folder, monkeypatch, **keys):
     from recbole.data import create_dataset
 
     monkeypatch.setattr("sys.argv", ["x"])
-    base = {"data_path": str(folder.parent), "eval_args": EVALUATION, "train_neg_sample_args": None}
+    base = {"data_path": str(folder.parent), "eval_args": EVALUATION, "train_neg_sample_args": None, "mllm": "tiny"}
     return create_dataset(make_config(model, folder.name, [], base | keys))
 
 

@@ -35,6 +35,7 @@ def steps(tmp_path, monkeypatch):
             before = len(planned.bodies)
             who = f"server:m@{planned.url}"
             keys = [f"--item_summarizer={who}", f"--user_summarizer={who}", "--item_summary=text", "--use_image=false"]
+            keys.append("--prompt_style=demo")  # its prompts are short enough to be echoed
             return main(["summarize", "--dataset", "steps", *keys, *words]), len(planned.bodies) - before
 
         yield folder, summarize

@@ -54,7 +54,7 @@ def plant(**files):
 
 def load(model="Pop", **keys):
     """Read the dataset as a run of `model` through our command does."""
-    base = {"data_path": ".", "gpu_id": "", "load_col": None, "frozen_candidates": True}
+    base = {"data_path": ".", "gpu_id": "", "load_col": None, "frozen_candidates": True, "mllm": "tiny"}
     base["eval_args"] = {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "uni5", "group_by": "user"}
     return create_dataset(Config(model, "x", config_dict=base | keys))
 
@@ -92,7 +92,7 @@ DAMAGED = {
     "an empty item": ("inter", inter("u0\t\t3\t1"), r"x\.inter:4: item_id is empty"),
     "RecBole's own id": ("inter", inter("u0\t[PAD]\t3\t1"), r"x\.inter:4: item_id is \[PAD\], which RecBole reserves"),
     "a very long id": ("inter", inter(f"u0\t{'i' * 5000}\t3\t1"), r"x\.inter:4: item_id has 5,000 characters"),
-    "an item twice": ("item", item("i0\tanother\t1\t0 0"), r"x\.item:4: item_id 'i0' stands in line 2 already"),
+    "an item twice": ("item", item("i0\tanother\t1\t0 0"), r"x\.item:4: item_id 'i0' is already in line 2"),
     "words for a number": ("item", item("i2\tx\tcheap\t0 0"), r"x\.item:4: price 'cheap' is no number; write a number"),
     "words in a vector": ("item", item("i2\tx\t1\t0.1 much"), r"x\.item:4: vector 'much' is no number"),
     "a rating in words": ("inter", inter("u0\ti2\t3\tgood"), r"x\.inter:4: rating 'good' is no number"),
@@ -219,7 +219,7 @@ def test_a_run_stops_with_exit_code_2_before_a_model_is_loaded(monkeypatch, caps
     summarize = ["summarize", "--dataset", "steps", "--mllm=tiny"]
     export = ["candidates", "export", "--dataset", "steps", "--out", "c.jsonl.gz"]
     run, ours = (["--model", model, "--dataset", "steps"] for model in ("BPR", "MLLMMSR"))
-    for words in (run, ours, plan, summarize, export):
+    for words in (run, [*ours, "--mllm=tiny"], plan, summarize, export):
         assert main(words) == 2
         lines = capsys.readouterr().err.splitlines()
         assert lines[-1].endswith("steps.inter:25: 2 values for 3 columns; check for stray tabs"), words

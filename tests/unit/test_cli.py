@@ -119,7 +119,7 @@ def test_a_value_in_a_file_is_named_with_its_line(tmp_path, capsys):
             2,
             "weights could not be written: Error while serializing: I/O error: File too large",
         ),
-        (KeyboardInterrupt(), 1, "stopped; what was finished is kept"),
+        (KeyboardInterrupt(), 1, "stopped; finished work is saved"),
         (BrokenPipeError(32, "Broken pipe"), 1, None),
     ],
 )

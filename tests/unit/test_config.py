@@ -25,7 +25,7 @@ from recbole_mllm.common.settings import Settings, known_keys
 from recbole_mllm.common.yaml_files import check_readable, line_of, read_mapping
 from recbole_mllm.inspect.measure import find_layout
 
-BASE = yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text())
+BASE = yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text()) | {"mllm": "tiny"}
 PRESETS = {"demo", "ml-100k-posters", "microlens", "amazon2023", "paper", "llava-1.6-mistral-7b", "qwen2.5-vl-7b"}
 
 
@@ -51,7 +51,7 @@ WRONG = {
     "server_timeout": (0, INF, 10**9),
     "fusion": (-0.1, 1.5, NAN, True, "many"),
     "use_image": (1, "yes", None),
-    "mllm": ("", " ", 5, None),
+    "mllm": ("", " ", 5),
     "epochs": (-1, None, 0.5, NAN, True, "3"),
     "learning_rate": (0, -1e-3, NAN, INF, True, "fast"),
     "topk": ([], [0], [5, -1], 0, "5", [True], {}),

@@ -26,7 +26,8 @@ def place(tmp_path_factory):
 @pytest.fixture
 def settings(place, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["pytest"])
-    return {"data_path": str(place), "checkpoint_dir": str(place / "saved"), "seed": 7, "train_batch_size": 16}
+    return {"data_path": str(place), "checkpoint_dir": str(place / "saved"), "seed": 7, "train_batch_size": 16,
+            "mllm": "tiny"}  # fmt: skip
 
 
 def _loader(settings, **more):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -173,3 +175,65 @@ def test_pages_that_messages_name_are_there():
     for path in [*files, ROOT / "CHANGELOG.md", *ROOT.glob("*.py")]:
         for page in re.findall(r"\bdocs/[\w/-]+\.md\b", path.read_text(encoding="utf-8")):
             assert (ROOT / page).is_file(), f"{path.relative_to(ROOT)}: {page}"
+
+
+def test_messages_of_the_page_on_trouble_are_those_of_the_code():
+    code = "\n".join(
+        re.sub(r"\"\s*\n\s*f?\"", "", path.read_text(encoding="utf-8"))
+        for folder in ("recbole_mllm", "dataset_converters")
+        for path in (ROOT / folder).rglob("*.py")
+    )
+    tables = re.findall(
+        r"^\| message .*\n\|[-|]+\n((?:\|.*\n)+)", (ROOT / "docs" / "trouble.md").read_text(), re.MULTILINE
+    )
+    messages = re.findall(r"^\| `(.+?)`", "".join(tables), re.MULTILINE)
+    assert len(messages) > 10
+    for message in messages:
+        for words in re.split(r"\s*(?:…|'[^']*'|\b[A-Z]+\b:?)\s*", message):  # what stands for a name or a number
+            assert len(words) < 6 or words in code, f"{message}: {words}"
+
+
+@pytest.fixture(scope="module")
+def hooks():
+    pytest.importorskip("mkdocs", reason="the extra docs is not installed")
+    spec = importlib.util.spec_from_file_location("docs_hooks", ROOT / "docs" / "hooks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_reference_of_keys_has_every_key_with_its_value_and_comment(hooks):
+    for file in ("model/MLLMMSR.yaml", "overall.yaml"):
+        page = hooks._table(file, "")
+        for key, value in yaml.safe_load((ROOT / "properties" / file).read_text()).items():
+            shown = re.search(rf"^\| `{key}` \| `(.*?)` \| .*\|$", page, re.MULTILINE)[1]
+            assert yaml.safe_load(shown.replace("\\|", "|")) == value, key
+    page = hooks.keys()
+    assert re.search(r"^\| `block_size` \| `3` \| items a recurrent step reads", page, re.MULTILINE)
+    assert re.search(r"^\| `train_neg_sample_args` .* \| negatives are drawn by \(seed, epoch\)", page, re.MULTILINE)
+
+
+def test_the_reference_of_commands_has_every_command(hooks):
+    page = hooks.commands()
+    for name in (*COMMANDS, "convert csv"):
+        assert f"## recbole-mllm {name}\n\n```text\nusage: recbole-mllm {name}" in page
+
+
+@pytest.mark.parametrize(
+    ("html", "is_refused"),
+    [
+        ('<script src="https://cdn.example/x.js">', True),
+        ("<link rel=stylesheet href=//fonts.example/css>", True),
+        ('<img alt="" src="http://example.org/a.png">', True),
+        ('<a href="https://example.org">', False),
+        ('<link rel="canonical" href="https://example.org/docs/">', False),
+        ('<img src="../images/flow.svg"><script src="assets/x.js">', False),
+    ],
+)
+def test_a_page_that_loads_from_outside_is_refused(hooks, html, is_refused):
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="x.md"))
+    if is_refused:
+        with pytest.raises(Exception, match="loads from outside"):
+            hooks.on_post_page(html, page)
+    else:
+        assert hooks.on_post_page(html, page) == html

@@ -258,7 +258,7 @@ def test_images_that_cannot_be_used_are_one_line_and_no_file(items_file, caplog)
 @pytest.mark.parametrize(
     ("rows", "problem"),
     [
-        ("1\ta\n2\tb\n\n1\tc\n", "5: item 1 stands in line 2 already"),
+        ("1\ta\n2\tb\n\n1\tc\n", "5: item 1 is already in line 2"),
         ("1\ta\n\tb\n", "3: the item's id is empty"),
         ('1\ta\n"3"\tb\n', "3: the item's id starts with a quote"),
         ("1\ta\n[PAD]\tb\n", r"3: the item's id is \[PAD\]"),

@@ -199,7 +199,7 @@ def test_a_model_class_is_remembered_until_its_name_is_asked_for(config):
 
 def test_our_protocol_and_the_users_settings_win_in_this_order_and_stock_models_keep_recboles(config, tmp_path):
     (tmp_path / "mine.yaml").write_text("lora_r: 3\nlora_alpha: 3\nepochs: 3\n")
-    found = config("MLLMMSR", "nothing", ["--epochs=5"], [tmp_path / "mine.yaml"], lora_alpha=4, epochs=4)
+    found = config("MLLMMSR", "nothing", ["--epochs=5"], [tmp_path / "mine.yaml"], lora_alpha=4, epochs=4, mllm="tiny")
     assert (found["lora_r"], found["lora_alpha"], found["epochs"]) == (3, 4, 5)
     assert found["eval_args"]["mode"] == {"valid": "uni20", "test": "uni20"} and found["frozen_candidates"] is True
     stock = config("SASRec", "nothing", train_neg_sample_args=None)
@@ -212,9 +212,9 @@ def test_a_datasets_own_yaml_is_read_for_every_model(config, tmp_path, model):
     (tmp_path / "dataset/mine").mkdir(parents=True)
     text = "TIME_FIELD: moment\neval_args: {split: {LS: valid_and_test}, order: TO, mode: uni7}\n"
     (tmp_path / "dataset/mine/dataset.yaml").write_text(text)
-    found = config(model, "mine", train_neg_sample_args=None)
+    found = config(model, "mine", train_neg_sample_args=None, mllm="tiny")
     assert found["TIME_FIELD"] == "moment" and found["eval_args"]["mode"]["test"] == "uni7"
-    assert config(model, "mine", train_neg_sample_args=None, TIME_FIELD="t")["TIME_FIELD"] == "t"
+    assert config(model, "mine", train_neg_sample_args=None, mllm="tiny", TIME_FIELD="t")["TIME_FIELD"] == "t"
 
 
 def test_a_preset_is_a_path_and_an_unknown_one_names_the_nearest():

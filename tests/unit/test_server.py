@@ -24,7 +24,7 @@ from recbole_mllm.mllm import server
 from recbole_mllm.mllm.generation import with_penalty
 from recbole_mllm.mllm.interface import Answer, Batch, Decoding
 from recbole_mllm.mllm.server import ServerModel
-from recbole_mllm.mllm.server_messages import message
+from recbole_mllm.mllm.server_messages import messages
 from recbole_mllm.summaries.generator import CachedGenerator
 from recbole_mllm.summaries.store import Store
 
@@ -199,7 +199,7 @@ def test_images_that_servers_read_differently_go_out_upright_and_opaque(kind, tm
     if kind == "rotated":
         exif[0x0112] = 6
     image.save(path, exif=exif)
-    part = message(Prompt("<image>", (path,)))["content"][0]
+    part = messages(Prompt("<image>", (path,)))[0]["content"][0]
     sent = Image.open(io.BytesIO(base64.b64decode(part["image_url"]["url"].removeprefix("data:image/png;base64,"))))
     assert sent.mode == "RGB" and sent.size == ((4, 6) if kind == "rotated" else (6, 4))
     assert kind != "transparent" or sent.getpixel((0, 0)) == (255, 255, 255)

@@ -15,6 +15,7 @@ from recbole_mllm.benchmark.records import append
 from recbole_mllm.benchmark.report import format_leaderboard, render
 from recbole_mllm.benchmark.setups import SETUP, setup_of
 from recbole_mllm.benchmark.tables import format_latex
+from recbole_mllm.demo.world import demo_world
 from tests.planted_runs import plant_run
 
 COMMIT = "cc594898d8b0aa1122334455667788990011aabb"
@@ -116,3 +117,44 @@ def test_rows_that_their_setup_does_not_tell_apart_keep_their_digest(tmp_path):
     tex = format_latex(board)
     assert "MLLMMSR (LoRA r=8, aaaaaaaa; tiny, LoRA r=8, blocks of 4)" in tex
     assert "MLLMMSR (tiny, LoRA r=4, blocks of 4)" in tex
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory):
+    """Demo worlds under other names, and other items under the demo's."""
+    root = tmp_path_factory.mktemp("worlds")
+    made = [item.title for item in demo_world(3, items=30, users=2, cold=3).items]
+    for name, titles in {"shop": made, "later": made, "demo": [made[0], "Toy Story (1995)"]}.items():
+        rows = [f"i{number}\t{title}\n" for number, title in enumerate(titles)]
+        (root / name).mkdir()
+        (root / name / f"{name}.item").write_text("item_id:token\ttitle:token_seq\n" + "".join(rows))
+    return root
+
+
+@pytest.mark.parametrize("name", ["later", "shop", "demo", "gone/demo-7", "gone/films"])
+def test_tiny_on_other_items_than_the_demos_is_said_in_every_form(name, worlds, tmp_path):
+    data = {"data_path": str(worlds / name)}
+    runs = [
+        plant_run(tmp_path, "SASRec", 1.0, config=data | {"mllm": "tiny"}),
+        plant_run(tmp_path, "MLLMMSR", 2.0, "mllm", config=KEYS | data | {"mllm": QWEN}),
+        plant_run(tmp_path, "MLLMMSR:direct", 2.0, "mllm", config=KEYS | data | {"summary_mode": "direct"}),
+        plant_run(
+            tmp_path, "MLLMMSR:block-2", 1.0, "mllm", config=KEYS | data | {"mllm": QWEN, "user_summarizer": "tiny"}
+        ),
+    ]
+    for run in runs:
+        append(tmp_path / "runs.jsonl", replace(run, dataset=name.rpartition("/")[2]))
+    render(tmp_path)
+    told = json.loads((tmp_path / "leaderboard.json").read_text())
+    sheet = list(csv.DictReader(io.StringIO((tmp_path / "leaderboard.csv").read_text())))
+    pages = [unescape((tmp_path / f"leaderboard.{end}").read_text()) for end in ("md", "html", "tex")]
+    pages += [" ".join(format_leaderboard(tmp_path).split())]
+    if name in ("later", "shop", "gone/demo-7"):
+        assert "banner" not in told and "banner" not in sheet[0]
+        assert not any("never seen" in page for page in pages)
+        return
+    assert "2.7 M parameters" in told["banner"] and "say nothing about MLLM-MSR" in told["banner"]
+    assert "rows MLLMMSR:direct and MLLMMSR:block-2 say" in told["banner"]
+    assert all(told["banner"] in page for page in pages)
+    warned = {line["model"] for line in sheet if line["banner"] == told["banner"]}
+    assert warned == {"MLLMMSR:direct", "MLLMMSR:block-2"}

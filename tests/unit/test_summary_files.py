@@ -165,7 +165,7 @@ def test_what_cannot_be_imported_changes_nothing(world, capsys):
         (whole + "zz\tmine\n", "item zz has no summary of tag t in the store; remove the line"),
         (whole.replace(isum(world)["b"], ""), "the summary of item b is empty"),
         (whole.replace("summary:", "text:"), "t.isum:1: the columns are item_id, text; they must be item_id:token"),
-        (whole + "a\tmine\n", "item a stands in line 2 already"),
+        (whole + "a\tmine\n", "item a is already in line 2"),
     ):
         path.write_text(text)
         assert main(["store", "import", str(path)]) == 2

@@ -31,7 +31,7 @@ from recbole_mllm.summaries.store import Decoding, Store
 from recbole_mllm.summaries.user_summaries import SummaryRequests, preferences
 from tests.planted_runs import N_CANDIDATES, plant_run
 
-KEYS = yaml.safe_load(Path(preset("MLLMMSR")).read_text())
+KEYS = yaml.safe_load(Path(preset("MLLMMSR")).read_text()) | {"mllm": "tiny"}
 STYLE = read_style("demo")
 USERS, ITEMS, LENGTH, COLOURS, KINDS = 150, 60, 6, ("red", "green", "blue"), 3
 SEEN = re.compile(r"item(\d+) kind(\d)(?:: (red|green|blue))?")

@@ -70,7 +70,7 @@ def test_presets_change_what_they_say():
     assert resolve("MLLMMSR").kind == "mllm" and not resolve("MLLMMSR").overrides
     assert resolve("MLLMMSR:block-5").overrides == {"block_size": 5}
     assert resolve("MLLMMSR:no-sft").overrides == resolve("MLLMMSR:zero-shot").overrides == {"finetune": "none"}
-    defaults = yaml.safe_load(Path(preset("MLLMMSR")).read_text())
+    defaults = yaml.safe_load(Path(preset("MLLMMSR")).read_text()) | {"mllm": "tiny"}
     for entry in (resolve(f"MLLMMSR:{name}") for name in PRESETS):
         complete = defaults | entry.overrides
         Settings.from_config(complete)  # each key exists and each value is one of those it may have
