@@ -24,7 +24,7 @@ _LOG = rf"[^/]+{_TIME}-[0-9a-f]+"
 KINDS = {
     "scratch": ("", "what killed processes had begun to write"),
     "logs": (
-        rf"log/[^/]+/{_LOG}\.log|log_tensorboard/{_LOG}/events\.out\.tfevents\.[^/]+",
+        rf"log/[^/]+/{_LOG}\.log|log_tensorboard/{_LOG}/(\d+\.\d+/)?events\.out\.tfevents\.[^/]+",
         "log files and Tensorboard curves",
     ),
     "scores": (
@@ -34,7 +34,7 @@ KINDS = {
     "retrievers": (r"retriever-\w+-[0-9a-f]+\.pth", "retrievers of full rankings, which the next run trains again"),
     "pairs": (r"runs/[^/]+/(valid_)?scores\.npz", "scored pairs of runs: without them nothing is fused, no case shown"),
     "checkpoints": (
-        rf"[^/]+{_TIME}((\.last)?\.pth|/(adapter_config\.json|\w+\.safetensors))",
+        rf"[^/]+{_TIME}((\.last)?\.pth|\.ids|/(adapter_config\.json|\w+\.safetensors))",
         "trained models: without them nothing is recommended or exported",
     ),
 }
@@ -121,6 +121,7 @@ def _remove(one: Found) -> None:
         remove_scratch(one.path)
         return
     remove_file(one.path)
-    for folder in (one.path.parent, one.path.parent.parent):
-        if one.kind == "logs":
-            remove_empty_folder(folder)
+    for folder in one.path.parents if one.kind == "logs" else ():
+        remove_empty_folder(folder)
+        if folder.name in ("log", "log_tensorboard"):
+            break

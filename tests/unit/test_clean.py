@@ -13,6 +13,7 @@ LEFT = {
     "logs": [
         f"saved/log/SASRec/SASRec-mine-{STAMP}-1a2b3c.log",
         f"saved/log_tensorboard/SASRec-mine-{STAMP}-77/events.out.tfevents.1.host.0",
+        f"saved/log_tensorboard/SASRec-mine-{STAMP}-77/1796054568.14/events.out.tfevents.2.host.1",
         f"log/BPR/BPR-mine-{STAMP}-1a2b3c.log",
     ],
     "scores": [f"results/mine/runs/A-1/saved/scores-{'0f' * 16}.0"],
@@ -20,7 +21,11 @@ LEFT = {
 }
 NAMED = {
     "pairs": ["results/mine/runs/A-1/scores.npz", "results/mine/runs/A-1/valid_scores.npz"],
-    "checkpoints": [f"saved/SASRec-{STAMP}.pth", f"saved/MLLMMSR-{STAMP}/adapter_model.safetensors"],
+    "checkpoints": [
+        f"saved/SASRec-{STAMP}.pth",
+        f"saved/SASRec-{STAMP}.ids",
+        f"saved/MLLMMSR-{STAMP}/adapter_model.safetensors",
+    ],
 }
 KEPT = [
     "dataset/mine/mine.inter", "dataset/mine/mine.mllm.sqlite", "dataset/mine/mine.t.isum", "dataset/mine/log/a.log",
@@ -62,19 +67,18 @@ def test_nothing_is_removed_before_yes_and_then_only_what_was_listed(place):
     said = run("assert main(['clean']) == 0", place)
     assert listed(said) == {path for paths in LEFT.values() for path in paths}
     assert (
-        "6 would go" in said and "nothing is removed without --yes" in said and unprivileged.snapshot(place) == before
+        "7 would go" in said and "nothing is removed without --yes" in said and unprivileged.snapshot(place) == before
     )
     there = files(place)
-    assert "6 removed" in run("assert main(['clean', '--yes']) == 0", place)
+    assert "7 removed" in run("assert main(['clean', '--yes']) == 0", place)
     assert files(place) == there - listed(said) and (place / "others" / f"scores-{'0f' * 16}.0").is_file()
     assert not (place / "work/here/log").exists() and (place / "work/here/saved/log/SASRec").is_dir()
+    assert not (place / "work/here/saved/log_tensorboard").exists()
     assert "nothing to remove" in run("assert main(['clean', '--yes']) == 0", place)
 
 
 def test_what_somebody_may_need_goes_when_it_is_named(place):
-    said = unprivileged.run(
-        "assert main(['clean', 'results', 'saved', '--kind', 'pairs,checkpoints', '--yes']) == 0", place
-    )
+    said = run("assert main(['clean', 'results', 'saved', '--kind', 'pairs,checkpoints', '--yes']) == 0", place)
     assert listed(said) == {path for paths in NAMED.values() for path in paths}
     assert not listed(said) & files(place) and set(KEPT) <= files(place)
 
@@ -88,7 +92,7 @@ def test_what_is_in_use_stays(place):
         assert main(["clean", "--yes"]) == 0
     """
     said = run(script, place)
-    assert "4 removed" in said and {LEFT["logs"][0], LEFT["scratch"][0]} <= files(place)
+    assert "5 removed" in said and {LEFT["logs"][0], LEFT["scratch"][0]} <= files(place)
 
 
 @pytest.mark.parametrize(

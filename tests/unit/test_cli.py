@@ -322,3 +322,15 @@ def test_doctor_waits_for_no_hub_that_is_silent(monkeypatch):
         started = time.monotonic()
         assert "use a local folder" in doctor._hub()
         assert time.monotonic() - started < 5
+
+
+def test_a_run_leaves_all_its_files_below_one_folder(tmp_path):
+    command = [sys.executable, str(ROOT / "run_recbole_mllm.py"), "--model", "Pop", "--dataset", "demo"]
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dataset", "saved"]
+    (log,) = (tmp_path / "saved" / "log" / "Pop").iterdir()
+    assert "candidates" in log.read_text() and "\x1b[" not in log.read_text()
+    assert [path.name for path in (tmp_path / "saved" / "log_tensorboard").iterdir()] == [log.stem]
