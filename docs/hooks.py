@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import yaml
 from mkdocs.exceptions import PluginError
@@ -99,8 +100,7 @@ def commands() -> str:
 def _help(name: str) -> str:
     from recbole_mllm.cli.main import main
 
-    os.environ["COLUMNS"] = "100"
-    with redirect_stdout(io.StringIO()) as said, suppress(SystemExit):
+    with redirect_stdout(io.StringIO()) as said, suppress(SystemExit), patch.dict(os.environ, COLUMNS="88"):
         main([*name.split(), "--help"])
     return said.getvalue().strip()
 

@@ -375,11 +375,9 @@ def write_summaries(config: Any, stage: str, *, since: str | None = None) -> lis
     none.
     """
     # here, as every run of a baseline would wait seconds for transformers
-    from recbole_mllm.model.summarizers import make_summary_setup
-    from recbole_mllm.summaries.controls import controlled
+    from recbole_mllm.model.summarizers import make_summary_setup, summary_requests
     from recbole_mllm.summaries.preferences import make_item_summaries, refresh
     from recbole_mllm.summaries.since import users_since
-    from recbole_mllm.summaries.user_summaries import SummaryRequests
 
     init_seed(config["seed"], config["reproducibility"])
     init_logger(config)
@@ -388,8 +386,7 @@ def write_summaries(config: Any, stage: str, *, since: str | None = None) -> lis
     train = loaders.train._dataset
     settings = Settings.from_config(config)
     setup = make_summary_setup(config, settings, config["device"])
-    requests = SummaryRequests(train.histories, train.positions)
-    requests = controlled(requests, settings.summary)
+    requests = summary_requests(train, settings)
     users = users_since(dataset, since) if since is not None else None
     lines = []
     if stage != "items":

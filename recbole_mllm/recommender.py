@@ -222,15 +222,15 @@ class _MLLMRanker:
         from recbole_mllm.summaries.user_summaries import SummaryRequests
 
         config = state["config"]
-        config["retriever_checkpoint"], config["eval_args"]["mode"] = None, {"valid": "uni1", "test": "uni1"}
-        self.dataset, train = training_part(config, data_path, device)  # and no retriever is trained
         settings = Settings.from_config(config)
         if settings.summary.control:
             raise UserError(
                 f"this checkpoint was trained under control: {settings.summary.control}, which spoils what is read on "
                 "purpose; recommend from the full model's"
             )
-        self.setup = make_summary_setup(config, settings, config["device"])
+        config["retriever_checkpoint"], config["eval_args"]["mode"] = None, {"valid": "uni1", "test": "uni1"}
+        self.dataset, train = training_part(config, data_path, device)  # and no retriever is trained
+        self.setup = make_summary_setup(config, settings, device)
         self.items = self.setup.items
         described = dict.fromkeys([*map(str, train.field2id_token[train.iid_field][1:]), *self.items.titles])
         self.numbers = {item: n for n, item in enumerate(described)}

@@ -7,7 +7,10 @@ from collections import Counter
 
 from planned_server import Planned, completion, serving
 
+from recbole_mllm.common.settings import Settings
 from recbole_mllm.quick_start import make_config
+from recbole_mllm.summaries.controls import controlled
+from recbole_mllm.summaries.user_summaries import SummaryRequests
 
 EVALUATION = {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "uni3"}
 
@@ -41,6 +44,9 @@ def prompts_of(folder, url, monkeypatch, **keys):
     from recbole.data import create_dataset, data_preparation
     from recbole.utils import get_model
 
+    from recbole_mllm.model.summarizers import make_summary_setup
+    from recbole_mllm.summaries.preferences import make_preferences
+
     monkeypatch.setattr("sys.argv", ["x"])
     base = {
         "data_path": str(folder.parent), "mllm": f"server:m@{url}", "finetune": "none", "use_image": False,
@@ -50,7 +56,11 @@ def prompts_of(folder, url, monkeypatch, **keys):
     config = make_config("MLLMMSR", folder.name, [], base | keys)
     dataset = create_dataset(config)
     loaders = data_preparation(config, dataset)
-    model = get_model("MLLMMSR")(config, loaders[0]._dataset)
+    train, settings = loaders[0]._dataset, Settings.from_config(config)
+    # zero-shot reads no summaries for training rows, and here those are looked at too
+    every = controlled(SummaryRequests(train.histories, train.positions), settings.summary)
+    setup = make_summary_setup(config, settings, config["device"])
+    model = get_model("MLLMMSR")(config, train, make_preferences(setup, every))
     found = []
     for loader in loaders:
         rows = loader._dataset.inter_feat

@@ -22,6 +22,7 @@ class Planned:
     decide: Callable[[dict[str, Any]], Reply] | None = None
     decisions: list[dict[str, Any]] = field(default_factory=list)
     models: list[str] | None = field(default_factory=lambda: ["m"])
+    posts: dict[str, Callable[[dict[str, Any]], Reply]] = field(default_factory=dict)  # by path
     delay: float = 0.0
     bodies: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
@@ -97,7 +98,9 @@ def serving(planned: Planned, port: int = 0) -> Iterator[Planned]:
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
             headers = {k.lower(): v for k, v in self.headers.items()}
-            if self.path == "/v1/systemone":
+            if self.path in planned.posts:
+                reply = planned.posts[self.path](body)
+            elif self.path == "/v1/systemone":
                 reply = planned.decision(body)
             else:
                 reply = planned.chat(body, headers) if self.path == "/v1/chat/completions" else error(404)

@@ -15,6 +15,7 @@ from recbole_mllm.benchmark.records import (
     RECORDS,
     SCORES,
     USER_COLUMNS,
+    WHO,
     RunRecord,
     config_digest,
     latest,
@@ -74,7 +75,7 @@ def fuse_runs(job: Mapping[str, Any], results: Path, folder: Path, surroundings:
     costs = {name: _sum(getattr(first, name), getattr(second, name)) for name in _SUMMED}
     place_of_run = f"runs/{job['run_id']}"
     return RunRecord(
-        **{key: job[key] for key in ("run_id", "model", "label", "kind", "seed", "dataset")},
+        **{key: job[key] for key in WHO},
         **{key: getattr(first, key) for key in ("protocol", "candidates", "candidate_rules", "n_users")},
         **surroundings,
         **costs,

@@ -1,27 +1,121 @@
-"""The command ``probe-memory``: a model answers `memory_questions` through the dataset's store."""
+"""Does a language model know this dataset? Questions about its items and users, asked without any user's history.
+
+The command ``probe-memory`` asks them, through the dataset's store; what they show stands beside the dataset. Who
+answers them better than chance has met the dataset, or what it is about, in training: what such a model recommends may
+be remembered.
+"""
 
 from __future__ import annotations
 
 import json
-from contextlib import closing
-from dataclasses import asdict, replace
+import random
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from recbole.utils import init_seed
+from scipy.stats import binomtest
 
-from recbole_mllm.benchmark.memory_questions import COUNT, judge, memory_file, questions_of, read_memory, verdict
+from recbole_mllm.benchmark.leaderboard import LEVEL
+from recbole_mllm.benchmark.records import RunRecord
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.files import write_text
+from recbole_mllm.common.prompts import CLOSE, OPEN, Prompt
 from recbole_mllm.common.settings import Settings
+from recbole_mllm.data.atomic import read_columns, read_numbered
 from recbole_mllm.data.histories import user_of
-from recbole_mllm.data.schema import item_file
+from recbole_mllm.data.sampling import hash64, sample_users
+from recbole_mllm.data.schema import item_file, title_column
 from recbole_mllm.mllm.interface import Decoding
-from recbole_mllm.model.summarizers import make_summary_setup
-from recbole_mllm.quick_start import read_and_split
-from recbole_mllm.summaries.generator import user_generator
-from recbole_mllm.summaries.store import opened_store
 
+COUNT = 100  # questions of a kind
 _TOKENS = 32  # of an answer: a title
+BEGINNING, BY_ID, YEAR, GENRE, NEXT = "title from its beginning", "title from its id", "year", "genre", "next item"
+_WORDING = {
+    BEGINNING: 'The dataset {dataset} has an item whose title begins with "{given}". Write its whole title and nothing '
+    "else.",
+    BY_ID: "What is the title of the item with the id {given} in the dataset {dataset}? Write the title and nothing "
+    "else.",
+    YEAR: 'In which year did "{given}" appear, an item of the dataset {dataset}? Write the year and nothing else.',
+    GENRE: 'Which genre has "{given}", an item of the dataset {dataset}? Write the genre and nothing else.',
+    NEXT: "In the dataset {dataset}, which of two items did {given}? Answer A or B and nothing else.",
+}
+_COLUMNS = {
+    YEAR: ("year", "release_year"),
+    GENRE: ("genre", "genres", "class", "category", "categories"),
+}  # of .item
+_YEAR = re.compile(r"(?<!\d)(?:1[5-9]|20)\d\d(?!\d)")
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A question of a kind, and any of the answers that are right."""
+
+    kind: str
+    prompt: Prompt
+    truth: tuple[str, ...]
+
+    def is_answered(self, answer: str) -> bool:
+        """Return whether `answer` is right."""
+        if self.kind == NEXT:
+            return next(iter(re.findall(r"\b[AB]\b", answer)), None) in self.truth
+        if self.kind == YEAR:
+            return next(iter(_YEAR.findall(answer)), None) in self.truth
+        return any(f" {_plain(one)} " in f" {_plain(answer)} " for one in self.truth)
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeResult:
+    """How many questions of a kind were answered rightly, with the exact 95 % interval of the rate, beside chance.
+
+    `p` is that of so many right answers, or more, by chance.
+    """
+
+    kind: str
+    asked: int
+    right: int
+    rate: float
+    ci95: tuple[float, float]
+    chance: float
+    p: float
+
+    @classmethod
+    def of(cls, questions: Sequence[Probe], answers: Sequence[str]) -> ProbeResult:
+        """Compare the `answers` to `questions` of one kind with the same answers dealt to the other questions.
+
+        So an answer that is often right, whatever is asked, is what chance gives; at least one in as many truths.
+        """
+        right = sum(q.is_answered(a) for q, a in zip(questions, answers, strict=True))
+        others = len(questions) * (len(questions) - 1)
+        dealt = sum(q.is_answered(a) for i, q in enumerate(questions) for j, a in enumerate(answers) if i != j)
+        chance = max(dealt / max(1, others), 1 / len({q.truth for q in questions}))
+        if questions[0].kind == NEXT:
+            chance = 0.5  # as its sides are drawn
+        test = binomtest(right, len(questions), chance, alternative="greater")
+        low, high = binomtest(right, len(questions)).proportion_ci(0.95)
+        return cls(questions[0].kind, len(questions), right, test.statistic, (low, high), chance, float(test.pvalue))
+
+    def __str__(self) -> str:
+        low, high = self.ci95
+        return f"{self.kind} {self.rate:.1%} [{low:.1%}, {high:.1%}] of {self.asked}, by chance {self.chance:.1%}"
+
+
+def judge(questions: Sequence[Probe], answers: Sequence[str]) -> list[ProbeResult]:
+    """Return what the `answers` show, kind by kind."""
+    both = list(zip(questions, answers, strict=True))
+    kinds = dict.fromkeys(question.kind for question in questions)
+    return [ProbeResult.of(*zip(*(one for one in both if one[0].kind == kind), strict=True)) for kind in kinds]
+
+
+def verdict(model: str, findings: Sequence[ProbeResult]) -> str:
+    """Return the sentence that `findings` about `model` support, p corrected for how many kinds were asked."""
+    rates = "; ".join(map(str, findings))
+    kinds = [finding.kind for finding in findings if finding.p < LEVEL / len(findings)]
+    if kinds:
+        return f"Asked without any history, {model} knows this dataset ({', '.join(kinds)}): {rates}."
+    return f"Asked without any history, {model} does no better than chance on this dataset: {rates}."
 
 
 def probe_memory(config: Any, count: int = COUNT) -> list[str]:
@@ -30,6 +124,13 @@ def probe_memory(config: Any, count: int = COUNT) -> list[str]:
     Raises:
         UserError: The model cannot be loaded, or the dataset has nothing to ask about.
     """
+    from recbole.utils import init_seed
+
+    from recbole_mllm.model.summarizers import make_summary_setup
+    from recbole_mllm.quick_start import read_and_split
+    from recbole_mllm.summaries.generator import user_generator
+    from recbole_mllm.summaries.store import opened_store
+
     init_seed(config["seed"], config["reproducibility"])
     for key, value in {"use_image": False, "item_summary": "text", "control": None, "summarize": "auto"}.items():
         config[key] = value  # nothing is summarised, and no image shown
@@ -50,3 +151,106 @@ def probe_memory(config: Any, count: int = COUNT) -> list[str]:
     known = {"seed": config["seed"], "findings": [asdict(finding) for finding in findings]}
     write_text(path, json.dumps(read_memory(path) | {model: known}, indent=2) + "\n")
     return [verdict(model, findings), f"written: {path}; a leaderboard of this model on this dataset says so too"]
+
+
+# ---- the questions
+
+
+def questions_of(
+    dataset: str, folder: Path, histories: Mapping[str, Sequence[str]], seed: int, count: int = COUNT
+) -> list[Probe]:
+    """Return up to `count` questions of each kind that the files in `folder` have the answers to.
+
+    Args:
+        dataset: The name it is asked about by.
+        folder: Has its ``.item`` file.
+        histories: Each user's items, oldest first.
+        seed: Draws items, users and sides.
+        count: Of each kind.
+    """
+    path = item_file(folder)
+    columns = read_columns(path)
+    title, rows = title_column(columns), {}
+    for _, row in read_numbered(path):
+        rows[row[next(iter(columns))]] = row
+    titles = {item: row[title] for item, row in rows.items() if title and row[title].strip()}
+    out: list[Probe] = []
+
+    def ask(kind: str, given: str, truth: Collection[str]) -> None:
+        text = _WORDING[kind].format(dataset=dataset, given=f"{OPEN}{given}{CLOSE}")
+        out.append(Probe(kind, Prompt(text), tuple(truth)))
+
+    for item in _drawn((item for item, text in titles.items() if _beginning(text)), BEGINNING, seed, count):
+        ask(BEGINNING, _beginning(titles[item]), [titles[item]])
+    for item in _drawn(titles, BY_ID, seed, count):
+        ask(BY_ID, item, [titles[item]])
+    for kind, names in _COLUMNS.items():
+        name = next((name for name in names if name in columns), None)
+        known = {item: _values(rows[item][name], kind, columns[name]) for item in titles} if name else {}
+        for item in _drawn((item for item, values in known.items() if values), kind, seed, count):
+            ask(kind, titles[item], known[item])
+    for user, side, pair in _pairs(histories, seed, count):
+        ask(NEXT, f"user {user} take next: A, item {pair[0]}, or B, item {pair[1]}", [side])
+    return out
+
+
+def _drawn(items: Iterable[str], kind: str, seed: int, count: int) -> list[str]:
+    return sorted(items, key=lambda item: (hash64("probe", kind, seed, item), item))[:count]
+
+
+def _beginning(title: str) -> str:
+    """Return the first half of a title's words; "" where it has too few to leave something to know."""
+    words = title.split()
+    return " ".join(words[: len(words) // 2])
+
+
+def _values(text: str, kind: str, column: str) -> list[str]:
+    """Return the years or genres in a column of ``.item``, which a token_seq separates by spaces."""
+    if kind == YEAR:
+        return _YEAR.findall(text)[:1]
+    return text.split() if column == "token_seq" else [one for one in re.split(r"[|,;]", text) if _plain(one)]
+
+
+def _pairs(histories: Mapping[str, Sequence[str]], seed: int, count: int) -> Iterator[tuple[str, str, tuple[str, str]]]:
+    """Yield a user, the side (A or B) of their last item, and both items: the other one is drawn by popularity."""
+    every = sorted(item for items in histories.values() for item in items)
+    users = sample_users(histories, count, seed)
+    for user in sorted(user for user in users if set(histories[user]) < set(every)):
+        draw, own = random.Random(hash64("probe", NEXT, seed, user)), set(histories[user])
+        other = draw.choice(every)
+        while other in own:
+            other = draw.choice(every)
+        pair = (histories[user][-1], other)
+        side = draw.choice("AB")
+        yield user, side, pair if side == "A" else pair[::-1]
+
+
+def _plain(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.casefold()))
+
+
+# ---- what a leaderboard says of it
+
+
+def memory_file(folder: Path) -> Path:
+    """Return the file of what models have shown to know of the dataset in `folder`."""
+    return folder / f"{folder.name}.memory.json"
+
+
+def memory_of(records: Iterable[RunRecord]) -> dict[str, dict[str, Any]]:
+    """Return what the models behind `records` have shown to know, from beside their dataset: findings and verdict."""
+    found: dict[str, dict[str, Any]] = {}
+    for record in records:
+        known = read_memory(memory_file(Path(str(record.config["data_path"])))) if record.weights else {}
+        for model in record.weights.values():
+            if model in known:
+                said = verdict(model, [ProbeResult(**finding) for finding in known[model]["findings"]])
+                found[model] = {**known[model], "verdict": said}
+    return found
+
+
+def read_memory(path: Path) -> dict[str, Any]:
+    """Return what `probe_memory` has written to `path`, by model; nothing where there is no such file."""
+    with suppress(OSError, ValueError):
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    return {}

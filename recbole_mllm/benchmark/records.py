@@ -34,6 +34,9 @@ CANDIDATE_RULES = 2
 
 OK = "ok"
 
+WHO = ("run_id", "model", "label", "kind", "seed", "dataset")
+"""Which run a record is of; the worker's order names it by the same fields."""
+
 Arrays = Mapping[str, NDArray[Any]]
 
 USER_COLUMNS = ("user", "item", "train_count", "tail", "history_length", "has_image")

@@ -14,7 +14,7 @@ from recbole_mllm.benchmark import tables
 from recbole_mllm.benchmark.cases import read_cases
 from recbole_mllm.benchmark.html import page
 from recbole_mllm.benchmark.leaderboard import Leaderboard
-from recbole_mllm.benchmark.memory_questions import memory_of
+from recbole_mllm.benchmark.memory_probe import memory_of
 from recbole_mllm.benchmark.ranking import build
 from recbole_mllm.benchmark.records import RECORDS, read_records
 from recbole_mllm.benchmark.wording import added, banner, uses

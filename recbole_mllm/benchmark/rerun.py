@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from recbole_mllm.benchmark.process import LOG, WORKER, claim, failure, heartbeat, run_child, write_order
-from recbole_mllm.benchmark.records import RECORDS, RunRecord, latest, plain_json, read_records, records_of
+from recbole_mllm.benchmark.records import RECORDS, WHO, RunRecord, latest, plain_json, read_records, records_of
 from recbole_mllm.common.config import every_key
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.model_names import TINY, is_same
@@ -122,7 +122,7 @@ def order_of(record: RunRecord, output: Path, data_path: str | None = None) -> d
     Raises:
         UserError: The dataset is no longer where it was.
     """
-    who = {key: getattr(record, key) for key in ("run_id", "model", "label", "kind", "seed", "dataset")}
+    who = {key: getattr(record, key) for key in WHO}
     who["output_dir"] = str(output)
     if record.fusion:
         return {**who, "parts": list(record.fusion["parts"]), "results": str(output.parent)}

@@ -43,6 +43,7 @@ from recbole_mllm.benchmark.process import (
 )
 from recbole_mllm.benchmark.records import (
     RECORDS,
+    WHO,
     RunRecord,
     append,
     latest,
@@ -223,7 +224,7 @@ class _Bench:
         if len(records_of(self.records, job.run_id)) == known:
             reason = said_anywhere(reason or failure(job.folder / LOG, 0))
             failed = RunRecord(
-                **{key: order[key] for key in ("run_id", "model", "label", "kind", "seed", "dataset")},
+                **{key: order[key] for key in WHO},
                 status=f"{reason} (log: {(job.folder / LOG).relative_to(self.plan.output_dir)})",
                 started=started.isoformat(timespec="seconds"),
                 config=job.order(),

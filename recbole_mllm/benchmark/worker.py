@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import platform
 import resource
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,7 +25,6 @@ import yaml
 
 import recbole_mllm
 from recbole_mllm.benchmark.cases import write_cases, write_titles
-from recbole_mllm.benchmark.energy import measured_energy
 from recbole_mllm.benchmark.fusing import fuse_runs
 from recbole_mllm.benchmark.records import (
     CANDIDATE_RULES,
@@ -32,6 +33,7 @@ from recbole_mllm.benchmark.records import (
     SCORES,
     TRAIN_COUNTS,
     VALID_SCORES,
+    WHO,
     RunRecord,
     append,
     config_digest,
@@ -296,7 +298,7 @@ def _record(
     users = len(outcome.users["user"])
     place = f"runs/{job['run_id']}"
     return RunRecord(
-        **{key: job[key] for key in ("run_id", "model", "label", "kind", "seed", "dataset")},
+        **{key: job[key] for key in WHO},
         status="ok",
         started=started,
         protocol=protocol_line(outcome.config, users),
@@ -333,6 +335,57 @@ def parameters_trained(model: Any) -> int:
     if getattr(getattr(model, "type", None), "name", "") == "TRADITIONAL":
         return 0
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@contextmanager
+def measured_energy(device: Any, *, alone: bool) -> Iterator[dict[str, Any]]:
+    """Yield what holds ``energy_kwh`` and ``energy_of`` afterwards, of the whole machine; without a meter, nothing.
+
+    codecarbon (extra ``energy``) estimates what it cannot read, a processor by its name and all memory by its size; no
+    estimate gets in here.
+
+    Args:
+        device: Torch's, of the run; on a GPU its meter counts too.
+        alone: Whether no other run shares the machine.
+    """
+    found: dict[str, Any] = {}
+    here = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")  # no process on another machine
+    tracker = _start_meter() if alone and here and find_spec("codecarbon") else None
+    try:
+        yield found
+    finally:
+        if tracker is not None:
+            found |= _read_meter(tracker, device)
+
+
+def _start_meter() -> Any:
+    try:
+        from codecarbon import OfflineEmissionsTracker
+
+        tracker = OfflineEmissionsTracker(
+            country_iso_code="USA", save_to_file=False, save_to_api=False, log_level="critical", pue=1.0,
+            allow_multiple_runs=True, force_cpu_power=None, force_mode_cpu_load=False,
+        )  # fmt: skip
+        tracker.start()
+        return tracker
+    except Exception:  # whatever it meets on a machine: the run matters more than its meter
+        logging.getLogger().warning("codecarbon cannot start, so energy is not measured", exc_info=True)
+        return None
+
+
+def _read_meter(tracker: Any, device: Any) -> dict[str, Any]:
+    try:
+        from codecarbon.core import cpu
+
+        tracker.stop()
+        data = tracker.final_emissions_data
+        read = {"CPU": data.cpu_energy if cpu.is_rapl_available() else 0.0}
+        read["GPU"] = data.gpu_energy if device.type == "cuda" else 0.0
+    except Exception:  # as in `_start_meter`: a meter that fails leaves the run without a figure, and no more
+        logging.getLogger().warning("codecarbon failed, so energy is not measured", exc_info=True)
+        return {}
+    metered = {name: kwh for name, kwh in read.items() if kwh > 0}
+    return {"energy_kwh": sum(metered.values()), "energy_of": " and ".join(metered)} if metered else {}
 
 
 def _peak_memory(device: Any) -> float:

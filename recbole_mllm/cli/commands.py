@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from recbole_mllm.benchmark.variants import expand, resolve
@@ -39,6 +41,7 @@ from recbole_mllm.common.files import (
     set_folder_aside,
     write_text,
 )
+from recbole_mllm.common.hub import check_can_push, push
 from recbole_mllm.common.resources import MLLM
 from recbole_mllm.common.settings import Count, checked
 from recbole_mllm.data.schema import store_file
@@ -193,11 +196,27 @@ def _folder(given: str, home: Path = Path("dataset")) -> Path:
 def export(args: Namespace, options: Options) -> int:
     """Write a run's model as a folder that transformers and servers load."""
     check_folder(out := Path(args.out), EXPORT, "--out")
+    if args.push_to_hub:
+        check_can_push(args.push_to_hub)
     from recbole_mllm.training.model_export import export as write
+    from recbole_mllm.training.model_export import push_export
 
-    folder = write(args.run, out, merge=args.merge)
+    folder = write(args.run, out, merge=args.merge, record=_record_of(args.run), shared=bool(args.push_to_hub))
     print(f"written: {folder}; its README.md says how to serve it")
+    if args.push_to_hub:
+        print(f"pushed: {push_export(args.push_to_hub, folder)}")
     return 0
+
+
+def _record_of(run: str) -> dict[str, Any] | None:
+    """Return what a benchmark recorded of the run whose checkpoint `run` names; None where it recorded nothing."""
+    from recbole_mllm.benchmark.records import RECORDS, latest, read_records
+    from recbole_mllm.common.checkpoint import find_checkpoint
+
+    place = find_checkpoint(run).resolve().parent
+    folder = place.parent if place.name == "saved" else place
+    record = latest(read_records(folder.parent.parent / RECORDS)).get(folder.name)
+    return asdict(record) if record is not None and record.ok else None
 
 
 def recommend(args: Namespace, options: Options) -> int:
@@ -426,13 +445,20 @@ def store_prune(args: Namespace, options: Options) -> int:
 
 def store_export(args: Namespace, options: Options) -> int:
     """Write the answers to a file."""
-    from recbole_mllm.summaries.store_tools import export, is_export
+    from recbole_mllm.summaries.store_tools import dataset_card, export, is_export
 
+    if args.push_to_hub:
+        check_can_push(args.push_to_hub)
     folder = _folder(args.where).resolve()
     out = check_file(Path(args.out), "--out", is_export, "a file that `store export` wrote")
     with _store(folder) as store:
         answers = export(store, folder.name, out, args.model)
     print(f"{out}: {answers} answers")
+    if args.push_to_hub:
+        with TemporaryDirectory() as scratch:  # the file alone, and a page
+            shutil.copyfile(out, Path(scratch) / out.name)
+            write_text(Path(scratch) / "README.md", dataset_card(out))
+            print(f"pushed: {push(args.push_to_hub, Path(scratch), [out.name, 'README.md'], kind='dataset')}")
     return 0
 
 

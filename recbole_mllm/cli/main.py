@@ -194,6 +194,9 @@ def _add_options(of: dict[str, Parser]) -> None:
     add("run", metavar="RUN", help="a checkpoint (FILE.pth), a run's folder, or its id under results/")
     add("--out", required=True, metavar="DIR", help="the folder to write; an earlier export is replaced")
     add("--merge", action="store_true", help="merge the adapter, so that the folder stands alone")
+    for name, kind in {"export": "model's", "store export": "dataset's"}.items():
+        told = f"also send it to a {kind} repository on the hub, made private where there is none (docs/publish.md)"
+        of[name].add_argument("--push-to-hub", metavar="OWNER/NAME", help=told)
     add = of["store prune"].add_argument
     add("--older-than", type=float, metavar="DAYS", help="only those written longer ago")
     add("--dry-run", action="store_true", help="only say what would go")

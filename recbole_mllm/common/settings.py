@@ -214,13 +214,15 @@ class MLLMSettings(_FromConfig):
 
 @dataclass(frozen=True, slots=True)
 class ServerSettings(_FromConfig):
-    """How servers are asked; nothing here but `server_thinking` changes a text."""
+    """How servers are asked; nothing here but `server_thinking` changes a text, and none but the last two a score."""
 
     server_concurrency: Annotated[int, Range(int, least=1, most=4096)]  # each is a thread
     server_timeout: Annotated[float, Range(float, above=0, most=10**6)]  # longer ones overflow the socket's clock
     server_patience: Annotated[float, Range(float, above=0, most=10**6)]
     server_key_env: str | None
     server_thinking: Literal["auto", "off"] = "auto"
+    server_scoring: Literal["chat", "score", "rerank"] | None = None
+    server_tokenizer: str | None = None
 
     def __post_init__(self) -> None:
         if self.server_key_env is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", self.server_key_env):
@@ -389,7 +391,7 @@ class Settings:
         summary = self.summary
         summarizes = summary.summary_mode != "none"
         shows_images = self.recommend.use_image or (summarizes and summary.item_summary in ("image", "fused"))
-        reads_history = summarizes or summary.history_titles > 0
+        reads_history = summarizes or summary.history_titles > (summary.control == "shuffled-history")
         if summary.control and not (shows_images if summary.control == "wrong-image" else reads_history):
             raise UserError(f"control: {summary.control} would change nothing under these settings; leave it out")
 

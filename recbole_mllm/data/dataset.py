@@ -25,8 +25,9 @@ class MLLMMSRDataset(SequentialDataset):  # type: ignore[misc]  # RecBole is unt
     and a user may have several.
 
     After `build`, the three parts share `histories`, the ordered raw item ids of each history, and `positions`, where
-    training, validation and test rows stand in it: all that summaries are needed for. Both go by the names that
-    `names` gives to the rows' numbers of histories. `met` holds the raw ids of all items each user meets in any row.
+    training, validation and test rows stand in it, or `evaluated`, where the latter two do: all that summaries are
+    needed for. They go by the names that `names` gives to the rows' numbers of histories. `met` holds the raw ids of
+    all items each user meets in any row.
     """
 
     def data_augmentation(self) -> None:
@@ -81,10 +82,9 @@ class MLLMMSRDataset(SequentialDataset):  # type: ignore[misc]  # RecBole is unt
             for part, owners, among in zip(parts, users, chosen, strict=True):
                 part.inter_feat = part.inter_feat[among[owners]]
         rows = [(part.inter_feat[HISTORY_NUMBER].numpy(), part.inter_feat[POSITION].numpy()) for part in parts]
-        owners, places = (np.concatenate(column) for column in zip(*rows, strict=True))
-        positions = PerHistory(names, owners, places, set)
         for part in (self, *parts):
-            part.history_names, part.histories, part.met, part.positions = names, histories, met, positions
+            part.history_names, part.histories, part.met = names, histories, met
+            part.positions, part.evaluated = _positions(names, rows), _positions(names, rows[1:])
         return list(parts)
 
     def _raw(self, field: str) -> np.ndarray[Any, Any]:
@@ -129,3 +129,9 @@ class MLLMMSRDataset(SequentialDataset):  # type: ignore[misc]  # RecBole is unt
         per_user = HistoryNames(self.field2token_id[self.uid_field], self._raw(self.uid_field))
         met = PerHistory(per_user, np.r_[names.owners[owners], users], np.r_[items, targets], named)
         return PerHistory(names, owners, items, named, empty=True), met
+
+
+def _positions(names: HistoryNames, rows: list[tuple[Any, Any]]) -> PerHistory[set[int]]:
+    """Return where the rows of some parts, (histories, positions) of each, stand in each history."""
+    owners, places = (np.concatenate(column) for column in zip(*rows, strict=True))
+    return PerHistory(names, owners, places, set)

@@ -14,11 +14,14 @@ from recbole_mllm.common.settings import MLLMSettings
 from recbole_mllm.mllm import placement, sharding
 from recbole_mllm.mllm.backbone import Backbone
 from recbole_mllm.mllm.encoder import IMAGE_BYTES, AnswerTokens, Encoded, Encoder, answer_tokens, image_bytes
+from recbole_mllm.mllm.families import architecture_of
 from recbole_mllm.mllm.generation import answer
 from recbole_mllm.mllm.interface import Work
 from recbole_mllm.mllm.loading import Loaded, dtype_of, load
 from recbole_mllm.mllm.loss import make_examples
 from recbole_mllm.mllm.scoring import yes_logits
+
+_META = torch.device("meta")
 
 
 class HFModel:
@@ -115,6 +118,17 @@ class HFModel:
     def examples(self, prompts: Sequence[Prompt], labels: Tensor, answers: AnswerTokens) -> list[Encoded]:
         """Return each prompt with its right answer, encoded: Yes where the label is 1, else No."""
         return make_examples(self.encode(prompts), [answers.yes if y else answers.no for y in labels.tolist()])
+
+
+def encoder_of(name: str, settings: MLLMSettings) -> Encoder:
+    """Return the encoder of the model `name`, of which no weights are read.
+
+    Raises:
+        UserError: Its config, tokenizer or processor is neither on this disk nor to be had.
+    """
+    loaded = load(name, torch.float32, _META, trust_remote_code=settings.trust_remote_code, weights=False)
+    parts = loaded.tokenizer, loaded.processor, settings.max_text_tokens
+    return Encoder(*parts, architecture_of(loaded.model), positions_of(loaded.model.config))
 
 
 def positions_of(config: Any) -> int:

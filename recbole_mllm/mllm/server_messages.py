@@ -5,13 +5,15 @@ from __future__ import annotations
 import base64
 import io
 import re
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from recbole_mllm.common.errors import UserError
-from recbole_mllm.common.prompts import IMAGE, Prompt
+from recbole_mllm.common.prompts import CLOSE, IMAGE, OPEN, Prompt
 from recbole_mllm.data.images import open_image
 from recbole_mllm.mllm.encoder import FEWEST, SHORTER_HISTORY, lists_items, longest_text
 from recbole_mllm.mllm.interface import MOST_CHARACTERS, Answer
@@ -22,6 +24,7 @@ _SPECIAL = re.compile(
     r"<\|[^|<>\s]{1,40}\|>|</?s>|\[/?INST\]|<</?SYS>>|<(?:image|video|audio|pad|unk|bos|eos|mask)>|"
     r"<(?:start|end)_of_\w{1,20}>|<\w{1,20}_soft_token>|</?think>"
 )
+_RERANKED = ("<Instruct>: ", "<Query>:", "\n<Document>:")  # in the wording of a style for rerankers
 _AS_IS = {"JPEG": "image/jpeg", "PNG": "image/png"}
 _ORIENTATION = 0x0112
 _MOST_TOKENS = 2**31
@@ -32,21 +35,46 @@ def messages(prompt: Prompt, shortened: int = 0) -> list[dict[str, Any]]:
 
     `shortened` halves the longest filled-in text that many times (a server that finds the prompt too long).
     """
-    pieces = cut(prompt, shortened)
-    parts: list[dict[str, Any]] = [{"type": "text", "text": ""}]
+    system = [{"role": "system", "content": prompt.system}] if prompt.system else []
+    return [*system, {"role": "user", "content": _content(_guarded(prompt, shortened), iter(prompt.images))}]
+
+
+def query_and_document(prompt: Prompt, shortened: int = 0) -> tuple[str, Any, Any]:
+    """Return a reranker's instruction, query and document, the last two as a text or as parts with an image.
+
+    Raises:
+        UserError: The prompt's style does not name the three.
+    """
+    found = _guarded(prompt, shortened, *_RERANKED).split(OPEN)
+    if len(found) != len(_RERANKED) + 1 or found[0]:
+        raise UserError(
+            "server_scoring: rerank needs a prompt_style with <Instruct>, <Query> and <Document>, such as "
+            "qwen3-vl-reranker; or set server_scoring: chat"
+        )
     images = iter(prompt.images)
+    return found[1], _content(found[2], images), _content(found[3], images)
+
+
+def _guarded(prompt: Prompt, shortened: int, *fields: str) -> str:
+    """Return the text with `CLOSE` for each image and `OPEN` for each of `fields`; none stands in a filled-in text."""
+    pieces = cut(prompt, shortened)
     for place, piece in enumerate(pieces):
         if place % 2:
-            parts[-1]["text"] += _SPECIAL.sub(lambda found: f"{found[0][0]} {found[0][1:]}", piece)
-            continue
-        head, *tails = piece.split(IMAGE)
-        parts[-1]["text"] += head
-        for tail in tails:
-            image = {"type": "image_url", "image_url": {"url": data_url(next(images))}}
-            parts += [image, {"type": "text", "text": tail}]
-    shown = [part for part in parts if part["type"] != "text" or part["text"]]
-    system = [{"role": "system", "content": prompt.system}] if prompt.system else []
-    return [*system, {"role": "user", "content": shown if prompt.images else parts[0]["text"]}]
+            pieces[place] = _SPECIAL.sub(lambda found: f"{found[0][0]} {found[0][1:]}", piece)
+        else:
+            for field in fields:
+                piece = piece.replace(field, OPEN)
+            pieces[place] = piece.replace(IMAGE, CLOSE)
+    return "".join(pieces)
+
+
+def _content(text: str, images: Iterator[Path]) -> Any:
+    """Return a text, or parts where an image's place is marked in it; `images` are taken in their order."""
+    head, *tails = text.split(CLOSE)
+    parts: list[dict[str, Any]] = [{"type": "text", "text": head}]
+    for tail in tails:
+        parts += [{"type": "image_url", "image_url": {"url": data_url(next(images))}}, {"type": "text", "text": tail}]
+    return [part for part in parts if part["type"] != "text" or part["text"]] if tails else text
 
 
 def cut(prompt: Prompt, times: int) -> list[str]:
@@ -67,6 +95,12 @@ def cut(prompt: Prompt, times: int) -> list[str]:
             )
         pieces[longest] = pieces[longest][: max(FEWEST, len(pieces[longest]) // 2)].rstrip()
     return pieces
+
+
+def shortened_prompt(prompt: Prompt, times: int) -> Prompt:
+    """Return the prompt with its longest filled-in text halved that many `times`."""
+    pieces = cut(prompt, times)
+    return replace(prompt, marked="".join(f"{OPEN}{one}{CLOSE}" if n % 2 else one for n, one in enumerate(pieces)))
 
 
 def data_url(path: Path) -> str:

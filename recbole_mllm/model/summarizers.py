@@ -30,6 +30,7 @@ from recbole_mllm.mllm.loading import Size, dtype_of, load_images_processor, ref
 from recbole_mllm.mllm.lora import check_finetune
 from recbole_mllm.mllm.placement import check_dispatch
 from recbole_mllm.mllm.server import ServerModel
+from recbole_mllm.mllm.server_scoring import IMAGES_LOST
 from recbole_mllm.summaries.controls import controlled, other_images
 from recbole_mllm.summaries.generator import Summarizers, SummarySetup, decodings
 from recbole_mllm.summaries.preferences import Preferences, make_preferences
@@ -53,8 +54,19 @@ def prepare_summaries(config: Any, dataset: Any) -> Preferences:
     settings = Settings.from_config(config)
     check_recommender(config, settings, dataset)
     stage = make_summary_setup(config, settings, torch.device(config["device"]))
+    return make_preferences(stage, summary_requests(dataset, settings))
+
+
+def summary_requests(dataset: Any, settings: Settings) -> SummaryRequests:
+    """Return which summaries the rows of `dataset` (the training part) read; zero-shot reads none for training rows.
+
+    Raises:
+        UserError: A control finds nothing to put in their place.
+    """
     requests = SummaryRequests(dataset.histories, dataset.positions)
-    return make_preferences(stage, controlled(requests, settings.summary))
+    if settings.lora.finetune == "none":
+        requests = replace(requests, positions=dataset.evaluated, unread=dataset.positions)
+    return controlled(requests, settings.summary)
 
 
 def check_recommender(config: Any, settings: Settings, dataset: Any) -> None:
@@ -115,6 +127,8 @@ def make_summary_setup(config: Mapping[str, Any], settings: Settings, device: to
         raise UserError(
             "no item has an image; give --image_dir, or set use_image: false and item_summary: text to go without"
         )
+    if items.images and use_image and is_server(settings.mllm.mllm) and settings.server.server_scoring == "score":
+        raise UserError(IMAGES_LOST)
     if settings.summary.control == "wrong-image":
         items = replace(items, images=other_images(items.images, settings.summary.summary_seed))
     style = load_style(settings)

@@ -16,8 +16,8 @@ from recbole_mllm.model.summarizers import SLOTS
 from recbole_mllm.plan.cost import Count, Device, ModelSizes, flops, pass_bytes, training_bytes
 from recbole_mllm.plan.counting import (
     CHARACTERS,
+    FULL_RANKING,
     LIMIT,
-    STAGES,
     PlannedRun,
     StandInWriter,
     count_scoring,
@@ -57,8 +57,9 @@ def make_plan(
     writers = count_summaries(run)
     read = Preferences(writers["users"].texts, run.requests, run.setup.items, run.setup.style, run.settings.summary)
     counts = {stage: writer.count for stage, writer in writers.items()} | {"sft": count_training(run, read)}
-    counts |= {phase: count_scoring(run, read, phase) for phase in ("valid", "test")}
-    models = {run.names[stage]: model for stage in STAGES if (model := run.model(stage)) is not None}
+    phases = ("valid", "test", *([FULL_RANKING] if run.ranks_all else []))
+    counts |= {phase: count_scoring(run, read, phase) for phase in phases}
+    models = {run.names[stage]: model for stage in counts if (model := run.model(stage)) is not None}
     lora, item = run.settings.lora, run.item_bytes
     slots = run.settings.summary.summarize_batch_size or SLOTS["cpu" if run.device.type == "cpu" else "gpu"]
     stages, memory, fits, seconds = {}, {}, {}, dict[str, float]()
@@ -101,7 +102,8 @@ def make_plan(
                 "shared": round(counts[stage].computed),
                 "saving": counts[stage].tokens / max(1, counts[stage].computed),
             }
-            for stage in STAGES[2:]
+            for stage in counts
+            if stage not in writers
         },
         "disk_bytes": _disk(run, writers, counts["test"]),
         "memory_bytes": memory,
@@ -194,14 +196,16 @@ def _assumptions(
             limit = f"{writer.decoding.max_new_tokens} tokens long, their limit, as none is written"
             length = limit if writer.assumed else "as long as those in the store"
             out.append(f"{stage.removesuffix('s')} summaries not yet written are {length}")
-    sampled = ", ".join(stage for stage in STAGES if counts[stage].sampled)
-    served = ", ".join(stage for stage in STAGES if run.model(stage) is None and counts[stage].prompts)
-    retrieved = "full" in run.config["eval_args"]["mode"].values() and run.settings.ranking.full_sort != "brute"
+    sampled = ", ".join(stage for stage in counts if counts[stage].sampled)
+    served = ", ".join(stage for stage in counts if run.model(stage) is None and counts[stage].prompts)
+    ranked = run.ranks_all or "full" in run.config["eval_args"]["mode"].values()
+    retrieved = ranked and run.settings.ranking.full_sort != "brute"
     guess = f"{CHARACTERS} characters are a token, and images' tokens are not known; hours depend on the servers"
     holds = {
         f"tokens of {sampled} are those of a sample, scaled by prompts": sampled,
         "every epoch costs what the first does, and none is saved by early stopping": run.epochs > 1,
         "popular items stand for those the retriever will put first; what it costs itself is left out": retrieved,
+        "a benchmark ranks all items beside the drawn candidates; a single run does not": run.ranks_all,
         f"{served} ask servers: {guess}": served,
         f"work is split evenly over {workers} devices; loading and validation's metrics are left out": workers > 1,
         "memory of activations is an estimate by formula (docs/plan.md)": run.trained,
@@ -209,7 +213,7 @@ def _assumptions(
     if device:
         peak, bandwidth = device.assumed_share_of_peak, device.assumed_share_of_bandwidth
         out.append(f"{device.name} reaches {peak:.0%} of its peak arithmetic and {bandwidth:.0%} of its bandwidth")
-    models = [model for stage in STAGES if (model := run.model(stage)) is not None]
+    models = [model for stage in counts if (model := run.model(stage)) is not None]
     for family in sorted({model.sizes.family for model in models if not model.architecture.known}):
         out.append(f"{family} is no family of docs/backbones.md: it is counted without shared prefixes")
     return out + [line for line, true in holds.items() if true]

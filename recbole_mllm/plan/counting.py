@@ -30,6 +30,7 @@ from recbole_mllm.data.dataloader import SeededTrainDataLoader
 from recbole_mllm.data.images import image_digest
 from recbole_mllm.data.sampling import hash64
 from recbole_mllm.data.schema import HISTORY_NUMBER, POSITION
+from recbole_mllm.evaluation.full_ranking import DENSE, MOST_SCORES
 from recbole_mllm.evaluation.loader import FrozenEvalDataLoader
 from recbole_mllm.mllm.backbone import FEATURE_BYTES, Backbone
 from recbole_mllm.mllm.encoder import Encoded, Encoder, ImageInput, answer_tokens
@@ -39,20 +40,20 @@ from recbole_mllm.mllm.loading import dtype_of, load
 from recbole_mllm.mllm.loss import example_loss, make_examples, micro_batches
 from recbole_mllm.mllm.scoring import yes_logits
 from recbole_mllm.model.row_scoring import deals_by_item, question, shares_in_training
-from recbole_mllm.model.summarizers import make_summary_setup
+from recbole_mllm.model.summarizers import make_summary_setup, summary_requests
 from recbole_mllm.plan.cost import Count, ModelSizes, trained_parameters
 from recbole_mllm.plan.plan_text import duration
 from recbole_mllm.quick_start import read_and_split
 from recbole_mllm.summaries.chains import steps
-from recbole_mllm.summaries.controls import controlled
 from recbole_mllm.summaries.generator import CachedGenerator, item_generator, user_generator
 from recbole_mllm.summaries.item_summaries import summarize_items
 from recbole_mllm.summaries.preferences import Preferences
 from recbole_mllm.summaries.since import users_since
 from recbole_mllm.summaries.store import ReadOnlyStore
-from recbole_mllm.summaries.user_summaries import SummaryRequests, preferences
+from recbole_mllm.summaries.user_summaries import preferences
 
-STAGES = ("items", "users", "sft", "valid", "test")
+FULL_RANKING = "full_ranking"  # of all items, which a benchmark does beside drawn candidates
+STAGES = ("items", "users", "sft", "valid", "test", FULL_RANKING)
 LIMIT = 20_000  # prompts of a stage that are all counted; beyond, a sample stands for them
 CHARACTERS = 4  # of a token, where only a server has the tokenizer
 _TRIED = 16  # prompts that a dry run has answered
@@ -283,7 +284,7 @@ class PlannedRun:
         self.setup = make_summary_setup(config, self.settings, device)
         self.loaders = {"train": loaders.train, "valid": loaders.valid, "test": loaders.test}
         self.train = own = loaders.train._dataset
-        self.requests = controlled(SummaryRequests(own.histories, own.positions), self.settings.summary)
+        self.requests = summary_requests(own, self.settings)
         if since is not None:
             self.requests = self.requests.of(users_since(dataset, since))
         self.items = np.asarray(own.field2id_token[own.iid_field]).astype(str)  # raw ids by internal ones
@@ -307,6 +308,11 @@ class PlannedRun:
         if name not in self._models and not is_server(name):
             self._models[name] = PlannedModel(name, self.settings.mllm)
         return self._models.get(name)
+
+    @property
+    def ranks_all(self) -> bool:
+        """Whether a benchmark would re-rank a retriever's best of all items too (`quick_start.run`)."""
+        return isinstance(self.loaders["test"], FrozenEvalDataLoader) and self.settings.ranking.retrieves
 
     @cached_property
     def trained(self) -> int:
@@ -432,7 +438,7 @@ def count_training(run: PlannedRun, summaries: Preferences) -> Count:
 
 
 def count_scoring(run: PlannedRun, summaries: Preferences, phase: str) -> Count:
-    """Return the count of all validations (``valid``), or of the test: all pairs, or calls evenly spread over them."""
+    """Return the count of all validations (``valid``), or of a test: all pairs, or calls evenly spread over them."""
     times, count, model = run.validations if phase == "valid" else 1, Count(), run.model(phase)
     rows, total = pairs_of(run, phase)
     if not times or not total:
@@ -459,18 +465,22 @@ def pairs_of(run: PlannedRun, phase: str) -> tuple[Any, int]:
     Of a ranking of all items the first rows' pairs are returned. What a retriever that is not trained yet would put
     first is not known: items drawn by popularity stand for it.
     """
-    loader, ranking, part = run.loaders[phase], run.settings.ranking, run.loaders[phase]._dataset
+    beside, ranking = phase == FULL_RANKING, run.settings.ranking
+    loader = run.loaders["test" if beside else phase]
+    part = loader._dataset
     histories, places, targets = (part.inter_feat[f].numpy() for f in (HISTORY_NUMBER, POSITION, part.iid_field))
     rows, items, batch = len(targets), int(part.item_num) - 1, len(targets)
-    if isinstance(loader, FrozenEvalDataLoader):
+    if isinstance(loader, FrozenEvalDataLoader) and not beside:
         own = np.r_[np.arange(rows), np.repeat(np.arange(rows), loader.count)]
         shown, total = np.r_[targets, loader.negatives], len(own)
     else:
         brute = ranking.full_sort == "brute"
         each = items if brute else min(ranking.top_k, items)
+        rows = min(rows, max(1, MOST_SCORES // (items + 1))) if beside else rows
         own, total = np.repeat(np.arange(min(rows, max(1, _PAIRS // each))), each), rows * each
         if brute:
-            shown, batch = np.tile(np.arange(1, items + 1), len(own) // each), int(loader.batch_size or 1)
+            shown = np.tile(np.arange(1, items + 1), len(own) // each)
+            batch = max(1, min(int(run.config["eval_batch_size"]), DENSE // (items + 1)))
         else:
             met = run.train.inter_feat[run.train.iid_field].numpy()
             shown = np.random.default_rng(run.config["seed"]).choice(met, len(own))

@@ -8,7 +8,10 @@ from typing import Any
 
 from recbole_mllm.common.svg import environment
 
-_TITLES = {"items": "item summaries", "users": "user summaries", "sft": "SFT", "valid": "validation", "test": "test"}
+_TITLES = {
+    **{"items": "item summaries", "users": "user summaries", "sft": "SFT", "valid": "validation", "test": "test"},
+    "full_ranking": "full ranking",
+}
 _SIZES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 _COLUMNS = {
     "prompts": "prompts",

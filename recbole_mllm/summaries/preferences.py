@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Set
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from recbole_mllm.common import distributed
 from recbole_mllm.common.errors import UserError
@@ -143,12 +143,13 @@ def _refreshed(setup: SummarySetup, requests: SummaryRequests, users: Set[str] |
         texts = preferences(*given, requests if users is None else requests.of(users), s)
         others = requests.reading(()) if users is None else requests.of(users, others=True)
         texts |= preferences(*given, others, s, known_only=True)
+        spent = store.spent(item_keys | generator.keys, started)
+        texts |= preferences(*given, replace(requests, positions=requests.unread), s, known_only=True)
         _report(generator)
         if distributed.is_main():
             made = (_summary(row, *of, generator.key_of[of], requests, s) for row, of in as_rows(texts, requests))
             rows = (row for row, _ in as_rows(texts, requests))
             export(store, setup, "user", made, lambda path: write_user_summaries(path, rows))
-        spent = store.spent(item_keys | generator.keys, started)
     lacking = (name for name, states in others.states(s).items() if any((name, state) not in texts for state in states))
     found = Preferences(texts, requests, setup.items, setup.style, s, spent, load_s + generator.tally.load_s)
     return found, list(dict.fromkeys(map(user_of, lacking)))

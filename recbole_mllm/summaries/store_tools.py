@@ -142,6 +142,29 @@ def export(store: Store, dataset: str, out: Path, model: str | None) -> int:
     return total
 
 
+def dataset_card(path: Path) -> str:
+    """Return the page of a hub's dataset for the file at `path` that `export` has written."""
+    from huggingface_hub import DatasetCardData
+
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+        head = json.loads(next(iter(file)))
+    data = DatasetCardData(tags=["recbole", "recommendation"], pretty_name=f"Summaries for {head['dataset']}")
+    name, models = head["dataset"], "".join(f"| `{model}` | {count:,} |\n" for model, count in head["models"].items())
+    return f"""---
+{data}
+---
+
+# Summaries for `{name}`
+
+{head["answers"]:,} texts that language models wrote about items and users, one JSON object a line.
+
+| model | texts |
+|:--|--:|
+{models}
+With the same data, `recbole-mllm store import {name} {path.name}` takes them in, and none is written again.
+"""
+
+
 def _named(rows: Iterator[StoredAnswer], names: Iterator[tuple[str, dict[str, Any]]]) -> Iterator[dict[str, Any]]:
     """Yield answers as they are exported; both iterators are in the order of keys."""
     name = next(names, None)

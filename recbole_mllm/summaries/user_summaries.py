@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Container, Hashable, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from operator import itemgetter
 from typing import cast
@@ -22,12 +22,14 @@ class SummaryRequests:
     """Whose summaries are needed: the ordered raw item ids of each history, and the positions that rows stand at in it.
 
     Histories go by name (`HistoryNames`), as a user may have several; a user's stand together in `positions`. Under a
-    control `rows` says in whose place a row (history, position) reads; None: in its own.
+    control `rows` says in whose place a row (history, position) reads; None: in its own. Rows at `unread` positions ask
+    for nothing: what is known of theirs is exported with the others'.
     """
 
     histories: Mapping[str, Sequence[str]]
     positions: Mapping[str, Set[int]]
     rows: Mapping[tuple[str, int], tuple[str, int]] | None = None
+    unread: Mapping[str, Set[int]] = field(default_factory=dict)
 
     def states(self, settings: SummarySettings) -> dict[str, set[State]]:
         """Return the states some row reads, by history."""

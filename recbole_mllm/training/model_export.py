@@ -17,6 +17,7 @@ import os
 import shutil
 import string
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -24,7 +25,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData, snapshot_download
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from jinja2 import Template
 from PIL import Image
@@ -43,6 +44,7 @@ from recbole_mllm.common.files import (
     staged,
     write_text,
 )
+from recbole_mllm.common.hub import license_of, push
 from recbole_mllm.common.model_names import gguf_of, is_same, is_server, revision_of, source_of
 from recbole_mllm.common.prompts import IMAGE, Prompt, Style, recommend_prompt
 from recbole_mllm.common.resources import MLLM
@@ -60,31 +62,49 @@ _MARKS = ("<%", "%>", "<<", ">>", "<#", "#>")
 _LIBRARY = {"model": "transformers", "adapter": "peft"}
 
 
-def export(run: str, out: Path, *, merge: bool) -> Path:
+def export(run: str, out: Path, *, merge: bool, record: Mapping[str, Any] | None = None, shared: bool = False) -> Path:
     """Write what `run` trained into `out`, all of it or nothing.
 
     Args:
         run: A checkpoint (``.pth``), the folder beside it, a benchmark run's folder, or its id under ``results/``.
         out: The folder; the files of an earlier export there are replaced, all others stay.
         merge: Whether an adapter is merged into its base model, so that the folder stands alone.
+        record: What a benchmark recorded of the run, for the README's results; None where there is no record.
+        shared: Whether others are to use it, as `push_export` sends it to them.
 
     Raises:
         UserError: There is no such checkpoint, its base model is not the one found now, or `out` is
-            something else (`check_folder`).
+            something else (`check_folder`); or, `shared`, it is an adapter of a model on this machine alone.
     """
     path = find_checkpoint(run)
     check_folder(out, EXPORT, "--out", inputs=(path,))
     settings, mllm = _load(path, merge)
+    whole = merge or settings.lora.finetune in ("full", "none")
+    if shared and not whole and "#" in mllm.identity:  # the digest of what is on this machine alone
+        raise UserError(
+            f"an adapter of {settings.mllm.mllm} is of use with that local model alone; push a whole one with --merge"
+        )
     folder = Path(os.path.realpath(out))
     is_new = not folder.exists()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with staged(folder.parent if is_new else folder, folder.name) as stage:
-        _write(path, settings, mllm, stage, merge)
+        _write(path, settings, mllm, stage, merge, record)
         if is_new:
             publish_new(stage, folder)
         else:
             publish(stage, folder, EXPORT)
     return out
+
+
+def push_export(repo_id: str, folder: Path) -> str:
+    """Send the files of the export in `folder`, and no other that is there, to a model's repository; return the URL.
+
+    Raises:
+        UserError: As `hub.push`.
+    """
+    about = json.loads((folder / EXPORT.manifest).read_text(encoding="utf-8"))
+    files = [f"{one['file']}/*" if "outputs" in one else one["file"] for one in about["outputs"]]
+    return push(repo_id, folder, [*files, EXPORT.manifest], kind="model")
 
 
 def _load(path: Path, merge: bool) -> tuple[Settings, HFModel]:
@@ -119,13 +139,16 @@ def _load(path: Path, merge: bool) -> tuple[Settings, HFModel]:
     return settings, mllm
 
 
-def _write(path: Path, settings: Settings, mllm: HFModel, folder: Path, merge: bool) -> None:
+def _write(
+    path: Path, settings: Settings, mllm: HFModel, folder: Path, merge: bool, record: Mapping[str, Any] | None
+) -> None:
     """Write the model of the checkpoint at `path`, and what says how it is asked, into an empty `folder`."""
     recommend = settings.recommend
     question = Question(load_style(settings), recommend.prompt_order == "item-first", recommend.use_image)
     name, revision = settings.mllm.mllm, settings.mllm.revisions()["mllm_revision"]
     base, _, dtype = mllm.identity.removesuffix(":nf4").rpartition(":")
-    kind = write_model(mllm, settings.mllm.source("mllm"), folder, merge=merge)
+    mllm_source = settings.mllm.source("mllm")
+    kind = write_model(mllm, mllm_source, folder, merge=merge)
     why = write_decision(mllm, question, folder)
     if kind == "adapter":  # with a config.json, transformers would look for whole weights here
         for config in _CONFIGS:
@@ -138,7 +161,7 @@ def _write(path: Path, settings: Settings, mllm: HFModel, folder: Path, merge: b
         "written_by": "recbole-mllm",
         "kind": kind,
         "checkpoint": path.name,
-        "base": name,
+        "base": base if Path(name).exists() else name,  # never a path
         "base_identity": base,
         "base_revision": revision,
         "dtype": dtype,
@@ -148,15 +171,50 @@ def _write(path: Path, settings: Settings, mllm: HFModel, folder: Path, merge: b
         "use_image": recommend.use_image,
         "decision_template": not why,
     }
-    write_text(folder / "README.md", model_card(about, question.style, why))
+    card = model_card(about, question.style, why, record=record, licence=license_of(_card_of(mllm_source)))
+    write_text(folder / "README.md", card)
     write_text(folder / EXPORT.manifest, json.dumps(about | {"outputs": outputs_of(folder)}, indent=2) + "\n")
 
 
-def model_card(about: Mapping[str, Any], style: Style, why: str = "") -> str:
-    """Return the page for an export that `about` describes; `why` it has no decision template, if it has none."""
-    on_hub = None if Path(source_of(about["base"])).exists() else about["base"]
-    data = ModelCardData(base_model=on_hub, library_name=_LIBRARY[about["kind"]], tags=["recbole", "recommendation"])
-    words = {"yes": style.answer_yes, "no": style.answer_no, "why": why}
+def _card_of(source: str) -> Path | None:
+    """Return the README of the model `source`, on this machine or fetched from the hub; None where there is none."""
+    place = Path(source_of(source))
+    if place.exists():
+        return place / "README.md" if (place / "README.md").is_file() else None
+    with suppress(Exception):  # no network, no such file: the licence is not known then
+        return Path(hf_hub_download(source_of(source), "README.md", revision=revision_of(source)))
+    return None
+
+
+def model_card(
+    about: Mapping[str, Any],
+    style: Style,
+    why: str = "",
+    *,
+    record: Mapping[str, Any] | None = None,
+    licence: Mapping[str, Any] | None = None,
+) -> str:
+    """Return the page for an export that `about` describes; `why` it has no decision template, if it has none.
+
+    Its metadata are the hub's: the base model's id, its `licence` (as metadata) if known, and of a `record` the dataset
+    and the metrics, with the digest of the candidates that they were taken on.
+    """
+    kind, base, tags = about["kind"], about["base"], ["recbole", "recommendation", "sequential-recommendation"]
+    told: dict[str, Any] = dict(licence or {})
+    if "#" not in about["base_identity"]:
+        told |= {"base_model": base, "base_model_relation": "adapter" if kind == "adapter" else "finetune"}
+    if record is not None:
+        where = {"protocol": record["protocol"], "candidates": record["candidates"]}
+        dataset = {"dataset_type": record["dataset"], "dataset_name": record["dataset"], "dataset_split": "test"}
+        told |= {"datasets": [record["dataset"]], "metrics": list(record["metrics"]), "model_name": record["label"]}
+        told["eval_results"] = [
+            EvalResult(
+                "recommendation", metric_type=name, metric_name=name, metric_value=value, dataset_args=where, **dataset
+            )
+            for name, value in record["metrics"].items()
+        ]
+    data = ModelCardData(library_name=_LIBRARY[kind], tags=tags, **told)
+    words: dict[str, Any] = {"yes": style.answer_yes, "no": style.answer_no, "why": why, "record": record}
     return str(ModelCard.from_template(data, str(_TEMPLATES / "export.md"), **about, **words))
 
 

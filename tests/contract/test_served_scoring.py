@@ -227,7 +227,8 @@ def test_an_export_replaces_an_export_and_nothing_else(merged, trained, tmp_path
     card = ModelCard.load(copy / "README.md")
     assert card.data.library_name == "peft" and card.data.base_model is None  # a path here, and no id on the hub
     about = json.loads((copy / "export.json").read_text())
-    assert ModelCard(model_card(about | {"base": "org/name"}, STYLE)).data.base_model == "org/name"
+    hub = {"base": "org/name", "base_identity": "org/name@main"}
+    assert ModelCard(model_card(about | hub, STYLE)).data.base_model == "org/name"
     (copy / "README.md").write_text("served on host 7")
     capsys.readouterr()
     assert main(["export", str(trained), "--out", str(copy)]) == 2

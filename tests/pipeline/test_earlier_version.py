@@ -107,7 +107,7 @@ def test_a_record_is_rerun_and_agrees(home, capsys):
     assert set(before.files) == set(again.files) >= {"user", "item", "label", "score", "place"}
     for field in ("user", "item", "label", "place"):
         assert (before[field] == again[field]).all()
-    np.testing.assert_allclose(again["score"], before["score"], atol=1e-5)
+    np.testing.assert_allclose(again["score"], before["score"], atol=1e-4)  # another number of threads sums otherwise
     (record,) = map(json.loads, (home / "results" / "reruns" / "runs.jsonl").read_text().splitlines())
     assert sorted(record) == RECORD_FIELDS
     assert record["candidates"] == DIGEST

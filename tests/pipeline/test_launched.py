@@ -244,11 +244,13 @@ def test_a_loss_that_is_no_number_in_one_process_stops_all_with_its_rows(world, 
 
 
 @SLOW
-def test_a_retriever_and_summaries_are_made_once_and_full_ranking_is_that_of_one_process(world, tmp_path):
+@pytest.mark.parametrize("control", [None, "shuffled-history", "wrong-summary"])
+def test_a_retriever_and_summaries_are_made_once_and_full_ranking_is_that_of_one_process(world, tmp_path, control):
     more = {
         "mllm": "llava", "use_image": True, "summary_mode": "recurrent", "item_summary": "image", "epochs": 1,
         "item_summary_tokens": 8, "user_summary_tokens": 8, "retriever": "Pop", "top_k": 5, "metrics": ["Hit", "NDCG"],
         "eval_args": {**launched_runs.EVALUATED, "mode": "full"}, "valid_metric": "NDCG@10", "limit_users": 8,
+        "control": control,
     }  # fmt: skip
     said, stores = {}, {}
     for count in (1, 2):

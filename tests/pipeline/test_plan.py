@@ -155,6 +155,14 @@ def test_every_protocol_has_its_pairs(plan, mode, more, each):
     assert counts == [0, 0, 0, 12 * 21, 12 * each] and "sft" not in found["memory_bytes"]
 
 
+def test_the_ranking_of_all_items_beside_drawn_candidates_is_a_stage_of_its_own(plan):
+    keys = {"finetune": "none", "summary_mode": "none"}
+    alone = plan(**keys)["stages"]
+    found = plan(**keys, retriever="Pop", top_k=9)
+    assert found["stages"].pop("full_ranking")["prompts"] == 12 * 9
+    assert found["stages"] == alone and any("a benchmark ranks all items" in line for line in found["assumptions"])
+
+
 def test_servers_are_counted_and_not_timed(plan):
     server = "server:M@http://127.0.0.1:9/v1"
     found = plan("--device=H100", user_summarizer=server, item_summarizer=server)

@@ -6,6 +6,7 @@ from contextlib import closing
 import pytest
 import small_world
 
+from recbole_mllm.data.item_table import read_user_summaries
 from recbole_mllm.quick_start import make_config, run
 
 
@@ -19,7 +20,7 @@ def outcome(tmp_path, monkeypatch):
     keys |= {"item_summary_tokens": 4, "user_summary_tokens": 5, "metrics": ["Hit"], "topk": 5, "valid_metric": "Hit@5"}
     keys |= {"eval_args": {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "uni5", "group_by": "user"}}
     keys |= {"frozen_candidates": True, "state": "ERROR", "mllm": "tiny"}
-    return folder, lambda: run(make_config("MLLMMSR", "steps", [], dict(keys)))
+    return folder, lambda **more: run(make_config("MLLMMSR", "steps", [], keys | more))
 
 
 def _store(folder, query):
@@ -44,3 +45,21 @@ def test_a_run_from_a_full_store_tells_the_seconds_of_the_one_that_filled_it(out
     users = _store(folder, "SELECT COUNT(*) FROM answers WHERE kind = 'user'")
     assert third.summarize_reused == users < count and 100 * users < third.summarize_s < 100 * users + 60
     assert third.load_s > second.load_s / 10
+
+
+def test_zero_shot_writes_nothing_for_training_rows_and_exports_what_is_known_of_them(outcome):
+    """Of seven interactions training reads after 1, 2, 3 and 4, validation after 5 and the test after 6."""
+    folder, again = outcome
+
+    def exported():
+        (path,) = folder.glob("*.usum")
+        return sorted(row.seen for row in read_user_summaries(path))
+
+    again()
+    assert exported() == sorted(4 * [3, 5, 6])  # after a block of three stands a state that both continue
+    assert _store(folder, "SELECT COUNT(*) FROM answers WHERE kind = 'user'") == 4 * 3
+    again(finetune="lora", lora_r=1, epochs=1)
+    every = sorted(4 * [1, 2, 3, 4, 5, 6])
+    assert exported() == every
+    again()
+    assert exported() == every

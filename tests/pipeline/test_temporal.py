@@ -267,7 +267,8 @@ def test_a_prompt_has_read_what_its_user_did_before_and_the_answers_of_another_s
             (user, item, *truth.whole[user][:place]) for each in truth.rows.values() for user, item, place in each
         )
         assert Counter((user, item, *read(text)) for user, item, text in found) == before
-        (later / "later.mllm.sqlite").unlink()  # written anew, the chains are the same
+        for path in (later / "later.mllm.sqlite", *later.glob("*.usum")):  # written anew, the chains are the same
+            path.unlink()
         again = prompts_of(later, server.url, monkeypatch, load_col=load)
         assert again == found and len(server.bodies) > asked
 

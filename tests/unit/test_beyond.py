@@ -136,26 +136,26 @@ class PlantedTracker:
     ],
 )
 def test_energy_is_what_meters_read_and_never_an_estimate(metered, device, alone, found, monkeypatch):
-    from recbole_mllm.benchmark import energy
+    from recbole_mllm.benchmark import worker
 
     cpu = SimpleNamespace(is_rapl_available=lambda: metered)
     monkeypatch.setitem(sys.modules, "codecarbon", SimpleNamespace(OfflineEmissionsTracker=PlantedTracker))
     monkeypatch.setitem(sys.modules, "codecarbon.core", SimpleNamespace(cpu=cpu))
-    monkeypatch.setattr(energy, "find_spec", lambda name: True)
-    with energy.measured_energy(SimpleNamespace(type=device), alone=alone) as told:
+    monkeypatch.setattr(worker, "find_spec", lambda name: True)
+    with worker.measured_energy(SimpleNamespace(type=device), alone=alone) as told:
         assert told == {}
     assert told == {name: pytest.approx(value) if name == "energy_kwh" else value for name, value in found.items()}
 
 
 def test_without_codecarbon_or_where_it_fails_there_is_no_energy_and_the_run_goes_on(monkeypatch):
-    from recbole_mllm.benchmark import energy
+    from recbole_mllm.benchmark import worker
 
     device = SimpleNamespace(type="cpu")
-    monkeypatch.setattr(energy, "find_spec", lambda name: None)
-    with energy.measured_energy(device, alone=True) as told:
+    monkeypatch.setattr(worker, "find_spec", lambda name: None)
+    with worker.measured_energy(device, alone=True) as told:
         pass
-    monkeypatch.setattr(energy, "find_spec", lambda name: True)
+    monkeypatch.setattr(worker, "find_spec", lambda name: True)
     monkeypatch.setitem(sys.modules, "codecarbon", SimpleNamespace())  # holds no tracker
-    with energy.measured_energy(device, alone=True) as broken:
+    with worker.measured_energy(device, alone=True) as broken:
         pass
     assert told == broken == {}

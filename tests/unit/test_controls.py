@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from planted_writers import Planted
 
@@ -105,7 +106,7 @@ def test_without_a_history_every_row_is_asked_as_a_new_user_s(tmp_path):
 
 def test_nobody_is_recommended_anything_by_a_control():
     with pytest.raises(UserError, match="recommend from the full model's"):
-        _MLLMRanker(KEYS | {"control": "shuffled-history"}, None, {})
+        _MLLMRanker({"config": KEYS | {"control": "shuffled-history"}}, "", torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -114,6 +115,7 @@ def test_nobody_is_recommended_anything_by_a_control():
         {"control": "wrong-image", "use_image": False, "item_summary": "text"},
         {"control": "wrong-image", "use_image": False, "summary_mode": "none"},
         {"control": "shuffled-history", "summary_mode": "none", "history_titles": 0},
+        {"control": "shuffled-history", "summary_mode": "none", "history_titles": 1},
         {"control": "wrong-summary", "summary_mode": "none", "history_titles": 0},
     ],
     ids=lambda keys: " ".join(map(str, keys.values())),

@@ -12,7 +12,7 @@ import pytest
 import small_world
 from planted_runs import plant_run
 
-from recbole_mllm.benchmark.memory_questions import (
+from recbole_mllm.benchmark.memory_probe import (
     BEGINNING,
     BY_ID,
     GENRE,

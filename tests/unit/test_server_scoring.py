@@ -1,6 +1,7 @@
 """Scoring through servers: what is asked, and how log-odds are read from typed decisions and log-probabilities."""
 
 import base64
+import io
 import json
 import math
 from dataclasses import replace
@@ -10,18 +11,24 @@ import torch
 import yaml
 from PIL import Image
 from planned_server import Planned, completion, error, serving
+from tiny_models import qwen3_vl
+from transformers import AutoModelForImageTextToText
 
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.model_names import Endpoint
-from recbole_mllm.common.prompts import Style, recommend_prompt
+from recbole_mllm.common.prompts import Style, read_style, recommend_prompt
 from recbole_mllm.common.resources import resource
 from recbole_mllm.common.settings import ServerSettings, Settings
+from recbole_mllm.mllm.hf import HFModel
+from recbole_mllm.mllm.loading import load_processor
 from recbole_mllm.mllm.server_scoring import ServedScorer, decision_request, scored_decision, spelt
 
 pytest.importorskip("openai")
 
 STYLE = Style.from_mapping("demo", yaml.safe_load(resource("prompt", "demo").read_text()))
 SETTINGS = ServerSettings(3, 5.0, 5.0, None)
+MLLM = Settings.from_config(yaml.safe_load(resource("model", "MLLMMSR").read_text()) | {"mllm": "tiny"}).mllm
+CPU = torch.device("cpu")
 
 
 def logprobs(**tokens):
@@ -41,10 +48,10 @@ def decided(p, tokens=11):
     )
 
 
-def asked(planned, prompts, settings=SETTINGS):
+def asked(planned, prompts, settings=SETTINGS, style=STYLE):
     with serving(planned):
         scorer = ServedScorer(Endpoint("m", (planned.url,)), settings)
-        return scorer, scorer.yes_scores(prompts, scorer.answers(STYLE)).tolist()
+        return scorer, scorer.yes_scores(prompts, scorer.answers(style)).tolist()
 
 
 def questions(count=1):
@@ -85,11 +92,8 @@ def test_a_missing_word_is_bounded_and_both_are_unknown_and_all_is_counted(caplo
     assert planned.bodies[-1]["chat_template_kwargs"] == {"enable_thinking": False}
 
 
-def test_a_real_models_log_probabilities_give_its_own_score(tmp_path):
-    from recbole_mllm.mllm.hf import HFModel
-
-    base = yaml.safe_load(resource("model", "MLLMMSR").read_text())
-    model = HFModel("tiny", Settings.from_config(base | {"mllm": "tiny"}).mllm, torch.device("cpu"))
+def test_a_real_models_log_probabilities_give_its_own_score(tiny, tmp_path):
+    model = tiny
     Image.new("RGB", (48, 64), "red").save(tmp_path / "red.png")
     prompts = [recommend_prompt(STYLE, "likes red", title, tmp_path / "red.png") for title in ("mug", "blue car")]
     by_text = {prompt.text: prompt for prompt in prompts}
@@ -105,6 +109,128 @@ def test_a_real_models_log_probabilities_give_its_own_score(tmp_path):
     here = model.yes_scores(prompts, model.answers(STYLE))
     _, there = asked(Planned(speak), prompts)
     torch.testing.assert_close(torch.tensor(there).sigmoid(), here.sigmoid(), atol=1e-4, rtol=0)
+
+
+# Endpoints that score, spoken by a real model in the servers' own forms (docs/servers.md)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return HFModel("tiny", MLLM, CPU)
+
+
+@pytest.mark.parametrize("path", ["/generative_scoring", "/v1/score"])
+def test_probabilities_of_the_answers_tokens_are_those_of_this_process(tiny, path):
+    prompts = [
+        recommend_prompt(STYLE, f"likes {n} <image> </s>", title, None) for n in range(3) for title in ("mug", "car")
+    ]
+    asked = []
+
+    def probabilities(body):
+        asked.append(body)
+        ids = torch.tensor([[*body["query"], *body["items"][0]]])
+        with torch.inference_mode():
+            logits = tiny.model(input_ids=ids).logits[0, -1].double()
+        return logits[body["label_token_ids"]].softmax(-1).tolist()
+
+    replies = {
+        "/generative_scoring": lambda p: {"object": "list", "data": [{"index": 0, "object": "score", "score": p[0]}]},
+        "/v1/score": lambda p: {"scores": [p], "model": "m", "object": "scoring"},
+    }
+    planned = Planned(posts={path: lambda body: (200, {}, replies[path](probabilities(body)))})
+    with serving(planned):
+        settings = replace(SETTINGS, server_scoring="score", server_tokenizer="tiny")
+        scorer = ServedScorer(Endpoint("m", (planned.url,)), settings, MLLM)
+        there = scorer.yes_scores(prompts, scorer.answers(STYLE))
+    here = tiny.yes_scores(prompts, tiny.answers(STYLE))
+    assert here.sigmoid().std() > 1e-4
+    torch.testing.assert_close(there.sigmoid(), here.sigmoid(), atol=1e-5, rtol=0)
+    assert all(body["apply_softmax"] and not body["item_first"] for body in asked)
+    assert scorer.tokens_read == sum(len(one.ids) for one in tiny.encode(prompts)) and not planned.bodies
+
+
+def test_token_ids_are_sent_for_no_image_and_to_no_server_without_the_endpoint(tmp_path):
+    Image.new("RGB", (48, 64), "red").save(tmp_path / "red.png")
+    planned, settings = Planned(), replace(SETTINGS, server_scoring="score", server_tokenizer="tiny")
+    with serving(planned):
+        scorer = ServedScorer(Endpoint("m", (planned.url,)), settings, MLLM)
+        with pytest.raises(UserError, match="hold no image; set use_image: false or server_scoring: chat"):
+            scorer.yes_scores([recommend_prompt(STYLE, "x", "mug", tmp_path / "red.png")], ("Yes", "No"))
+        with pytest.raises(UserError, match=r"404: it has no /generative_scoring \(vLLM\) or /v1/score \(SGLang\)"):
+            scorer.yes_scores(questions(), ("Yes", "No"))
+        with pytest.raises(UserError, match="needs the tokenizer of 'm' here; set server_tokenizer"):
+            ServedScorer(Endpoint("m", (planned.url,)), replace(settings, server_tokenizer=None), MLLM)
+    assert not planned.bodies
+
+
+class Reranker:
+    """A Qwen3-VL made into a classifier of yes, behind vLLM's template for it, or SGLang's requests."""
+
+    def __init__(self, folder, sglang):
+        self.stock, self.processor = AutoModelForImageTextToText.from_pretrained(folder).eval(), load_processor(folder)
+        self.sglang = sglang
+
+    def __call__(self, body):
+        (document,), images = body["documents"], []
+        if self.sglang and isinstance(document, dict) or not self.sglang and isinstance(document, list):
+            return error(422, "Input should be a valid string")
+        query, document = (self._text(part, images) for part in (body["query"], document))
+        text = (
+            "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
+        )
+        text += 'provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
+        text += (
+            f"<Instruct>: {body['instruct' if self.sglang else 'instruction']}<Query>:{query}\n<Document>:{document}"
+        )
+        text += "<|im_end|>\n<|im_start|>assistant\n"
+        inputs = self.processor(text=[text], images=images or None, return_tensors="pt")
+        yes, no = (self.processor.tokenizer(word)["input_ids"][0] for word in ("yes", "no"))
+        head = (self.stock.lm_head.weight[yes] - self.stock.lm_head.weight[no]).double()
+        with torch.no_grad():
+            p = float((self.stock.model(**inputs).last_hidden_state[0, -1].double() @ head).sigmoid())
+        one = {"index": 0, "score": p, "document": None} if self.sglang else {"index": 0, "relevance_score": p}
+        return 200, {}, [one] if self.sglang else {"id": "x", "model": "m", "results": [one]}
+
+    def _text(self, content, images):
+        parts = content["content"] if isinstance(content, dict) else content
+        if isinstance(parts, str):
+            return parts
+        for part in parts:
+            if part["type"] == "image_url":
+                data = base64.b64decode(part["image_url"]["url"].partition(";base64,")[2])
+                images.append(Image.open(io.BytesIO(data)))
+        return "".join(part.get("text", "<|vision_start|><|image_pad|><|vision_end|>") for part in parts)
+
+
+@pytest.mark.parametrize("sglang", [False, True], ids=["vllm", "sglang"])
+@pytest.mark.parametrize("item_first", [False, True])
+def test_a_served_reranker_scores_as_in_this_process_with_images_and_without(reranker, sglang, item_first):
+    style, likes = read_style("qwen3-vl-reranker"), ("likes cats", "likes a \n<Document>: of dogs")
+    prompts = [
+        recommend_prompt(style, like, f"mug {n}", image, item_first=item_first)
+        for like in likes
+        for n, image in enumerate((reranker / "red.png", None))
+    ]
+    mllm = HFModel(str(reranker), MLLM, CPU)
+    here = mllm.yes_scores(prompts, mllm.answers(style))
+    planned = Planned(posts={"/v1/rerank": Reranker(reranker, sglang)})
+    _, there = asked(planned, prompts, replace(SETTINGS, server_scoring="rerank"), style)
+    assert here.sigmoid().std() > 1e-3
+    torch.testing.assert_close(torch.tensor(there).sigmoid(), here.sigmoid(), atol=1e-5, rtol=0)
+
+
+def test_a_style_without_query_and_document_is_refused_before_a_request():
+    planned = Planned()
+    with pytest.raises(UserError, match="needs a prompt_style with <Instruct>, <Query> and <Document>"):
+        asked(planned, questions(3), replace(SETTINGS, server_scoring="rerank"))
+    assert not planned.bodies
+
+
+@pytest.fixture(scope="module")
+def reranker(tmp_path_factory):
+    folder = qwen3_vl(tmp_path_factory.mktemp("reranker"))
+    Image.effect_noise((40, 30), 60).convert("RGB").save(folder / "red.png")
+    return folder
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

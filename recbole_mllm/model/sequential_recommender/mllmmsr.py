@@ -93,7 +93,7 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
         """Return what scores: a model in this process, ready to be trained, or one behind servers."""
         settings, lora = self.settings, self.settings.lora
         if is_server(settings.mllm.mllm):
-            return ServedScorer(settings.mllm.endpoint("mllm"), settings.server)
+            return ServedScorer(settings.mllm.endpoint("mllm"), settings.server, settings.mllm)
         split, four_bit = sharding.wanted() is not None, lora.finetune == "qlora"
         name = settings.mllm.source("mllm")
         mllm = HFModel(name, settings.mllm, self.device, four_bit=four_bit, to_split=split)
