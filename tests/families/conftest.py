@@ -38,9 +38,7 @@ def images(tmp_path_factory):
 
 
 # a file's tests run family by family, and the next file begins with the first one again: each is made once a process
-@cache
-def _folder(build, factory):
-    return build(factory.mktemp(build.__name__))
+_FOLDERS = {}
 
 
 @cache
@@ -55,7 +53,9 @@ def _stock(folder, kind):
 
 @pytest.fixture(scope="session", params=tiny_models.FAMILIES, ids=lambda build: build.__name__)
 def folder(request, tmp_path_factory):
-    return _folder(request.param, tmp_path_factory)
+    if request.param not in _FOLDERS:
+        _FOLDERS[request.param] = request.param(tmp_path_factory.mktemp(request.param.__name__))
+    return _FOLDERS[request.param]
 
 
 @pytest.fixture(scope="session")
