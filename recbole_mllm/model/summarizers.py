@@ -64,7 +64,7 @@ def summary_requests(dataset: Any, settings: Settings) -> SummaryRequests:
         UserError: A control finds nothing to put in their place.
     """
     requests = SummaryRequests(dataset.histories, dataset.positions)
-    if settings.lora.finetune == "none":
+    if dataset.config["finetune"] == "none":  # not by `settings`, which have no recommender where none is named yet
         requests = replace(requests, positions=dataset.evaluated, unread=dataset.positions)
     return controlled(requests, settings.summary)
 
