@@ -332,5 +332,5 @@ def test_a_run_leaves_all_its_files_below_one_folder(tmp_path):
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dataset", "saved"]
     (log,) = (tmp_path / "saved" / "log" / "Pop").iterdir()
-    assert "candidates" in log.read_text() and "\x1b[" not in log.read_text()
+    assert "Loading model structure" in log.read_text() and "\x1b[" not in log.read_text()
     assert [path.name for path in (tmp_path / "saved" / "log_tensorboard").iterdir()] == [log.stem]
