@@ -145,7 +145,8 @@ def test_new_targets_of_validation_say_how_far_unknown_items_are_lifted(first, s
         new = ~valid.known[target]
         mllm = ndcg(valid, valid.place)[new].mean()
         values = {}
-        whole = choose_fusion(replace(valid, label=np.where(valid.known, valid.label, 0)))  # no new target says anything
+        silent = replace(valid, label=np.where(valid.known, valid.label, 0))
+        whole = choose_fusion(silent)
         whole = replace(whole, chosen=found.chosen, alpha=found.alpha)
         for lift in (0.0, 0.25, 0.5, 0.75, 1.0):
             less = replace(whole, offset=lift * whole.offset)
