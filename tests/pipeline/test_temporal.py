@@ -15,6 +15,7 @@ from echoed_prompts import echoing, prompts_of, read
 from recbole_mllm.cli import main
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.data.atomic import read_atomic
+from recbole_mllm.evaluation.protocol import protocol_line
 from recbole_mllm.quick_start import make_config, run
 
 PARTS = ("train", "valid", "test")
@@ -290,6 +291,22 @@ def test_a_leaderboard_says_that_nothing_has_seen_the_future_and_who_is_new(worl
         assert "future_share 0.000" in text and "the user has no interaction in training" in text
 
 
+@pytest.mark.parametrize(
+    ("time", "said"),
+    [
+        (875_747_190.0, "1997-10-01 23:06:30 UTC (875747190)"),
+        (1_700_000_000_123.0, "2023-11-14 22:13:20 UTC (1700000000123)"),
+        (212.0, "212"),
+        (0.5, "0.5"),
+    ],
+)
+def test_the_moments_of_a_split_are_dates_beside_their_numbers(time, said):
+    known = {"temporal_split": {"moments": [time, time + 1], "train_interactions": 9}, "benchmark_filename": ["train"]}
+    keys = {"eval_args": {"order": "TO", "mode": {"test": "uni5"}}, "limit_users": None, "candidates_file": None}
+    keys |= {"candidate_seed": 1, "exclude_seen": True, "frozen_candidates": True}
+    assert protocol_line(known | keys).startswith(f"temporal split (trained before {said}, tested from ")
+
+
 @pytest.mark.parametrize("kind", ["RS", "TS"])
 def test_splits_that_no_leaderboard_can_compare_are_refused_before_anything_is_trained(world, tmp_path, kind, capsys):
     words = ["--dataset", "whole", "--models", "Pop,SASRec", f"--data_path={world[0].parent}"]
@@ -387,3 +404,18 @@ def test_rows_that_do_not_fit_the_whole_log_are_refused(tmp_path):
     (folder / "d.inter").write_text("".join([lines[0], *lines[2:]]))
     with pytest.raises(UserError, match=r"d\.train\.inter does not fit d\.inter"):
         create_dataset(configured(folder, "SASRec"))
+
+
+def test_a_log_that_has_grown_behind_its_split_is_named(tmp_path, caplog):
+    from recbole.data import create_dataset
+
+    folder = convert(write_log(tmp_path / "raw", rows := log(4)), tmp_path / "d", *TEMPORAL)
+    create_dataset(configured(folder, "SASRec"))
+    assert "was made of" not in caplog.text
+    last = (folder / "d.inter").read_text().splitlines()[-1]
+    with (folder / "d.inter").open("a") as file:
+        file.write(f"{last}\n{last}\n")
+    create_dataset(configured(folder, "SASRec"))
+    assert (
+        f"d.inter holds {len(rows) + 2:,} interactions, and its temporal split was made of {len(rows):,}" in caplog.text
+    )

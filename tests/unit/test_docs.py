@@ -69,7 +69,7 @@ def parse(words: list[str]) -> None:
     """
     assert not any("…" in word or "..." in word for word in words), "a command must be complete, to be copied"
     if words[:1] == ["convert"]:
-        converters("options")._parser().parse_args(words[1:])
+        converters("options").convert_parser().parse_args(words[1:])
         return
     if words[:1] == ["split"]:
         known, rest = converters("options").read_split(words[1:])
@@ -148,7 +148,7 @@ def test_python_in_the_docs_compiles_and_its_names_exist():
             for alias in node.names
         }
         for name in names:
-            assert hasattr(recbole_mllm, name), f"{where}: recbole_mllm.{name}"
+            assert name in recbole_mllm.__all__, f"{where}: recbole_mllm.{name}"
 
 
 def test_yaml_in_the_docs_holds_known_keys():
@@ -175,6 +175,11 @@ def test_pages_that_messages_name_are_there():
     for path in [*files, ROOT / "CHANGELOG.md", *ROOT.glob("*.py")]:
         for page in re.findall(r"\bdocs/[\w/-]+\.md\b", path.read_text(encoding="utf-8")):
             assert (ROOT / page).is_file(), f"{path.relative_to(ROOT)}: {page}"
+
+
+def test_each_page_begins_with_the_command_it_is_about():
+    for path in (ROOT / "docs").glob("*.md"):
+        assert re.match(r"# .+\n\n```(bash|python)\n", path.read_text(encoding="utf-8")), path.name
 
 
 def test_messages_of_the_page_on_trouble_are_those_of_the_code():
