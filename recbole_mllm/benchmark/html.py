@@ -16,11 +16,13 @@ from recbole_mllm.benchmark.leaderboard import Dimension, Leaderboard, Leaderboa
 from recbole_mllm.benchmark.significance import Estimate
 from recbole_mllm.benchmark.tables import template, tests_table
 from recbole_mllm.benchmark.wording import score_text, seconds_text
-from recbole_mllm.common.svg import CHARACTER, Axis, Chart, linear_axis, place_labels
+from recbole_mllm.common.svg import CHARACTER, LABEL_GAP, Axis, Chart, linear_axis, place_labels
 
 LAST_BLOCKS = 4  # of a history stand open; those before are a click away
 COLOURS = 8
-NAMED = 8  # marks of the cost chart that can carry their names; of more each carries its number, explained below
+NAMED, LONG = 8, 18  # of more marks, or of longer names, the cost chart's marks carry numbers, explained below
+CUT = 24  # characters of a name beside its curve; a pointer shows it whole
+WIDER = 1.25  # than `CHARACTER` is a character of the cost chart, for a narrow screen
 BOLD = 1.2  # how much wider an MLLM's label is
 TIMES = (0.1, 1, 10, 60, 600, 3600, 36_000, 360_000, 3_600_000)
 
@@ -89,10 +91,11 @@ def quality_versus_cost(board: Leaderboard) -> Chart | None:
     x = Axis(low_s, high_s, 52, 504, log=True, labels=times)
     y = linear_axis(min(low for low, _ in ends), max(high for _, high in ends), 294, 18)
     numbers = {row.model: str(number) for number, row in enumerate(board.rows, start=1)}
+    is_named = len(rows) <= NAMED and max(len(row.model) for row in rows) <= LONG
     marks, labels = [], []
     for row, (low, high) in sorted(zip(rows, ends, strict=True), key=lambda pair: y(pair[0].mean(metric))):
-        label = row.model if len(rows) <= NAMED else numbers[row.model]
-        length = len(label) * CHARACTER * (BOLD if row.kind == "mllm" else 1)
+        label = row.model if is_named else numbers[row.model]
+        length = len(label) * CHARACTER * WIDER * (BOLD if row.kind == "mllm" else 1)
         at = x(row.seconds), y(row.mean(metric))
         is_right = at[0] + 10 + length <= 520
         labels.append((at[1], *((at[0] + 10, at[0] + 10 + length) if is_right else (at[0] - 10 - length, at[0] - 10))))
@@ -101,12 +104,15 @@ def quality_versus_cost(board: Leaderboard) -> Chart | None:
         side = (at[0] + 10, "start") if is_right else (at[0] - 10, "end")
         marks.append(Mark(row.model, row.kind, hover, *at, y(low), y(high), label=label, label_x=side[0],
                           anchor=side[1]))  # fmt: skip
-    marks = [mark._replace(label_y=round(at + 4, 1)) for mark, at in zip(marks, place_labels(labels), strict=True)]
+    marks = [
+        mark._replace(label_y=round(at + 4, 1))
+        for mark, at in zip(marks, place_labels(labels, LABEL_GAP * WIDER), strict=True)
+    ]
     features = "features + " if "features_s" in board.costs else ""
     return Chart(
         f"{metric} against seconds spent, one mark a model", x, y, 520, 340,
         f"summarise + {features}train + score, log scale", metric, marks,
-        more={"key": sorted(marks, key=lambda mark: int(mark.label)) if len(marks) > NAMED else []},
+        more={"key": sorted(marks, key=lambda mark: int(mark.label)) if not is_named else []},
     )  # fmt: skip
 
 
@@ -119,8 +125,8 @@ def curve_charts(board: Leaderboard) -> list[Chart]:
 def _curve_chart(metric: str, rows: list[LeaderboardRow], styles: Mapping[str, str]) -> Chart:
     rows = sorted(rows, key=lambda row: -row.curves[metric][-1])
     depth = max(len(row.curves[metric]) for row in rows)
-    names = max(len(row.model) for row in rows) * CHARACTER
-    right, height = round(max(200, min(340, 420 - 28 - names))), 300
+    names = {row.model: row.model if len(row.model) <= CUT else f"{row.model[: CUT - 1]}…" for row in rows}
+    right, height = round(max(200, min(340, 420 - 28 - max(map(len, names.values())) * CHARACTER * BOLD))), 300
     x = Axis(1, max(2, depth), 44, right, labels=[(k, str(k)) for k in (1, 5, 10, 15, 20) if k <= depth])
     y = linear_axis(0.0, max(max(row.curves[metric]) for row in rows), 258, 20)
     heights = place_labels((y(row.curves[metric][-1]), 0, 1) for row in rows)
@@ -131,7 +137,7 @@ def _curve_chart(metric: str, rows: list[LeaderboardRow], styles: Mapping[str, s
         points = [(x(k), y(value)) for k, value in enumerate(values, start=1)]
         some = ", ".join(f"{metric}@{k} {values[k - 1]:.3f}" for k in (1, 3, 5, 10, 20) if k <= len(values))
         marks.append(Mark(
-            row.model, styles[row.model], f"{row.model}: {some}", *points[-1], label=row.model,
+            row.model, styles[row.model], f"{row.model}: {some}", *points[-1], label=names[row.model],
             points=" ".join(f"{a},{b}" for a, b in points), label_x=points[-1][0] + 12, label_y=round(at + 4 - over, 1),
         ))  # fmt: skip
     summary = f"{metric} at k from 1 to {depth}. " + ". ".join(mark.hover for mark in marks)

@@ -157,6 +157,7 @@ class Leaderboard:
 
     `future_share` is the share of test targets with later interactions in training; None where no run can say.
 
+    `memory` is what each of its models is known to know of the dataset without a history (`probe-memory`), by identity.
     `is_demo` says whether the dataset is a demo world, which the bundled model was made for.
 
     `without_validation` are baselines that recorded no validation metric: where there are some, the best one was chosen
@@ -176,6 +177,7 @@ class Leaderboard:
     absent: Mapping[str, str] = field(default_factory=dict)
     future_share: float | None = None
     is_demo: bool = False
+    memory: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def valid_metric(self) -> str:

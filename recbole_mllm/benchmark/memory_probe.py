@@ -237,15 +237,16 @@ def memory_file(folder: Path) -> Path:
     return folder / f"{folder.name}.memory.json"
 
 
-def memory_note(records: Iterable[RunRecord]) -> str:
-    """Return what is known of the memory of the models behind `records`, from beside their dataset; "" for nothing."""
-    sentences: dict[str, None] = {}
+def memory_of(records: Iterable[RunRecord]) -> dict[str, dict[str, Any]]:
+    """Return what the models behind `records` have shown to know, from beside their dataset: findings and verdict."""
+    found: dict[str, dict[str, Any]] = {}
     for record in records:
         known = read_memory(memory_file(Path(str(record.config["data_path"])))) if record.weights else {}
-        for model in dict.fromkeys(record.weights.values()):
+        for model in record.weights.values():
             if model in known:
-                sentences[verdict(model, [ProbeResult(**finding) for finding in known[model]["findings"]])] = None
-    return " ".join(sentences)
+                said = verdict(model, [ProbeResult(**finding) for finding in known[model]["findings"]])
+                found[model] = {**known[model], "verdict": said}
+    return found
 
 
 def read_memory(path: Path) -> dict[str, Any]:

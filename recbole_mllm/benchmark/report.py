@@ -6,13 +6,15 @@ All of them say the same, and all can be rendered again at any time from ``runs.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from recbole_mllm.benchmark import tables
 from recbole_mllm.benchmark.cases import read_cases
 from recbole_mllm.benchmark.html import page
 from recbole_mllm.benchmark.leaderboard import Leaderboard
-from recbole_mllm.benchmark.memory_probe import memory_note
+from recbole_mllm.benchmark.memory_probe import memory_of
 from recbole_mllm.benchmark.ranking import build
 from recbole_mllm.benchmark.records import RECORDS, read_records
 from recbole_mllm.benchmark.wording import added, banner, uses
@@ -25,11 +27,13 @@ NOTE = "note.txt"
 def render(results: Path, *, embed_images: bool = True) -> Leaderboard:
     """Write ``leaderboard.{json,csv,md,tex,html}`` into `results` from its runs, and return what they say.
 
-    What the page draws by group of users and by cut-off stands in ``leaderboard-groups.csv`` and ``-curves.csv``.
+    What the page draws by group of users and by cut-off stands in ``leaderboard-groups.csv`` and ``-curves.csv``, and
+    what the model uses in ``-uses.csv``.
     Without `embed_images` the page's case studies hold no pictures.
     """
     board = read_leaderboard(results)
-    found = {"uses": [use._asdict() for use in uses(board)], "what_the_mllm_adds": added(board)}
+    found: dict[str, Any] = {"uses": [use._asdict() for use in uses(board)], "what_the_mllm_adds": added(board)}
+    found["memory"] = board.memory
     published = {"banner": banner(board)} | board.to_json() | found
     published = {name: told for name, told in published.items() if told or name not in ("banner", *found)}
     forms = {
@@ -37,6 +41,7 @@ def render(results: Path, *, embed_images: bool = True) -> Leaderboard:
         "leaderboard.csv": tables.csv_text(tables.numbers_table(board)),
         "leaderboard-groups.csv": tables.csv_text(tables.groups_table(board)),
         "leaderboard-curves.csv": tables.csv_text(tables.curves_table(board)),
+        "leaderboard-uses.csv": tables.csv_text(tables.uses_table(board)),
         "leaderboard.md": tables.format_markdown(board),
         "leaderboard.tex": tables.format_latex(board),
         HTML: page(board, read_cases(board, results, embed_images=embed_images)),
@@ -51,7 +56,7 @@ def read_leaderboard(results: Path) -> Leaderboard:
     note = results / NOTE
     text = note.read_text(encoding="utf-8").strip() if note.exists() else ""
     records = read_records(results / RECORDS)
-    return build(records, results, " ".join(filter(None, (text, memory_note(records)))))
+    return replace(build(records, results, text), memory=memory_of(records))
 
 
 def format_leaderboard(results: Path) -> str:

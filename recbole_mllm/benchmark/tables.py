@@ -19,14 +19,18 @@ from recbole_mllm.benchmark.leaderboard import ALL_COSTS, SLICES, Leaderboard, L
 from recbole_mllm.benchmark.setups import SETUP
 from recbole_mllm.benchmark.wording import (
     NOT_CONVERGED,
+    Use,
     added,
     banner,
     cost_text,
     finding,
+    future_text,
     legend,
+    notes,
     reused_note,
     score_text,
     seeds,
+    uses,
 )
 from recbole_mllm.common.svg import environment
 
@@ -65,7 +69,7 @@ def numbers_table(board: Leaderboard) -> pd.DataFrame:
         cells: dict[str, Any] = {
             "model": row.model, "kind": row.kind, "seeds": " ".join(map(str, row.seeds)), "status": row.status,
             "converged": None if row.converged is None else str(row.converged).lower(),
-            "tested_against": row.tested_against,
+            "tested_against": row.tested_against, "future_share": board.future_share,
         }  # fmt: skip
         cells |= row.setup.to_json() if row.setup else dict.fromkeys(SETUP)
         if board.out_of_place:
@@ -90,6 +94,13 @@ def numbers_table(board: Leaderboard) -> pd.DataFrame:
                 cells |= {f"{part} {name}": users.mean, f"{part} {name} n": users.n}
         rows.append(cells)
     return pd.DataFrame(rows, dtype=object)
+
+
+def uses_table(board: Leaderboard) -> pd.DataFrame:
+    """Return one line a variant of the full model: what it shows of what the model uses."""
+    frame = pd.DataFrame(uses(board), columns=Use._fields)
+    low, high = ([use.ci95[end] for use in uses(board)] for end in (0, 1))
+    return frame.drop(columns="ci95").assign(low=low, high=high)
 
 
 def groups_table(board: Leaderboard) -> pd.DataFrame:
@@ -146,13 +157,13 @@ def format_table(board: Leaderboard) -> str:
     users = "" if f"{board.n_users} users" in board.protocol else f" · {board.n_users} users"
     title = f"{board.dataset}: {board.protocol}{users} · candidates {board.candidates}"
     fixed = [_cut(line, WIDTH) for line in ["", *table, *failed, ""]]
-    below = [
-        line
-        for text in (f"{legend(board)} {reused_note(board)}".strip(), finding(board), *added(board), board.note)
-        for line in textwrap.wrap(text, WIDTH)
-    ]
-    above = [*textwrap.wrap(banner(board), WIDTH), ""] if banner(board) else []
-    return "\n".join([*above, *textwrap.wrap(title, WIDTH), *fixed, *below])
+    told = [f"{legend(board)} {reused_note(board)}".strip(), finding(board), *added(board)]
+    told += [f"{use.variant}: {use.sentence}" for use in uses(board)]
+    above, below = (
+        [line for text in texts for line in textwrap.wrap(text, WIDTH)]
+        for texts in ((banner(board), title, future_text(board)), (*told, notes(board)))
+    )
+    return "\n".join([*above, *fixed, *below])
 
 
 def _cut(text: str, width: int = NAME_WIDTH) -> str:
@@ -208,7 +219,7 @@ def _code(text: str) -> str:
 _SPECIAL = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "_": r"\_", "%": r"\%",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
-    "|": r"\textbar{}", "[": "{[}", "]": "{]}", "*": "{*}", '"': r"\textquotedbl{}",
+    "|": r"\textbar{}", "[": "{[}", "]": "{]}", "*": "{*}", '"': r"\textquotedbl{}", "−": "$-$",
 }  # fmt: skip
 
 

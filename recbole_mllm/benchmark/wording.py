@@ -154,6 +154,11 @@ def banner(board: Leaderboard) -> str:
     )
 
 
+def notes(board: Leaderboard) -> str:
+    """Return what is said of the data, and of what the models know of it; "" for nothing."""
+    return " ".join(filter(None, [board.note, *(str(known["verdict"]) for known in board.memory.values())]))
+
+
 def finding(board: Leaderboard) -> str:
     """Say in one or two sentences what the table shows, and no more than it shows."""
     if not board.ranked:

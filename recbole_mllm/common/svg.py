@@ -105,14 +105,14 @@ def short(value: int) -> str:
     return str(value)
 
 
-def place_labels(wanted: Iterable[tuple[float, float, float]]) -> list[float]:
+def place_labels(wanted: Iterable[tuple[float, float, float]], gap: float = LABEL_GAP) -> list[float]:
     """Return each label's height, given height, left and right end, from the top one down.
 
-    A label is moved below those before it that it would overlap.
+    Heights are at least `gap` apart: a label is moved below those before it that it would overlap.
     """
     placed: list[tuple[float, float, float]] = []
     for y, left, right in wanted:
-        while hit := [p[0] for p in placed if p[1] < right and left < p[2] and abs(p[0] - y) < LABEL_GAP - 1]:
-            y = max(hit) + LABEL_GAP
+        while hit := [p[0] for p in placed if p[1] < right and left < p[2] and abs(p[0] - y) < gap - 1]:
+            y = max(hit) + gap
         placed.append((y, left, right))
     return [y for y, _, _ in placed]

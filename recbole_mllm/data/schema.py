@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Callable, Container
 from pathlib import Path
 
 USER, ITEM, TIME = "user_id", "item_id", "timestamp"
@@ -40,6 +40,15 @@ def isum_file(folder: Path, tag: str) -> Path:
 def usum_file(folder: Path, tag: str) -> Path:
     """Return the file of user summaries made as `tag` says."""
     return folder / f"{folder.name}.{tag}.usum"
+
+
+def tags_of(folder: Path, file_of: Callable[[Path, str], Path]) -> tuple[str, ...]:
+    """Return the tags of the summaries in `folder`, of items or users as `file_of` says (`isum_file`, `usum_file`)."""
+    before, after = file_of(folder, "*").name.split("*")
+    paths = (path.name for path in folder.iterdir())
+    return tuple(
+        sorted(name[len(before) : -len(after)] for name in paths if name.startswith(before) and name.endswith(after))
+    )
 
 
 def store_file(folder: Path) -> Path:

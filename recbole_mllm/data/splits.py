@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -101,6 +102,12 @@ def split(users: Any, times: Any, names: list[str], settings: SplitSettings) -> 
     rows = {part: PartRows(own[positions[own] > 0], positions[own][positions[own] > 0]) for part, own in chosen.items()}
     left_out = {part: int((positions[own] == 0).sum()) for part, own in chosen.items()}
     return Splitting(by_user, starts, rows, left_out, moments, first)
+
+
+def utc(time: float) -> datetime | None:
+    """Return a time as a date if it can be one, in seconds, milli- or microseconds since 1970; else None."""
+    unit = next((unit for unit in (1.0, 1e3, 1e6) if 1e8 <= time / unit < 5e9), None)
+    return datetime.fromtimestamp(time / unit, UTC) if unit else None
 
 
 def _moments(times: Any, settings: SplitSettings) -> tuple[float, float]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.files import head, may_replace, write_text
 from recbole_mllm.common.svg import Axis, Chart, environment, linear_axis, log_count_axis
 from recbole_mllm.data.images import MISSING_HEADER, write_report
+from recbole_mllm.data.splits import utc
 from recbole_mllm.inspect.findings import findings, many, share
 from recbole_mllm.inspect.measure import Health
 
@@ -55,6 +55,13 @@ def facts(health: Health) -> Iterator[tuple[str, str]]:
         yield "order", f"{ties} with equal times; {changed} in another order in RecBole"
     yield "with title", _part(items.titled, health.n_all_items)
     yield "with image", _part(len(items.images.found), health.n_all_items)
+    tags = sorted({*health.item_tags, *health.user_tags})
+    kinds = {"items": health.item_tags, "users": health.user_tags}
+    yield (
+        "summaries",
+        "; ".join(f"{tag} ({', '.join(kind for kind, known in kinds.items() if tag in known)})" for tag in tags)
+        or "none",
+    )
 
 
 def format_health(health: Health) -> str:
@@ -89,11 +96,9 @@ def quantiles(ascending: NDArray[np.int64]) -> list[tuple[str, int]]:
 
 
 def moment(time: float) -> str:
-    """Return a time as a date where it can be one, in seconds or milliseconds since 1970, else as a number."""
-    for unit in (1.0, 1e3, 1e6):
-        if 1e8 <= time / unit < 5e9:
-            return datetime.fromtimestamp(time / unit, UTC).strftime("%Y-%m-%d")
-    return f"{time:,.15g}"
+    """Return a time as a date if it can be one, else as a number."""
+    date = utc(time)
+    return f"{date:%Y-%m-%d}" if date else f"{time:,.15g}"
 
 
 # ---- the page

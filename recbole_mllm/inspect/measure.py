@@ -307,6 +307,8 @@ class Health:
     times: tuple[float, float] | None  # the first and the last, in the file's unit
     found: Samples  # what looks wrong, and how many items have no interactions (``unused``)
     items: ItemChecks
+    item_tags: tuple[str, ...] = ()  # of the files of item summaries, X.TAG.isum
+    user_tags: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -353,4 +355,6 @@ def measure(folder: Path, given: Mapping[str, Any] | None = None) -> Health:
         times=measure_order(inter, found),
         found=found,
         items=items,
+        item_tags=schema.tags_of(layout.folder, schema.isum_file),
+        user_tags=schema.tags_of(layout.folder, schema.usum_file),
     )

@@ -15,6 +15,7 @@ from echoed_prompts import echoing, prompts_of, read
 from recbole_mllm.cli import main
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.data.atomic import read_atomic
+from recbole_mllm.evaluation.protocol import protocol_line
 from recbole_mllm.quick_start import make_config, run
 
 PARTS = ("train", "valid", "test")
@@ -288,6 +289,22 @@ def test_a_leaderboard_says_that_nothing_has_seen_the_future_and_who_is_new(worl
     for name in ("leaderboard.md", "leaderboard.html"):
         text = (tmp_path / "out" / name).read_text()
         assert "future_share 0.000" in text and "the user has no interaction in training" in text
+
+
+@pytest.mark.parametrize(
+    ("time", "said"),
+    [
+        (875_747_190.0, "1997-10-01 23:06:30 UTC (875747190)"),
+        (1_700_000_000_123.0, "2023-11-14 22:13:20 UTC (1700000000123)"),
+        (212.0, "212"),
+        (0.5, "0.5"),
+    ],
+)
+def test_the_moments_of_a_split_are_dates_beside_their_numbers(time, said):
+    known = {"temporal_split": {"moments": [time, time + 1], "train_interactions": 9}, "benchmark_filename": ["train"]}
+    keys = {"eval_args": {"order": "TO", "mode": {"test": "uni5"}}, "limit_users": None, "candidates_file": None}
+    keys |= {"candidate_seed": 1, "exclude_seen": True, "frozen_candidates": True}
+    assert protocol_line(known | keys).startswith(f"temporal split (trained before {said}, tested from ")
 
 
 @pytest.mark.parametrize("kind", ["RS", "TS"])

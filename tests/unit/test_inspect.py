@@ -57,6 +57,17 @@ def test_a_sound_dataset_has_nothing_to_warn_of(tmp_path):
     assert health.times == (1_700_000_000, 1_700_000_900) and health.found["ties"].count == 0
 
 
+def test_the_summaries_of_a_dataset_are_named_by_their_tags(tmp_path):
+    folder = sound(tmp_path / "s.x")
+    health = measure(folder)
+    assert "summaries  none" in re.sub(" +", "  ", format_health(health))
+    for name in ("s.x.tiny-b4-0a.isum", "s.x.tiny-b4-0a.usum", "s.x.qwen2-5-1b.isum", "other.tag.isum"):
+        (folder / name).touch()
+    said = "qwen2-5-1b (items); tiny-b4-0a (items, users)"
+    health = measure(folder)
+    assert said in format_health(health) and f"<td>{said}</td>" in health_page(health)
+
+
 SICK = {
     "a quote": ("", 'i9\t"Q" and A\t\n', r"1 value starts with a quote, the first: x\.item:9: '\"Q\" and A'"),
     "an empty user": ("\ti1\t5\n\ti2\t6\n\ti3\t6\n", "", "1 id does not survive .* the first: user '' is"),

@@ -228,6 +228,17 @@ def test_every_form_says_the_same_numbers_and_the_page_loads_nothing(field, tmp_
     assert not re.search(r"https?://|//cdn|@import|url\((?!data:)|<link(?![^>]*href=\"data:)", page)
 
 
+def test_every_form_states_the_share_of_targets_whose_future_was_trained_on(field, tmp_path):
+    for record in field:
+        append(tmp_path / "runs.jsonl", replace(record, future_share=0.9987))
+    board = render(tmp_path)
+    sheet = list(csv.DictReader(io.StringIO((tmp_path / "leaderboard.csv").read_text())))
+    assert {line["future_share"] for line in sheet} == {"0.9987"} and board.to_json()["future_share"] == 0.9987
+    pages = [(tmp_path / f"leaderboard.{end}").read_text() for end in ("md", "html", "tex")]
+    for text in (*pages, format_leaderboard(tmp_path)):
+        assert "0.999: training has interactions, of any user, that are later than 99.9" in " ".join(text.split())
+
+
 def test_texts_are_escaped_and_nothing_else(tmp_path):
     evil = plant_run(
         tmp_path, EVIL, 0.5, run_id="evil-1", dataset=EVIL, protocol=EVIL, device=EVIL, config={"note": EVIL}
@@ -251,10 +262,12 @@ def test_marks_of_a_large_field_carry_their_number_in_the_table_and_labels_do_no
     many = replace(board, rows=tuple(rows))
     chart, few = quality_versus_cost(many), quality_versus_cost(replace(board, rows=tuple(rows[:6])))
     assert chart is not None and few is not None and few.more["key"] == [] and len(few.marks) == 6
-    assert min(np.diff(sorted(mark.label_y for mark in few.marks))) > 12
+    assert min(np.diff(sorted(mark.label_y for mark in few.marks))) > 15, "of 15 pixels on a narrow screen"
     assert [(mark.label, mark.name) for mark in chart.more["key"]] == [
         (str(number), row.model) for number, row in enumerate(rows, start=1)
     ]
+    long = quality_versus_cost(replace(board, rows=(*rows[:2], replace(rows[2], model="MLLMMSR:no-image-summary"))))
+    assert long is not None and [mark.name for mark in long.more["key"]][2] == "MLLMMSR:no-image-summary"
     assert re.search(r'<li class="baseline" value="7"><span class="model">Twin06</span>', page(many))
 
 

@@ -20,7 +20,7 @@ from recbole_mllm.benchmark.memory_probe import (
     YEAR,
     judge,
     memory_file,
-    memory_note,
+    memory_of,
     questions_of,
     verdict,
 )
@@ -126,11 +126,13 @@ def test_the_command_asks_once_and_a_leaderboard_tells(tmp_path, monkeypatch, ca
     assert list(known) == ["server:m"]
     config = {"data_path": str(place), "provenance": {"weights": {"mllm": "server:m"}}}
     record = plant_run(tmp_path / "results", "MLLMMSR", 1.0, kind="mllm", config=config)
-    assert memory_note([record]) == told.splitlines()[0]
+    assert memory_of([record]) == {"server:m": known["server:m"] | {"verdict": told.splitlines()[0]}}
     (Path("results") / "runs.jsonl").write_text(record.to_line() + "\n")
     assert main(["report", "results"]) == 0
-    pages = [Path("results", f"leaderboard.{form}").read_text() for form in ("md", "html")]
-    assert all("knows this dataset (title from its id)" in page for page in pages)
+    pages = [Path("results", f"leaderboard.{form}").read_text() for form in ("md", "html", "json")]
+    assert all("knows this dataset (title from its id)" in page for page in [*pages, capsys.readouterr().out])
+    (by_id,) = [one for one in json.loads(pages[2])["memory"]["server:m"]["findings"] if one["kind"] == BY_ID]
+    assert (by_id["right"], by_id["rate"]) == (by_id["asked"], 1.0)
     assert main(["probe-memory", "steps", "--questions=20", "--mllm=tiny", "--prompt_style=demo"]) == 0
     assert "does no better than chance" in capsys.readouterr().out
     assert len(json.loads(memory_file(place).read_text())) == 2
