@@ -20,12 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recbole_mllm.benchmark import significance as sig
-from recbole_mllm.benchmark.beyond import measured
 from recbole_mllm.benchmark.evidence import (
     POOLED,
     Evidence,
     Partition,
     average,
+    beyond_accuracy,
     load_evidence,
     measure,
     metric_curves,
@@ -86,7 +86,7 @@ def build(records: Iterable[RunRecord], results: Path, note: str = "") -> Leader
     rows = [
         replace(
             _row(contender, metrics, parted, board.valid_metric),
-            beyond=measured(contender.evidence.recommended, pool) if contender.evidence.recommended else {},
+            beyond=beyond_accuracy(contender.evidence.recommended, pool) if contender.evidence.recommended else {},
         )
         for contender in contenders
     ]
