@@ -22,6 +22,7 @@ class Amazon2023(Source):
     """``CATEGORY.jsonl[.gz]`` and ``meta_CATEGORY.jsonl[.gz]``, read line by line; parent_asin names a product."""
 
     name = "amazon2023"
+    example = "amazon2023 --raw Baby_Products/ --k-core 5 --download-images --out dataset/baby"
     features: Mapping[str, str] = {
         "main_category": "token",
         "store": "token",

@@ -28,6 +28,7 @@ class Source(ABC):
 
     Attributes:
         name: As in ``convert NAME``.
+        example: What may follow ``convert`` on a command line.
         item_kind: What the items are, for the prompts (``--item-kind`` wins).
         features: Columns of X.item beyond id, title and image, with RecBole's types.
         has_urls: Whether items name images by URL.
@@ -35,6 +36,7 @@ class Source(ABC):
     """
 
     name: ClassVar[str]
+    example: ClassVar[str]
     item_kind = "product"
     features: Mapping[str, str] = {}
     has_urls = False

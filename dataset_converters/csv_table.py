@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from difflib import SequenceMatcher
 from pathlib import Path
 
 from recbole_mllm.common.errors import UserError
@@ -14,6 +16,7 @@ from .interactions import Row
 from .item_rows import ItemRow
 from .source import NO_NUMBER, USUAL, Intake, folder_named, moment, number
 
+_ALIKE = 0.5
 _SEPARATORS = ("::", "\t", ",", ";", "|")
 _TABLES = (".csv", ".tsv", ".txt", ".dat", ".csv.gz", ".tsv.gz", ".inter", ".item")
 
@@ -34,6 +37,7 @@ class CsvTable(Source):
     """Interactions from one table; titles and images from an items table, or from the same one."""
 
     name = "csv"
+    example = "csv --raw log/ --interactions log.csv --items items.csv --user-column member --out dataset/mine"
 
     def __init__(
         self,
@@ -44,7 +48,9 @@ class CsvTable(Source):
         separator: str | None = None,
         columns: Columns | None = None,
         encoding: str = "utf-8",
+        command: Sequence[str] = ("recbole-mllm", "convert", "csv", "..."),
     ) -> None:
+        self._command = command
         self._folder = folder = raw if raw.is_dir() else raw.parent
         self._encoding, self._separator, self._columns = encoding, separator, columns or Columns()
         self._table = raw if raw.is_file() else _choose(folder, interactions, items)
@@ -67,14 +73,14 @@ class CsvTable(Source):
         """Return the table or tables in a folder, or one file."""
         names = Columns(**{column.name: getattr(options, f"{column.name}_column") for column in fields(Columns)})
         files = options.interactions, options.items, options.separator
-        return cls(raw, images, *files, names, options.encoding or "utf-8")
+        return cls(raw, images, *files, names, options.encoding or "utf-8", ["recbole-mllm", "convert", *options.words])
 
     def interactions(self, intake: Intake) -> Iterator[Row]:
         """Yield each row; without a time column the file's order is each user's order."""
+        self._check_columns()
         rows, header = self._open(self._table, intake)
-        user, item = (_find(header, key, getattr(self._columns, key), self._table) for key in ("user", "item"))
-        time, rating = (
-            _find(header, key, getattr(self._columns, key), self._table, False) for key in ("time", "rating")
+        user, item, time, rating = (
+            _find(header, key, getattr(self._columns, key), self._table) for key in ("user", "item", "time", "rating")
         )
         if time is None:
             self.notes.append("There is no column of times: the file's order is taken as the order in time.")
@@ -95,12 +101,8 @@ class CsvTable(Source):
         if self._items is None:  # it is read a second time, and what is wrong with it was told the first time
             intake = Intake(skip_bad_rows=True, multiline=intake.multiline)
         rows, header = self._open(path, intake)
-        named = self._columns.item if self._columns.item in header else None  # the two tables may call it differently
-        item = _find(header, "item", named, path)
-        title, image = (
-            _find(header, key, getattr(self._columns, key), path, self._items is not None and key == "title")
-            for key in ("title", "image")
-        )
+        item = _find(header, "item", self._item_column(header), path)
+        title, image = (_find(header, key, getattr(self._columns, key), path) for key in ("title", "image"))
         assert item is not None
         known: set[str] = set()
         for row in rows:
@@ -126,7 +128,40 @@ class CsvTable(Source):
     def _names_images(self) -> bool:
         path = self._items or self._table
         _, header = self._open(path, Intake(skip_bad_rows=True, multiline=True))
-        return _find(header, "image", self._columns.image, path, False) is not None
+        return _find(header, "image", self._columns.image, path) is not None
+
+    def _item_column(self, header: Sequence[str]) -> str | None:
+        return self._columns.item if self._columns.item in header else None  # the two tables may call it differently
+
+    def _check_columns(self) -> None:
+        """Refuse tables that lack columns: all of them at once, with the options that name what comes nearest."""
+        needed = {self._table: ["user", "item"]}
+        if self._items is not None:
+            needed[self._items] = ["item", "title"]
+        said, flags = [], dict[str, str]()
+        for path, required in needed.items():
+            _, header = self._open(path, Intake(skip_bad_rows=True, multiline=True))
+            others = ["time", "rating"] if path == self._table else ["image"]
+            others += ["title", "image"] if self._items is None else []
+            named = {key: getattr(self._columns, key) for key in (*required, *others)}
+            if path == self._items:
+                named["item"] = self._item_column(header)
+            places = {key: _find(header, key, name, path) for key, name in named.items()}
+            lacking = [key for key, place in places.items() if place is None and (key in required or named[key])]
+            if not lacking:
+                continue
+            unused = [name for place, name in enumerate(header) if place not in places.values()]
+            for key in lacking:
+                near = _nearest(key, unused)
+                flags[key] = near if flags.get(key, "NAME") == "NAME" else flags[key]
+                unused = [name for name in unused if name != near]
+            usual = [key for key in lacking if named[key] is None]
+            parts = [f"{' and '.join(usual)} column under a usual name"] * bool(usual)
+            parts += [f"column {named[key]!r}" for key in lacking if named[key] is not None]
+            said.append(f"{path} has no {' and no '.join(parts)}; it has {', '.join(header)[:500]}")
+        if said:
+            more = [f"--{key}-column={near}" for key, near in flags.items()]
+            raise UserError(f"{'; '.join(said)}; name them, nearest first: {shlex.join([*self._command, *more])}")
 
     def _open(self, path: Path, intake: Intake) -> tuple[Iterator[list[str]], list[str]]:
         separator = self._separator or _separator(path, self._encoding)
@@ -176,15 +211,22 @@ def _choose(folder: Path, interactions: str | None, items: str | None) -> Path:
     )
 
 
-def _find(header: Sequence[str], what: str, given: str | None, path: Path, required: bool = True) -> int | None:
+def _nearest(what: str, names: Sequence[str]) -> str:
+    """Return which of `names` is most like those that such a column usually has; NAME where none is."""
+
+    def likeness(name: str) -> float:
+        usual, plain = map(_plain, USUAL[what]), _plain(name)
+        return max((len(u) > 3 and u in plain) or SequenceMatcher(None, plain, u).ratio() for u in usual)
+
+    best = max(names, key=likeness, default="NAME")
+    return best if names and likeness(best) > _ALIKE else "NAME"
+
+
+def _find(header: Sequence[str], what: str, given: str | None, path: Path) -> int | None:
     if given is not None and given in header:
         return header.index(given)
     lower: Mapping[str, int] = {name.lower(): place for place, name in reversed(list(enumerate(header)))}
     found = next((lower[name] for name in USUAL[what] if name in lower), None) if given is None else None
-    if found is None and (required or given is not None):
-        named = f"column {given!r}" if given is not None else f"{what} column under a usual name"
-        held = ", ".join(header)[:500]
-        raise UserError(f"{path} has no {named}; it has {held}; name it with --{what}-column")
     alike = [name for name in header if found is not None and given is None and _plain(name) == _plain(header[found])]
     if len(alike) > 1:
         raise UserError(f"{path} has columns {' and '.join(alike)}; choose one with --{what}-column")

@@ -16,6 +16,7 @@ class MicroLens(Source):
     """``MicroLens-*_pairs.csv`` (with times) or ``_pairs.tsv`` (in order), ``_titles.csv``, and a folder of covers."""
 
     name = "microlens"
+    example = "microlens --raw MicroLens-50k/ --out dataset/microlens"
     item_kind = "video"
 
     def __init__(self, raw: Path, images: Path | None) -> None:

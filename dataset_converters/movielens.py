@@ -45,6 +45,7 @@ class MovieLens(Source):
     """Ratings and movies; posters are found by movie id."""
 
     name = "movielens"
+    example = "movielens --raw ml-1m/ --min-rating 4 --out dataset/ml-1m"
     item_kind = "movie"
     features: Mapping[str, str] = {"genres": "token_seq"}
 

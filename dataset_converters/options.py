@@ -41,7 +41,7 @@ def main(words: Sequence[str]) -> int:
     Raises:
         UserError: An option, a file or a line is not as it should be.
     """
-    known = _parser().parse_args(words)
+    known = convert_parser().parse_args(words, argparse.Namespace(words=words))
     raw, folder = Path(known.raw), Path(os.path.abspath(known.out))
     check(folder, [raw])
     source, size = _found(known, raw)
@@ -107,7 +107,8 @@ def _limits(known: argparse.Namespace) -> Limits:
     )
 
 
-def _parser() -> Parser:
+def convert_parser() -> Parser:
+    """Return the parser of ``convert``."""
     common = Parser(add_help=False)
     common.add_argument("--raw", required=True, metavar="DIR", help="the folder of the raw files; only read")
     common.add_argument(
@@ -128,10 +129,12 @@ def _parser() -> Parser:
     )
     common.add_argument("--encoding", type=_encoding, help="of the raw files: latin-1, cp1252, utf-16, ...")
     common.add_argument("--multiline", action="store_true", default=None, help="quoted fields may span lines")
-    parser = Parser(prog="recbole-mllm convert", description="Raw dump to RecBole's atomic files.")
+    examples = [f"recbole-mllm convert {source.example}" for source in SOURCES.values()]
+    parser = Parser(prog="recbole-mllm convert", description="Raw dump to RecBole's atomic files.", examples=examples)
     names = parser.add_subparsers(dest="name", required=True, parser_class=Parser)
     for name, source in SOURCES.items():
-        source.add_options(names.add_parser(name, parents=[common], help=source.__doc__))
+        words, example = source.__doc__, f"recbole-mllm convert {source.example}"
+        source.add_options(names.add_parser(name, parents=[common], help=words, description=words, examples=[example]))
     return parser
 
 
@@ -184,11 +187,21 @@ def _moments(text: str) -> tuple[float, float]:
 
 def read_split(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Return what ``split`` is asked for, and the configuration keys beside it."""
-    parser = Parser(prog="recbole-mllm split", description="A dataset's folder, split anew into one of its own.")
+    return split_parser().parse_known_args(words)
+
+
+def split_parser() -> Parser:
+    """Return the parser of ``split``."""
+    examples = (
+        "recbole-mllm split mine --protocol temporal --out dataset/mine-later",
+        "recbole-mllm split mine --protocol temporal --boundaries 2026-06-01,2026-09-01 --out dataset/mine-autumn",
+    )
+    words = "A dataset's folder, split anew into one of its own."
+    parser = Parser(prog="recbole-mllm split", description=words, examples=examples)
     parser.add_argument("dataset", metavar="DATASET", help="a dataset's folder, or its name under data_path")
     parser.add_argument("--out", required=True, metavar="DIR", help="the new dataset's folder, whose name is its own")
     add_split_options(parser)
-    return parser.parse_known_args(words)
+    return parser
 
 
 def _positive(text: str) -> int:

@@ -199,7 +199,8 @@ def _by_moments(
 ) -> Written:
     assert made.moments is not None
     first, second = made.moments
-    config["temporal_split"] = {"moments": [first, second], "train_interactions": made.training}
+    made_of = {"train_interactions": made.training, "interactions": len(inter)}
+    config["temporal_split"] = {"moments": [first, second], **made_of}
     words = (
         f"{whole.order} Training rows lie before {first}, validation targets from there to {second}, test targets from "
         f"{second} on: the {settings.target} interaction of a user in each period. A row's history is all its user did "

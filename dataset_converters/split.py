@@ -50,6 +50,8 @@ def split_folder(
         UserError: There is no ``X.inter``, it cannot be read or split so, or `out` is none to write to.
     """
     output.check(out, [folder])
+    if folder.resolve() in out.resolve().parents:
+        raise UserError(f"--out {out} lies inside {folder}, which is split; give a folder beside it")
     keys = read_mapping(own) if (own := folder / "dataset.yaml").is_file() else {}
     compares, listed = has_global_times(folder, keys.get("global_times")), keys.get("benchmark_filename")
     log = _read(folder, fields, compares)

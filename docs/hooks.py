@@ -1,6 +1,6 @@
 """MkDocs hooks: pages made from the code, so that nothing is written twice; no page loads anything from outside.
 
-``commands.md`` and ``keys.md`` hold a line ``<!-- generated: NAME -->``, which one of `GENERATED` replaces.
+``commands.md``, ``keys.md`` and ``python.md`` hold a line ``<!-- generated: NAME -->``; one of `GENERATED` replaces it.
 """
 
 from __future__ import annotations
@@ -170,4 +170,12 @@ def _sections(text: str) -> Iterator[tuple[str, list[tuple[str, str]]]]:
         yield " ".join(map(str.strip, heading)), [(key, " ".join(" ".join(told).split())) for key, told in rows]
 
 
-GENERATED = {"commands": commands, "keys": keys}
+def python() -> str:
+    """Return where mkdocstrings finds each public name of the package; the lazy ones are imported for that."""
+    import recbole_mllm
+
+    found = (getattr(recbole_mllm, name) for name in recbole_mllm.__all__)
+    return "\n\n".join(f"::: {one.__module__}.{one.__qualname__}" for one in found if not isinstance(one, str))
+
+
+GENERATED = {"commands": commands, "keys": keys, "python": python}

@@ -13,7 +13,7 @@ import numpy as np
 from recbole.data import create_dataset, data_preparation
 from recbole.evaluator.register import metrics_dict
 from recbole.trainer import TraditionalTrainer
-from recbole.utils import get_model, get_trainer, init_logger, init_seed
+from recbole.utils import get_model, get_trainer, init_seed
 
 from recbole_mllm.common import distributed
 from recbole_mllm.common.config import check_keys, check_training, per_model, recbole_config, sections
@@ -30,6 +30,7 @@ from recbole_mllm.evaluation.loader import FrozenEvalDataLoader
 from recbole_mllm.evaluation.metrics import has_several_rows, joined, per_user, pooled_auc
 from recbole_mllm.evaluation.protocol import protocol_line
 from recbole_mllm.evaluation.tie_breaking import evaluate, recording
+from recbole_mllm.recbole_patches.processes import open_log
 from recbole_mllm.retrieval.baseline import write_ids
 
 
@@ -169,14 +170,14 @@ def validate(config: Any) -> float:
 
 
 def _begin(config: Any) -> None:
-    """Seed, open the log, and refuse keys and places that cannot be, before the dataset is read."""
+    """Seed, refuse keys and places that cannot be, and open the log, before the dataset is read."""
     init_seed(config["seed"], config["reproducibility"])
-    init_logger(config)
     check_keys(config.external_config_dict, "the configuration")
     check_training(config)
     for key in ("checkpoint_dir", "retriever_dir"):
         if config[key]:
             check_place(Path(str(config[key])), f"{key}:")
+    open_log(config)
 
 
 def read_and_split(config: Any) -> tuple[Any, Loaders]:
@@ -380,7 +381,7 @@ def write_summaries(config: Any, stage: str, *, since: str | None = None) -> lis
     from recbole_mllm.summaries.since import users_since
 
     init_seed(config["seed"], config["reproducibility"])
-    init_logger(config)
+    open_log(config)
     check_keys(config.external_config_dict, "the configuration")
     dataset, loaders = read_and_split(config)
     train = loaders.train._dataset
@@ -416,7 +417,7 @@ def frozen_candidates(config: Any, out: Path) -> str:
     """
     config["show_progress"], config["state"] = False, "ERROR"
     init_seed(config["seed"], config["reproducibility"])  # as `run`: a random split draws from it
-    init_logger(config)
+    open_log(config, to_file=False)
     dataset, loaders = read_and_split(config)
     phases = {"valid": loaders.valid, "test": loaders.test}
     frozen = {phase: loader for phase, loader in phases.items() if isinstance(loader, FrozenEvalDataLoader)}

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
-WIDTH, HEIGHT = 1280, 1120
+WIDTH, HEIGHT = 1280, 1050
 LARGEST = 300_000
 """Bytes that a picture may have."""
 

@@ -397,6 +397,30 @@ def rerun(args: Namespace, options: Options) -> int:
     return 0 if found.agree else 1
 
 
+def doctor(args: Namespace, options: Options) -> int:
+    """Say what this installation is and can; 1 where it cannot run."""
+    from recbole_mllm.cli.doctor import examine
+
+    if unknown := set(options.overrides) - {"data_path"}:
+        raise UserError(f"doctor takes no --{min(unknown)}; it takes --data_path")
+    return examine(Path(str(options.overrides.get("data_path") or "dataset")), partial(print, flush=True))
+
+
+def clean(args: Namespace, options: Options) -> int:
+    """List what runs have left behind, and with ``--yes`` remove it."""
+    from recbole_mllm.cli.clean import DEFAULT, KINDS
+    from recbole_mllm.cli.clean import clean as remove
+
+    kinds = DEFAULT if args.kind is None else [kind.strip() for kind in args.kind.split(",")]
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
+        raise UserError(f"--kind {unknown[0]!r} is unknown; give some of {', '.join(KINDS)}")
+    usual = [
+        folder for name in ("dataset", "results", "saved", "log", "log_tensorboard") if (folder := Path(name)).is_dir()
+    ]
+    remove([Path(name) for name in args.folders] or usual, kinds, remove=args.yes, tell=print)
+    return 0
+
+
 # The summary store; no model is loaded
 
 

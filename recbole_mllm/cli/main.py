@@ -41,14 +41,65 @@ COMMANDS = {
     "store import": (commands.store_import, "take in the answers of an exported file, or an edited .isum or .usum"),
     "store show": (commands.store_show, "the summaries of an item or a user, and what asked for them"),
     "store set": (commands.store_set, "write a summary yourself"),
+    "clean": (commands.clean, "what runs have left behind and nobody needs: listed, and with --yes removed"),
+    "doctor": (commands.doctor, "versions, devices, RecBole, hub, disk, and what will be slow here"),
 }
 """What does each command, given what argparse has read and the configuration keys beside it; and its help."""
+
+_EXAMPLES = {
+    "": (
+        "recbole-mllm",
+        "recbole-mllm --model SASRec --dataset demo --epochs=20",
+        "recbole-mllm --model MLLMMSR --dataset mine --config_files qwen2.5-vl-7b",
+    ),
+    "convert": ("recbole-mllm convert csv --help",),
+    "split": ("recbole-mllm split mine --protocol temporal --out dataset/mine-later",),
+    "summarize": (
+        "recbole-mllm summarize --dataset mine --config_files qwen2.5-vl-7b --dry-run",
+        "recbole-mllm summarize --dataset mine --config_files qwen2.5-vl-7b --since 2026-11-03",
+    ),
+    "plan": ("recbole-mllm plan --dataset mine --config_files qwen2.5-vl-7b --device H100",),
+    "benchmark": (
+        "recbole-mllm benchmark --dataset demo --models Pop,SASRec,MLLMMSR --limit_users 50",
+        "recbole-mllm benchmark --dataset mine --models quick,MLLMMSR+SASRec,controls --config_files qwen2.5-vl-7b",
+    ),
+    "inspect": ("recbole-mllm inspect mine", "recbole-mllm inspect dataset/mine --output health.html"),
+    "probe-memory": ("recbole-mllm probe-memory mine --config_files qwen2.5-vl-7b",),
+    "report": ("recbole-mllm report results/mine",),
+    "candidates export": ("recbole-mllm candidates export --dataset mine --out candidates.jsonl.gz",),
+    "rerun": ("recbole-mllm rerun SASRec-2024-1a2b3c4d",),
+    "recommend": (
+        "recbole-mllm recommend --checkpoint results/mine/runs/RUN_ID --user u0012 --top 5 --explain",
+        "recbole-mllm recommend --checkpoint saved/MLLMMSR.pth --history i0335,i0261",
+    ),
+    "export": (
+        "recbole-mllm export results/mine/runs/RUN_ID --out exported --merge",
+        "recbole-mllm export results/mine/runs/RUN_ID --out exported --push-to-hub me/my-recommender",
+    ),
+    "store stats": ("recbole-mllm store stats mine",),
+    "store prune": ('recbole-mllm store prune mine --model "server:*" --older-than 90 --dry-run',),
+    "store export": ("recbole-mllm store export mine --out summaries.jsonl.gz",),
+    "store import": (
+        'recbole-mllm store import mine summaries.jsonl.gz --origin "Smith et al. 2026"',
+        "recbole-mllm store import dataset/mine/mine.TAG.isum",
+    ),
+    "store show": (
+        "recbole-mllm store show mine --item i0012 --prompt",
+        "recbole-mllm store show mine --user u0003",
+    ),
+    "store set": (
+        'recbole-mllm store set mine --item i0012 --text "A lamp of brass."',
+        'recbole-mllm store set mine --user u0003 --position 6 --text "Likes brass lamps."',
+    ),
+    "clean": ("recbole-mllm clean results/mine", "recbole-mllm clean results/mine --kind logs,scratch --yes"),
+    "doctor": ("recbole-mllm doctor",),
+}
+"""Command lines that each help ends with."""
 
 _GROUPS = {
     "candidates": ("the frozen candidates as a file; import them with --candidates_file=FILE", "{export}"),
     "store": ("the summary store", "{stats,show,set,prune,export,import}"),
 }
-_SHOWN = "{convert,split,inspect,probe-memory,plan,summarize,store,candidates,benchmark,report,rerun,recommend,export}"
 _CONFIGURED = ("summarize", "plan", "benchmark", "probe-memory", "candidates export")  # read a run's configuration
 _SHARED = ("", "summarize", "benchmark")  # several processes have something to share in them
 _COMMON: dict[str, dict[str, Any]] = {
@@ -80,7 +131,7 @@ def _run(words: list[str]) -> int:
     name = " ".join(filter(None, (known.command, getattr(known, "action", None))))
     if name not in _SHARED and not distributed.is_main():
         return 0
-    if rest and known.command in ("store", "export"):
+    if rest and known.command in ("store", "export", "clean"):
         raise UserError(f"{known.command} takes no {rest[0]!r}; see --help")
     given = {key: getattr(known, key, None) for key in ("limit_users", "image_dir")}
     overrides = read_overrides(rest) | {key: value for key, value in given.items() if value is not None}
@@ -108,13 +159,15 @@ def _read(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def _parser() -> tuple[Parser, list[Parser]]:
     """Return the parser, and those of the commands."""
-    parser = Parser(prog="recbole-mllm", description=_DESCRIPTION, epilog=_EPILOG)
+    parser = Parser(prog="recbole-mllm", description=_DESCRIPTION, epilog=_EPILOG, examples=_EXAMPLES[""])
     for option, settings in _COMMON.items():
         parser.add_argument(option, **settings)
     parser.add_argument("--model", help="a RecBole model or MLLMMSR")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.add_argument("--version", action="version", version=f"recbole-mllm {__version__}")
-    groups = {"": parser.add_subparsers(dest="command", metavar=_SHOWN, parser_class=Parser)}
+    words = "print what completes commands and options in a shell"
+    parser.add_argument("--print-completion", action=_Completion, choices=("bash", "zsh", "tcsh"), help=words)
+    groups = {"": parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)}
     parsers: dict[str, Parser] = {}
     for name, (_, told) in COMMANDS.items():
         group, _, word = name.rpartition(" ")
@@ -123,11 +176,43 @@ def _parser() -> tuple[Parser, list[Parser]]:
             one = groups[""].add_parser(group, help=help_text)
             groups[group] = one.add_subparsers(dest="action", metavar=metavar, required=True, parser_class=Parser)
         configured = name in _CONFIGURED
-        parsers[name] = groups[group].add_parser(word, help=told, epilog=_EPILOG if configured else None)
+        parsers[name] = groups[group].add_parser(
+            word,
+            help=told,
+            description=f"{told[0].upper()}{told[1:]}.",
+            examples=_EXAMPLES[name],
+            epilog=_EPILOG if configured else None,
+        )
         for option, settings in _COMMON.items() if configured else ():
             parsers[name].add_argument(option, default=argparse.SUPPRESS, **settings)  # what stood before it stays
     _add_options(parsers)
     return parser, list(parsers.values())
+
+
+class _Completion(argparse.Action):
+    """Prints the script of a shell that completes our words, and ends."""
+
+    def __call__(self, parser: argparse.ArgumentParser, _known: Any, shell: Any, _name: str | None = None) -> None:
+        try:
+            import shtab
+        except ImportError:
+            raise UserError('--print-completion needs shtab: pip install "recbole-mllm[cli]"') from None
+        from recbole_mllm.common.resources import converters
+
+        top = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+        top.choices |= {
+            "convert": converters("options").convert_parser(),
+            "split": converters("options").split_parser(),
+        }
+        waiting: list[argparse.ArgumentParser] = [parser]
+        for one in waiting:
+            for action in one._actions:
+                if isinstance(action, argparse._SubParsersAction):
+                    waiting += action.choices.values()
+                elif action.metavar in ("FILE", "PATH", "DIR", "RUN", "C") or action.dest in ("output", "output_dir"):
+                    action.complete = shtab.DIRECTORY if action.metavar == "DIR" else shtab.FILE  # type: ignore[attr-defined]
+        print(shtab.complete(parser, shell))
+        parser.exit()
 
 
 class _Withdrawn(argparse.Action):
@@ -194,6 +279,11 @@ def _add_options(of: dict[str, Parser]) -> None:
     add("run", metavar="RUN", help="a checkpoint (FILE.pth), a run's folder, or its id under results/")
     add("--out", required=True, metavar="DIR", help="the folder to write; an earlier export is replaced")
     add("--merge", action="store_true", help="merge the adapter, so that the folder stands alone")
+    add = of["clean"].add_argument
+    add("folders", nargs="*", metavar="FOLDER", help="default: dataset, results, saved, log, log_tensorboard, if there")
+    words = "some of scratch, logs, scores, retrievers (these by default), pairs, checkpoints"
+    add("--kind", metavar="K1,K2", help=f"{words}; docs/commands.md says what they are")
+    add("--yes", action="store_true", help="remove them; without it they are listed alone")
     for name, kind in {"export": "model's", "store export": "dataset's"}.items():
         told = f"also send it to a {kind} repository on the hub, made private where there is none (docs/publish.md)"
         of[name].add_argument("--push-to-hub", metavar="OWNER/NAME", help=told)

@@ -15,11 +15,25 @@ from typing import Any
 from recbole_mllm.common.errors import UserError
 
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, like every other mistake's; options are never abbreviated."""
+class _Help(argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        said = action.help or ""
+        silent = action.default is None or action.default is False or action.default == argparse.SUPPRESS
+        if silent or "default" in said or not action.option_strings:
+            return said
+        return f"{said} (default: %(default)s)".lstrip()
 
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**{"allow_abbrev": False, **settings})
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, like every other mistake's; options are never abbreviated.
+
+    `examples` are command lines, shown behind the options; help states defaults.
+    """
+
+    def __init__(self, *, examples: Sequence[str] = (), **settings: Any) -> None:
+        shown = "\n".join(["examples:", *(f"  {line}" for line in examples)]) if examples else ""
+        settings["epilog"] = "\n\n".join(filter(None, (shown, settings.get("epilog"))))
+        super().__init__(**{"allow_abbrev": False, "formatter_class": _Help, **settings})
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         """Refuse a value that is no choice, with the nearest one."""

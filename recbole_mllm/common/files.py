@@ -188,6 +188,18 @@ def _free_name(path: Path, ending: str) -> Path:
     return next(name for name in names if not os.path.lexists(name))
 
 
+def left_scratch(folder: Path) -> list[Path]:
+    """Return what processes that are gone had begun to write in `folder`: files and folders."""
+    return list(_left(folder))
+
+
+def remove_scratch(path: Path) -> None:
+    """Remove one of `left_scratch`, unless a process has taken it up since."""
+    for left in _left(path.parent, _inside(path)):
+        if left == path:
+            _remove_scratch(left)
+
+
 def sweep_scratch(folder: Path, name: str | None = None) -> None:
     """Remove what processes that are gone had begun to write in `folder`, in the place of `name` or of anything."""
     for left in _left(folder, name):
@@ -511,6 +523,14 @@ def check_folder(
     for name in sorted(set(writes) - owned):
         if not may_replace(found / name, kind.rewritten):
             raise UserError(f"{option} {path} holds {name}, which is not of the earlier output; move it away")
+
+
+def check_removable(path: Path, option: str) -> None:
+    """Refuse, with a `UserError`, a folder below which nothing may be removed: none, a root, home, the working one."""
+    found = _resolved(path, option)
+    if not found.is_dir():
+        raise UserError(f"{option} {path}: there is no such folder; give one that runs have written to")
+    _refuse_place(found, f"{option} {path}", ())
 
 
 def check_place(path: Path, option: str) -> None:

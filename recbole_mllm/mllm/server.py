@@ -25,6 +25,7 @@ from recbole_mllm.mllm.server_messages import answer_of, messages
 _TRIES = 3  # times a prompt may draw an error that could be its own doing, each retried by the client
 _HOPELESS = 3  # prompts refused before any was answered: it is not the prompts
 _TICK_S = 0.2
+EVERY_S = 20.0  # without an answer, after which a line says what is waited for, and again
 Request = Callable[[Host, Ask, int], Coroutine[Any, Any, Answer | Failure]]
 """Asks a server for the answer to a prompt, whose longest text is halved so many times.
 
@@ -120,7 +121,7 @@ class Requests:
         self.refused: list[str] = []
         self.errors: list[BaseException] = []  # what ends the run
         self.shortened = 0
-        self.started = time.monotonic()
+        self.started = self.told = time.monotonic()
 
     def run(self) -> None:
         """Send all and hand over what arrives.
@@ -180,6 +181,7 @@ class Requests:
             outcome, prompt = future.result(), sent.prompt
             sent.host.record(outcome, sent.at)
             if isinstance(outcome, Answer):
+                self.told = time.monotonic()
                 answers.append((prompt.ask.place, replace(outcome, shortened=prompt.shortened > 0)))
                 self.shortened += prompt.shortened > 0
             else:
@@ -204,14 +206,32 @@ class Requests:
         if len(self.refused) >= _HOPELESS and not any(host.answered for host in self.hosts):
             raise self._refusal()
         since = [host.failing_since for host in self.hosts if host.failing_since is not None]
-        patience = self.settings.server_patience
-        if len(since) < len(self.hosts) or time.monotonic() - max(self.started, *since) < patience:
+        patience, now = self.settings.server_patience, time.monotonic()
+        failing = now - max(self.started, *since) if len(since) == len(self.hosts) else 0.0
+        if failing < patience:
+            self._tell(now, failing)
             return
         who = "; ".join(f"{host.url}: {host.last_failure}" for host in self.hosts)
         raise UserError(
             f"no server has answered for {patience:g} s ({who}); start them again and repeat the command; finished "
             "work is saved (server_patience sets how long the run waits)"
         )
+
+    def _tell(self, now: float, failing: float) -> None:
+        """Say from time to time that no server answers, and for how long that may go on."""
+        if now - self.told < EVERY_S:
+            return
+        self.told = now
+        if failing:
+            who, waited, most = self.hosts, failing, self.settings.server_patience
+        else:
+            who = list(dict.fromkeys(sent.host for sent in self.sent.values()))
+            waited, most = (
+                now - min((sent.at for sent in self.sent.values()), default=now),
+                self.settings.server_timeout,
+            )
+        urls = ", ".join(host.url for host in who)
+        logging.getLogger().info(f"waiting for {urls}: {waited:.0f} s of {most:g} s")
 
     def _refusal(self) -> UserError:
         return UserError(

@@ -167,13 +167,14 @@ class ServedScorer:
     async def _first_form(
         self, host: Host, forms: Sequence[Callable[[Any], Awaitable[Scored]]], other: Collection[int], path: str
     ) -> Answer | Failure:
-        """Make the first of the requests `forms` that `host` does not answer with a status of `other`; remember it."""
-        for place in range(self._forms.get(host, 0), len(forms)):
+        """Make the request of `forms` that `host` takes: the first without a status of `other`, then always it."""
+        outcome: Answer | Failure
+        for place in [self._forms[host]] if len(forms) > 1 and host in self._forms else range(len(forms)):
             outcome = await host.call(forms[place])
-            if isinstance(outcome, Answer) or outcome.status not in other:
+            if isinstance(outcome, Answer) and len(forms) > 1:
+                self._forms[host] = place
+            if isinstance(outcome, Answer) or outcome.status not in other or outcome.kind is FailureKind.TOO_LONG:
                 break
-        if isinstance(outcome, Answer) and len(forms) > 1:
-            self._forms[host] = place
         if isinstance(outcome, Failure) and outcome.status in _ABSENT:
             text = f"{outcome.status}: it has no {path}; set another server_scoring, or give the URL that ends in /v1"
             return replace(outcome, kind=FailureKind.FATAL, text=text)

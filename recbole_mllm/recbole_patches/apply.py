@@ -71,7 +71,7 @@ PATCHES = (
     # One of several processes that a launcher has started
     Patch(_CONFIG, ".processes:give_each_process_its_gpu", "477-515", "makes GPU 0 the only one, for every process"),
     Patch("recbole.utils.logger", ".processes:log_in_main_alone", "69", "a log file for each process"),
-    Patch(_UTILS, ".processes:draw_curves_in_main_alone", "208", "a Tensorboard log for each process"),
+    Patch(_UTILS, ".processes:place_curves", "208", "a Tensorboard log for each process, where it stands"),
     # Files, order and histories of a dataset
     Patch(_DATASET, ".paper_protocol:read_whole_log", "277", "a temporal split's histories are those of X.inter"),
     Patch(_DATASET, ".paper_protocol:require_lists", "119", "benchmark files without histories fail much later"),

@@ -14,6 +14,7 @@ import torch
 from recbole.data.interaction import Interaction
 
 from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.progress import warn_once
 from recbole_mllm.data.atomic import read_columns
 from recbole_mllm.data.facts import temporal_split
 from recbole_mllm.data.schema import PLACE
@@ -31,7 +32,7 @@ def read_whole_log(dataset_module: Any) -> None:
     @replace(dataset_module.Dataset)
     def _load_inter_feat(stock: Any, self: Any, token: str, dataset_path: str) -> None:
         stock(self, token, dataset_path)
-        if temporal_split(self.config) is None:
+        if (known := temporal_split(self.config)) is None:
             return
         import pandas as pd
 
@@ -44,6 +45,12 @@ def read_whole_log(dataset_module: Any) -> None:
                 "all named in load_col; write them again with `split --protocol temporal`"
             )
         whole = self._load_feat(str(path), dataset_module.FeatureSource.INTERACTION)
+        if (made_of := known.get("interactions", len(whole))) != len(whole):
+            warn_once(
+                f"{path} holds {len(whole):,} interactions, and its temporal split was made of {made_of:,}: targets "
+                "and training are those of the split, histories and candidates are not; `split --protocol temporal` "
+                "from the grown dataset makes a new one"
+            )
         whole[listed] = [np.empty(0, str)] * len(whole)
         self.inter_feat = pd.concat([self.inter_feat, whole], ignore_index=True)
         self.field2seqlen.update(lengths)

@@ -1,9 +1,13 @@
-"""What RecBole must not do in one of several processes that a launcher has started: pick a GPU, start NCCL, speak."""
+"""What RecBole must not do in one of several processes that a launcher has started: pick a GPU, start NCCL, speak.
+
+And where its log and its Tensorboard curves go: in a run of ours below ``checkpoint_dir``, beside what else it writes.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -59,12 +63,55 @@ def log_in_main_alone(logger: ModuleType) -> None:
         logging.getLogger().setLevel(logging.ERROR)
 
 
-def draw_curves_in_main_alone(utils: ModuleType) -> None:
-    """Give the other processes a Tensorboard writer that writes nothing (utils/utils.py:208)."""
+class RunLog(logging.FileHandler):
+    """A run's log file, ``<checkpoint_dir>/log/MODEL/…``, made with its first line."""
+
+    def __init__(self, config: Any) -> None:
+        from recbole.utils import get_local_time
+
+        self.place, model = Path(config["checkpoint_dir"]), config["model"]
+        name = f"{model}-{config['dataset']}-{get_local_time()}-{os.getpid()}.log"
+        super().__init__(self.place / "log" / model / name, encoding="utf-8", delay=True)
+
+    def _open(self) -> Any:
+        Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
+        return super()._open()
+
+
+def open_log(config: Any, *, to_file: bool = True) -> None:
+    """Log as ``init_logger`` does (utils/logger.py:69), whose files stand in ``./log`` wherever a command is called."""
+    from colorlog import ColoredFormatter  # type: ignore[import-untyped]
+    from recbole.utils import logger
+
+    if not distributed.is_main():
+        logger.init_logger(config)
+        return
+    level = logging.getLevelNamesMapping().get(str(config["state"] or "INFO").upper(), logging.INFO)
+    shown = logging.StreamHandler()
+    form = "%(log_color)s%(asctime)-15s %(levelname)s  %(message)s"
+    shown.setFormatter(ColoredFormatter(form, "%d %b %H:%M", log_colors=logger.log_colors_config))
+    handlers: list[logging.Handler] = [shown]
+    if to_file:
+        kept = RunLog(config)
+        kept.setFormatter(logging.Formatter("%(asctime)-15s %(levelname)s  %(message)s", "%a %d %b %Y %H:%M:%S"))
+        kept.addFilter(logger.RemoveColorFilter())
+        handlers.append(kept)
+    logging.basicConfig(level=level, handlers=handlers)
+
+
+def place_curves(utils: ModuleType) -> None:
+    """Put Tensorboard's curves beside a `RunLog` (utils/utils.py:208); processes but the main one draw none."""
 
     def nothing(*args: Any) -> None:
         pass
 
     @replace(utils)
     def get_tensorboard(stock: Any, logger: Any) -> Any:
-        return stock(logger) if distributed.is_main() else SimpleNamespace(add_scalar=nothing, add_hparams=nothing)
+        if not distributed.is_main():
+            return SimpleNamespace(add_scalar=nothing, add_hparams=nothing)
+        log = next((handler for handler in logger.handlers if isinstance(handler, RunLog)), None)
+        if log is None:
+            return stock(logger)
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(log.place / "log_tensorboard" / Path(log.baseFilename).stem)

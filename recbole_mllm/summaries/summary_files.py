@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from recbole_mllm.common.errors import UserError
-from recbole_mllm.common.files import digest
+from recbole_mllm.common.files import digest, set_file_aside
 from recbole_mllm.common.prompts import Prompt, Style, item_line, preference_prompt
 from recbole_mllm.data import schema
 from recbole_mllm.data.atomic import clean, read_columns, read_numbered, write_atomic
@@ -27,6 +28,7 @@ from recbole_mllm.summaries.item_summaries import summarize_items
 from recbole_mllm.summaries.store import Store, StoredAnswer, answer_key
 
 USER_ORIGIN = "user"
+_NAME = re.compile(r"\.(?P<tag>[^.]+)\.(?P<kind>[iu])sum(\.edited-\d+)?$")
 _TYPES = {"item": schema.ISUM_TYPES, "user": schema.USUM_TYPES}
 _FILE = {"item": schema.isum_file, "user": schema.usum_file}
 _TABLES = (
@@ -114,7 +116,7 @@ def export(
         UserError: The file that is there was edited.
     """
     path = _FILE[kind](setup.folder, setup.tag)
-    check_unedited(store, path, setup.tag, kind)
+    check_unedited(store, path, setup.tag, kind, replaced=True)
     how = decodings(setup.settings, setup.summarizers)
     about = {
         "style": asdict(setup.style),
@@ -135,8 +137,11 @@ def export(
     logging.getLogger().info(f"{path}: {rows} summaries")
 
 
-def check_unedited(store: Store, path: Path, tag: str, kind: str) -> None:
+def check_unedited(store: Store, path: Path, tag: str, kind: str, *, replaced: bool = False) -> None:
     """Refuse to go on where somebody has edited the file that the next export would replace.
+
+    Where the store does not know whose the texts are (it is new, or of an earlier version), the file may be of another
+    store: it is set aside once it is to be `replaced`.
 
     Raises:
         UserError: With the command that reads it.
@@ -145,18 +150,20 @@ def check_unedited(store: Store, path: Path, tag: str, kind: str) -> None:
         edited = _edited(store, path, tag, kind)
     except UserError as error:
         raise UserError(f"{error}; or remove the file, and it is written again") from error
-    if edited is None:
+    if edited is None or not edited[0]:
         return
     rows, known = edited
-    if rows:
-        first = next(iter(rows))
-        how = (
-            f"`recbole-mllm store import {path}` takes them into the store; remove the file to have the store's instead"
-            if known
-            else "an earlier version wrote it, so move it away, repeat the command, and then `recbole-mllm store "
-            "import DATASET FILE` takes them into the store; or remove it to have the store's instead"
+    first = next(iter(rows))
+    what = f"{path}:{rows[first][0]}: {len(rows)} texts are not the store's ({first})"
+    if known:
+        raise UserError(
+            f"{what}, so the file was edited: `recbole-mllm store import {path}` takes them into the store; remove the "
+            "file to have the store's instead"
         )
-        raise UserError(f"{path}:{rows[first][0]}: edited: {len(rows)} texts are not the store's ({first}); {how}")
+    if replaced:
+        aside = set_file_aside(path, "edited")
+        hint = f"`recbole-mllm store import {path.parent} {aside}` takes them in"
+        logging.getLogger().warning(f"{what}; the file is now {aside.name}, and {hint}")
 
 
 def _edited(store: Store, path: Path, tag: str, kind: str) -> tuple[dict[Place, tuple[int, str]], bool] | None:
@@ -363,8 +370,8 @@ def _values(place: Place, text: str) -> tuple[str, ...]:
 
 
 def is_summary_file(path: Path) -> bool:
-    """Return whether a file is named as exported summaries are."""
-    return path.suffix in (".isum", ".usum") and path.name.count(".") >= 2
+    """Return whether a file is named as exported summaries are, also one that was set aside."""
+    return _NAME.search(path.name) is not None
 
 
 def import_file(store: Store, folder: Path, path: Path, origin: str | None) -> str:
@@ -373,14 +380,16 @@ def import_file(store: Store, folder: Path, path: Path, origin: str | None) -> s
     Raises:
         UserError: A row is of no known item or state; nothing is changed then.
     """
-    kind, name = "item" if path.suffix == ".isum" else "user", path.stem.rpartition(".")[2]
+    found = _NAME.search(path.name)
+    assert found is not None
+    name, kind = found["tag"], "item" if found["kind"] == "i" else "user"
     with _tables(store) as db:
         tag = next(iter(_tags(db, name)), None)
         known = {s.place for s in _summaries(db, tag, kind)} if tag else set()
     if tag is None:
         raise UserError(
-            f"{path}: the store does not know tag {name}; move the file away, `recbole-mllm summarize` with the "
-            "settings it was written with, and import it then"
+            f"{path}: the store does not know tag {name}; run `summarize` with the settings it was written with, "
+            "and import it then"
         )
     edited = _edited(store, path, name, kind)
     changed = edited[0] if edited else {}

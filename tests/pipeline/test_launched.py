@@ -105,7 +105,7 @@ def test_the_main_process_alone_writes_and_speaks(together):
     count, _, _, done, folder = together
     runs = len(launched_runs.CASES) * len(KINDS[count])
     assert done.stderr.count("epoch 0 training") == runs
-    assert len(list((folder.parent / "log" / "MLLMMSR").glob("*.log"))) <= runs
+    assert len(list(folder.glob("*/saved/log/MLLMMSR/*.log"))) <= runs
     assert len(list((folder / "text" / "saved").glob("*.pth"))) == 1
 
 

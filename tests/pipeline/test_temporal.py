@@ -404,3 +404,18 @@ def test_rows_that_do_not_fit_the_whole_log_are_refused(tmp_path):
     (folder / "d.inter").write_text("".join([lines[0], *lines[2:]]))
     with pytest.raises(UserError, match=r"d\.train\.inter does not fit d\.inter"):
         create_dataset(configured(folder, "SASRec"))
+
+
+def test_a_log_that_has_grown_behind_its_split_is_named(tmp_path, caplog):
+    from recbole.data import create_dataset
+
+    folder = convert(write_log(tmp_path / "raw", rows := log(4)), tmp_path / "d", *TEMPORAL)
+    create_dataset(configured(folder, "SASRec"))
+    assert "was made of" not in caplog.text
+    last = (folder / "d.inter").read_text().splitlines()[-1]
+    with (folder / "d.inter").open("a") as file:
+        file.write(f"{last}\n{last}\n")
+    create_dataset(configured(folder, "SASRec"))
+    assert (
+        f"d.inter holds {len(rows) + 2:,} interactions, and its temporal split was made of {len(rows):,}" in caplog.text
+    )

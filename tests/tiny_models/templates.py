@@ -1,8 +1,9 @@
 """Chat templates in the form each family's released checkpoints carry, less what no test of ours reaches.
 
 Seen in stored copies: QWEN2_VL (Qwen2.5-VL has the same; shell-nlp/gpt_server, tests/test_chat_template.py), QWEN3_VL
-(what it renders: QwenLM/Qwen3-VL-Embedding, examples/reranker_template.jinja), SMOLVLM (huggingface/transformers,
-tests/models/smolvlm/test_processing_smolvlm.py, and its DEFAULT_CHAT_TEMPLATE). The others are from memory.
+(what it renders: QwenLM/Qwen3-VL-Embedding, examples/reranker_template.jinja), and of huggingface/transformers SMOLVLM
+(its DEFAULT_CHAT_TEMPLATE), GEMMA3 (tests/models/gemma3/test_processing_gemma3.py) and INTERNVL
+(models/internvl/convert_internvl_weights_to_hf.py, which made the -hf checkpoints). The others are from memory.
 """
 
 MISTRAL_TEXT = (

@@ -1,9 +1,12 @@
 """The command line: a mistake is one line and exit code 2; what is right is passed on as it was meant."""
 
+import argparse
 import os
 import shlex
+import socket
 import subprocess
 import sys
+import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -16,9 +19,10 @@ from safetensors import SafetensorError
 from recbole_mllm.benchmark import runner
 from recbole_mllm.benchmark.records import RECORDS, append
 from recbole_mllm.benchmark.report import render
-from recbole_mllm.cli import commands, main
-from recbole_mllm.cli.arguments import Options, config_of
+from recbole_mllm.cli import commands, doctor, main
+from recbole_mllm.cli.arguments import Options, config_of, read_overrides
 
+command_line = sys.modules["recbole_mllm.cli.main"]
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -245,3 +249,88 @@ def test_help_starts_at_once_and_loads_nothing_heavy():
     shown = done.stdout.partition("positional arguments:")[2]
     for command in ("convert", "summarize", "plan", "benchmark", "inspect", "report", "rerun", "export", "store"):
         assert f"\n    {command} " in shown
+
+
+# Help, completion, doctor
+
+
+def test_every_example_of_a_help_is_read_and_every_default_is_said(capsys):
+    from recbole_mllm.common.resources import converters
+
+    top, _ = command_line._parser()
+    parsers = [top, converters("options").convert_parser(), converters("options").split_parser()]
+    for parser in parsers:
+        subs = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+        parsers += [one for action in subs for one in action.choices.values()]
+    examples = {line for p in parsers for line in p.format_help().splitlines() if line.startswith("  recbole-mllm ")}
+    assert len(examples) > 25
+    for program, *words in map(shlex.split, examples):
+        assert program == "recbole-mllm"
+        if words[:1] == ["split"]:
+            assert converters("options").read_split(words[1:])[1] == []
+        elif words[0] == "convert" and "--help" not in words:
+            assert converters("options").convert_parser().parse_args(words[1:])
+        elif "--help" not in words:
+            read_overrides(command_line._read(words)[1])
+    for parser in parsers[3:]:
+        ends = any(isinstance(action, argparse._SubParsersAction) for action in parser._actions)
+        assert ends or parser.prog.endswith((" convert", " split")) or "examples:" in parser.format_help(), parser.prog
+        for action in parser._actions:
+            stated = type(action.default) in (int, str) and action.default != argparse.SUPPRESS
+            if stated and action.option_strings and action.help != argparse.SUPPRESS:
+                assert "default" in " ".join(parser.format_help().split()), (parser.prog, action.dest)
+
+
+def test_completion_is_a_script_of_the_shell_or_a_hint(capsys, monkeypatch):
+    with pytest.raises(SystemExit):
+        main(["--print-completion", "bash"])
+    script = capsys.readouterr().out
+    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+    for word in ("benchmark", "--prompt", "--k-core", "--boundaries"):
+        assert word in script
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert main(["--print-completion", "zsh"]) == 2
+    assert 'pip install "recbole-mllm[cli]"' in capsys.readouterr().err
+
+
+def test_doctor_says_what_is_here_and_what_is_not(capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    assert f"all {len(doctor.PATCHES)} changes to it are in place" in said and "HF_HUB_OFFLINE is set" in said
+    heads = [line.split("  ")[0] for line in said.splitlines()]
+    assert heads[:4] == ["python", "libraries", "optional", "recbole"] and "slow here" in heads and "data" in heads
+    broken = doctor.PATCHES[0]._replace(module="recbole.nowhere")
+    monkeypatch.setattr(doctor, "PATCHES", (*doctor.PATCHES, broken))
+    assert main(["doctor"]) == 1
+    assert "1 of its modules cannot be loaded and changed, the first recbole.nowhere" in capsys.readouterr().out
+    known = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: None if name in ("recbole", "peft") else known(name))
+    assert main(["doctor"]) == 1
+    said = capsys.readouterr().out
+    assert "not installed: pip install recbole==1.2.1" in said and "peft missing: pip install peft" in said
+    assert main(["doctor", "--epochs=3"]) == 2
+
+
+def test_doctor_waits_for_no_hub_that_is_silent(monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(doctor, "_HUB_S", 0.3)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        started = time.monotonic()
+        assert "use a local folder" in doctor._hub()
+        assert time.monotonic() - started < 5
+
+
+def test_a_run_leaves_all_its_files_below_one_folder(tmp_path):
+    command = [sys.executable, str(ROOT / "run_recbole_mllm.py"), "--model", "Pop", "--dataset", "demo"]
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dataset", "saved"]
+    (log,) = (tmp_path / "saved" / "log" / "Pop").iterdir()
+    assert "Loading model structure" in log.read_text() and "\x1b[" not in log.read_text()
+    assert [path.name for path in (tmp_path / "saved" / "log_tensorboard").iterdir()] == [log.stem]

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import re
+import shlex
 import subprocess
 import sys
 from collections import Counter
@@ -376,3 +377,46 @@ def test_whatever_a_table_holds_arrives_or_is_refused_with_its_line(tmp_path_fac
     assert [row[:2] for row in pairs(folder / "d")] == [(user, item) for user, item, _, _ in ordered]
     first = {item: title for _, item, title, _ in reversed(rows)}
     assert titles(folder / "d") == {item: clean(title) for item, title in first.items()}
+
+
+def test_all_missing_columns_are_named_at_once_with_a_command_that_names_them(tmp_path, capsys):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    (raw / "log.csv").write_text("member_id,stock,purchase_date\nu1,a,1\nu2,b,2\n")
+    (raw / "it.csv").write_text("item,film title\na,x\nb,y\n")
+    words = ["convert", "csv", "--raw", str(raw), "--interactions", "log.csv", "--items", "it.csv"]
+    words += ["--out", str(tmp_path / "o"), "--time-column", "bought"]
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "log.csv has no user and item column under a usual name and no column 'bought'" in said
+    assert "it has member_id, stock, purchase_date" in said and "it.csv has no title column" in said
+    pasted = shlex.split(said.partition("nearest first: ")[2])
+    assert pasted[: len(words) + 1] == ["recbole-mllm", *words]
+    assert main(pasted[1:]) == 2  # no column is like `stock`, and none is made up
+    assert "it.csv has no" not in (said := capsys.readouterr().err) and "no column 'NAME'" in said
+    assert main([*pasted[1:], "--item-column=stock"]) == 0
+    assert (tmp_path / "o" / "o.inter").read_text().splitlines()[1] == "u1\ta\t1"
+
+
+def test_lists_without_times_are_refused_for_a_temporal_split_in_a_line(tmp_path, capsys):
+    """As MicroLens-50k has them: a user's items in order, and no moment that compares two users."""
+    lists = {str(user): [str(1 + (user + n) % 7) for n in range(4)] for user in range(12)}
+    raw = write_microlens(tmp_path / "raw", lists, {str(item): f"title {item}" for item in range(1, 8)})
+    assert convert("microlens", raw, tmp_path / "t", "--protocol", "temporal") == 2
+    assert not (tmp_path / "t").exists()
+    assert convert("microlens", raw, tmp_path / "m") == 0
+    assert main(["split", str(tmp_path / "m"), "--protocol", "temporal", "--out", str(tmp_path / "t")]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len([line for line in said if "a temporal split needs times that compare across users" in line]) == 2
+    assert not (tmp_path / "t").exists()
+
+
+def test_a_split_is_not_put_inside_what_is_split(tmp_path, capsys):
+    raw = write_microlens(tmp_path / "raw", {str(u): ["1", "2", str(u)] for u in range(20)}, {"1": "one"})
+    assert convert("microlens", raw, tmp_path / "m") == 0
+    before = sorted((tmp_path / "m").iterdir())
+    for out in ("later", "x/later", "../m/later"):
+        assert main(["split", str(tmp_path / "m"), "--out", str(tmp_path / "m" / out)]) == 2
+        assert "lies inside" in capsys.readouterr().err
+    assert sorted((tmp_path / "m").iterdir()) == before

@@ -177,6 +177,11 @@ def test_pages_that_messages_name_are_there():
             assert (ROOT / page).is_file(), f"{path.relative_to(ROOT)}: {page}"
 
 
+def test_each_page_begins_with_the_command_it_is_about():
+    for path in (ROOT / "docs").glob("*.md"):
+        assert re.match(r"# .+\n\n```(bash|python)\n", path.read_text(encoding="utf-8")), path.name
+
+
 def test_messages_of_the_page_on_trouble_are_those_of_the_code():
     code = "\n".join(
         re.sub(r"\"\s*\n\s*f?\"", "", path.read_text(encoding="utf-8"))

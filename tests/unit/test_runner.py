@@ -249,7 +249,7 @@ def test_the_digests_of_a_benchmark_are_those_its_runs_will_have(tmp_path, monke
         monkeypatch.chdir(folder)  # as a worker does, whose paths start from where the user stood
         run_job({**job, "home": str(tmp_path), "overrides": {"epochs": 1}})
         assert read_records(tmp_path / "results/runs.jsonl")[-1].candidates == known[label]
-        assert (folder / "log").is_dir() and not (tmp_path / "log").exists()
+        assert not (folder / "log").exists() and not (tmp_path / "log").exists()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=f"its candidates are {known['Pop']}, and were 00 when the benchmark began"):
         run_job({**jobs_of(plan(tmp_path, "Pop", **given))[0].order(), "candidates": "00"})

@@ -20,6 +20,7 @@ from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.model_names import Endpoint, parse_endpoint
 from recbole_mllm.common.prompts import CLOSE, OPEN, Prompt
 from recbole_mllm.common.settings import ServerSettings
+from recbole_mllm.mllm import server
 from recbole_mllm.mllm.generation import with_penalty
 from recbole_mllm.mllm.interface import Answer, Batch, Decoding
 from recbole_mllm.mllm.server import ServerModel
@@ -312,3 +313,19 @@ def test_a_server_that_never_answered_costs_no_prompt():
     settings = replace(SETTINGS, server_concurrency=2, server_patience=20.0)
     with serving(Planned(lambda n, text: error(500, "broken"))) as broken, serving(Planned(delay=0.3)) as slow:
         assert texts(ask([broken.url, slow.url], settings=settings)) == RIGHT
+
+
+def test_a_server_that_does_not_answer_is_said_to_be_waited_for(monkeypatch, caplog):
+    monkeypatch.setattr(server, "EVERY_S", 0.3)
+    caplog.set_level(logging.INFO)
+    dead = dead_url()
+    with pytest.raises(UserError, match="no server has answered for 2 s"):
+        ask([dead])
+    lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("waiting for ")]
+    assert (
+        len(lines) > 2 and lines[0] == f"waiting for {dead}: 0 s of 2 s" and f"waiting for {dead}: 2 s of 2 s" in lines
+    )
+    caplog.clear()
+    with serving(Planned(lambda n, text: time.sleep(0.8))) as planned:
+        ask(planned, PROMPTS[:1])
+    assert f"waiting for {planned.url}: 0 s of 5 s" in caplog.text

@@ -123,7 +123,7 @@ def test_an_edited_file_is_refused_before_anything_is_asked_and_imported_by_the_
     edit(path, text, "mine")
     edited = path.read_bytes()
     world.histories["u1"].append("e")
-    with pytest.raises(UserError, match=rf"{path.name}:\d+: edited: 1 texts .*`recbole-mllm store import {path}`"):
+    with pytest.raises(UserError, match=rf"{path.name}:\d+: 1 texts .* edited: `recbole-mllm store import {path}`"):
         world.refresh()
     assert path.read_bytes() == edited and world.item.asked + world.user.asked == 0
     assert main(["store", "import", str(path)]) == 0
@@ -189,8 +189,8 @@ def test_one_answer_of_two_items_is_one_text(tmp_path, capsys):
     assert isum(world) == {"a": "one", "b": "one"}
 
 
-def test_summaries_of_an_earlier_version_are_kept_and_taken_in(world, capsys):
-    """Its store says nothing of whose an answer is."""
+def test_summaries_that_the_store_does_not_know_are_set_aside_and_taken_in(world, capsys, caplog):
+    """A store of an earlier version says nothing of whose an answer is, and one that was removed nothing at all."""
     path = usum_file(world.folder, "t")
     with closing(Store(store_file(world.folder))) as store, store.transaction(write=True) as db:
         db.execute("DROP TABLE tags"), db.execute("DROP TABLE summaries")
@@ -198,11 +198,10 @@ def test_summaries_of_an_earlier_version_are_kept_and_taken_in(world, capsys):
     with closing(Store(store_file(world.folder))) as store, store.transaction(write=True) as db:
         db.execute("DROP TABLE tags"), db.execute("DROP TABLE summaries")
     edit(path, world.rows()["u1", 3].text, "mine")
-    with pytest.raises(UserError, match="an earlier version wrote it, so move it away"):
-        world.refresh()
-    moved = path.rename(world.folder.parent / path.name)
-    world.refresh()
-    run(world, ["import", str(moved)], capsys)
+    assert world.refresh() == (0, 0, [])
+    aside = path.with_name(f"{path.name}.edited-1")
+    assert f"store import {world.folder} {aside}" in caplog.text and "mine" not in path.read_text()
+    run(world, ["import", str(aside)], capsys)
     world.refresh()
     assert world.rows()["u1", 3].text == "mine"
 
