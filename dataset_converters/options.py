@@ -196,7 +196,7 @@ def split_parser() -> Parser:
         "recbole-mllm split mine --protocol temporal --out dataset/mine-later",
         "recbole-mllm split mine --protocol temporal --boundaries 2026-06-01,2026-09-01 --out dataset/mine-autumn",
     )
-    words = "A dataset's folder, split anew into one of its own."
+    words = "A new dataset folder with another split of DATASET."
     parser = Parser(prog="recbole-mllm split", description=words, examples=examples)
     parser.add_argument("dataset", metavar="DATASET", help="a dataset's folder, or its name under data_path")
     parser.add_argument("--out", required=True, metavar="DIR", help="the new dataset's folder, whose name is its own")

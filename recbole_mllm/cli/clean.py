@@ -76,7 +76,7 @@ def clean(folders: Collection[Path], kinds: Collection[str], *, remove: bool, te
     elif remove:
         tell(f"{len(found)} removed, {total:.1f} MB freed")
     else:
-        tell(f"{len(found)} would go, {total:.1f} MB; nothing is removed without --yes")
+        tell(f"{len(found)} would be removed, {total:.1f} MB; nothing is removed without --yes")
 
 
 def _below(folder: Path, kinds: Collection[str]) -> Iterator[Found]:

@@ -461,7 +461,7 @@ def store_prune(args: Namespace, options: Options) -> int:
     with _store(_folder(args.where).resolve()) as store:
         done = prune(store, args.model, args.older_than, dry_run=args.dry_run)
     for name, answers in done.gone.items():
-        print(f"{name}: {answers} answers {'would go' if args.dry_run else 'are gone'}")
+        print(f"{name}: {answers} answers {'would be deleted' if args.dry_run else 'deleted'}")
     end = "nothing was changed" if args.dry_run or not done.gone else f"{done.freed / 1e6:.1f} MB freed"
     print(f"{sum(done.gone.values())} in all, {done.left} {'would stay' if args.dry_run else 'stay'}; {end}")
     return 0
@@ -535,7 +535,7 @@ def store_show(args: Namespace, options: Options) -> int:
                     print(
                         *(f"  > {line}" for line in said or ["(title, image or wording has changed since)"]), sep="\n"
                     )
-                print(f"  {'(the next run writes it anew)' if found.text is None else found.text}")
+                print(f"  {'(the next run writes it again)' if found.text is None else found.text}")
     return 0
 
 

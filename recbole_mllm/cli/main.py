@@ -20,14 +20,14 @@ _DESCRIPTION = "MLLM-MSR for RecBole. Without arguments: the demo."
 _EPILOG = "Any configuration key may follow as --key=value. Exit code 2 means a mistake in what was given."
 
 COMMANDS = {
-    "convert": (commands.convert, "raw dump to atomic files; see convert --help"),
-    "split": (commands.split, "a dataset's folder split anew; see split --help"),
-    "summarize": (commands.summarize, "make the summaries alone; resumable"),
+    "convert": (commands.convert, "raw files to RecBole's atomic files; see convert --help"),
+    "split": (commands.split, "a new dataset folder with another split; see split --help"),
+    "summarize": (commands.summarize, "write only the summaries; resumes after an interruption"),
     "plan": (commands.plan, "what a run would cost, before it runs"),
     "benchmark": (commands.benchmark, "many models, same candidates, one leaderboard"),
     "inspect": (commands.inspect, "a dataset's health, as text and as a page"),
     "probe-memory": (commands.probe_memory, "whether the LLM knows the dataset without any user's history"),
-    "report": (commands.report, "render leaderboard.* again from runs.jsonl"),
+    "report": (commands.report, "write leaderboard.* again from runs.jsonl"),
     "candidates export": (commands.export_candidates, "write them as JSON lines"),
     "rerun": (
         commands.rerun,
@@ -41,7 +41,7 @@ COMMANDS = {
     "store import": (commands.store_import, "take in the answers of an exported file, or an edited .isum or .usum"),
     "store show": (commands.store_show, "the summaries of an item or a user, and what asked for them"),
     "store set": (commands.store_set, "write a summary yourself"),
-    "clean": (commands.clean, "what runs have left behind and nobody needs: listed, and with --yes removed"),
+    "clean": (commands.clean, "list leftover files of runs; with --yes remove them"),
     "doctor": (commands.doctor, "versions, devices, RecBole, hub, disk, and what will be slow here"),
 }
 """What does each command, given what argparse has read and the configuration keys beside it; and its help."""
@@ -165,7 +165,7 @@ def _parser() -> tuple[Parser, list[Parser]]:
     parser.add_argument("--model", help="a RecBole model or MLLMMSR")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.add_argument("--version", action="version", version=f"recbole-mllm {__version__}")
-    words = "print what completes commands and options in a shell"
+    words = "print a completion script for this shell"
     parser.add_argument("--print-completion", action=_Completion, choices=("bash", "zsh", "tcsh"), help=words)
     groups = {"": parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)}
     parsers: dict[str, Parser] = {}
@@ -226,8 +226,8 @@ def _add_options(of: dict[str, Parser]) -> None:
     """Add what each command takes of its own."""
     add = of["summarize"].add_argument
     add("--stage", choices=("items", "users", "all"), default="all")
-    add("--dry-run", action="store_true", help="only say how many prompts, tokens and how long")
-    add("--since", metavar="WHEN", help="users with an interaction at or after this date or timestamp alone")
+    add("--dry-run", action="store_true", help="only show how many prompts and tokens, and how long; writes nothing")
+    add("--since", metavar="WHEN", help="only users with an interaction at or after this date or timestamp")
     add = of["plan"].add_argument
     add("--device", metavar="NAME", help="hours on a device of properties/devices.yaml, e.g. H100")
     add("--nodes", type=int, default=1, metavar="N", help="split the work over N nodes")
@@ -242,7 +242,7 @@ def _add_options(of: dict[str, Parser]) -> None:
     add("--models", required=True, help=models)
     add("--seeds", help="e.g. 2024,2025; default: --seed, else 2024")
     add("--output_dir", help="default: results/<dataset>")
-    add("--force", action="store_true", help="run again what is finished")
+    add("--force", action="store_true", help="repeat finished runs")
     add("--jobs", type=int, default=1, help="runs at a time")
     add("--quick", action="store_true", help="baselines train for a few epochs: a first look, marked")
     add("--tune", type=int, default=0, metavar="N", help="configurations each model may try first")
@@ -269,8 +269,8 @@ def _add_options(of: dict[str, Parser]) -> None:
     who.add_argument("--history", metavar="I1,I2", help="raw ids of items, oldest first, of a user it has not seen")
     add("--top", type=int, default=10, metavar="N", help="how many items (default 10)")
     what = of["recommend"].add_mutually_exclusive_group()
-    what.add_argument("--candidates", metavar="FILE", help="rank these items alone: one raw id a line")
-    what.add_argument("--retriever_checkpoint", metavar="R", help="MLLMMSR ranks this baseline's best items alone")
+    what.add_argument("--candidates", metavar="FILE", help="rank only these items: one raw id per line")
+    what.add_argument("--retriever_checkpoint", metavar="R", help="MLLMMSR ranks only this baseline's best items")
     add("--top_k", type=int, default=100, metavar="K", help="how many of the retriever's items (default 100)")
     add("--explain", action="store_true", help="print each state of the preference summary, with what it has read")
     add("--json", metavar="FILE", help="also write everything as JSON")
@@ -278,18 +278,18 @@ def _add_options(of: dict[str, Parser]) -> None:
     add = of["export"].add_argument
     add("run", metavar="RUN", help="a checkpoint (FILE.pth), a run's folder, or its id under results/")
     add("--out", required=True, metavar="DIR", help="the folder to write; an earlier export is replaced")
-    add("--merge", action="store_true", help="merge the adapter, so that the folder stands alone")
+    add("--merge", action="store_true", help="merge the adapter into the weights; the folder then needs no base model")
     add = of["clean"].add_argument
     add("folders", nargs="*", metavar="FOLDER", help="default: dataset, results, saved, log, log_tensorboard, if there")
     words = "some of scratch, logs, scores, retrievers (these by default), pairs, checkpoints"
     add("--kind", metavar="K1,K2", help=f"{words}; docs/commands.md says what they are")
-    add("--yes", action="store_true", help="remove them; without it they are listed alone")
+    add("--yes", action="store_true", help="remove them; without it they are only listed")
     for name, kind in {"export": "model's", "store export": "dataset's"}.items():
         told = f"also send it to a {kind} repository on the hub, made private where there is none (docs/publish.md)"
         of[name].add_argument("--push-to-hub", metavar="OWNER/NAME", help=told)
     add = of["store prune"].add_argument
     add("--older-than", type=float, metavar="DAYS", help="only those written longer ago")
-    add("--dry-run", action="store_true", help="only say what would go")
+    add("--dry-run", action="store_true", help="only show what would be deleted")
     of["store export"].add_argument("--out", required=True, metavar="FILE", help="FILE.jsonl or FILE.jsonl.gz")
     for name in ("store prune", "store export"):
         of[name].add_argument("--model", help="only this model's, as stats names it; * and ? match any characters")
@@ -300,7 +300,7 @@ def _add_options(of: dict[str, Parser]) -> None:
         whose = of[name].add_mutually_exclusive_group(required=True)
         whose.add_argument("--item", metavar="ID", help="an item's raw id")
         whose.add_argument("--user", metavar="ID", help="a user's raw id")
-        of[name].add_argument("--tag", help="of this tag alone, as the files X.TAG.isum and X.TAG.usum name it")
+        of[name].add_argument("--tag", help="only of this tag, as in the file names X.TAG.isum and X.TAG.usum")
     of["store show"].add_argument("--prompt", action="store_true", help="also what the model was asked")
     add = of["store set"].add_argument
     add(

@@ -54,17 +54,19 @@ def prepare_summaries(config: Any, dataset: Any) -> Preferences:
     settings = Settings.from_config(config)
     check_recommender(config, settings, dataset)
     stage = make_summary_setup(config, settings, torch.device(config["device"]))
-    return make_preferences(stage, summary_requests(dataset, settings))
+    return make_preferences(stage, summary_requests(dataset, settings, config["finetune"]))
 
 
-def summary_requests(dataset: Any, settings: Settings) -> SummaryRequests:
+def summary_requests(dataset: Any, settings: Settings, finetune: str) -> SummaryRequests:
     """Return which summaries the rows of `dataset` (the training part) read; zero-shot reads none for training rows.
+
+    `finetune` is the configuration's own: `settings` say none where no recommender is named, which may yet be trained.
 
     Raises:
         UserError: A control finds nothing to put in their place.
     """
     requests = SummaryRequests(dataset.histories, dataset.positions)
-    if settings.lora.finetune == "none":
+    if finetune == "none":
         requests = replace(requests, positions=dataset.evaluated, unread=dataset.positions)
     return controlled(requests, settings.summary)
 

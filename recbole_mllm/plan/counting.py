@@ -284,7 +284,7 @@ class PlannedRun:
         self.setup = make_summary_setup(config, self.settings, device)
         self.loaders = {"train": loaders.train, "valid": loaders.valid, "test": loaders.test}
         self.train = own = loaders.train._dataset
-        self.requests = summary_requests(own, self.settings)
+        self.requests = summary_requests(own, self.settings, config["finetune"])
         if since is not None:
             self.requests = self.requests.of(users_since(dataset, since))
         self.items = np.asarray(own.field2id_token[own.iid_field]).astype(str)  # raw ids by internal ones

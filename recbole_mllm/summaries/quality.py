@@ -62,7 +62,7 @@ class Findings:
         if not text:
             self.note("empty", "")
         elif text.startswith("<think>"):  # and cut before the thought's end
-            self.note("thinks aloud", text)
+            self.note("has a thought", text)
         elif _REFUSAL.match(text):
             self.note("refusal", text)
 
@@ -80,7 +80,7 @@ REMEDIES = {
     "prompt shortened": "max_text_tokens raises the limit",
     "refusal": "another {kind}_summarizer or prompt_style",
     "empty": "another {kind}_summarizer or prompt_style",
-    "thinks aloud": "tell the server not to let its model think (docs/servers.md)",
+    "has a thought": "tell the server not to let its model think (docs/servers.md)",
     "repeats its prompt": "another {kind}_summarizer, or summary_temperature",
 }
 

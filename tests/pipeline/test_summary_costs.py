@@ -2,12 +2,13 @@
 
 import sqlite3
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 import small_world
 
 from recbole_mllm.data.item_table import read_user_summaries
-from recbole_mllm.quick_start import make_config, run
+from recbole_mllm.quick_start import make_config, run, write_summaries
 
 
 @pytest.fixture
@@ -63,3 +64,11 @@ def test_zero_shot_writes_nothing_for_training_rows_and_exports_what_is_known_of
     assert exported() == every
     again()
     assert exported() == every
+
+
+def test_summaries_written_before_a_recommender_is_named_are_those_of_its_training_too(outcome):
+    folder, _ = outcome
+    keys = {"data_path": str(folder.parent), "limit_users": 4, "use_gpu": False, "state": "ERROR"}
+    keys |= {"item_summarizer": "tiny", "user_summarizer": "tiny", "item_summary_tokens": 4, "user_summary_tokens": 5}
+    (path,) = [name for name in write_summaries(make_config("MLLMMSR", "steps", [], keys), "all") if "usum" in name]
+    assert sorted(row.seen for row in read_user_summaries(Path(path))) == sorted(4 * [1, 2, 3, 4, 5, 6])

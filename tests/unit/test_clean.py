@@ -67,7 +67,9 @@ def test_nothing_is_removed_before_yes_and_then_only_what_was_listed(place):
     said = run("assert main(['clean']) == 0", place)
     assert listed(said) == {path for paths in LEFT.values() for path in paths}
     assert (
-        "7 would go" in said and "nothing is removed without --yes" in said and unprivileged.snapshot(place) == before
+        "7 would be removed" in said
+        and "nothing is removed without --yes" in said
+        and unprivileged.snapshot(place) == before
     )
     there = files(place)
     assert "7 removed" in run("assert main(['clean', '--yes']) == 0", place)

@@ -69,7 +69,7 @@ def parse(words: list[str]) -> None:
     """
     assert not any("…" in word or "..." in word for word in words), "a command must be complete, to be copied"
     if words[:1] == ["convert"]:
-        converters("options")._parser().parse_args(words[1:])
+        converters("options").convert_parser().parse_args(words[1:])
         return
     if words[:1] == ["split"]:
         known, rest = converters("options").read_split(words[1:])

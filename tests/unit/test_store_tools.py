@@ -171,7 +171,7 @@ def test_prune_deletes_what_was_asked_and_shrinks_the_file(capsys):
     assert main(["store", "prune", "a", "--older-than", "9", "--model", "server:*"]) == 0
     assert len(rows("a")) == 405
     assert main(["store", "prune", "a", "--older-than", "9"]) == 0
-    assert "counting: 400 answers are gone" in capsys.readouterr().out
+    assert "counting: 400 answers deleted" in capsys.readouterr().out
     assert {r[3] for r in rows("a")} == {"server:m"} and os.path.getsize(file) < before / 4
     assert main(["store", "prune", "a", "--model", "server:*"]) == 0 and rows("a") == []
 
