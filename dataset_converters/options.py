@@ -14,7 +14,7 @@ from recbole_mllm.common.progress import Progress, log_to_terminal
 from recbole_mllm.data.splits import SplitSettings
 
 from .amazon2023 import Amazon2023
-from .convert import Job, Source, add_option, benchmark_command, convert, counts
+from .convert import Converted, Job, Source, add_option, benchmark_command, convert, counts
 from .csv_table import CsvTable
 from .interactions import Limits
 from .item_rows import Downloader
@@ -36,7 +36,14 @@ _RECORDED = (
 
 
 def main(words: Sequence[str]) -> int:
-    """Convert what `words` name; return the exit code.
+    """Convert what `words` name and print what was done; return the exit code."""
+    log_to_terminal()
+    print("\n".join(run(words)[1]))
+    return 0
+
+
+def run(words: Sequence[str]) -> tuple[Converted, list[str]]:
+    """Convert what `words` name; return what was done, and the lines that say so.
 
     Raises:
         UserError: An option, a file or a line is not as it should be.
@@ -54,15 +61,13 @@ def main(words: Sequence[str]) -> int:
         fetch=Downloader() if getattr(known, "download_images", False) else None,
         options=recorded_options(known),
     )
-    log_to_terminal()
     with Progress(size / 1e6, f"reading {known.name}", "MB") as progress:
         read = Intake(
             known.skip_bad_rows, lambda count: progress.update(count / 1e6), known.encoding, bool(known.multiline)
         )
         done = convert(job, read)
     command = f"next: {benchmark_command(folder.name, os.path.relpath(folder.parent))} (or --mllm=tiny for a trial)"
-    print("\n".join([*source.notes, *counts(done), f"written: {folder}", command]))
-    return 0
+    return done, [*source.notes, *counts(done), f"written: {folder}", command]
 
 
 def recorded_options(known: argparse.Namespace) -> dict[str, Any]:

@@ -7,7 +7,8 @@ and finds our model, and that is all stock RecBole needs:
     from recbole.quick_start import run_recbole
     run_recbole(model="MLLMMSR", dataset="demo", config_file_list=[recbole_mllm.preset("demo")])
 
-`Recommender` ranks items for one user with a trained model's checkpoint.
+For scripts and notebooks: `run_convert`, `run_inspect`, `run_summaries` and `run_benchmark` do what the commands do and
+return pandas frames; `Recommender` ranks items for one user with a trained model's checkpoint.
 """
 
 from importlib import import_module
@@ -18,12 +19,36 @@ from recbole_mllm.common.resources import named, resource
 from recbole_mllm.recbole_patches.apply import apply as _apply
 
 if TYPE_CHECKING:
+    from recbole_mllm.api import (
+        BenchmarkResult,
+        ConvertResult,
+        InspectResult,
+        SummariesResult,
+        run_benchmark,
+        run_convert,
+        run_inspect,
+        run_summaries,
+    )
     from recbole_mllm.recommender import Recommender
 
 __version__ = "0.2.0"
-__all__ = ["Recommender", "UserError", "__version__", "preset"]
+__all__ = [
+    "BenchmarkResult",
+    "ConvertResult",
+    "InspectResult",
+    "Recommender",
+    "SummariesResult",
+    "UserError",
+    "__version__",
+    "preset",
+    "run_benchmark",
+    "run_convert",
+    "run_inspect",
+    "run_summaries",
+]
 
-_LAZY = {"Recommender": "recbole_mllm.recommender"}  # what loads torch and RecBole, once it is asked for
+# What is imported once it is asked for: `Recommender` loads torch and RecBole
+_LAZY = dict.fromkeys(__all__, "recbole_mllm.api") | {"Recommender": "recbole_mllm.recommender"}
 
 _KINDS = ("quick_start_config", "model", "dataset", "prompt")
 
@@ -44,6 +69,10 @@ def preset(name: str) -> str:
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names) or 'none'}"
     raise UserError(f"no preset is called {name!r}; {hint}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def __getattr__(name: str) -> Any:

@@ -369,8 +369,15 @@ def make_config(model: str, dataset: str, files: list[str], overrides: dict[str,
     return recbole_config(model, dataset, files, keys | per_model(files, model) | overrides)
 
 
-def write_summaries(config: Any, stage: str, *, since: str | None = None) -> list[str]:
-    """Write the summaries a run of `config` would read (``items``, ``users``, ``all``); return the files they are in.
+class WrittenSummaries(NamedTuple):
+    """The files that hold the summaries of a run, and lines on who is left without."""
+
+    files: tuple[Path, ...]
+    left: list[str]
+
+
+def write_summaries(config: Any, stage: str, *, since: str | None = None) -> WrittenSummaries:
+    """Write the summaries a run of `config` would read (``items``, ``users``, ``all``).
 
     With `since` only users with an interaction at or after it get theirs (`users_since`); a line says who else has
     none.
@@ -395,7 +402,7 @@ def write_summaries(config: Any, stage: str, *, since: str | None = None) -> lis
     else:
         make_item_summaries(setup, requests)
     files = (isum_file(setup.folder, setup.tag), usum_file(setup.folder, setup.tag))
-    return [str(path) for path in files if path.is_file()] + lines
+    return WrittenSummaries(tuple(path for path in files if path.is_file()), lines)
 
 
 def _left(users: list[str], since: str | None) -> list[str]:

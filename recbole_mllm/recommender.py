@@ -96,29 +96,40 @@ class Recommender:
 
     def recommend(
         self,
-        user: str | None = None,
+        user: str | Sequence[str] | None = None,
         *,
         history: Sequence[str] | None = None,
         top: int = 10,
         candidates: Sequence[str] | None = None,
     ) -> pd.DataFrame:
-        """Return the `top` best items for one user, best first.
+        """Return the `top` best items for one user, best first, or for each of several.
 
         Args:
-            user: A raw id of the dataset; all its interactions are read, those of the test split too.
+            user: A raw id of the dataset; all its interactions are read, those of the test split too. Of several, all
+                are looked up before any is ranked.
             history: Instead of `user`: raw ids of items, oldest first.
             top: How many rows come back, at most.
             candidates: Raw ids of the items to rank; by default all that are no part of the history.
 
         Returns:
             Columns ``rank`` (from 1), ``item_id``, ``title``, ``score`` (MLLMMSR: log-odds of Yes; higher is better)
-            and, for MLLMMSR alone, ``p_yes``.
+            and, for MLLMMSR alone, ``p_yes``. Of several users, before them ``user_id``, in the order given.
 
         Raises:
-            UserError: The user or an item is unknown, or the model cannot rank for a user it has not been trained on.
+            UserError: A user or an item is unknown, or the model cannot rank for a user it has not been trained on.
         """
         if top < 1:
             raise UserError(f"top {top}: give 1 or more")
+        if user is not None and not isinstance(user, str):
+            users = [str(one) for one in user]
+            if not users:
+                raise UserError("the list of users is empty; give raw ids")
+            for one in users:
+                self._reader(one, history)
+            frames = [self.recommend(one, top=top, candidates=candidates) for one in users]
+            for one, frame in zip(users, frames, strict=True):
+                frame.insert(0, "user_id", one)
+            return pd.concat(frames, ignore_index=True)
         owner, read = self._reader(user, history)
         if candidates is not None:
             asked = list(dict.fromkeys(map(str, candidates)))

@@ -7,8 +7,12 @@ names, so that no chart is read by colour alone.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
+
+from markupsafe import Markup
 
 from recbole_mllm.benchmark.cases import SIDE, CaseStudies
 from recbole_mllm.benchmark.evidence import CURVES, FEW
@@ -16,6 +20,8 @@ from recbole_mllm.benchmark.leaderboard import Dimension, Leaderboard, Leaderboa
 from recbole_mllm.benchmark.significance import Estimate
 from recbole_mllm.benchmark.tables import template, tests_table
 from recbole_mllm.benchmark.wording import score_text, seconds_text
+from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.files import write_text
 from recbole_mllm.common.svg import CHARACTER, LABEL_GAP, Axis, Chart, linear_axis, place_labels
 
 LAST_BLOCKS = 4  # of a history stand open; those before are a click away
@@ -24,6 +30,10 @@ NAMED, LONG = 8, 18  # of more marks, or of longer names, the cost chart's marks
 CUT = 24  # characters of a name beside its curve; a pointer shows it whole
 WIDER = 1.25  # than `CHARACTER` is a character of the cost chart, for a narrow screen
 BOLD = 1.2  # how much wider an MLLM's label is
+_ALONE = (
+    "svg.recbole-mllm { max-width: 640px; background: var(--card); "
+    'font-family: system-ui, -apple-system, "Segoe UI", Arial, "DejaVu Sans", sans-serif; }'
+)
 TIMES = (0.1, 1, 10, 60, 600, 3600, 36_000, 360_000, 3_600_000)
 
 
@@ -44,6 +54,34 @@ def page(board: Leaderboard, cases: CaseStudies | None = None) -> str:
         side=SIDE,
         last_blocks=LAST_BLOCKS,
     )
+
+
+class Figure:
+    """A chart that stands alone: its `svg` carries its own style, and shows inline in a notebook."""
+
+    def __init__(self, svg: str) -> None:
+        self.svg = svg
+
+    def _repr_svg_(self) -> str:
+        return self.svg
+
+    def save(self, path: str | Path) -> None:
+        """Write it as an SVG file."""
+        write_text(Path(path), self.svg)
+
+
+def figure(board: Leaderboard) -> Figure:
+    """Return the page's chart of quality against cost.
+
+    Raises:
+        UserError: No finished row recorded its cost.
+    """
+    chart = quality_versus_cost(board)
+    if chart is None:
+        raise UserError("no finished run has recorded its cost, so there is no chart of it")
+    # its rules hold for no other chart of the page that it is shown in
+    style = re.sub(r"\bsvg\b|:root", "svg.recbole-mllm", template("chart.css").render()) + _ALONE
+    return Figure(template("cost.svg").render(cost=chart, style=Markup(style)))
 
 
 # ---- charts

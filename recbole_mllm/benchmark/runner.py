@@ -98,7 +98,7 @@ def benchmark(
     except KeyboardInterrupt:
         done = sum(bench.finished(job) is not None for job in jobs)
         bench.say(f"stopped; {done} of {len(jobs)} runs are finished; the same command resumes")
-        raise SystemExit(1) from None
+        raise
     render(plan.output_dir, embed_images=plan.embed_images)
     return plan.output_dir / HTML
 

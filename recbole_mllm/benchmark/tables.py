@@ -125,6 +125,26 @@ def curves_table(board: Leaderboard) -> pd.DataFrame:
     return _frame(["model", "metric", "k", "mean"], rows)
 
 
+def words_table(board: Leaderboard) -> pd.DataFrame:
+    """Return the rows as people read them: name, what the model is, metrics with marks, seconds; or why it failed."""
+    valid = board.valid_metric
+    rows = []
+    for row in board.rows:
+        cells = {"model": row.model, "setup": row.setup.described if row.setup else "", "seeds": seeds(row)}
+        if row.ok:
+            text = score_text(board, row, valid)
+            cells[valid] = f"{text.mean} {text.interval} {text.mark}".rstrip()
+            for name in board.short_metrics:
+                if name != valid:
+                    cells[name] = score_text(board, row, name).mean
+            names = ("summarize_s", "train_s", "score_s")
+            cells |= {ALL_COSTS[name]: cost_text(row, name) for name in names}
+        else:
+            cells[valid] = f"failed: {row.status}"
+        rows.append(cells)
+    return pd.DataFrame(rows).fillna("")
+
+
 # ---- the terminal
 
 

@@ -8,36 +8,24 @@ import re
 import shutil
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from recbole_mllm.benchmark.variants import expand, resolve
-from recbole_mllm.cli.arguments import (
-    Options,
-    check_config,
-    check_given,
-    check_model,
-    config_files,
-    config_of,
-    dataset_of,
-    no_dataset,
-    read_overrides,
-)
+from recbole_mllm.api import DEMO_NOTE, run_benchmark
+from recbole_mllm.arguments import Options, config_of, dataset_folder, dataset_of, named_folder, read_overrides
 from recbole_mllm.common import distributed
 from recbole_mllm.common.config import benchmark_defaults, check_training, file_keys
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.files import (
     BENCHMARK,
-    CONVERTED,
     EXPORT,
     check_file,
     check_folder,
     check_place,
-    recover,
     set_folder_aside,
     write_text,
 )
@@ -45,15 +33,9 @@ from recbole_mllm.common.hub import check_can_push, push
 from recbole_mllm.common.resources import MLLM
 from recbole_mllm.common.settings import Count, checked
 from recbole_mllm.data.schema import store_file
-from recbole_mllm.demo.builtin import DEMO_SEED, ensure_builtin, preset_of
+from recbole_mllm.demo.builtin import DEMO_SEED
 
 DEMO_MODELS = "quick"
-DEMO_NOTE = (
-    "This world is made so that the images carry the taste and some items are new: it shows that the machine works, "
-    "not that MLLMs beat SASRec."
-)
-DEFAULT_SEED = 2024
-
 
 # One run, one dataset
 
@@ -118,7 +100,11 @@ def summarize(args: Namespace, options: Options) -> int:
     from recbole_mllm.quick_start import write_summaries
 
     config = config_of(MLLM, dataset_of(args), options, recommends=False)
-    lines = (dry_run if args.dry_run else write_summaries)(config, args.stage, since=args.since)
+    if args.dry_run:
+        lines = dry_run(config, args.stage, since=args.since)
+    else:
+        written = write_summaries(config, args.stage, since=args.since)
+        lines = [*map(str, written.files), *written.left]
     if distributed.is_main():
         print("".join(f"{line}\n" for line in lines), end="")
     return 0
@@ -176,21 +162,7 @@ def _inspected(given: str, overrides: Mapping[str, Any], command: str) -> Path:
         own = ("output", "config_files") if command == "inspect" else ()
         takes = ", ".join(f"--{name}" for name in (*own, "data_path", *LAYOUT_KEYS))
         raise UserError(f"{command} takes no --{min(unknown)}; it takes {takes}")
-    home = Path(str(overrides.get("data_path") or "dataset"))
-    if not Path(given).is_dir() and Path(given).name == given:
-        ensure_builtin(home / given)
-    folder = _folder(given, home)
-    with suppress(OSError):  # a folder that is only read
-        recover(folder, CONVERTED)
-    return folder
-
-
-def _folder(given: str, home: Path = Path("dataset")) -> Path:
-    """Return the dataset's folder that `given` is, or names under `home`."""
-    for folder in (Path(given), home / given):
-        if folder.is_dir():
-            return folder
-    raise no_dataset(given, home)
+    return dataset_folder(given, Path(str(overrides.get("data_path") or "dataset")))
 
 
 def export(args: Namespace, options: Options) -> int:
@@ -308,49 +280,17 @@ def benchmark(args: Namespace, options: Options) -> int:
             raise UserError(f"--seeds {args.seeds!r} must be whole numbers separated by commas") from None
     more = {name: getattr(args, name) for name in ("jobs", "force", "tune", "quick")}
     more["embed_images"] = args.embed_images == "on"
-    return run_benchmark(dataset, args.models, folder, options, seeds, **more)
+    return _benchmark(dataset, args.models, folder, options, seeds=seeds, **more)
 
 
-def run_benchmark(
-    dataset: str, models: str, folder: Path, options: Options, seeds: tuple[int, ...] | None = None, **more: Any
-) -> int:
-    """Run `models`, as ``--models`` names them, into `folder`; `more` are fields of a `jobs.BenchmarkPlan`.
-
-    What could not run is refused, with the settings that each run will have, before hours are spent on the rest.
-    """
-    from recbole_mllm.benchmark.jobs import BenchmarkPlan
-    from recbole_mllm.benchmark.records import RECORDS, latest, read_records
-    from recbole_mllm.benchmark.report import format_leaderboard
-    from recbole_mllm.benchmark.runner import benchmark, follow
-    from recbole_mllm.benchmark.worker import digests_of
-    from recbole_mllm.evaluation.protocol import check_one_target
-
-    def check(config: Any) -> None:
-        check_config(config)
-        check_training(config)
-        check_one_target(config)
-
-    note = DEMO_NOTE if preset_of(dataset) == "demo" else ""
-    keys = dict(options.overrides)
-    plan = BenchmarkPlan(
-        dataset=dataset,
-        labels=expand(models),
-        seeds=seeds or (DEFAULT_SEED if options.seed is None else options.seed,),
-        output_dir=folder,
-        config_files=tuple(config_files(dataset, options)),
-        limit_users=keys.pop("limit_users", None),
-        note=str(keys.pop("note", note)),
-        overrides=keys,
-        **more,
+def _benchmark(dataset: str, models: str, folder: Path, options: Options, **more: Any) -> int:
+    done = run_benchmark(
+        dataset, models, config_file_list=options.config_files, config_dict=options.keys(), output_dir=folder, **more
     )
-    check_given(dataset, options)
-    for label in plan.labels:
-        check_model(resolve(label).model)
     if not distributed.is_main():
-        return follow()
-    html = benchmark(plan, digests=partial(digests_of, check=check))
-    print(format_leaderboard(folder), f"report: {html}", sep="\n")
-    return 0 if any(record.ok for record in latest(read_records(folder / RECORDS)).values()) else 1
+        return 0
+    print(done, f"report: {done.path}", sep="\n")
+    return 0 if done.ok else 1
 
 
 def demo(options: Options) -> int:
@@ -368,7 +308,7 @@ def demo(options: Options) -> int:
         if others:
             print(f"the results of {', '.join(sorted(others))} are now in {set_folder_aside(folder)}")
         print(f"dataset {world}: {DEMO_NOTE}")
-    return run_benchmark(world, DEMO_MODELS, folder, options)
+    return _benchmark(world, DEMO_MODELS, folder, options)
 
 
 def report(args: Namespace, options: Options) -> int:
@@ -439,7 +379,7 @@ def store_stats(args: Namespace, options: Options) -> int:
     """Print answers, tokens and seconds by model, kind of prompt and origin."""
     from recbole_mllm.summaries.store_tools import groups, size
 
-    folder = _folder(args.where).resolve()
+    folder = named_folder(args.where).resolve()
     with _store(folder) as store:
         found, megabytes = groups(store), size(store) / 1e6
     print(f"{store_file(folder)}: {sum(g.answers for g in found)} answers, {megabytes:.1f} MB")
@@ -458,7 +398,7 @@ def store_prune(args: Namespace, options: Options) -> int:
     """Delete the answers of a model, or those of long ago."""
     from recbole_mllm.summaries.store_tools import prune
 
-    with _store(_folder(args.where).resolve()) as store:
+    with _store(named_folder(args.where).resolve()) as store:
         done = prune(store, args.model, args.older_than, dry_run=args.dry_run)
     for name, answers in done.gone.items():
         print(f"{name}: {answers} answers {'would be deleted' if args.dry_run else 'deleted'}")
@@ -473,7 +413,7 @@ def store_export(args: Namespace, options: Options) -> int:
 
     if args.push_to_hub:
         check_can_push(args.push_to_hub)
-    folder = _folder(args.where).resolve()
+    folder = named_folder(args.where).resolve()
     out = check_file(Path(args.out), "--out", is_export, "a file that `store export` wrote")
     with _store(folder) as store:
         answers = export(store, folder.name, out, args.model)
@@ -496,13 +436,13 @@ def store_import(args: Namespace, options: Options) -> int:
         what = "is no file" if os.path.lexists(path) else "does not exist"
         raise UserError(f"{path} {what}; give a file that `store export` wrote, or an edited .isum or .usum")
     if is_summary_file(path):
-        folder = (_folder(args.where) if args.where else path.parent).resolve()
+        folder = (named_folder(args.where) if args.where else path.parent).resolve()
         with _store(folder) as store:
             print(import_file(store, folder, path, args.origin))
         return 0
     if not args.where:
         raise UserError(f"store import {path}: say into which dataset: `store import DATASET {path}`")
-    folder = _folder(args.where).resolve()
+    folder = named_folder(args.where).resolve()
     with _store(folder, new=True) as store:
         done = import_answers(store, path, args.origin, replace=args.replace)
     kept = (
@@ -517,7 +457,7 @@ def store_show(args: Namespace, options: Options) -> int:
     from recbole_mllm.data.item_table import read_titles
     from recbole_mllm.summaries.summary_files import current, find
 
-    folder, (kind, owner) = _folder(args.where).resolve(), _whose(args)
+    folder, (kind, owner) = named_folder(args.where).resolve(), _whose(args)
     with _store(folder) as store:
         for tag, summaries in find(store, kind, owner, args.tag).items():
             print(f"tag {tag.name}")
@@ -543,7 +483,7 @@ def store_set(args: Namespace, options: Options) -> int:
     """Put a text in the place of an item's summary, or of one state of a user's."""
     from recbole_mllm.summaries.summary_files import set_text
 
-    folder, (kind, owner) = _folder(args.where).resolve(), _whose(args)
+    folder, (kind, owner) = named_folder(args.where).resolve(), _whose(args)
     if args.position is not None and kind == "item":
         raise UserError("--position is a place in a user's history; an item has one summary")
     with _store(folder) as store:

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from recbole_mllm import __version__
+from recbole_mllm.arguments import Options, read_overrides
 from recbole_mllm.benchmark.variants import SETS, known_variants
 from recbole_mllm.cli import commands
-from recbole_mllm.cli.arguments import Options, read_overrides
 from recbole_mllm.common import distributed
 from recbole_mllm.common.console import Parser, exit_code
 from recbole_mllm.common.errors import UserError

@@ -1,4 +1,4 @@
-"""How far long work is: a bar with rate and time left on a terminal, a plain log line every half minute elsewhere."""
+"""How far long work is: a bar with rate and time left on a terminal or in a notebook, elsewhere plain log lines."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from functools import lru_cache
 from typing import Self
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from recbole_mllm.common import distributed
 
@@ -22,8 +22,9 @@ class Progress:
         self.total, self.what, self.unit = total, what, unit
         self.done: float = 0
         self._started = self._told = time.monotonic()
-        live = sys.stderr.isatty() and distributed.is_main()
-        self._bar: tqdm[None] | None = tqdm(total=total, desc=what, unit=unit, ncols=100) if live and total else None
+        live = (sys.stderr.isatty() or _in_notebook()) and distributed.is_main()
+        width = None if _in_notebook() else 100
+        self._bar: tqdm[None] | None = tqdm(total=total, desc=what, unit=unit, ncols=width) if live and total else None
 
     def __enter__(self) -> Self:
         return self
@@ -53,6 +54,12 @@ class Progress:
                 + f", {note}" * bool(note)
             )
             logging.getLogger().info(text)
+
+
+def _in_notebook() -> bool:
+    """Return whether a notebook shows what is printed: its standard error is no terminal, and can show a bar."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return shell is not None and "IPKernelApp" in shell.config
 
 
 def log_to_terminal() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 LABEL_GAP = 14
+_ESCAPED = ("html", "css", "js", "svg")
 CHARACTER = 6.6  # width of a label's character at the size the pages draw it
 
 
@@ -23,7 +24,7 @@ def environment(templates: Path) -> Environment:
     """Return the environment of the templates in `templates`, with the shared ones beside; HTML escapes every text."""
     loader = FileSystemLoader([templates, Path(__file__).parent / "templates"])
     return Environment(
-        loader=loader, autoescape=lambda name: str(name).endswith(("html", "css", "js")), undefined=StrictUndefined,
+        loader=loader, autoescape=lambda name: str(name).endswith(_ESCAPED), undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
 

@@ -21,6 +21,10 @@ mixture is ahead of the better one of the two models by more than two standard e
 better model is taken alone: alpha is 1, and the ranking the MLLM's own, or 0. Then it is the other model's own too,
 unless the MLLM puts known targets of validation above the mean of their row by more than two standard errors: if so, it
 places the items that the other model cannot know, by the formula.
+
+A temporal split does have new targets in validation. From ten of them on they decide how far unknown items are lifted,
+as every lift is paid by known targets: the least of no formula at all, 0, 1/4, 1/2, 3/4 of the offset with which new
+targets are, in mean NDCG@10, not below where the MLLM alone has them; the whole offset if there is none.
 """
 
 from __future__ import annotations
@@ -37,6 +41,10 @@ from recbole_mllm.common.errors import UserError
 SHARES = tuple(n / 10 for n in range(1, 10))
 GUARD = 2.0
 """How many standard errors a mixture must be ahead, and an MLLM above chance."""
+
+LIFTS = (0.0, 0.25, 0.5, 0.75)
+LEAST_NEW = 10
+"""How many new targets validation must have to decide how far unknown items are lifted."""
 
 DEPTH = 10
 
@@ -131,13 +139,29 @@ def choose_fusion(valid: ScoredPairs) -> Fusion:
     is_first = bool(alone[0].mean() >= alone[1].mean())
     gain, error = _mean_and_error(means[best] - (alone[0] if is_first else alone[1]))
     found = replace(mixtures[best], gain=gain, error=error)
+    new = np.unique(valid.row[target & ~valid.known])
     if gain > GUARD * error:
-        return found
+        return _lifted(found, valid, new)
     if is_first:
         return replace(found, alpha=1.0, chosen="first")
+    alone_too = replace(found, alpha=0.0, chosen="second")
+    placed = replace(alone_too, chosen="second, unknown items by the first")
+    if len(new) >= LEAST_NEW:
+        needs_none = (ndcg(valid, valid.second_place) - ndcg(valid, valid.place))[new].mean() >= 0
+        return alone_too if needs_none else _lifted(placed, valid, new)
     above, its_error = _mean_and_error(first[hits]) if hits.sum() > 1 else (0.0, 0.0)
-    sees = above > GUARD * its_error
-    return replace(found, alpha=0.0, chosen="second, unknown items by the first" if sees else "second")
+    return placed if above > GUARD * its_error else alone_too
+
+
+def _lifted(found: Fusion, valid: ScoredPairs, new: Any) -> Fusion:
+    """Return `found` with the least offset under which the rows `new` are not below where the MLLM has them."""
+    if len(new) >= LEAST_NEW:
+        mine = ndcg(valid, valid.place)[new].mean()
+        for lift in LIFTS:
+            less = replace(found, offset=lift * found.offset)
+            if ndcg(valid, less.places(valid))[new].mean() >= mine:
+                return less
+    return found
 
 
 def _among_known(of: ScoredPairs, place: Any, rows: Any) -> Any:

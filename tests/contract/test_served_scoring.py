@@ -1,6 +1,7 @@
 """A fine-tuned model, exported and served by a real `transformers serve`: its scores and texts are this process's."""
 
 import json
+import logging
 import os
 import shutil
 import sys
@@ -174,6 +175,7 @@ def test_summaries_made_through_a_server_need_no_server_once_imported(served, tm
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["recbole-mllm"])
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # pytest's own would stand in the way of a run's log file
     for name in "ab":
         small_world.write(tmp_path / "dataset" / name)
         shutil.move(tmp_path / "dataset" / name / "steps", tmp_path / "dataset" / "steps")
@@ -236,6 +238,7 @@ def test_an_export_replaces_an_export_and_nothing_else(merged, trained, tmp_path
     assert (copy / "README.md").read_text() == "served on host 7" and (copy / "notes.txt").is_file()
 
 
+@pytest.mark.slow
 def test_a_fully_tuned_run_exports_the_whole_model(trained, tmp_path, monkeypatch):
     place = trained.parent.parent
     monkeypatch.setattr(sys, "argv", ["pytest"])

@@ -1,5 +1,6 @@
 """One tiny model of each family, prompts for it, and what transformers itself makes of them."""
 
+from functools import cache
 from itertools import product
 
 import pytest
@@ -36,15 +37,31 @@ def images(tmp_path_factory):
     return {colour: place / f"{colour}.png" for colour in (*IMAGES, "black")}
 
 
+# a file's tests run family by family, and the next file begins with the first one again: each is made once a process
+_FOLDERS = {}
+
+
+@cache
+def _mllm(folder):
+    return HFModel(str(folder), SETTINGS.mllm, CPU)
+
+
+@cache
+def _stock(folder, kind):
+    return kind.from_pretrained(folder).eval()
+
+
 @pytest.fixture(scope="session", params=tiny_models.FAMILIES, ids=lambda build: build.__name__)
 def folder(request, tmp_path_factory):
-    return request.param(tmp_path_factory.mktemp(request.param.__name__))
+    if request.param not in _FOLDERS:
+        _FOLDERS[request.param] = request.param(tmp_path_factory.mktemp(request.param.__name__))
+    return _FOLDERS[request.param]
 
 
 @pytest.fixture(scope="session")
 def mllm(folder):
     """Shared by all tests of a family: whoever changes it changes it back."""
-    return HFModel(str(folder), SETTINGS.mllm, CPU)
+    return _mllm(folder)
 
 
 @pytest.fixture(scope="session")
@@ -55,7 +72,7 @@ def sees(mllm):
 @pytest.fixture(scope="session")
 def stock(folder, sees):
     """The model as transformers loads it; nothing of ours touches it."""
-    return (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_pretrained(folder).eval()
+    return _stock(folder, AutoModelForImageTextToText if sees else AutoModelForCausalLM)
 
 
 @pytest.fixture(scope="session")

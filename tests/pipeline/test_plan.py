@@ -9,8 +9,8 @@ import pytest
 import small_world
 import tiny_models
 
+from recbole_mllm.arguments import Options, config_of
 from recbole_mllm.cli import main
-from recbole_mllm.cli.arguments import Options, config_of
 from recbole_mllm.quick_start import run
 
 PROTOCOL = {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user"}

@@ -105,6 +105,17 @@ def test_data_written_after_a_baselines_checkpoint_is_named(outcomes, tmp_path, 
     assert "steps.inter was written after" in caplog.text
 
 
+def test_several_users_come_in_one_frame(outcomes):
+    found = Recommender(outcomes["GRU4Rec"].checkpoint)
+    frame = found.recommend(["u07", "u03"], top=4)
+    assert list(frame["user_id"]) == ["u07"] * 4 + ["u03"] * 4 and list(frame["rank"]) == [1, 2, 3, 4] * 2
+    for user, part in frame.groupby("user_id"):
+        assert part.drop(columns="user_id").reset_index(drop=True).equals(found.recommend(user, top=4))
+    for users, said in ((["u07", "nobody"], "no user 'nobody'"), ([], "list of users is empty")):
+        with pytest.raises(UserError, match=said):
+            found.recommend(users)
+
+
 def test_a_retriever_chooses_whom_the_mllm_ranks(outcomes):
     retriever = outcomes["GRU4Rec"].checkpoint
     found = Recommender(outcomes["MLLMMSR"].checkpoint, retriever_checkpoint=retriever, top_k=5)

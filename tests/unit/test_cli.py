@@ -16,11 +16,11 @@ import torch
 from planted_runs import plant_run
 from safetensors import SafetensorError
 
+from recbole_mllm.arguments import Options, config_of, read_overrides
 from recbole_mllm.benchmark import runner
 from recbole_mllm.benchmark.records import RECORDS, append
 from recbole_mllm.benchmark.report import render
 from recbole_mllm.cli import commands, doctor, main
-from recbole_mllm.cli.arguments import Options, config_of, read_overrides
 
 command_line = sys.modules["recbole_mllm.cli.main"]
 ROOT = Path(__file__).resolve().parents[2]
@@ -200,31 +200,31 @@ def test_a_gpu_that_is_not_there_is_a_line_in_the_log(caplog):
 
 def test_options_may_stand_before_or_behind_the_command(monkeypatch):
     calls = []
-    monkeypatch.setattr(commands, "run_benchmark", lambda *given, **more: calls.append((given, more)) or 0)
+    monkeypatch.setattr(commands, "_benchmark", lambda *given, **more: calls.append((given, more)) or 0)
     for words in (
         "--seed 3 --limit_users 5 --config_files 'a demo' benchmark --dataset d --models A,B '--mllm=a b' --topk=[1,5]",
         "benchmark --dataset=d --models A,B '--mllm=a b' --seed=3 --topk=[1,5] --limit_users=5 '--config_files=a demo'",
     ):
         assert main(shlex.split(words)) == 0
     options = Options({"mllm": "a b", "topk": [1, 5], "limit_users": 5}, ("a", "demo"), 3)
-    more = {"jobs": 1, "force": False, "tune": 0, "quick": False, "embed_images": True}
-    assert calls == [(("d", "A,B", Path("results/d"), options, None), more)] * 2
+    more = {"seeds": None, "jobs": 1, "force": False, "tune": 0, "quick": False, "embed_images": True}
+    assert calls == [(("d", "A,B", Path("results/d"), options), more)] * 2
     words = "benchmark --dataset d --models A --quick --embed_images off --seeds 1,2 --force"
     assert main(words.split()) == 0
-    (*_, seeds), more = calls[-1]
-    assert seeds == (1, 2) and more["quick"] and more["force"] and not more["embed_images"]
+    more = calls[-1][1]
+    assert more["seeds"] == (1, 2) and more["quick"] and more["force"] and not more["embed_images"]
     assert main(["benchmark", "--dataset", "d", "--models", "A", "--embed_images", "maybe"]) == 2
 
 
 def test_no_argument_is_the_demo_and_a_seed_is_another_world(monkeypatch):
     worlds = []
-    monkeypatch.setattr(commands, "run_benchmark", lambda *given, **more: worlds.append(given[:3]) or 0)
+    monkeypatch.setattr(commands, "_benchmark", lambda *given, **more: worlds.append(given[:3]) or 0)
     assert main([]) == main(["--seed", "7"]) == 0
     assert worlds == [("demo", "quick", Path("results/demo")), ("demo-7", "quick", Path("results/demo"))]
 
 
 def test_results_of_another_world_are_set_aside_not_lost(tmp_path, monkeypatch):
-    monkeypatch.setattr(commands, "run_benchmark", lambda *given, **more: 0)
+    monkeypatch.setattr(commands, "_benchmark", lambda *given, **more: 0)
     results = tmp_path / "results" / "demo"
     append(results / RECORDS, plant_run(results, "Pop", 0.0))
     main(["--seed", "7"])

@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 import recbole_mllm
+from recbole_mllm.arguments import check_model, read_overrides
 from recbole_mllm.benchmark.variants import expand, resolve
-from recbole_mllm.cli.arguments import check_model, read_overrides
 from recbole_mllm.cli.main import COMMANDS, _read
 from recbole_mllm.common.config import check_keys, check_values, config_paths, every_key
 from recbole_mllm.common.errors import UserError

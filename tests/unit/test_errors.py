@@ -9,7 +9,7 @@ import torch
 from full_disk import files_up_to
 from recbole.utils import early_stopping, ensure_dir
 
-from recbole_mllm.cli.arguments import Options, config_of
+from recbole_mllm.arguments import Options, config_of
 from recbole_mllm.common.errors import UserError, as_user_error
 from recbole_mllm.quick_start import run
 

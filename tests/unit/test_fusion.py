@@ -136,6 +136,41 @@ def test_new_items_are_not_pushed_down_by_who_cannot_know_them():
     assert test.second_place[new].mean() < 3
 
 
+@pytest.mark.parametrize(("first", "second"), [(0.3, 2.5), (1.0, 2.0), (1.5, 1.5)])
+def test_new_targets_of_validation_say_how_far_unknown_items_are_lifted(first, second):
+    gains = []
+    for seed in range(6):
+        valid, test = world(10 + seed, first, second, cold_targets=0.15), world(20 + seed, first, second, 0.15)
+        found, target = choose_fusion(valid), valid.label > 0
+        new = ~valid.known[target]
+        mllm = ndcg(valid, valid.place)[new].mean()
+        values = {}
+        silent = replace(valid, label=np.where(valid.known, valid.label, 0))
+        whole = choose_fusion(silent)
+        whole = replace(whole, chosen=found.chosen, alpha=found.alpha)
+        for lift in (0.0, 0.25, 0.5, 0.75, 1.0):
+            less = replace(whole, offset=lift * whole.offset)
+            values[less.offset] = ndcg(valid, less.places(valid))[new].mean()
+        enough = [offset for offset, value in values.items() if value >= mllm]
+        assert found.offset == pytest.approx(enough[0] if enough else whole.offset)
+        new = ~test.known[test.label > 0]
+        own, theirs = (ndcg(test, one.places(test)) for one in (found, whole))
+        above = (own - ndcg(test, test.place))[new]
+        assert above.mean() > -2.5 * above.std() / math.sqrt(len(above))
+        gains.append((own - theirs)[~new].mean())
+    assert min(gains) >= 0 and max(gains) > 0  # known targets pay less
+
+
+def test_new_items_are_placed_by_chance_rather_than_last_where_validation_has_new_targets():
+    for seed in range(3):
+        valid, test = world(30 + seed, 0.0, 3.0, cold_targets=0.15), world(40 + seed, 0.0, 3.0, cold_targets=0.15)
+        found = choose_fusion(valid)
+        assert (found.alpha, found.chosen) == (0.0, "second, unknown items by the first")
+        new = ~test.known[test.label > 0]
+        fused, alone = ndcg(test, found.places(test)), ndcg(test, test.second_place)
+        assert (fused - alone)[new].mean() > 0.1 > 0.01 > (alone - fused)[~new].mean()
+
+
 def test_ndcg_of_several_targets():
     rng = np.random.default_rng(8)
     label = rng.random((50, 30)) < 0.4

@@ -160,7 +160,7 @@ def test_an_interruption_ends_the_child_keeps_what_is_finished_and_is_resumed(tm
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=30)
     stat = Path(f"/proc/{child}/stat")
-    assert process.returncode == 1 and (not stat.exists() or stat.read_text().split()[2] == "Z")
+    assert process.returncode == -signal.SIGINT and (not stat.exists() or stat.read_text().split()[2] == "Z")
     assert "stopped; 1 of 3 runs are finished; the same command resumes" in output
     assert [record.label for record in read_records(tmp_path / "results" / "runs.jsonl")] == ["Pop"]
     assert [row["model"] for row in board(tmp_path)["rows"]] == ["Pop"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -14,11 +15,12 @@ import yaml
 from recbole_mllm.benchmark.variants import ALONE, SETS
 from recbole_mllm.common.config import check_keys, check_values, config_paths, is_model, nearest_model, recbole_home
 from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.files import CONVERTED, recover
 from recbole_mllm.common.prompts import read_style
 from recbole_mllm.common.resources import MLLM
 from recbole_mllm.common.settings import EvaluationSettings, FeatureSettings, Settings, check_models
 from recbole_mllm.common.yaml_files import read_mapping
-from recbole_mllm.demo.builtin import preset_of
+from recbole_mllm.demo.builtin import ensure_builtin, preset_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +141,28 @@ def check_config(config: Any, *, recommends: bool = True) -> None:
     if folder.exists():
         raise UserError(f"{folder} is a file; a dataset is a folder that holds {folder.name}.inter")
     raise no_dataset(folder.name, folder.parent)
+
+
+def dataset_folder(given: str, home: Path) -> Path:
+    """Return the folder that `given` is, or names under `home`; a built-in dataset is built there.
+
+    Raises:
+        UserError: There is none.
+    """
+    if not Path(given).is_dir() and Path(given).name == given:
+        ensure_builtin(home / given)
+    folder = named_folder(given, home)
+    with suppress(OSError):  # a folder that is only read
+        recover(folder, CONVERTED)
+    return folder
+
+
+def named_folder(given: str, home: Path = Path("dataset")) -> Path:
+    """Return the dataset's folder that `given` is, or names under `home`."""
+    for folder in (Path(given), home / given):
+        if folder.is_dir():
+            return folder
+    raise no_dataset(given, home)
 
 
 def no_dataset(name: str, home: Path) -> UserError:
