@@ -238,6 +238,7 @@ def test_an_export_replaces_an_export_and_nothing_else(merged, trained, tmp_path
     assert (copy / "README.md").read_text() == "served on host 7" and (copy / "notes.txt").is_file()
 
 
+@pytest.mark.slow
 def test_a_fully_tuned_run_exports_the_whole_model(trained, tmp_path, monkeypatch):
     place = trained.parent.parent
     monkeypatch.setattr(sys, "argv", ["pytest"])

@@ -12,7 +12,7 @@ import pytest
 import small_world
 import tiny_models
 
-from recbole_mllm.benchmark.beyond import BEYOND
+from recbole_mllm.benchmark.evidence import BEYOND
 from recbole_mllm.benchmark.jobs import BenchmarkPlan, jobs_of
 from recbole_mllm.benchmark.records import RECORDS, RunRecord, read_arrays, read_records
 from recbole_mllm.benchmark.report import render
@@ -70,6 +70,7 @@ def test_of_many_users_a_sample_is_ranked_and_mllmmsr_without_a_retriever_ranks_
     assert found["Pop"].n_users == small_world.USERS and found["MLLMMSR"].full_ranking is None
 
 
+@pytest.mark.slow
 def test_controls_run_on_texts_of_their_own_where_texts_change_and_the_leaderboard_tests_them(place: Path) -> None:
     names = ("shuffled-history", "wrong-image", "wrong-summary", "no-history")
     found = runs(place, "uni20", "MLLMMSR", *(f"MLLMMSR:{name}" for name in names), retriever=None, limit_users=8)

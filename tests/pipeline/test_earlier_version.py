@@ -99,6 +99,7 @@ def test_the_checkpoint_scores_as_it_did(home):
     }
 
 
+@pytest.mark.slow
 def test_a_record_is_rerun_and_agrees(home, capsys):
     before = np.load(home / "results" / "runs" / RUN / "scores.npz")
     assert main(["rerun", RUN, "--output_dir", "results"]) == 0

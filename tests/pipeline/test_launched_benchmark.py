@@ -60,6 +60,7 @@ sys.exit(exit_code(run, []))
 """
 
 
+@pytest.mark.slow
 def test_a_crash_in_any_process_costs_one_row(tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
     (tmp_path / "bench.py").write_text(BENCH)
