@@ -1,13 +1,16 @@
-"""The notebook of examples/: what it calls is there, its outputs are stored, and it runs in a slow test."""
+"""The notebook of examples/: what it calls is there, its outputs are stored, and it runs; a script needs no guard."""
 
 import ast
 import importlib
 import inspect
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import small_world
 
 from recbole_mllm.benchmark.records import RECORDS, read_records
 
@@ -38,6 +41,30 @@ def test_the_notebook_is_stored_with_its_outputs_and_small():
     assert not any(output["output_type"] == "error" for outputs in shown for output in outputs)
     text = NOTEBOOK.read_text(encoding="utf-8")
     assert len(text) < 400_000 and "NDCG@10" in text and str(Path.home()) not in text
+
+
+def started(words, folder, **more):
+    """Run a process that finds the package from anywhere, in a folder of its own."""
+    own = {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    return subprocess.run(
+        words, cwd=folder, env={**os.environ, **own}, capture_output=True, text=True, timeout=900, check=False, **more
+    )
+
+
+@pytest.mark.slow
+def test_a_script_without_a_guard_runs_a_benchmark_whatever_its_arguments(tmp_path):
+    small_world.write(tmp_path / "dataset", images=False)
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from recbole_mllm import run_benchmark\n"
+        'done = run_benchmark("steps", ["Pop"], jobs=1, output_dir="out")\n'
+        'print("NDCG@10 is", done.frame.loc["Pop", "NDCG@10"], done.path)\n'
+    )
+    found = started([sys.executable, str(script), "-f", "kernel.json", "--epochs=x", "--model=BPR"], tmp_path)
+    assert found.returncode == 0, found.stderr
+    (record,) = read_records(tmp_path / "out" / RECORDS)
+    assert record.model == "Pop" and record.ok
+    assert f"NDCG@10 is {record.metrics['NDCG@10']:.5f}"[:-1] in found.stdout and "out/leaderboard.html" in found.stdout
 
 
 @pytest.mark.slow
