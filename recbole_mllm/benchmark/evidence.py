@@ -1,14 +1,15 @@
 """What a run has shown, user by user: its arrays, checked, aligned by raw user id and averaged over seeds.
 
-From them come the metrics at every cut-off, and the ranking metric by groups of users: new and known targets,
-popularity, length of history, image or none. Groups are cut once for the whole table, so that all rows show the same
-users side by side.
+From them come the metrics at every cut-off, the ranking metric by groups of users (new and known targets, popularity,
+length of history, image or none), and what a model recommends beyond accuracy: how many of the items, how unevenly, how
+popular ones. Groups are cut once for the whole table, so that all rows show the same users side by side.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recbole_mllm.benchmark import significance as sig
-from recbole_mllm.benchmark.beyond import Recommended
 from recbole_mllm.benchmark.leaderboard import Dimension
 from recbole_mllm.benchmark.records import PAIR_COLUMNS, USER_COLUMNS, Arrays, RunRecord, read_arrays
 from recbole_mllm.benchmark.significance import Estimate, Floats, SortedPairs
 from recbole_mllm.common.errors import UserError
-from recbole_mllm.evaluation.metrics import METRICS
+from recbole_mllm.evaluation.metrics import METRICS, popular_head
 
 POOLED = "AUC"
 CURVES = {metric.name: metric.gain for metric in METRICS if metric.gain is not None}
@@ -33,6 +33,15 @@ BUDGET = 4e6  # drawn values a group: from 2000 users on, the normal interval do
 
 Mask = NDArray[np.bool_]
 
+DEPTH = 10
+BEYOND = {
+    f"Coverage@{DEPTH}": "share of the items that somebody is recommended",
+    f"Gini@{DEPTH}": "how unevenly recommendations fall on the items: 0 = all alike, 1 = one item has them all",
+    f"Popularity@{DEPTH}": "mean number of training interactions of what is recommended",
+    f"Tail@{DEPTH}": "share of what is recommended that is in the long tail",
+}
+"""The measures and what they mean."""
+
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
@@ -40,6 +49,51 @@ class Ranks:
 
     rank: NDArray[np.int64]
     candidates: int
+
+
+@dataclass(frozen=True, slots=True)
+class Recommended:
+    """What one run recommends.
+
+    Args:
+        items: ``[users, DEPTH]`` places of the items in `counts`, best first; -1 where fewer were ranked.
+        counts: ``[items]`` training interactions of every item of the dataset.
+    """
+
+    items: NDArray[np.int64]
+    counts: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, user: Any, item: Any, order: Any, n_users: int, names: Any, counts: Any) -> Recommended:
+        """Take the best items of each user.
+
+        Args:
+            user: ``[pairs]`` number of the user.
+            item: ``[pairs]`` raw id.
+            order: ``[pairs]`` place or score, higher is better.
+            n_users: How many users there are.
+            names: ``[items]`` raw id of every item of the dataset.
+            counts: ``[items]`` training interactions.
+        """
+        best_first = np.lexsort((-order, user))
+        owner = user[best_first]
+        rank = np.arange(len(owner)) - np.searchsorted(owner, owner)
+        kept = rank < DEPTH
+        sorter = np.argsort(names)
+        items = np.full((n_users, DEPTH), -1)
+        items[owner[kept], rank[kept]] = sorter[np.searchsorted(names, item[best_first][kept], sorter=sorter)]
+        return cls(items, counts)
+
+    def times(self, users: Mask) -> NDArray[np.int64]:
+        """Return ``[items]`` how often each item is recommended to `users` ``[users]``."""
+        items = self.items[users].ravel()
+        return np.bincount(items[items >= 0], minlength=len(self.counts))
+
+    def means(self, values: NDArray[Any]) -> Floats:
+        """Return ``[users]`` the mean of ``[items]`` `values` over what each user is recommended."""
+        there = self.items >= 0
+        means: Floats = np.where(there, values[self.items], 0).sum(1) / np.maximum(1, there.sum(1))
+        return means
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,3 +264,40 @@ def bands(values: NDArray[Any], parts: int) -> dict[str, Mask]:
 def measure(values: Floats, partition: Partition) -> tuple[Estimate, ...]:
     """Return mean and 95 % interval of ``[users]`` `values` in each group."""
     return tuple(sig.estimate_means(values[mask][None], sig.DRAW_SEED, BUDGET)[0] for mask in partition.masks)
+
+
+# ---- beyond accuracy: the ten best of what was ranked for a user, drawn candidates or all items
+
+
+def beyond_accuracy(runs: Sequence[Recommended], pool: Mask) -> dict[str, Estimate]:
+    """Return the measures `BEYOND` of a row, averaged over its `runs` (seeds), with 95 % intervals over users.
+
+    Coverage and Gini's index are of all users together and have no value of a single one's: their intervals come from
+    leaving out groups of users (jackknife). The bootstrap would draw users twice, who recommend nothing new twice.
+
+    Args:
+        runs: Of the same users, in the same order.
+        pool: ``[items]`` what could be recommended: items trained on, or recommended by any row of the table.
+    """
+    found: list[Estimate] = []
+
+    def over(measured: Callable[[NDArray[np.int64]], float], kept: Mask) -> float:
+        return float(np.mean([measured(run.times(kept)[pool]) for run in runs]))
+
+    for measured in (coverage, gini_index):
+        share = sig.jackknife(partial(over, measured), len(runs[0].items), sig.DRAW_SEED)
+        found.append(replace(share, low=max(0.0, share.low), high=min(1.0, share.high)))  # Student's knows no bounds
+    per_user = [[run.means(run.counts) for run in runs], [run.means(~popular_head(run.counts)) for run in runs]]
+    found += sig.estimate_means(np.mean(per_user, axis=1), sig.DRAW_SEED)
+    return dict(zip(BEYOND, found, strict=True))
+
+
+def coverage(times: NDArray[np.int64]) -> float:
+    """Return the share of the items that is recommended at all."""
+    return float((times > 0).mean())
+
+
+def gini_index(times: NDArray[np.int64]) -> float:
+    """Return Gini's index of how often each item is recommended (RecBole's GiniIndex, metrics.py:633)."""
+    n, ordered = len(times), np.sort(times)
+    return float(((2 * np.arange(1, n + 1) - n - 1) * ordered).sum() / (n * max(1, ordered.sum())))

@@ -20,12 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recbole_mllm.benchmark import significance as sig
-from recbole_mllm.benchmark.beyond import measured
 from recbole_mllm.benchmark.evidence import (
     POOLED,
     Evidence,
     Partition,
     average,
+    beyond_accuracy,
     load_evidence,
     measure,
     metric_curves,
@@ -45,6 +45,7 @@ from recbole_mllm.benchmark.setups import ModelSetup, setup_of
 from recbole_mllm.benchmark.significance import DRAW_SEED
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.resources import MLLM
+from recbole_mllm.data.splits import moment_text
 from recbole_mllm.demo.builtin import is_demo_world
 
 NO_POOLED = (
@@ -77,7 +78,7 @@ def build(records: Iterable[RunRecord], results: Path, note: str = "") -> Leader
     metrics = ordered_metrics(known | set(absent))
     told = loaded[0][0] if loaded else runs[0]
     board = Leaderboard(
-        told.dataset, told.protocol, told.candidates, told.n_users, metrics, (), None, note, absent=absent,
+        told.dataset, _dated(told.protocol), told.candidates, told.n_users, metrics, (), None, note, absent=absent,
         future_share=next((run.future_share for run, _ in loaded if run.future_share is not None), None),
         is_demo=is_demo_world(Path(str(told.config.get("data_path", told.dataset)))),
     )  # fmt: skip
@@ -86,7 +87,7 @@ def build(records: Iterable[RunRecord], results: Path, note: str = "") -> Leader
     rows = [
         replace(
             _row(contender, metrics, parted, board.valid_metric),
-            beyond=measured(contender.evidence.recommended, pool) if contender.evidence.recommended else {},
+            beyond=beyond_accuracy(contender.evidence.recommended, pool) if contender.evidence.recommended else {},
         )
         for contender in contenders
     ]
@@ -99,6 +100,11 @@ def build(records: Iterable[RunRecord], results: Path, note: str = "") -> Leader
         without_validation=lacking,
         dimensions=tuple(p.dimension for p in parted),
     )
+
+
+def _dated(protocol: str) -> str:
+    """Return a record's protocol with the moments of a temporal split as dates, which the first records lack."""
+    return re.sub(r"(?<=before |d from )[\d.]+(?=[,)])", lambda time: moment_text(float(time[0])), protocol)
 
 
 def _current(records: Iterable[RunRecord]) -> list[RunRecord]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from recbole_mllm.benchmark.beyond import BEYOND
+from recbole_mllm.benchmark.evidence import BEYOND
 from recbole_mllm.benchmark.leaderboard import COUNTS, LEVEL, Leaderboard, LeaderboardRow
 from recbole_mllm.benchmark.records import RunRecord, plain_json
 from recbole_mllm.benchmark.variants import part_of

@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import sys
 import time
+import warnings
 from functools import lru_cache
 from typing import Self
 
-from tqdm.auto import tqdm
-
 from recbole_mllm.common import distributed
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # a notebook without ipywidgets has a bar of text
+    from tqdm.auto import tqdm
 
 EVERY_S = 30.0
 
@@ -42,7 +45,7 @@ class Progress:
         self.done += count
         if self._bar is not None:
             self._bar.set_postfix_str(note, refresh=False)
-            self._bar.update(count)
+            self._bar.update(min(count, self.total - self._bar.n))  # a sum of floats may exceed it
             return
         now = time.monotonic()
         if now - self._told >= EVERY_S:

@@ -110,6 +110,12 @@ def utc(time: float) -> datetime | None:
     return datetime.fromtimestamp(time / unit, UTC) if unit else None
 
 
+def moment_text(time: float) -> str:
+    """Return a time as a number, behind its date if it can be one."""
+    date = utc(time)
+    return f"{date:%Y-%m-%d %H:%M:%S} UTC ({time:.15g})" if date else f"{time:.15g}"
+
+
 def _moments(times: Any, settings: SplitSettings) -> tuple[float, float]:
     """Return the two moments: those given, else the times of the interactions behind which the shares lie."""
     if times is None:

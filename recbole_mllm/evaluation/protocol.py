@@ -13,7 +13,7 @@ from recbole_mllm.common.settings import EvaluationSettings
 from recbole_mllm.data.dataset import MLLMMSRDataset
 from recbole_mllm.data.facts import Split, has_global_times, temporal_split
 from recbole_mllm.data.schema import POSITION
-from recbole_mllm.data.splits import utc
+from recbole_mllm.data.splits import moment_text
 from recbole_mllm.evaluation.metrics import popular_head
 
 
@@ -28,7 +28,7 @@ def protocol_line(config: Any, users: int | None = None, phase: str | None = Non
     arguments, settings = config["eval_args"], EvaluationSettings.from_config(config)
     split = "benchmark files" if config["benchmark_filename"] else _split(arguments["split"])
     if (temporal := temporal_split(config)) is not None:
-        first, second = map(_moment, temporal["moments"])
+        first, second = map(moment_text, temporal["moments"])
         split = f"temporal split (trained before {first}, tested from {second})"
     sample = "a seeded sample of " if settings.limit_users else ""
     limit = "" if users is None else f", {sample}{users} users"
@@ -44,11 +44,6 @@ def protocol_line(config: Any, users: int | None = None, phase: str | None = Non
         left_out = " but those the user has met" if settings.exclude_seen else ""
         told.append(f"all items{left_out} ranked (ties by seed {settings.candidate_seed})")
     return f"{split}, order {arguments['order']}, {' / '.join(told)}{limit}"
-
-
-def _moment(time: float) -> str:
-    date = utc(time)
-    return f"{date:%Y-%m-%d %H:%M:%S} UTC ({time:.15g})" if date else f"{time:.15g}"
 
 
 def _split(split: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ import pytest
 import small_world
 import tiny_models
 
-from recbole_mllm.benchmark.beyond import BEYOND
+from recbole_mllm.benchmark.evidence import BEYOND
 from recbole_mllm.benchmark.jobs import BenchmarkPlan, jobs_of
 from recbole_mllm.benchmark.records import RECORDS, RunRecord, read_arrays, read_records
 from recbole_mllm.benchmark.report import render

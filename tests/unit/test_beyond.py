@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from recbole_mllm.benchmark.beyond import BEYOND, DEPTH, Recommended, gini_index, measured
+from recbole_mllm.benchmark.evidence import BEYOND, DEPTH, Recommended, beyond_accuracy, gini_index
 from recbole_mllm.benchmark.records import append, write_arrays
 from recbole_mllm.benchmark.report import render
 from recbole_mllm.benchmark.significance import jackknife
@@ -36,7 +36,7 @@ def test_the_measures_are_those_of_recboles_classes():
     from recbole.evaluator import metrics as recbole_metrics
 
     run = scored(60, 1.0)
-    found = measured([run], np.arange(ITEMS) >= 0)
+    found = beyond_accuracy([run], np.arange(ITEMS) >= 0)
     config = {"topk": [DEPTH], "metric_decimal_place": 12}
     coverage = recbole_metrics.ItemCoverage(config).get_coverage(run.items, ITEMS)
     gini = recbole_metrics.GiniIndex(config).get_gini(run.items, ITEMS)
@@ -51,7 +51,7 @@ def test_the_measures_are_those_of_recboles_classes():
 
 
 def test_a_lover_of_the_popular_covers_less_and_its_intervals_say_so():
-    fair, popular = (measured([scored(300, likes)], np.arange(ITEMS) >= 0) for likes in (0.0, 20.0))
+    fair, popular = (beyond_accuracy([scored(300, likes)], np.arange(ITEMS) >= 0) for likes in (0.0, 20.0))
     assert set(fair) == set(BEYOND)
     assert popular["Coverage@10"].mean < fair["Coverage@10"].mean == 1.0
     assert popular["Gini@10"].low > fair["Gini@10"].high
@@ -60,7 +60,7 @@ def test_a_lover_of_the_popular_covers_less_and_its_intervals_say_so():
 
 
 def test_intervals_of_shares_stay_within_their_bounds():
-    found = measured([scored(9, 0.0)], np.arange(ITEMS) >= 0)
+    found = beyond_accuracy([scored(9, 0.0)], np.arange(ITEMS) >= 0)
     assert found["Coverage@10"].mean < found["Coverage@10"].high == 1.0
     assert all(found[name].low >= 0 and found[name].high <= 1 for name in ("Coverage@10", "Gini@10", "Tail@10"))
 
@@ -68,8 +68,8 @@ def test_intervals_of_shares_stay_within_their_bounds():
 def test_lists_shorter_than_ten_and_seeds_are_averaged():
     short = scored(30, 1.0, candidates=4)
     assert (short.items[:, :4] >= 0).all() and (short.items[:, 4:] == -1).all()
-    found = measured([short, scored(30, 1.0, seed=4, candidates=4)], np.arange(ITEMS) >= 0)
-    alone = [measured([run], np.arange(ITEMS) >= 0) for run in (short, scored(30, 1.0, seed=4, candidates=4))]
+    found = beyond_accuracy([short, scored(30, 1.0, seed=4, candidates=4)], np.arange(ITEMS) >= 0)
+    alone = [beyond_accuracy([run], np.arange(ITEMS) >= 0) for run in (short, scored(30, 1.0, seed=4, candidates=4))]
     for name in BEYOND:
         assert found[name].mean == pytest.approx(np.mean([one[name].mean for one in alone]))
 

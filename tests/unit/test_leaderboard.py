@@ -239,6 +239,16 @@ def test_every_form_states_the_share_of_targets_whose_future_was_trained_on(fiel
         assert "0.999: training has interactions, of any user, that are later than 99.9" in " ".join(text.split())
 
 
+@pytest.mark.parametrize("first", ["882826944", "882826944.0", "1997-12-22 21:42:24 UTC (882826944)"])
+def test_the_moments_of_a_split_are_dates_also_where_a_record_has_their_numbers(first, field, tmp_path):
+    told = f"temporal split (trained before {first}, tested from 887039271), order TO, candidates uni20 (seed 2024)"
+    board = build([replace(record, protocol=told) for record in field], tmp_path)
+    assert board.protocol == (
+        "temporal split (trained before 1997-12-22 21:42:24 UTC (882826944), tested from 1998-02-09 15:47:51 UTC "
+        "(887039271)), order TO, candidates uni20 (seed 2024)"
+    )
+
+
 def test_texts_are_escaped_and_nothing_else(tmp_path):
     evil = plant_run(
         tmp_path, EVIL, 0.5, run_id="evil-1", dataset=EVIL, protocol=EVIL, device=EVIL, config={"note": EVIL}
