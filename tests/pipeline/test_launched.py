@@ -39,7 +39,7 @@ def alone(world, tmp_path_factory):
 
 
 # one launch for all of a number: half of it is imports
-KINDS = {2: ("plain", "FSDP"), 3: ("FSDP",), 4: ("plain",)}
+KINDS = {2: ("plain",), 3: ("FSDP",), 4: ("plain",)}
 
 
 @pytest.fixture(scope="module")

@@ -127,7 +127,7 @@ def test_commands_were_found():
 
 def test_scripts_and_files_that_commands_name_are_there():
     for where, text in blocks("bash"):
-        for path in re.findall(r"(?:^|[\s=\"])((?:benchmarks|tools|properties|examples)/[\w./-]+)", text):
+        for path in re.findall(r"(?:^|[\s=\"])((?:benchmarks|tools|properties|examples|docs)/[\w./-]+)", text):
             assert (ROOT / path).exists(), f"{where}: {path}"
 
 
