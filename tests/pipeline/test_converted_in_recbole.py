@@ -15,6 +15,7 @@ from recbole_mllm.cli import main
 from recbole_mllm.quick_start import make_config, run
 
 TINY = {
+    "mllm": "tiny",
     "hidden_size": 16, "inner_size": 16, "embedding_size": 16, "n_heads": 2, "epochs": 1, "train_batch_size": 64,
     "show_progress": False, "state": "ERROR", "metrics": ["NDCG", "GAUC"], "topk": [5], "valid_metric": "NDCG@5",
     "frozen_candidates": True, "reproducibility": True,

@@ -2,7 +2,6 @@
 
 import sqlite3
 from contextlib import closing
-from pathlib import Path
 
 import pytest
 import small_world
@@ -70,5 +69,5 @@ def test_summaries_written_before_a_recommender_is_named_are_those_of_its_traini
     folder, _ = outcome
     keys = {"data_path": str(folder.parent), "limit_users": 4, "use_gpu": False, "state": "ERROR"}
     keys |= {"item_summarizer": "tiny", "user_summarizer": "tiny", "item_summary_tokens": 4, "user_summary_tokens": 5}
-    (path,) = [name for name in write_summaries(make_config("MLLMMSR", "steps", [], keys), "all") if "usum" in name]
-    assert sorted(row.seen for row in read_user_summaries(Path(path))) == sorted(4 * [1, 2, 3, 4, 5, 6])
+    _, path = write_summaries(make_config("MLLMMSR", "steps", [], keys), "all").files
+    assert sorted(row.seen for row in read_user_summaries(path)) == sorted(4 * [1, 2, 3, 4, 5, 6])

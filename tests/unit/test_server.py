@@ -119,7 +119,7 @@ def test_prompts_that_are_refused_or_cannot_be_sent_do_not_stop_the_others(tmp_p
     with (
         serving(Planned(lambda n, text: error(400, "what \x1b[2J\nword") if text == "p3" else None)) as planned,
         pytest.raises(
-            UserError, match=r"2 prompts were refused.*(bad\.png: no image|400 what \[2J word).*kept"
+            UserError, match=r"2 prompts were refused.*(bad\.png: no image|400 what \[2J word).*(saved|stored)"
         ) as caught,
     ):
         ServerModel(Endpoint("m", (planned.url,)), SETTINGS).write(work)

@@ -80,7 +80,7 @@ def test_a_set_item_is_read_by_the_next_run_and_what_it_was_read_for_is_written_
     said = run(world, ["set", "--item", "b", "--text", " a  \tlamp"], capsys)
     assert "3 user summaries were written from what it replaces" in said
     assert isum(world) == before | {"b": "a lamp"} and answers(world)["a lamp"] == "user"
-    assert run(world, ["show", "--user", "u1"], capsys).count("the next run writes it anew") == 2
+    assert run(world, ["show", "--user", "u1"], capsys).count("the next run writes it again") == 2
     assert world.refresh() == (0, 3, [])  # u1 at 2 and 3; a at 4
     assert any("a lamp" in prompt for batch in world.user.batches for prompt in batch)
     assert isum(world)["b"] == "a lamp" and world.refresh() == (0, 0, [])
