@@ -28,7 +28,7 @@ DEEPEST = 50
 
 KEPT_PAIRS = 5_000_000
 DENSE = 2**26  # scores a batch of a full ranking holds: a quarter of a gigabyte
-MOST_SCORES = 200_000_000  # of a full ranking beside drawn candidates; of more users, a sample is ranked
+MOST_SCORES = 20_000_000  # of a full ranking beside drawn candidates; of more users, a sample is ranked
 _COMPARED = 2**24  # scores held against targets at a time
 
 
