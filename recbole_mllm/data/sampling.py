@@ -51,8 +51,9 @@ def sample_users(users: Iterable[str], count: int | None, seed: int) -> set[str]
 def limited_users(raw: Any, parts: Sequence[Any], count: int | None, seed: int) -> list[Any]:
     """Return, for each part of a split, which internal ids are among the `count` users it is limited to.
 
-    The last part is the test part. A part that shares users with it is limited to the test users drawn; one that does
-    not (users split instead of interactions) is drawn from itself.
+    The last part is the test part. Another one keeps the test users drawn that it has, and is filled up to `count` from
+    its users who are not in the test part: none under leave-one-out, some under a temporal split, all where users are
+    split instead of interactions.
 
     Args:
         raw: The raw id of every internal user id.
@@ -63,8 +64,13 @@ def limited_users(raw: Any, parts: Sequence[Any], count: int | None, seed: int) 
     present = [np.bincount(users, minlength=len(raw)) > 0 for users in parts]
     if count is None:
         return present
-    drawn = [np.isin(raw, list(sample_users(raw[own].tolist(), count, seed))) & own for own in present]
-    return [drawn[-1] if (own & present[-1]).any() else apart for own, apart in zip(present, drawn, strict=True)]
+    drawn = np.isin(raw, list(sample_users(raw[present[-1]].tolist(), count, seed))) & present[-1]
+    kept = []
+    for own in present:
+        tested, others = own & drawn, own & ~present[-1]
+        more = sample_users(raw[others].tolist(), max(0, count - int(tested.sum())), seed)
+        kept.append(tested | (np.isin(raw, list(more)) & others))
+    return kept
 
 
 class Pairs:

@@ -127,6 +127,22 @@ def test_parts_that_split_users_are_limited_apart():
     assert [int(own.sum()) for own in limited_users(raw, apart, None, 1)] == [60, 5, 25]
 
 
+def test_parts_that_share_some_users_are_each_limited_to_as_many():
+    raw = np.array(["[PAD]", *(f"u{n}" for n in range(90))])
+    temporal = [
+        np.arange(1, 71),
+        np.arange(50, 81),
+        np.arange(60, 91),
+    ]  # 31 test users, 21 of them validated, 11 trained on
+    whole = limited_users(raw, temporal, 40, 1)
+    assert [int(own.sum()) for own in whole] == [40, 31, 31]
+    kept = limited_users(raw, temporal, 10, 1)
+    assert [int(own.sum()) for own in kept] == [10, 10, 10]
+    for own, part in zip(kept, temporal, strict=True):
+        assert set(np.flatnonzero(own)) <= set(part)
+        assert set(np.flatnonzero(own)) & set(temporal[-1]) == set(np.flatnonzero(kept[-1])) & set(part)
+
+
 def test_a_constant_scorer_puts_the_answer_anywhere_alike():
     users, items = [f"u{n}" for n in range(4000)], ITEMS[:21]
     keys = tie_keys(users, items, 7)
