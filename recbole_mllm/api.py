@@ -43,11 +43,14 @@ DEMO_NOTE = (
 DEFAULT_SEED = 2024
 
 
-def options_of(config_file_list: Sequence[str | Path] | None, config_dict: Mapping[str, Any] | None) -> Options:
-    """Return what RecBole's ``run_recbole`` takes, as the commands take it."""
+def options_of(
+    config_file_list: str | Path | Sequence[str | Path] | None, config_dict: Mapping[str, Any] | None
+) -> Options:
+    """Return what RecBole's ``run_recbole`` takes, as the commands take it; a file alone is a list of one."""
     keys = dict(config_dict or {})
     seed = keys.pop("seed", None)
-    return Options(keys, tuple(map(str, config_file_list or ())), seed)
+    files = [config_file_list] if isinstance(config_file_list, str | Path) else config_file_list or ()
+    return Options(keys, tuple(map(str, files)), seed)
 
 
 # ---- raw data

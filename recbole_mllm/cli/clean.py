@@ -31,7 +31,7 @@ KINDS = {
         r"scores-[0-9a-f]{32}\.\d+",
         "scores of killed evaluations, which a resumed run would not ask for again",
     ),
-    "retrievers": (r"retriever-\w+-[0-9a-f]+\.pth", "retrievers of full rankings, which the next run trains again"),
+    "retrievers": (r"retriever-\w+-[0-9a-f]{12}\.pth", "retrievers of full rankings, which the next run trains again"),
     "pairs": (r"runs/[^/]+/(valid_)?scores\.npz", "scored pairs of runs: without them nothing is fused, no case shown"),
     "checkpoints": (
         rf"[^/]+{_TIME}((\.last)?\.pth|\.ids|/(adapter_config\.json|\w+\.safetensors))",

@@ -189,14 +189,17 @@ def _free_name(path: Path, ending: str) -> Path:
 
 
 def left_scratch(folder: Path) -> list[Path]:
-    """Return what processes that are gone had begun to write in `folder`: files and folders."""
-    return list(_left(folder))
+    """Return what processes that are gone had begun to write in `folder`: files and folders.
+
+    Not what `recover` will finish: it may be all that there is of an output whose earlier files are gone.
+    """
+    return [path for path in _left(folder) if not (path / _COMPLETE).is_file()]
 
 
 def remove_scratch(path: Path) -> None:
     """Remove one of `left_scratch`, unless a process has taken it up since."""
     for left in _left(path.parent, _inside(path)):
-        if left == path:
+        if left == path and not (left / _COMPLETE).is_file():
             _remove_scratch(left)
 
 

@@ -358,10 +358,11 @@ def set_text(
     check_unedited(store, path, of.name, kind)
     said = _apply(store, folder, of, kind, dict.fromkeys(places, text), USER_ORIGIN)
     if path.is_file():
-        rows = {place: text for place, (_, text) in read_rows(path, kind)}
-        rows |= {place: text for place in places if place in rows}
-        write_atomic(path, _TYPES[kind], (_values(place, text) for place, text in rows.items()))
-        _note_file(store, of.name, kind, path)
+        with _tables(store) as db:  # one process at a time reads the file and writes it
+            rows = {place: text for place, (_, text) in read_rows(path, kind)}
+            rows |= {place: text for place in places if place in rows}
+            write_atomic(path, _TYPES[kind], (_values(place, text) for place, text in rows.items()))
+            db.execute(f"UPDATE tags SET {kind}_file = ? WHERE tag = ?", (digest(path), of.name))
     return f"{places[0]} of tag {of.name} is set; {said}"
 
 

@@ -16,6 +16,7 @@ from planted_runs import plant_run
 
 import recbole_mllm
 from recbole_mllm import BenchmarkResult, UserError, run_benchmark, run_convert, run_inspect, run_summaries
+from recbole_mllm.api import options_of
 from recbole_mllm.benchmark.records import RECORDS, append
 from recbole_mllm.common.model_names import no_model
 from recbole_mllm.common.progress import Progress
@@ -170,3 +171,8 @@ def test_a_notebook_has_a_progress_bar(monkeypatch, capsys):
         progress.update(3)
         assert progress._bar is not None and progress._bar.n == 3
     assert "work: 100%" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", ["demo", Path("demo"), ["demo"], (Path("demo"),)])
+def test_one_configuration_file_needs_no_list(given):
+    assert options_of(given, {"seed": 3}) == options_of(["demo"], {"seed": 3})

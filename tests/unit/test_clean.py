@@ -17,7 +17,7 @@ LEFT = {
         f"log/BPR/BPR-mine-{STAMP}-1a2b3c.log",
     ],
     "scores": [f"results/mine/runs/A-1/saved/scores-{'0f' * 16}.0"],
-    "retrievers": ["saved/retriever-SASRec-0a1b2c.pth"],
+    "retrievers": ["saved/retriever-SASRec-0a1b2c3d4e5f.pth"],
 }
 NAMED = {
     "pairs": ["results/mine/runs/A-1/scores.npz", "results/mine/runs/A-1/valid_scores.npz"],
@@ -30,7 +30,9 @@ NAMED = {
 KEPT = [
     "dataset/mine/mine.inter", "dataset/mine/mine.mllm.sqlite", "dataset/mine/mine.t.isum", "dataset/mine/log/a.log",
     "results/mine/runs.jsonl", "results/mine/leaderboard.json", "results/other/runs/A-1/scores.npz", "saved/best.pth",
-    "saved/log/SASRec/my.log", "saved/retriever.pth", "results/mine/runs/A-1/scores.tsv", "saved/.x.tmp",
+    "saved/log/SASRec/my.log", "saved/retriever.pth", "saved/retriever-best-2.pth",
+    "results/mine/runs/A-1/scores.tsv", "saved/.x.tmp",
+    *(f"dataset/later/.later.recbole-mllm-0123abcd.tmp/{name}" for name in ("locked", "complete", "later/later.inter")),
 ]  # fmt: skip
 
 

@@ -48,6 +48,7 @@ ELSEWHERE = {
     ("recbole_mllm/benchmark/records.py", "truncate"),  # a torn last line
     ("recbole_mllm/model/score_cache.py", "truncate"),
     ("recbole_mllm/training/model_export.py", "copyfile"),  # into a folder that is being written
+    ("recbole_mllm/cli/commands.py", "copyfile"),  # into a temporary folder
     ("dataset_converters/split.py", "copyfile"),
 }
 

@@ -1,6 +1,8 @@
 """Summaries are the user's: found by item or user, edited by command or in the file, and read by the next run."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 
@@ -10,6 +12,7 @@ from summary_world import BASE, World
 from recbole_mllm.cli import main
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.data.schema import isum_file, store_file, usum_file
+from recbole_mllm.summaries import summary_files
 from recbole_mllm.summaries.store import Store
 
 SETTINGS = replace(BASE, block_size=2, item_summary="image", max_history=None)
@@ -80,7 +83,7 @@ def test_a_set_item_is_read_by_the_next_run_and_what_it_was_read_for_is_written_
     said = run(world, ["set", "--item", "b", "--text", " a  \tlamp"], capsys)
     assert "3 user summaries were written from what it replaces" in said
     assert isum(world) == before | {"b": "a lamp"} and answers(world)["a lamp"] == "user"
-    assert run(world, ["show", "--user", "u1"], capsys).count("the next run writes it anew") == 2
+    assert run(world, ["show", "--user", "u1"], capsys).count("the next run writes it again") == 2
     assert world.refresh() == (0, 3, [])  # u1 at 2 and 3; a at 4
     assert any("a lamp" in prompt for batch in world.user.batches for prompt in batch)
     assert isum(world)["b"] == "a lamp" and world.refresh() == (0, 0, [])
@@ -220,3 +223,20 @@ def test_an_export_names_items_users_and_positions_and_is_imported(world, tmp_pa
     assert "0 answers added, 1 replaced, 11 the same" in run(world, ["import", str(out), "--replace"], capsys)
     assert "mine" not in answers(world)
     assert "say into which dataset" in (main(["store", "import", str(out)]), capsys.readouterr().err)[1]
+
+
+def test_two_that_set_texts_at_once_both_stand_in_the_file(world, monkeypatch):
+    written = summary_files.write_atomic
+
+    def slowly(*given):
+        time.sleep(0.3)
+        return written(*given)
+
+    def set_item(item):
+        with closing(Store(store_file(world.folder))) as store:
+            summary_files.set_text(store, world.folder, "item", item, None, f"new {item}", "t")
+
+    monkeypatch.setattr(summary_files, "write_atomic", slowly)
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(set_item, "abc"))
+    assert [isum(world)[item] for item in "abc"] == ["new a", "new b", "new c"]
