@@ -212,7 +212,7 @@ def _choose(folder: Path, interactions: str | None, items: str | None) -> Path:
 
 
 def _nearest(what: str, names: Sequence[str], given: str | None) -> str:
-    """Return which of `names` is most like the one given, or those that such a column usually has; NAME where none is."""
+    """Return which of `names` is most like the one given or the usual ones of such a column; NAME where none is."""
 
     def likeness(name: str) -> float:
         usual, plain = map(_plain, [*USUAL[what], *([given] if given else [])]), _plain(name)
