@@ -152,7 +152,7 @@ class CsvTable(Source):
                 continue
             unused = [name for place, name in enumerate(header) if place not in places.values()]
             for key in lacking:
-                near = _nearest(key, unused)
+                near = _nearest(key, unused, named[key])
                 flags[key] = near if flags.get(key, "NAME") == "NAME" else flags[key]
                 unused = [name for name in unused if name != near]
             usual = [key for key in lacking if named[key] is None]
@@ -211,11 +211,11 @@ def _choose(folder: Path, interactions: str | None, items: str | None) -> Path:
     )
 
 
-def _nearest(what: str, names: Sequence[str]) -> str:
-    """Return which of `names` is most like those that such a column usually has; NAME where none is."""
+def _nearest(what: str, names: Sequence[str], given: str | None) -> str:
+    """Return which of `names` is most like the one given or the usual ones of such a column; NAME where none is."""
 
     def likeness(name: str) -> float:
-        usual, plain = map(_plain, USUAL[what]), _plain(name)
+        usual, plain = map(_plain, [*USUAL[what], *([given] if given else [])]), _plain(name)
         return max((len(u) > 3 and u in plain) or SequenceMatcher(None, plain, u).ratio() for u in usual)
 
     best = max(names, key=likeness, default="NAME")

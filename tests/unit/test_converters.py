@@ -379,6 +379,14 @@ def test_whatever_a_table_holds_arrives_or_is_refused_with_its_line(tmp_path_fac
     assert titles(folder / "d") == {item: clean(title) for item, title in first.items()}
 
 
+def test_a_misspelt_column_is_named_by_the_nearest_one_there_is(tmp_path, capsys):
+    (tmp_path / "log.csv").write_text("reader,isbn\nu1,a\n")
+    words = ["convert", "csv", "--raw", str(tmp_path), "--interactions", "log.csv", "--out", str(tmp_path / "o")]
+    assert main([*words, "--user-column", "reeder", "--item-column", "isbm"]) == 2
+    said = capsys.readouterr().err
+    assert "--user-column=reader" in said and "--item-column=isbn" in said
+
+
 def test_all_missing_columns_are_named_at_once_with_a_command_that_names_them(tmp_path, capsys):
     raw = tmp_path / "raw"
     raw.mkdir()
