@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -84,12 +84,24 @@ def _commit(name: str, revision: str | None) -> str | None:
 
     The cache comes first, so that a model stays what it is until somebody downloads another.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, is_offline_mode
 
     for local in (True, False):
-        with suppress(Exception):  # no such model, no network, no right to it: said when it is loaded
+        try:
             return str(HfApi().resolve_revision(name, revision=revision, local_files_only=local).resolved)
+        except Exception as error:  # no such model, no network, no right to it: said when it is loaded
+            if not (local or is_offline_mode()) and "could not be reached" in str(error):
+                _use_the_cache_alone()
     return None
+
+
+def _use_the_cache_alone() -> None:
+    """Switch the hub off for this process and those it starts: each of ten files would be asked for five times."""
+    from huggingface_hub import constants
+
+    warn_once("the hub cannot be reached; this run reads the local cache alone")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    constants.HF_HUB_OFFLINE = True
 
 
 def former_identity(name: str) -> str | None:

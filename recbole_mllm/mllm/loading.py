@@ -173,7 +173,7 @@ def _reason(error: Exception, folder: Path) -> str:
     if isinstance(error, ImportError) and reason:
         return f"{reason.partition('. ')[0]}; install what it asks for"
     if isinstance(error, OSError | ValueError) and reason:
-        return f"{reason}; give a hub id, a local folder, a .gguf file, or `tiny`"
+        return f"{reason.rstrip('.')}; give a hub id, a local folder, a .gguf file, or `tiny`"
     if "ignore_mismatched_sizes" in reason:
         reason = "its weights have other shapes than its config.json says"
     return f"its files are damaged or do not belong together ({type(error).__name__}: {reason})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sqlite3
 from contextlib import closing
@@ -87,6 +88,21 @@ def test_a_revision_is_a_commit_where_the_cache_knows_it_and_stays_as_it_is_else
     assert [r.message.partition(":")[0] for r in caplog.records] == [f"{NAME}@main", f"{NAME}@v2"]
     with pytest.raises(UserError, match="a local model, which has no revision"):
         pinned("tiny", "v1")
+
+
+def test_a_hub_out_of_reach_is_asked_once(hub, monkeypatch, caplog):
+    asked = []
+
+    def resolve(self, name, *, revision, local_files_only):
+        asked.append(local_files_only)
+        raise RuntimeError("not in the cache" if local_files_only else "the Hub could not be reached (ConnectError)")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.resolve_revision", resolve)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    assert pinned("org/elsewhere") == "org/elsewhere" and asked == [True, False]
+    assert huggingface_hub.is_offline_mode() and os.environ["HF_HUB_OFFLINE"] == "1"  # also in processes it starts
+    assert "the hub cannot be reached" in caplog.text
 
 
 def test_a_servers_revision_is_what_its_user_says():
