@@ -45,8 +45,19 @@ class Parser(argparse.ArgumentParser):
             self.error(f"{what} {value!r} is unknown; {hint} {', '.join(choices)}")
 
     def error(self, message: str) -> Any:
-        """Raise the error of every other mistake."""
-        raise UserError(f"{message}; see --help")
+        """Raise the error of every other mistake; an option that is none comes with the nearest one."""
+        wrong = next((word for word in message.split() if word.startswith("--")), "")
+        near = get_close_matches(wrong.partition("=")[0], _options(self), n=1) if "unrecognized" in message else []
+        raise UserError(f"{message}; did you mean {near[0]}?" if near else f"{message}; see --help")
+
+
+def _options(parser: argparse.ArgumentParser) -> list[str]:
+    """Return the options of a parser and of its commands."""
+    found = set(parser._option_string_actions)
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            found.update(*map(_options, action.choices.values()))
+    return sorted(found)
 
 
 def exit_code(run: Callable[[list[str]], int], words: Sequence[str]) -> int:

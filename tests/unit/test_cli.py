@@ -52,6 +52,7 @@ def elsewhere(tmp_path, monkeypatch, datasets):
         ("--model SASRec --dataset demo --epohcs=3", "unknown key 'epohcs' in the command line; did you mean 'epochs'"),
         ("--model SASRec --dataset demo epochs=3", "command 'epochs=3' is unknown"),
         ("benchmrk --dataset demo", "did you mean benchmark?"),
+        ("convert csv --raw a --out b --interaction c.csv", "--interaction c.csv; did you mean --interactions?"),
         ("--model SASRec --dataset demo --config_files none.yaml", "'none.yaml' does not exist and is no preset"),
         ("--model SASRec --dataset demo --valid_metric=MRR@7", "MRR@7 is not measured (metrics: "),
         ("--model BPR --dataset demo --eval_args={'mod':'uni20'}", "'mod' in eval_args; did you mean 'mode'?"),
