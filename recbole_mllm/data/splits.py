@@ -26,7 +26,7 @@ class SplitSettings:
     Args:
         protocol: ``loo``, ``paper`` (users 8:1:1) or ``temporal`` (two moments).
         boundaries: The two moments; None: such that `valid_share` and `test_share` of all interactions lie behind.
-        target: Which of a user's interactions in a period is the target.
+        target: Which of a user's interactions in a period, those with a history, is the target.
         max_list: How many items of its history a row of the temporal protocol lists, the latest ones.
         seed: Of the draw of users, and of random targets.
     """
@@ -98,7 +98,7 @@ def split(users: Any, times: Any, names: list[str], settings: SplitSettings) -> 
             )
     chosen = {part: np.arange(*bound) for part, bound in bounds.items()}
     for part in PARTS[1:]:
-        chosen[part] = _targets(users, *bounds[part], names, settings, part)
+        chosen[part] = _targets(users, positions, *bounds[part], names, settings, part)
     rows = {part: PartRows(own[positions[own] > 0], positions[own][positions[own] > 0]) for part, own in chosen.items()}
     left_out = {part: int((positions[own] == 0).sum()) for part, own in chosen.items()}
     return Splitting(by_user, starts, rows, left_out, moments, first)
@@ -132,9 +132,15 @@ def _moments(times: Any, settings: SplitSettings) -> tuple[float, float]:
     return first, second
 
 
-def _targets(users: Any, low: int, high: int, names: list[str], settings: SplitSettings, part: str) -> Any:
-    """Return the row number of one interaction in ``[low, high)`` of each user who has some, in order of time."""
+def _targets(
+    users: Any, positions: Any, low: int, high: int, names: list[str], settings: SplitSettings, part: str
+) -> Any:
+    """Return the row number of one interaction in ``[low, high)`` of each user who has some, in order of time.
+
+    A new user's very first interaction, which has no history, is chosen only where there is no other.
+    """
     rows = low + np.argsort(users[low:high], kind="stable")
+    rows = rows[(positions[rows] > 0) | (np.bincount(users[rows], minlength=len(names))[users[rows]] == 1)]
     owners, starts, counts = np.unique(users[rows], return_index=True, return_counts=True)
     place = {"first": np.zeros_like(counts), "last": counts - 1}.get(settings.target)
     if place is None:

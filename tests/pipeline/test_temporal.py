@@ -72,7 +72,7 @@ class Truth:
             chosen = {}
             for row in each:
                 key = row if part == "train" else row[0]
-                if target == "last" or key not in chosen:
+                if target == "last" or key not in chosen or chosen[key][2] == 0:  # which has no history
                     chosen[key] = row
             for user, item, place in chosen.values():
                 self.alone[part] += place == 0
