@@ -22,9 +22,8 @@ FAMILIES = {build.__name__: build for build in tiny_models.FAMILIES}
 LABELS = torch.tensor([1.0, 0.0, 1.0, 0.0])
 
 
-@pytest.mark.parametrize(
-    "family", [pytest.param(name, marks=[] if name == "llava_next" else pytest.mark.slow) for name in FAMILIES]
-)
+@pytest.mark.slow  # by default tests/pipeline/test_device_map.py has one model in two places
+@pytest.mark.parametrize("family", list(FAMILIES))
 def test_two_devices_are_one_model(family, tmp_path):
     environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent}:{TESTS}"}
     words = [sys.executable, __file__, str(tmp_path / "found.json"), family]
