@@ -322,6 +322,7 @@ class _Hashed(io.RawIOBase):
         return True
 
     # io takes any buffer and BinaryIO has no readinto; what stands here are io's own classes, which pass memoryviews
+    # RawIOBase's stubs want any buffer and may answer None; a BinaryIO has readinto, which typing's does not say
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         count = self._file.readinto(buffer)  # type: ignore[attr-defined]
         self._sha.update(buffer[:count])

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import psutil  # type: ignore[import-untyped]
+import psutil  # type: ignore[import-untyped]  # it ships no types
 
 from recbole_mllm.recbole_patches.apply import PATCHES
 
@@ -93,7 +93,7 @@ def _devices() -> tuple[str, list[str]]:
     slow: list[str] = []
     try:
         import torch
-    except Exception as error:
+    except Exception as error:  # a broken installation raises anything, and is what is asked about
         return f"{words}; torch cannot be loaded ({error})", slow
     gpus = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
     if gpus:
@@ -116,7 +116,7 @@ def _devices() -> tuple[str, list[str]]:
 def _hub_cache() -> Path:
     try:
         from huggingface_hub.constants import HF_HUB_CACHE
-    except Exception:
+    except Exception:  # as above: its default is said instead
         return Path.home() / ".cache" / "huggingface" / "hub"
     return Path(HF_HUB_CACHE)
 
@@ -140,4 +140,4 @@ def _hub() -> str:
     thread = threading.Thread(target=ask, daemon=True)  # a name may take minutes to be looked up
     thread.start()
     thread.join(_HUB_S + 0.5)
-    return said[-1] + ("" if said[-1].endswith("answers") else "; use a local folder, a cached model, or a server")
+    return said[-1] + ("" if " answers" in said[-1] else "; use a local folder, a cached model, or a server")

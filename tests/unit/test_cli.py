@@ -8,7 +8,9 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import small_world
@@ -292,6 +294,22 @@ def test_completion_is_a_script_of_the_shell_or_a_hint(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "shtab", None)
     assert main(["--print-completion", "zsh"]) == 2
     assert 'pip install "recbole-mllm[cli]"' in capsys.readouterr().err
+
+
+def test_a_hub_that_refuses_is_one_that_answers(monkeypatch):
+    class Refusing(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_error(403)
+
+        def log_message(self, *_):
+            pass
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    with HTTPServer(("127.0.0.1", 0), Refusing) as hub:
+        Thread(target=hub.handle_request, daemon=True).start()
+        url = f"http://127.0.0.1:{hub.server_port}"
+        monkeypatch.setenv("HF_ENDPOINT", url)
+        assert doctor._hub() == f"{url} answers (403)"
 
 
 def test_doctor_says_what_is_here_and_what_is_not(capsys, monkeypatch):
