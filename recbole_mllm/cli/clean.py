@@ -40,7 +40,8 @@ KINDS = {
 }
 """What ``--kind`` names: how the ends of the paths read, and what they are."""
 
-DEFAULT = ("scratch", "logs", "scores", "retrievers")
+DEFAULT = ("scratch", "scores", "retrievers")
+"""Logs are named as stock RecBole names its own, so whose they are cannot be told: they go only if named."""
 
 
 class Found(NamedTuple):

@@ -281,7 +281,7 @@ def _add_options(of: dict[str, Parser]) -> None:
     add("--merge", action="store_true", help="merge the adapter into the weights; the folder then needs no base model")
     add = of["clean"].add_argument
     add("folders", nargs="*", metavar="FOLDER", help="default: dataset, results, saved, log, log_tensorboard, if there")
-    words = "some of scratch, logs, scores, retrievers (these by default), pairs, checkpoints"
+    words = "some of scratch, scores, retrievers (these by default), logs, pairs, checkpoints"
     add("--kind", metavar="K1,K2", help=f"{words}; docs/commands.md says what they are")
     add("--yes", action="store_true", help="remove them; without it they are only listed")
     for name, kind in {"export": "model's", "store export": "dataset's"}.items():

@@ -67,6 +67,9 @@ def listed(said):
 def test_nothing_is_removed_before_yes_and_then_only_what_was_listed(place):
     before = unprivileged.snapshot(place)
     said = run("assert main(['clean']) == 0", place)
+    assert listed(said) == {path for kind, paths in LEFT.items() for path in paths if kind != "logs"}  # whose?
+    named = "'--kind', 'scratch,logs,scores,retrievers'"
+    said = run(f"assert main(['clean', {named}]) == 0", place)
     assert listed(said) == {path for paths in LEFT.values() for path in paths}
     assert (
         "7 would be removed" in said
@@ -74,11 +77,11 @@ def test_nothing_is_removed_before_yes_and_then_only_what_was_listed(place):
         and unprivileged.snapshot(place) == before
     )
     there = files(place)
-    assert "7 removed" in run("assert main(['clean', '--yes']) == 0", place)
+    assert "7 removed" in run(f"assert main(['clean', {named}, '--yes']) == 0", place)
     assert files(place) == there - listed(said) and (place / "others" / f"scores-{'0f' * 16}.0").is_file()
     assert not (place / "work/here/log").exists() and (place / "work/here/saved/log/SASRec").is_dir()
     assert not (place / "work/here/saved/log_tensorboard").exists()
-    assert "nothing to remove" in run("assert main(['clean', '--yes']) == 0", place)
+    assert "nothing to remove" in run(f"assert main(['clean', {named}, '--yes']) == 0", place)
 
 
 def test_what_somebody_may_need_goes_when_it_is_named(place):
@@ -93,7 +96,7 @@ def test_what_is_in_use_stays(place):
         log = open("saved/log/SASRec/SASRec-mine-{STAMP}-1a2b3c.log")
         scratch = open("dataset/mine/{SCRATCH}")
         fcntl.flock(scratch, fcntl.LOCK_EX)
-        assert main(["clean", "--yes"]) == 0
+        assert main(["clean", "--kind", "scratch,logs,scores,retrievers", "--yes"]) == 0
     """
     said = run(script, place)
     assert "5 removed" in said and {LEFT["logs"][0], LEFT["scratch"][0]} <= files(place)
