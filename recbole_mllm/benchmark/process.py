@@ -31,7 +31,8 @@ _LAUNCHERS = ("MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_")
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|^\[rank\d+\]: ", re.MULTILINE)  # the second is torch's
 # As Python writes a warning: where, which and what, then the line that drew it; that says nothing of the run
 _WARNING = re.compile(r"^\S.*:\d+: \w*Warning: .*\n?(?:[ \t]+.*\n?)?", re.MULTILINE)
-_PREFIX = re.compile(r"^\d+ \w+ [\d:]+ +[A-Z]+ +", re.MULTILINE)  # of RecBole's log: date and level (utils/logger.py:92-94)
+# Date and level of RecBole's log (utils/logger.py:92-94)
+_PREFIX = re.compile(r"^\d+ \w+ [\d:]+ +[A-Z]+ +", re.MULTILINE)
 _NO_NEWS = ("Saving current: ", "Loading model structure and parameters from ")  # and a long path
 _ERROR = re.compile(r"^(?:[A-Za-z_]\w*\.)*(\w*(?:Error|Exception|Interrupt|Exit)(?:: .*)?)$")
 
