@@ -47,8 +47,12 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         """Raise the error of every other mistake; an option that is none comes with the nearest one."""
         wrong = next((word for word in message.split() if word.startswith("--")), "")
-        near = get_close_matches(wrong.partition("=")[0], _options(self), n=1) if "unrecognized" in message else []
-        raise UserError(f"{message}; did you mean {near[0]}?" if near else f"{message}; see --help")
+        raise UserError(f"{message}; {self.hint(wrong) if 'unrecognized' in message else 'see --help'}")
+
+    def hint(self, wrong: str) -> str:
+        """Return what to do about an option that is none: take the nearest one, else read the help."""
+        near = get_close_matches(wrong.partition("=")[0], _options(self), n=1)
+        return f"did you mean {near[0]}?" if near else "see --help"
 
 
 def _options(parser: argparse.ArgumentParser) -> list[str]:

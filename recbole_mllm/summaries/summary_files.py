@@ -133,7 +133,7 @@ def export(
         )
         _record(db, _tags(db, setup.tag)[0], kind, summaries)
     rows = write(path)
-    _note_file(store, setup.tag, kind, path)
+    _note_file(store, setup.tag, kind, digest(path))
     logging.getLogger().info(f"{path}: {rows} summaries")
 
 
@@ -217,14 +217,18 @@ def _tables(store: Store) -> Iterator[Any]:
         yield db
 
 
+def _has_tables(db: Any) -> bool:
+    return db.execute("SELECT 1 FROM sqlite_master WHERE name = 'tags'").fetchone() is not None
+
+
 def _record(db: Any, tag: Tag, kind: str, summaries: Iterable[Summary]) -> None:
     rows = ((tag.number, kind, *s.place, s.earlier, "\t".join(s.read), bytes.fromhex(s.key)) for s in summaries)
     db.executemany(_RECORD, rows)
 
 
-def _note_file(store: Store, tag: str, kind: str, path: Path) -> None:
+def _note_file(store: Store, tag: str, kind: str, content: str) -> None:
     with _tables(store) as db:
-        db.execute(f"UPDATE tags SET {kind}_file = ? WHERE tag = ?", (digest(path), tag))
+        db.execute(f"UPDATE tags SET {kind}_file = ? WHERE tag = ?", (content, tag))
 
 
 def _tags(db: Any, name: str | None = None) -> list[Tag]:
@@ -241,8 +245,8 @@ def find(store: Store, kind: str, owner: str, tag: str | None = None) -> dict[Ta
     Raises:
         UserError: There is none.
     """
-    with _tables(store) as db:
-        tags = _tags(db)
+    with store.transaction() as db:
+        tags = _tags(db) if _has_tables(db) else []
         found = {one: _summaries(db, one, kind, owner) for one in tags if tag in (None, one.name)}
     if tag is not None and not found:
         raise UserError(
@@ -280,7 +284,7 @@ def current(
             text = edits.get(summary.place, store.get([summary.key]).get(summary.key))
             out.append(Current(summary, prompts, summary.key, text))
         return out
-    with _tables(store) as db:
+    with store.transaction() as db:
         query = f"SELECT owner, text FROM summaries s {_TEXTS} AND owner IN (SELECT value FROM json_each(?))"
         read = dict(db.execute(query, (tag.number, "item", json.dumps(sorted(items)))).fetchall())
     texts: dict[Place, str | None] = {}
@@ -319,13 +323,11 @@ def _item_prompts(store: Store, tag: Tag, summary: Summary, titles: Mapping[str,
 
 def names_by_key(db: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield whose summary an answer is, by key in order, as `store export` writes it."""
-    for statement in _TABLES:
-        db.execute(statement)
     query = (
         "SELECT lower(hex(key)), tags.tag, kind, owner, seen FROM summaries JOIN tags ON number = summaries.tag "
         "ORDER BY key, tags.tag, owner, seen"
     )
-    for key, tag, kind, owner, seen in db.execute(query):
+    for key, tag, kind, owner, seen in db.execute(query) if _has_tables(db) else ():
         yield key, {"tag": tag, kind: owner, **({"position": seen} if kind == "user" else {})}
 
 
@@ -355,19 +357,31 @@ def set_text(
     if not (text := clean(text)):
         raise UserError("--text is empty; give the summary that is to be read")
     path = _FILE[kind](folder, of.name)
+    checked = digest(path) if path.is_file() else ""
     check_unedited(store, path, of.name, kind)
     said = _apply(store, folder, of, kind, dict.fromkeys(places, text), USER_ORIGIN)
     if path.is_file():
         with _tables(store) as db:  # one process at a time reads the file and writes it
+            found = digest(path)
             rows = {place: text for place, (_, text) in read_rows(path, kind)}
             rows |= {place: text for place in places if place in rows}
-            write_atomic(path, _TYPES[kind], (_values(place, text) for place, text in rows.items()))
-            db.execute(f"UPDATE tags SET {kind}_file = ? WHERE tag = ?", (digest(path), of.name))
+            write_atomic(path, _TYPES[kind], _while_unchanged(path, found, map(_values, rows, rows.values())))
+            if found == checked:  # else it was edited since: the next run notices, as the store knows another file
+                db.execute(f"UPDATE tags SET {kind}_file = ? WHERE tag = ?", (digest(path), of.name))
     return f"{places[0]} of tag {of.name} is set; {said}"
 
 
 def _values(place: Place, text: str) -> tuple[str, ...]:
     return (place.owner, str(place.seen), place.history, text) if place.seen else (place.owner, text)
+
+
+def _while_unchanged(path: Path, found: str, rows: Iterable[tuple[str, ...]]) -> Iterator[tuple[str, ...]]:
+    """Yield `rows`, made of the file of that digest; refuse to end where somebody has edited it meanwhile."""
+    yield from rows
+    if digest(path) != found:
+        raise UserError(
+            f"{path} was edited at this very moment; the store has your text, `store import {path}` the rest"
+        )
 
 
 def is_summary_file(path: Path) -> bool:
@@ -392,6 +406,7 @@ def import_file(store: Store, folder: Path, path: Path, origin: str | None) -> s
             f"{path}: the store does not know tag {name}; run `summarize` with the settings it was written with, "
             "and import it then"
         )
+    read = digest(path)  # what is edited after it is noticed by the next run
     edited = _edited(store, path, name, kind)
     changed = edited[0] if edited else {}
     for place, (line, text) in changed.items():
@@ -402,7 +417,7 @@ def import_file(store: Store, folder: Path, path: Path, origin: str | None) -> s
     edits = {place: text for place, (_, text) in changed.items()}
     said = _apply(store, folder, tag, kind, edits, origin or USER_ORIGIN)
     if path.resolve() == _FILE[kind](folder, name).resolve():
-        _note_file(store, name, kind, path)
+        _note_file(store, name, kind, read)
     return f"{path}: {len(edits)} summaries replaced; {said}"
 
 
