@@ -368,8 +368,8 @@ def run_benchmark(
     seed = of_files.get("seed") if options.seed is None else options.seed
     plan = BenchmarkPlan(
         dataset=dataset,
-        labels=expand(",".join(several("models", models, str))),
-        seeds=tuple(several("seeds", (DEFAULT_SEED if seed is None else seed) if seeds is None else seeds, Seed)),
+        labels=expand(",".join(several("--models", models, str))),
+        seeds=tuple(several("--seeds", (DEFAULT_SEED if seed is None else seed) if seeds is None else seeds, Seed)),
         output_dir=folder,
         config_files=files,
         limit_users=keys.pop("limit_users", None),

@@ -107,11 +107,11 @@ def several(key: str, value: Any, hint: Any) -> list[Any]:
     """Return one value, or those of any iterable, as a list in which each is `checked`; a path is its text.
 
     Raises:
-        WrongValue: One is not of the type `hint`, or there is none.
+        WrongValue: One is not of the type `hint`.
     """
     single = isinstance(value, str | Mapping) or not isinstance(value, Iterable)
     found = [value] if single else list(value)
-    return list(checked(key, [str(one) if isinstance(one, PurePath) else one for one in found], list[hint]))
+    return [checked(key, str(one) if isinstance(one, PurePath) else one, hint) for one in found]
 
 
 _WORDS = {NoneType: "null", bool: "true or false", str: "a text", dict: "{key: value} pairs"}
