@@ -359,15 +359,7 @@ def set_text(
     path = _FILE[kind](folder, of.name)
     checked = digest(path) if path.is_file() else ""
     check_unedited(store, path, of.name, kind)
-    said = _apply(store, folder, of, kind, dict.fromkeys(places, text), USER_ORIGIN)
-    if path.is_file():
-        with _tables(store) as db:  # one process at a time reads the file and writes it
-            found = digest(path)
-            rows = {place: text for place, (_, text) in read_rows(path, kind)}
-            rows |= {place: text for place in places if place in rows}
-            write_atomic(path, _TYPES[kind], _while_unchanged(path, found, map(_values, rows, rows.values())))
-            if found == checked:  # else it was edited since: the next run notices, as the store knows another file
-                db.execute(f"UPDATE tags SET {kind}_file = ? WHERE tag = ?", (digest(path), of.name))
+    said = _apply(store, folder, of, kind, dict.fromkeys(places, text), USER_ORIGIN, checked)
     return f"{places[0]} of tag {of.name} is set; {said}"
 
 
@@ -415,14 +407,26 @@ def import_file(store: Store, folder: Path, path: Path, origin: str | None) -> s
         if not text:
             raise UserError(f"{path}:{line}: the summary of {place} is empty; write one, or put the old one back")
     edits = {place: text for place, (_, text) in changed.items()}
-    said = _apply(store, folder, tag, kind, edits, origin or USER_ORIGIN)
-    if path.resolve() == _FILE[kind](folder, name).resolve():
-        _note_file(store, name, kind, read)
+    own = path.resolve() == _FILE[kind](folder, name).resolve()
+    said = _apply(store, folder, tag, kind, edits, origin or USER_ORIGIN, read if own else "", in_file=edits)
     return f"{path}: {len(edits)} summaries replaced; {said}"
 
 
-def _apply(store: Store, folder: Path, tag: Tag, kind: str, edits: Mapping[Place, str], origin: str) -> str:
-    """Store `edits`, each under the key that the next run asks for; say what else reads them."""
+def _apply(
+    store: Store,
+    folder: Path,
+    tag: Tag,
+    kind: str,
+    edits: Mapping[Place, str],
+    origin: str,
+    checked: str,
+    in_file: Collection[Place] = (),
+) -> str:
+    """Store `edits`, each under the key that the next run asks for; return what else reads them, in words.
+
+    They are put into the exported file, but for those that are `in_file`, with all that share an answer with them.
+    `checked` is the digest of that file when its other texts were the store's; empty where it is left alone.
+    """
     texts: dict[str, tuple[Place, str]] = {}
     changed: list[Summary] = []
     for owner in dict.fromkeys(place.owner for place in edits):
@@ -442,8 +446,15 @@ def _apply(store: Store, folder: Path, tag: Tag, kind: str, edits: Mapping[Place
     with _tables(store) as db:
         _record(db, tag, kind, changed)
         keys = json.dumps([key.upper() for key in texts])
-        query = "SELECT COUNT(*) FROM summaries WHERE hex(key) IN (SELECT value FROM json_each(?))"
-        shared = db.execute(query, (keys,)).fetchone()[0] - len(edits)
+        query = (
+            "SELECT tag, kind, owner, seen, history, lower(hex(key)) FROM summaries WHERE hex(key) IN (SELECT value "
+        )
+        found = db.execute(query + "FROM json_each(?))", (keys,)).fetchall()
+        shared = len(found) - len(edits)
+        same = {Place(*row[2:5]): texts[row[5]][1] for row in found if row[:2] == (tag.number, kind)}
+        if checked:
+            told = {place: text for place, text in same.items() if place not in in_file}
+            _update_file(db, _FILE[kind](folder, tag.name), tag, kind, told, checked)
         again = _read_them(_summaries(db, tag, "user"), edits)
         own = {key for (key,) in db.execute("SELECT key FROM answers WHERE origin = ?", (USER_ORIGIN,))}
     said = [f"{len(again)} user summaries were written from what it replaces; `summarize` writes them anew"]
@@ -452,6 +463,17 @@ def _apply(store: Store, folder: Path, tag: Tag, kind: str, edits: Mapping[Place
     if shared > 0:
         said.append(f"{shared} more with the same prompt share the answer")
     return ", ".join(said)
+
+
+def _update_file(db: Any, path: Path, tag: Tag, kind: str, texts: Mapping[Place, str], checked: str) -> None:
+    """Put `texts` into the exported file, and keep its digest unless somebody has edited it since it was `checked`."""
+    found = digest(path)
+    rows = {place: text for place, (_, text) in read_rows(path, kind)}
+    fresh = rows | {place: text for place, text in texts.items() if place in rows}
+    if fresh != rows:
+        write_atomic(path, _TYPES[kind], _while_unchanged(path, found, map(_values, fresh, fresh.values())))
+    if found == checked:  # else the next run notices, as the store knows another file
+        db.execute(f"UPDATE tags SET {kind}_file = ? WHERE tag = ?", (digest(path), tag.name))
 
 
 def _read_them(states: Iterable[Summary], edits: Collection[Place]) -> list[Summary]:

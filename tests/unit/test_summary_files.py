@@ -151,9 +151,9 @@ def test_edited_states_of_one_chain_are_all_read(world, capsys):
 def test_an_edit_while_a_command_replaces_another_text_is_noticed(world, action, capsys, monkeypatch):
     path, apply = isum_file(world.folder, "t"), summary_files._apply
 
-    def edited_meanwhile(*given):
+    def edited_meanwhile(*given, **more):
         edit(path, isum(world)["c"], "of that moment")
-        return apply(*given)
+        return apply(*given, **more)
 
     monkeypatch.setattr(summary_files, "_apply", edited_meanwhile)
     if action == "import":
@@ -229,8 +229,14 @@ def test_one_answer_of_two_items_is_one_text(tmp_path, capsys):
     assert "item a and item b have one prompt" in capsys.readouterr().err
     path.write_text(path.read_text().replace("b\tother", f"b\t{text}"))
     assert main(["store", "import", str(path)]) == 0
+    assert isum(world) == {"a": "one", "b": "one"}
     world.refresh()
     assert isum(world) == {"a": "one", "b": "one"}
+    run(world, ["set", "--item", "b", "--text", "two"], capsys)
+    assert isum(world) == {"a": "two", "b": "two"}
+    edit(path, "b\ttwo", "b\tthree")
+    assert "give both the same text" not in run(world, ["import", str(path)], capsys)
+    assert isum(world) == {"a": "three", "b": "three"} and world.refresh()[0] == 0
 
 
 def test_summaries_that_the_store_does_not_know_are_set_aside_and_taken_in(world, capsys, caplog):
