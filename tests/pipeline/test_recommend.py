@@ -88,6 +88,16 @@ def test_the_preference_is_explained_block_by_block(ours):
     assert ours.preference("u03") == states["preference"].iloc[-1] != states["preference"].iloc[0]
 
 
+def test_an_edited_file_is_not_passed_over(home, ours):
+    (path,) = (home / "dataset" / "steps").glob("*.isum")
+    whole = path.read_text()
+    path.write_text(whole.rpartition("\t")[0] + "\tmine\n")
+    with pytest.raises(UserError, match=r"the file was edited: `recbole-mllm store import "):
+        ours.recommend(history=["i01"], candidates=["i02"])
+    path.write_text(whole)
+    assert len(ours.recommend(history=["i01"], candidates=["i02"])) == 1
+
+
 def test_a_sequential_model_continues_a_history_it_has_not_seen(outcomes):
     found = Recommender(outcomes["GRU4Rec"].checkpoint)
     for start in (11, 25, 33):  # histories of users begin at even items
