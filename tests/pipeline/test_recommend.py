@@ -11,6 +11,7 @@ import pytest
 import small_world
 
 from recbole_mllm.cli import main
+from recbole_mllm.common.checkpoint import find_checkpoint
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.quick_start import make_config, run
 from recbole_mllm.recommender import Recommender
@@ -186,6 +187,15 @@ def test_a_folder_without_a_name_holds_no_checkpoint(folder, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="no checkpoint is in"):
         Recommender(folder)
+
+
+def test_a_run_of_another_model_is_named(tmp_path):
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "SASRec-now.pth").write_bytes(b"")
+    with pytest.raises(
+        UserError, match=r"no checkpoint of MLLMMSR is in .*; it holds one of SASRec; give a run of MLLM"
+    ):
+        find_checkpoint(str(tmp_path))
 
 
 def test_the_command_prints_and_writes(home, outcomes, capsys, monkeypatch):
