@@ -154,6 +154,10 @@ def _read(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """
     parser, parsers = _parser()
     options = {option for one in (parser, *parsers.values()) for option in one._option_string_actions}
+    if words and words[0].startswith("--") and "=" not in words[0] and words[0] not in options:
+        raise UserError(
+            f"there is no option {words[0]!r}; {parser.hint(words[0])}"
+        )  # else its value passes for a command
     ours = [word for word in words if word.startswith("--") and "=" in word and word.partition("=")[0] not in options]
     known, rest = parser.parse_known_args([word for word in words if word not in ours])
     return known, rest + ours

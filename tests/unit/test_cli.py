@@ -72,6 +72,7 @@ def elsewhere(tmp_path, monkeypatch, datasets):
         ("benchmark --dataset demo --models Pop,SASRec --topk=[5]", "NDCG@10 is not measured (metrics: "),
         ("plan --dataset demo --nodes 0", "--nodes is 0; it must be a whole number, at least 1"),
         ("report nowhere", "holds no runs.jsonl"),
+        ("--modle SASRec --dataset demo", "there is no option '--modle'; did you mean --model?"),
         ("report nowhere --embed_image=off", "report takes no '--embed_image=off'; did you mean --embed_images?"),
         ("inspect demo --limit 3", "inspect takes no '--limit'; see --help"),
         ("store show demo --item 1 --promt", "store show takes no '--promt'; did you mean --prompt?"),
