@@ -295,6 +295,15 @@ def test_completion_is_a_script_of_the_shell_or_a_hint(capsys, monkeypatch):
     assert 'pip install "recbole-mllm[cli]"' in capsys.readouterr().err
 
 
+def test_raw_files_in_a_folder_of_the_datasets_name_are_not_taken_for_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small_world.write(tmp_path / "dataset", images=False)
+    (tmp_path / "steps").mkdir()
+    (tmp_path / "steps" / "ratings.dat").touch()
+    assert main(["split", "steps", "--protocol", "loo", "--out", "dataset/other"]) == 0
+    assert main(["inspect", "steps"]) == 0 and (tmp_path / "dataset" / "steps" / "inspect.html").is_file()
+
+
 def test_a_hub_that_refuses_is_one_that_answers(monkeypatch):
     class Refusing(Handler):
         def do_HEAD(self):
