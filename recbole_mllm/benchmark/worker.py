@@ -133,7 +133,6 @@ def _config(job: Mapping[str, Any], defaults: Path, tuned: Mapping[str, Any]) ->
     write_text(defaults, yaml.safe_dump(known))
     own: dict[str, Any] = {
         "seed": job["seed"],
-        "limit_users": job["limit_users"],
         "checkpoint_dir": str(defaults.parent / "saved"),
         "frozen_candidates": True,
         "show_progress": False,
@@ -141,6 +140,8 @@ def _config(job: Mapping[str, Any], defaults: Path, tuned: Mapping[str, Any]) ->
     own |= {"save_dataset": False, "save_dataloaders": False, "dataset_save_path": None, "dataloaders_save_path": None}
     given = {key: value for name in files for key, value in file_keys(name).items()}
     given |= per_model(files, model) | dict(job["overrides"])
+    if job["limit_users"] is not None:  # else a config file's stands
+        own["limit_users"] = job["limit_users"]
     if isinstance(place := given.get("data_path", "dataset"), str):
         own["data_path"] = str((home / place).resolve())
     config = make_config(model, job["dataset"], [str(defaults), *files], {**tuned, **job["overrides"], **own})
