@@ -26,6 +26,7 @@ from recbole_mllm.arguments import (
 from recbole_mllm.benchmark.variants import expand, resolve
 from recbole_mllm.common import distributed
 from recbole_mllm.common.config import check_training, file_keys
+from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.files import BENCHMARK, check_folder
 from recbole_mllm.common.resources import MLLM, converters
 from recbole_mllm.demo.builtin import is_demo
@@ -270,7 +271,6 @@ class BenchmarkResult:
         Raises:
             UserError: There is no such finished run.
         """
-        from recbole_mllm.common.errors import UserError
         from recbole_mllm.recommender import Recommender
 
         runs = {(row.model, run.seed): run.run_id for row in self.board.ranked for run in row.runs}
