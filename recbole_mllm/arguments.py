@@ -6,7 +6,6 @@ from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import yaml
 
 from recbole_mllm.benchmark.variants import ALONE, SETS
 from recbole_mllm.common.config import check_keys, check_values, config_paths, is_model, nearest_model, recbole_home
-from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.errors import UserError, did_you_mean
 from recbole_mllm.common.files import CONVERTED, recover
 from recbole_mllm.common.prompts import read_style
 from recbole_mllm.common.resources import MLLM
@@ -34,6 +33,13 @@ class Options:
     def keys(self) -> dict[str, Any]:
         """Return the overrides with the seed among them."""
         return {**self.overrides, **({"seed": self.seed} if self.seed is not None else {})}
+
+
+def check_takes(options: Options, command: str, names: Sequence[str] = ("data_path",)) -> None:
+    """Refuse configuration keys that a `command` does not read: all but `names`."""
+    if unknown := set(options.overrides) - set(names):
+        takes = ", ".join(f"--{name}" for name in names)
+        raise UserError(f"{command} takes no --{min(unknown)}; of configuration keys it takes {takes}")
 
 
 def dataset_of(args: Namespace) -> str:
@@ -151,7 +157,7 @@ def dataset_folder(given: str, home: Path) -> Path:
     Raises:
         UserError: There is none.
     """
-    if not Path(given).is_dir() and Path(given).name == given:
+    if Path(given).name == given and not any(Path(given).glob("*.inter")):
         ensure_builtin(home / given)
     folder = named_folder(given, home)
     with suppress(OSError):  # a folder that is only read
@@ -167,24 +173,20 @@ def inspected_folder(given: str, keys: Mapping[str, Any], command: str) -> Path:
     """
     from recbole_mllm.inspect.measure import LAYOUT_KEYS  # loads numpy
 
-    if unknown := set(keys) - {"data_path", *LAYOUT_KEYS}:
-        own = ("output", "config_files") if command == "inspect" else ()
-        takes = ", ".join(f"--{name}" for name in (*own, "data_path", *LAYOUT_KEYS))
-        raise UserError(f"{command} takes no --{min(unknown)}; it takes {takes}")
+    check_takes(Options(keys), command, ("data_path", *LAYOUT_KEYS))
     return dataset_folder(given, Path(str(keys.get("data_path") or "dataset")))
 
 
 def named_folder(given: str, home: Path = Path("dataset")) -> Path:
-    """Return the dataset's folder that `given` is, or names under `home`."""
-    for folder in (Path(given), home / given):
-        if folder.is_dir():
-            return folder
-    raise no_dataset(given, home)
+    """Return the dataset's folder that `given` is, or names under `home`; raw files may lie in one of the same name."""
+    there = [folder for folder in (Path(given), home / given) if folder.is_dir()]
+    if not there:
+        raise no_dataset(given, home)
+    return next((folder for folder in there if any(folder.glob("*.inter"))), there[0])
 
 
 def no_dataset(name: str, home: Path) -> UserError:
     """Return the error that `home` holds no folder of this name, with the nearest or those it holds."""
     there = sorted(path.name for path in home.glob("*") if path.is_dir() and not path.name.startswith("."))
-    near = get_close_matches(name, there, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(there)}" if there else "there is none yet"
+    hint = did_you_mean(name, there, f"there are {', '.join(there)}" if there else "there is none yet")
     return UserError(f"no dataset {name!r} in {home} ({hint}); give its folder's name, or --data_path=DIR")

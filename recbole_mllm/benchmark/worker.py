@@ -43,7 +43,7 @@ from recbole_mllm.benchmark.records import (
 from recbole_mllm.benchmark.search import TRIALS, search, space_of, trials
 from recbole_mllm.benchmark.variants import baseline_defaults
 from recbole_mllm.common import distributed
-from recbole_mllm.common.config import benchmark_defaults, config_paths, file_keys, keys_for, per_model
+from recbole_mllm.common.config import benchmark_defaults, config_paths, file_keys, per_model
 from recbole_mllm.common.distributed import child_code
 from recbole_mllm.common.errors import UserError, reason_of
 from recbole_mllm.common.files import write_text
@@ -232,7 +232,8 @@ def _tune(job: dict[str, Any], defaults: Path) -> dict[str, Any] | None:
     budget, model = job.get("tune"), job["model"]
     if not budget:
         return None
-    given = {key for name in _files(job) for key in keys_for(name, model)} | set(job["overrides"])
+    files = _files(job)
+    given = {*(key for name in files for key in file_keys(name)), *per_model(files, model), *job["overrides"]}
     default = _config(job, defaults, {})
     space = {} if model in NOTHING_TO_TUNE else space_of(model, given)
     found = search(

@@ -18,7 +18,15 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from recbole_mllm.api import DEMO_NOTE, run_benchmark
-from recbole_mllm.arguments import Options, config_of, dataset_of, inspected_folder, named_folder, read_overrides
+from recbole_mllm.arguments import (
+    Options,
+    check_takes,
+    config_of,
+    dataset_of,
+    inspected_folder,
+    named_folder,
+    read_overrides,
+)
 from recbole_mllm.common import distributed
 from recbole_mllm.common.config import benchmark_defaults, check_training, file_keys
 from recbole_mllm.common.errors import UserError
@@ -188,8 +196,7 @@ def recommend(args: Namespace, options: Options) -> int:
     def is_ours(head: bytes) -> bool:
         return head.startswith((b'{\n  "model": ', b"rank,item_id,title,score"))
 
-    if unknown := set(options.overrides) - {"data_path"}:
-        raise UserError(f"recommend takes no --{min(unknown)}; the checkpoint's run says everything but --data_path")
+    check_takes(options, "recommend")
     files = {
         name: check_file(Path(path), f"--{name}", is_ours, "a file that `recommend` wrote")
         for name in ("json", "csv")
@@ -310,14 +317,14 @@ def demo(options: Options) -> int:
 
 def report(args: Namespace, options: Options) -> int:
     """Render the leaderboard again from its records."""
-    from recbole_mllm.benchmark.report import format_leaderboard, render
+    from recbole_mllm.benchmark.report import render
+    from recbole_mllm.benchmark.tables import format_table
 
     folder = Path(args.directory)
     if BENCHMARK.outputs(folder) is None:
         raise UserError(f"{folder} holds no runs.jsonl of a benchmark; give the folder a benchmark wrote")
     check_place(folder, "report")
-    render(folder, embed_images=args.embed_images == "on")
-    print(format_leaderboard(folder))
+    print(format_table(render(folder, embed_images=args.embed_images == "on")))
     return 0
 
 
@@ -326,8 +333,7 @@ def rerun(args: Namespace, options: Options) -> int:
     from recbole_mllm.benchmark.rerun import find_run
     from recbole_mllm.benchmark.rerun import rerun as run_again
 
-    if unknown := set(options.overrides) - {"data_path"}:
-        raise UserError(f"rerun takes no --{min(unknown)}; the run's record says everything but --data_path")
+    check_takes(options, "rerun")
     folder, record = find_run(args.run_id, Path(args.output_dir) if args.output_dir else None)
     found = run_again(folder, record, options.overrides.get("data_path"))
     print(*found.lines, sep="\n")
@@ -338,8 +344,7 @@ def doctor(args: Namespace, options: Options) -> int:
     """Say what this installation is and can; 1 where it cannot run."""
     from recbole_mllm.cli.doctor import examine
 
-    if unknown := set(options.overrides) - {"data_path"}:
-        raise UserError(f"doctor takes no --{min(unknown)}; it takes --data_path")
+    check_takes(options, "doctor")
     return examine(Path(str(options.overrides.get("data_path") or "dataset")), partial(print, flush=True))
 
 
