@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,7 @@ def dataset_folder(given: str, home: Path) -> Path:
     Raises:
         UserError: There is none.
     """
-    if not Path(given).is_dir() and Path(given).name == given:
+    if Path(given).name == given and not _has_tables(Path(given)):
         ensure_builtin(home / given)
     folder = named_folder(given, home)
     with suppress(OSError):  # a folder that is only read
@@ -158,11 +159,16 @@ def dataset_folder(given: str, home: Path) -> Path:
 
 
 def named_folder(given: str, home: Path = Path("dataset")) -> Path:
-    """Return the dataset's folder that `given` is, or names under `home`."""
-    for folder in (Path(given), home / given):
-        if folder.is_dir():
-            return folder
-    raise no_dataset(given, home)
+    """Return the dataset's folder that `given` is, or names under `home`: raw files are often in one of its name."""
+    there = [folder for folder in (Path(given), home / given) if folder.is_dir()]
+    if not there:
+        raise no_dataset(given, home)
+    return next(filter(_has_tables, there), there[0])
+
+
+def _has_tables(folder: Path) -> bool:
+    """Return whether `folder` has interactions of a dataset of its name."""
+    return any(folder.glob(f"{escape(folder.resolve().name)}.*inter"))
 
 
 def no_dataset(name: str, home: Path) -> UserError:
