@@ -11,6 +11,7 @@ import numpy as np
 
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.data.atomic import find_impossible_times, id_problem
+from recbole_mllm.data.histories import places_in_groups
 from recbole_mllm.data.sampling import sample_users
 
 from .source import Intake
@@ -116,10 +117,8 @@ def in_time_order(inter: Interactions) -> Interactions:
 def places(inter: Interactions) -> Column:
     """Return each interaction's place in its user's own history, from 1; `inter` is in time order."""
     order = np.argsort(inter.users, kind="stable")
-    sorted_users = inter.users[order]
-    first = np.searchsorted(sorted_users, sorted_users, side="left")
     out = np.empty(len(inter), np.int64)
-    out[order] = np.arange(len(inter)) - first + 1
+    out[order] = places_in_groups(inter.users[order]) + 1
     return out
 
 

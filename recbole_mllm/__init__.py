@@ -14,7 +14,7 @@ return pandas frames; `Recommender` ranks items for one user with a trained mode
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.errors import UserError, did_you_mean
 from recbole_mllm.common.resources import named, resource
 from recbole_mllm.recbole_patches.apply import apply as _apply
 
@@ -63,11 +63,8 @@ def preset(name: str) -> str:
         found = resource(kind, name.removesuffix(".yaml"))
         if found is not None:
             return str(found)
-    import difflib
-
     names = sorted({known for kind in _KINDS for known in named(kind)})
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names) or 'none'}"
+    hint = did_you_mean(name, names, f"there are {', '.join(names) or 'none'}")
     raise UserError(f"no preset is called {name!r}; {hint}")
 
 

@@ -25,7 +25,8 @@ from recbole_mllm.arguments import (
 )
 from recbole_mllm.benchmark.variants import expand, resolve
 from recbole_mllm.common import distributed
-from recbole_mllm.common.config import check_training
+from recbole_mllm.common.config import check_training, file_keys
+from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.files import BENCHMARK, check_folder
 from recbole_mllm.common.resources import MLLM, converters
 from recbole_mllm.demo.builtin import is_demo
@@ -270,7 +271,6 @@ class BenchmarkResult:
         Raises:
             UserError: There is no such finished run.
         """
-        from recbole_mllm.common.errors import UserError
         from recbole_mllm.recommender import Recommender
 
         runs = {(row.model, run.seed): run.run_id for row in self.board.ranked for run in row.runs}
@@ -326,7 +326,7 @@ def run_benchmark(
         config_file_list: YAML files or names of presets, for every model.
         config_dict: Configuration keys, which win over the files.
         output_dir: Default: ``results/<dataset>``.
-        seeds: Default: the key ``seed``, else 2024.
+        seeds: Default: the key ``seed`` of the call or of a config file, else 2024.
         jobs: Runs at a time.
         tune: Configurations each model may try on validation first.
         quick: Baselines train for a few epochs alone: a first look, marked.
@@ -350,12 +350,15 @@ def run_benchmark(
     options = options_of(config_file_list, config_dict)
     note = DEMO_NOTE if is_demo(dataset) else ""
     keys = dict(options.overrides)
+    files = tuple(config_files(dataset, options))
+    of_files = {key: value for file in files for key, value in file_keys(file).items()}
+    seed = of_files.get("seed") if options.seed is None else options.seed
     plan = BenchmarkPlan(
         dataset=dataset,
         labels=expand(models if isinstance(models, str) else ",".join(models)),
-        seeds=tuple(seeds or (DEFAULT_SEED if options.seed is None else options.seed,)),
+        seeds=tuple(seeds or (DEFAULT_SEED if seed is None else seed,)),
         output_dir=folder,
-        config_files=tuple(config_files(dataset, options)),
+        config_files=files,
         limit_users=keys.pop("limit_users", None),
         note=str(keys.pop("note", note)),
         overrides=keys,

@@ -6,7 +6,6 @@ from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import yaml
 
 from recbole_mllm.benchmark.variants import ALONE, SETS
 from recbole_mllm.common.config import check_keys, check_values, config_paths, is_model, nearest_model, recbole_home
-from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.errors import UserError, did_you_mean
 from recbole_mllm.common.files import CONVERTED, recover
 from recbole_mllm.common.prompts import read_style
 from recbole_mllm.common.resources import MLLM
@@ -35,6 +34,13 @@ class Options:
     def keys(self) -> dict[str, Any]:
         """Return the overrides with the seed among them."""
         return {**self.overrides, **({"seed": self.seed} if self.seed is not None else {})}
+
+
+def check_takes(options: Options, command: str, names: Sequence[str] = ("data_path",)) -> None:
+    """Refuse configuration keys that a `command` does not read: all but `names`."""
+    if unknown := set(options.overrides) - set(names):
+        takes = ", ".join(f"--{name}" for name in names)
+        raise UserError(f"{command} takes no --{min(unknown)}; of configuration keys it takes {takes}")
 
 
 def dataset_of(args: Namespace) -> str:
@@ -174,6 +180,5 @@ def _has_tables(folder: Path) -> bool:
 def no_dataset(name: str, home: Path) -> UserError:
     """Return the error that `home` holds no folder of this name, with the nearest or those it holds."""
     there = sorted(path.name for path in home.glob("*") if path.is_dir() and not path.name.startswith("."))
-    near = get_close_matches(name, there, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(there)}" if there else "there is none yet"
+    hint = did_you_mean(name, there, f"there are {', '.join(there)}" if there else "there is none yet")
     return UserError(f"no dataset {name!r} in {home} ({hint}); give its folder's name, or --data_path=DIR")

@@ -398,7 +398,7 @@ def write_summaries(config: Any, stage: str, *, since: str | None = None) -> Wri
     users = users_since(dataset, since) if since is not None else None
     lines = []
     if stage != "items":
-        lines = _left(refresh(setup, requests, users), since)
+        lines = _left(refresh(setup, requests, users)[1], since)
     else:
         make_item_summaries(setup, requests)
     files = (isum_file(setup.folder, setup.tag), usum_file(setup.folder, setup.tag))

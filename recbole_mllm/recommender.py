@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from recbole.data.interaction import Interaction
 from recbole.utils import ModelType, get_model
 
 from recbole_mllm.common.checkpoint import find_checkpoint, read_checkpoint
-from recbole_mllm.common.errors import UserError, as_user_error
+from recbole_mllm.common.errors import UserError, as_user_error, did_you_mean
 from recbole_mllm.common.resources import MLLM
 from recbole_mllm.common.settings import Settings
 from recbole_mllm.data.item_table import Items, read_items
@@ -87,12 +86,8 @@ class Recommender:
         try:
             return list(self._histories[str(user)])
         except KeyError:
-            near = get_close_matches(str(user), self._histories, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise UserError(
-                f"dataset {self.dataset_name} has no user {user!r}; {hint}for a user it has not seen give a history of "
-                "item ids"
-            ) from None
+            hint = did_you_mean(str(user), self._histories, "for a user it has not seen give a history of item ids")
+            raise UserError(f"dataset {self.dataset_name} has no user {user!r}; {hint}") from None
 
     def recommend(
         self,
@@ -184,11 +179,10 @@ class Recommender:
     def _check_items(self, asked: Sequence[str], what: str) -> None:
         known = self._ranker.numbers
         if unknown := [item for item in asked if item not in known]:
-            near = get_close_matches(unknown[0], known, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
+            hint = did_you_mean(unknown[0], known, "give raw item ids")
             raise UserError(
                 f"{what} {unknown[0]!r} is unknown to dataset {self.dataset_name} ({len(unknown)} of {len(asked)} "
-                f"unknown); {hint}give raw item ids"
+                f"unknown); {hint}"
             )
 
 

@@ -45,7 +45,7 @@ def prompts_of(folder, url, monkeypatch, **keys):
     from recbole.utils import get_model
 
     from recbole_mllm.model.summarizers import make_summary_setup
-    from recbole_mllm.summaries.preferences import make_preferences
+    from recbole_mllm.summaries.preferences import refresh
 
     monkeypatch.setattr("sys.argv", ["x"])
     base = {
@@ -60,7 +60,7 @@ def prompts_of(folder, url, monkeypatch, **keys):
     # zero-shot reads no summaries for training rows, and here those are looked at too
     every = controlled(SummaryRequests(train.histories, train.positions), settings.summary)
     setup = make_summary_setup(config, settings, config["device"])
-    model = get_model("MLLMMSR")(config, train, make_preferences(setup, every))
+    model = get_model("MLLMMSR")(config, train, refresh(setup, every)[0])
     found = []
     for loader in loaders:
         rows = loader._dataset.inter_feat

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.prompts import Prompt
-from recbole_mllm.mllm.interface import Answer, Work
+from recbole_mllm.mllm.interface import Answer, Batch, Decoding, Work, Writer
 
 
 class Planted:
@@ -39,3 +40,16 @@ class StoreInMemory(dict[str, str]):
     def add(self, kind: str, model: str, keys: Sequence[str], answers: Sequence[Answer], seconds: float) -> None:
         """Keep a batch of answers."""
         self.update(zip(keys, (answer.text for answer in answers), strict=True))
+
+
+def answers_of(writer: Writer, prompts: Sequence[Prompt], decoding: Decoding) -> list[Answer]:
+    """Return the answer to each prompt.
+
+    Raises:
+        UserError: One of them cannot be answered.
+    """
+    work = Batch(prompts, decoding)
+    writer.write(work)
+    if work.failures:
+        raise UserError(next(iter(work.failures.values())))
+    return [work.answers[place] for place in range(len(prompts))]

@@ -27,8 +27,8 @@ from recbole_mllm.common.prompts import Prompt, Style  # noqa: E402
 from recbole_mllm.common.resources import PROPERTIES  # noqa: E402
 from recbole_mllm.common.settings import SummarySettings  # noqa: E402
 from recbole_mllm.data.item_table import Items  # noqa: E402
-from recbole_mllm.summaries.generator import Summarizers, SummarySetup  # noqa: E402
-from recbole_mllm.summaries.preferences import make_preferences  # noqa: E402
+from recbole_mllm.summaries.generator import Summarizer, SummarySetup  # noqa: E402
+from recbole_mllm.summaries.preferences import refresh  # noqa: E402
 from recbole_mllm.summaries.user_summaries import SummaryRequests  # noqa: E402
 
 
@@ -56,10 +56,10 @@ def write(folder: Path, pause: float, killed: int, after: int) -> None:
     for user in range(0, 60, 2):
         histories[f"u{user}"][:5] = histories[f"u{(user + 10) % 60}"][:5]
     writer = Planted(reply, 2)
-    who = Summarizers("planted", "planted", lambda: writer, lambda: writer)
+    who = dict.fromkeys(("item", "user"), Summarizer("planted", lambda: writer))
     items = Items({f"i{n}": f"title {n // 2}" for n in range(80)}, {})
     plan = SummaryRequests(histories, {user: set(range(1, len(history))) for user, history in histories.items()})
-    known = make_preferences(SummarySetup(folder, "t", style, items, settings, who), plan)
+    known, _ = refresh(SummarySetup(folder, "t", style, items, settings, who), plan)
     assert all(known.of(user, place) for user, places in plan.positions.items() for place in places)
 
 

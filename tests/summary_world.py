@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import namedtuple
 from dataclasses import replace
 
 import yaml
@@ -13,10 +14,11 @@ from recbole_mllm.common.prompts import Style
 from recbole_mllm.common.resources import PROPERTIES
 from recbole_mllm.common.settings import SummarySettings
 from recbole_mllm.data.atomic import write_atomic
-from recbole_mllm.data.item_table import Items, read_user_summaries
+from recbole_mllm.data.item_table import Items
 from recbole_mllm.data.schema import ITEM_TYPES, item_file, usum_file
-from recbole_mllm.summaries.generator import Summarizers, SummarySetup
-from recbole_mllm.summaries.preferences import make_preferences, refresh
+from recbole_mllm.summaries.generator import Summarizer, SummarySetup
+from recbole_mllm.summaries.preferences import refresh
+from recbole_mllm.summaries.summary_files import read_rows
 from recbole_mllm.summaries.user_summaries import SummaryRequests
 
 STYLE = Style.from_mapping("demo", yaml.safe_load((PROPERTIES / "prompt" / "demo.yaml").read_text()))
@@ -24,6 +26,9 @@ BASE = replace(
     SummarySettings.from_config(yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text())),
     item_summary="text",
 )
+
+
+Row = namedtuple("Row", "history text")
 
 
 class World:
@@ -56,19 +61,23 @@ class World:
         self.item, self.user = Planted(caption), Planted(lambda prompt: f"likes {_digest(prompt.text)}")
         titles = {item: self.titles.get(item, f"title of {item}") for item in sorted(items)}
         write_atomic(item_file(self.folder), ITEM_TYPES, ((item, title, "") for item, title in titles.items()))
-        who = Summarizers(self.identity, self.identity, lambda: self.item, lambda: self.user)
+        who = {
+            "item": Summarizer(self.identity, lambda: self.item),
+            "user": Summarizer(self.identity, lambda: self.user),
+        }
         return SummarySetup(self.folder, "t", self.style, Items(titles, self.images), settings or self.settings, who)
 
     def refresh(self, users=None):
         """Return how many item and user prompts were generated, and who is left."""
-        left = refresh(self.stage(), self.plan(), users)
+        _, left = refresh(self.stage(), self.plan(), users)
         return self.item.asked, self.user.asked, left
 
     def known(self, settings=None):
-        return make_preferences(self.stage(settings), self.plan())
+        return refresh(self.stage(settings), self.plan())[0]
 
     def rows(self):
-        return {(row.user, row.seen): row for row in read_user_summaries(usum_file(self.folder, "t"))}
+        rows = read_rows(usum_file(self.folder, "t"), "user")
+        return {(place.owner, place.seen): Row(place.history, text) for place, (_, text) in rows}
 
     def file(self):
         path = usum_file(self.folder, "t")

@@ -64,7 +64,7 @@ def write_cases(outcome: Any, folder: Path) -> Path | None:
     return folder / CASES
 
 
-def write_titles(outcome: Any, folder: Path, titles: Mapping[str, str]) -> Path:
+def write_titles(outcome: Any, folder: Path, titles: Mapping[str, str]) -> None:
     """Write ``titles.json``: titles of the items that a model without texts ranked best for the users that are stored.
 
     Where all items are ranked, they need not be among those that MLLMMSR's cases name.
@@ -74,7 +74,6 @@ def write_titles(outcome: Any, folder: Path, titles: Mapping[str, str]) -> Path:
     with whole_file(folder / TITLES) as file:
         named = {item: titles.get(item, item) for item in sorted(_ranked(outcome, chosen))}
         json.dump(named, file, ensure_ascii=False)
-    return folder / TITLES
 
 
 def _raw_ids(data: Any) -> tuple[NDArray[np.str_], NDArray[np.str_]]:

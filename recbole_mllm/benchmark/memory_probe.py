@@ -141,7 +141,7 @@ def probe_memory(config: Any, count: int = COUNT) -> list[str]:
     questions = questions_of(str(config["dataset"]), setup.folder, histories, config["seed"], count)
     if not questions:
         raise UserError(f"{item_file(setup.folder)} has no titles to ask about, and no user's items are known")
-    decoding = Decoding(_TOKENS, rules=setup.summarizers.user_rules)
+    decoding = Decoding(_TOKENS, rules=setup.summarizers["user"].rules)
     with closing(opened_store(setup.folder)) as store:
         generator = replace(user_generator(setup, store), kind="probe", decoding=decoding)
         with generator.progress(len(questions)):

@@ -31,6 +31,9 @@ _LAUNCHERS = ("MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_")
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|^\[rank\d+\]: ", re.MULTILINE)  # the second is torch's
 # As Python writes a warning: where, which and what, then the line that drew it; that says nothing of the run
 _WARNING = re.compile(r"^\S.*:\d+: \w*Warning: .*\n?(?:[ \t]+.*\n?)?", re.MULTILINE)
+# Date and level of RecBole's log (utils/logger.py:92-94)
+_PREFIX = re.compile(r"^\d+ \w+ [\d:]+ +[A-Z]+ +", re.MULTILINE)
+_NO_NEWS = ("Saving current: ", "Loading model structure and parameters from ")  # and a long path
 _ERROR = re.compile(r"^(?:[A-Za-z_]\w*\.)*(\w*(?:Error|Exception|Interrupt|Exit)(?:: .*)?)$")
 
 Tick = Callable[[float, str], None]
@@ -114,7 +117,8 @@ def run_child(
                 return child.wait(timeout=_POLL_S)
             if stop.is_set():
                 raise Stopped
-            tick(time.monotonic() - started, next(reversed(_lines(folder / log)), ""))
+            news = [line for line in _lines(folder / log) if not line.startswith(_NO_NEWS)]
+            tick(time.monotonic() - started, news[-1] if news else "")
     finally:
         for number in (signal.SIGTERM, signal.SIGKILL):  # first politely
             if child.poll() is None:
@@ -161,5 +165,5 @@ def _lines(log: Path, tail: int = 1 << 16) -> list[str]:
         return []
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - tail))
-        text = _WARNING.sub("", _ESCAPES.sub("", file.read().decode(errors="replace")))
+        text = _PREFIX.sub("", _WARNING.sub("", _ESCAPES.sub("", file.read().decode(errors="replace"))))
     return [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()]

@@ -59,11 +59,6 @@ def read_leaderboard(results: Path) -> Leaderboard:
     return replace(build(records, results, text), memory=memory_of(records))
 
 
-def format_leaderboard(results: Path) -> str:
-    """Return the leaderboard of the runs in `results` for a terminal."""
-    return tables.format_table(read_leaderboard(results))
-
-
 def write_note(results: Path, note: str) -> None:
     """Store a sentence about the data beside the runs, so that every later report carries it."""
     write_text(results / NOTE, " ".join(note.split()) + "\n")

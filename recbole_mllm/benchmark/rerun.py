@@ -9,14 +9,13 @@ import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from recbole_mllm.benchmark.process import LOG, WORKER, claim, failure, heartbeat, run_child, write_order
 from recbole_mllm.benchmark.records import RECORDS, WHO, RunRecord, latest, plain_json, read_records, records_of
 from recbole_mllm.common.config import every_key
-from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.errors import UserError, did_you_mean
 from recbole_mllm.common.model_names import TINY, is_same
 from recbole_mllm.common.resources import MLLM, PROPERTIES
 from recbole_mllm.common.settings import MLLMSettings
@@ -56,9 +55,9 @@ def find_run(run_id: str, output: Path | None = None, root: Path = Path("results
     known = {file.parent: latest(read_records(file)) for file in files if RERUNS not in file.parts}
     found = [folder for folder, records in known.items() if run_id in records]
     if not found:
-        near = get_close_matches(run_id, [name for records in known.values() for name in records], n=1)
-        hint = f"; did you mean {near[0]}?" if near else "; the ids are in runs.jsonl and below runs/"
-        raise UserError(f"no run {run_id!r} in {output or root}{hint}")
+        names = (name for records in known.values() for name in records)
+        hint = did_you_mean(run_id, names, "the ids are in runs.jsonl and below runs/")
+        raise UserError(f"no run {run_id!r} in {output or root}; {hint}")
     if len(found) > 1:
         raise UserError(f"run {run_id} is in {', '.join(map(str, found))}; say which with --output_dir")
     record = known[found[0]][run_id]

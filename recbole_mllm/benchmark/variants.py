@@ -8,56 +8,49 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.errors import UserError, did_you_mean
 from recbole_mllm.common.resources import MLLM, PROPERTIES
 from recbole_mllm.common.yaml_files import read_mapping
 
 Kind = Literal["baseline", "mllm", "fused"]
 
-PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "zero-shot": {"finetune": "none"},
-    "no-sft": {"finetune": "none"},
-    "direct": {"summary_mode": "direct"},
-    "no-user-summary": {"summary_mode": "none"},
-    "no-summary": {"summary_mode": "none"},
-    "no-image-summary": {"item_summary": "none"},
-    "no-item-summary": {"item_summary": "none"},
-    "no-image": {"use_image": False},
-    "text": {"use_image": False, "item_summary": "text"},
-    "shuffled-history": {"control": "shuffled-history"},
-    "wrong-image": {"control": "wrong-image"},
-    "wrong-summary": {"control": "wrong-summary"},
-    "title-only": {"use_image": False, "item_summary": "none"},
-    "no-history": {"summary_mode": "none", "item_summary": "none", "history_titles": 0},
+
+class Variant(NamedTuple):
+    """The keys of MLLMMSR that a variant changes, and what it takes away, or spoils: a sentence's subject."""
+
+    keys: Mapping[str, Any]
+    part: str
+
+
+_ZERO_SHOT = Variant({"finetune": "none"}, "Fine-tuning")
+_TITLES = Variant({"summary_mode": "none"}, "The user summary in place of titles")
+_NO_ITEM_SUMMARY = Variant({"item_summary": "none"}, "The item summary beside the title")
+
+VARIANTS: Mapping[str, Variant] = {
+    "zero-shot": _ZERO_SHOT,
+    "no-sft": _ZERO_SHOT,
+    "direct": Variant({"summary_mode": "direct"}, "Summarising block by block"),
+    "no-user-summary": _TITLES,
+    "no-summary": _TITLES,
+    "no-image-summary": _NO_ITEM_SUMMARY,
+    "no-item-summary": _NO_ITEM_SUMMARY,
+    "no-image": Variant({"use_image": False}, "The candidate's image"),
+    "text": Variant({"use_image": False, "item_summary": "text"}, "Any image"),
+    "shuffled-history": Variant({"control": "shuffled-history"}, "The order of the history"),
+    "wrong-image": Variant({"control": "wrong-image"}, "Which image an item has"),
+    "wrong-summary": Variant({"control": "wrong-summary"}, "Whose summary is read"),
+    "title-only": Variant({"use_image": False, "item_summary": "none"}, "What is told beside titles"),
+    "no-history": Variant({"summary_mode": "none", "item_summary": "none", "history_titles": 0}, "The user's history"),
 }
-"""What each variant of MLLMMSR changes; ``block-N`` (``block_size: N``) is read by pattern.
+"""The variants of MLLMMSR; ``block-N`` (``block_size: N``) is read by pattern.
 
 ``no-image-summary`` leaves the titles of the items read (the paper's MLLM-MSR_I), ``no-image`` leaves the candidate's
 image out of the question, ``text`` every image out of everything, ``title-only`` the item summaries too; ``no-history``
 asks of every user what is asked of a new one. The controls that put something wrong in the place of what is read
 (``control``) are explained in docs/baselines.md.
 """
-
-PARTS: Mapping[str, str] = {
-    "shuffled-history": "The order of the history",
-    "wrong-image": "Which image an item has",
-    "wrong-summary": "Whose summary is read",
-    "title-only": "What is told beside titles",
-    "no-history": "The user's history",
-    "zero-shot": "Fine-tuning",
-    "no-sft": "Fine-tuning",
-    "direct": "Summarising block by block",
-    "no-user-summary": "The user summary in place of titles",
-    "no-summary": "The user summary in place of titles",
-    "no-image-summary": "The item summary beside the title",
-    "no-item-summary": "The item summary beside the title",
-    "no-image": "The candidate's image",
-    "text": "Any image",
-}
-"""What each variant takes from the full model, or spoils in it: the subject of a sentence on what the model uses."""
 
 ALONE: Mapping[str, Mapping[str, Any]] = {
     "TALLRec": {"summary_mode": "none", "item_summary": "none", "use_image": False},
@@ -151,11 +144,10 @@ def resolve(label: str) -> Entry:
     if model == MLLM:
         if block := re.fullmatch(r"block-([1-9][0-9]*)", variant):
             return Entry(label, MLLM, "mllm", overrides={"block_size": int(block[1])})
-        if colon and variant not in PRESETS:
-            near = get_close_matches(variant, [*PRESETS, *(f"block-{n}" for n in range(1, 6))], n=1)
-            hint = f"did you mean {MLLM}:{near[0]}? Known" if near else "known"
-            raise UserError(f"unknown variant {label!r}; {hint}: {known_variants()}")
-        return Entry(label, MLLM, "mllm", overrides=PRESETS[variant] if colon else {})
+        if colon and variant not in VARIANTS:
+            hint = did_you_mean(variant, [*VARIANTS, *(f"block-{n}" for n in range(1, 6))], "see docs/baselines.md")
+            raise UserError(f"unknown variant {label!r}, none of {known_variants()}; {hint}")
+        return Entry(label, MLLM, "mllm", overrides=VARIANTS[variant].keys if colon else {})
     if colon:
         raise UserError(f"{label!r}: only these have named variants: {known_variants()}")
     if model in ALONE:
@@ -179,7 +171,8 @@ def part_of(label: str) -> str:
     block = re.fullmatch(r"block-([1-9][0-9]*)", variant)
     if block:
         return f"The size of a block, against {block[1]},"
-    return PARTS.get(variant, f"What {variant} changes")  # a record may be of another version
+    known = VARIANTS.get(variant)
+    return known.part if known else f"What {variant} changes"  # a record may be of another version
 
 
 def baseline_defaults(model: str, section: str | None = None) -> dict[str, Any]:
@@ -193,6 +186,6 @@ def baseline_defaults(model: str, section: str | None = None) -> dict[str, Any]:
 
 def known_variants() -> str:
     """Return every named variant, for help and error messages."""
-    ours = [f"{MLLM}:{name}" for name in (*PRESETS, "block-N")]
+    ours = [f"{MLLM}:{name}" for name in (*VARIANTS, "block-N")]
     features = [f"{model}:{'|'.join(FEATURES)}" for model in FEATURE_MODELS]
     return ", ".join([*ours, *features, *ALONE])

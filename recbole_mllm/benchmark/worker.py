@@ -43,7 +43,7 @@ from recbole_mllm.benchmark.records import (
 from recbole_mllm.benchmark.search import TRIALS, search, space_of, trials
 from recbole_mllm.benchmark.variants import baseline_defaults
 from recbole_mllm.common import distributed
-from recbole_mllm.common.config import benchmark_defaults, config_paths, file_keys, keys_for, per_model
+from recbole_mllm.common.config import benchmark_defaults, config_paths, file_keys, per_model
 from recbole_mllm.common.distributed import child_code
 from recbole_mllm.common.errors import UserError, reason_of
 from recbole_mllm.common.files import write_text
@@ -133,7 +133,6 @@ def _config(job: Mapping[str, Any], defaults: Path, tuned: Mapping[str, Any]) ->
     write_text(defaults, yaml.safe_dump(known))
     own: dict[str, Any] = {
         "seed": job["seed"],
-        "limit_users": job["limit_users"],
         "checkpoint_dir": str(defaults.parent / "saved"),
         "frozen_candidates": True,
         "show_progress": False,
@@ -141,6 +140,8 @@ def _config(job: Mapping[str, Any], defaults: Path, tuned: Mapping[str, Any]) ->
     own |= {"save_dataset": False, "save_dataloaders": False, "dataset_save_path": None, "dataloaders_save_path": None}
     given = {key: value for name in files for key, value in file_keys(name).items()}
     given |= per_model(files, model) | dict(job["overrides"])
+    if job["limit_users"] is not None:  # else a config file's stands
+        own["limit_users"] = job["limit_users"]
     if isinstance(place := given.get("data_path", "dataset"), str):
         own["data_path"] = str((home / place).resolve())
     config = make_config(model, job["dataset"], [str(defaults), *files], {**tuned, **job["overrides"], **own})
@@ -231,7 +232,8 @@ def _tune(job: dict[str, Any], defaults: Path) -> dict[str, Any] | None:
     budget, model = job.get("tune"), job["model"]
     if not budget:
         return None
-    given = {key for name in _files(job) for key in keys_for(name, model)} | set(job["overrides"])
+    files = _files(job)
+    given = {*(key for name in files for key in file_keys(name)), *per_model(files, model), *job["overrides"]}
     default = _config(job, defaults, {})
     space = {} if model in NOTHING_TO_TUNE else space_of(model, given)
     found = search(

@@ -16,7 +16,15 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from recbole_mllm.api import DEMO_NOTE, run_benchmark
-from recbole_mllm.arguments import Options, config_of, dataset_folder, dataset_of, named_folder, read_overrides
+from recbole_mllm.arguments import (
+    Options,
+    check_takes,
+    config_of,
+    dataset_folder,
+    dataset_of,
+    named_folder,
+    read_overrides,
+)
 from recbole_mllm.common import distributed
 from recbole_mllm.common.config import benchmark_defaults, check_training, file_keys
 from recbole_mllm.common.errors import UserError
@@ -55,7 +63,7 @@ def split(args: Namespace, options: Options) -> int:
 
     known, rest = converters("options").read_split(args.words)
     keys = read_overrides(rest)
-    folder = Path(os.path.abspath(_inspected(known.dataset, keys, "split")))
+    folder = Path(os.path.abspath(_inspected(known.dataset, Options(keys), "split")))
     out, settings = Path(os.path.abspath(known.out)), converters("options").split_settings(known)
     layout = find_layout(folder, keys)
     fields = converters("output").Fields(layout.user, layout.item, layout.time)
@@ -148,21 +156,18 @@ def inspect(args: Namespace, options: Options) -> int:
 
     path = check_file(Path(args.output), "--output", is_page, "a page that `inspect` wrote") if args.output else None
     keys = {key: value for name in options.config_files for key, value in file_keys(name).items()}
-    health = measure(_inspected(args.directory, options.overrides, "inspect"), keys | dict(options.overrides))
+    health = measure(_inspected(args.directory, options, "inspect"), keys | dict(options.overrides))
     print(format_health(health))
     print("", *write_health(health, path), sep="\n")
     return 0
 
 
-def _inspected(given: str, overrides: Mapping[str, Any], command: str) -> Path:
+def _inspected(given: str, options: Options, command: str) -> Path:
     """Return the folder that `given` is, or names under data_path; a built-in dataset is built there."""
     from recbole_mllm.inspect.measure import LAYOUT_KEYS
 
-    if unknown := set(overrides) - {"data_path", *LAYOUT_KEYS}:
-        own = ("output", "config_files") if command == "inspect" else ()
-        takes = ", ".join(f"--{name}" for name in (*own, "data_path", *LAYOUT_KEYS))
-        raise UserError(f"{command} takes no --{min(unknown)}; it takes {takes}")
-    return dataset_folder(given, Path(str(overrides.get("data_path") or "dataset")))
+    check_takes(options, command, ("data_path", *LAYOUT_KEYS))
+    return dataset_folder(given, Path(str(options.overrides.get("data_path") or "dataset")))
 
 
 def export(args: Namespace, options: Options) -> int:
@@ -197,8 +202,7 @@ def recommend(args: Namespace, options: Options) -> int:
     def is_ours(head: bytes) -> bool:
         return head.startswith((b'{\n  "model": ', b"rank,item_id,title,score"))
 
-    if unknown := set(options.overrides) - {"data_path"}:
-        raise UserError(f"recommend takes no --{min(unknown)}; the checkpoint's run says everything but --data_path")
+    check_takes(options, "recommend")
     files = {
         name: check_file(Path(path), f"--{name}", is_ours, "a file that `recommend` wrote")
         for name in ("json", "csv")
@@ -314,14 +318,14 @@ def demo(options: Options) -> int:
 
 def report(args: Namespace, options: Options) -> int:
     """Render the leaderboard again from its records."""
-    from recbole_mllm.benchmark.report import format_leaderboard, render
+    from recbole_mllm.benchmark.report import render
+    from recbole_mllm.benchmark.tables import format_table
 
     folder = Path(args.directory)
     if BENCHMARK.outputs(folder) is None:
         raise UserError(f"{folder} holds no runs.jsonl of a benchmark; give the folder a benchmark wrote")
     check_place(folder, "report")
-    render(folder, embed_images=args.embed_images == "on")
-    print(format_leaderboard(folder))
+    print(format_table(render(folder, embed_images=args.embed_images == "on")))
     return 0
 
 
@@ -330,8 +334,7 @@ def rerun(args: Namespace, options: Options) -> int:
     from recbole_mllm.benchmark.rerun import find_run
     from recbole_mllm.benchmark.rerun import rerun as run_again
 
-    if unknown := set(options.overrides) - {"data_path"}:
-        raise UserError(f"rerun takes no --{min(unknown)}; the run's record says everything but --data_path")
+    check_takes(options, "rerun")
     folder, record = find_run(args.run_id, Path(args.output_dir) if args.output_dir else None)
     found = run_again(folder, record, options.overrides.get("data_path"))
     print(*found.lines, sep="\n")
@@ -342,8 +345,7 @@ def doctor(args: Namespace, options: Options) -> int:
     """Say what this installation is and can; 1 where it cannot run."""
     from recbole_mllm.cli.doctor import examine
 
-    if unknown := set(options.overrides) - {"data_path"}:
-        raise UserError(f"doctor takes no --{min(unknown)}; it takes --data_path")
+    check_takes(options, "doctor")
     return examine(Path(str(options.overrides.get("data_path") or "dataset")), partial(print, flush=True))
 
 

@@ -240,7 +240,7 @@ def _add_options(of: dict[str, Parser]) -> None:
         f"RecBole's by name, MLLMMSR, {known_variants()}, MLLMMSR+SASRec (fused); or sets of them: {', '.join(SETS)}"
     )
     add("--models", required=True, help=models)
-    add("--seeds", help="e.g. 2024,2025; default: --seed, else 2024")
+    add("--seeds", help="e.g. 2024,2025; default: the key seed, else 2024")
     add("--output_dir", help="default: results/<dataset>")
     add("--force", action="store_true", help="repeat finished runs")
     add("--jobs", type=int, default=1, help="runs at a time")

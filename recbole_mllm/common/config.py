@@ -7,7 +7,6 @@ RecBole's own are read off its files: nothing here imports it before a Config is
 from __future__ import annotations
 
 import ast
-import difflib
 import importlib.util
 import re
 import sys
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from recbole_mllm.common import distributed
-from recbole_mllm.common.errors import UserError, as_user_error
+from recbole_mllm.common.errors import UserError, as_user_error, did_you_mean
 from recbole_mllm.common.progress import warn_once
 from recbole_mllm.common.resources import MLLM, PROPERTIES, named, resource
 from recbole_mllm.common.settings import (
@@ -90,11 +89,8 @@ def check_keys(keys: Iterable[str], where: str) -> None:
 
 def check_known(key: str, known: Iterable[str], where: str, otherwise: str) -> None:
     """Refuse a `key` that is none of `known`, and name the nearest or say what there is `otherwise`."""
-    known = list(known)
-    if key not in known:
-        near = difflib.get_close_matches(key, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else otherwise
-        raise UserError(f"unknown key {key!r} in {where}; {hint}")
+    if key not in (known := list(known)):
+        raise UserError(f"unknown key {key!r} in {where}; {did_you_mean(key, known, otherwise)}")
 
 
 def checked_file(path: Path, *, of_dataset: bool = False) -> dict[str, Any]:
@@ -149,9 +145,8 @@ def is_model(name: str) -> bool:
 
 def nearest_model(name: str, others: Iterable[str] = ()) -> str:
     """Return a hint of which model, or which of `others`, `name` may mean, "" where nothing is near."""
-    small = {known.lower(): known for known in sorted({*model_names(), *others})}
-    near = difflib.get_close_matches(name.lower(), small, n=1, cutoff=0.5)
-    return f"; did you mean {small[near[0]]}?" if near and small[near[0]] != name else ""
+    near = did_you_mean(name, sorted({*model_names(), *others} - {name}))
+    return f"; {near}" if near else ""
 
 
 # Values
@@ -262,12 +257,6 @@ def per_model(files: Sequence[str], model: str) -> dict[str, Any]:
 def file_keys(name: str) -> dict[str, Any]:
     """Return the keys and values of a config file or preset, but for its ``per_model`` sections."""
     return {key: value for key, value in read_mapping(config_path(name)).items() if key != "per_model"}
-
-
-def keys_for(name: str, model: str) -> set[str]:
-    """Return the keys that the config file or preset `name` sets for `model`."""
-    path = config_path(name)
-    return set(read_mapping(path)) | set(per_model([str(path)], model))
 
 
 def sections(files: Sequence[str]) -> dict[str, dict[str, Any]]:

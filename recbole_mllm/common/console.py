@@ -9,10 +9,9 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from difflib import get_close_matches
 from typing import Any
 
-from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.errors import UserError, did_you_mean
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -39,16 +38,15 @@ class Parser(argparse.ArgumentParser):
         """Refuse a value that is no choice, with the nearest one."""
         if action.choices is not None and value not in action.choices:
             choices = list(map(str, action.choices))
-            near = get_close_matches(str(value), choices, n=1)
-            hint = f"did you mean {near[0]}? There are" if near else "there are"
             what = action.option_strings[0] if action.option_strings else "command"
-            self.error(f"{what} {value!r} is unknown; {hint} {', '.join(choices)}")
+            hint = did_you_mean(str(value), choices, "take one of these")
+            self.error(f"{what} {value!r} is unknown; there are {', '.join(choices)}; {hint}")
 
     def error(self, message: str) -> Any:
         """Raise the error of every other mistake; an option that is none comes with the nearest one."""
         wrong = next((word for word in message.split() if word.startswith("--")), "")
-        near = get_close_matches(wrong.partition("=")[0], _options(self), n=1) if "unrecognized" in message else []
-        raise UserError(f"{message}; did you mean {near[0]}?" if near else f"{message}; see --help")
+        known = _options(self) if "unrecognized" in message else []
+        raise UserError(f"{message}; {did_you_mean(wrong.partition('=')[0], known, 'see --help')}")
 
 
 def _options(parser: argparse.ArgumentParser) -> list[str]:

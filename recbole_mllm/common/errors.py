@@ -9,12 +9,20 @@ from __future__ import annotations
 import logging
 import re
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 
 
 class UserError(Exception):
     """A mistake in what the user gave: one line says what, where and what to do next; the command line exits with 2."""
+
+
+def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
+    """Return a question for the one of `known` that is most like `word` in any case; `otherwise` where none is."""
+    small = {name.lower(): name for name in known}
+    near = get_close_matches(word.lower(), small, n=1)
+    return f"did you mean {small[near[0]]}?" if near else otherwise
 
 
 # What RecBole says -> what it means, where {0}, {1} … are the pattern's groups

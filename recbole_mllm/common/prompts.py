@@ -7,11 +7,10 @@ import re
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Self
 
-from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.errors import UserError, did_you_mean
 from recbole_mllm.common.resources import named, resource
 from recbole_mllm.common.yaml_files import read_mapping
 
@@ -101,9 +100,7 @@ class Style:
         known = {f.name for f in fields(cls)} - {"name"}
         wording = dict.fromkeys(_OPTIONAL, "") | dict(wording)
         for key in wording.keys() - known:
-            near = get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else "see docs/prompts.md"
-            raise UserError(f"{where}: there is no wording {key!r}; {hint}")
+            raise UserError(f"{where}: there is no wording {key!r}; {did_you_mean(key, known, 'see docs/prompts.md')}")
         if missing := sorted(known - wording.keys()):
             raise UserError(f"{where}: missing wording {', '.join(missing)}; see docs/prompts.md")
         for key, text in wording.items():

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.data import schema
-from recbole_mllm.data.atomic import clean, id_fault, read_atomic, read_columns, read_numbered, write_atomic
+from recbole_mllm.data.atomic import clean, id_fault, read_atomic, read_columns, read_numbered
 from recbole_mllm.data.images import ItemImages
 
 
@@ -83,31 +83,3 @@ def read_titles(folder: Path, item_field: str, wanted: Container[str]) -> dict[s
     return (
         {row[item_field]: clean(row[title]) for row in read_atomic(path) if row[item_field] in wanted} if title else {}
     )
-
-
-def write_item_summaries(path: Path, summaries: Mapping[str, str]) -> int:
-    """Write ``X.<tag>.isum``, one row an item."""
-    return write_atomic(path, schema.ISUM_TYPES, ((item, text) for item, text in summaries.items()))
-
-
-@dataclass(frozen=True, slots=True)
-class UserSummary:
-    """One state of a user's preference: it has read `seen` interactions, those `history` is the digest of."""
-
-    user: str
-    seen: int
-    history: str
-    text: str
-
-
-def write_user_summaries(path: Path, rows: Iterable[UserSummary]) -> int:
-    """Write ``X.<tag>.usum``, one row a (user, moment)."""
-    return write_atomic(path, schema.USUM_TYPES, ((r.user, str(r.seen), r.history, r.text) for r in rows))
-
-
-def read_user_summaries(path: Path) -> list[UserSummary]:
-    """Read ``X.<tag>.usum``."""
-    return [
-        UserSummary(r[schema.USER], int(float(r[schema.SEEN])), r[schema.HISTORY], r[schema.SUMMARY])
-        for r in read_atomic(path)
-    ]

@@ -75,7 +75,7 @@ def _movies(folder: Path) -> None:
         raise UserError(
             "RecBole's bundled ml-100k is not there; install it with `pip install --no-deps recbole==1.2.1`"
         )
-    converters("ml_100k_posters").convert(source, folder)
+    converters("movielens").convert_posters(source, folder)
 
 
 def _whole(folder: Path, build: Callable[[Path], None]) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.prompts import Prompt
 
 
@@ -114,16 +113,3 @@ class Batch:
     def fail(self, place: int, reason: str) -> None:
         """Add the reason."""
         self.failures[place] = reason
-
-
-def answers_of(writer: Writer, prompts: Sequence[Prompt], decoding: Decoding) -> list[Answer]:
-    """Return the answer to each prompt.
-
-    Raises:
-        UserError: One of them cannot be answered.
-    """
-    work = Batch(prompts, decoding)
-    writer.write(work)
-    if work.failures:
-        raise UserError(next(iter(work.failures.values())))
-    return [work.answers[place] for place in range(len(prompts))]

@@ -32,8 +32,8 @@ from recbole_mllm.mllm.placement import check_dispatch
 from recbole_mllm.mllm.server import ServerModel
 from recbole_mllm.mllm.server_scoring import IMAGES_LOST
 from recbole_mllm.summaries.controls import controlled, other_images
-from recbole_mllm.summaries.generator import Summarizers, SummarySetup, decodings
-from recbole_mllm.summaries.preferences import Preferences, make_preferences
+from recbole_mllm.summaries.generator import Summarizer, SummarySetup, decodings
+from recbole_mllm.summaries.preferences import Preferences, refresh
 from recbole_mllm.summaries.user_summaries import SummaryRequests
 
 REFUSED = "refused_images.tsv"
@@ -54,7 +54,7 @@ def prepare_summaries(config: Any, dataset: Any) -> Preferences:
     settings = Settings.from_config(config)
     check_recommender(config, settings, dataset)
     stage = make_summary_setup(config, settings, torch.device(config["device"]))
-    return make_preferences(stage, summary_requests(dataset, settings, config["finetune"]))
+    return refresh(stage, summary_requests(dataset, settings, config["finetune"]))[0]
 
 
 def summary_requests(dataset: Any, settings: Settings, finetune: str) -> SummaryRequests:
@@ -167,11 +167,11 @@ def without_refused(items: Items, folder: Path, models: Sequence[str], *, trust_
     return replace(items, images={item: path for item, path in items.images.items() if item not in refused})
 
 
-def _summarizers(settings: Settings, device: torch.device) -> Summarizers:
+def _summarizers(settings: Settings, device: torch.device) -> dict[str, Summarizer]:
     models, own, split = settings.mllm, settings.summary.summary_repetition_penalty, sharding.wanted() is not None
     quiet = " (no thinking)" if settings.server.server_thinking == "off" else ""
     dtype = str(dtype_of(settings.mllm.dtype, device)).removeprefix("torch.")
-    found: dict[str, Any] = {}
+    found: dict[str, Summarizer] = {}
     for kind, mode in (("item", settings.summary.item_summary), ("user", settings.summary.summary_mode)):
         key, rules, former = f"{kind}_summarizer", "", None
         name, identity = models.source(key), models.identity(key)
@@ -187,12 +187,10 @@ def _summarizers(settings: Settings, device: torch.device) -> Summarizers:
                     sharding.check_supported(name, models)
                 except UserError as why:
                     logging.getLogger().warning(f"{key}: {why}; only summaries that are there already will do")
-        found[f"{kind}_identity"] = identity
-        found[f"{kind}_former"] = former
-        found[f"load_{kind}"] = partial(_writer, key, settings, device)
-        found[f"{kind}_is_split"] = split and not is_server(name)
-        found[f"{kind}_rules"] = rules if mode != "none" else ""
-    return Summarizers(**found)
+        rules = rules if mode != "none" else ""
+        load = partial(_writer, key, settings, device)
+        found[kind] = Summarizer(identity, load, split and not is_server(name), rules, former)
+    return found
 
 
 def _writer(key: str, settings: Settings, device: torch.device) -> Writer:
@@ -209,14 +207,15 @@ def _writer(key: str, settings: Settings, device: torch.device) -> Writer:
     return mllm
 
 
-def _tag(settings: Settings, style: Style, summarizers: Summarizers) -> str:
+def _tag(settings: Settings, style: Style, summarizers: Mapping[str, Summarizer]) -> str:
     """Return a readable name and 8 hex digits of everything that changes the summaries' text."""
     unread = _NO_TEXT_CHANGE if settings.summary.summary_temperature else _NO_TEXT_CHANGE | _SAMPLING
     fields = {key: value for key, value in asdict(settings.summary).items() if key not in unread}
     wording = {key: text for key, text in asdict(style).items() if key != "recommend_system"}  # of no summary
-    parts = [fields, wording, summarizers.item_identity, summarizers.user_identity, settings.mllm.max_text_tokens]
-    if summarizers.item_rules or summarizers.user_rules:
-        parts.append([summarizers.item_rules, summarizers.user_rules])
+    item, user = summarizers["item"], summarizers["user"]
+    parts = [fields, wording, item.identity, user.identity, settings.mllm.max_text_tokens]
+    if item.rules or user.rules:
+        parts.append([item.rules, user.rules])
     control = settings.summary.control if settings.summary.control != "wrong-summary" else None  # no other texts
     parts += [[control, settings.summary.summary_seed]] if control else []
     digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:8]

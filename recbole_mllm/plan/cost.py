@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from difflib import get_close_matches
 from typing import Any, Self
 
 from torch import Tensor
 
-from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.errors import UserError, did_you_mean
 from recbole_mllm.common.resources import PROPERTIES
 from recbole_mllm.common.settings import LoraSettings
 from recbole_mllm.common.yaml_files import read_mapping
@@ -248,8 +247,7 @@ class Device:
         known = {key.lower(): key for key in table["devices"]}
         key = known.get(name.lower().replace(" ", "-"))
         if key is None:
-            near = get_close_matches(name.lower(), known, n=1)
-            hint = f"did you mean {known[near[0]]}?" if near else f"there are {', '.join(known.values())}"
+            hint = did_you_mean(name, known.values(), f"there are {', '.join(known.values())}")
             raise UserError(f"--device {name!r} is not in properties/devices.yaml; {hint}")
         return cls(key, **table["devices"][key], assumed_network_gb_s=table["assumed_network_gb_s"])
 

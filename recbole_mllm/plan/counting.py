@@ -502,7 +502,7 @@ def dry_run(config: Any, which: str, since: str | None = None) -> list[str]:
         UserError: The model is split among processes, or answers none of the first prompts.
     """
     run = PlannedRun(config, config["device"], since=since)
-    if run.setup.summarizers.item_is_split or run.setup.summarizers.user_is_split:
+    if any(one.is_split for one in run.setup.summarizers.values()):
         raise UserError(
             "--dry-run lets one process try the model, which does not work with one that is split among several; "
             "start it without FSDP, or see what `plan` counts"

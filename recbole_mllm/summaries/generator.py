@@ -25,7 +25,7 @@ from recbole_mllm.data.atomic import clean
 from recbole_mllm.data.item_table import Items
 from recbole_mllm.mllm.interface import Answer, Ask, Decoding, Writer
 from recbole_mllm.summaries.quality import Findings, cut_at_sentence, repeats_prompt, table
-from recbole_mllm.summaries.store import AnswerStore, Leases, Store, answer_key
+from recbole_mllm.summaries.store import Leases, ReadOnlyStore, Store, answer_key
 
 Name = TypeVar("Name", bound=Hashable)
 _AT_A_TIME = 4096  # prompts rendered and looked up at once
@@ -120,7 +120,7 @@ class CachedGenerator:
     kind: str
     load: Callable[[], Writer]
     identity: str
-    store: AnswerStore
+    store: Store | ReadOnlyStore
     decoding: Decoding
     former: str | None = None
     may_write: bool = True
@@ -375,56 +375,47 @@ class CachedGenerator:
 
 
 @dataclass(frozen=True, slots=True)
-class Summarizers:
-    """The two models that generate summaries; `load_*` are called only when something must be generated.
+class Summarizer:
+    """A model that generates summaries; `load` is called only when something must be generated.
 
-    One that is split among the processes (`*_is_split`) is loaded by all of them together, whoever needs it.
+    One that is split among the processes (`is_split`) is loaded by all of them together, whoever needs it.
     """
 
-    item_identity: str
-    user_identity: str
-    load_item: Callable[[], Writer]
-    load_user: Callable[[], Writer]
-    item_is_split: bool = False
-    user_is_split: bool = False
-    item_rules: str = ""  # what their generation_config asks of a text (`mllm.generation.own_rules`)
-    user_rules: str = ""
-    item_former: str | None = None  # what an identity was before its commit was known
-    user_former: str | None = None
+    identity: str
+    load: Callable[[], Writer]
+    is_split: bool = False
+    rules: str = ""  # what its generation_config asks of a text (`mllm.generation.own_rules`)
+    former: str | None = None  # what its identity was before its commit was known
 
 
 @dataclass(frozen=True, slots=True)
 class SummarySetup:
-    """Everything the summaries of one dataset are made from."""
+    """Everything the summaries of one dataset are made from; `summarizers` by kind, ``item`` and ``user``."""
 
     folder: Path
     tag: str
     style: Style
     items: Items
     settings: SummarySettings
-    summarizers: Summarizers
+    summarizers: Mapping[str, Summarizer]
     item_field: str = schema.ITEM
 
 
-def _generator(kind: str, setup: SummarySetup, store: AnswerStore) -> CachedGenerator:
+def _generator(kind: str, setup: SummarySetup, store: Store | ReadOnlyStore) -> CachedGenerator:
     """Return what generates summaries of a `kind`; its model is loaded once, and goes with it."""
-    of, may_write = setup.summarizers, setup.settings.summarize == "auto"
-    if kind == "item":
-        load, identity, split, former = of.load_item, of.item_identity, of.item_is_split, of.item_former
-    else:
-        load, identity, split, former = of.load_user, of.user_identity, of.user_is_split, of.user_former
-    decoding = decodings(setup.settings, of)[kind]
+    of, may_write = setup.summarizers[kind], setup.settings.summarize == "auto"
+    decoding = decodings(setup.settings, setup.summarizers)[kind]
     leases = Leases(store) if isinstance(store, Store) else None
-    return CachedGenerator(kind, cache(load), identity, store, decoding, former, may_write, split, leases)
+    return CachedGenerator(
+        kind, cache(of.load), of.identity, store, decoding, of.former, may_write, of.is_split, leases
+    )
 
 
 item_generator, user_generator = partial(_generator, "item"), partial(_generator, "user")
 
 
-def decodings(settings: SummarySettings, summarizers: Summarizers) -> dict[str, Decoding]:
+def decodings(settings: SummarySettings, summarizers: Mapping[str, Summarizer]) -> dict[str, Decoding]:
     """Return how the answers of each kind are decoded."""
     sampling = settings.summary_temperature, settings.summary_top_p, settings.summary_seed
-    return {
-        "item": Decoding(settings.item_summary_tokens, *sampling, summarizers.item_rules),
-        "user": Decoding(settings.user_summary_tokens, *sampling, summarizers.user_rules),
-    }
+    tokens = {"item": settings.item_summary_tokens, "user": settings.user_summary_tokens}
+    return {kind: Decoding(tokens[kind], *sampling, one.rules) for kind, one in summarizers.items()}

@@ -13,7 +13,7 @@ from recbole_mllm.common.prompts import Style, titles_as_preference
 from recbole_mllm.common.settings import SummarySettings
 from recbole_mllm.data import schema
 from recbole_mllm.data.histories import user_of
-from recbole_mllm.data.item_table import Items, UserSummary, write_item_summaries, write_user_summaries
+from recbole_mllm.data.item_table import Items
 from recbole_mllm.summaries.chains import State, before, history_digest, state_at
 from recbole_mllm.summaries.generator import CachedGenerator, SummarySetup, item_generator, user_generator
 from recbole_mllm.summaries.item_summaries import summarize_items
@@ -94,13 +94,6 @@ def make_item_summaries(setup: SummarySetup, requests: SummaryRequests) -> None:
         export_item_summaries(setup, item_generator(setup, store), store, requests.items(setup.settings))
 
 
-def make_preferences(setup: SummarySetup, requests: SummaryRequests) -> Preferences:
-    """Generate every summary that some row of `requests` reads, item summaries first, and export both."""
-    if setup.settings.summary_mode == "none":
-        return Preferences({}, requests, setup.items, setup.style, setup.settings)
-    return _refreshed(setup, requests, None)[0]
-
-
 def generate(setup: SummarySetup, requests: SummaryRequests) -> Preferences:
     """Return what the rows of `requests` read: answers of the store, else generated and stored; nothing is exported."""
     s = setup.settings
@@ -114,24 +107,20 @@ def generate(setup: SummarySetup, requests: SummaryRequests) -> Preferences:
     return Preferences(texts, requests, setup.items, setup.style, s)
 
 
-def refresh(setup: SummarySetup, requests: SummaryRequests, users: Set[str] | None = None) -> list[str]:
+def refresh(
+    setup: SummarySetup, requests: SummaryRequests, users: Set[str] | None = None
+) -> tuple[Preferences, list[str]]:
     """Generate and export the summaries that the rows of `requests` read, those of `users` alone if given.
 
     Of other users what the store knows is exported: nothing is generated that it has, so a refresh costs what has
-    changed.
+    changed. All processes of a run ask for the same; whoever comes first to a prompt generates it.
 
     Returns:
-        The users among the others whose rows still lack a summary.
-    """
-    return [] if setup.settings.summary_mode == "none" else _refreshed(setup, requests, users)[1]
-
-
-def _refreshed(setup: SummarySetup, requests: SummaryRequests, users: Set[str] | None) -> tuple[Preferences, list[str]]:
-    """Export the summaries of all users, those of `users` (None: all) complete; return who still lacks some.
-
-    All processes of a run ask for the same; whoever comes first to a prompt generates it.
+        What the rows read, and the users among the others whose rows still lack a summary.
     """
     s, started = setup.settings, time.time()
+    if s.summary_mode == "none":
+        return Preferences({}, requests, setup.items, setup.style, s), []
     with closing(opened_store(setup.folder)) as store:
         check_unedited(store, schema.usum_file(setup.folder, setup.tag), setup.tag, "user")  # before anything is paid
         describing = item_generator(setup, store)
@@ -147,9 +136,8 @@ def _refreshed(setup: SummarySetup, requests: SummaryRequests, users: Set[str] |
         texts |= preferences(*given, replace(requests, positions=requests.unread), s, known_only=True)
         _report(generator)
         if distributed.is_main():
-            made = (_summary(row, *of, generator.key_of[of], requests, s) for row, of in as_rows(texts, requests))
-            rows = (row for row, _ in as_rows(texts, requests))
-            export(store, setup, "user", made, lambda path: write_user_summaries(path, rows))
+            made = (_summary(place, *of, generator.key_of[of], requests, s) for place, of in as_rows(texts, requests))
+            export(store, setup, "user", made, ((place, texts[of]) for place, of in as_rows(texts, requests)))
     lacking = (name for name, states in others.states(s).items() if any((name, state) not in texts for state in states))
     found = Preferences(texts, requests, setup.items, setup.style, s, spent, load_s + generator.tally.load_s)
     return found, list(dict.fromkeys(map(user_of, lacking)))
@@ -172,18 +160,18 @@ def export_item_summaries(
             for item in wanted
             if (key := generator.key_of.get(item))
         )
-        export(store, setup, "item", made, lambda path: write_item_summaries(path, found))
+        export(store, setup, "item", made, ((Place(item), text) for item, text in found.items()))
     return found
 
 
 def _summary(
-    row: UserSummary, name: str, state: State, key: str, requests: SummaryRequests, settings: SummarySettings
+    place: Place, name: str, state: State, key: str, requests: SummaryRequests, settings: SummarySettings
 ) -> Summary:
     """Return what the store keeps of a row of ``X.<tag>.usum``."""
     history = requests.histories[name]
     continues = settings.summary_mode == "recurrent" and not state.is_first
     earlier = history_digest(history[state.start : state.since]) if continues else ""
-    return Summary(Place(row.user, row.seen, row.history), tuple(history[state.since : state.seen]), earlier, key)
+    return Summary(place, tuple(history[state.since : state.seen]), earlier, key)
 
 
 def _report(generator: CachedGenerator) -> None:

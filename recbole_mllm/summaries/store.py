@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 import psutil  # type: ignore[import-untyped]
 
@@ -77,22 +77,6 @@ class Spent(NamedTuple):
 
     seconds: float = 0.0
     reused: int = 0
-
-
-class AnswerStore(Protocol):
-    """What `CachedGenerator` needs of a store."""
-
-    def get(self, keys: Iterable[str]) -> dict[str, str]:
-        """Return the texts of those `keys` that are known."""
-        ...
-
-    def add(self, kind: str, model: str, keys: Sequence[str], answers: Sequence[Answer], seconds: float) -> None:
-        """Store a batch of answers, all or none, that took so many seconds together."""
-        ...
-
-    def rename(self, keys: Mapping[str, str], model: str) -> None:
-        """Give the answers of some keys those that `keys` has for them, and `model` as the one that wrote them."""
-        ...
 
 
 def answer_key(identity: str, prompt: Prompt, decoding: Decoding) -> str:

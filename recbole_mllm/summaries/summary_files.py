@@ -10,7 +10,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -108,9 +108,9 @@ class Current(NamedTuple):
 
 
 def export(
-    store: Store, setup: SummarySetup, kind: str, summaries: Iterable[Summary], write: Callable[[Path], int]
+    store: Store, setup: SummarySetup, kind: str, summaries: Iterable[Summary], rows: Iterable[tuple[Place, str]]
 ) -> None:
-    """Let `write` write the file of a `kind` of summaries, and keep whose they are.
+    """Write the file of a `kind` of summaries, its texts in `rows`, and keep whose they are.
 
     Raises:
         UserError: The file that is there was edited.
@@ -122,8 +122,7 @@ def export(
         "style": asdict(setup.style),
         "item_field": setup.item_field,
         "item_summary": setup.settings.item_summary,
-        "item": {"identity": setup.summarizers.item_identity, "decoding": asdict(how["item"])},
-        "user": {"identity": setup.summarizers.user_identity, "decoding": asdict(how["user"])},
+        **{k: {"identity": one.identity, "decoding": asdict(how[k])} for k, one in setup.summarizers.items()},
     }
     with _tables(store) as db:
         said = json.dumps(about)
@@ -132,9 +131,9 @@ def export(
             (setup.tag, said),
         )
         _record(db, _tags(db, setup.tag)[0], kind, summaries)
-    rows = write(path)
+    count = _write(path, kind, rows)
     _note_file(store, setup.tag, kind, path)
-    logging.getLogger().info(f"{path}: {rows} summaries")
+    logging.getLogger().info(f"{path}: {count} summaries")
 
 
 def check_unedited(store: Store, path: Path, tag: str, kind: str, *, replaced: bool = False) -> None:
@@ -361,13 +360,15 @@ def set_text(
         with _tables(store) as db:  # one process at a time reads the file and writes it
             rows = {place: text for place, (_, text) in read_rows(path, kind)}
             rows |= {place: text for place in places if place in rows}
-            write_atomic(path, _TYPES[kind], (_values(place, text) for place, text in rows.items()))
+            _write(path, kind, rows.items())
             db.execute(f"UPDATE tags SET {kind}_file = ? WHERE tag = ?", (digest(path), of.name))
     return f"{places[0]} of tag {of.name} is set; {said}"
 
 
-def _values(place: Place, text: str) -> tuple[str, ...]:
-    return (place.owner, str(place.seen), place.history, text) if place.seen else (place.owner, text)
+def _write(path: Path, kind: str, rows: Iterable[tuple[Place, str]]) -> int:
+    """Write ``X.<tag>.isum`` or ``X.<tag>.usum``; return how many rows."""
+    names = len(_TYPES[kind]) - 1  # of a place: an item's is its id alone
+    return write_atomic(path, _TYPES[kind], ((*map(str, place[:names]), text) for place, text in rows))
 
 
 def is_summary_file(path: Path) -> bool:

@@ -12,9 +12,10 @@ from typing import cast
 from recbole_mllm.common.prompts import Style, item_line, preference_prompt
 from recbole_mllm.common.settings import SummarySettings
 from recbole_mllm.data.histories import user_of
-from recbole_mllm.data.item_table import Items, UserSummary
+from recbole_mllm.data.item_table import Items
 from recbole_mllm.summaries.chains import State, before, history_digest, state_at, steps
 from recbole_mllm.summaries.generator import CachedGenerator, Request
+from recbole_mllm.summaries.summary_files import Place
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,10 +134,10 @@ class _Chains:
 
 def as_rows(
     texts: Mapping[tuple[str, State], str], requests: SummaryRequests
-) -> Iterator[tuple[UserSummary, tuple[str, State]]]:
-    """Yield `texts` as rows of ``X.<tag>.usum``, by user and moment; what several histories begin with stands once.
+) -> Iterator[tuple[Place, tuple[str, State]]]:
+    """Yield whose row of ``X.<tag>.usum`` each of `texts` is, by user and moment, and under which name it stands there.
 
-    Behind each row stand the name of the history and the state that it is the text of.
+    What several histories begin with stands once.
     """
     ordered = sorted((user_of(name), state, name) for name, state in texts)
     for user, keys in groupby(ordered, key=itemgetter(0)):
@@ -148,4 +149,4 @@ def as_rows(
             read = state.seen, history_digest(histories[name][state.start : state.seen])
             if read not in written:
                 written.add(read)
-                yield UserSummary(user, *read, texts[name, state]), (name, state)
+                yield Place(user, *read), (name, state)

@@ -11,6 +11,7 @@ import small_world
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image
+from planted_writers import answers_of
 from recbole.quick_start import load_data_and_model, run_recbole
 from stock_forward import STYLE
 from transformers import AutoModelForImageTextToText
@@ -30,7 +31,7 @@ from recbole_mllm.common.prompts import (
     text_summary_prompt,
 )
 from recbole_mllm.common.settings import ServerSettings
-from recbole_mllm.mllm.interface import Decoding, answers_of
+from recbole_mllm.mllm.interface import Decoding
 from recbole_mllm.mllm.loading import load_processor
 from recbole_mllm.mllm.server import ServerModel
 from recbole_mllm.mllm.server_scoring import ServedScorer, decision_request

@@ -95,8 +95,10 @@ def gradients(folder, prompts, places, finetune):
 
 def compared(folder, picture):
     """Return how far the model in two places is from itself in one."""
+    from planted_writers import answers_of
+
     from recbole_mllm.common.prompts import recommend_prompt
-    from recbole_mllm.mllm.interface import Decoding, answers_of
+    from recbole_mllm.mllm.interface import Decoding
 
     one, two = loaded(folder, None), loaded(folder, ("card:0", "card:1"))
     image = picture if one.encoder.processor is not None else None

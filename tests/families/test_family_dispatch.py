@@ -4,12 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from planted_writers import answers_of
 from stock_forward import CPU, SETTINGS
 
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.mllm import scoring
 from recbole_mllm.mllm.hf import HFModel
-from recbole_mllm.mllm.interface import Decoding, answers_of
+from recbole_mllm.mllm.interface import Decoding
 from recbole_mllm.mllm.lora import tune
 from recbole_mllm.mllm.placement import is_dispatched
 

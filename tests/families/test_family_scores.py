@@ -4,12 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from planted_writers import answers_of
 from stock_forward import CPU, SETTINGS, STYLE, own_inputs
 
 from recbole_mllm.common.prompts import Prompt, image_summary_prompt, recommend_prompt
 from recbole_mllm.mllm import scoring
 from recbole_mllm.mllm.hf import HFModel
-from recbole_mllm.mllm.interface import Decoding, answers_of
+from recbole_mllm.mllm.interface import Decoding
 
 
 @pytest.fixture(autouse=True)

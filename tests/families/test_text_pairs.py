@@ -10,13 +10,14 @@ import pytest
 import tiny_models
 import torch
 from PIL import Image
+from planted_writers import answers_of
 from stock_forward import CPU, SETTINGS, STYLE, own_inputs
 from transformers import AutoModelForImageTextToText
 
 from recbole_mllm.common.prompts import recommend_prompt
 from recbole_mllm.mllm import families, scoring
 from recbole_mllm.mllm.hf import HFModel
-from recbole_mllm.mllm.interface import Decoding, answers_of
+from recbole_mllm.mllm.interface import Decoding
 from recbole_mllm.mllm.lora import tune
 from recbole_mllm.mllm.loss import example_loss, groups
 from recbole_mllm.training.model_export import write_model

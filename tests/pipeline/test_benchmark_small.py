@@ -12,6 +12,7 @@ import pytest
 import small_world
 import tiny_models
 
+from recbole_mllm import run_benchmark
 from recbole_mllm.benchmark.evidence import BEYOND
 from recbole_mllm.benchmark.jobs import BenchmarkPlan, jobs_of
 from recbole_mllm.benchmark.records import RECORDS, RunRecord, read_arrays, read_records
@@ -29,12 +30,16 @@ def runs(place: Path, mode: str, *labels: str, **more: Any) -> dict[str, RunReco
         "item_summary_tokens": 3, "user_summary_tokens": 3, "finetune": "none", "eval_args": arguments,
         "retriever": "ItemKNN", "top_k": 6, "use_gpu": False, "metric_decimal_place": 7, "epochs": 1,
     }  # fmt: skip
-    plan = BenchmarkPlan("steps", labels, (3,), place / mode, overrides=keys | more)
+    return ran(BenchmarkPlan("steps", labels, (3,), place / mode, overrides=keys | more))
+
+
+def ran(plan: BenchmarkPlan) -> dict[str, RunRecord]:
+    place = Path.cwd()
     for job in jobs_of(plan):
         job.folder.mkdir(parents=True)
         run_job(json.loads(json.dumps(job.order())))
         os.chdir(place)
-    return {run.label: run for run in read_records(place / mode / RECORDS)}
+    return {run.label: run for run in read_records(plan.output_dir / RECORDS)}
 
 
 @pytest.fixture
@@ -68,6 +73,19 @@ def test_of_many_users_a_sample_is_ranked_and_mllmmsr_without_a_retriever_ranks_
     found = runs(place, "uni20", "Pop", "MLLMMSR", retriever=None)
     assert found["Pop"].full_ranking is not None and found["Pop"].full_ranking["n_users"] == 10
     assert found["Pop"].n_users == small_world.USERS and found["MLLMMSR"].full_ranking is None
+
+
+def test_the_seed_and_the_sample_of_users_of_a_config_file_are_those_of_its_runs(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place / "own.yaml").write_text("seed: 11\nlimit_users: 4\ndata_path: data\n")
+    plans: list[BenchmarkPlan] = []
+    monkeypatch.setattr("recbole_mllm.benchmark.runner.benchmark", lambda plan, **_: plans.append(plan))
+    run_benchmark("steps", "Pop", config_file_list=["own.yaml"], output_dir=place / "few")
+    run_benchmark("steps", "Pop", config_file_list=["own.yaml"], output_dir=place / "more", seeds=[5],
+                  config_dict={"limit_users": 6})  # fmt: skip
+    few, more = (ran(plan)["Pop"] for plan in plans)
+    assert (few.seed, few.n_users) == (11, 4) and (more.seed, more.n_users) == (5, 6)
 
 
 @pytest.mark.slow

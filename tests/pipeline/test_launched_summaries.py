@@ -179,8 +179,8 @@ def stage_of(world, **models):
 def test_beside_a_server_a_split_model_is_loaded_by_all_for_its_own_summaries_alone(world, monkeypatch):
     with one_of_two(monkeypatch, **FSDP):
         stage = stage_of(world, item_summarizer="server:m@http://localhost:9/v1")
-        assert isinstance(stage.summarizers.load_item(), ServerModel)
-        assert (stage.summarizers.item_is_split, stage.summarizers.user_is_split) == (False, True)
+        assert isinstance(stage.summarizers["item"].load(), ServerModel)
+        assert {kind: one.is_split for kind, one in stage.summarizers.items()} == {"item": False, "user": True}
 
 
 def test_what_one_process_does_alone_waits_for_no_other_where_models_are_to_be_split(

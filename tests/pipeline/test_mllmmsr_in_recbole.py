@@ -170,7 +170,7 @@ def test_summaries_can_be_a_step_of_their_own(settings, monkeypatch):
     ("keys", "message"),
     [
         ({"eval_args": {"mode": "full", "order": "TO"}}, "set retriever: SASRec"),
-        ({"lora_rnk": 4}, "unknown key 'lora_rnk' in config_dict; did you mean 'lora_"),
+        ({"lora_rnk": 4}, "unknown key 'lora_rnk' in config_dict; did you mean lora_"),
     ],
 )
 def test_what_cannot_be_run_is_refused_before_anything_is_loaded(settings, keys, message):

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from planted_writers import answers_of
 from scipy.stats import rankdata
 from stock_forward import CPU, SETTINGS, STYLE
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from recbole_mllm.cli import main
 from recbole_mllm.common.prompts import recommend_prompt
 from recbole_mllm.mllm.hf import HFModel
-from recbole_mllm.mllm.interface import Decoding, answers_of
+from recbole_mllm.mllm.interface import Decoding
 from recbole_mllm.quick_start import make_config, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]

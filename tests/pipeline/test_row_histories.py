@@ -121,19 +121,18 @@ def test_leaving_one_out_a_prompt_has_read_what_stands_before_its_target_in_the_
 
 
 def test_the_export_names_each_state_once_and_a_refresh_asks_nothing(tmp_path, monkeypatch, url):
-    from recbole_mllm.data.item_table import read_user_summaries
     from recbole_mllm.summaries.chains import history_digest
+    from recbole_mllm.summaries.summary_files import read_rows
 
     parts = rows_of("sessions")
     write_listed(tmp_path / "win", parts)
     prompts_of(tmp_path / "win", url, monkeypatch, **LISTED)
     (path,) = (tmp_path / "win").glob("*.usum")
-    rows = read_user_summaries(path)
-    names = [(row.user, row.seen, row.history) for row in rows]
-    assert len(set(names)) == len(names) and [row.user for row in rows] == sorted(row.user for row in rows)
+    rows = dict(read_rows(path, "user"))  # which refuses what stands there twice
+    assert [place.owner for place in rows] == sorted(place.owner for place in rows)
     wanted = {(user, len(own), history_digest(own)) for own_rows in parts.values() for user, _, own in own_rows}
-    assert wanted <= set(names)
-    assert all(row.history == history_digest(shown(row.text)) for row in rows)
+    assert wanted <= set(rows)
+    assert all(place.history == history_digest(shown(text)) for place, (_, text) in rows.items())
     before = path.read_bytes()
     truth = prompts_of(tmp_path / "win", url, monkeypatch, **LISTED, summarize="off")
     assert path.read_bytes() == before and len(truth) == sum(map(len, parts.values()))

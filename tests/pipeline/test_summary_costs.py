@@ -6,8 +6,8 @@ from contextlib import closing
 import pytest
 import small_world
 
-from recbole_mllm.data.item_table import read_user_summaries
 from recbole_mllm.quick_start import make_config, run, write_summaries
+from recbole_mllm.summaries.summary_files import read_rows
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_zero_shot_writes_nothing_for_training_rows_and_exports_what_is_known_of
 
     def exported():
         (path,) = folder.glob("*.usum")
-        return sorted(row.seen for row in read_user_summaries(path))
+        return sorted(place.seen for place, _ in read_rows(path, "user"))
 
     again()
     assert exported() == sorted(4 * [3, 5, 6])  # after a block of three stands a state that both continue
@@ -70,4 +70,4 @@ def test_summaries_written_before_a_recommender_is_named_are_those_of_its_traini
     keys = {"data_path": str(folder.parent), "limit_users": 4, "use_gpu": False, "state": "ERROR"}
     keys |= {"item_summarizer": "tiny", "user_summarizer": "tiny", "item_summary_tokens": 4, "user_summary_tokens": 5}
     _, path = write_summaries(make_config("MLLMMSR", "steps", [], keys), "all").files
-    assert sorted(row.seen for row in read_user_summaries(path)) == sorted(4 * [1, 2, 3, 4, 5, 6])
+    assert sorted(place.seen for place, _ in read_rows(path, "user")) == sorted(4 * [1, 2, 3, 4, 5, 6])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from planned_server import Planned as PlannedServer
 from planned_server import error, serving
-from planted_writers import Planted, StoreInMemory
+from planted_writers import Planted, StoreInMemory, answers_of
 from stock_forward import CPU, SETTINGS, STYLE
 from tiny_models.words import byte_level, gemma_sentencepiece, llama_sentencepiece
 from tokenizers import AddedToken, normalizers
@@ -22,7 +22,7 @@ from recbole_mllm.common.settings import ServerSettings
 from recbole_mllm.data.item_table import Items
 from recbole_mllm.mllm.encoder import ROOM, PlainText
 from recbole_mllm.mllm.hf import HFModel
-from recbole_mllm.mllm.interface import Batch, Decoding, answers_of
+from recbole_mllm.mllm.interface import Batch, Decoding
 from recbole_mllm.mllm.server import ServerModel
 from recbole_mllm.summaries.generator import CachedGenerator
 from recbole_mllm.summaries.user_summaries import SummaryRequests, preferences

@@ -58,7 +58,7 @@ def test_ours_and_want_of_memory_go_through(error):
         ("SASRec", {"stopping_step": None}, "stopping_step is None; it must be a whole number"),
         ("SASRec", {"eval_args": {"mode": "uni20"}}, "SASRec needs eval_args.order TO"),
         ("BPR", {"train_neg_sample_args": None}, "BPR learns from drawn negatives"),
-        ("BPR", {"clip_grad_norm": {"maxnorm": 5}}, "unknown key 'maxnorm' in clip_grad_norm; did you mean 'max_n"),
+        ("BPR", {"clip_grad_norm": {"maxnorm": 5}}, "unknown key 'maxnorm' in clip_grad_norm; did you mean max_n"),
         ("BPR", {"learner": "sparse_adam"}, "SparseAdam does not support dense gradients"),
         ("BPR", {"checkpoint_dir": "dataset/steps/steps.inter/x"}, "steps.inter is no folder; give another name"),
         ("mllmmsr", {}, "did you mean MLLMMSR?"),

@@ -7,6 +7,7 @@ import tiny_models
 import torch
 import yaml
 from PIL import Image
+from planted_writers import answers_of
 from transformers import GenerationConfig
 
 from recbole_mllm.common.prompts import Prompt
@@ -14,7 +15,7 @@ from recbole_mllm.common.resources import PROPERTIES
 from recbole_mllm.common.settings import MLLMSettings, Settings
 from recbole_mllm.mllm.generation import generate_plainly, ignored_rules, own_rules, with_penalty
 from recbole_mllm.mllm.hf import HFModel
-from recbole_mllm.mllm.interface import Ask, Batch, Decoding, answers_of
+from recbole_mllm.mllm.interface import Ask, Batch, Decoding
 from recbole_mllm.model.summarizers import make_summary_setup
 from recbole_mllm.summaries.generator import item_generator, user_generator
 

@@ -21,7 +21,7 @@ from recbole_mllm.benchmark.html import group_charts, page, quality_versus_cost,
 from recbole_mllm.benchmark.leaderboard import COSTS, Leaderboard, LeaderboardRow, Score
 from recbole_mllm.benchmark.ranking import Contender, build, compare_rows
 from recbole_mllm.benchmark.records import RunRecord, append, read_arrays
-from recbole_mllm.benchmark.report import format_leaderboard, render, write_note
+from recbole_mllm.benchmark.report import read_leaderboard, render, write_note
 from recbole_mllm.benchmark.significance import auc_replicates, draw_users, sort_pairs
 from recbole_mllm.benchmark.tables import escape_latex, format_latex, format_markdown, format_table, numbers_table
 from recbole_mllm.common.errors import UserError
@@ -211,7 +211,7 @@ def test_every_form_says_the_same_numbers_and_the_page_loads_nothing(field, tmp_
     assert [path.read_text() for path in files] == first, "rendering twice changes not a byte"
     saved, _, markdown, page = first
     told, table = json.loads(saved), list(csv.DictReader(io.StringIO(first[1])))
-    terminal = format_leaderboard(tmp_path)
+    terminal = format_table(read_leaderboard(tmp_path))
     for row, line in zip(told["rows"], table, strict=True):
         score = row["metrics"]["NDCG@10"]
         assert (line["model"], float(line["NDCG@10"])) == (row["model"], score["mean"])
@@ -235,7 +235,7 @@ def test_every_form_states_the_share_of_targets_whose_future_was_trained_on(fiel
     sheet = list(csv.DictReader(io.StringIO((tmp_path / "leaderboard.csv").read_text())))
     assert {line["future_share"] for line in sheet} == {"0.9987"} and board.to_json()["future_share"] == 0.9987
     pages = [(tmp_path / f"leaderboard.{end}").read_text() for end in ("md", "html", "tex")]
-    for text in (*pages, format_leaderboard(tmp_path)):
+    for text in (*pages, format_table(read_leaderboard(tmp_path))):
         assert "0.999: training has interactions, of any user, that are later than 99.9" in " ".join(text.split())
 
 

@@ -8,6 +8,7 @@ import pytest
 import tiny_models
 import torch
 from PIL import Image
+from planted_writers import answers_of
 from stock_forward import CPU, SETTINGS, STYLE, loss_of, own_inputs, own_logits
 from tiny_models.parts import TEXT, write
 from transformers import (
@@ -27,7 +28,7 @@ from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.prompts import Prompt, recommend_prompt
 from recbole_mllm.mllm import families, scoring
 from recbole_mllm.mllm.hf import HFModel
-from recbole_mllm.mllm.interface import Decoding, answers_of
+from recbole_mllm.mllm.interface import Decoding
 from recbole_mllm.mllm.lora import tune
 from recbole_mllm.mllm.memory import Budget, in_batches
 

@@ -12,9 +12,9 @@ import pytest
 
 from recbole_mllm.benchmark.ranking import build
 from recbole_mllm.benchmark.records import append
-from recbole_mllm.benchmark.report import format_leaderboard, render
+from recbole_mllm.benchmark.report import read_leaderboard, render
 from recbole_mllm.benchmark.setups import SETUP, setup_of
-from recbole_mllm.benchmark.tables import format_latex
+from recbole_mllm.benchmark.tables import format_latex, format_table
 from recbole_mllm.demo.world import demo_world
 from tests.planted_runs import plant_run
 
@@ -94,7 +94,7 @@ def test_every_form_says_what_a_row_is_and_alike_rows_are_told_apart(tmp_path):
         wanted = {name: "" if (value := (setup or {}).get(name)) is None else str(value) for name in SETUP}
         assert {name: sheet[model][name] for name in SETUP} == wanted
     texts = [unescape((tmp_path / f"leaderboard.{end}").read_text()) for end in ("md", "html")]
-    for text in (format_leaderboard(tmp_path), *texts):
+    for text in (format_table(read_leaderboard(tmp_path)), *texts):
         for setup in filter(None, told.values()):
             assert setup["description"] in text
     tex = format_latex(board)
@@ -149,7 +149,7 @@ def test_tiny_on_other_items_than_the_demos_is_said_in_every_form(name, worlds, 
     told = json.loads((tmp_path / "leaderboard.json").read_text())
     sheet = list(csv.DictReader(io.StringIO((tmp_path / "leaderboard.csv").read_text())))
     pages = [unescape((tmp_path / f"leaderboard.{end}").read_text()) for end in ("md", "html", "tex")]
-    pages += [" ".join(format_leaderboard(tmp_path).split())]
+    pages += [" ".join(format_table(read_leaderboard(tmp_path)).split())]
     if name in ("later", "shop", "gone/demo-7"):
         assert "banner" not in told and "banner" not in sheet[0]
         assert not any("never seen" in page for page in pages)

@@ -19,8 +19,9 @@ from planted_writers import Planted
 from recbole_mllm import preset
 from recbole_mllm.benchmark.ranking import build
 from recbole_mllm.benchmark.records import append
-from recbole_mllm.benchmark.report import format_leaderboard, render
-from recbole_mllm.benchmark.variants import PARTS, PRESETS, SETS, part_of, resolve
+from recbole_mllm.benchmark.report import read_leaderboard, render
+from recbole_mllm.benchmark.tables import format_table
+from recbole_mllm.benchmark.variants import SETS, VARIANTS, part_of, resolve
 from recbole_mllm.benchmark.wording import uses
 from recbole_mllm.common.prompts import read_style, recommend_prompt
 from recbole_mllm.common.settings import Settings
@@ -125,7 +126,7 @@ def test_the_section_says_of_each_control_whether_it_was_planted_to_matter(truth
     told = json.loads((tmp_path / "leaderboard.json").read_text())["uses"]
     assert [use["variant"] for use in told] == [use.variant for use in uses(board)]
     pages = [unescape((tmp_path / f"leaderboard.{end}").read_text()) for end in ("md", "html")]
-    pages.append(" ".join(format_leaderboard(tmp_path).split()))
+    pages.append(" ".join(format_table(read_leaderboard(tmp_path)).split()))
     pages.append((tmp_path / "leaderboard.tex").read_text().replace("$-$", "−").replace("{[}", "[").replace("{]}", "]"))
     sheet = pd.read_csv(tmp_path / "leaderboard-uses.csv").set_index("variant")
     assert list(sheet.index) == [use.variant for use in uses(board)]
@@ -136,7 +137,7 @@ def test_the_section_says_of_each_control_whether_it_was_planted_to_matter(truth
         assert use.tested_against == "MLLMMSR" and use.ci95[0] <= use.difference <= use.ci95[1]
         assert (use.p_raw < 0.05) == (not use.ci95[0] <= 0 <= use.ci95[1])
         words = "matters here: −" if name in MATTERS[truth] else "is not shown to matter by these 150 users: "
-        assert use.sentence.startswith(f"{PARTS[name]} {words}")
+        assert use.sentence.startswith(f"{VARIANTS[name].part} {words}")
         assert ("n.s. (p = " in use.sentence) != (name in MATTERS[truth])
         sentence = use.sentence.replace("<", "\\textless{}")
         assert all(use.sentence in page or sentence in page for page in pages)
@@ -150,6 +151,5 @@ def test_a_part_that_does_harm_is_said_to_and_without_a_full_model_there_is_no_s
 
 
 def test_each_variant_says_what_it_takes_away():
-    assert PARTS.keys() == PRESETS.keys()
     assert part_of("MLLMMSR:block-2") == "The size of a block, against 2,"
     assert part_of("MLLMMSR:of-tomorrow") == "What of-tomorrow changes"

@@ -10,7 +10,7 @@ import yaml
 
 from recbole_mllm import preset
 from recbole_mllm.benchmark.jobs import BenchmarkJob, BenchmarkPlan, jobs_of
-from recbole_mllm.benchmark.variants import PRESETS, SETS, expand, resolve
+from recbole_mllm.benchmark.variants import SETS, VARIANTS, expand, resolve
 from recbole_mllm.common.config import config_paths, per_model
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.settings import Settings
@@ -71,7 +71,7 @@ def test_presets_change_what_they_say():
     assert resolve("MLLMMSR:block-5").overrides == {"block_size": 5}
     assert resolve("MLLMMSR:no-sft").overrides == resolve("MLLMMSR:zero-shot").overrides == {"finetune": "none"}
     defaults = yaml.safe_load(Path(preset("MLLMMSR")).read_text()) | {"mllm": "tiny"}
-    for entry in (resolve(f"MLLMMSR:{name}") for name in PRESETS):
+    for entry in (resolve(f"MLLMMSR:{name}") for name in VARIANTS):
         complete = defaults | entry.overrides
         Settings.from_config(complete)  # each key exists and each value is one of those it may have
         assert complete != defaults, "a variant must differ from what it varies"
@@ -96,8 +96,8 @@ def test_sets_of_models():
     ("label", "words"),
     [
         ("MLLMMSR:block-0", "block-N"),
-        ("MLLMMSR:no-images", "did you mean MLLMMSR:no-image"),
-        ("MLLMMSR:block3", "did you mean MLLMMSR:block-3"),
+        ("MLLMMSR:no-images", "did you mean no-image"),
+        ("MLLMMSR:block3", "did you mean block-3"),
         ("Pop:direct", "only these have named variants: MLLMMSR:zero-shot"),
         ("", "no model"),
         ("MLLMMSR+", "one baseline"),
