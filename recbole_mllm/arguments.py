@@ -6,7 +6,6 @@ from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +155,7 @@ def dataset_folder(given: str, home: Path) -> Path:
     Raises:
         UserError: There is none.
     """
-    if Path(given).name == given and not _has_tables(Path(given)):
+    if Path(given).name == given and not any(Path(given).glob("*.inter")):
         ensure_builtin(home / given)
     folder = named_folder(given, home)
     with suppress(OSError):  # a folder that is only read
@@ -165,16 +164,11 @@ def dataset_folder(given: str, home: Path) -> Path:
 
 
 def named_folder(given: str, home: Path = Path("dataset")) -> Path:
-    """Return the dataset's folder that `given` is, or names under `home`: raw files are often in one of its name."""
+    """Return the dataset's folder that `given` is, or names under `home`; raw files may lie in one of the same name."""
     there = [folder for folder in (Path(given), home / given) if folder.is_dir()]
     if not there:
         raise no_dataset(given, home)
-    return next(filter(_has_tables, there), there[0])
-
-
-def _has_tables(folder: Path) -> bool:
-    """Return whether `folder` has interactions of a dataset of its name."""
-    return any(folder.glob(f"{escape(folder.resolve().name)}.*inter"))
+    return next((folder for folder in there if any(folder.glob("*.inter"))), there[0])
 
 
 def no_dataset(name: str, home: Path) -> UserError:
