@@ -254,7 +254,7 @@ def test_lists_without_an_end_are_refused_of_the_models_that_have_lists(monkeypa
     monkeypatch.setattr(sys, "argv", ["run"])
     keys = {"MAX_ITEM_LIST_LENGTH": None, "train_neg_sample_args": None, "data_path": "."}
     assert recbole_config("Pop", "mine", [], keys)["MAX_ITEM_LIST_LENGTH"] is None
-    with pytest.raises(UserError, match="MAX_ITEM_LIST_LENGTH is None; it must be a whole number, at least 1, for SASR"):
+    with pytest.raises(UserError, match="MAX_ITEM_LIST_LENGTH is None; it must be a whole number, at least 1, for S"):
         recbole_config("SASRec", "mine", [], keys)
 
 
