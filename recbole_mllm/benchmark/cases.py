@@ -23,7 +23,6 @@ from PIL import Image
 
 from recbole_mllm.benchmark.leaderboard import Leaderboard
 from recbole_mllm.benchmark.records import PAIR_COLUMNS, RunRecord, read_arrays
-from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.files import whole_file
 from recbole_mllm.common.resources import MLLM
 from recbole_mllm.data.images import open_image, resolve
