@@ -181,7 +181,10 @@ def test_a_line_that_does_not_fit_is_named(home, path):
 def test_other_negatives_have_another_digest_and_a_file_that_was_edited_torn_or_is_anothers_is_refused(home, path):
     text, digest = path.read_text(), lines(path)[0]["digest"]
     torn = path.with_suffix(".jsonl.gz")
-    torn.write_bytes(gzip.compress(text.encode())[:-20])
+    packed = gzip.compress(text.encode())
+    torn.write_bytes(packed[:-20])
+    bad = path.with_name("bad.jsonl.gz")
+    bad.write_bytes(packed[:60] + b"\xff" * 40 + packed[100:])
     row = lines(path)[1]
     rewrite(path, 1, negatives=[*row["negatives"][:-1], another(home, row)])
     edited = path.read_text()
@@ -192,6 +195,7 @@ def test_other_negatives_have_another_digest_and_a_file_that_was_edited_torn_or_
         "no valid line for user": "".join(text.splitlines(keepends=True)[:-1]),
         rf"a\.jsonl:{text.count(chr(10))}: cannot be read": text[:-30],
         r"a\.jsonl:1: no header": "{}\n",
+        r"a\.jsonl:1: cannot be read": "[" * 100_000,
         "is empty": "",
         "candidates of dataset 'others', and this is 'random'": text.replace(
             '"dataset": "random"', '"dataset": "others"'
@@ -205,6 +209,7 @@ def test_other_negatives_have_another_digest_and_a_file_that_was_edited_torn_or_
     for words, keys in {
         "does not exist": {"candidates_file": "none.jsonl"},
         "cannot be read": {"candidates_file": str(torn)},
+        "bad.jsonl.gz:0: cannot be read": {"candidates_file": str(bad)},
         "full; use uniN": {"eval_args": {**LOO, "mode": {"valid": "uni5", "test": "full"}}},
     }.items():
         with pytest.raises(UserError, match=words):
