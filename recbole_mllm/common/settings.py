@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import cache
-from numbers import Real
+from operator import index
 from pathlib import PurePath
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Self, Union, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Self, SupportsIndex, Union, cast, get_args, get_origin, get_type_hints
 
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.model_names import (
@@ -59,11 +59,12 @@ class Range:
 
     def read(self, value: Any) -> int | float | None:
         """Return `value` as a number of this kind, or None where it is none of them."""
-        if isinstance(value, bool) or not isinstance(value, Real):  # numpy's too
+        if isinstance(value, bool) or not isinstance(value, int | float | SupportsIndex):  # the last: numpy's integers
             return None
-        if not (self.least <= value <= self.most and self.above < value < self.below):
+        number = value if isinstance(value, int | float) else index(value)
+        if not (self.least <= number <= self.most and self.above < number < self.below):
             return None
-        return self.kind(value) if self.kind is float or value == int(value) else None
+        return self.kind(number) if self.kind is float or number == int(number) else None
 
 
 @dataclass(frozen=True, slots=True)
