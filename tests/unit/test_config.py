@@ -12,6 +12,7 @@ from recbole_mllm.common import settings
 from recbole_mllm.common.config import (
     benchmark_defaults,
     check_keys,
+    check_training,
     check_values,
     checked_file,
     config_paths,
@@ -248,6 +249,16 @@ def test_a_key_or_model_that_is_none_names_the_nearest(tmp_path, text, said):
     with pytest.raises(UserError) as found:
         checked_file(path)
     assert said.format(path) in str(found.value)
+
+
+def test_whole_numbers_with_a_point_are_whole_numbers_to_recbole(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["run"])
+    given = {"epochs": 2.0, "train_batch_size": 64.0, "seed": 3.0, "topk": [10.0], "learning_rate": 1}
+    config = recbole_config("Pop", "mine", [], given | {"data_path": "."})
+    read = {key: config[key] for key in given}
+    assert read == given and [type(read[key]) for key in given] == [int, int, int, list, int]
+    assert type(read["topk"][0]) is int
+    check_training(config)
 
 
 def test_lists_without_an_end_are_refused_of_the_models_that_have_lists(monkeypatch):
