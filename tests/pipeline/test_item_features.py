@@ -19,6 +19,7 @@ from recbole.utils import get_model
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.settings import MLLMSettings
 from recbole_mllm.data.atomic import read_atomic
+from recbole_mllm.data.schema import isum_file, tags_of
 from recbole_mllm.features import item_vectors
 from recbole_mllm.features.item_vectors import scaled_vectors
 from recbole_mllm.mllm.embedding import image_vectors, sentence_vectors, text_vectors
@@ -163,6 +164,15 @@ def test_features_are_made_once_and_again_where_what_they_are_made_of_changes(
     assert [path.stat().st_mtime_ns for path in files] == times
     for change in ({"feature_size": 4}, {"feature_encoder": str(place / "llama"), "item_features": ["text"]}):
         assert not set(offered(**change)[0]) & set(files)
+
+
+@pytest.mark.parametrize("name", ["games[5-core]", "*"])
+def test_a_datasets_name_is_no_pattern(tmp_path: Path, name: str) -> None:
+    folder = small_world.write(tmp_path, name, images=False)
+    config = {"ITEM_ID_FIELD": "item_id", "LIST_SUFFIX": "_list"}
+    assert len(item_vectors._items_of(folder, config)) == small_world.ITEMS
+    isum_file(folder, "tag").touch()
+    assert tags_of(folder, isum_file) == ("tag",)
 
 
 def test_what_the_dataset_and_the_user_say_of_the_mllm_holds_for_features_too(keys: dict[str, Any]) -> None:
