@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if "PYTEST_XDIST_WORKER" in os.environ:  # beside another of these, a second thread only waits
@@ -12,6 +13,8 @@ os.environ["TRANSFORMERS_OFFLINE"] = "1"
 import pytest
 
 import recbole_mllm  # noqa: F401  (registers itself with RecBole)
+
+sys.argv = ["pytest"]  # whose words RecBole's Config would take for keys
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,5 @@
 """Frozen candidates and MLLMMSR's rows, held against plain loops over the same data."""
 
-import sys
 from collections import Counter
 
 import numpy as np
@@ -23,7 +22,6 @@ CE = {"train_neg_sample_args": None}
 @pytest.fixture
 def settings(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["pytest"])
     monkeypatch.setattr(list_column, "PLAIN_ELEMENTS", 0)  # lists are cut as they are read, as for large datasets
     random_world.write(tmp_path, "random", seed=11, users=50, items=60)
     return {

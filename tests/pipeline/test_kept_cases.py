@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +16,6 @@ from recbole_mllm.quick_start import make_config, run
 
 
 def test_a_real_run_keeps_what_its_test_rows_read_and_no_more(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["pytest"])
     monkeypatch.chdir(tmp_path)
     small_world.write(tmp_path / "data")
     keys = {

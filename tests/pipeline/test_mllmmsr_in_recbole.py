@@ -1,7 +1,6 @@
 """MLLMMSR inside stock RecBole: registered, trained, saved, reloaded, and ranked by what it says and nothing else."""
 
 import re
-import sys
 
 import numpy as np
 import pytest
@@ -31,7 +30,6 @@ def place(tmp_path_factory):
 
 @pytest.fixture
 def settings(place, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["pytest"])
     monkeypatch.chdir(place)
     return {
         "data_path": str(place / "data"),

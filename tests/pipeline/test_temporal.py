@@ -23,11 +23,6 @@ EXAMPLES = Path(recbole.__file__).parent / "dataset_example"
 START = 1_700_000_000
 
 
-@pytest.fixture(autouse=True)
-def _alone(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["x"])
-
-
 def log(seed, users=40, items=60):
     """Return (user, item, time), seconds apart and some at once, in an order that is not theirs.
 
@@ -252,16 +247,16 @@ def test_leaving_one_out_trains_on_what_comes_after_most_test_targets(world):
     assert found == pytest.approx(bisect_left(sorted(last), latest) / len(last)) and found > 0.5
 
 
-def test_a_prompt_has_read_what_its_user_did_before_and_the_answers_of_another_split_are_found(tmp_path, monkeypatch):
+def test_a_prompt_has_read_what_its_user_did_before_and_the_answers_of_another_split_are_found(tmp_path):
     rows = log(11, users=14)
     whole, truth = convert(write_log(tmp_path / "raw", rows), tmp_path / "whole"), Truth(rows, longest=3)
     load = yaml.safe_load((whole / "dataset.yaml").read_text())["load_col"]
     with echoing() as server:
-        prompts_of(whole, server.url, monkeypatch, load_col=load)
+        prompts_of(whole, server.url, load_col=load)
         asked = len(server.bodies)
         later = split(whole, tmp_path / "later", *TEMPORAL, "--max-list", "3")
         load = yaml.safe_load((later / "dataset.yaml").read_text())["load_col"]
-        found = prompts_of(later, server.url, monkeypatch, load_col=load)
+        found = prompts_of(later, server.url, load_col=load)
         assert asked and len(server.bodies) == asked
         before = Counter(
             (user, item, *truth.whole[user][:place]) for each in truth.rows.values() for user, item, place in each
@@ -269,7 +264,7 @@ def test_a_prompt_has_read_what_its_user_did_before_and_the_answers_of_another_s
         assert Counter((user, item, *read(text)) for user, item, text in found) == before
         for path in (later / "later.mllm.sqlite", *later.glob("*.usum")):  # written anew, the chains are the same
             path.unlink()
-        again = prompts_of(later, server.url, monkeypatch, load_col=load)
+        again = prompts_of(later, server.url, load_col=load)
         assert again == found and len(server.bodies) > asked
 
 

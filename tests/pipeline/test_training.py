@@ -53,7 +53,6 @@ def _settings(place, folder):
 
 @pytest.fixture
 def settings(place, monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["pytest"])
     monkeypatch.chdir(tmp_path)
     return _settings(place, tmp_path)
 
@@ -139,7 +138,6 @@ def finished(place, tmp_path_factory):
     """The settings and the trainer of a run of one epoch, which has left its newest state too."""
     folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["pytest"])
         patch.chdir(folder)
         settings = _settings(place, folder) | {"epochs": 1, "checkpoint_every_steps": 3}
         return settings, _fit(settings)
@@ -370,7 +368,6 @@ def filled(request, place, tmp_path_factory):
     folder = tmp_path_factory.mktemp("memory")
     keys = {"mllm": str(place / "llava"), "use_image": True, "finetune": request.param, "lora_dropout": 0.0}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["pytest"])
         patch.chdir(folder)
         trainer, train, *_ = _made(_settings(place, folder) | keys | {"train_last_k": 1})
     trainer.model.train()

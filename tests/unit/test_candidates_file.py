@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ SHARES = {"split": {"RS": [0.4, 0.3, 0.3]}, "order": "RO", "group_by": "user", "
 @pytest.fixture
 def home(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["pytest"])
     random_world.write(tmp_path, "random", seed=11, users=50, items=60)
     return tmp_path
 
@@ -56,7 +54,6 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     folder = tmp_path_factory.mktemp("exported")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(sys, "argv", ["pytest"])
         random_world.write(folder, "random", seed=11, users=50, items=60)
         return export(folder, "a.jsonl").read_bytes()
 

@@ -40,7 +40,6 @@ def datasets(tmp_path_factory):
 def elsewhere(tmp_path, monkeypatch, datasets):
     (tmp_path / "dataset").symlink_to(datasets)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["recbole-mllm"])
 
 
 @pytest.mark.parametrize(

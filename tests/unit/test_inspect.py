@@ -24,7 +24,6 @@ ITEM = "item_id:token\ttitle:token_seq\timage:token\n"
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["recbole-mllm"])
 
 
 def plant(folder: Path, inter: str, item: str | None = None) -> Path:
