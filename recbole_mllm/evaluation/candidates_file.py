@@ -8,6 +8,7 @@ of lines nor that within a line matters: negatives are taken in the order in whi
 from __future__ import annotations
 
 import json
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -170,7 +171,7 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 if not isinstance(values, dict):
                     raise UserError(f"{path}:{number}: not a JSON object")
                 yield number, values
-    except (ValueError, OSError, EOFError) as error:
+    except (ValueError, OSError, EOFError, zlib.error, RecursionError) as error:
         raise UserError(f"{path}:{number + isinstance(error, OSError)}: cannot be read ({error})") from error
 
 
