@@ -171,7 +171,10 @@ def _best_checkpoint(folder: Path, model: str | None) -> Path:
     if (folder / "adapter_config.json").is_file() or (folder / "trained.safetensors").is_file():
         raise UserError(f"beside {folder} there is no {folder.name}.pth, which says how the prompts are worded")
     of = f" of {model}" if model else ""
-    raise UserError(f"no checkpoint{of} is in {folder}; run that model again, or give a FILE.pth")
+    names = [path.name for place in (folder / "saved", folder) for path in place.glob("*.pth")] if model else []
+    others = sorted(name.partition("-")[0] for name in names if not name.endswith(LAST))
+    hint = f"it holds one of {others[0]}; give a run{of}" if others else "run that model again, or give a FILE.pth"
+    raise UserError(f"no checkpoint{of} is in {folder}; {hint}")
 
 
 def last_of(best: Path) -> Path:

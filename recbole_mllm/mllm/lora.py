@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from recbole_mllm.common.settings import LoraSettings
 from recbole_mllm.mllm import sharding
 from recbole_mllm.mllm.families import language_part
 from recbole_mllm.mllm.placement import check_trainable
+
+# PEFT reads it of transformers 5.23
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 TRAINED, DESCRIPTION = "trained.safetensors", "trained.json"
 _NEVER = ("lm_head", "projector", "connector", "merger", "embed")
