@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if "PYTEST_XDIST_WORKER" in os.environ:  # beside another of these, a second thread only waits
@@ -14,6 +15,7 @@ from hypothesis import HealthCheck, settings
 
 import recbole_mllm  # noqa: F401  (registers itself with RecBole)
 
+sys.argv = ["pytest"]  # whose words RecBole's Config would take for keys
 # a slow or busy machine is no fault of what is tested
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")

@@ -45,8 +45,7 @@ BUDGET = 1_300_000  # characters that all thumbnails may take, so that the page 
 
 def write_cases(outcome: Any, folder: Path) -> Path | None:
     """Write ``cases.json`` of a finished `Outcome` into `folder`; None for a model that reads no preferences."""
-    preferences = getattr(outcome.model, "preferences", None)
-    if preferences is None:
+    if (preferences := outcome.preferences) is None:
         return None
     data, rows = outcome.dataset, outcome.test_data._dataset.inter_feat
     users, tokens = _raw_ids(data)

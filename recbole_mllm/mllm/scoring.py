@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from recbole_mllm.common.errors import first_line
 from recbole_mllm.mllm.backbone import Backbone
 from recbole_mllm.mllm.encoder import Encoded
 from recbole_mllm.mllm.memory import in_batches
@@ -68,10 +69,13 @@ def scoring_mode(body: Backbone, prompts: Sequence[Encoded], tokens: Sequence[in
     What was found by prompts without an image says nothing of those with one: the first of these are checked too.
     """
     images = any(prompt.images for prompt in prompts)
-    if body.way is None or (images and not body.way_sees):
+    if body.scoring_mode is None or (images and not body.mode_sees):
         found = find_scoring_mode(body, prompts, tokens)
-        body.way, body.way_sees = max(body.way or found, found, key=get_args(ScoringMode).index), images
-    mode: ScoringMode = body.way
+        body.scoring_mode, body.mode_sees = (
+            max(body.scoring_mode or found, found, key=get_args(ScoringMode).index),
+            images,
+        )
+    mode: ScoringMode = body.scoring_mode
     return mode
 
 
@@ -111,7 +115,7 @@ def _exact_mode(body: Backbone, pair: Sequence[Encoded], tokens: Sequence[int]) 
 
 def error_line(error: Exception) -> str:
     """Return an error's name and first line."""
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def input_key(body: Backbone, prompt: Encoded) -> tuple[int, ...]:

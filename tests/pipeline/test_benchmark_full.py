@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Any:
     small_world.write(folder / "data")
     tiny_models.llava(folder / "llava")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["pytest"])
         patch.chdir(folder)
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
         for job in jobs_of(plan(folder, *expand("Pop,SASRec,MLLMMSR+SASRec"))):
@@ -91,7 +89,6 @@ def test_each_run_keeps_its_validation_and_what_could_be_learnt_from(place: Path
 def test_another_variant_ranks_by_the_same_retriever_and_pays_for_it_too(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["pytest"])
     monkeypatch.chdir(place)
     (kept,) = (place / "results" / "retrievers").glob("*.pth")
     before = kept.stat().st_mtime_ns

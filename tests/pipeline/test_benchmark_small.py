@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,6 @@ def ran(plan: BenchmarkPlan) -> dict[str, RunRecord]:
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     small_world.write(tmp_path / "data")
     tiny_models.llava(tmp_path / "llava")
-    monkeypatch.setattr(sys, "argv", ["pytest"])
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

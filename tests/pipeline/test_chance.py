@@ -63,7 +63,6 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def outcome(world: Path, model: Any, protocol: str, monkeypatch: pytest.MonkeyPatch, **keys: Any) -> Any:
-    monkeypatch.setattr("sys.argv", ["pytest"])
     monkeypatch.chdir(world)
     dataset, mode = PROTOCOLS[protocol]
     settings = {

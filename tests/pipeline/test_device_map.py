@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import launched_runs
@@ -36,7 +35,6 @@ def world(tmp_path_factory):
 
 @pytest.fixture
 def keys(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["pytest"])
     monkeypatch.chdir(tmp_path)
     size = (world / "llava" / "model.safetensors").stat().st_size
     small_world.write(tmp_path / "data")

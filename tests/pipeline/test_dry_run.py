@@ -16,7 +16,6 @@ from recbole_mllm.cli import main
 def folder(tmp_path, monkeypatch):
     """Run in a folder with the dataset, whose own one is given."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["x"])
     return small_world.write(tmp_path / "dataset")
 
 

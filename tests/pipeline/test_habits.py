@@ -35,7 +35,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def settings(place: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    monkeypatch.setattr(sys, "argv", ["pytest"])
     monkeypatch.chdir(place)
     return {
         "data_path": str(place / "data"), "checkpoint_dir": str(place / "saved"), "mllm": str(place / "llama"),

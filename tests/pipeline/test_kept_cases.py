@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +16,6 @@ from recbole_mllm.quick_start import make_config, run
 
 
 def test_a_real_run_keeps_what_its_test_rows_read_and_no_more(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["pytest"])
     monkeypatch.chdir(tmp_path)
     small_world.write(tmp_path / "data")
     keys = {
@@ -46,7 +44,7 @@ def test_a_real_run_keeps_what_its_test_rows_read_and_no_more(tmp_path, monkeypa
 
 
 def test_a_baseline_keeps_no_cases_and_only_what_learns_is_counted(tmp_path):
-    assert write_cases(SimpleNamespace(model=object()), tmp_path) is None and not list(tmp_path.iterdir())
+    assert write_cases(SimpleNamespace(preferences=None), tmp_path) is None and not list(tmp_path.iterdir())
     linear, frozen = Linear(4, 2), Linear(4, 2).requires_grad_(False)
     assert parameters_trained(linear) == 10 and parameters_trained(frozen) == 0
     linear.type = SimpleNamespace(name="TRADITIONAL")  # as RecBole calls Pop, whose one parameter is a stand-in

@@ -34,7 +34,6 @@ def world(tmp_path_factory):
 def alone(world, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder := tmp_path_factory.mktemp("alone"))
-        patch.setattr(sys, "argv", ["pytest"])
         return launched_runs.collect(world, folder)
 
 

@@ -1,7 +1,6 @@
 """MLLMMSR inside stock RecBole: registered, trained, saved, reloaded, and ranked by what it says and nothing else."""
 
 import re
-import sys
 
 import numpy as np
 import pytest
@@ -9,7 +8,7 @@ import small_world
 import tiny_models
 import torch
 from recbole.config import Config
-from recbole.data import create_dataset, data_preparation
+from recbole.data import create_dataset
 from recbole.data.interaction import Interaction
 from recbole.quick_start import load_data_and_model, objective_function, run_recbole
 from recbole.utils import get_trainer, init_seed
@@ -17,6 +16,7 @@ from recbole.utils import get_trainer, init_seed
 from recbole_mllm.cli import main
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.data.schema import POSITION
+from recbole_mllm.evaluation.candidates import prepare_loaders
 from recbole_mllm.model.sequential_recommender.mllmmsr import MLLMMSR
 from recbole_mllm.model.summarizers import prepare_summaries
 
@@ -31,7 +31,6 @@ def place(tmp_path_factory):
 
 @pytest.fixture
 def settings(place, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["pytest"])
     monkeypatch.chdir(place)
     return {
         "data_path": str(place / "data"),
@@ -51,7 +50,7 @@ def _parts(settings, model="MLLMMSR"):
     config = Config(model=model, dataset="steps", config_dict=settings)
     init_seed(config["seed"], True)
     dataset = create_dataset(config)
-    return config, dataset, data_preparation(config, dataset)
+    return config, dataset, prepare_loaders(config, dataset)
 
 
 def test_stock_run_recbole_trains_saves_and_reloads_and_its_seed_gives_the_same_numbers(settings, place):
@@ -74,7 +73,7 @@ def test_hyper_tunings_objective_works(settings):
 
 def test_each_row_knows_its_place_in_the_whole_history(settings):
     settings |= {"MAX_ITEM_LIST_LENGTH": 3, "train_last_k": None}
-    _, _, (train, valid, test) = _parts(settings)
+    _, _, (train, valid, test, _) = _parts(settings)
     places = {
         name: sorted(set(loader._dataset.inter_feat[POSITION].tolist()))
         for name, loader in (("train", train), ("valid", valid), ("test", test))
@@ -83,7 +82,7 @@ def test_each_row_knows_its_place_in_the_whole_history(settings):
     assert places == {"train": list(range(1, last - 1)), "valid": [last - 1], "test": [last]}
     _, _, parts = _parts(settings | {"train_last_k": 2, "limit_users": 9})
     assert set(parts[0]._dataset.inter_feat[POSITION].tolist()) == {3, 4}
-    users = [set(part._dataset.inter_feat["user_id"].tolist()) for part in parts]
+    users = [set(part._dataset.inter_feat["user_id"].tolist()) for part in parts[:3]]
     assert users[0] == users[1] == users[2] and len(users[0]) == 9
     rows = test._dataset
     for user, items in rows.histories.items():
@@ -107,7 +106,7 @@ class Planted:
 
 
 def _result(settings, scorer):
-    config, _, (train, valid, test) = _parts(
+    config, _, (train, valid, test, _) = _parts(
         settings | {"summary_mode": "none", "finetune": "none", "score_cache": False}
     )
     model = MLLMMSR(config, train._dataset)
@@ -141,7 +140,7 @@ def test_all_models_get_the_same_candidates(settings):
         drawn = sorted(zip(users.tolist(), items.tolist(), strict=True))
         assert len(set(drawn)) == len(drawn) == 21 * small_world.USERS
         assert len(set(drawn) & seen) == small_world.USERS  # the targets, and no other item the user met
-        digests.add((dataset.candidates_digest, tuple(drawn)))
+        digests.add((loaders.candidates, tuple(drawn)))
     assert len(digests) == 1
 
 
@@ -188,7 +187,7 @@ def test_missing_images_are_told_before_any_summary_is_made(tmp_path, monkeypatc
 
 
 def test_scores_of_all_items_are_those_of_each_pair(settings):
-    _, dataset, (train, _, test) = _parts({**settings, "finetune": "none"})
+    _, dataset, (train, _, test, _) = _parts({**settings, "finetune": "none"})
     model = MLLMMSR(train._dataset.config, train._dataset).eval()
     rows = test._dataset.inter_feat[:2]
     with torch.no_grad():

@@ -49,10 +49,9 @@ def markers(text):
 
 @pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("split", SPLITS)
-def test_what_a_row_reads_is_what_lies_before_its_target(tmp_path, monkeypatch, split, seed):
+def test_what_a_row_reads_is_what_lies_before_its_target(tmp_path, split, seed):
     from recbole.data import create_dataset
 
-    monkeypatch.setattr("sys.argv", ["x"])
     exact = write_world(tmp_path, seed, "paper" if split == "paper" else "loo")
     arguments = {"order": "TO", "group_by": "user", "mode": "uni5", "split": SPLITS[split] or {"LS": "valid_and_test"}}
     keys = {"data_path": str(tmp_path), "eval_args": arguments, "block_size": 1 + seed, "MAX_ITEM_LIST_LENGTH": 4}

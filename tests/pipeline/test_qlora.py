@@ -1,7 +1,6 @@
 """QLoRA for real, on the CPU: trained in four bits through the command line, resumed, exported, and served alike."""
 
 import json
-import sys
 from dataclasses import replace
 
 import pytest
@@ -48,7 +47,6 @@ def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("qlora")
     small_world.write(place / "data")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["recbole-mllm"])
         patch.chdir(place)
         for name, epochs in (("straight", 2), ("resumed", 1), ("resumed", 2)):
             course = {"epochs": epochs, "lr_scheduler": "constant", "warmup_ratio": 0.0, "stopping_step": 10}
@@ -66,7 +64,6 @@ def checkpoint(place, name):
 @pytest.fixture(scope="module")
 def local(place):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["recbole-mllm"])
         patch.chdir(place)
         path = checkpoint(place, "straight")
         _, model, *_ = load_data_and_model(str(path))

@@ -40,7 +40,6 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(found.folder))
     monkeypatch.setenv("HF_HUB_CACHE", str(found.folder))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["x"])
     small_world.write(tmp_path / "dataset")
     started_anew()
     yield found

@@ -1,6 +1,5 @@
 """``summarize --since`` from the command line, on a dataset whose .inter grows, with a server that writes."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -31,7 +30,6 @@ def steps(tmp_path, monkeypatch):
     with serving(Planned()) as planned:
 
         def summarize(*words):
-            monkeypatch.setattr(sys, "argv", ["recbole-mllm"])
             before = len(planned.bodies)
             who = f"server:m@{planned.url}"
             keys = [f"--item_summarizer={who}", f"--user_summarizer={who}", "--item_summary=text", "--use_image=false"]

@@ -14,7 +14,6 @@ from recbole_mllm.summaries.summary_files import read_rows
 def outcome(tmp_path, monkeypatch):
     """Run MLLMMSR as it is on a small world, whose store is as the last run left it."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["x"])
     folder = small_world.write(tmp_path / "dataset")
     keys = {"data_path": str(tmp_path / "dataset"), "limit_users": 4, "finetune": "none", "epochs": 0, "use_gpu": False}
     keys |= {"item_summary_tokens": 4, "user_summary_tokens": 5, "metrics": ["Hit"], "topk": 5, "valid_metric": "Hit@5"}

@@ -15,17 +15,13 @@ from echoed_prompts import echoing, prompts_of, read
 from recbole_mllm.cli import main
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.data.atomic import read_atomic
+from recbole_mllm.evaluation.candidates import prepare_loaders
 from recbole_mllm.evaluation.protocol import protocol_line
 from recbole_mllm.quick_start import make_config, run
 
 PARTS = ("train", "valid", "test")
 EXAMPLES = Path(recbole.__file__).parent / "dataset_example"
 START = 1_700_000_000
-
-
-@pytest.fixture(autouse=True)
-def _alone(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["x"])
 
 
 def log(seed, users=40, items=60):
@@ -210,7 +206,7 @@ def raw_rows(data, part):
 
 
 def test_ten_models_meet_one_set_of_candidates_and_learn_what_lies_before_the_first_moment(world):
-    from recbole.data import create_dataset, data_preparation
+    from recbole.data import create_dataset
 
     folder, truth = world
     digests = {}
@@ -218,12 +214,11 @@ def test_ten_models_meet_one_set_of_candidates_and_learn_what_lies_before_the_fi
         config = configured(folder, model)
         if model == "MLLMMSR":
             data = create_dataset(config)
-            train, _, test = data_preparation(config, data)
+            train, _, test, digests[model] = prepare_loaders(config, data)
         else:
             done = run(config)
-            data, train, test = done.dataset, done.train_data, done.test_data
+            data, train, test, digests[model] = done.dataset, done.train_data, done.test_data, done.candidates
             assert np.isfinite(list(done.test.values())).all()
-        digests[model] = data.candidates_digest
         learnt = raw_rows(data, train._dataset)
         if model in MODELS[:4]:
             assert Counter(learnt) == Counter(truth.training), model
@@ -252,16 +247,16 @@ def test_leaving_one_out_trains_on_what_comes_after_most_test_targets(world):
     assert found == pytest.approx(bisect_left(sorted(last), latest) / len(last)) and found > 0.5
 
 
-def test_a_prompt_has_read_what_its_user_did_before_and_the_answers_of_another_split_are_found(tmp_path, monkeypatch):
+def test_a_prompt_has_read_what_its_user_did_before_and_the_answers_of_another_split_are_found(tmp_path):
     rows = log(11, users=14)
     whole, truth = convert(write_log(tmp_path / "raw", rows), tmp_path / "whole"), Truth(rows, longest=3)
     load = yaml.safe_load((whole / "dataset.yaml").read_text())["load_col"]
     with echoing() as server:
-        prompts_of(whole, server.url, monkeypatch, load_col=load)
+        prompts_of(whole, server.url, load_col=load)
         asked = len(server.bodies)
         later = split(whole, tmp_path / "later", *TEMPORAL, "--max-list", "3")
         load = yaml.safe_load((later / "dataset.yaml").read_text())["load_col"]
-        found = prompts_of(later, server.url, monkeypatch, load_col=load)
+        found = prompts_of(later, server.url, load_col=load)
         assert asked and len(server.bodies) == asked
         before = Counter(
             (user, item, *truth.whole[user][:place]) for each in truth.rows.values() for user, item, place in each
@@ -269,7 +264,7 @@ def test_a_prompt_has_read_what_its_user_did_before_and_the_answers_of_another_s
         assert Counter((user, item, *read(text)) for user, item, text in found) == before
         for path in (later / "later.mllm.sqlite", *later.glob("*.usum")):  # written anew, the chains are the same
             path.unlink()
-        again = prompts_of(later, server.url, monkeypatch, load_col=load)
+        again = prompts_of(later, server.url, load_col=load)
         assert again == found and len(server.bodies) > asked
 
 

@@ -53,7 +53,6 @@ def _settings(place, folder):
 
 @pytest.fixture
 def settings(place, monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["pytest"])
     monkeypatch.chdir(tmp_path)
     return _settings(place, tmp_path)
 
@@ -139,7 +138,6 @@ def finished(place, tmp_path_factory):
     """The settings and the trainer of a run of one epoch, which has left its newest state too."""
     folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["pytest"])
         patch.chdir(folder)
         settings = _settings(place, folder) | {"epochs": 1, "checkpoint_every_steps": 3}
         return settings, _fit(settings)
@@ -171,7 +169,8 @@ def test_the_pairs_of_validation_are_those_of_the_state_that_is_tested(settings)
     trained, resumed = kept(checkpoint_every_steps=2), kept(**again)  # the latter has no epoch left to validate
     assert all((trained.valid_pairs[name] == resumed.valid_pairs[name]).all() for name in trained.valid_pairs)
     assert trained.test == resumed.test and len(trained.valid_pairs["score"]) == 15 * 11
-    assert len(kept(finetune="none").valid_pairs["score"]) == 15 * 11
+    zero, untrained = kept(finetune="none"), kept(epochs=0, checkpoint_every_steps=2)  # an adapter begins as nothing
+    assert len(zero.valid_pairs["score"]) == 15 * 11 and untrained.test == zero.test and untrained.valid == zero.valid
 
 
 def test_auto_finds_nothing_of_a_run_with_other_settings(finished):
@@ -370,7 +369,6 @@ def filled(request, place, tmp_path_factory):
     folder = tmp_path_factory.mktemp("memory")
     keys = {"mllm": str(place / "llava"), "use_image": True, "finetune": request.param, "lora_dropout": 0.0}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["pytest"])
         patch.chdir(folder)
         trainer, train, *_ = _made(_settings(place, folder) | keys | {"train_last_k": 1})
     trainer.model.train()

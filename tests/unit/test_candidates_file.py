@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import gzip
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import random_world
-from recbole.data import create_dataset, data_preparation
+from recbole.data import create_dataset
 from recbole.utils import init_seed
 
 from recbole_mllm.cli import main
 from recbole_mllm.common.errors import UserError
+from recbole_mllm.evaluation.candidates import prepare_loaders
 from recbole_mllm.quick_start import make_config
 
 LOO = {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "uni5"}
@@ -25,7 +25,6 @@ SHARES = {"split": {"RS": [0.4, 0.3, 0.3]}, "order": "RO", "group_by": "user", "
 @pytest.fixture
 def home(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["pytest"])
     random_world.write(tmp_path, "random", seed=11, users=50, items=60)
     return tmp_path
 
@@ -38,7 +37,7 @@ def prepared(home: Path, model: str = "BPR", **keys: Any) -> Any:
     config = make_config(model, "random", [], settings | keys)
     init_seed(config["seed"], True)
     dataset = create_dataset(config)
-    return dataset, data_preparation(config, dataset)
+    return dataset, prepare_loaders(config, dataset)
 
 
 OWN = ["--load_col={inter: [user_id, item_id, timestamp]}"]
@@ -56,7 +55,6 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     folder = tmp_path_factory.mktemp("exported")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(sys, "argv", ["pytest"])
         random_world.write(folder, "random", seed=11, users=50, items=60)
         return export(folder, "a.jsonl").read_bytes()
 
@@ -93,8 +91,8 @@ def test_what_is_exported_is_what_models_meet_sorted_and_the_same_bytes_each_tim
     path = export(home, "a.jsonl.gz")
     header, *rows = lines(path)
     assert [(row["phase"], row["user"]) for row in rows] == sorted((row["phase"], row["user"]) for row in rows)
-    dataset, (_, valid, test) = prepared(home, "SASRec")
-    assert header["digest"] == dataset.candidates_digest and header["dataset"] == "random" and header["seed"] == 2024
+    dataset, (_, valid, test, candidates) = prepared(home, "SASRec")
+    assert header["digest"] == candidates and header["dataset"] == "random" and header["seed"] == 2024
     users, items = (np.asarray(dataset.field2id_token[name]) for name in ("user_id", "item_id"))
     for phase, loader in (("valid", valid), ("test", test)):
         met = {str(users[u]): set() for u in loader.rows.users}
@@ -116,24 +114,24 @@ def test_imported_candidates_have_the_same_digest_under_other_ids_and_another_se
         "\n".join([header, *sorted(rows, key=lambda row: row.split("\t")[0])]) + "\n"
     )  # other internal ids
     for model in ("BPR", "SASRec"):
-        assert prepared(home, model, candidates_file=str(path), candidate_seed=7)[0].candidates_digest == digest
-    assert prepared(home, candidate_seed=7)[0].candidates_digest != digest
+        assert prepared(home, model, candidates_file=str(path), candidate_seed=7)[1].candidates == digest
+    assert prepared(home, candidate_seed=7)[1].candidates != digest
 
 
 def test_users_with_several_targets_and_a_sample_of_users_come_back(home):
     path = export(home, "several.jsonl", SHARES)
     assert any(len(row["targets"]) > 1 for row in lines(path)[1:])
     for more in ({}, {"limit_users": 9}):
-        digest = prepared(home, eval_args=SHARES, **more)[0].candidates_digest
-        assert prepared(home, eval_args=SHARES, candidates_file=str(path), **more)[0].candidates_digest == digest
+        digest = prepared(home, eval_args=SHARES, **more)[1].candidates
+        assert prepared(home, eval_args=SHARES, candidates_file=str(path), **more)[1].candidates == digest
 
 
 @pytest.mark.parametrize("mode", ["uni5", "pop5"])
 @pytest.mark.parametrize("split", ["valid_and_test", "test_only"])  # valid_only leaves nothing to test on
 def test_users_with_few_interactions_are_asked_about_by_all_models_or_none(home, mode, split):
     every = {"eval_args": LOO | {"mode": mode, "split": {"LS": split}}, "user_inter_num_interval": "[0,inf)"}
-    general, sequential = (prepared(home, model, **every)[0] for model in ("BPR", "SASRec"))
-    assert general.candidates_digest == sequential.candidates_digest
+    general, sequential = (prepared(home, model, **every)[1] for model in ("BPR", "SASRec"))
+    assert general.candidates == sequential.candidates
 
 
 def test_the_order_within_a_line_does_not_matter(home, path):
@@ -141,13 +139,13 @@ def test_the_order_within_a_line_does_not_matter(home, path):
     every = [line | {"negatives": rng.permutation(line["negatives"]).tolist()} for line in lines(path)[1:]]
     shuffled = [lines(path)[0], *(every[n] for n in rng.permutation(len(every)))]
     path.write_text("".join(json.dumps(line) + "\n" for line in shuffled))
-    plain, (_, _, test) = prepared(home)
+    _, plain = prepared(home)
     for keys in ({}, {"candidate_seed": 7}):
-        dataset, (_, _, mine) = prepared(home, candidates_file=str(path), **keys)
-        assert dataset.candidates_digest == digest == plain.candidates_digest
-        assert np.array_equal(mine.negatives, test.negatives)
-    sample = prepared(home, limit_users=9)[0].candidates_digest
-    assert prepared(home, limit_users=9, candidates_file=str(path))[0].candidates_digest == sample
+        _, mine = prepared(home, candidates_file=str(path), **keys)
+        assert mine.candidates == digest == plain.candidates
+        assert np.array_equal(mine.test.negatives, plain.test.negatives)
+    sample = prepared(home, limit_users=9)[1].candidates
+    assert prepared(home, limit_users=9, candidates_file=str(path))[1].candidates == sample
 
 
 FAULTS = [
@@ -188,7 +186,7 @@ def test_other_negatives_have_another_digest_and_a_file_that_was_edited_torn_or_
     rewrite(path, 1, negatives=[*row["negatives"][:-1], another(home, row)])
     edited = path.read_text()
     rewrite(path, 0, digest="")
-    assert prepared(home, candidates_file=str(path))[0].candidates_digest != digest
+    assert prepared(home, candidates_file=str(path))[1].candidates != digest
     faults = {
         rf"a\.jsonl:1: the header's digest is {digest}": edited,
         "no valid line for user": "".join(text.splitlines(keepends=True)[:-1]),

@@ -1,6 +1,5 @@
 """Configuration: every shipped file parses; a wrong file, key or value is one line that names it and helps."""
 
-import sys
 from dataclasses import fields
 from typing import Annotated, get_args, get_origin, get_type_hints
 
@@ -200,8 +199,7 @@ def test_an_empty_file_has_no_keys(tmp_path, text):
     assert read_mapping(tmp_path / "my.yaml") == {} and not check_readable(tmp_path / "my.yaml")
 
 
-def test_values_are_read_as_recbole_reads_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["run"])
+def test_values_are_read_as_recbole_reads_them(tmp_path):
     path = tmp_path / "my.yaml"
     path.write_text(
         "\ufefflearning_rate: 1e-3\nweight_decay: 1.5E-2\nseed: 7\nx: &x {a: 1}\ny: {<<: *x, a: 2, b: off}\nn: 1_000\n"
@@ -213,10 +211,7 @@ def test_values_are_read_as_recbole_reads_them(tmp_path, monkeypatch):
     assert line_of(path, "seed") == 3 and line_of(path, "y", "b") == 5 and line_of(path, "z") is None
 
 
-def test_a_stock_run_of_a_stock_model_is_given_what_recbole_takes_and_nothing_that_nobody_can_read(
-    tmp_path, monkeypatch
-):
-    monkeypatch.setattr(sys, "argv", ["run"])
+def test_a_stock_run_of_a_stock_model_is_given_what_recbole_takes_and_nothing_that_nobody_can_read(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("my_own_key: 1\nepochs: 3\nepochs: 4\nsizes: !!python/tuple [1, 2]\nlearning_rate: 0.0\n")
     (tmp_path / "empty.yaml").write_text("")
@@ -251,8 +246,7 @@ def test_a_key_or_model_that_is_none_names_the_nearest(tmp_path, text, said):
     assert said.format(path) in str(found.value)
 
 
-def test_whole_numbers_with_a_point_are_whole_numbers_to_recbole(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["run"])
+def test_whole_numbers_with_a_point_are_whole_numbers_to_recbole():
     given = {"epochs": 2.0, "train_batch_size": 64.0, "seed": 3.0, "topk": [10.0], "learning_rate": 1}
     config = recbole_config("Pop", "mine", [], given | {"data_path": "."})
     read = {key: config[key] for key in given}
@@ -261,8 +255,7 @@ def test_whole_numbers_with_a_point_are_whole_numbers_to_recbole(monkeypatch):
     check_training(config)
 
 
-def test_lists_without_an_end_are_refused_of_the_models_that_have_lists(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["run"])
+def test_lists_without_an_end_are_refused_of_the_models_that_have_lists():
     keys = {"MAX_ITEM_LIST_LENGTH": None, "train_neg_sample_args": None, "data_path": "."}
     assert recbole_config("Pop", "mine", [], keys)["MAX_ITEM_LIST_LENGTH"] is None
     with pytest.raises(UserError, match="MAX_ITEM_LIST_LENGTH is None; it must be a whole number, at least 1, for S"):
@@ -289,8 +282,7 @@ def test_a_models_own_keys_are_known_where_only_its_source_reads_them(tmp_path):
         ("item_kind: movie\nblock_size: 0\n", "block_size is 0; it must be a whole number, at least 1 ({}:2)"),
     ],
 )
-def test_a_datasets_own_file_is_checked_in_every_run_and_by_inspect(tmp_path, monkeypatch, text, said):
-    monkeypatch.setattr(sys, "argv", ["run"])
+def test_a_datasets_own_file_is_checked_in_every_run_and_by_inspect(tmp_path, text, said):
     path = tmp_path / "mine" / "dataset.yaml"
     path.parent.mkdir()
     (path.parent / "mine.inter").write_text("user_id:token\titem_id:token\ttimestamp:float\nu\ti\t1\n")

@@ -65,7 +65,6 @@ def test_ours_and_want_of_memory_go_through(error):
     ],
 )
 def test_a_wrong_option_is_one_line(model, keys, said, tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["run"])
     monkeypatch.chdir(tmp_path)
     small_world.write(tmp_path / "dataset")
     load = {"inter": ["user_id", "item_id", "timestamp"]}
@@ -76,7 +75,6 @@ def test_a_wrong_option_is_one_line(model, keys, said, tmp_path, monkeypatch):
 
 
 def test_a_full_disk_is_named_where_torch_speaks_of_its_own_file(tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["run"])
     monkeypatch.chdir(tmp_path)
     small_world.write(tmp_path / "dataset", images=False)
     load = {"inter": ["user_id", "item_id", "timestamp"]}

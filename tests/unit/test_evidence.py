@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -34,8 +32,7 @@ def log_with_ties(n_users: int = 40, candidates: int = 21) -> dict[str, np.ndarr
     return log | {"user_id": np.repeat(np.arange(n_users), candidates)}
 
 
-def test_every_k_is_what_recboles_classes_say(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["pytest"])
+def test_every_k_is_what_recboles_classes_say(tmp_path):
     keys = {"topk": list(range(1, 21)), "data_path": str(tmp_path)}
     log = log_with_ties()
     told = per_user(log, Config(model="Pop", dataset="none", config_dict=keys))
@@ -51,7 +48,6 @@ def test_every_k_is_what_recboles_classes_say(tmp_path, monkeypatch):
 
 
 def test_a_metric_of_recboles_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["pytest"])
     monkeypatch.setattr(metrics, "METRICS", (*metrics.METRICS, metrics.Metric("Precision"), metrics.Metric("MAP")))
     keys = {"topk": [1, 5], "data_path": str(tmp_path), "metrics": ["Hit", "MRR", "Precision", "MAP"]}
     told = per_user(log_with_ties(), Config(model="Pop", dataset="none", config_dict=keys))

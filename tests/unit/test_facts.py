@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections import Counter, defaultdict
 from itertools import product
 from pathlib import Path
@@ -11,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from recbole.data import create_dataset, data_preparation
+from recbole.data import create_dataset
 from recbole.evaluator.collector import Collector
 from recbole.utils import init_seed
 
 from recbole_mllm.common.errors import UserError
-from recbole_mllm.evaluation.candidates import digest_of
+from recbole_mllm.evaluation.candidates import digest_of, prepare_loaders
 from recbole_mllm.evaluation.protocol import training_counts
 from recbole_mllm.quick_start import make_config, run
 
@@ -29,7 +28,6 @@ Row = tuple[str, str, float]
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["pytest"])
     return tmp_path
 
 
@@ -160,7 +158,7 @@ def prepared(home: Path, model: str, keys: dict[str, Any], **more: Any) -> Any:
     config = configured(home, model, keys, **more)
     init_seed(config["seed"], True)
     dataset = create_dataset(config)
-    return config, dataset, data_preparation(config, dataset)
+    return config, dataset, prepare_loaders(config, dataset)
 
 
 def asked(dataset: Any, loader: Any) -> tuple[Counter[tuple[str, str]], list[tuple[str, list[str]]]]:
@@ -194,8 +192,8 @@ def test_every_model_and_list_length_is_asked_what_the_files_say(
             if model == "MLLMMSR" and length == lengths[-1]:
                 digests.add(digest_of(configured(home, model, keys, **more)))  # before anything is split
             _, dataset, loaders = prepared(home, model, keys, **more)
-            digests.add(dataset.candidates_digest)
-            for phase, loader in zip(("valid", "test"), loaders[1:], strict=True):
+            digests.add(loaders.candidates)
+            for phase, loader in zip(("valid", "test"), loaders[1:3], strict=True):
                 targets, negatives = asked(dataset, loader)
                 assert targets == expected.targets[phase], (model, length, phase)
                 for user, drawn in negatives:
@@ -239,7 +237,7 @@ def test_rows_stand_by_exact_time_then_place_in_the_file(home: Path, model: str)
         expected = [by_user[n] for n in np.argsort(times, kind="stable")]
     assert whole == expected
     if model != "BPR":  # every row's history is what precedes it, in each part
-        assert {row for loader in loaders for row in rows_of(dataset, loader._dataset)} <= set(expected)
+        assert {row for loader in loaders[:3] for row in rows_of(dataset, loader._dataset)} <= set(expected)
 
 
 @pytest.mark.parametrize("kind", [paper, windows])
@@ -261,7 +259,7 @@ def test_training_rows_are_recboles_own_in_its_order_where_float32_holds_the_tim
     assert len({time for *_, time in rows}) < len(rows) / 4  # many at once, of different users
     keys = write_plain(home, "world", rows) | {"eval_args": LOO | {"mode": "uni5"}}
     ours, theirs = (prepared(home, "SASRec", keys, frozen_candidates=frozen)[2] for frozen in (True, None))
-    for one, two in zip(ours, theirs, strict=True):
+    for one, two in zip(ours[:3], theirs[:3], strict=True):
         a, b = one._dataset.inter_feat, two._dataset.inter_feat
         assert all(a[name].tolist() == b[name].tolist() for name in b.columns)
 
@@ -302,9 +300,9 @@ def test_a_dataset_saved_by_a_stock_run_is_put_in_exact_order_and_its_dataloader
     saved = keys | {"checkpoint_dir": str(home / "s")}
     create_dataset(configured(home, "BPR", saved, frozen_candidates=None, save_dataset=True))
     assert (home / "s" / "world-Dataset.pth").is_file()
-    (_, dataset, _), (_, fresh, _) = prepared(home, "BPR", saved), prepared(home, "BPR", keys)
+    (_, dataset, mine), (_, fresh, theirs) = prepared(home, "BPR", saved), prepared(home, "BPR", keys)
     assert rows_of(dataset, dataset) == rows_of(fresh, fresh)
-    assert dataset.candidates_digest == fresh.candidates_digest
+    assert mine.candidates == theirs.candidates
     prepared(home, "BPR", saved, frozen_candidates=None, save_dataloaders=True)
     with pytest.raises(UserError, match="saved dataloaders, delete them"):
         prepared(home, "BPR", saved)
@@ -359,7 +357,7 @@ def test_a_sample_of_users_is_the_same_for_every_model(home: Path) -> None:
     keys, expected = planted(home, "loo-uni", 8)
     digests = set()
     for model in MODELS:
-        _, dataset, (_, valid, _) = prepared(home, model, keys, limit_users=4, user_inter_num_interval="[0,5]")
-        digests.add(dataset.candidates_digest)
-        assert asked(dataset, valid)[0] <= expected.targets["valid"]
+        _, dataset, loaders = prepared(home, model, keys, limit_users=4, user_inter_num_interval="[0,5]")
+        digests.add(loaders.candidates)
+        assert asked(dataset, loaders.valid)[0] <= expected.targets["valid"]
     assert len(digests) == 1

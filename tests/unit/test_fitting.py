@@ -14,8 +14,7 @@ from recbole.trainer import Trainer
 
 from recbole_mllm.cli import main
 from recbole_mllm.common.fitting import Fit, validations_since_best
-from recbole_mllm.evaluation.metrics import joined, per_user
-from recbole_mllm.evaluation.tie_breaking import evaluate
+from recbole_mllm.evaluation.metrics import evaluate, joined, per_user
 from recbole_mllm.quick_start import make_config, run
 
 PAUSE = 0.3
@@ -26,7 +25,6 @@ def planted(tmp_path, monkeypatch) -> Any:
     """Return what runs a model on the small world, in a folder of its own."""
     small_world.write(tmp_path, images=False)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["pytest"])
 
     def planted(model: str, **keys: Any) -> Any:
         own = {"data_path": str(tmp_path), "checkpoint_dir": "saved", "frozen_candidates": True, "state": "ERROR"}

@@ -225,7 +225,6 @@ def test_a_preset_is_a_path_and_an_unknown_one_names_the_nearest():
 
 @pytest.fixture
 def keys(tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["run"])
     monkeypatch.chdir(tmp_path)
     small_world.write(tmp_path / "dataset")
     load = {"inter": ["user_id", "item_id", "timestamp"]}
