@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if "PYTEST_XDIST_WORKER" in os.environ:  # beside another of these, a second thread only waits
@@ -12,6 +13,14 @@ os.environ["TRANSFORMERS_OFFLINE"] = "1"
 import pytest
 
 import recbole_mllm  # noqa: F401  (registers itself with RecBole)
+
+sys.argv[1:] = []  # which RecBole's Config reads
+
+
+@pytest.fixture(scope="session")
+def demo_data(tmp_path_factory):
+    """A folder of datasets, in which the demo's world is built when it is first used."""
+    return tmp_path_factory.mktemp("dataset")
 
 
 @pytest.fixture(autouse=True)

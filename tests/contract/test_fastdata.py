@@ -2,18 +2,16 @@
 
 import contextlib
 import pickle
-import sys
 
 import numpy as np
 import pytest
 import random_world
+import run_parts
 import torch
 from recbole.config import Config
-from recbole.data import create_dataset, data_preparation
 from recbole.data.dataset import Dataset, SequentialDataset
 from recbole.data.interaction import Interaction
 from recbole.sampler.sampler import AbstractSampler, RepeatableSampler, Sampler
-from recbole.utils import init_seed
 
 from recbole_mllm.recbole_patches import fast_loading, list_column
 from recbole_mllm.recbole_patches.list_column import ListColumn
@@ -72,7 +70,6 @@ def recboles_own():
 @pytest.fixture
 def settings(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["pytest"])
     return {
         "data_path": str(tmp_path),
         "load_col": {"inter": ["user_id", "item_id", "timestamp"]},
@@ -86,9 +83,7 @@ def settings(tmp_path, monkeypatch):
 
 def prepared(model, config):
     config = Config(model=model, dataset="random", config_dict=config)
-    init_seed(config["seed"], True)
-    dataset = create_dataset(config)
-    return config, dataset, data_preparation(config, dataset)
+    return config, *run_parts.prepared(config)
 
 
 def everything(model, config):

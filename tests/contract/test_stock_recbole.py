@@ -18,7 +18,6 @@ ML_100K = Path(importlib.util.find_spec("recbole").origin).parent / "dataset_exa
 def workplace(tmp_path, monkeypatch):
     """RecBole writes ``saved/``, ``log/`` and ``log_tensorboard/`` where it stands, and reads ``sys.argv``."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["pytest"])
     return tmp_path
 
 

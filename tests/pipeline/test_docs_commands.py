@@ -1,7 +1,5 @@
 """The docs' commands about the demo run as they stand, page after page, on a benchmark of a few users."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

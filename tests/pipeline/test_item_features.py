@@ -1,16 +1,12 @@
 """Item features: what an MLLM says of an item reaches RecBole's feature models, is made once, and matters."""
 
-from __future__ import annotations
-
 import random
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import small_world
-import tiny_models
 import torch
 from recbole.config import Config
 from recbole.data import create_dataset
@@ -29,18 +25,8 @@ KINDS = ("red car", "blue mug", "green hat", "black shoe", "white lamp", "brown 
 FULL = {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "full"}
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder: Path = tmp_path_factory.mktemp("features")
-    small_world.write(folder / "data")
-    tiny_models.llava(folder / "llava")
-    tiny_models.llama(folder / "llama")
-    return folder
-
-
 @pytest.fixture
 def keys(place: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    monkeypatch.setattr(sys, "argv", ["pytest"])
     monkeypatch.chdir(place)
     return {
         "data_path": str(place / "data"), "checkpoint_dir": str(place / "saved"), "mllm": str(place / "llava"),
