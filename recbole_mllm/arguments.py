@@ -155,7 +155,7 @@ def dataset_folder(given: str, home: Path) -> Path:
     Raises:
         UserError: There is none.
     """
-    if not Path(given).is_dir() and Path(given).name == given:
+    if Path(given).name == given and not any(Path(given).glob("*.inter")):
         ensure_builtin(home / given)
     folder = named_folder(given, home)
     with suppress(OSError):  # a folder that is only read
@@ -164,11 +164,11 @@ def dataset_folder(given: str, home: Path) -> Path:
 
 
 def named_folder(given: str, home: Path = Path("dataset")) -> Path:
-    """Return the dataset's folder that `given` is, or names under `home`."""
-    for folder in (Path(given), home / given):
-        if folder.is_dir():
-            return folder
-    raise no_dataset(given, home)
+    """Return the dataset's folder that `given` is, or names under `home`; raw files may lie in one of the same name."""
+    there = [folder for folder in (Path(given), home / given) if folder.is_dir()]
+    if not there:
+        raise no_dataset(given, home)
+    return next((folder for folder in there if any(folder.glob("*.inter"))), there[0])
 
 
 def no_dataset(name: str, home: Path) -> UserError:

@@ -2,12 +2,12 @@
 
 import base64
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from planned_server import Handler, listening
 
 TOKEN = "hf_noFileOrLogMayHoldThis"
 
@@ -76,37 +76,15 @@ def serving_hub() -> Iterator[Hub]:
     """Run the server in threads of this process."""
     hub = Hub()
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
+    class Answers(Handler):
         def _any(self) -> None:
-            body = self.rfile.read(int(self.headers.get("content-length") or 0))
             path = self.path.partition("?")[0]
             hub.requests.append((self.command, path, self.headers.get("authorization")))
-            status, told = hub.answer(self.command, path, body)
-            data = json.dumps(told).encode()
-            self.send_response(status)
-            self.send_header("content-type", "application/json")
-            self.send_header("content-length", str(len(data)))
-            self.send_header("x-repo-commit", "abc")
-            if status == 404:
-                self.send_header("x-error-code", "EntryNotFound")
-            self.send_header("etag", '"abc"')
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(data)
+            status, told = hub.answer(self.command, path, self.body())
+            missing = {"x-error-code": "EntryNotFound"} if status == 404 else {}
+            self.send(status, {"x-repo-commit": "abc", "etag": '"abc"', **missing}, told)
 
         do_GET = do_POST = do_PUT = do_HEAD = _any
 
-        def log_message(self, *args: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    hub.url = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-    try:
+    with listening(Answers) as hub.url:
         yield hub
-    finally:
-        server.shutdown()
-        server.server_close()

@@ -3,7 +3,7 @@
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -83,51 +83,68 @@ def error(status: int, message: str = "no", **headers: str) -> Reply:
     return status, {k.replace("_", "-"): v for k, v in headers.items()}, {"error": {"message": message}}
 
 
+class Handler(BaseHTTPRequestHandler):
+    """Reads a request's whole body, and sends JSON or bytes."""
+
+    protocol_version = "HTTP/1.1"
+
+    def body(self) -> bytes:
+        """Read what was sent."""
+        return self.rfile.read(int(self.headers.get("content-length") or 0))
+
+    def send(self, status: int, headers: Mapping[str, str], body: Any) -> None:
+        """Send a whole answer."""
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in {"content-type": "application/json", "content-length": str(len(data)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *args: Any) -> None:
+        pass
+
+
+@contextmanager
+def listening(handler: Callable[..., BaseHTTPRequestHandler], port: int = 0) -> Iterator[str]:
+    """Run a server in threads of this process; yield its address."""
+    server = _Server(("127.0.0.1", port), handler)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
 @contextmanager
 def serving(planned: Planned, port: int = 0) -> Iterator[Planned]:
-    """Run the server in threads of this process."""
+    """Speak the chat protocol as `planned`."""
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
+    class Chat(Handler):
         def do_GET(self) -> None:
-            self._send(planned.listed() if self.path == "/v1/models" else error(404))
+            self.send(*(planned.listed() if self.path == "/v1/models" else error(404)))
 
         def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-            headers = {k.lower(): v for k, v in self.headers.items()}
+            body = json.loads(self.body())
             if self.path in planned.posts:
                 reply = planned.posts[self.path](body)
             elif self.path == "/v1/systemone":
                 reply = planned.decision(body)
+            elif self.path == "/v1/chat/completions":
+                reply = planned.chat(body, {name.lower(): value for name, value in self.headers.items()})
             else:
-                reply = planned.chat(body, headers) if self.path == "/v1/chat/completions" else error(404)
-            self._send(reply)
+                reply = error(404)
+            self.send(*reply)
 
-        def _send(self, reply: Reply) -> None:
-            status, headers, body = reply
-            data = body if isinstance(body, bytes) else json.dumps(body).encode()
-            self.send_response(status)
-            for name, value in ({"content-type": "application/json"} | headers).items():
-                self.send_header(name, value)
-            self.send_header("content-length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *args: Any) -> None:
-            pass
-
-    class Server(ThreadingHTTPServer):
-        daemon_threads = True
-
-        def handle_error(self, *args: Any) -> None:
-            pass
-
-    server = Server(("127.0.0.1", port), Handler)
-    planned.url = f"http://127.0.0.1:{server.server_port}/v1"
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-    try:
+    with listening(Chat, port) as url:
+        planned.url = f"{url}/v1"
         yield planned
-    finally:
-        server.shutdown()
-        server.server_close()

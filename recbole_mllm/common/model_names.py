@@ -85,13 +85,14 @@ def _commit(name: str, revision: str | None) -> str | None:
     The cache comes first, so that a model stays what it is until somebody downloads another.
     """
     from huggingface_hub import HfApi, is_offline_mode
+    from huggingface_hub.errors import RevisionResolutionError
 
     for local in (True, False):
         try:
             return str(HfApi().resolve_revision(name, revision=revision, local_files_only=local).resolved)
         except Exception as error:  # no such model, no network, no right to it: said when it is loaded
-            if not (local or is_offline_mode()) and "could not be reached" in str(error):
-                _use_the_cache_alone()
+            if isinstance(error, RevisionResolutionError) and not (local or is_offline_mode()):
+                _use_the_cache_alone()  # raised by a hub out of reach alone, and by a cache that was asked alone
     return None
 
 

@@ -8,13 +8,12 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from threading import Thread
 
 import pytest
 import small_world
 import torch
+from planned_server import Handler, listening
 from planted_runs import plant_run
 from safetensors import SafetensorError
 
@@ -290,18 +289,22 @@ def test_completion_is_a_script_of_the_shell_or_a_hint(capsys, monkeypatch):
     assert 'pip install "recbole-mllm[cli]"' in capsys.readouterr().err
 
 
+def test_raw_files_in_a_folder_of_the_datasets_name_are_not_taken_for_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small_world.write(tmp_path / "dataset", images=False)
+    (tmp_path / "steps").mkdir()
+    (tmp_path / "steps" / "ratings.dat").touch()
+    assert main(["split", "steps", "--protocol", "loo", "--out", "dataset/other"]) == 0
+    assert main(["inspect", "steps"]) == 0 and (tmp_path / "dataset" / "steps" / "inspect.html").is_file()
+
+
 def test_a_hub_that_refuses_is_one_that_answers(monkeypatch):
-    class Refusing(BaseHTTPRequestHandler):
+    class Refusing(Handler):
         def do_HEAD(self):
             self.send_error(403)
 
-        def log_message(self, *_):
-            pass
-
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    with HTTPServer(("127.0.0.1", 0), Refusing) as hub:
-        Thread(target=hub.handle_request, daemon=True).start()
-        url = f"http://127.0.0.1:{hub.server_port}"
+    with listening(Refusing) as url:
         monkeypatch.setenv("HF_ENDPOINT", url)
         assert doctor._hub() == f"{url} answers (403)"
 

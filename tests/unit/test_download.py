@@ -1,14 +1,14 @@
 """Images are fetched from a real server that misbehaves: again after a failure, never twice, and nothing but images."""
 
 import io
-import threading
 from collections import Counter
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import ClassVar
 
 import pytest
 from PIL import Image
+from planned_server import listening
 from raw_dumps import jsonl, product, review
 
 from dataset_converters.item_rows import Downloader
@@ -57,13 +57,9 @@ class Shop(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def shop() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Shop)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
     Shop.asked.clear()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    with listening(Shop) as url:
+        yield url
 
 
 FETCH = Downloader(tries=3, wait_s=0.01, max_bytes=200_000, timeout_s=5)
