@@ -10,7 +10,7 @@ from typing import Any
 
 from recbole_mllm.common.errors import UserError
 
-from .convert import Source, add_option
+from .convert import Source
 from .interactions import Row
 from .item_rows import ItemRow
 from .source import Intake, folder_named, number, within_64_bits
@@ -30,6 +30,8 @@ class Amazon2023(Source):
         "price": "float",
     }
     has_urls = True
+    duplicates = "first"
+    recorded = ("category",)
 
     def __init__(self, raw: Path, images: Path | None, category: str | None = None) -> None:
         found: dict[str, list[Path]] = {}
@@ -51,9 +53,8 @@ class Amazon2023(Source):
 
     @classmethod
     def add_options(cls, parser: ArgumentParser) -> None:
-        """Add what only Amazon's files have: several categories a folder, images by URL."""
+        """Add what only Amazon's files have: several categories a folder."""
         parser.add_argument("--category", help="where --raw holds several")
-        add_option(parser, "--download-images", action="store_true", help="fetch each item's main image; resumable")
 
     @classmethod
     def from_options(cls, raw: Path, images: Path | None, options: Namespace) -> Source:

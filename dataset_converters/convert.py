@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.files import CONVERTED, publish, whole_file
@@ -31,7 +31,10 @@ class Source(ABC):
         example: What may follow ``convert`` on a command line.
         item_kind: What the items are, for the prompts (``--item-kind`` wins).
         features: Columns of X.item beyond id, title and image, with RecBole's types.
-        has_urls: Whether items name images by URL.
+        has_urls: Whether items name images by URL, which ``--download-images`` then fetches.
+        is_table: Whether it may be given as one file, not a folder.
+        duplicates: Which of a user's interactions with one item stay (``--duplicates`` wins).
+        recorded: Names of its own options that change what is written, for README and manifest.
         notes: What people should know of this dump, for the README.
     """
 
@@ -40,6 +43,9 @@ class Source(ABC):
     item_kind = "product"
     features: Mapping[str, str] = {}
     has_urls = False
+    is_table: ClassVar[bool] = False
+    duplicates: ClassVar[Literal["keep", "first"]] = "keep"
+    recorded: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, images: Path | None) -> None:
         self.image_folder = images

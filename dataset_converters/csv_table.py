@@ -38,6 +38,8 @@ class CsvTable(Source):
 
     name = "csv"
     example = "csv --raw log/ --interactions log.csv --items items.csv --user-column member --out dataset/mine"
+    is_table = True
+    recorded = ("separator",)
 
     def __init__(
         self,

@@ -11,6 +11,7 @@ from typing import Any
 from recbole_mllm.common.console import Parser
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.progress import Progress, log_to_terminal
+from recbole_mllm.common.resources import named
 from recbole_mllm.data.splits import SplitSettings
 
 from .amazon2023 import Amazon2023
@@ -23,16 +24,12 @@ from .movielens import MovieLens
 from .output import check
 from .source import Intake, moment, number
 
-KINDS = ("video", "movie", "product")
 SOURCES: dict[str, type[Source]] = {source.name: source for source in (MicroLens, MovieLens, Amazon2023, CsvTable)}
 """The converters; a new one is entered here."""
 
-# Options that change what is written; where files lie does not
-_RECORDED = (
-    *("k_core", "min_rating", "max_history", "limit_users", "seed", "duplicates"),
-    *("category", "separator", "encoding", "multiline"),
-    *("boundaries", "valid_share", "test_share", "target", "max_list"),
-)
+# Options that change what is written, before and behind those of a source itself; where files lie does not
+_NARROWING = ("k_core", "min_rating", "max_history", "limit_users", "seed", "duplicates")
+_READING = ("encoding", "multiline", "boundaries", "valid_share", "test_share", "target", "max_list")
 
 
 def main(words: Sequence[str]) -> int:
@@ -59,7 +56,7 @@ def run(words: Sequence[str]) -> tuple[Converted, list[str]]:
         split=split_settings(known),
         item_kind=known.item_kind,
         fetch=Downloader() if getattr(known, "download_images", False) else None,
-        options=recorded_options(known),
+        options=recorded_options(known, source.recorded),
     )
     with Progress(size / 1e6, f"reading {known.name}", "MB") as progress:
         read = Intake(
@@ -70,9 +67,10 @@ def run(words: Sequence[str]) -> tuple[Converted, list[str]]:
     return done, [*source.notes, *counts(done), f"written: {folder}", command]
 
 
-def recorded_options(known: argparse.Namespace) -> dict[str, Any]:
-    """Return the options that change what is written, as README and manifest record them."""
-    given = {key: value for key in _RECORDED if (value := getattr(known, key, None)) is not None}
+def recorded_options(known: argparse.Namespace, own: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the options that change what is written, a source's `own` too, as README and manifest record them."""
+    keys = (*_NARROWING, *own, *_READING)
+    given = {key: value for key in keys if (value := getattr(known, key, None)) is not None}
     return {key: ",".join(map(str, value)) if isinstance(value, tuple) else value for key, value in given.items()}
 
 
@@ -88,7 +86,7 @@ def _found(known: argparse.Namespace, raw: Path) -> tuple[Source, int]:
         images = Path(known.image_dir) if known.image_dir else None
         if images is not None and not images.is_dir():
             raise UserError(f"--image-dir {images} is no folder")
-        if not raw.is_dir() and known.name != CsvTable.name:
+        if not raw.is_dir() and not SOURCES[known.name].is_table:
             raise UserError(f"--raw {raw} is no folder; give the folder of the raw files")
         return SOURCES[known.name].from_options(raw, images, known), _bytes(raw)
     except (OSError, ValueError) as error:  # ValueError: a NUL in a path
@@ -104,7 +102,7 @@ def _bytes(raw: Path) -> int:
 def _limits(known: argparse.Namespace) -> Limits:
     return Limits(
         min_rating=known.min_rating,
-        earliest=(known.duplicates or ("first" if known.name == Amazon2023.name else "keep")) == "first",
+        earliest=(known.duplicates or SOURCES[known.name].duplicates) == "first",
         k_core=known.k_core,
         max_history=known.max_history,
         limit_users=known.limit_users,
@@ -128,7 +126,7 @@ def convert_parser() -> Parser:
     add_option(
         common, "--image-dir", metavar="DIR", help="images by item id, or that the image column's paths start from"
     )
-    add_option(common, "--item-kind", choices=KINDS, help="which prompts fit the items")
+    add_option(common, "--item-kind", choices=named("prompt"), help="which prompts fit the items (properties/prompt)")
     add_option(
         common, "--skip-bad-rows", action="store_true", help="leave out lines that cannot be read, and list them"
     )
@@ -139,7 +137,10 @@ def convert_parser() -> Parser:
     names = parser.add_subparsers(dest="name", required=True, parser_class=Parser)
     for name, source in SOURCES.items():
         words, example = source.__doc__, f"recbole-mllm convert {source.example}"
-        source.add_options(names.add_parser(name, parents=[common], help=words, description=words, examples=[example]))
+        own = names.add_parser(name, parents=[common], help=words, description=words, examples=[example])
+        source.add_options(own)
+        if source.has_urls:
+            add_option(own, "--download-images", action="store_true", help="fetch each item's main image; resumable")
     return parser
 
 

@@ -341,7 +341,7 @@ class _Hashed(io.RawIOBase):
         return self._sha.hexdigest()
 
 
-# What a column is called, in lower case
+# What a column is called, in lower case; any other is called by its own name
 USUAL = {
     "user": ("user_id", "user", "userid", "uid", "reviewerid", "session_id", "visitorid", "customer_id"),
     "item": ("item_id", "item", "itemid", "iid", "movieid", "video_id", "product_id", "asin", "article_id", "id"),
@@ -353,6 +353,10 @@ USUAL = {
     "items": ("items", "item_ids", "item_id_list", "item_id", "item", "history", "sequence"),
 }
 _NUMBERS = ("time", "rating")
+
+
+def _spellings(what: str) -> tuple[str, ...]:
+    return USUAL.get(what, (what,))
 
 
 def only_one(raw: Path, pattern: str, required: bool) -> Path | None:
@@ -377,7 +381,7 @@ def folder_named(raw: Path, *words: str) -> Path | None:
 
 
 def columns(rows: Iterator[list[str]], intake: Intake, *wanted: str) -> Iterator[list[str]]:
-    """Yield the `wanted` cells of each row, in that order.
+    """Yield the `wanted` cells of each row, in that order; each is a key of `USUAL`, or a column's name in lower case.
 
     A first line that names each of them is a header, and they stand where it says; else they are all there is, in
     that order, and the first line is a row like any other.
@@ -397,7 +401,7 @@ def columns(rows: Iterator[list[str]], intake: Intake, *wanted: str) -> Iterator
         if _names(first, wanted) and not _may_be_row(first, wanted):
             raise UserError(
                 f"{intake.file.path}:{intake.file.at}: is this a header? name each of {', '.join(wanted)} once, as "
-                f"{', '.join(USUAL[what][0] for what in wanted)}; it holds {', '.join(first)[:200]!r}"
+                f"{', '.join(_spellings(what)[0] for what in wanted)}; it holds {', '.join(first)[:200]!r}"
             )
         rows, places, width = chain([first], rows), list(range(len(wanted))), len(wanted)
     for row in rows:
@@ -411,12 +415,12 @@ def columns(rows: Iterator[list[str]], intake: Intake, *wanted: str) -> Iterator
 def named(row: Sequence[str], wanted: Sequence[str]) -> list[int] | None:
     """Return the places of the `wanted` columns in `row` where it names each of them once, else None."""
     cells = [cell.strip().lower() for cell in row]
-    found = [[place for place, cell in enumerate(cells) if cell in USUAL[what]] for what in wanted]
+    found = [[place for place, cell in enumerate(cells) if cell in _spellings(what)] for what in wanted]
     return [places[0] for places in found] if all(len(places) == 1 for places in found) else None
 
 
 def _names(cells: Sequence[str], wanted: Sequence[str]) -> bool:
-    known = {name for what in wanted for name in USUAL[what]}
+    known = {name for what in wanted for name in _spellings(what)}
     return any(cell.strip().lower() in known for cell in cells)
 
 

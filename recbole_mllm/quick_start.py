@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from recbole.data import create_dataset, data_preparation
+from recbole.data import create_dataset
 from recbole.evaluator.register import metrics_dict
 from recbole.trainer import TraditionalTrainer
 from recbole.utils import get_model, get_trainer, init_seed
@@ -24,12 +24,12 @@ from recbole_mllm.common.resources import MLLM
 from recbole_mllm.common.settings import Settings
 from recbole_mllm.data.checking import nothing_left
 from recbole_mllm.data.schema import isum_file, usum_file
+from recbole_mllm.evaluation.candidates import Loaders, prepare_loaders
 from recbole_mllm.evaluation.candidates_file import write_candidates
 from recbole_mllm.evaluation.full_ranking import loader_of_all_items
 from recbole_mllm.evaluation.loader import FrozenEvalDataLoader
-from recbole_mllm.evaluation.metrics import has_several_rows, joined, per_user, pooled_auc
+from recbole_mllm.evaluation.metrics import evaluate, joined, per_user, pooled_auc, recording
 from recbole_mllm.evaluation.protocol import protocol_line
-from recbole_mllm.evaluation.tie_breaking import evaluate, recording
 from recbole_mllm.recbole_patches.processes import open_log
 from recbole_mllm.retrieval.baseline import write_ids
 
@@ -58,6 +58,8 @@ class Outcome:
 
     `full_ranking`, where it was asked for beside drawn candidates, holds the ``metrics`` of ranking all items for
     ``n_users``, and of MLLMMSR the ``retrieval`` whose best it re-ranked.
+
+    `preferences` are what MLLMMSR's rows have read of their users, `tokens` how many of its prompts were scored.
     """
 
     config: Any
@@ -82,6 +84,8 @@ class Outcome:
     load_s: float | None = None
     summarize_reused: int = 0
     full_ranking: dict[str, Any] | None = None
+    preferences: Any = None
+    tokens: int | None = None
 
     @property
     def pairs_scored(self) -> int:
@@ -100,25 +104,14 @@ def metric_name(key: str) -> str:
     return (metrics_dict[name].__name__ if name in metrics_dict else name) + at + k
 
 
-class Loaders(NamedTuple):
-    """RecBole's, of a split dataset; those for evaluation hold the frozen candidates, whose digest is `candidates`."""
-
-    train: Any
-    valid: Any
-    test: Any
-    candidates: str
-
-
-Check = Callable[[Loaders], None]
-"""Called once the dataset is split, before anything is trained; may raise."""
-
-
-def run(config: Any, check: Check | None = None, *, keep_valid: bool = False, rank_all: bool = False) -> Outcome:
+def run(
+    config: Any, check: Callable[[Loaders], None] | None = None, *, keep_valid: bool = False, rank_all: bool = False
+) -> Outcome:
     """Run what `config` says, as RecBole's ``run_recbole`` does (quick_start.py:94-178).
 
     Args:
         config: RecBole's.
-        check: May refuse the split.
+        check: May refuse the split, before anything is trained.
         keep_valid: Whether the outcome holds the scored pairs of validation too.
         rank_all: Whether all items are ranked too where candidates are drawn; by MLLMMSR only if it has a retriever.
     """
@@ -130,8 +123,8 @@ def run(config: Any, check: Check | None = None, *, keep_valid: bool = False, ra
     model, build_s = _model(config, loaders.train, summaries)
     fitted = _fit(config, model, build_s, loaders, saved=True, keep_valid=keep_valid)
     scored = _score(config, fitted.trainer, loaders.test)
-    metrics, users, pairs = _metrics(config, scored)
-    retrieval = _retrieval(fitted.trainer, summaries)
+    metrics, users, pairs = _metrics(config, scored.result, scored.batches)
+    retrieval = _retrieval(scored.batches, summaries)
     full_ranking = _rank_all(config, fitted.trainer, loaders.test, summaries) if rank_all else None
     return Outcome(
         config=config,
@@ -145,7 +138,7 @@ def run(config: Any, check: Check | None = None, *, keep_valid: bool = False, ra
         test=metrics,
         users=users,
         pairs=pairs,
-        valid_pairs=_one_ranking_each(fitted.valid_batches),
+        valid_pairs=joined(fitted.valid_batches),
         summarize_s=summaries.preferences.spent.seconds if summaries else 0.0,
         train_s=_with_retriever(fitted.train_s, summaries if retrieval else None),
         score_s=scored.seconds,
@@ -156,6 +149,8 @@ def run(config: Any, check: Check | None = None, *, keep_valid: bool = False, ra
         converged=fitted.converged,
         load_s=summaries.preferences.load_s + model.load_s if summaries else None,
         summarize_reused=summaries.preferences.spent.reused if summaries else 0,
+        preferences=summaries.preferences if summaries else None,
+        tokens=model.tokens_read if summaries else None,
     )
 
 
@@ -190,8 +185,7 @@ def read_and_split(config: Any) -> tuple[Any, Loaders]:
     with as_user_error("read the dataset", *refused):
         dataset = create_dataset(config)
     with as_user_error("split the dataset", *refused):
-        train, valid, test = data_preparation(config, dataset)
-        return dataset, Loaders(train, valid, test, dataset.candidates_digest)
+        return dataset, prepare_loaders(config, dataset)
 
 
 def _data(config: Any) -> tuple[Any, Loaders]:
@@ -301,13 +295,13 @@ def _rank_all(config: Any, trainer: Any, test: Any, summaries: _Summaries | None
         return None
     try:
         found = evaluate(trainer, loader_of_all_items(config, test), load_best_model=False, show_progress=False)
-        metrics, users, _ = _metrics(config, _Scored(*found, seconds=0.0, reused=0))
+        metrics, users, _ = _metrics(config, *found)
     except Exception:  # what stands beside a result must not cost the hours that made it
         if distributed.is_launched():  # the other processes would wait for this one
             raise
         logging.getLogger().exception("all items could not be ranked; the report goes without")
         return None
-    retrieval = _retrieval(trainer, summaries)
+    retrieval = _retrieval(found[1], summaries)
     return {"metrics": metrics, "n_users": len(users["user"]), "retrieval": retrieval} if users else None
 
 
@@ -315,10 +309,12 @@ def _reused(config: Any, model: Any) -> int:
     return int(model.scores_reused) if config["model"] == MLLM else 0
 
 
-def _metrics(config: Any, scored: _Scored) -> tuple[dict[str, float], dict[str, Any], dict[str, Any] | None]:
+def _metrics(
+    config: Any, result: dict[str, float], batches: list[dict[str, Any]]
+) -> tuple[dict[str, float], dict[str, Any], dict[str, Any] | None]:
     """Return the metrics, each user's part in them, and the pairs they are of (None where rows give no one ranking)."""
-    metrics = {metric_name(key): float(value) for key, value in scored.result.items()}
-    pairs = _one_ranking_each(scored.batches)
+    metrics = {metric_name(key): float(value) for key, value in result.items()}
+    pairs = joined(batches)
     if pairs is None:
         return metrics, {}, None
     users = per_user(pairs, config)
@@ -330,23 +326,19 @@ def _metrics(config: Any, scored: _Scored) -> tuple[dict[str, float], dict[str, 
     return metrics, users, pairs
 
 
-def _one_ranking_each(batches: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Return the recorded pairs as one set of columns, None where rows give no one ranking of a user."""
-    pairs = joined(batches) if batches else None
-    return None if pairs is None or has_several_rows(pairs) else pairs
-
-
 def _with_retriever(train_s: float | None, summaries: _Summaries | None) -> float | None:
     """Return `train_s` and the retriever's: what many runs share each of them would have paid."""
     learnt = summaries.reranker.train_s if summaries and summaries.reranker else 0.0
     return (train_s or 0.0) + learnt if train_s is not None or learnt else None
 
 
-def _retrieval(trainer: Any, summaries: _Summaries | None) -> dict[str, Any] | None:
-    """Return by what all items were ranked, None where they were not."""
-    if summaries is None or summaries.reranker is None or trainer.retrieval is None:
+def _retrieval(batches: list[dict[str, Any]], summaries: _Summaries | None) -> dict[str, Any] | None:
+    """Return by what all items were ranked, None where they were not; the MLLM has answered for what was retrieved."""
+    if summaries is None or summaries.reranker is None or not batches or "answer" not in batches[0]:
         return None
-    return {**trainer.retrieval, "fusion": summaries.reranker.share}
+    by = summaries.reranker
+    found = np.concatenate([~np.isnan(batch["answer"][batch["label"] > 0]) for batch in batches])
+    return {"retriever": by.identity, "top_k": by.count, "recall": float(found.mean()), "fusion": by.share}
 
 
 def _agree(metrics: dict[str, float], users: dict[str, Any], targets: Any, decimals: int) -> None:

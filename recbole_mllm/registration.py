@@ -163,13 +163,4 @@ def prepare_data(utils: ModuleType) -> None:
 
     @replace(utils)
     def data_preparation(stock: Any, config: Any, dataset: Any) -> Any:
-        with checking.explain_what_is_left(config, dataset):
-            train, *rest = stock(config, dataset)
-        if config["model"] == MLLM:
-            train = importlib.import_module("recbole_mllm.data.dataloader").SeededTrainDataLoader.of(train)
-        loaders = (train, *rest)
-        if config["frozen_candidates"] is True:
-            candidates = importlib.import_module("recbole_mllm.evaluation.candidates")
-            loaders, dataset.candidates_digest = candidates.freeze(config, dataset, *loaders)
-        checking.check_parts(config, dataset, *loaders)
-        return loaders
+        return importlib.import_module("recbole_mllm.evaluation.candidates").prepare_loaders(config, dataset)[:3]

@@ -39,10 +39,10 @@ from recbole_mllm.common.seeding import random_state, restore_random_state, seed
 from recbole_mllm.data.dataloader import SeededTrainDataLoader
 from recbole_mllm.evaluation.full_ranking import ranked_batch
 from recbole_mllm.evaluation.loader import FrozenEvalDataLoader
-from recbole_mllm.evaluation.tie_breaking import record_scores, recording
+from recbole_mllm.evaluation.metrics import record_scores, recording
 from recbole_mllm.mllm.loading import dtype_of
 from recbole_mllm.mllm.memory import Budget, in_batches
-from recbole_mllm.model.row_scoring import Row
+from recbole_mllm.model.row_scoring import Row, item_major
 from recbole_mllm.training.optimization import (
     MixedPrecision,
     add_gradients,
@@ -79,7 +79,6 @@ class MLLMMSRTrainer(Trainer):  # type: ignore[misc]
         self.start_epoch: int = 0
         self.best_valid_score: float = self.best_valid_score
         self.best_valid_result: Any = None
-        self.retrieval: dict[str, Any] | None = None  # of the last evaluation that ranked all items
         self.place = TrainingPlace()
         self.train_s = 0.0  # in batches alone, those before a resumed run was killed included
         self._every: int | None = None  # steps between two saved states
@@ -373,7 +372,8 @@ class MLLMMSRTrainer(Trainer):  # type: ignore[misc]
         ):
             self._score_ahead(eval_data)
             rank = partial(super().evaluate, eval_data, load_best_model=False, show_progress=show_progress)
-            if self._validates and self.retrieval and self.model.settings.ranking.mllm_share == "auto":
+            ranks_all = isinstance(eval_data, FullSortEvalDataLoader)
+            if self._validates and ranks_all and self.model.settings.ranking.mllm_share == "auto":
                 return best_share(self.model.reranker, rank, self.valid_metric, self.valid_metric_bigger)
             result = rank()
             if not self._validates:
@@ -391,32 +391,17 @@ class MLLMMSRTrainer(Trainer):  # type: ignore[misc]
 
     @torch.no_grad()
     def _score_ahead(self, eval_data: Any) -> None:
-        """Score the split's pairs; only with frozen candidates, as others change at every pass."""
-        if isinstance(eval_data, FullSortEvalDataLoader):
-            self._shortlist_ahead(eval_data)
-        elif isinstance(eval_data, FrozenEvalDataLoader):
+        """Score the split's pairs, or those retrieved; nothing where candidates change at every pass, or are all."""
+        if isinstance(eval_data, FrozenEvalDataLoader):
             self.model.score_ahead(self.model.rows_of(eval_data.every_pair()))
-
-    def _shortlist_ahead(self, eval_data: Any) -> None:
-        """Score what the retriever puts first, and log how good that can get; brute force goes batch by batch."""
-        reranker = self.model.reranker
-        if reranker.is_brute:
-            self.retrieval = {"retriever": reranker.identity, "top_k": reranker.count, "recall": 1.0}
-            _log_price(self.model, eval_data)
-            return
-        rows, recall = _shortlisted(self.model, eval_data)
-        self.retrieval = {"retriever": reranker.identity, "top_k": reranker.count, "recall": recall}
-        self.logger.info(
-            f"the retriever {reranker.identity} puts {recall:.4f} of the targets among its best {reranker.count}: no "
-            "re-ranking can do better"
-        )
-        self.model.score_ahead(rows)
+        elif isinstance(eval_data, FullSortEvalDataLoader):
+            (_log_price if self.model.reranker.is_brute else _score_shortlists)(self.model, eval_data)
 
 
-def _shortlisted(model: Any, eval_data: Any) -> tuple[list[Row], float]:
-    """Return the (user, position, item) the split's shortlists ask about, and the share of targets in them.
+def _score_shortlists(model: Any, eval_data: Any) -> None:
+    """Score what the retriever puts first, and log the share of targets in it: a ceiling to re-ranking.
 
-    That share is a ceiling: no re-ranking moves a target into a shortlist it is not in.
+    RecBole's loop then walks the split again: the retriever's scores of all rows and items would fill the memory.
     """
     rows: list[Row] = []
     found = total = 0
@@ -425,7 +410,11 @@ def _shortlisted(model: Any, eval_data: Any) -> tuple[list[Row], float]:
         rows += model.rows_asked(batch, short)
         found += int((short.asked[owner.numpy()] == targets.numpy()[:, None]).any(1).sum())
         total += len(targets)
-    return rows, found / max(1, total)
+    logging.getLogger().info(
+        f"the retriever {model.reranker.identity} puts {found / max(1, total):.4f} of the targets among its best "
+        f"{model.reranker.count}: no re-ranking can do better"
+    )
+    model.score_ahead(rows)
 
 
 def _log_price(model: Any, eval_data: Any) -> None:
@@ -434,7 +423,7 @@ def _log_price(model: Any, eval_data: Any) -> None:
     batch = next(iter(eval_data))[0]
     short = model.reranker.shortlist(batch)
     total = len(eval_data._dataset) * short.count
-    pairs = sorted(model.rows_asked(batch, short), key=lambda row: (row[2], row[0], row[1]))[: _PROBE + 2]
+    pairs = sorted(model.rows_asked(batch, short), key=item_major)[: _PROBE + 2]
     if not pairs:
         return
     log.info(f"full_sort: brute asks about {total:,} pairs ({len(eval_data._dataset):,} rows x {short.count:,} items)")

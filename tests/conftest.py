@@ -11,10 +11,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 import recbole_mllm  # noqa: F401  (registers itself with RecBole)
 
 sys.argv[1:] = []  # which RecBole's Config reads
+# a slow or busy machine is no fault of what is tested
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session")

@@ -13,21 +13,23 @@ def run_keys(place: Path, **more: Any) -> dict[str, Any]:
     return own | {"show_progress": False, "seed": 7} | more
 
 
-def prepared(config: Any) -> tuple[Any, tuple[Any, Any, Any]]:
-    """Return the dataset, and the loaders of its parts."""
-    from recbole.data import create_dataset, data_preparation
+def prepared(config: Any) -> tuple[Any, Any]:
+    """Return the dataset, and the loaders of its parts with the digest of its candidates."""
+    from recbole.data import create_dataset
     from recbole.utils import init_seed
+
+    from recbole_mllm.evaluation.candidates import prepare_loaders
 
     init_seed(config["seed"], True)
     dataset = create_dataset(config)
-    return dataset, data_preparation(config, dataset)
+    return dataset, prepare_loaders(config, dataset)
 
 
 def with_trainer(config: Any) -> tuple[Any, tuple[Any, Any, Any], Any]:
     """Return MLLMMSR, the loaders, and its trainer."""
     from recbole.utils import get_model, get_trainer, init_seed
 
-    _, loaders = prepared(config)
+    _, (*loaders, _) = prepared(config)
     init_seed(config["seed"], True)
     model = get_model("MLLMMSR")(config, loaders[0]._dataset)
-    return model, loaders, get_trainer(config["MODEL_TYPE"], "MLLMMSR")(config, model)
+    return model, tuple(loaders), get_trainer(config["MODEL_TYPE"], "MLLMMSR")(config, model)

@@ -23,7 +23,6 @@ from PIL import Image
 
 from recbole_mllm.benchmark.leaderboard import Leaderboard
 from recbole_mllm.benchmark.records import PAIR_COLUMNS, RunRecord, read_arrays
-from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.files import whole_file
 from recbole_mllm.common.resources import MLLM
 from recbole_mllm.data.images import open_image, resolve
@@ -46,8 +45,7 @@ BUDGET = 1_300_000  # characters that all thumbnails may take, so that the page 
 
 def write_cases(outcome: Any, folder: Path) -> Path | None:
     """Write ``cases.json`` of a finished `Outcome` into `folder`; None for a model that reads no preferences."""
-    preferences = getattr(outcome.model, "preferences", None)
-    if preferences is None:
+    if (preferences := outcome.preferences) is None:
         return None
     data, rows = outcome.dataset, outcome.test_data._dataset.inter_feat
     users, tokens = _raw_ids(data)
@@ -211,7 +209,7 @@ def read_cases(board: Leaderboard, results: Path, *, embed_images: bool = True) 
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
             return _fill(book, stored, run, baselines.get(beside), results, embed_images)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError) as error:
+        except Exception as error:  # whatever a damaged file leads to: it costs the case studies alone
             why = " ".join(f"{type(error).__name__}: {error}".split())
             problem = f"{path.name} of run {run.run_id} cannot be shown ({why}); run that model again with --force"
             return replace(book, problem=problem)

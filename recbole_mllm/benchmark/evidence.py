@@ -34,13 +34,6 @@ BUDGET = 4e6  # drawn values a group: from 2000 users on, the normal interval do
 Mask = NDArray[np.bool_]
 
 DEPTH = 10
-BEYOND = {
-    f"Coverage@{DEPTH}": "share of the items that somebody is recommended",
-    f"Gini@{DEPTH}": "how unevenly recommendations fall on the items: 0 = all alike, 1 = one item has them all",
-    f"Popularity@{DEPTH}": "mean number of training interactions of what is recommended",
-    f"Tail@{DEPTH}": "share of what is recommended that is in the long tail",
-}
-"""The measures and what they mean."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,17 +272,16 @@ def beyond_accuracy(runs: Sequence[Recommended], pool: Mask) -> dict[str, Estima
         runs: Of the same users, in the same order.
         pool: ``[items]`` what could be recommended: items trained on, or recommended by any row of the table.
     """
-    found: list[Estimate] = []
 
     def over(measured: Callable[[NDArray[np.int64]], float], kept: Mask) -> float:
         return float(np.mean([measured(run.times(kept)[pool]) for run in runs]))
 
-    for measured in (coverage, gini_index):
+    found: dict[str, Estimate] = {}
+    for name, (_, measured) in OF_ALL.items():
         share = sig.jackknife(partial(over, measured), len(runs[0].items), sig.DRAW_SEED)
-        found.append(replace(share, low=max(0.0, share.low), high=min(1.0, share.high)))  # Student's knows no bounds
-    per_user = [[run.means(run.counts) for run in runs], [run.means(~popular_head(run.counts)) for run in runs]]
-    found += sig.estimate_means(np.mean(per_user, axis=1), sig.DRAW_SEED)
-    return dict(zip(BEYOND, found, strict=True))
+        found[name] = replace(share, low=max(0.0, share.low), high=min(1.0, share.high))  # Student's has no bounds
+    per_user = [[run.means(value(run.counts)) for run in runs] for _, value in OF_ITEMS.values()]
+    return found | dict(zip(OF_ITEMS, sig.estimate_means(np.mean(per_user, axis=1), sig.DRAW_SEED), strict=True))
 
 
 def coverage(times: NDArray[np.int64]) -> float:
@@ -301,3 +293,19 @@ def gini_index(times: NDArray[np.int64]) -> float:
     """Return Gini's index of how often each item is recommended (RecBole's GiniIndex, metrics.py:633)."""
     n, ordered = len(times), np.sort(times)
     return float(((2 * np.arange(1, n + 1) - n - 1) * ordered).sum() / (n * max(1, ordered.sum())))
+
+
+OF_ALL: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    f"Coverage@{DEPTH}": ("share of the items that somebody is recommended", coverage),
+    f"Gini@{DEPTH}": (
+        "how unevenly recommendations fall on the items: 0 = all alike, 1 = one item has them all", gini_index),
+}  # fmt: skip
+"""What all users make together: its meaning, and a share from how often each item is recommended ``[items]``."""
+
+OF_ITEMS: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    f"Popularity@{DEPTH}": ("mean number of training interactions of what is recommended", lambda counts: counts),
+    f"Tail@{DEPTH}": ("share of what is recommended that is in the long tail", lambda counts: ~popular_head(counts)),
+}
+"""A mean over what a user is recommended: its meaning, and each item's value ``[items]`` by training interactions."""
+
+BEYOND = {name: meaning for name, (meaning, _) in (OF_ALL | OF_ITEMS).items()}

@@ -12,7 +12,6 @@ import json
 import math
 import os
 import re
-import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -253,7 +252,7 @@ def read_arrays(path: Path, required: Iterable[str]) -> dict[str, NDArray[Any]]:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except Exception as error:  # of a damaged file zipfile, zlib and numpy raise a dozen kinds
         raise UserError(f"cannot read {path} ({error}); run that model again") from error
     missing = [name for name in required if name not in arrays]
     if missing:

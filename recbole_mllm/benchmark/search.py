@@ -100,9 +100,11 @@ def _tried(choice: Choice, score: Callable[[Choice], float]) -> dict[str, Any]:
 
 
 def read_journal(path: Path | None) -> list[dict[str, Any]]:
-    """Return the trials a search has finished; a line that was torn when it was killed counts as none."""
+    """Return the trials a search has finished; a line that was torn when it was killed, or damaged, counts as none."""
     entries = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path is not None and path.is_file() else []:
-        with suppress(ValueError):
-            entries.append(json.loads(line))
+    for line in path.read_bytes().splitlines() if path is not None and path.is_file() else []:
+        with suppress(ValueError, RecursionError):
+            entry = json.loads(line)
+            if isinstance(entry, dict) and {"settings", "valid", "seconds"} <= entry.keys():
+                entries.append(entry)
     return entries

@@ -61,7 +61,7 @@ NO_ONE_RANKING = (
 NOTHING_TO_TUNE = ("Pop", "Random")
 _OF_OUTCOME = (
     *("load_s", "train_s", "score_s", "summarize_reused", "scores_reused"),
-    *("converged", "retrieval", "full_ranking", "world_size"),
+    *("converged", "retrieval", "full_ranking", "world_size", "tokens"),
 )
 
 
@@ -322,7 +322,6 @@ def _record(
         summarize_s=outcome.summarize_s if job["kind"] == "mllm" else None,
         features_s=features_s,
         pairs_per_s=max(0, outcome.pairs_scored - outcome.scores_reused) / outcome.score_s or None,
-        tokens=getattr(outcome.model, "tokens_read", None),
         parameters_trained=parameters_trained(outcome.model),
         **used,
         device=str(outcome.config["device"]),

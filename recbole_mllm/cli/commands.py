@@ -248,7 +248,8 @@ def recommend(args: Namespace, options: Options) -> int:
 def _lines(path: Path, option: str) -> list[str]:
     """Return the lines of a text file without the empty ones."""
     try:
-        return [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        # not by splitlines, which parts an id at U+2028 and the like
+        return [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or "it is no UTF-8 text"
         raise UserError(f"{option} {path} cannot be read ({why}); give a text file with one item id a line") from error

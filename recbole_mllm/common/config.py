@@ -157,7 +157,7 @@ _SHARE = Range(float, least=0)
 _NotNegative = Annotated[float, _SHARE]
 # Keys within keys that RecBole passes over in silence where it does not know them, and their types
 _INNER: dict[str, dict[str, Any]] = {
-    "eval_args": dict.fromkeys(("split", "order", "group_by", "mode"), Any),
+    "eval_args": {"split": Any, "order": Literal["TO", "RO"], "group_by": Any, "mode": Any},
     "train_neg_sample_args": {
         "distribution": Any, "sample_num": Count, "alpha": _NotNegative, "dynamic": Any, "candidate_num": Whole,
     },
@@ -222,7 +222,7 @@ _TYPES: dict[str, Any] = {
     **dict.fromkeys((
         "user_inter_num_interval", "item_inter_num_interval", "entity_kg_num_interval", "relation_kg_num_interval"),
         _Intervals | None),
-    **dict.fromkeys(("field_separator", "seq_separator"), _Separator | None),
+    **dict.fromkeys(("field_separator", "seq_separator"), _Separator | None), "LIST_SUFFIX": str | None,
 }  # fmt: skip
 
 
@@ -316,9 +316,20 @@ def _check_inner(name: str, value: Any) -> None:
             if not isinstance(mode, str) or not _MODE.fullmatch(mode):
                 wanted = "full, or uniN or popN with a number above 0, such as uni20 (labeled, with labels)"
                 raise WrongValue("eval_args.mode", mode, wanted)
-        parts = value["split"].get("RS") if isinstance(value.get("split"), dict) else None
-        if isinstance(parts, list) and (any(_SHARE.read(part) is None for part in parts) or not sum(parts)):
-            raise WrongValue("eval_args.split.RS", parts, "shares of the rows, none below 0, such as [0.8, 0.1, 0.1]")
+        if value.get("split") is not None and not _is_split(value["split"]):
+            wanted = "one of {LS: valid_and_test}, {RS: [0.8, 0.1, 0.1]} and {TS: [0.8, 0.1, 0.1]} (LS also valid_only "
+            raise WrongValue("eval_args.split", value["split"], f"{wanted}or test_only; three shares, none below 0)")
+
+
+def _is_split(value: Any) -> bool:
+    """Whether RecBole can split so (data/dataset/dataset.py:1835-1871) and its three parts have names."""
+    if not isinstance(value, dict) or len(value) != 1:
+        return False
+    ((kind, how),) = value.items()
+    if kind == "LS":
+        return how in ("valid_and_test", "valid_only", "test_only")
+    shares = how if kind in ("RS", "TS") and isinstance(how, list) else []
+    return len(shares) == 3 and all(_SHARE.read(share) is not None for share in shares) and sum(shares) > 0
 
 
 def check_files(files: Sequence[str | Path], model: str) -> None:
@@ -340,12 +351,16 @@ def recbole_config(model: str, dataset: str, files: list[str], keys: dict[str, A
     Raises:
         UserError: RecBole refuses it, or would pass over a key in silence, or a value is none that a run could use.
     """
+    from recbole.utils import ModelType
+
     check_files(files, model)
     # a text may become a number in RecBole's hands (configurator.py:124-147): it is checked behind them
     check_values({key: value for key, value in keys.items() if not isinstance(value, str)})
     with as_user_error("read the configuration"), _no_arguments():
         config = _config({"model": model, "dataset": dataset, "config_file_list": files}, keys)
     check_values(config.final_config_dict)
+    if config["MAX_ITEM_LIST_LENGTH"] is None and config["MODEL_TYPE"] == ModelType.SEQUENTIAL:
+        raise WrongValue("MAX_ITEM_LIST_LENGTH", None, f"a whole number, at least 1, for {model}")
     _take_device(config)
     return config
 

@@ -33,9 +33,9 @@ _MEANINGS = (
         ".rel), which the dataset does not have",
     ),
     (
-        r"Field \[(\w+)\] not defined in dataset\.?",
-        "reads the field {0!r}, which the dataset does not have; name fields it has (selected_features or "
-        "item_attribute, and load_col)",
+        r"Field \[(\w+)\] (?:not defined in dataset|not in \w+_feat|does not exist)\.?",
+        "reads the field {0!r}, which the dataset does not have or load_col does not name; add it to load_col, or name "
+        "another (selected_features, item_attribute, val_interval, threshold, …)",
     ),
     (
         r"The ordering args for sequential recommendation has to be 'TO'",

@@ -18,6 +18,7 @@ import json
 import os
 import secrets
 import shutil
+import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -450,7 +451,7 @@ def may_replace(path: Path, rewritten: Mapping[str, bytes]) -> bool:
 
 def head(path: Path) -> bytes:
     """Return a file's first bytes, unpacked where it is gzip's; b"" where it cannot be read."""
-    with suppress(OSError, EOFError, ValueError):
+    with suppress(OSError, EOFError, ValueError, zlib.error):
         with path.open("rb") as file:
             first = file.read(_HEAD)
         if not first.startswith(_PACKED):

@@ -66,7 +66,8 @@ def find_image(folder: Path, item: str) -> tuple[Path | None, str | None]:
     reason = None
     if not item or "/" in item or "\\" in item or item.startswith("."):
         return None, None
-    for name in (f"{parent}{item}{suffix}" for parent in ("", f"{IMAGES}/") for suffix in SUFFIXES):
+    suffixes = (*SUFFIXES, *map(str.upper, SUFFIXES))  # cameras write .JPG
+    for name in (f"{parent}{item}{suffix}" for parent in ("", f"{IMAGES}/") for suffix in suffixes):
         if os.path.lexists(folder / name):
             path, refusal = resolve(folder, name)
             if path is not None:

@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 
+Keys = Callable[[Any, Any], Any]
+"""Of internal (users, items) ``[B]``: int64 ``[B]`` that order equal scores (`tie_keys`)."""
+
 
 def hash64(*parts: object) -> int:
     """Return 64 bits that depend on `parts` alone."""
@@ -30,8 +33,8 @@ def mix64(bits: Any) -> Any:
     return bits ^ (bits >> np.uint64(31))
 
 
-def tie_keys(users: Any, items: Any, seed: int) -> Callable[[Any, Any], Any]:
-    """Return a function of internal (users, items) ``[B]`` giving int64 keys ``[B]`` made of raw ids and seed."""
+def tie_keys(users: Any, items: Any, seed: int) -> Keys:
+    """Return keys of internal users and items that are made of raw ids and seed."""
     of_user, of_item = hashes64(users, "tie-user", seed), hashes64(items, "tie-item", seed)
 
     def keys(u: Any, i: Any) -> Any:

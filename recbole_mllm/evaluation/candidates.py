@@ -13,14 +13,19 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from inspect import unwrap
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from recbole.data import create_dataset, data_preparation
 from recbole.utils import ModelType
 
 from recbole_mllm.common.errors import UserError, as_user_error
+from recbole_mllm.common.resources import MLLM
 from recbole_mllm.common.settings import EvaluationSettings
+from recbole_mllm.data import checking
+from recbole_mllm.data.dataloader import SeededTrainDataLoader
 from recbole_mllm.data.sampling import Pairs, hashes64, limited_users, mix64, tie_keys
 from recbole_mllm.evaluation.candidates_file import in_drawn_order, read_candidates
 from recbole_mllm.evaluation.full_ranking import DENSE, AllItems, with_ranking
@@ -35,46 +40,65 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _CHUNK = 1 << 20  # proposals held at a time
 
 
-def freeze(config: Any, dataset: Any, train: Any, valid: Any, test: Any) -> tuple[tuple[Any, Any, Any], str]:
-    """Return RecBole's three loaders, the evaluation ones with frozen candidates, and the candidates' digest.
+class Loaders(NamedTuple):
+    """RecBole's, of a split dataset; `candidates` is the digest of those frozen for evaluation, "" where none are."""
 
-    Full ranking has no candidates to draw: its loader stays RecBole's, and its batches say what is ranked (`AllItems`);
-    its digest stands for the rows, the items, and what each user's ranking leaves out.
+    train: Any
+    valid: Any
+    test: Any
+    candidates: str
+
+
+def prepare_loaders(config: Any, dataset: Any) -> Loaders:
+    """Split `dataset` as RecBole's ``data_preparation`` does (data/utils.py:140), with frozen candidates if asked for.
+
+    MLLMMSR's training rows come with seeded negatives. What RecBole has under that name calls this function, for a
+    stock run to ask the same (`registration.prepare_data`).
 
     Raises:
-        UserError: The mode is ``labeled``, a user leaves too few items, or ``candidates_file`` does not fit the split.
+        UserError: A part is empty, the mode is ``labeled``, a user leaves too few items, or ``candidates_file`` does
+            not fit the split.
     """
-    asked = Candidates(config, dataset, [loader._dataset for loader in (train, valid, test)])
+    with checking.explain_what_is_left(config, dataset):
+        train, valid, test = unwrap(data_preparation)(config, dataset)
+    if config["model"] == MLLM:
+        train = SeededTrainDataLoader.of(train)
+    digest = ""
+    if config["frozen_candidates"] is True:
+        candidates = Candidates(config, dataset, [loader._dataset for loader in (train, valid, test)])
+        valid, test = (
+            _frozen(config, candidates, phase, loader) for phase, loader in zip(_PHASES, (valid, test), strict=True)
+        )
+        digest = candidates.digest()
+    checking.check_parts(config, dataset, train, valid, test)
+    return Loaders(train, valid, test, digest)
 
-    def frozen(phase: str, loader: Any) -> Any:
-        whole, mode = loader._dataset, asked.modes[phase]
-        part = whole.copy(whole.inter_feat[asked.kept[phase][whole.inter_feat[whole.uid_field].numpy()]])
-        asked.refuse_other_rows(phase, part)
-        if mode == "full":
-            loader = _fitting(config, loader, part)
-            loader.collate_fn = partial(with_ranking, loader.collate_fn, asked.ranking(phase))
-            return loader
-        part.sort(by=part.uid_field, ascending=True)
-        rows, negatives = UserRows.of(asked.targets(phase)[0]), asked.negatives(phase)
-        return FrozenEvalDataLoader(config, part, loader._sampler, rows, _count(mode), negatives, asked.ranking(phase))
 
-    return (train, frozen("valid", valid), frozen("test", test)), asked.digest()
+def _frozen(config: Any, candidates: Candidates, phase: str, loader: Any) -> Any:
+    """Return RecBole's `loader` of a phase with its candidates; for a full ranking its batches say what is ranked."""
+    whole, mode, ranking = loader._dataset, candidates.modes[phase], candidates.ranking(phase)
+    part = whole.copy(whole.inter_feat[candidates.kept[phase][whole.inter_feat[whole.uid_field].numpy()]])
+    candidates.refuse_other_rows(phase, part)
+    if mode == "full":
+        loader = _fitting(config, loader, part)
+        loader.collate_fn = partial(with_ranking, loader.collate_fn, ranking)
+        return loader
+    part.sort(by=part.uid_field, ascending=True)
+    rows, negatives = UserRows.of(candidates.targets(phase)[0]), candidates.negatives(phase)
+    return FrozenEvalDataLoader(config, part, loader._sampler, rows, _count(mode), negatives, ranking)
 
 
 def digest_of(config: Any) -> str:
     """Return the digest that a run of `config` will have; the dataset is read for it, and nothing trained.
 
     Raises:
-        UserError: As `freeze`, or RecBole cannot read or split the dataset.
+        UserError: As `prepare_loaders`, or RecBole cannot read or split the dataset.
     """
-    from recbole.data import create_dataset, data_preparation
-
     with as_user_error("read and split the dataset"):
         dataset = create_dataset(config)
         if dataset.facts is not None and dataset.facts.split(config) is not None:
             return Candidates(config, dataset).digest()
-        data_preparation(config, dataset)
-        return str(dataset.candidates_digest)
+        return prepare_loaders(config, dataset).candidates
 
 
 def decisive_keys(config: Any) -> tuple[str, bool]:
@@ -180,7 +204,7 @@ class Candidates:
         """Return the digest of everything that is asked.
 
         Raises:
-            UserError: As `freeze`.
+            UserError: As `prepare_loaders`.
         """
         return candidates_digest(dict(self._asked(phase) for phase in _PHASES))
 

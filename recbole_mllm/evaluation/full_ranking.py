@@ -18,9 +18,9 @@ from torch import Tensor
 
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.settings import EvaluationSettings
-from recbole_mllm.data.sampling import Pairs, mix64, sample_users
+from recbole_mllm.data.sampling import Keys, Pairs, mix64, sample_users
 from recbole_mllm.data.schema import ITEM, USER
-from recbole_mllm.evaluation.tie_breaking import Keys, record_scores
+from recbole_mllm.evaluation.metrics import record_scores
 from recbole_mllm.recbole_patches.hooks import replace
 
 DEEPEST = 50
@@ -130,7 +130,7 @@ class Ranked:
     among: Any
 
 
-def install(trainer_class: Any) -> None:
+def rank_all_items(trainer_class: Any) -> None:
     """Make RecBole's trainer rank all items by `rank_all`, and record the best of them.
 
     Wraps ``Trainer._full_sort_batch_eval`` (trainer.py:463-486), between a model's scores and RecBole's collector.

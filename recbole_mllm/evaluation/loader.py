@@ -1,4 +1,9 @@
-"""RecBole's evaluation loader with candidates that stay as they were drawn."""
+"""RecBole's evaluation over candidates that stay as they were drawn: the loader, and a ranking without ties.
+
+RecBole lays positives first (general_dataloader.py:160) and topk keeps an order of its own among equal scores, so ties
+would be settled by where the answer happens to stand. Here the loader gives each pair a key that knows the pair and the
+seed but not the label, and equal scores are ordered by it: a constant scorer is at chance.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +20,10 @@ from recbole.utils import InputType
 
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.data.dataset import MLLMMSRDataset
-from recbole_mllm.data.schema import HISTORY_NUMBER, POSITION, TIE
+from recbole_mllm.data.schema import HISTORY_NUMBER, ITEM, POSITION, TIE, USER
 from recbole_mllm.evaluation.full_ranking import AllItems
-from recbole_mllm.recbole_patches.hooks import wrap
+from recbole_mllm.evaluation.metrics import record_scores
+from recbole_mllm.recbole_patches.hooks import replace, wrap
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,3 +145,43 @@ class FrozenEvalDataLoader(NegSampleEvalDataLoader):  # type: ignore[misc]
         extra = {self.label_field: torch.from_numpy(labels).float(), TIE: torch.from_numpy(keys)}
         pairs.update(Interaction(extra))
         return pairs
+
+
+def ranks(owner: Any, scores: Any, keys: Any) -> Any:
+    """Return the place of each pair among its owner's pairs, 0 for the worst; equal scores are ordered by key.
+
+    Args:
+        owner: ``[B]`` whose pair it is, non-decreasing.
+        scores: ``[B]`` float.
+        keys: ``[B]`` int.
+    """
+    order = np.lexsort((keys, scores, owner))
+    starts = np.searchsorted(owner, owner[order], side="left")
+    out = np.empty(len(owner), dtype=np.int64)
+    out[order] = np.arange(len(owner)) - starts
+    return out
+
+
+def rank_without_ties(trainer_class: Any) -> None:
+    """Make RecBole's trainer rank frozen candidates by score, then by the loader's keys, and record raw scores.
+
+    Wraps ``Trainer._neg_sample_batch_eval`` (trainer.py:505-524), between a model's scores and RecBole's collector.
+    """
+
+    @replace(trainer_class)
+    def _neg_sample_batch_eval(stock: Any, self: Any, batched: Any) -> Any:
+        interaction, scores, positive_u, positive_i = stock(self, batched)
+        pairs, owner = batched[0], batched[1]
+        if TIE not in pairs or scores.dim() != 2:
+            return interaction, scores, positive_u, positive_i
+        config = self.config
+        fields = {USER: config["USER_ID_FIELD"], ITEM: config["ITEM_ID_FIELD"], "label": config["LABEL_FIELD"]}
+        items = pairs[fields[ITEM]]
+        raw = scores[owner, items].float().cpu()
+        if lost := int(torch.isnan(raw).sum()):
+            raise UserError(f"{config['model']} scored {lost} pairs with NaN; it cannot be ranked")
+        place = ranks(owner.numpy(), raw.numpy(), pairs[TIE].cpu().numpy())
+        scores[owner, items] = torch.from_numpy(place).to(scores)
+        columns = {name: pairs[field].cpu().numpy() for name, field in fields.items()}
+        record_scores(columns | {"score": raw.numpy(), "place": place})
+        return interaction, scores, positive_u, positive_i

@@ -1,8 +1,10 @@
-"""From the pairs a run scored to metrics: RecBole's classes for each user, and the pooled AUC beside them."""
+"""The pairs an evaluation scores, and metrics from them: RecBole's for each user, and the pooled AUC beside them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from inspect import signature
 from typing import Any, NamedTuple
 
@@ -50,22 +52,49 @@ def popular_head(counts: Any) -> Any:
     return inside
 
 
-def joined(batches: Sequence[Log]) -> dict[str, Any]:
-    """Return the batches of `tie_breaking.evaluate` as one set of columns, sorted by user, best place first."""
+_RECORDED: ContextVar[list[dict[str, Any]] | None] = ContextVar("recorded", default=None)
+
+
+def evaluate(trainer: Any, loader: Any, **options: Any) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Return RecBole's result of a `loader`, and what was scored and ranked for it, batch by batch (`joined`).
+
+    No pairs are returned where candidates are not frozen. The `options` are those of ``Trainer.evaluate``.
+    """
+    with recording() as batches:
+        return dict(trainer.evaluate(loader, **options) or {}), batches
+
+
+@contextmanager
+def recording() -> Iterator[list[dict[str, Any]]]:
+    """Yield a list that receives each batch that is scored and ranked within (`joined`)."""
+    batches: list[dict[str, Any]] = []
+    token = _RECORDED.set(batches)
+    try:
+        yield batches
+    finally:
+        _RECORDED.reset(token)
+
+
+def record_scores(columns: dict[str, Any]) -> None:
+    """Add a batch's columns to what the innermost `recording` yields, if there is one."""
+    if (batches := _RECORDED.get()) is not None:
+        batches.append(columns)
+
+
+def joined(batches: Sequence[Log]) -> dict[str, Any] | None:
+    """Return the batches of `evaluate` as one set of columns, sorted by user, best place first; None without any.
+
+    None too where users have several rankings, of which no one value could come: a sequential model ranks all items for
+    each row of a user, and a split by rows leaves several.
+    """
+    if not batches:
+        return None
     columns = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
     order = np.lexsort((-columns["place"], columns["user_id"]))
-    return {name: column[order] for name, column in columns.items()}
-
-
-def has_several_rows(log: Log) -> bool:
-    """Return whether a `joined` log of a full ranking holds several rankings of one user (a split by rows has them).
-
-    A sequential model ranks all items for each of them; they are no one ranking that a user's values could come from.
-    """
-    if "among" not in log:
-        return False
+    log = {name: column[order] for name, column in columns.items()}
     user, place = log["user_id"], log["place"]
-    return bool(((user[1:] == user[:-1]) & (place[1:] == place[:-1])).any())
+    several = "among" in log and bool(((user[1:] == user[:-1]) & (place[1:] == place[:-1])).any())
+    return None if several else log
 
 
 def per_user(log: Log, config: Any) -> dict[str, Any]:

@@ -39,8 +39,8 @@ class Backbone:
         self.device = input_device(self.head_model)
         self.head = Head(self.head_model)
         self.architecture = architecture_of(self.head_model)
-        self.way: Any = None  # how prompts are scored, found at first use (see `scoring_mode`)
-        self.way_sees = False  # whether it was found by prompts with images
+        self.scoring_mode: Any = None  # how prompts are scored, found at first use (see `scoring_mode`)
+        self.mode_sees = False  # whether it was found by prompts with images
         self.in_flight: dict[bool, bool] = {}  # whether answers are written side by side, with images or without
         self.budget = Budget(_BATCH_TOKENS, self.forget_features)
         self._features = ByteCache[BaseModelOutputWithPooling](lambda: FEATURE_BYTES, _bytes)

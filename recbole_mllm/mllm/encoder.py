@@ -78,13 +78,13 @@ class Encoder:
     truncated: int = 0
     _images: ByteCache[ImageInput] = field(init=False)
     _plain: PlainText = field(init=False)
-    turns: ChatTemplate = field(init=False)
+    chat: ChatTemplate = field(init=False)
 
     def __post_init__(self) -> None:
         self._images = ByteCache(lambda: IMAGE_BYTES, image_bytes)
         self._plain = PlainText(self.tokenizer)
         behind = self.architecture.bos_behind_image
-        self.turns = ChatTemplate(self.tokenizer, self.processor, self.image_token, bos_behind_image=behind)
+        self.chat = ChatTemplate(self.tokenizer, self.processor, self.image_token, bos_behind_image=behind)
 
     @property
     def image_token(self) -> str:
@@ -136,7 +136,7 @@ class Encoder:
 
         def rendered(guard: Callable[[str], str]) -> str:
             guarded = [guard(piece) if i % 2 else piece.replace(IMAGE, _MARK) for i, piece in enumerate(pieces)]
-            parts = self.turns.render("".join(guarded).split(_MARK), answer, system).split(self.image_token)
+            parts = self.chat.render("".join(guarded).split(_MARK), answer, system).split(self.image_token)
             if len(parts) != len(marks) + 1:  # refused where images are expanded
                 return self.image_token.join(parts)
             return "".join(part + mark for part, mark in zip_longest(parts, marks, fillvalue=""))
@@ -144,7 +144,7 @@ class Encoder:
         ids, text = self._read(rendered)
         # the ids the tokeniser puts in front by itself (<s>), where a processor's or a bare text lacks them
         begin = self.tokenizer.bos_token
-        whole = (self.turns.template and self.processor is None) or (begin and text.startswith(begin))
+        whole = (self.chat.template and self.processor is None) or (begin and text.startswith(begin))
         return ids if whole else self._plain.start + ids
 
     def _read(self, rendered: Callable[[Callable[[str], str]], str]) -> tuple[list[int], str]:

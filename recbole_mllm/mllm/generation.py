@@ -74,7 +74,7 @@ def _reads_right(body: Backbone, encoder: Encoder, prompts: Sequence[Prompt]) ->
     with body.without_gradients():
         mode = scoring_mode(body, encoded, sorted(set(encoded[0].ids)))
     if not prompts[0].images:
-        body.way = None  # nothing is known of how images are read; scoring finds out
+        body.scoring_mode = None  # nothing is known of how images are read; scoring finds out
     return mode != "plain"
 
 

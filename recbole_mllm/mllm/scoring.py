@@ -68,10 +68,13 @@ def scoring_mode(body: Backbone, prompts: Sequence[Encoded], tokens: Sequence[in
     What was found by prompts without an image says nothing of those with one: the first of these are checked too.
     """
     images = any(prompt.images for prompt in prompts)
-    if body.way is None or (images and not body.way_sees):
+    if body.scoring_mode is None or (images and not body.mode_sees):
         found = find_scoring_mode(body, prompts, tokens)
-        body.way, body.way_sees = max(body.way or found, found, key=get_args(ScoringMode).index), images
-    mode: ScoringMode = body.way
+        body.scoring_mode, body.mode_sees = (
+            max(body.scoring_mode or found, found, key=get_args(ScoringMode).index),
+            images,
+        )
+    mode: ScoringMode = body.scoring_mode
     return mode
 
 

@@ -107,7 +107,7 @@ class PlannedModel(Backbone):
         self.sizes, self.count = ModelSizes.of(loaded.model), Count()
         self.held = 0  # tokens of all passes, padding included
         own = self.architecture  # a family without a row is not tried: it is counted without shared prefixes
-        self.way, self.way_sees = "shared" if own.known and own.shares_prefix else "flat", True
+        self.scoring_mode, self.mode_sees = "shared" if own.known and own.shares_prefix else "flat", True
 
     def hidden(self, rows: Sequence[Encoded], start: int, stops: Sequence[int], cache: Any) -> torch.Tensor:
         """Count the pass; return states without numbers."""

@@ -93,9 +93,9 @@ PATCHES = (
     Patch("recbole.model.layers", "recbole_mllm.features.item_vectors:read_vectors", "1246-1270", "no item vectors"),
     Patch("recbole.utils.case_study", "recbole_mllm.evaluation.loader:refuse_users_without_rows", "19-83",
           "fails for users without rows, unnamed"),
-    Patch("recbole.trainer.trainer", "recbole_mllm.evaluation.tie_breaking:install", "463-524",
+    Patch("recbole.trainer.trainer", "recbole_mllm.evaluation.loader:rank_without_ties", "463-524",
           "equal scores are ranked by where the label stands", "Trainer"),
-    Patch("recbole.trainer.trainer", "recbole_mllm.evaluation.full_ranking:install", "463-524",
+    Patch("recbole.trainer.trainer", "recbole_mllm.evaluation.full_ranking:rank_all_items", "463-524",
           "a whole ranking loses the scores", "Trainer"),
 )
 # fmt: on

@@ -167,7 +167,6 @@ def record_facts(module: Any) -> None:
         self.inter_feat = kept.sort_index()
 
     module.Dataset.exact_order, module.Dataset.facts = False, None
-    module.Dataset.candidates_digest = ""  # none are frozen; `data_preparation` may return nothing but loaders
 
 
 def _exact_order(dataset: Any, by: Any) -> Any:

@@ -283,7 +283,7 @@ def write_decision(mllm: HFModel, question: Question, folder: Path) -> str:
     or no spelling that reads its answers' tokens; "" where all is well.
     """
     encoder, style = mllm.encoder, question.style
-    if not encoder.turns.template:
+    if not encoder.chat.template:
         return "the model has no chat template, behind which a question would stand"
     answers = mllm.answers(style)
     spelt = _labels(encoder.tokenizer, answers, (style.answer_yes, style.answer_no))
@@ -362,10 +362,10 @@ def _decision_template(mllm: HFModel, question: Question, start: str, guard: Seq
         start: What stands before all of it, where the tokeniser puts a token in front that the chat template lacks.
         guard: Spellings the template itself is to keep plain text, the longest first.
     """
-    style, own, lead = question.style, mllm.encoder.turns.template, mllm.encoder.turns.lead
+    style, own, lead = question.style, mllm.encoder.chat.template, mllm.encoder.chat.lead
     order = "item-first" if question.item_first else "user-first"
     name = f"recommend_{order.replace('-', '_')}"
-    system = mllm.encoder.turns.turn("system", [style.recommend_system]) if style.recommend_system else None
+    system = mllm.encoder.chat.turn("system", [style.recommend_system]) if style.recommend_system else None
     # a template that writes a template has marks of its own
     outer = Template((_TEMPLATES / "decision.jinja").read_text(encoding="utf-8"), *_MARKS, trim_blocks=True)
     rendered: str = outer.render(

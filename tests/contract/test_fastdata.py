@@ -6,12 +6,13 @@ import pickle
 import numpy as np
 import pytest
 import random_world
-import run_parts
 import torch
 from recbole.config import Config
+from recbole.data import create_dataset, data_preparation
 from recbole.data.dataset import Dataset, SequentialDataset
 from recbole.data.interaction import Interaction
 from recbole.sampler.sampler import AbstractSampler, RepeatableSampler, Sampler
+from recbole.utils import init_seed
 
 from recbole_mllm.recbole_patches import fast_loading, list_column
 from recbole_mllm.recbole_patches.list_column import ListColumn
@@ -83,7 +84,9 @@ def settings(tmp_path, monkeypatch):
 
 def prepared(model, config):
     config = Config(model=model, dataset="random", config_dict=config)
-    return config, *run_parts.prepared(config)
+    init_seed(config["seed"], True)
+    dataset = create_dataset(config)
+    return config, dataset, data_preparation(config, dataset)
 
 
 def everything(model, config):

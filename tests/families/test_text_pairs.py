@@ -98,7 +98,7 @@ def test_a_pair_without_a_test_is_checked_and_keeps_its_sharing(pair, monkeypatc
     answers = mllm.answers(STYLE)
     assert (unknown.yes_scores(prompts, answers) - mllm.yes_scores(prompts, answers)).abs().max() < 1e-5
     assert not unknown.backbone.architecture.known and asked
-    assert unknown.backbone.way == ("shared" if row.shares_prefix else "flat")
+    assert unknown.backbone.scoring_mode == ("shared" if row.shares_prefix else "flat")
 
 
 def test_loss_gradients_and_the_merged_export_are_those_of_the_stock_model(pair, monkeypatch, tmp_path):

@@ -145,7 +145,7 @@ def test_a_real_run_keeps_what_its_test_rows_read_and_no_more(tmp_path, monkeypa
 
 
 def test_a_baseline_keeps_no_cases_and_only_what_learns_is_counted(tmp_path):
-    assert write_cases(SimpleNamespace(model=object()), tmp_path) is None and not list(tmp_path.iterdir())
+    assert write_cases(SimpleNamespace(preferences=None), tmp_path) is None and not list(tmp_path.iterdir())
     linear, frozen = Linear(4, 2), Linear(4, 2).requires_grad_(False)
     assert parameters_trained(linear) == 10 and parameters_trained(frozen) == 0
     linear.type = SimpleNamespace(name="TRADITIONAL")  # as RecBole calls Pop, whose one parameter is a stand-in

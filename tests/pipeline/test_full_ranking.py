@@ -98,9 +98,10 @@ def test_a_shortlist_of_all_items_is_brute_force(settings):
 
 
 @pytest.mark.parametrize("retriever", ["SASRec", "BPR"])
-def test_the_shortlist_takes_the_mllms_order_and_the_rest_keeps_the_retrievers(settings, retriever):
+def test_the_shortlist_takes_the_mllms_order_and_the_rest_keeps_the_retrievers(settings, retriever, caplog):
     made = Made(settings | {"retriever": retriever, "top_k": 5})
-    made.evaluate()
+    with caplog.at_level("INFO"):
+        made.evaluate()
     assert made.opinion.asked == 5 * small_world.USERS
     inside = 0
     for user, target, before, ours in made.rows():
@@ -114,7 +115,7 @@ def test_the_shortlist_takes_the_mllms_order_and_the_rest_keeps_the_retrievers(s
         seen = {n % small_world.ITEMS for n in range(2 * user, 2 * user + small_world.LENGTH - 1)}
         assert retriever == "SASRec" or set(np.flatnonzero(np.isneginf(ours))) == seen
         inside += target in head
-    assert made.trainer.retrieval["recall"] == pytest.approx(inside / small_world.USERS)
+    assert f"puts {inside / small_world.USERS:.4f} of the targets among its best 5" in caplog.text
 
 
 @pytest.mark.parametrize("retriever", ["SASRec", "BPR"])

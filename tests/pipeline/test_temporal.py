@@ -19,6 +19,7 @@ from recbole_mllm.benchmark.worker import run_job
 from recbole_mllm.cli import main
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.data.atomic import read_atomic
+from recbole_mllm.evaluation.candidates import prepare_loaders
 from recbole_mllm.evaluation.protocol import protocol_line
 from recbole_mllm.quick_start import make_config, run
 
@@ -206,7 +207,7 @@ def raw_rows(data, part):
 
 
 def test_ten_models_meet_one_set_of_candidates_and_learn_what_lies_before_the_first_moment(world):
-    from recbole.data import create_dataset, data_preparation
+    from recbole.data import create_dataset
 
     folder, truth = world
     digests = {}
@@ -214,12 +215,11 @@ def test_ten_models_meet_one_set_of_candidates_and_learn_what_lies_before_the_fi
         config = configured(folder, model)
         if model == "MLLMMSR":
             data = create_dataset(config)
-            train, _, test = data_preparation(config, data)
+            train, _, test, digests[model] = prepare_loaders(config, data)
         else:
             done = run(config)
-            data, train, test = done.dataset, done.train_data, done.test_data
+            data, train, test, digests[model] = done.dataset, done.train_data, done.test_data, done.candidates
             assert np.isfinite(list(done.test.values())).all()
-        digests[model] = data.candidates_digest
         learnt = raw_rows(data, train._dataset)
         if model in MODELS[:4]:
             assert Counter(learnt) == Counter(truth.training), model

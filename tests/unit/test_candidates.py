@@ -9,7 +9,7 @@ from scipy.stats import chisquare
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.data.sampling import Pairs, hashes64, limited_users, sample_users, tie_keys
 from recbole_mllm.evaluation.candidates import Pool, candidates_digest, draw_negatives
-from recbole_mllm.evaluation.tie_breaking import ranks
+from recbole_mllm.evaluation.loader import ranks
 
 ITEMS = [f"i{n}" for n in range(60)]
 

@@ -84,8 +84,8 @@ def test_what_is_exported_is_what_models_meet_sorted_and_the_same_bytes_each_tim
     path = export(home, "a.jsonl.gz")
     header, *rows = lines(path)
     assert [(row["phase"], row["user"]) for row in rows] == sorted((row["phase"], row["user"]) for row in rows)
-    dataset, (_, valid, test) = prepared(home, "SASRec")
-    assert header["digest"] == dataset.candidates_digest and header["dataset"] == "random" and header["seed"] == 2024
+    dataset, (_, valid, test, candidates) = prepared(home, "SASRec")
+    assert header["digest"] == candidates and header["dataset"] == "random" and header["seed"] == 2024
     users, items = (np.asarray(dataset.field2id_token[name]) for name in ("user_id", "item_id"))
     for phase, loader in (("valid", valid), ("test", test)):
         met = {str(users[u]): set() for u in loader.rows.users}
@@ -107,24 +107,24 @@ def test_imported_candidates_have_the_same_digest_under_other_ids_and_another_se
         "\n".join([header, *sorted(rows, key=lambda row: row.split("\t")[0])]) + "\n"
     )  # other internal ids
     for model in ("BPR", "SASRec"):
-        assert prepared(home, model, candidates_file=str(path), candidate_seed=7)[0].candidates_digest == digest
-    assert prepared(home, candidate_seed=7)[0].candidates_digest != digest
+        assert prepared(home, model, candidates_file=str(path), candidate_seed=7)[1].candidates == digest
+    assert prepared(home, candidate_seed=7)[1].candidates != digest
 
 
 def test_users_with_several_targets_and_a_sample_of_users_come_back(home):
     path = export(home, "several.jsonl", SHARES)
     assert any(len(row["targets"]) > 1 for row in lines(path)[1:])
     for more in ({}, {"limit_users": 9}):
-        digest = prepared(home, eval_args=SHARES, **more)[0].candidates_digest
-        assert prepared(home, eval_args=SHARES, candidates_file=str(path), **more)[0].candidates_digest == digest
+        digest = prepared(home, eval_args=SHARES, **more)[1].candidates
+        assert prepared(home, eval_args=SHARES, candidates_file=str(path), **more)[1].candidates == digest
 
 
 @pytest.mark.parametrize("mode", ["uni5", "pop5"])
 @pytest.mark.parametrize("split", ["valid_and_test", "test_only"])  # valid_only leaves nothing to test on
 def test_users_with_few_interactions_are_asked_about_by_all_models_or_none(home, mode, split):
     every = {"eval_args": LOO | {"mode": mode, "split": {"LS": split}}, "user_inter_num_interval": "[0,inf)"}
-    general, sequential = (prepared(home, model, **every)[0] for model in ("BPR", "SASRec"))
-    assert general.candidates_digest == sequential.candidates_digest
+    general, sequential = (prepared(home, model, **every)[1] for model in ("BPR", "SASRec"))
+    assert general.candidates == sequential.candidates
 
 
 def test_the_order_within_a_line_does_not_matter(home, path):
@@ -132,13 +132,13 @@ def test_the_order_within_a_line_does_not_matter(home, path):
     every = [line | {"negatives": rng.permutation(line["negatives"]).tolist()} for line in lines(path)[1:]]
     shuffled = [lines(path)[0], *(every[n] for n in rng.permutation(len(every)))]
     path.write_text("".join(json.dumps(line) + "\n" for line in shuffled))
-    plain, (_, _, test) = prepared(home)
+    _, plain = prepared(home)
     for keys in ({}, {"candidate_seed": 7}):
-        dataset, (_, _, mine) = prepared(home, candidates_file=str(path), **keys)
-        assert dataset.candidates_digest == digest == plain.candidates_digest
-        assert np.array_equal(mine.negatives, test.negatives)
-    sample = prepared(home, limit_users=9)[0].candidates_digest
-    assert prepared(home, limit_users=9, candidates_file=str(path))[0].candidates_digest == sample
+        _, mine = prepared(home, candidates_file=str(path), **keys)
+        assert mine.candidates == digest == plain.candidates
+        assert np.array_equal(mine.test.negatives, plain.test.negatives)
+    sample = prepared(home, limit_users=9)[1].candidates
+    assert prepared(home, limit_users=9, candidates_file=str(path))[1].candidates == sample
 
 
 FAULTS = [
@@ -171,17 +171,21 @@ def test_a_line_that_does_not_fit_is_named(home, path):
 def test_other_negatives_have_another_digest_and_a_file_that_was_edited_torn_or_is_anothers_is_refused(home, path):
     text, digest = path.read_text(), lines(path)[0]["digest"]
     torn = path.with_suffix(".jsonl.gz")
-    torn.write_bytes(gzip.compress(text.encode())[:-20])
+    packed = gzip.compress(text.encode())
+    torn.write_bytes(packed[:-20])
+    bad = path.with_name("bad.jsonl.gz")
+    bad.write_bytes(packed[:60] + b"\xff" * 40 + packed[100:])
     row = lines(path)[1]
     rewrite(path, 1, negatives=[*row["negatives"][:-1], another(home, row)])
     edited = path.read_text()
     rewrite(path, 0, digest="")
-    assert prepared(home, candidates_file=str(path))[0].candidates_digest != digest
+    assert prepared(home, candidates_file=str(path))[1].candidates != digest
     faults = {
         rf"a\.jsonl:1: the header's digest is {digest}": edited,
         "no valid line for user": "".join(text.splitlines(keepends=True)[:-1]),
         rf"a\.jsonl:{text.count(chr(10))}: cannot be read": text[:-30],
         r"a\.jsonl:1: no header": "{}\n",
+        r"a\.jsonl:1: cannot be read": "[" * 100_000,
         "is empty": "",
         "candidates of dataset 'others', and this is 'random'": text.replace(
             '"dataset": "random"', '"dataset": "others"'
@@ -195,6 +199,7 @@ def test_other_negatives_have_another_digest_and_a_file_that_was_edited_torn_or_
     for words, keys in {
         "does not exist": {"candidates_file": "none.jsonl"},
         "cannot be read": {"candidates_file": str(torn)},
+        "bad.jsonl.gz:0: cannot be read": {"candidates_file": str(bad)},
         "full; use uniN": {"eval_args": {**LOO, "mode": {"valid": "uni5", "test": "full"}}},
     }.items():
         with pytest.raises(UserError, match=words):

@@ -159,9 +159,10 @@ def test_texts_are_shown_after_their_blocks_with_what_changed(copied):
     path.write_text(json.dumps(kept))
     (block,) = book_of(copied).cases[0].blocks
     assert len(block.shown) == 6 and block.text == [Piece("same", TEXTS[-1])]
-    path.write_text('{"users": [{}]')  # a damaged file costs the case studies alone
-    text = page(copied.board, book_of(copied))
-    assert "cases.json of run MLLMMSR-2024-0a1b2c3d cannot be shown" in text and "--force" in text
+    for damage in ('{"users": [{}]', "[" * 100_000):  # a damaged file costs the case studies alone
+        path.write_text(damage)
+        text = page(copied.board, book_of(copied))
+        assert "cases.json of run MLLMMSR-2024-0a1b2c3d cannot be shown" in text and "--force" in text
 
 
 def test_thumbnails_are_small_and_missing_images_leave_a_blank(world):

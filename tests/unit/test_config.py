@@ -18,6 +18,7 @@ from recbole_mllm.common.config import (
     every_key,
     is_model,
     per_model,
+    recbole_config,
 )
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.resources import PROPERTIES, named, resource
@@ -60,7 +61,10 @@ WRONG = {
     "eval_args": (
         5, {"mode": "uni0"}, {"mode": "uni-5"}, {"mode": "pop"}, {"mode": {"test": "unix"}}, {"mode": 20},
         {"split": {"RS": [0.8, -0.1, 0.3]}}, {"split": {"RS": [0, 0, 0]}}, {"split": {"RS": ["a"]}},
+        {"split": {"RS": [8, 2]}}, {"split": {"LS": "valid_test"}}, {"split": {"XS": [8, 1, 1]}}, {"split": ["LS"]},
+        {"split": {"RS": [8, 1, 1], "LS": "valid_and_test"}}, {"order": "to"}, {"order": None},
     ),
+    "LIST_SUFFIX": ("", 5),
     "train_neg_sample_args": ({"sample_num": 0}, {"sample_num": True}, {"alpha": NAN}, {"candidate_num": -1}),
     "show_progress": ("False", "maybe", 2),
     "field_separator": ("",),
@@ -239,6 +243,13 @@ def test_a_key_or_model_that_is_none_names_the_nearest(tmp_path, text, said):
     with pytest.raises(UserError) as found:
         checked_file(path)
     assert said.format(path) in str(found.value)
+
+
+def test_lists_without_an_end_are_refused_of_the_models_that_have_lists(monkeypatch):
+    keys = {"MAX_ITEM_LIST_LENGTH": None, "train_neg_sample_args": None, "data_path": "."}
+    assert recbole_config("Pop", "mine", [], keys)["MAX_ITEM_LIST_LENGTH"] is None
+    with pytest.raises(UserError, match="MAX_ITEM_LIST_LENGTH is None; it must be a whole number, at least 1, for S"):
+        recbole_config("SASRec", "mine", [], keys)
 
 
 def test_a_models_own_keys_are_known_where_only_its_source_reads_them(tmp_path):

@@ -20,6 +20,11 @@ from PIL import Image
 from raw_dumps import jsonl, product, review, write_microlens
 
 from dataset_converters.amazon2023 import main_image
+from dataset_converters.convert import Source, add_option
+from dataset_converters.interactions import Row
+from dataset_converters.item_rows import ItemRow
+from dataset_converters.options import SOURCES
+from dataset_converters.source import columns
 from recbole_mllm.cli import main
 from recbole_mllm.data.atomic import clean, id_problem, read_atomic
 
@@ -326,6 +331,51 @@ def test_mistakes_are_told_in_one_line(tmp_path, words, told, capsys, monkeypatc
     if "t.csv" in words:
         Path("t.csv").write_text("user,item,stars\na,b,5\n")
     assert told.lower() in refused(capsys, main(words)).lower()
+
+
+class Books(Source):
+    """``ratings.csv`` and ``books.csv``, whose columns have names of their own."""
+
+    name, example, item_kind, has_urls = "books", "books --raw books/ --out dataset/books", "product", True
+    features, duplicates, recorded = {"authors": "token_seq"}, "first", ("long_titles",)
+
+    @classmethod
+    def add_options(cls, parser):
+        add_option(parser, "--long-titles", action="store_true", default=None)
+
+    @classmethod
+    def from_options(cls, raw, images, options):
+        source = cls(images)
+        source.raw, source.title = raw, "original_title" if options.long_titles else "title"
+        return source
+
+    def interactions(self, intake):
+        for user, item in columns(intake.table(self.raw / "ratings.csv", ","), intake, "user", "book_id"):
+            yield Row(user, item)
+
+    def items(self, intake):
+        table = intake.table(self.raw / "books.csv", ",")
+        for item, title, author, url in columns(table, intake, "book_id", self.title, "authors", "image_url"):
+            yield ItemRow(item, title, "", (author,), url)
+
+
+def test_a_new_format_is_one_class_and_its_entry(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(SOURCES, "books", Books)
+    raw, out = tmp_path / "raw", tmp_path / "books"
+    raw.mkdir()
+    (raw / "ratings.csv").write_text("book_id,user_id,rating\n7,1,5\n9,1,4\n7,1,1\n")
+    (raw / "books.csv").write_text(
+        "book_id,authors,title,original_title,image_url\n7,A,S,Seven,http://x/7\n9,B,N,Nine,\n"
+    )
+    assert convert("books", raw, out, "--long-titles") == 0
+    assert [pair[:2] for pair in pairs(out)] == [("1", "7"), ("1", "9")] and titles(out) == {"7": "Seven", "9": "Nine"}
+    assert [row["authors"] for row in read_atomic(out / "books.item")] == ["A", "B"]
+    assert json.loads((out / "manifest.json").read_text())["options"] == {"seed": 2024, "long_titles": True}
+    with pytest.raises(SystemExit):
+        main(["convert", "books", "--help"])
+    assert "--download-images" in capsys.readouterr().out
+    (raw / "ratings.csv").write_text("book,user_id,rating\n7,1,5\n")
+    assert "name each of user, book_id once, as user_id, book_id" in refused(capsys, convert("books", raw, out))
 
 
 def test_converters_load_neither_torch_nor_recbole_nor_pandas(tmp_path):

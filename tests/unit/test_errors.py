@@ -120,6 +120,12 @@ def test_a_model_made_for_other_data_says_what_it_needs(keys: dict[str, Any], mo
     assert reason is not None and reason.startswith(words) and "\n" not in reason
 
 
+def test_a_setting_that_reads_what_load_col_leaves_out_says_so(keys: dict[str, Any]) -> None:
+    for setting in ({"val_interval": {"rating": "[3,inf)"}}, {"threshold": {"rating": 3}}):
+        with pytest.raises(UserError, match="'rating', which the dataset does not have or load_col does not name"):
+            run(make_config("Pop", "steps", [], keys | setting))
+
+
 def test_a_missing_package_and_a_place_in_recbole_are_told() -> None:
     namespace: dict[str, Any] = {"__name__": "recbole.model.planted"}
     exec("def absent():\n    import no_such_package.part\n", namespace)

@@ -190,8 +190,8 @@ def test_every_model_and_list_length_is_asked_what_the_files_say(
             if model == "MLLMMSR" and length == lengths[-1]:
                 digests.add(digest_of(configured(home, model, keys, **more)))  # before anything is split
             _, dataset, loaders = prepared(home, model, keys, **more)
-            digests.add(dataset.candidates_digest)
-            for phase, loader in zip(("valid", "test"), loaders[1:], strict=True):
+            digests.add(loaders.candidates)
+            for phase, loader in zip(("valid", "test"), loaders[1:3], strict=True):
                 targets, negatives = asked(dataset, loader)
                 assert targets == expected.targets[phase], (model, length, phase)
                 for user, drawn in negatives:
@@ -235,7 +235,7 @@ def test_rows_stand_by_exact_time_then_place_in_the_file(home: Path, model: str)
         expected = [by_user[n] for n in np.argsort(times, kind="stable")]
     assert whole == expected
     if model != "BPR":  # every row's history is what precedes it, in each part
-        assert {row for loader in loaders for row in rows_of(dataset, loader._dataset)} <= set(expected)
+        assert {row for loader in loaders[:3] for row in rows_of(dataset, loader._dataset)} <= set(expected)
 
 
 @pytest.mark.parametrize("kind", [paper, windows])
@@ -257,7 +257,7 @@ def test_training_rows_are_recboles_own_in_its_order_where_float32_holds_the_tim
     assert len({time for *_, time in rows}) < len(rows) / 4  # many at once, of different users
     keys = write_plain(home, "world", rows) | {"eval_args": LOO | {"mode": "uni5"}}
     ours, theirs = (prepared(home, "SASRec", keys, frozen_candidates=frozen)[2] for frozen in (True, None))
-    for one, two in zip(ours, theirs, strict=True):
+    for one, two in zip(ours[:3], theirs[:3], strict=True):
         a, b = one._dataset.inter_feat, two._dataset.inter_feat
         assert all(a[name].tolist() == b[name].tolist() for name in b.columns)
 
@@ -298,9 +298,9 @@ def test_a_dataset_saved_by_a_stock_run_is_put_in_exact_order_and_its_dataloader
     saved = keys | {"checkpoint_dir": str(home / "s")}
     create_dataset(configured(home, "BPR", saved, frozen_candidates=None, save_dataset=True))
     assert (home / "s" / "world-Dataset.pth").is_file()
-    (_, dataset, _), (_, fresh, _) = prepared(home, "BPR", saved), prepared(home, "BPR", keys)
+    (_, dataset, mine), (_, fresh, theirs) = prepared(home, "BPR", saved), prepared(home, "BPR", keys)
     assert rows_of(dataset, dataset) == rows_of(fresh, fresh)
-    assert dataset.candidates_digest == fresh.candidates_digest
+    assert mine.candidates == theirs.candidates
     prepared(home, "BPR", saved, frozen_candidates=None, save_dataloaders=True)
     with pytest.raises(UserError, match="saved dataloaders, delete them"):
         prepared(home, "BPR", saved)
@@ -362,7 +362,7 @@ def test_a_sample_of_users_is_the_same_for_every_model(home: Path) -> None:
     keys, expected = planted(home, "loo-uni", 8)
     digests = set()
     for model in MODELS:
-        _, dataset, (_, valid, _) = prepared(home, model, keys, limit_users=4, user_inter_num_interval="[0,5]")
-        digests.add(dataset.candidates_digest)
-        assert asked(dataset, valid)[0] <= expected.targets["valid"]
+        _, dataset, loaders = prepared(home, model, keys, limit_users=4, user_inter_num_interval="[0,5]")
+        digests.add(loaders.candidates)
+        assert asked(dataset, loaders.valid)[0] <= expected.targets["valid"]
     assert len(digests) == 1

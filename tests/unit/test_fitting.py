@@ -12,8 +12,7 @@ from recbole.trainer import Trainer
 
 from recbole_mllm.cli import main
 from recbole_mllm.common.fitting import Fit, validations_since_best
-from recbole_mllm.evaluation.metrics import joined, per_user
-from recbole_mllm.evaluation.tie_breaking import evaluate
+from recbole_mllm.evaluation.metrics import evaluate, joined, per_user
 from recbole_mllm.quick_start import make_config, run
 
 PAUSE = 0.3

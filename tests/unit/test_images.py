@@ -183,10 +183,12 @@ def test_a_path_leads_to_a_file_in_the_folder_or_says_why_not(tmp_path, relative
 def test_an_image_by_id_stays_in_the_folder_which_may_itself_be_a_link(tmp_path):
     folder = shop(tmp_path)
     (tmp_path / "link").symlink_to(folder)
+    (folder / "images" / "9.JPG").write_bytes(b"\xff\xd8")
     for parent in (folder, tmp_path / "link", folder / "images"):
         for item in "13":
             path, why = find_image(parent, item)
             assert path is not None and path.is_file() and why is None
+        assert find_image(parent, "9")[0] is not None
         none, reason = find_image(parent, "2")
         assert none is None and str(reason).endswith("2.png leads out of the folder")
         assert find_image(parent, "loop")[0] is None

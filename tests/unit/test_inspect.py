@@ -163,6 +163,9 @@ def test_a_dataset_is_given_by_folder_or_by_name(tmp_path, capsys):
     sound(tmp_path / "dataset" / "s")
     for words in (["s"], ["dataset/s"], ["dataset/s/"], [str(tmp_path / "dataset/s")], ["s", "--data_path=dataset"]):
         assert main(["inspect", *words]) == 0
+    (tmp_path / "s").mkdir()  # the raw files are often in a folder of the same name
+    (tmp_path / "s" / "raw.csv").write_text("user,item\n")
+    assert main(["inspect", "s"]) == 0 and main(["split", "s", "--protocol", "loo", "--out", "dataset/again"]) == 0
     assert (tmp_path / "dataset" / "s" / "inspect.html").is_file()
     for _ in range(2):  # the second time over its own page
         assert main(["inspect", "s", "--output", "out/page.html"]) == 0

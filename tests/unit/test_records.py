@@ -1,6 +1,7 @@
 """Run records survive crashes, crowds and bad numbers."""
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -104,6 +105,24 @@ def test_arrays_come_back_and_hold_no_pickles(tmp_path):
     read = read_arrays(tmp_path / "scores.npz", PAIR_COLUMNS)
     assert read["user"].tolist() == ["ü", "b"] and read["score"].tolist() == [0.5, 0.25]
     assert [path.name for path in tmp_path.iterdir()] == ["scores.npz"]
+
+
+def test_however_arrays_are_damaged_one_line_says_so(tmp_path):
+    rng, path = random.Random(0), tmp_path / "scores.npz"
+    users, numbers = np.array([f"u{n * n}" for n in range(300)]), np.arange(300.0) ** 0.5
+    write_arrays(path, {"user": users, "item": users, "label": numbers, "score": numbers})
+    whole, refused = path.read_bytes(), 0
+    for turn in range(100):
+        low = rng.randrange(len(whole))
+        path.write_bytes(whole[:low] + rng.randbytes(60) * (turn % 2) + whole[low + 60 :])
+        try:
+            read_arrays(path, PAIR_COLUMNS)
+        except UserError as error:
+            refused += "run that model again" in str(error)
+    path.write_bytes(b"")
+    with pytest.raises(UserError, match="run that model again"):
+        read_arrays(path, PAIR_COLUMNS)
+    assert refused > 80
 
 
 def test_unusable_arrays_say_what_to_do(tmp_path):

@@ -99,7 +99,7 @@ def test_an_unknown_family_scores_as_its_plain_forward(unknown, monkeypatch, cap
     own = torch.stack([own_logits(model.model, own_of(model, prompt))[-1] for prompt in PROMPTS])
     margin = own[:, answers.yes[0]] - own[:, answers.no[0]]
     assert margin.std() > 1e-3 and torch.allclose(got, margin, atol=1e-5)
-    assert model.backbone.way == way
+    assert model.backbone.scoring_mode == way
     assert ("disagrees with a plain forward pass" in caplog.text) == (way != "shared")
 
 
@@ -142,7 +142,7 @@ def test_an_unknown_family_is_trained_by_its_own_likelihood(unknown):
         own, got = (flat(torch.autograd.grad(one, adapted, allow_unused=True)) for one in (expected, loss))
         assert own.norm() > 0 and (got - own).norm() < 2e-5 * own.norm()
     model.model.train()
-    model.backbone.way = None  # the check must not leave dropout off
+    model.backbone.scoring_mode = None  # the check must not leave dropout off
     loss_of(model, PROMPTS, labels)
     assert all(module.training for module in model.model.modules())
 
@@ -156,7 +156,7 @@ def test_a_prefix_lm_nobody_told_of_is_caught(tmp_path, monkeypatch, caplog):
     prompts = [recommend_prompt(STYLE, f"likes {w}", "a mug", tmp_path / "red.png") for w in ("cats", "small dogs")]
     answers = model.answers(STYLE)
     together = model.yes_scores(prompts, answers)
-    assert model.backbone.way != "shared" and "paligemma: shared scoring disagrees" in caplog.text
+    assert model.backbone.scoring_mode != "shared" and "paligemma: shared scoring disagrees" in caplog.text
     alone = torch.cat([model.yes_scores([prompt], answers) for prompt in prompts])
     assert torch.allclose(together, alone, atol=1e-5)
 
@@ -171,15 +171,15 @@ def test_what_holds_without_an_image_is_checked_again_with_one(tmp_path, monkeyp
     model = HFModel(str(tmp_path / "model"), SETTINGS.mllm, CPU)
     answers = model.answers(STYLE)
     model.yes_scores(PROMPTS, answers)
-    assert model.backbone.way == "shared"
+    assert model.backbone.scoring_mode == "shared"
     model.yes_scores([recommend_prompt(STYLE, "likes cats", "a mug", tmp_path / "red.png")], answers)
-    assert model.backbone.way != "shared"
-    model.backbone.way, model.backbone.way_sees = None, False
+    assert model.backbone.scoring_mode != "shared"
+    model.backbone.scoring_mode, model.backbone.mode_sees = None, False
     loss_of(model, PROMPTS, torch.ones(len(PROMPTS)))
-    assert model.backbone.way == "shared"
+    assert model.backbone.scoring_mode == "shared"
     shown = [recommend_prompt(STYLE, "likes cats", "a mug", tmp_path / "red.png")]
     loss_of(model, shown, torch.ones(1))
-    assert model.backbone.way != "shared"
+    assert model.backbone.scoring_mode != "shared"
 
 
 def test_items_are_shared_behind_a_prefix_too_short_to_share(tmp_path, monkeypatch):

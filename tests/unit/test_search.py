@@ -61,7 +61,8 @@ def test_a_killed_search_is_resumed_where_it_was_and_ends_alike(tmp_path):
         search(drawn, until_killed, True, str, journal)
         os._exit(0)
     assert os.WIFSIGNALED(os.waitpid(child, 0)[1]) and len(read_journal(journal)) == 2
-    journal.write_text(journal.read_text() + '{"settings": {"rate": 0.1, "si')  # a line it was writing
+    torn = b'{"settings": {"rate": 0.1, "si'  # the line it was writing; before it what a bad disk left
+    journal.write_bytes(journal.read_bytes() + b"7\n\xff\x00\n{}\n" + torn)
     lines: list[str] = []
     resumed = search(drawn, score, True, lines.append, journal)
     assert asked == drawn[2:] and sum("from before" in line for line in lines) == 2

@@ -207,12 +207,11 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
         items = short.asked[rows, columns].tolist()
         return [(histories[row], places[row], item) for row, item in zip(rows.tolist(), items, strict=True)]
 
-    def score_ahead(self, rows: Iterable[Row]) -> int:
-        """Score distinct `rows` item by item, so that users of one item share its computation; return how many."""
+    def score_ahead(self, rows: Iterable[Row]) -> None:
+        """Score distinct `rows` item by item, so that users of one item share its computation."""
         ordered = sorted(set(rows), key=item_major)
         with Progress(len(ordered), "scoring", "pair") as progress:
             self._ahead |= self._scores(ordered, progress)
-        return len(ordered)
 
     def ask(self, rows: Sequence[Row]) -> list[float]:
         """Return the log-odds of `rows` from the MLLM itself."""
