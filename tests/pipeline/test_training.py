@@ -155,7 +155,8 @@ def test_the_pairs_of_validation_are_those_of_the_state_that_is_tested(settings)
     trained, resumed = kept(checkpoint_every_steps=2), kept(**again)  # the latter has no epoch left to validate
     assert all((trained.valid_pairs[name] == resumed.valid_pairs[name]).all() for name in trained.valid_pairs)
     assert trained.test == resumed.test and len(trained.valid_pairs["score"]) == 15 * 11
-    assert len(kept(finetune="none").valid_pairs["score"]) == 15 * 11
+    zero, untrained = kept(finetune="none"), kept(epochs=0, checkpoint_every_steps=2)  # an adapter begins as nothing
+    assert len(zero.valid_pairs["score"]) == 15 * 11 and untrained.test == zero.test and untrained.valid == zero.valid
 
 
 def test_auto_finds_nothing_of_a_run_with_other_settings(finished):

@@ -245,7 +245,7 @@ def test_a_key_or_model_that_is_none_names_the_nearest(tmp_path, text, said):
     assert said.format(path) in str(found.value)
 
 
-def test_lists_without_an_end_are_refused_of_the_models_that_have_lists(monkeypatch):
+def test_lists_without_an_end_are_refused_of_the_models_that_have_lists():
     keys = {"MAX_ITEM_LIST_LENGTH": None, "train_neg_sample_args": None, "data_path": "."}
     assert recbole_config("Pop", "mine", [], keys)["MAX_ITEM_LIST_LENGTH"] is None
     with pytest.raises(UserError, match="MAX_ITEM_LIST_LENGTH is None; it must be a whole number, at least 1, for S"):

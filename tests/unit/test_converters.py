@@ -445,6 +445,19 @@ def test_all_missing_columns_are_named_at_once_with_a_command_that_names_them(tm
     assert (tmp_path / "o" / "o.inter").read_text().splitlines()[1] == "u1\ta\t1"
 
 
+def test_columns_that_are_not_read_are_named_and_what_both_tables_have_is_the_item(tmp_path, capsys):
+    (tmp_path / "log.csv").write_text("user,thing,when,shop\nu1,a,1,s\nu1,b,2,s\n")
+    (tmp_path / "it.csv").write_text("thing,title,price,item_group\na,x,1,g\nb,y,2,g\n")
+    words = ["convert", "csv", "--raw", str(tmp_path), "--interactions", "log.csv", "--items", "it.csv"]
+    words += ["--out", str(tmp_path / "o")]
+    assert main(words) == 2 and "--item-column=thing\n" in capsys.readouterr().err
+    assert main([*words, "--item-column=thing"]) == 0
+    said = "Columns that are not read: log.csv: when, shop; it.csv: price, item_group (--time-column NAME"
+    assert said in capsys.readouterr().out and said in (tmp_path / "o" / "README.md").read_text()
+    assert main([*words, "--item-column=thing", "--time-column=when"]) == 0
+    assert "not read: log.csv: shop; " in capsys.readouterr().out
+
+
 def test_a_split_is_not_put_inside_what_is_split(tmp_path, capsys):
     raw = write_microlens(tmp_path / "raw", {str(u): ["1", "2", str(u)] for u in range(20)}, {"1": "one"})
     assert convert("microlens", raw, tmp_path / "m") == 0

@@ -159,6 +159,17 @@ def test_images_by_id_are_counted_and_the_missing_ones_listed(tmp_path, capsys):
     assert [line.split("\t")[0] for line in lines] == ["b", "d", "c"] and "HTML page" in lines[0]
 
 
+def test_images_that_convert_left_out_stay_listed_until_they_are_there(tmp_path, capsys):
+    folder = plant(tmp_path / "x", "u\ta\t1\nu\tb\t2\nu\tc\t3\n", "a\tA\t\nb\tB\t\nd\tD\t\n")
+    listed = folder / "missing_images.tsv"
+    listed.write_text(text := "item_id\tpath\treason\na\ta.jpg\tis truncated\nb\tb.jpg\tdoes not exist\n")
+    assert main(["inspect", "x"]) == 0 and listed.read_text() == text and "missing images: x" in capsys.readouterr().out
+    Image.new("RGB", (2, 2)).save(folder / "a.jpg")
+    (folder / "x.item").write_text("item_id:token\ttitle:token_seq\timage:token\na\tA\ta.jpg\nd\tD\t\n")
+    assert main(["inspect", "x"]) == 0 and listed.read_text().count("\n") == 1  # b is gone
+    assert "missing images" not in capsys.readouterr().out
+
+
 def test_a_dataset_is_given_by_folder_or_by_name(tmp_path, capsys):
     sound(tmp_path / "dataset" / "s")
     for words in (["s"], ["dataset/s"], ["dataset/s/"], [str(tmp_path / "dataset/s")], ["s", "--data_path=dataset"]):
