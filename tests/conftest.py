@@ -21,6 +21,12 @@ settings.register_profile("any machine", deadline=None, suppress_health_check=[H
 settings.load_profile("any machine")
 
 
+@pytest.fixture(scope="session")
+def demo_data(tmp_path_factory):
+    """A folder of datasets, in which the demo's world is built when it is first used."""
+    return tmp_path_factory.mktemp("dataset")
+
+
 @pytest.fixture(autouse=True)
 def open_log():
     """Undo what a RecBole run in this process did to the root logger (init_logger), which caplog listens to."""

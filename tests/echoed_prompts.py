@@ -1,7 +1,5 @@
 """What each row's prompt has read, told by a server that answers with the items it was shown."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 

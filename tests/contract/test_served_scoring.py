@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from planted_writers import answers_of
 from recbole.quick_start import load_data_and_model, run_recbole
+from run_parts import run_keys
 from stock_forward import STYLE
 from transformers import AutoModelForImageTextToText
 from transformers.decision import DecisionConfig
@@ -58,19 +59,9 @@ def trained(tmp_path_factory):
 
 
 def _settings(place, **more):
-    return {
-        "data_path": str(place / "data"),
-        "checkpoint_dir": str(place / "saved"),
-        "mllm": "tiny",
-        "item_summary_tokens": 8,
-        "user_summary_tokens": 8,
-        "learning_rate": 0.02,
-        "train_last_k": 1,
-        "limit_users": 6,
-        "train_batch_size": 4,
-        "show_progress": False,
-        "seed": 3,
-    } | more
+    few = {"train_last_k": 1, "limit_users": 6, "train_batch_size": 4, "learning_rate": 0.02}
+    few |= {"item_summary_tokens": 8, "user_summary_tokens": 8, "mllm": "tiny"}
+    return run_keys(place, **few | {"seed": 3} | more)
 
 
 @pytest.fixture(scope="module")

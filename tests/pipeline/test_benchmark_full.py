@@ -1,7 +1,5 @@
 """A benchmark under full ranking, from real runs to the pages: every row ranks all items, and says what it can."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path
@@ -105,25 +103,6 @@ def test_another_variant_ranks_by_the_same_retriever_and_pays_for_it_too(
     trained = float(torch.load(kept, weights_only=False)["train_s"])
     assert trained > 0 and first.train_s == second.train_s == trained  # zero-shot: nothing but the retriever learns
     assert first.converged is None and second.converged is None
-
-
-def test_the_mllm_reorders_what_sasrec_puts_first_and_nothing_else(place: Path) -> None:
-    runs = {run.label: run for run in read_records(place / "results" / RECORDS)}
-    kept = {
-        label: read_arrays(place / "results" / str(runs[label].scores), ["user", "item", "place", "among", "answer"])
-        for label in ("SASRec", "MLLMMSR")
-    }
-
-    def order(label: str, user: str) -> list[str]:
-        own = kept[label]["user"] == user
-        return [str(item) for item in kept[label]["item"][own][np.argsort(-kept[label]["place"][own])]]
-
-    for user in np.unique(kept["SASRec"]["user"]).tolist():
-        theirs, mine = order("SASRec", user), order("MLLMMSR", user)
-        assert set(theirs[:TOP_K]) == set(mine[:TOP_K]) and theirs[TOP_K:] == mine[TOP_K:]
-        answers = kept["MLLMMSR"]["answer"][kept["MLLMMSR"]["user"] == user]
-        assert np.isfinite(answers).sum() == TOP_K
-    assert np.isnan(kept["SASRec"]["answer"]).all()
 
 
 def test_a_fused_row_reorders_what_the_mllm_was_asked_about_and_nothing_else(place: Path) -> None:

@@ -1,7 +1,5 @@
 """Item features: what an MLLM says of an item reaches RecBole's feature models, is made once, and matters."""
 
-from __future__ import annotations
-
 import random
 from pathlib import Path
 from typing import Any
@@ -9,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import small_world
-import tiny_models
 import torch
 from recbole.config import Config
 from recbole.data import create_dataset
@@ -27,15 +24,6 @@ from recbole_mllm.quick_start import make_config, run
 
 KINDS = ("red car", "blue mug", "green hat", "black shoe", "white lamp", "brown chair")
 FULL = {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "full"}
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder: Path = tmp_path_factory.mktemp("features")
-    small_world.write(folder / "data")
-    tiny_models.llava(folder / "llava")
-    tiny_models.llama(folder / "llama")
-    return folder
 
 
 @pytest.fixture

@@ -5,10 +5,9 @@ import random
 import pytest
 import yaml
 from planted_writers import Planted
+from stock_forward import STYLE
 
 from recbole_mllm.cli import main
-from recbole_mllm.common.prompts import Style
-from recbole_mllm.common.resources import PROPERTIES
 from recbole_mllm.common.settings import Settings
 from recbole_mllm.data.item_table import Items
 from recbole_mllm.mllm.interface import Decoding
@@ -18,7 +17,6 @@ from recbole_mllm.summaries.preferences import Preferences
 from recbole_mllm.summaries.store import Store
 from recbole_mllm.summaries.user_summaries import SummaryRequests, preferences
 
-STYLE = Style.from_mapping("demo", yaml.safe_load((PROPERTIES / "prompt" / "demo.yaml").read_text()))
 SPLITS = {
     "leave-one-out": {"LS": "valid_and_test"},
     "leave-one-out, test only": {"LS": "test_only"},

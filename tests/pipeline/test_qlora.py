@@ -21,19 +21,10 @@ from recbole_mllm.mllm.lora import tune
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra `qlora`)")
 CPU = torch.device("cpu")
 KEYS = {
-    "mllm": "tiny",
-    "finetune": "qlora",
-    "summary_mode": "none",
-    "item_summary": "none",
-    "learning_rate": 0.02,
-    "train_last_k": 1,
-    "limit_users": 6,
-    "train_batch_size": 8,
-    "lora_dropout": 0.1,
-    "show_progress": False,
-    "seed": 3,
+    "mllm": "tiny", "finetune": "qlora", "summary_mode": "none", "item_summary": "none", "learning_rate": 0.02,
+    "train_last_k": 1, "limit_users": 6, "train_batch_size": 8, "lora_dropout": 0.1, "show_progress": False, "seed": 3,
     "eval_args": {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "uni5"},
-}
+}  # fmt: skip
 
 
 def run(place, **more):

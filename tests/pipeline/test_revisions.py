@@ -1,7 +1,5 @@
 """A model is the commit it was: names, summaries, checkpoints, records and exports say which, and are held to it."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -11,13 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import small_world
-import tiny_models
 import torch
 from launching import ROOT, script_with
 from recbole.config import Config
-from recbole.data import create_dataset, data_preparation
 from recbole.quick_start import load_data_and_model
-from recbole.utils import get_trainer, init_logger, init_seed
+from recbole.utils import get_trainer, init_logger
+from run_parts import with_trainer
 
 from recbole_mllm.common.checkpoint import _COURSE, _MODEL, last_of, newest, read_checkpoint
 from recbole_mllm.common.errors import UserError
@@ -30,15 +29,6 @@ from recbole_mllm.quick_start import run
 
 CPU = torch.device("cpu")
 EVALUATED = {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "uni10"}
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("training")
-    small_world.write(folder / "data")
-    tiny_models.llama(folder / "llama")
-    tiny_models.llava(folder / "llava")
-    return folder
 
 
 def _settings(place, folder):
@@ -57,15 +47,11 @@ def settings(place, monkeypatch, tmp_path):
     return _settings(place, tmp_path)
 
 
-def _made(settings, kind=None):
+def _made(settings):
     config = Config(model="MLLMMSR", dataset="steps", config_dict=settings)
-    init_seed(config["seed"], True)
     init_logger(config)
-    dataset = create_dataset(config)
-    train, valid, test = data_preparation(config, dataset)
-    init_seed(config["seed"], True)
-    model = MLLMMSR(config, train._dataset)
-    return (kind or get_trainer(config["MODEL_TYPE"], "MLLMMSR"))(config, model), train, valid, test
+    _, loaders, trainer = with_trainer(config)
+    return trainer, *loaders
 
 
 def _fit(settings, **more):

@@ -10,14 +10,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from recbole_mllm.common.errors import UserError
-from recbole_mllm.data.atomic import (
-    clean,
-    id_problem,
-    impossible_times,
-    read_atomic,
-    value_problem,
-    write_atomic,
-)
+from recbole_mllm.data.atomic import clean, id_problem, impossible_times, read_atomic, value_problem, write_atomic
 
 TRAPS = [
     "NA", "null", "nan", "None", "N/A", "", " ", "a b", "a  b", " a", "a ", '"', '"a', '"a"', 'a"', 'say "yes"', "'til",

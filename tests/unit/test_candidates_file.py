@@ -1,7 +1,5 @@
 """Candidates leave as a file and come back the same; a file that does not fit is refused with its line."""
 
-from __future__ import annotations
-
 import gzip
 import json
 from pathlib import Path
@@ -10,12 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import random_world
-from recbole.data import create_dataset
-from recbole.utils import init_seed
+import run_parts
 
 from recbole_mllm.cli import main
 from recbole_mllm.common.errors import UserError
-from recbole_mllm.evaluation.candidates import prepare_loaders
 from recbole_mllm.quick_start import make_config
 
 LOO = {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "uni5"}
@@ -34,10 +30,7 @@ def prepared(home: Path, model: str = "BPR", **keys: Any) -> Any:
         "data_path": str(home), "load_col": {"inter": ["user_id", "item_id", "timestamp"]}, "eval_args": LOO,
         "frozen_candidates": True, "state": "ERROR", "worker": 0,
     }  # fmt: skip
-    config = make_config(model, "random", [], settings | keys)
-    init_seed(config["seed"], True)
-    dataset = create_dataset(config)
-    return dataset, prepare_loaders(config, dataset)
+    return run_parts.prepared(make_config(model, "random", [], settings | keys))
 
 
 OWN = ["--load_col={inter: [user_id, item_id, timestamp]}"]

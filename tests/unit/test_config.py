@@ -6,6 +6,7 @@ from typing import Annotated, get_args, get_origin, get_type_hints
 import pytest
 import yaml
 from recbole.config import Config
+from stock_forward import KEYS
 
 from recbole_mllm.common import settings
 from recbole_mllm.common.config import (
@@ -26,14 +27,13 @@ from recbole_mllm.common.settings import Settings, known_keys
 from recbole_mllm.common.yaml_files import check_readable, line_of, read_mapping
 from recbole_mllm.inspect.measure import find_layout
 
-BASE = yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text()) | {"mllm": "tiny"}
 PRESETS = {"demo", "ml-100k-posters", "microlens", "amazon2023", "paper", "llava-1.6-mistral-7b", "qwen2.5-vl-7b"}
 
 
 def test_every_preset_the_design_names_is_there_and_parses():
     assert PRESETS | {"smolvlm-256m"} <= set(named("quick_start_config"))
     for name in named("quick_start_config"):
-        Settings.from_config(BASE | yaml.safe_load(resource("quick_start_config", name).read_text()))
+        Settings.from_config(KEYS | yaml.safe_load(resource("quick_start_config", name).read_text()))
 
 
 def test_every_setting_stands_in_a_shipped_file_with_a_comment():
@@ -116,17 +116,17 @@ def test_every_number_of_ours_has_a_range_and_every_default_is_in_it():
             assert not {int, float} & kinds, f"{key} of {group.__name__} is a number without a range"
         assert {field.name for field in fields(group)} <= known_keys()
     shipped = yaml.safe_load((PROPERTIES / "overall.yaml").read_text())
-    check_values(BASE | shipped | shipped["benchmark_defaults"])
+    check_values(KEYS | shipped | shipped["benchmark_defaults"])
 
 
 def test_numbers_at_the_ends_of_their_ranges_and_a_bare_off_are_taken():
     check_values({"lora_dropout": 0, "warmup_ratio": 1, "summary_temperature": 0, "fusion": 1, "limit_users": 1,
                   "candidate_seed": 2**32 - 1, "block_size": 3.0, "topk": 5, "epochs": 0, "eval_step": 0,
                   "eval_args": {"mode": {"valid": "uni1", "test": "labeled"}, "split": {"RS": [8, 1, 1]}}})  # fmt: skip
-    assert Settings.from_config(BASE | yaml.safe_load("summarize: off")).summary.summarize == "off"
+    assert Settings.from_config(KEYS | yaml.safe_load("summarize: off")).summary.summarize == "off"
 
 
-def test_an_unknown_key_or_preset_names_the_nearest(tmp_path):
+def test_an_unknown_key_or_preset_names_the_nearest():
     with pytest.raises(UserError, match="unknown key 'lora_rnk' in my.yaml; did you mean lora_"):
         check_keys(["lora_rnk"], "my.yaml")
     check_keys(["learning_rate", "hidden_size", "lora_r", "eval_args"], "my.yaml")

@@ -1,7 +1,5 @@
 """Training seconds hold training alone, and whether it had converged is told from the validations it had."""
 
-from __future__ import annotations
-
 import time
 from contextlib import nullcontext
 from typing import Any
