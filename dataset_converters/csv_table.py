@@ -67,7 +67,7 @@ class CsvTable(Source):
             parser.add_argument(f"--{option}", metavar="FILE", help=words)
         parser.add_argument("--separator", type=_escaped, help="default: read off the header line")
         for column in fields(Columns):
-            words = f"the column of the {column.name}, where it has no usual name"
+            words = f"the column of the {column.name}, if it is none of {', '.join(USUAL[column.name])}"
             add_option(parser, f"--{column.name}-column", metavar="NAME", help=words)
 
     @classmethod
@@ -140,9 +140,10 @@ class CsvTable(Source):
         needed = {self._table: ["user", "item"]}
         if self._items is not None:
             needed[self._items] = ["item", "title"]
-        said, flags = [], dict[str, str]()
+        headers = {path: self._open(path, Intake(skip_bad_rows=True, multiline=True))[1] for path in needed}
+        said, flags, left = [], dict[str, str](), []
         for path, required in needed.items():
-            _, header = self._open(path, Intake(skip_bad_rows=True, multiline=True))
+            header = headers[path]
             others = ["time", "rating"] if path == self._table else ["image"]
             others += ["title", "image"] if self._items is None else []
             named = {key: getattr(self._columns, key) for key in (*required, *others)}
@@ -150,11 +151,13 @@ class CsvTable(Source):
                 named["item"] = self._item_column(header)
             places = {key: _find(header, key, name, path) for key, name in named.items()}
             lacking = [key for key, place in places.items() if place is None and (key in required or named[key])]
-            if not lacking:
-                continue
             unused = [name for place, name in enumerate(header) if place not in places.values()]
+            if not lacking:
+                left += [f"{path.name}: {', '.join(unused)[:500]}"] * bool(unused)
+                continue
+            shared = [name for name in unused if len(needed) > 1 and all(name in other for other in headers.values())]
             for key in lacking:
-                near = _nearest(key, unused, named[key])
+                near = shared[0] if key == "item" and len(shared) == 1 else _nearest(key, unused, named[key])
                 flags[key] = near if flags.get(key, "NAME") == "NAME" else flags[key]
                 unused = [name for name in unused if name != near]
             usual = [key for key in lacking if named[key] is None]
@@ -164,6 +167,10 @@ class CsvTable(Source):
         if said:
             more = [f"--{key}-column={near}" for key, near in flags.items()]
             raise UserError(f"{'; '.join(said)}; name them, nearest first: {shlex.join([*self._command, *more])}")
+        if left:
+            self.notes.append(
+                f"Columns that are not read: {'; '.join(left)} (--time-column NAME and the like name one)."
+            )
 
     def _open(self, path: Path, intake: Intake) -> tuple[Iterator[list[str]], list[str]]:
         separator = self._separator or _separator(path, self._encoding)

@@ -342,16 +342,17 @@ class _Hashed(io.RawIOBase):
 
 
 # What a column is called, in lower case; any other is called by its own name
-USUAL = {
-    "user": ("user_id", "user", "userid", "uid", "reviewerid", "session_id", "visitorid", "customer_id"),
-    "item": ("item_id", "item", "itemid", "iid", "movieid", "video_id", "product_id", "asin", "article_id", "id"),
-    "time": ("timestamp", "time", "date", "datetime", "ts", "unixreviewtime", "t_dat"),
-    "rating": ("rating", "ratings", "score", "stars", "overall"),
-    "title": ("title", "titles", "name", "item_title", "product_title", "movie_title", "prod_name"),
-    "image": ("image", "image_path", "img", "cover", "poster", "picture"),
-    "genres": ("genres", "genre"),
-    "items": ("items", "item_ids", "item_id_list", "item_id", "item", "history", "sequence"),
+_USUAL = {
+    "user": "user_id user userid uid reviewerid session_id visitorid customer_id customer",
+    "item": "item_id item itemid iid movieid video_id product_id asin article_id sku id",
+    "time": "timestamp time date datetime ts unixreviewtime t_dat created_at",
+    "rating": "rating ratings score stars overall",
+    "title": "title titles name item_title product_title movie_title prod_name",
+    "image": "image image_path img cover poster picture",
+    "genres": "genres genre",
+    "items": "items item_ids item_id_list item_id item history sequence",
 }
+USUAL = {what: tuple(names.split()) for what, names in _USUAL.items()}
 _NUMBERS = ("time", "rating")
 
 

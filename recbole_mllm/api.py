@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import html
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from recbole_mllm.arguments import (
     check_model,
     config_files,
     config_of,
-    dataset_folder,
+    inspected_folder,
 )
 from recbole_mllm.benchmark.variants import expand, resolve
 from recbole_mllm.common import distributed
@@ -29,6 +29,7 @@ from recbole_mllm.common.config import check_training, file_keys
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.files import BENCHMARK, check_folder
 from recbole_mllm.common.resources import MLLM, converters
+from recbole_mllm.common.settings import Seed, checked, several
 from recbole_mllm.demo.builtin import is_demo
 
 if TYPE_CHECKING:
@@ -48,10 +49,20 @@ def options_of(
     config_file_list: str | Path | Sequence[str | Path] | None, config_dict: Mapping[str, Any] | None
 ) -> Options:
     """Return what RecBole's ``run_recbole`` takes, as the commands take it; a file alone is a list of one."""
-    keys = dict(config_dict or {})
+    keys = keys_of(config_dict)
     seed = keys.pop("seed", None)
-    files = [config_file_list] if isinstance(config_file_list, str | Path) else config_file_list or ()
-    return Options(keys, tuple(map(str, files)), seed)
+    return Options(keys, tuple(several("config_file_list", config_file_list, str) if config_file_list else ()), seed)
+
+
+def keys_of(config_dict: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the configuration keys that a function was given.
+
+    Raises:
+        UserError: They are none.
+    """
+    if isinstance(config_dict or {}, Mapping) and all(isinstance(key, str) for key in config_dict or {}):
+        return dict(config_dict or {})
+    raise UserError(f"config_dict is {str(config_dict)[:80]}; it must be a dict of configuration keys, each a text")
 
 
 # ---- raw data
@@ -90,7 +101,7 @@ def run_convert(name: str, raw: str | Path, out: str | Path, **options: Any) -> 
     """
     import pandas as pd
 
-    words = [name, f"--raw={raw}", f"--out={out}"]
+    words = [str(name), f"--raw={raw}", f"--out={out}"]
     for option, value in options.items():
         flag = f"--{option.replace('_', '-')}"
         if value is True:
@@ -135,9 +146,8 @@ def run_inspect(dataset: str | Path, *, config_dict: Mapping[str, Any] | None = 
     from recbole_mllm.inspect.health_page import PAGE, format_health, write_health
     from recbole_mllm.inspect.measure import measure
 
-    keys = dict(config_dict or {})
-    folder = dataset_folder(str(dataset), Path(str(keys.get("data_path") or "dataset")))
-    health = measure(folder, keys)
+    keys = keys_of(config_dict)
+    health = measure(folder := inspected_folder(str(dataset), keys, "run_inspect"), keys)
     lines = write_health(health, None)
     return InspectResult("\n".join([format_health(health), "", *lines]), folder / PAGE)
 
@@ -191,6 +201,7 @@ def run_summaries(
     from recbole_mllm.data.item_table import read_items
     from recbole_mllm.quick_start import write_summaries
 
+    checked("stage", stage, Literal["items", "users", "all"])
     config = config_of(MLLM, dataset, options_of(config_file_list, config_dict), recommends=False)
     written = write_summaries(config, stage, since=since)
     rows = {path.suffix: list(read_atomic(path)) for path in written.files}
@@ -211,12 +222,13 @@ class BenchmarkResult:
     Attributes:
         folder: What the benchmark has written: runs, leaderboards, checkpoints.
         path: The HTML report.
+        failed: The runs that were asked for and have failed, as ``DIN seed 2024``; their rows say why.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, failed: Sequence[str] = ()) -> None:
         from recbole_mllm.benchmark.report import HTML
 
-        self.folder = Path(folder)
+        self.folder, self.failed = Path(folder), tuple(failed)
         self.path = self.folder / HTML
 
     @property
@@ -228,8 +240,8 @@ class BenchmarkResult:
 
     @property
     def ok(self) -> bool:
-        """Whether any run has finished."""
-        return bool(self.board.ranked)
+        """Whether a run has finished, and of those that were asked for each."""
+        return bool(self.board.ranked) and not self.failed
 
     @property
     def frame(self) -> pd.DataFrame:
@@ -302,12 +314,12 @@ class BenchmarkResult:
 
 def run_benchmark(
     dataset: str,
-    models: str | Sequence[str] = "quick",
+    models: str | Iterable[str] = "quick",
     *,
     config_file_list: Sequence[str | Path] | None = None,
     config_dict: Mapping[str, Any] | None = None,
     output_dir: str | Path | None = None,
-    seeds: Sequence[int] | None = None,
+    seeds: int | Iterable[int] | None = None,
     jobs: int = 1,
     tune: int = 0,
     quick: bool = False,
@@ -326,7 +338,7 @@ def run_benchmark(
         config_file_list: YAML files or names of presets, for every model.
         config_dict: Configuration keys, which win over the files.
         output_dir: Default: ``results/<dataset>``.
-        seeds: Default: the key ``seed`` of the call or of a config file, else 2024.
+        seeds: One or several; default: the key ``seed`` of the call or of a config file, else 2024.
         jobs: Runs at a time.
         tune: Configurations each model may try on validation first.
         quick: Baselines train for a few epochs alone: a first look, marked.
@@ -346,8 +358,9 @@ def run_benchmark(
         check_training(config)
         check_one_target(config)
 
-    check_folder(folder := Path(output_dir or f"results/{dataset}"), BENCHMARK, "--output_dir")
     options = options_of(config_file_list, config_dict)
+    check_given(dataset, options)
+    check_folder(folder := Path(output_dir or f"results/{dataset}"), BENCHMARK, "--output_dir")
     note = DEMO_NOTE if is_demo(dataset) else ""
     keys = dict(options.overrides)
     files = tuple(config_files(dataset, options))
@@ -355,8 +368,8 @@ def run_benchmark(
     seed = of_files.get("seed") if options.seed is None else options.seed
     plan = BenchmarkPlan(
         dataset=dataset,
-        labels=expand(models if isinstance(models, str) else ",".join(models)),
-        seeds=tuple(seeds or (DEFAULT_SEED if seed is None else seed,)),
+        labels=expand(",".join(several("--models", models, str))),
+        seeds=tuple(several("--seeds", (DEFAULT_SEED if seed is None else seed) if seeds is None else seeds, Seed)),
         output_dir=folder,
         config_files=files,
         limit_users=keys.pop("limit_users", None),
@@ -368,11 +381,9 @@ def run_benchmark(
         force=force,
         embed_images=embed_images,
     )
-    check_given(dataset, options)
     for label in plan.labels:
         check_model(resolve(label).model)
     if distributed.is_main():
-        benchmark(plan, digests=partial(digests_of, check=check))
-    else:
-        follow()
+        return BenchmarkResult(folder, benchmark(plan, digests=partial(digests_of, check=check)))
+    follow()
     return BenchmarkResult(folder)

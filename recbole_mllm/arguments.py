@@ -17,7 +17,7 @@ from recbole_mllm.common.errors import UserError, did_you_mean
 from recbole_mllm.common.files import CONVERTED, recover
 from recbole_mllm.common.prompts import read_style
 from recbole_mllm.common.resources import MLLM
-from recbole_mllm.common.settings import EvaluationSettings, FeatureSettings, Settings, check_models
+from recbole_mllm.common.settings import EvaluationSettings, FeatureSettings, Settings, WrongValue, check_models
 from recbole_mllm.common.yaml_files import read_mapping
 from recbole_mllm.demo.builtin import ensure_builtin, preset_of
 
@@ -59,7 +59,7 @@ def read_overrides(words: Sequence[str]) -> dict[str, Any]:
     for word in words:
         key, equals, value = word.removeprefix("--").partition("=")
         if not word.startswith("--") or not equals or not key:
-            raise UserError(f"cannot read {word!r}; settings are written --key=value")
+            raise UserError(f"cannot read {word!r}; keys are written --key=value, options are in --help")
         try:
             out[key] = yaml.safe_load(value)
         except (yaml.YAMLError, ValueError, RecursionError):  # YAML reads 2026-02-30 as a date, and is surprised
@@ -95,6 +95,8 @@ def check_given(dataset: str, options: Options) -> None:
     Raises:
         UserError: Says which.
     """
+    if not isinstance(dataset, str):
+        raise WrongValue("dataset", dataset, "the name of a folder under data_path")
     check_keys(options.overrides, "the command line")
     given = {key: value for key, value in options.keys().items() if not isinstance(value, str)}
     check_values(given, lambda key: f"--{key}")
@@ -161,6 +163,18 @@ def dataset_folder(given: str, home: Path) -> Path:
     with suppress(OSError):  # a folder that is only read
         recover(folder, CONVERTED)
     return folder
+
+
+def inspected_folder(given: str, keys: Mapping[str, Any], command: str) -> Path:
+    """Return `dataset_folder` of a command that takes no keys but those that say where a dataset is and how it reads.
+
+    Raises:
+        UserError: There is none, or a key is another one.
+    """
+    from recbole_mllm.inspect.measure import LAYOUT_KEYS  # loads numpy
+
+    check_takes(Options(keys), command, ("data_path", *LAYOUT_KEYS))
+    return dataset_folder(given, Path(str(keys.get("data_path") or "dataset")))
 
 
 def named_folder(given: str, home: Path = Path("dataset")) -> Path:

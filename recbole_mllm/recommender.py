@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from recbole.utils import ModelType, get_model
 from recbole_mllm.common.checkpoint import find_checkpoint, read_checkpoint
 from recbole_mllm.common.errors import UserError, as_user_error, did_you_mean
 from recbole_mllm.common.resources import MLLM
-from recbole_mllm.common.settings import Settings
+from recbole_mllm.common.settings import Count, Settings, checked
 from recbole_mllm.data.item_table import Items, read_items
 from recbole_mllm.retrieval.baseline import Baseline, fill, load_baseline, training_part
 
@@ -46,6 +46,7 @@ class Recommender:
         top_k: int = TOP_K,
         data_path: str | Path | None = None,
     ) -> None:
+        self.top_k = checked("top_k", top_k, Count)
         path = find_checkpoint(str(checkpoint), model=None)
         state = read_checkpoint(path, device := torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         config = state["config"]
@@ -70,14 +71,13 @@ class Recommender:
             self.retriever = Recommender(retriever_checkpoint, data_path=data_path)
             if self.retriever.name == MLLM:
                 raise UserError(f"retriever_checkpoint {retriever_checkpoint} is one of MLLMMSR; give a baseline's")
-        self.top_k = top_k
 
     @property
     def users(self) -> list[str]:
         """The raw ids of the dataset's users."""
         return list(self._histories)
 
-    def history(self, user: str) -> list[str]:
+    def history(self, user: str | int) -> list[str]:
         """Return the raw ids of all items of a user of the dataset, oldest first.
 
         Raises:
@@ -91,7 +91,7 @@ class Recommender:
 
     def recommend(
         self,
-        user: str | Sequence[str] | None = None,
+        user: str | int | Iterable[str | int] | None = None,
         *,
         history: Sequence[str] | None = None,
         top: int = 10,
@@ -113,10 +113,9 @@ class Recommender:
         Raises:
             UserError: A user or an item is unknown, or the model cannot rank for a user it has not been trained on.
         """
-        if top < 1:
-            raise UserError(f"top {top}: give 1 or more")
-        if user is not None and not isinstance(user, str):
-            users = [str(one) for one in user]
+        checked("top", top, Count)
+        if isinstance(user, Iterable) and not isinstance(user, str):
+            users = _ids(user)
             if not users:
                 raise UserError("the list of users is empty; give raw ids")
             for one in users:
@@ -127,7 +126,7 @@ class Recommender:
             return pd.concat(frames, ignore_index=True)
         owner, read = self._reader(user, history)
         if candidates is not None:
-            asked = list(dict.fromkeys(map(str, candidates)))
+            asked = list(dict.fromkeys(_ids(candidates)))
             self._check_items(asked, "candidate")
         elif self.retriever is not None:
             # without the user's name where a history was given
@@ -148,7 +147,7 @@ class Recommender:
             frame["p_yes"] = 1 / (1 + np.exp(-frame["score"]))
         return frame
 
-    def explain(self, user: str | None = None, *, history: Sequence[str] | None = None) -> pd.DataFrame:
+    def explain(self, user: str | int | None = None, *, history: Sequence[str] | None = None) -> pd.DataFrame:
         """Return how the preference summary came about that MLLMMSR reads of a user: one row a state, oldest first.
 
         Returns:
@@ -162,17 +161,17 @@ class Recommender:
             raise UserError(f"{self.name} reads no text of a user; only MLLMMSR's recommendations are explained")
         return pd.DataFrame(self._ranker.chain(self._reader(user, history)[1]), columns=["items", "preference"])
 
-    def preference(self, user: str | None = None, *, history: Sequence[str] | None = None) -> str:
+    def preference(self, user: str | int | None = None, *, history: Sequence[str] | None = None) -> str:
         """Return the text that stands for the user in MLLMMSR's question."""
         return str(self.explain(user, history=history)["preference"].iloc[-1])
 
-    def _reader(self, user: str | None, history: Sequence[str] | None) -> tuple[str | None, list[str]]:
+    def _reader(self, user: str | int | None, history: Sequence[str] | None) -> tuple[str | None, list[str]]:
         """Return the user, None if the dataset has not seen them, and the raw ids of what they have read."""
         if (user is None) == (history is None):
             raise UserError("give either a user of the dataset or a history of item ids")
         if history is None:
             return str(user), self.history(str(user))
-        read = [str(item) for item in history]
+        read = _ids(history)
         self._check_items(read, "item of the history")
         return None, read
 
@@ -266,6 +265,11 @@ class _MLLMRanker:
         if key not in self._preferences:
             self._preferences[key] = generate(self.setup, SummaryRequests({"": list(key)}, {"": {len(key)}}))
         return self._preferences[key]
+
+
+def _ids(given: Any) -> list[str]:
+    """Return raw ids as texts; one alone is a list of one."""
+    return [str(given)] if isinstance(given, str) or not isinstance(given, Iterable) else list(map(str, given))
 
 
 def _whole_histories(data: Any) -> dict[str, list[str]]:

@@ -107,7 +107,7 @@ class MLLMMSRTrainer(Trainer):  # type: ignore[misc]
         show_progress: bool = False,
         callback_fn: Callable[[int, float], None] | None = None,
     ) -> Any:
-        """Train as RecBole does, from where `resume` says; a zero-shot model is only validated."""
+        """Train as RecBole does, from where `resume` says; with nothing to train, or no epoch, only validate."""
         loader = SeededTrainDataLoader.of(train_data, self.model.groups_by_item)
         self.resume()
         self._saves = saved
@@ -120,14 +120,15 @@ class MLLMMSRTrainer(Trainer):  # type: ignore[misc]
             if callback_fn:
                 callback_fn(epoch, score)
 
-        if self.model.is_trained and self.start_epoch >= self.epochs:  # finished before; RecBole would save once more
+        trains = self.model.is_trained and self.epochs > 0
+        if self.model.is_trained and self.start_epoch >= max(1, self.epochs):  # finished; RecBole would save once more
             self.eval_collector.data_collect(loader)
             return self.best_valid_score, self.best_valid_result
         best = super().fit(loader, valid_data, verbose, saved, show_progress, at_end_of_epoch)
-        if self._every and self.model.is_trained:
+        if self._every and trains:
             self.place = TrainingPlace(max(self.train_loss_dict) + 1)
             self.save_last()
-        if self.model.is_trained or not valid_data:
+        if trains or not valid_data:
             return best
         self.best_valid_score, self.best_valid_result = self._valid_epoch(valid_data)
         self.tensorboard.add_scalar("Vaild_score", self.best_valid_score, 0)  # RecBole's spelling (trainer.py:496)

@@ -52,7 +52,7 @@ from recbole_mllm.benchmark.records import (
     records_of,
     said_anywhere,
 )
-from recbole_mllm.benchmark.report import HTML, render, write_note
+from recbole_mllm.benchmark.report import render, write_note
 from recbole_mllm.benchmark.search import TRIALS
 from recbole_mllm.common import distributed
 from recbole_mllm.common.errors import UserError
@@ -69,11 +69,11 @@ def benchmark(
     worker: Sequence[str] = WORKER,
     tell: Callable[[str], None] | None = None,
     digests: Digests | None = None,
-) -> Path:
-    """Run what is not finished yet and return the path of the HTML report; the other forms lie beside it.
+) -> list[str]:
+    """Run what is not finished yet, write the report, and return the names of the runs that have failed.
 
-    A run that fails gets a row that says why. Ctrl-C and SIGTERM end the runs at work, keep the finished ones and leave
-    with exit code 1.
+    A run that fails gets a row that says why, and the others go on. Ctrl-C and SIGTERM end the runs at work, keep the
+    finished ones and leave with exit code 1.
 
     Args:
         plan: What to run and where.
@@ -100,7 +100,7 @@ def benchmark(
         bench.say(f"stopped; {done} of {len(jobs)} runs are finished; the same command resumes")
         raise
     render(plan.output_dir, embed_images=plan.embed_images)
-    return plan.output_dir / HTML
+    return [job.name for job in jobs if bench.finished(job) is None]
 
 
 def _check_comparable(plan: BenchmarkPlan, jobs: Sequence[BenchmarkJob], digests: Digests | None) -> Mapping[str, str]:

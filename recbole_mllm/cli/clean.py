@@ -18,6 +18,7 @@ from recbole_mllm.common.files import (
     remove_file,
     remove_scratch,
 )
+from recbole_mllm.common.resources import MLLM
 
 _TIME = r"-[A-Z][a-z]{2}-\d{2}-\d{4}_\d{2}-\d{2}-\d{2}"  # as RecBole names files by the moment
 _LOG = rf"[^/]+{_TIME}-[0-9a-f]+"
@@ -42,6 +43,16 @@ KINDS = {
 
 DEFAULT = ("scratch", "scores", "retrievers")
 """Logs are named as stock RecBole names its own, so whose they are cannot be told: they go only if named."""
+
+
+_OURS: dict[str, Callable[[Path], bool]] = {
+    "pairs": lambda path: BENCHMARK.outputs(path.parents[2]) is not None,
+    "checkpoints": lambda path: (
+        any(name.startswith(f"{MLLM}-") for name in (path.name, path.parent.name))
+        or path.with_suffix(".ids").is_file()  # which our runs of a baseline leave beside it
+    ),
+}
+"""What else shows that a file of such a name is no one else's, such as stock RecBole's."""
 
 
 class Found(NamedTuple):
@@ -93,7 +104,7 @@ def _below(folder: Path, kinds: Collection[str]) -> Iterator[Found]:
             kind = next((kind for kind, (form, _) in KINDS.items() if form and _matches(form, path, folder)), None)
             if kind not in kinds or path.is_symlink() or os.path.realpath(path) in used:
                 continue
-            if kind != "pairs" or BENCHMARK.outputs(here.parents[1]) is not None:
+            if kind not in _OURS or _OURS[kind](path):
                 yield Found(str(kind), path, _size(path))
 
 

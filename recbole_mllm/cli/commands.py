@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
 import shutil
+import sys
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -20,8 +22,8 @@ from recbole_mllm.arguments import (
     Options,
     check_takes,
     config_of,
-    dataset_folder,
     dataset_of,
+    inspected_folder,
     named_folder,
     read_overrides,
 )
@@ -63,7 +65,7 @@ def split(args: Namespace, options: Options) -> int:
 
     known, rest = converters("options").read_split(args.words)
     keys = read_overrides(rest)
-    folder = Path(os.path.abspath(_inspected(known.dataset, Options(keys), "split")))
+    folder = Path(os.path.abspath(inspected_folder(known.dataset, keys, "split")))
     out, settings = Path(os.path.abspath(known.out)), converters("options").split_settings(known)
     layout = find_layout(folder, keys)
     fields = converters("output").Fields(layout.user, layout.item, layout.time)
@@ -156,18 +158,10 @@ def inspect(args: Namespace, options: Options) -> int:
 
     path = check_file(Path(args.output), "--output", is_page, "a page that `inspect` wrote") if args.output else None
     keys = {key: value for name in options.config_files for key, value in file_keys(name).items()}
-    health = measure(_inspected(args.directory, options, "inspect"), keys | dict(options.overrides))
+    health = measure(inspected_folder(args.directory, options.overrides, "inspect"), keys | dict(options.overrides))
     print(format_health(health))
     print("", *write_health(health, path), sep="\n")
     return 0
-
-
-def _inspected(given: str, options: Options, command: str) -> Path:
-    """Return the folder that `given` is, or names under data_path; a built-in dataset is built there."""
-    from recbole_mllm.inspect.measure import LAYOUT_KEYS
-
-    check_takes(options, command, ("data_path", *LAYOUT_KEYS))
-    return dataset_folder(given, Path(str(options.overrides.get("data_path") or "dataset")))
 
 
 def export(args: Namespace, options: Options) -> int:
@@ -215,7 +209,7 @@ def recommend(args: Namespace, options: Options) -> int:
         raise UserError(f"--candidates {args.candidates} is empty; give a text file with one item id a line")
     from recbole_mllm.recommender import Recommender  # loads torch
 
-    history = None if args.history is None else [item for item in args.history.split(",") if item]
+    history = None if args.history is None else [item for item in next(csv.reader([args.history]), []) if item]
     found = Recommender(
         args.checkpoint,
         retriever_checkpoint=args.retriever_checkpoint,
@@ -274,7 +268,7 @@ def export_candidates(args: Namespace, options: Options) -> int:
 
 
 def benchmark(args: Namespace, options: Options) -> int:
-    """Run every model on the same candidates and write the leaderboard; 1 if not one run has finished."""
+    """Run every model on the same candidates and write the leaderboard; 1 if a run has failed."""
     dataset = dataset_of(args)
     check_folder(folder := Path(args.output_dir or f"results/{dataset}"), BENCHMARK, "--output_dir")
     seeds = None
@@ -294,8 +288,14 @@ def _benchmark(dataset: str, models: str, folder: Path, options: Options, **more
     )
     if not distributed.is_main():
         return 0
-    print(done, f"report: {done.path}", sep="\n")
-    return 0 if done.ok else 1
+    print(done, f"report: {done.path}", sep="\n", flush=True)
+    if not done.failed:
+        return 0
+    names = ", ".join(done.failed)
+    print(
+        f"recbole-mllm: failed: {names}; the report says why, and the same command repeats only these", file=sys.stderr
+    )
+    return 1
 
 
 def demo(options: Options) -> int:
@@ -368,13 +368,13 @@ def clean(args: Namespace, options: Options) -> int:
 
 
 @contextmanager
-def _store(folder: Path, *, new: bool = False) -> Iterator[Any]:
-    """Open the store in `folder`; unless it may be `new`, one must be there."""
-    from recbole_mllm.summaries.store import opened_store
+def _store(folder: Path, *, new: bool = False, read: bool = False) -> Iterator[Any]:
+    """Open the store in `folder`, only to `read` it, if so; unless it may be `new`, one must be there."""
+    from recbole_mllm.summaries.store import ReadOnlyStore, opened_store
 
     if not new and not store_file(folder).is_file():
         raise UserError(f"{folder} holds no summary store yet ({store_file(folder).name}); `summarize` makes one")
-    with closing(opened_store(folder)) as store:
+    with closing(ReadOnlyStore(folder) if read else opened_store(folder)) as store:
         yield store
 
 
@@ -383,7 +383,7 @@ def store_stats(args: Namespace, options: Options) -> int:
     from recbole_mllm.summaries.store_tools import groups, size
 
     folder = named_folder(args.where).resolve()
-    with _store(folder) as store:
+    with _store(folder, read=True) as store:
         found, megabytes = groups(store), size(store) / 1e6
     print(f"{store_file(folder)}: {sum(g.answers for g in found)} answers, {megabytes:.1f} MB")
     table = [["model", "kind", "origin", "answers", "prompt tokens", "new tokens", "seconds", "cut", "empty"]]
@@ -418,7 +418,7 @@ def store_export(args: Namespace, options: Options) -> int:
         check_can_push(args.push_to_hub)
     folder = named_folder(args.where).resolve()
     out = check_file(Path(args.out), "--out", is_export, "a file that `store export` wrote")
-    with _store(folder) as store:
+    with _store(folder, read=True) as store:
         answers = export(store, folder.name, out, args.model)
     print(f"{out}: {answers} answers")
     if args.push_to_hub:
@@ -461,7 +461,7 @@ def store_show(args: Namespace, options: Options) -> int:
     from recbole_mllm.summaries.summary_files import current, find
 
     folder, (kind, owner) = named_folder(args.where).resolve(), _whose(args)
-    with _store(folder) as store:
+    with _store(folder, read=True) as store:
         for tag, summaries in find(store, kind, owner, args.tag).items():
             print(f"tag {tag.name}")
             for found in current(store, folder, tag, summaries):

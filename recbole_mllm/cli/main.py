@@ -28,7 +28,7 @@ COMMANDS = {
     "inspect": (commands.inspect, "a dataset's health, as text and as a page"),
     "probe-memory": (commands.probe_memory, "whether the LLM knows the dataset without any user's history"),
     "report": (commands.report, "write leaderboard.* again from runs.jsonl"),
-    "candidates export": (commands.export_candidates, "write them as JSON lines"),
+    "candidates export": (commands.export_candidates, "write what every model is asked about as JSON lines"),
     "rerun": (
         commands.rerun,
         "repeat a recorded run and compare: exit code 0 if the numbers agree, 1 if not",
@@ -101,6 +101,7 @@ _GROUPS = {
     "store": ("the summary store", "{stats,show,set,prune,export,import}"),
 }
 _CONFIGURED = ("summarize", "plan", "benchmark", "probe-memory", "candidates export")  # read a run's configuration
+_KEYLESS = ("store", "export", "clean", "report")  # read none at all
 _SHARED = ("", "summarize", "benchmark")  # several processes have something to share in them
 _COMMON: dict[str, dict[str, Any]] = {
     "--dataset": {"help": "a folder name under data_path (default ./dataset)"},
@@ -131,8 +132,9 @@ def _run(words: list[str]) -> int:
     name = " ".join(filter(None, (known.command, getattr(known, "action", None))))
     if name not in _SHARED and not distributed.is_main():
         return 0
-    if rest and known.command in ("store", "export", "clean"):
-        raise UserError(f"{known.command} takes no {rest[0]!r}; see --help")
+    unread = [word for word in rest if known.command in _KEYLESS or not word.startswith("--") or "=" not in word]
+    if name and unread and name not in _CONFIGURED:
+        raise UserError(f"{name} takes no {unread[0]!r}; {_parser()[1][name].hint(unread[0])}")
     given = {key: getattr(known, key, None) for key in ("limit_users", "image_dir")}
     overrides = read_overrides(rest) | {key: value for key, value in given.items() if value is not None}
     options = Options(overrides, tuple(str(known.config_files or "").split()), known.seed)
@@ -151,14 +153,18 @@ def _read(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     argparse takes ``--key=value`` with a space in it for no option, so those of the configuration are held back.
     """
     parser, parsers = _parser()
-    options = {option for one in (parser, *parsers) for option in one._option_string_actions}
+    options = {option for one in (parser, *parsers.values()) for option in one._option_string_actions}
+    if words and words[0].startswith("--") and "=" not in words[0] and words[0] not in options:
+        raise UserError(
+            f"there is no option {words[0]!r}; {parser.hint(words[0])}"
+        )  # else its value passes for a command
     ours = [word for word in words if word.startswith("--") and "=" in word and word.partition("=")[0] not in options]
     known, rest = parser.parse_known_args([word for word in words if word not in ours])
     return known, rest + ours
 
 
-def _parser() -> tuple[Parser, list[Parser]]:
-    """Return the parser, and those of the commands."""
+def _parser() -> tuple[Parser, dict[str, Parser]]:
+    """Return the parser, and those of the commands by name."""
     parser = Parser(prog="recbole-mllm", description=_DESCRIPTION, epilog=_EPILOG, examples=_EXAMPLES[""])
     for option, settings in _COMMON.items():
         parser.add_argument(option, **settings)
@@ -186,7 +192,7 @@ def _parser() -> tuple[Parser, list[Parser]]:
         for option, settings in _COMMON.items() if configured else ():
             parsers[name].add_argument(option, default=argparse.SUPPRESS, **settings)  # what stood before it stays
     _add_options(parsers)
-    return parser, list(parsers.values())
+    return parser, parsers
 
 
 class _Completion(argparse.Action):
@@ -225,7 +231,7 @@ class _Withdrawn(argparse.Action):
 def _add_options(of: dict[str, Parser]) -> None:
     """Add what each command takes of its own."""
     add = of["summarize"].add_argument
-    add("--stage", choices=("items", "users", "all"), default="all")
+    add("--stage", choices=("items", "users", "all"), default="all", help="which summaries")
     add("--dry-run", action="store_true", help="only show how many prompts and tokens, and how long; writes nothing")
     add("--since", metavar="WHEN", help="only users with an interaction at or after this date or timestamp")
     add = of["plan"].add_argument
@@ -254,7 +260,7 @@ def _add_options(of: dict[str, Parser]) -> None:
     add("--image_dir", default=argparse.SUPPRESS, help="images by item id")
     add("--config_files", default=argparse.SUPPRESS, help="YAML files that name the dataset's fields")
     add("--output", help="the page's file; default: inspect.html in the dataset's folder")
-    of["report"].add_argument("directory")
+    of["report"].add_argument("directory", help="what a benchmark wrote, e.g. results/demo")
     for name in ("benchmark", "report"):
         shown = "thumbnails in the report's case studies"
         of[name].add_argument("--embed_images", choices=("on", "off"), default="on", help=shown)
@@ -266,7 +272,11 @@ def _add_options(of: dict[str, Parser]) -> None:
     add("--checkpoint", required=True, metavar="C", help="FILE.pth, a run's folder, or its id under results/")
     who = of["recommend"].add_mutually_exclusive_group(required=True)
     who.add_argument("--user", metavar="U", help="a user of the dataset, by raw id")
-    who.add_argument("--history", metavar="I1,I2", help="raw ids of items, oldest first, of a user it has not seen")
+    who.add_argument(
+        "--history",
+        metavar="I1,I2",
+        help='of a user it has not seen: raw ids of items, oldest first; one with a comma as "a,b"',
+    )
     add("--top", type=int, default=10, metavar="N", help="how many items (default 10)")
     what = of["recommend"].add_mutually_exclusive_group()
     what.add_argument("--candidates", metavar="FILE", help="rank only these items: one raw id per line")

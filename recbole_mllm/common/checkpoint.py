@@ -16,7 +16,7 @@ import torch
 from recbole.config import Config
 from safetensors import SafetensorError
 
-from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.errors import UserError, first_line
 from recbole_mllm.common.files import replace_file, staged, whole_file
 from recbole_mllm.common.model_names import is_same
 from recbole_mllm.common.resources import MLLM
@@ -128,9 +128,8 @@ def read_checkpoint(path: Path, device: torch.device, *, cautious: bool = False)
     except (UserError, MemoryError):
         raise
     except Exception as error:  # whatever unpickling a file that is none may raise
-        why = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
-            f"checkpoint {path} cannot be read: {why}; give another FILE.pth of that run, or train again"
+            f"checkpoint {path} cannot be read: {first_line(error)}; give another FILE.pth of that run, or train again"
         ) from error
     whole = isinstance(found, dict) and {"config", "state_dict", "optimizer"} <= found.keys()
     if not whole or not isinstance(found["config"], Config):
@@ -172,7 +171,10 @@ def _best_checkpoint(folder: Path, model: str | None) -> Path:
     if (folder / "adapter_config.json").is_file() or (folder / "trained.safetensors").is_file():
         raise UserError(f"beside {folder} there is no {folder.name}.pth, which says how the prompts are worded")
     of = f" of {model}" if model else ""
-    raise UserError(f"no checkpoint{of} is in {folder}; run that model again, or give a FILE.pth")
+    names = [path.name for place in (folder / "saved", folder) for path in place.glob("*.pth")] if model else []
+    others = sorted(name.partition("-")[0] for name in names if not name.endswith(LAST))
+    hint = f"it holds one of {others[0]}; give a run{of}" if others else "run that model again, or give a FILE.pth"
+    raise UserError(f"no checkpoint{of} is in {folder}; {hint}")
 
 
 def last_of(best: Path) -> Path:

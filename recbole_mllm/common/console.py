@@ -45,8 +45,11 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         """Raise the error of every other mistake; an option that is none comes with the nearest one."""
         wrong = next((word for word in message.split() if word.startswith("--")), "")
-        known = _options(self) if "unrecognized" in message else []
-        raise UserError(f"{message}; {did_you_mean(wrong.partition('=')[0], known, 'see --help')}")
+        raise UserError(f"{message}; {self.hint(wrong) if 'unrecognized' in message else 'see --help'}")
+
+    def hint(self, wrong: str) -> str:
+        """Return what to do about an option that is none: take the nearest one, else read the help."""
+        return did_you_mean(wrong.partition("=")[0], _options(self), "see --help")
 
 
 def _options(parser: argparse.ArgumentParser) -> list[str]:

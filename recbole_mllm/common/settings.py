@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections import ChainMap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import cache
+from operator import index
+from pathlib import PurePath
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Self, Union, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Self, SupportsIndex, Union, cast, get_args, get_origin, get_type_hints
 
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.model_names import (
@@ -57,11 +59,12 @@ class Range:
 
     def read(self, value: Any) -> int | float | None:
         """Return `value` as a number of this kind, or None where it is none of them."""
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, int | float | SupportsIndex):  # the last: numpy's integers
             return None
-        if not (self.least <= value <= self.most and self.above < value < self.below):
+        number = value if isinstance(value, int | float) else index(value)
+        if not (self.least <= number <= self.most and self.above < number < self.below):
             return None
-        return self.kind(value) if self.kind is float or value == int(value) else None
+        return self.kind(number) if self.kind is float or number == int(number) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +102,17 @@ class _FromConfig:
         """
         hints = get_type_hints(cls, include_extras=True)
         return cls(**{f.name: checked(f.name, config[f.name], hints[f.name]) for f in fields(cls)})  # type: ignore[arg-type]
+
+
+def several(key: str, value: Any, hint: Any) -> list[Any]:
+    """Return one value, or those of any iterable, as a list in which each is `checked`; a path is its text.
+
+    Raises:
+        WrongValue: One is not of the type `hint`.
+    """
+    single = isinstance(value, str | Mapping) or not isinstance(value, Iterable)
+    found = [value] if single else list(value)
+    return [checked(key, str(one) if isinstance(one, PurePath) else one, hint) for one in found]
 
 
 _WORDS = {NoneType: "null", bool: "true or false", str: "a text", dict: "{key: value} pairs"}

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.files import head, may_replace, write_text
 from recbole_mllm.common.svg import Axis, Chart, environment, linear_axis, log_count_axis
-from recbole_mllm.data.images import MISSING_HEADER, write_report
+from recbole_mllm.data.images import MISSING_HEADER, Missing, write_report
 from recbole_mllm.data.splits import utc
 from recbole_mllm.inspect.findings import findings, many, share
 from recbole_mllm.inspect.measure import Health
@@ -181,6 +181,15 @@ def is_page(start: bytes) -> bool:
     return start.startswith(b"<!DOCTYPE html>") and b": dataset health</title>" in start
 
 
+def _still_missing(listed: Path, health: Health) -> list[Missing]:
+    """Return the rows of an earlier list whose items name no image now: `convert` says there why it left theirs out."""
+    images = health.items.images
+    other = {*images.found, *(one.item for one in (*images.missing, *images.absent))}
+    lines = listed.read_text("utf-8", "replace").splitlines()[1:] if listed.is_file() else []
+    rows = [Missing(*row) for line in lines if len(row := line.split("\t")) == len(Missing._fields)]
+    return [row for row in rows if row.item in health.items.lines and row.item not in other]
+
+
 def write_health(health: Health, output: Path | None) -> list[str]:
     """Write ``inspect.html``, or `output`, and ``missing_images.tsv`` beside it; return lines that say where.
 
@@ -200,8 +209,9 @@ def write_health(health: Health, output: Path | None) -> list[str]:
         if not may_replace(listed, {MISSING: MISSING_HEADER}):
             lines.append(f"missing images: not listed, as {listed} is not a list of `inspect`; give --output=FILE.html")
         elif missing or listed.is_file():  # an older list must not contradict
+            missing += _still_missing(listed, health)
             write_report(listed, missing)
-            lines.append(f"missing images: {listed}")
+            lines += [f"missing images: {listed}"] * bool(missing)
     except OSError as error:
         if output is not None:
             raise UserError(f"--output {output} cannot be written: {error.strerror}") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.errors import UserError, first_line
 from recbole_mllm.common.files import write_text
 from recbole_mllm.common.settings import LoraSettings
 from recbole_mllm.mllm import sharding
 from recbole_mllm.mllm.families import language_part
 from recbole_mllm.mllm.placement import check_trainable
+
+# PEFT reads it of transformers 5.23
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 TRAINED, DESCRIPTION = "trained.safetensors", "trained.json"
 _NEVER = ("lm_head", "projector", "connector", "merger", "embed")
@@ -47,9 +51,9 @@ def check_finetune(settings: LoraSettings, device: torch.device) -> None:
         packed, state = functional.quantize_4bit(torch.ones(64, 64, device=device), quant_type="nf4")
         functional.dequantize_4bit(packed, state)
     except (RuntimeError, AssertionError, NotImplementedError, AttributeError, OSError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
-            f"finetune: qlora cannot run on {device}, as bitsandbytes fails there ({reason}); set finetune: lora"
+            f"finetune: qlora cannot run on {device}, as bitsandbytes fails there ({first_line(error)}); "
+            "set finetune: lora"
         ) from None
 
 

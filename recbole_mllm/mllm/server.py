@@ -25,6 +25,11 @@ from recbole_mllm.mllm.server_messages import answer_of, messages
 _TRIES = 3  # times a prompt may draw an error that could be its own doing, each retried by the client
 _HOPELESS = 3  # prompts refused before any was answered: it is not the prompts
 _TICK_S = 0.2
+_START = "start them again"
+_ADVICE = {  # by how what all servers have failed with begins
+    "429": "set a smaller server_concurrency",
+    "no answer within": f"set a larger server_timeout, or {_START},",
+}
 EVERY_S = 20.0  # without an answer, after which a line says what is waited for, and again
 Request = Callable[[Host, Ask, int], Coroutine[Any, Any, Answer | Failure]]
 """Asks a server for the answer to a prompt, whose longest text is halved so many times.
@@ -212,9 +217,11 @@ class Requests:
             self._tell(now, failing)
             return
         who = "; ".join(f"{host.url}: {host.last_failure}" for host in self.hosts)
+        failures = [host.last_failure for host in self.hosts]
+        advice = next((told for start, told in _ADVICE.items() if all(f.startswith(start) for f in failures)), _START)
         raise UserError(
-            f"no server has answered for {patience:g} s ({who}); start them again and repeat the command; finished "
-            "work is saved (server_patience sets how long the run waits)"
+            f"no server has answered for {patience:g} s ({who}); {advice} and repeat the command; finished work is "
+            "saved (server_patience sets how long the run waits)"
         )
 
     def _tell(self, now: float, failing: float) -> None:

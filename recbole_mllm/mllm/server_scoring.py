@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from recbole_mllm.common.errors import UserError
-from recbole_mllm.common.model_names import Endpoint
+from recbole_mllm.common.model_names import Endpoint, pinned
 from recbole_mllm.common.prompts import IMAGE, Prompt, Style
 from recbole_mllm.common.settings import MLLMSettings, ServerSettings
 from recbole_mllm.mllm.encoder import Encoder, answer_tokens
@@ -60,7 +60,7 @@ class ServedScorer:
         if settings.server_scoring == "score" and mllm is not None:
             name = settings.server_tokenizer or endpoint.model
             try:
-                self._encoder = encoder_of(name, mllm)
+                self._encoder = encoder_of(pinned(name), mllm)
             except UserError as error:
                 raise UserError(
                     f"server_scoring: score needs the tokenizer of {endpoint.model!r} here; set server_tokenizer to "

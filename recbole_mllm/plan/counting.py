@@ -294,7 +294,7 @@ class PlannedRun:
         self.names |= {"items": m.source("item_summarizer"), "users": m.source("user_summarizer")}
         self.epochs = int(config["epochs"]) if is_trained else 0
         step = min(int(config["eval_step"]), self.epochs)
-        self.validations = self.epochs // step if step > 0 else int(not is_trained)  # early stopping aside
+        self.validations = self.epochs // step if step > 0 else int(not self.epochs)  # early stopping aside
         self._models: dict[str, PlannedModel] = {}
         self._images_read: set[int] = set()
 

@@ -25,7 +25,7 @@ from recbole_mllm.data.atomic import clean
 from recbole_mllm.data.item_table import Items
 from recbole_mllm.mllm.interface import Answer, Ask, Decoding, Writer
 from recbole_mllm.summaries.quality import Findings, cut_at_sentence, repeats_prompt, table
-from recbole_mllm.summaries.store import Leases, ReadOnlyStore, Store, answer_key
+from recbole_mllm.summaries.store import Leases, Store, answer_key
 
 Name = TypeVar("Name", bound=Hashable)
 _AT_A_TIME = 4096  # prompts rendered and looked up at once
@@ -120,7 +120,7 @@ class CachedGenerator:
     kind: str
     load: Callable[[], Writer]
     identity: str
-    store: Store | ReadOnlyStore
+    store: Store
     decoding: Decoding
     former: str | None = None
     may_write: bool = True
@@ -401,7 +401,7 @@ class SummarySetup:
     item_field: str = schema.ITEM
 
 
-def _generator(kind: str, setup: SummarySetup, store: Store | ReadOnlyStore) -> CachedGenerator:
+def _generator(kind: str, setup: SummarySetup, store: Store) -> CachedGenerator:
     """Return what generates summaries of a `kind`; its model is loaded once, and goes with it."""
     of, may_write = setup.summarizers[kind], setup.settings.summarize == "auto"
     decoding = decodings(setup.settings, setup.summarizers)[kind]

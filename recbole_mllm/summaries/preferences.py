@@ -100,6 +100,8 @@ def generate(setup: SummarySetup, requests: SummaryRequests) -> Preferences:
     if s.summary_mode == "none":
         return Preferences({}, requests, setup.items, setup.style, s)
     with closing(opened_store(setup.folder)) as store:
+        for kind, path in {"item": schema.isum_file, "user": schema.usum_file}.items():
+            check_unedited(store, path(setup.folder, setup.tag), setup.tag, kind)
         describing = item_generator(setup, store)
         items = summarize_items(describing.answer_all, setup.style, setup.items, requests.items(s), s.item_summary)
         del describing  # and its model, before the next one is loaded

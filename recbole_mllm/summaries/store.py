@@ -16,7 +16,7 @@ import re
 import socket
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
@@ -459,7 +459,7 @@ def _is_alive(owner: str) -> bool:
 # Without a trace
 
 
-class ReadOnlyStore:
+class ReadOnlyStore(Store):
     """A dataset's store for reading alone: no file is created or touched, and it may be absent.
 
     Raises:
@@ -467,35 +467,32 @@ class ReadOnlyStore:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._path = store_file(folder)
-        self._db = _opened_to_read(self._path) if self._path.is_file() else None
+        super().__init__(store_file(folder))
 
-    def close(self) -> None:
-        """Close the file."""
-        if self._db is not None:
-            self._db.close()
-
-    def get(self, keys: Iterable[str]) -> dict[str, str]:
-        """Return the texts of those `keys` that are known."""
-        return dict(self._read(lambda db: _select(db, "key, text", keys)))
-
-    def add(self, *_: object) -> None:
+    def add(self, *_: Any, **__: Any) -> None:
         """Store nothing."""
 
-    def rename(self, *_: object) -> None:
+    def rename(self, *_: Any, **__: Any) -> None:
         """Leave all as it is."""
 
     def samples(self, kind: str, model: str) -> list[tuple[str, int]]:
         """Return some texts of `kind` (``item`` or ``user``) that `model` wrote in any precision, with their tokens."""
         query = "SELECT text, new_tokens FROM answers WHERE kind = ? AND model GLOB ? AND new_tokens > 0 LIMIT ?"
         like = f"{glob.escape(model.rpartition(':')[0])}:*"
-        return self._read(lambda db: db.execute(query, (kind, like, _SAMPLES)).fetchall())
+        with self._connection() as db:
+            return db.execute(query, (kind, like, _SAMPLES)).fetchall()
 
-    def _read(self, query: Callable[[sqlite3.Connection], list[Any]]) -> list[Any]:
-        if self._db is None:
-            return []
-        with _to_read(self._path):
-            return query(self._db)
+    def _opened(self) -> sqlite3.Connection:
+        found = _opened_to_read(self.path) if self.path.is_file() else None
+        if found is None:
+            found = sqlite3.connect(":memory:", isolation_level=None)
+            found.execute(SCHEMA)
+        return found
+
+    @contextmanager
+    def _connection(self) -> Iterator[sqlite3.Connection]:
+        with _to_read(self.path):
+            yield self._db
 
 
 def _opened_to_read(path: Path) -> sqlite3.Connection | None:
@@ -503,7 +500,7 @@ def _opened_to_read(path: Path) -> sqlite3.Connection | None:
     # `ro` alone leaves a -shm file behind; a file that another process writes must be read with its journal
     how = "mode=ro" if wal_of(path).is_file() else "immutable=1"
     with _to_read(path):
-        db = sqlite3.connect(f"{path.resolve().as_uri()}?{how}", uri=True)
+        db = sqlite3.connect(f"{path.resolve().as_uri()}?{how}", uri=True, isolation_level=None)
         _check_ours(db, path)
         return db if _columns(db) else None
 

@@ -132,7 +132,7 @@ def export(
         )
         _record(db, _tags(db, setup.tag)[0], kind, summaries)
     count = _write(path, kind, rows)
-    _note_file(store, setup.tag, kind, path)
+    _note_file(store, setup.tag, kind, digest(path))
     logging.getLogger().info(f"{path}: {count} summaries")
 
 
@@ -216,14 +216,18 @@ def _tables(store: Store) -> Iterator[Any]:
         yield db
 
 
+def _has_tables(db: Any) -> bool:
+    return db.execute("SELECT 1 FROM sqlite_master WHERE name = 'tags'").fetchone() is not None
+
+
 def _record(db: Any, tag: Tag, kind: str, summaries: Iterable[Summary]) -> None:
     rows = ((tag.number, kind, *s.place, s.earlier, "\t".join(s.read), bytes.fromhex(s.key)) for s in summaries)
     db.executemany(_RECORD, rows)
 
 
-def _note_file(store: Store, tag: str, kind: str, path: Path) -> None:
+def _note_file(store: Store, tag: str, kind: str, content: str) -> None:
     with _tables(store) as db:
-        db.execute(f"UPDATE tags SET {kind}_file = ? WHERE tag = ?", (digest(path), tag))
+        db.execute(f"UPDATE tags SET {kind}_file = ? WHERE tag = ?", (content, tag))
 
 
 def _tags(db: Any, name: str | None = None) -> list[Tag]:
@@ -240,8 +244,8 @@ def find(store: Store, kind: str, owner: str, tag: str | None = None) -> dict[Ta
     Raises:
         UserError: There is none.
     """
-    with _tables(store) as db:
-        tags = _tags(db)
+    with store.transaction() as db:
+        tags = _tags(db) if _has_tables(db) else []
         found = {one: _summaries(db, one, kind, owner) for one in tags if tag in (None, one.name)}
     if tag is not None and not found:
         raise UserError(
@@ -279,7 +283,7 @@ def current(
             text = edits.get(summary.place, store.get([summary.key]).get(summary.key))
             out.append(Current(summary, prompts, summary.key, text))
         return out
-    with _tables(store) as db:
+    with store.transaction() as db:
         query = f"SELECT owner, text FROM summaries s {_TEXTS} AND owner IN (SELECT value FROM json_each(?))"
         read = dict(db.execute(query, (tag.number, "item", json.dumps(sorted(items)))).fetchall())
     texts: dict[Place, str | None] = {}
@@ -318,13 +322,11 @@ def _item_prompts(store: Store, tag: Tag, summary: Summary, titles: Mapping[str,
 
 def names_by_key(db: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield whose summary an answer is, by key in order, as `store export` writes it."""
-    for statement in _TABLES:
-        db.execute(statement)
     query = (
         "SELECT lower(hex(key)), tags.tag, kind, owner, seen FROM summaries JOIN tags ON number = summaries.tag "
         "ORDER BY key, tags.tag, owner, seen"
     )
-    for key, tag, kind, owner, seen in db.execute(query):
+    for key, tag, kind, owner, seen in db.execute(query) if _has_tables(db) else ():
         yield key, {"tag": tag, kind: owner, **({"position": seen} if kind == "user" else {})}
 
 
@@ -354,14 +356,9 @@ def set_text(
     if not (text := clean(text)):
         raise UserError("--text is empty; give the summary that is to be read")
     path = _FILE[kind](folder, of.name)
+    checked = digest(path) if path.is_file() else ""
     check_unedited(store, path, of.name, kind)
-    said = _apply(store, folder, of, kind, dict.fromkeys(places, text), USER_ORIGIN)
-    if path.is_file():
-        with _tables(store) as db:  # one process at a time reads the file and writes it
-            rows = {place: text for place, (_, text) in read_rows(path, kind)}
-            rows |= {place: text for place in places if place in rows}
-            _write(path, kind, rows.items())
-            db.execute(f"UPDATE tags SET {kind}_file = ? WHERE tag = ?", (digest(path), of.name))
+    said = _apply(store, folder, of, kind, dict.fromkeys(places, text), USER_ORIGIN, checked)
     return f"{places[0]} of tag {of.name} is set; {said}"
 
 
@@ -369,6 +366,15 @@ def _write(path: Path, kind: str, rows: Iterable[tuple[Place, str]]) -> int:
     """Write ``X.<tag>.isum`` or ``X.<tag>.usum``; return how many rows."""
     names = len(_TYPES[kind]) - 1  # of a place: an item's is its id alone
     return write_atomic(path, _TYPES[kind], ((*map(str, place[:names]), text) for place, text in rows))
+
+
+def _while_unchanged(path: Path, found: str, rows: Iterable[tuple[Place, str]]) -> Iterator[tuple[Place, str]]:
+    """Yield `rows`, made of the file of that digest; refuse to end where somebody has edited it meanwhile."""
+    yield from rows
+    if digest(path) != found:
+        raise UserError(
+            f"{path} was edited at this very moment; the store has your text, `store import {path}` the rest"
+        )
 
 
 def is_summary_file(path: Path) -> bool:
@@ -393,6 +399,7 @@ def import_file(store: Store, folder: Path, path: Path, origin: str | None) -> s
             f"{path}: the store does not know tag {name}; run `summarize` with the settings it was written with, "
             "and import it then"
         )
+    read = digest(path)  # what is edited after it is noticed by the next run
     edited = _edited(store, path, name, kind)
     changed = edited[0] if edited else {}
     for place, (line, text) in changed.items():
@@ -401,14 +408,26 @@ def import_file(store: Store, folder: Path, path: Path, origin: str | None) -> s
         if not text:
             raise UserError(f"{path}:{line}: the summary of {place} is empty; write one, or put the old one back")
     edits = {place: text for place, (_, text) in changed.items()}
-    said = _apply(store, folder, tag, kind, edits, origin or USER_ORIGIN)
-    if path.resolve() == _FILE[kind](folder, name).resolve():
-        _note_file(store, name, kind, path)
+    own = path.resolve() == _FILE[kind](folder, name).resolve()
+    said = _apply(store, folder, tag, kind, edits, origin or USER_ORIGIN, read if own else "", in_file=edits)
     return f"{path}: {len(edits)} summaries replaced; {said}"
 
 
-def _apply(store: Store, folder: Path, tag: Tag, kind: str, edits: Mapping[Place, str], origin: str) -> str:
-    """Store `edits`, each under the key that the next run asks for; say what else reads them."""
+def _apply(
+    store: Store,
+    folder: Path,
+    tag: Tag,
+    kind: str,
+    edits: Mapping[Place, str],
+    origin: str,
+    checked: str,
+    in_file: Collection[Place] = (),
+) -> str:
+    """Store `edits`, each under the key that the next run asks for; return what else reads them, in words.
+
+    They are put into the exported file, but for those that are `in_file`, with all that share an answer with them.
+    `checked` is the digest of that file when its other texts were the store's; empty where it is left alone.
+    """
     texts: dict[str, tuple[Place, str]] = {}
     changed: list[Summary] = []
     for owner in dict.fromkeys(place.owner for place in edits):
@@ -428,8 +447,15 @@ def _apply(store: Store, folder: Path, tag: Tag, kind: str, edits: Mapping[Place
     with _tables(store) as db:
         _record(db, tag, kind, changed)
         keys = json.dumps([key.upper() for key in texts])
-        query = "SELECT COUNT(*) FROM summaries WHERE hex(key) IN (SELECT value FROM json_each(?))"
-        shared = db.execute(query, (keys,)).fetchone()[0] - len(edits)
+        query = (
+            "SELECT tag, kind, owner, seen, history, lower(hex(key)) FROM summaries WHERE hex(key) IN (SELECT value "
+        )
+        found = db.execute(query + "FROM json_each(?))", (keys,)).fetchall()
+        shared = len(found) - len(edits)
+        same = {Place(*row[2:5]): texts[row[5]][1] for row in found if row[:2] == (tag.number, kind)}
+        if checked:
+            told = {place: text for place, text in same.items() if place not in in_file}
+            _update_file(db, _FILE[kind](folder, tag.name), tag, kind, told, checked)
         again = _read_them(_summaries(db, tag, "user"), edits)
         own = {key for (key,) in db.execute("SELECT key FROM answers WHERE origin = ?", (USER_ORIGIN,))}
     said = [f"{len(again)} user summaries were written from what it replaces; `summarize` writes them anew"]
@@ -438,6 +464,17 @@ def _apply(store: Store, folder: Path, tag: Tag, kind: str, edits: Mapping[Place
     if shared > 0:
         said.append(f"{shared} more with the same prompt share the answer")
     return ", ".join(said)
+
+
+def _update_file(db: Any, path: Path, tag: Tag, kind: str, texts: Mapping[Place, str], checked: str) -> None:
+    """Put `texts` into the exported file, and keep its digest unless somebody has edited it since it was `checked`."""
+    found = digest(path)
+    rows = {place: text for place, (_, text) in read_rows(path, kind)}
+    fresh = rows | {place: text for place, text in texts.items() if place in rows}
+    if fresh != rows:
+        _write(path, kind, _while_unchanged(path, found, fresh.items()))
+    if found == checked:  # else the next run notices, as the store knows another file
+        db.execute(f"UPDATE tags SET {kind}_file = ? WHERE tag = ?", (digest(path), tag.name))
 
 
 def _read_them(states: Iterable[Summary], edits: Collection[Place]) -> list[Summary]:

@@ -2,7 +2,6 @@
 
 import json
 import sqlite3
-import sys
 from contextlib import closing
 
 import pytest
@@ -24,7 +23,6 @@ def keys(tmp_path_factory):
     small_world.write(place / "dataset")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        patch.setattr(sys, "argv", ["x"])
         yield {
             "mllm": str(model),
             "prompt_style": "demo",
@@ -143,13 +141,14 @@ def test_costs_grow_with_the_work(plan):
     ("mode", "more", "each"),
     [
         ("pop7", {}, 8),
+        ("pop7", {"finetune": "lora", "epochs": 0}, 8),
         ("full", {"retriever": "Pop", "top_k": 9}, 9),
         ("full", {"full_sort": "brute"}, small_world.ITEMS),
     ],
 )
 def test_every_protocol_has_its_pairs(plan, mode, more, each):
     """With nothing to train and no summaries; validation has its own candidates."""
-    more = more | {"finetune": "none", "summary_mode": "none"}
+    more = {"finetune": "none", "summary_mode": "none"} | more
     found = plan(eval_args=PROTOCOL | {"mode": {"valid": "uni20", "test": mode}}, **more)
     counts = [found["stages"][name]["prompts"] for name in ("items", "users", "sft", "valid", "test")]
     assert counts == [0, 0, 0, 12 * 21, 12 * each] and "sft" not in found["memory_bytes"]

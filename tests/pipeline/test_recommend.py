@@ -9,23 +9,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import small_world
+from run_parts import run_keys
 
 from recbole_mllm.cli import main
+from recbole_mllm.common.checkpoint import find_checkpoint
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.quick_start import make_config, run
 from recbole_mllm.recommender import Recommender
 from recbole_mllm.retrieval.baseline import ids_file
 
 SMALL = {
-    "MLLMMSR": {
-        "mllm": "tiny",
-        "prompt_style": "demo",
-        "epochs": 1,
-        "train_last_k": 1,
-        "limit_users": 4,
-        "block_size": 3,
-        "lora_r": 2,
-    },
+    "MLLMMSR": {"mllm": "tiny", "prompt_style": "demo", "epochs": 1, "train_last_k": 1, "limit_users": 4, "lora_r": 2},
     "GRU4Rec": {"epochs": 60, "train_neg_sample_args": None, "learning_rate": 0.01},
     "ItemKNN": {},
 }
@@ -34,20 +28,13 @@ SMALL = {
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("recommend")
-    small_world.write(home / "dataset")
+    small_world.write(home / "data")
     return home
 
 
 @pytest.fixture(scope="module")
 def outcomes(home):
-    common = {
-        "data_path": str(home / "dataset"),
-        "checkpoint_dir": str(home / "saved"),
-        "state": "ERROR",
-        "use_gpu": False,
-        "show_progress": False,
-        "frozen_candidates": True,
-    }
+    common = run_keys(home, seed=2024, state="ERROR", use_gpu=False, frozen_candidates=True)
     return {name: run(make_config(name, "steps", [], common | keys)) for name, keys in SMALL.items()}
 
 
@@ -88,6 +75,16 @@ def test_the_preference_is_explained_block_by_block(ours):
     assert ours.preference("u03") == states["preference"].iloc[-1] != states["preference"].iloc[0]
 
 
+def test_an_edited_file_is_not_passed_over(home, ours):
+    (path,) = (home / "dataset" / "steps").glob("*.isum")
+    whole = path.read_text()
+    path.write_text(whole.rpartition("\t")[0] + "\tmine\n")
+    with pytest.raises(UserError, match=r"the file was edited: `recbole-mllm store import "):
+        ours.recommend(history=["i01"], candidates=["i02"])
+    path.write_text(whole)
+    assert len(ours.recommend(history=["i01"], candidates=["i02"])) == 1
+
+
 def test_a_sequential_model_continues_a_history_it_has_not_seen(outcomes):
     found = Recommender(outcomes["GRU4Rec"].checkpoint)
     for start in (11, 25, 33):  # histories of users begin at even items
@@ -126,9 +123,9 @@ def test_a_retriever_chooses_whom_the_mllm_ranks(outcomes):
 
 @pytest.mark.parametrize(("protocol", "more"), [("paper", []), ("temporal", ["--boundaries", "4,6"])])
 def test_a_history_is_whole_whatever_the_split(home, protocol, more):
-    folder = home / "dataset" / protocol
-    assert main(["split", str(home / "dataset" / "steps"), "--protocol", protocol, "--out", str(folder), *more]) == 0
-    keys = {"data_path": str(home / "dataset"), "checkpoint_dir": str(home / "saved"), "state": "ERROR", "epochs": 1}
+    folder = home / "data" / protocol
+    assert main(["split", str(home / "data" / "steps"), "--protocol", protocol, "--out", str(folder), *more]) == 0
+    keys = {"data_path": str(home / "data"), "checkpoint_dir": str(home / "saved"), "state": "ERROR", "epochs": 1}
     found = Recommender(run(make_config("Pop", protocol, [], keys | {"frozen_candidates": True})).checkpoint)
     assert sorted(found.users) == [f"u{n:02d}" for n in range(small_world.USERS)]
     for n in (0, 7, 29):
@@ -142,7 +139,10 @@ def test_a_history_is_whole_whatever_the_split(home, protocol, more):
         ("MLLMMSR", {"history": ["i01", "x99"]}, "'x99' is unknown"),
         ("MLLMMSR", {"user": "u03", "candidates": ["i1"]}, "'i1' is unknown"),
         ("MLLMMSR", {"user": "u03", "history": ["i01"]}, "either a user"),
-        ("MLLMMSR", {"user": "u03", "top": 0}, "1 or more"),
+        ("MLLMMSR", {"user": "u03", "top": 0}, "top is 0; it must be a whole number, at least 1"),
+        ("MLLMMSR", {"user": 7}, "no user '7'"),
+        ("MLLMMSR", {"history": "x99"}, "'x99' is unknown"),
+        ("MLLMMSR", {"history": 99}, "'99' is unknown"),
         ("ItemKNN", {"history": ["i01"]}, "take a sequential model"),
         ("GRU4Rec", {"history": []}, "reads a history"),
     ],
@@ -173,6 +173,15 @@ def test_a_folder_without_a_name_holds_no_checkpoint(folder, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="no checkpoint is in"):
         Recommender(folder)
+
+
+def test_a_run_of_another_model_is_named(tmp_path):
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "SASRec-now.pth").write_bytes(b"")
+    with pytest.raises(
+        UserError, match=r"no checkpoint of MLLMMSR is in .*; it holds one of SASRec; give a run of MLLM"
+    ):
+        find_checkpoint(str(tmp_path))
 
 
 def test_the_command_prints_and_writes(home, outcomes, capsys, monkeypatch):

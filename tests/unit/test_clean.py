@@ -24,12 +24,14 @@ NAMED = {
     "checkpoints": [
         f"saved/SASRec-{STAMP}.pth",
         f"saved/SASRec-{STAMP}.ids",
+        f"saved/MLLMMSR-{STAMP}.last.pth",
         f"saved/MLLMMSR-{STAMP}/adapter_model.safetensors",
     ],
 }
 KEPT = [
     "dataset/mine/mine.inter", "dataset/mine/mine.mllm.sqlite", "dataset/mine/mine.t.isum", "dataset/mine/log/a.log",
     "results/mine/runs.jsonl", "results/mine/leaderboard.json", "results/other/runs/A-1/scores.npz", "saved/best.pth",
+    f"saved/BPR-{STAMP}.pth",  # of stock RecBole
     "saved/log/SASRec/my.log", "saved/retriever.pth", "saved/retriever-best-2.pth",
     "results/mine/runs/A-1/scores.tsv", "saved/.x.tmp",
     *(f"dataset/later/.later.recbole-mllm-0123abcd.tmp/{name}" for name in ("locked", "complete", "later/later.inter")),

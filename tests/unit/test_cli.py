@@ -18,9 +18,8 @@ from planted_runs import plant_run
 from safetensors import SafetensorError
 
 from recbole_mllm.arguments import Options, config_of, read_overrides
-from recbole_mllm.benchmark import runner
+from recbole_mllm.benchmark import runner, worker
 from recbole_mllm.benchmark.records import RECORDS, append
-from recbole_mllm.benchmark.report import render
 from recbole_mllm.cli import commands, doctor, main
 
 command_line = sys.modules["recbole_mllm.cli.main"]
@@ -39,7 +38,6 @@ def datasets(tmp_path_factory):
 def elsewhere(tmp_path, monkeypatch, datasets):
     (tmp_path / "dataset").symlink_to(datasets)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["recbole-mllm"])
 
 
 @pytest.mark.parametrize(
@@ -47,7 +45,6 @@ def elsewhere(tmp_path, monkeypatch, datasets):
     [
         ("benchmark --dataset demo", "--models"),
         ("benchmark --models Pop", "--dataset is missing"),
-        ("benchmark --dataset demo --models MLLMMSR:drect", "did you mean direct"),
         ("benchmark --dataset demo --models Pop --seeds x", "--seeds 'x' must be whole numbers"),
         ("--dataset demo", "add --model MLLMMSR"),
         ("--model SASRec --dataset demo --epohcs=3", "unknown key 'epohcs' in the command line; did you mean epochs"),
@@ -72,6 +69,11 @@ def elsewhere(tmp_path, monkeypatch, datasets):
         ("benchmark --dataset demo --models Pop,SASRec --topk=[5]", "NDCG@10 is not measured (metrics: "),
         ("plan --dataset demo --nodes 0", "--nodes is 0; it must be a whole number, at least 1"),
         ("report nowhere", "holds no runs.jsonl"),
+        ("--modle SASRec --dataset demo", "there is no option '--modle'; did you mean --model?"),
+        ("report nowhere --embed_image=off", "report takes no '--embed_image=off'; did you mean --embed_images?"),
+        ("inspect demo --limit 3", "inspect takes no '--limit'; see --help"),
+        ("store show demo --item 1 --promt", "store show takes no '--promt'; did you mean --prompt?"),
+        ("benchmark --dataset demo --models Pop --limit 3", "cannot read '--limit'; keys are written --key=value"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(words, message, capsys):
@@ -81,15 +83,23 @@ def test_a_mistake_is_one_line_and_exit_code_2(words, message, capsys):
     assert not Path("results").exists(), "nothing has begun"
 
 
-def test_a_benchmark_of_which_nothing_finishes_exits_with_1(monkeypatch, capsys):
-    def benchmark(plan, digests):
-        append(plan.output_dir / RECORDS, plant_run(plan.output_dir, "Pop", 0.0, status="too few candidates"))
-        return render(plan.output_dir)
+def test_a_benchmark_of_which_a_run_fails_exits_with_1_and_names_it(monkeypatch, capsys):
+    def work(self, job, lock, head):
+        status = "ok" if job.entry.model == "Pop" else "too few candidates"
+        append(
+            self.records,
+            record := plant_run(job.plan.output_dir, job.entry.model, 0.0, run_id=job.run_id, status=status),
+        )
+        return record
 
-    monkeypatch.setattr(runner, "benchmark", benchmark)
-    assert main(["benchmark", "--dataset", "demo", "--models", "Pop", "--output_dir", "out"]) == 1
-    told = capsys.readouterr().out
-    assert "No run has finished" in told and "too few candidates" in told
+    monkeypatch.setattr(runner._Bench, "_work", work)
+    monkeypatch.setattr(worker, "digests_of", lambda *args, **more: {})
+    words = ["benchmark", "--dataset", "demo", "--output_dir", "out", "--models"]
+    assert main([*words, "BPR"]) == 1 and "No run has finished" in capsys.readouterr().out
+    assert main([*words, "BPR,Pop"]) == 1
+    told = capsys.readouterr()
+    assert "too few candidates" in told.out and told.err.count("\n") == 1 and "failed: BPR seed 2024; " in told.err
+    assert main([*words, "Pop"]) == 0 and not capsys.readouterr().err  # the row that failed was not asked for
 
 
 def test_a_value_in_a_file_is_named_with_its_line(tmp_path, capsys):
@@ -111,11 +121,7 @@ def test_a_value_in_a_file_is_named_with_its_line(tmp_path, capsys):
         (OSError(18, "Invalid cross-device link", "a", None, "b"), 2, "a -> b: Invalid cross-device link"),
         (ConnectionResetError(104, "Connection reset by peer"), 1, "Connection reset by peer"),
         (MemoryError(), 1, "memory ran out; smaller batches"),
-        (
-            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
-            1,
-            "ran out (CUDA out of memory)",
-        ),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), 1, "ran out (CUDA out of memory)"),
         (
             SafetensorError("Error while serializing: I/O error: File too large (os error 27)"),
             2,

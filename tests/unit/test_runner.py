@@ -1,7 +1,5 @@
 """A benchmark survives its runs: crashes, kills and interruptions cost what was at work and nothing else."""
 
-from __future__ import annotations
-
 import json
 import signal
 import subprocess
@@ -79,8 +77,8 @@ def board(tmp_path: Path) -> Any:
 
 def test_each_run_is_done_once_unless_forced(tmp_path, worker):
     lines: list[str] = []
-    page = benchmark(plan(tmp_path, "Pop", "MLLMMSR:direct", seeds=(1, 2), jobs=2), worker, lines.append)
-    assert page.name == "leaderboard.html" and page.exists()
+    assert benchmark(plan(tmp_path, "Pop", "MLLMMSR:direct", seeds=(1, 2), jobs=2), worker, lines.append) == []
+    assert (tmp_path / "results" / "leaderboard.html").exists()
     assert "[1/4] Pop seed 1 …" in lines and any("[4/4] MLLMMSR:direct seed 2 … " in line for line in lines)
     assert len(started(tmp_path)) == 4 and sum(" s NDCG@10 0." in line for line in lines) == 4
     assert [(row["model"], row["seeds"]) for row in board(tmp_path)["rows"]] == [
@@ -105,7 +103,9 @@ FATES = {
 
 def test_a_crash_costs_one_row_says_why_and_is_tried_again(tmp_path, worker):
     labels, failing = ("Pop", *FATES, "MLLMMSR"), {"fate": {label: fate for label, (fate, _) in FATES.items()}}
-    benchmark(plan(tmp_path, *labels, overrides=failing), worker, print)
+    assert benchmark(plan(tmp_path, *labels, overrides=failing), worker, print) == [
+        f"{name} seed 2024" for name in FATES
+    ]
     good, bad = board(tmp_path)["rows"][:2], {row["model"]: row["status"] for row in board(tmp_path)["rows"][2:]}
     assert [row["model"] for row in good] == ["MLLMMSR", "Pop"] and bad.keys() == FATES.keys()
     for label, (_, words) in FATES.items():

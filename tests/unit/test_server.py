@@ -99,6 +99,22 @@ def test_retry_after_is_honoured():
     assert 1.2 <= planned.times[1] - planned.times[0] < 6
 
 
+@pytest.mark.parametrize(
+    ("timeout", "reply", "advice"),
+    [
+        (None, error(429, "slow down"), r"429 slow down\); set a smaller server_concurrency and repeat"),
+        (0.3, None, r"no answer within 0\.3 s\); set a larger server_timeout, or start them again, and repeat"),
+    ],
+)
+def test_servers_that_are_only_busy_or_slow_are_not_just_to_be_started_again(timeout, reply, advice):
+    settings = replace(SETTINGS, server_patience=0.5, server_timeout=timeout or SETTINGS.server_timeout)
+    with (
+        serving(Planned(lambda n, text: reply, delay=2 * (timeout or 0.0))) as planned,
+        pytest.raises(UserError, match=advice),
+    ):
+        ask(planned, settings=settings)
+
+
 def test_all_dead_longer_than_patience_names_them_and_keeps_what_was_finished(tmp_path):
     with serving(Planned(lambda n, text: error(503, "draining") if n >= 5 else None)) as planned:
         other = dead_url()

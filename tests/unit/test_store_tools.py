@@ -29,7 +29,6 @@ class Counting(Planted):
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["recbole-mllm"])
 
 
 def make(name, prompts=PROMPTS, identity="counting"):
@@ -185,7 +184,7 @@ def test_prune_deletes_what_was_asked_and_shrinks_the_file(capsys):
         ("store export a --out missing/../a/x --model none", "no answer of a model like none"),
         ("store export a --out /proc/nowhere/x.jsonl", "cannot be written"),
         ("store import a absent.jsonl", "absent.jsonl does not exist"),
-        ("store stats a --epochs=3", "store takes no '--epochs=3'"),
+        ("store stats a --epochs=3", "store stats takes no '--epochs=3'"),
     ],
 )
 def test_a_mistake_is_one_line(words, message, capsys):

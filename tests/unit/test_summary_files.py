@@ -7,6 +7,7 @@ from contextlib import closing
 from dataclasses import replace
 
 import pytest
+import unprivileged
 from summary_world import BASE, World
 
 from recbole_mllm.cli import main
@@ -118,9 +119,7 @@ def test_two_tags_must_be_told_apart(world, capsys):
 
 
 @pytest.mark.parametrize("kind", ["isum", "usum"])
-def test_an_edited_file_is_refused_before_anything_is_asked_and_imported_by_the_line_that_says_so(
-    world, kind, capsys, monkeypatch
-):
+def test_an_edited_file_is_refused_before_anything_is_asked_and_imported_by_the_line_that_says_so(world, kind, capsys):
     path = {"isum": isum_file, "usum": usum_file}[kind](world.folder, "t")
     text = isum(world)["b"] if kind == "isum" else world.rows()["u1", 2].text
     edit(path, text, "mine")
@@ -144,6 +143,46 @@ def test_edited_states_of_one_chain_are_all_read(world, capsys):
     assert world.refresh() == (0, 0, [])
     assert [world.rows()["u1", seen].text for seen in (1, 2, 3)] == [rows["u1", 1].text, "mine at 2", "mine at 3"]
     assert "1 of those were set by you" in run(world, ["set", "--user", "u1", "--position", "2", "--text", "x"], capsys)
+
+
+@pytest.mark.parametrize("action", ["set", "import"])
+def test_an_edit_while_a_command_replaces_another_text_is_noticed(world, action, capsys, monkeypatch):
+    path, apply = isum_file(world.folder, "t"), summary_files._apply
+
+    def edited_meanwhile(*given, **more):
+        edit(path, isum(world)["c"], "of that moment")
+        return apply(*given, **more)
+
+    monkeypatch.setattr(summary_files, "_apply", edited_meanwhile)
+    if action == "import":
+        edit(path, isum(world)["b"], "mine")
+    run(world, ["set", "--item", "b", "--text", "mine"] if action == "set" else ["import", str(path)], capsys)
+    assert (isum(world)["b"], isum(world)["c"], answers(world)["mine"]) == ("mine", "of that moment", "user")
+    with pytest.raises(UserError, match=r"1 texts are not the store's \(item c\), so the file was edited"):
+        world.refresh()
+    monkeypatch.undo()
+    run(world, ["import", str(path)], capsys)
+    world.refresh()
+    assert (isum(world)["b"], isum(world)["c"]) == ("mine", "of that moment")
+
+
+def test_what_only_reads_works_in_a_folder_that_may_not_be_written_to():
+    with unprivileged.throwaway() as place:
+        made = World(place, {"u1": "abcx"}, SETTINGS)
+        for item in "abcx":
+            made.paint(item, (1, 2, 3))
+        made.refresh()
+        made.folder.chmod(0o555)
+        before = unprivileged.snapshot(made.folder)
+        script = f"""
+            folder = {str(made.folder)!r}
+            for words in (["show", folder, "--user", "u1"], ["stats", folder], ["export", folder, "--out", "x.jsonl"]):
+                assert main(["store", *words]) == 0
+            assert main(["store", "set", folder, "--item", "b", "--text", "x"]) == 2
+        """
+        said = unprivileged.run(script, place, "recbole_mllm.summaries.summary_files")
+        made.folder.chmod(0o755)
+        assert "user u1, position 3" in said and before == unprivileged.snapshot(made.folder)
 
 
 def test_a_removed_file_is_exported_anew(world):
@@ -188,8 +227,14 @@ def test_one_answer_of_two_items_is_one_text(tmp_path, capsys):
     assert "item a and item b have one prompt" in capsys.readouterr().err
     path.write_text(path.read_text().replace("b\tother", f"b\t{text}"))
     assert main(["store", "import", str(path)]) == 0
+    assert isum(world) == {"a": "one", "b": "one"}
     world.refresh()
     assert isum(world) == {"a": "one", "b": "one"}
+    run(world, ["set", "--item", "b", "--text", "two"], capsys)
+    assert isum(world) == {"a": "two", "b": "two"}
+    edit(path, "b\ttwo", "b\tthree")
+    assert "give both the same text" not in run(world, ["import", str(path)], capsys)
+    assert isum(world) == {"a": "three", "b": "three"} and world.refresh()[0] == 0
 
 
 def test_summaries_that_the_store_does_not_know_are_set_aside_and_taken_in(world, capsys, caplog):
