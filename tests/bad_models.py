@@ -1,7 +1,5 @@
 """RecBole models that fail in the ways models fail, and a worker that knows them: ``python bad_models.py JOB``."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

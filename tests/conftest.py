@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if "PYTEST_XDIST_WORKER" in os.environ:  # beside another of these, a second thread only waits
@@ -14,9 +15,16 @@ from hypothesis import HealthCheck, settings
 
 import recbole_mllm  # noqa: F401  (registers itself with RecBole)
 
+sys.argv = ["pytest"]  # whose words RecBole's Config would take for keys
 # a slow or busy machine is no fault of what is tested
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
+
+
+@pytest.fixture(scope="session")
+def demo_data(tmp_path_factory):
+    """A folder of datasets, in which the demo's world is built when it is first used."""
+    return tmp_path_factory.mktemp("dataset")
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,5 @@
 """What each row's prompt has read, told by a server that answers with the items it was shown."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 
@@ -39,7 +37,7 @@ def write_items(folder, items, field="item_id"):
     (folder / f"{folder.name}.item").write_text("\n".join(lines) + "\n")
 
 
-def prompts_of(folder, url, monkeypatch, **keys):
+def prompts_of(folder, url, **keys):
     """Return (user, target, prompt) of the target's row, for all rows of the three parts, as a run makes them."""
     from recbole.data import create_dataset, data_preparation
     from recbole.utils import get_model
@@ -47,7 +45,6 @@ def prompts_of(folder, url, monkeypatch, **keys):
     from recbole_mllm.model.summarizers import make_summary_setup
     from recbole_mllm.summaries.preferences import refresh
 
-    monkeypatch.setattr("sys.argv", ["x"])
     base = {
         "data_path": str(folder.parent), "mllm": f"server:m@{url}", "finetune": "none", "use_image": False,
         "item_summary": "none", "prompt_style": "demo", "eval_args": EVALUATION, "show_progress": False,

@@ -1,7 +1,5 @@
 """A local cache of the hub as huggingface_hub lays it out, with commits of a model made by hand."""
 
-from __future__ import annotations
-
 import hashlib
 import shutil
 from pathlib import Path

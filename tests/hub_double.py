@@ -1,7 +1,5 @@
 """A server on loopback that speaks as much of the hub as creating a repository and committing files to it takes."""
 
-from __future__ import annotations
-
 import base64
 import json
 from collections.abc import Iterator

@@ -4,8 +4,6 @@
 process, call `collect`.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

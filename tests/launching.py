@@ -37,7 +37,6 @@ def launched(count, words, folder, *, limit_s=150, **more):
 @contextmanager
 def one_of_two(monkeypatch, **more):
     """Let this process be the main one of two, of which the other will not come; a command's handlers go afterwards."""
-    monkeypatch.setattr(sys, "argv", ["pytest"])
     for name, value in {**ONE_OF_TWO, **more}.items():
         monkeypatch.setenv(name, value)
     before = signal.getsignal(signal.SIGTERM)

@@ -1,7 +1,5 @@
 """A real HTTP server on loopback that speaks the chat protocol and misbehaves on plan."""
 
-from __future__ import annotations
-
 import json
 import threading
 import time

@@ -1,7 +1,5 @@
 """Writers whose answers are known beforehand, so that a test can say what a summary must hold."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 
 from recbole_mllm.common.errors import UserError

@@ -1,7 +1,5 @@
 """Random atomic files with everything that makes RecBole's code branch: short users, ties in time, gaps, sequences."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Raw dumps as their publishers write them, small enough to be worked out by hand."""
 
-from __future__ import annotations
-
 import gzip
 import json
 from collections.abc import Iterable, Mapping

@@ -4,8 +4,6 @@ Qwen3-VL-8B's and Qwen2.5-VL-3B's are those of stored copies of their config.jso
 against the size of the released files where a stored hub page shows it (`FILES`).
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

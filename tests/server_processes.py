@@ -3,8 +3,6 @@
 Run as a script it serves: ``server_processes.py PORT DELAY KIND LOG``; the log gets a line a request: its text.
 """
 
-from __future__ import annotations
-
 import hashlib
 import signal
 import socket

@@ -4,8 +4,6 @@
 ``FOLDER.asked/<rank>``; process KILLED kills itself after so many prompts.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import random

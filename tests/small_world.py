@@ -1,7 +1,5 @@
 """A small dataset in which item n is always followed by item n + 1, written as RecBole's atomic files."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from PIL import Image

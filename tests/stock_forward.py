@@ -1,7 +1,5 @@
 """What transformers itself makes of a prompt: its processor's ids and its own forward pass, with nothing of ours."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -9,13 +7,14 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
-from recbole_mllm.common.prompts import IMAGE, Prompt, Style
+from recbole_mllm.common.prompts import IMAGE, Prompt, read_style
 from recbole_mllm.common.resources import PROPERTIES
 from recbole_mllm.common.settings import Settings
 from recbole_mllm.mllm.loss import example_loss
 
-SETTINGS = Settings.from_config(yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text()) | {"mllm": "tiny"})
-STYLE = Style.from_mapping("demo", yaml.safe_load((PROPERTIES / "prompt" / "demo.yaml").read_text()))
+KEYS = yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text()) | {"mllm": "tiny"}
+SETTINGS = Settings.from_config(KEYS)
+STYLE = read_style("demo")
 CPU = torch.device("cpu")
 
 

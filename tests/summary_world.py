@@ -1,18 +1,13 @@
 """A planted world whose histories, titles and images change, in a folder; and what its writers are asked."""
 
-from __future__ import annotations
-
 import hashlib
 from collections import namedtuple
 from dataclasses import replace
 
-import yaml
 from PIL import Image
 from planted_writers import Planted
+from stock_forward import SETTINGS, STYLE
 
-from recbole_mllm.common.prompts import Style
-from recbole_mllm.common.resources import PROPERTIES
-from recbole_mllm.common.settings import SummarySettings
 from recbole_mllm.data.atomic import write_atomic
 from recbole_mllm.data.item_table import Items
 from recbole_mllm.data.schema import ITEM_TYPES, item_file, usum_file
@@ -21,11 +16,7 @@ from recbole_mllm.summaries.preferences import refresh
 from recbole_mllm.summaries.summary_files import read_rows
 from recbole_mllm.summaries.user_summaries import SummaryRequests
 
-STYLE = Style.from_mapping("demo", yaml.safe_load((PROPERTIES / "prompt" / "demo.yaml").read_text()))
-BASE = replace(
-    SummarySettings.from_config(yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text())),
-    item_summary="text",
-)
+BASE = replace(SETTINGS.summary, item_summary="text")
 
 
 Row = namedtuple("Row", "history text")

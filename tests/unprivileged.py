@@ -1,7 +1,5 @@
 """Run a script that may destroy something: without a privilege, in a throwaway folder, and unable to change others."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

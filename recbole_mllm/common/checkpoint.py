@@ -16,7 +16,7 @@ import torch
 from recbole.config import Config
 from safetensors import SafetensorError
 
-from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.errors import UserError, first_line
 from recbole_mllm.common.files import replace_file, staged, whole_file
 from recbole_mllm.common.model_names import is_same
 from recbole_mllm.common.resources import MLLM
@@ -128,9 +128,8 @@ def read_checkpoint(path: Path, device: torch.device, *, cautious: bool = False)
     except (UserError, MemoryError):
         raise
     except Exception as error:  # whatever unpickling a file that is none may raise
-        why = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
-            f"checkpoint {path} cannot be read: {why}; give another FILE.pth of that run, or train again"
+            f"checkpoint {path} cannot be read: {first_line(error)}; give another FILE.pth of that run, or train again"
         ) from error
     whole = isinstance(found, dict) and {"config", "state_dict", "optimizer"} <= found.keys()
     if not whole or not isinstance(found["config"], Config):

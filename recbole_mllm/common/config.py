@@ -359,6 +359,9 @@ def recbole_config(model: str, dataset: str, files: list[str], keys: dict[str, A
     with as_user_error("read the configuration"), _no_arguments():
         config = _config({"model": model, "dataset": dataset, "config_file_list": files}, keys)
     check_values(config.final_config_dict)
+    for key in _TYPES.keys() & config.final_config_dict.keys():  # a whole 2.0 is a 2, which alone RecBole can count to
+        if isinstance(value := config[key], float | list):
+            config[key] = checked(key, value, _TYPES[key])
     if config["MAX_ITEM_LIST_LENGTH"] is None and config["MODEL_TYPE"] == ModelType.SEQUENTIAL:
         raise WrongValue("MAX_ITEM_LIST_LENGTH", None, f"a whole number, at least 1, for {model}")
     _take_device(config)

@@ -25,6 +25,11 @@ def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
     return f"did you mean {small[near[0]]}?" if near else otherwise
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first words of what an error says: a line; the error's type where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 # What RecBole says -> what it means, where {0}, {1} … are the pattern's groups
 _MEANINGS = (
     (

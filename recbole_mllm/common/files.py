@@ -101,6 +101,11 @@ def whole_text(path: Path) -> Iterator[IO[str]]:
         yield text
 
 
+def open_text(path: Path) -> IO[str]:
+    """Open a text that `whole_text` has written."""
+    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+
+
 def make_once(path: Path, make: Callable[[Path], None]) -> bool:
     """Let `make` write `path` unless it is there; return whether it did.
 

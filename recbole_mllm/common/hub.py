@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.errors import UserError, first_line
 
 _ID = re.compile(r"[\w.-]+/[\w.-]+")
 _OPTION = "--push-to-hub"
@@ -62,7 +62,7 @@ def push(repo_id: str, folder: Path, files: Sequence[str], *, kind: Literal["mod
         )
         return str(commit.commit_url)
     except Exception as error:  # whatever the hub's client, its HTTP client or the disk may raise
-        why = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        why = first_line(error)
         token = hub.get_token()
         why = why.replace(token, "***") if token else why
     # outside of the handler: no traceback chains a request and its headers

@@ -44,7 +44,7 @@ def usum_file(folder: Path, tag: str) -> Path:
 
 def tags_of(folder: Path, file_of: Callable[[Path, str], Path]) -> tuple[str, ...]:
     """Return the tags of the summaries in `folder`, of items or users as `file_of` says (`isum_file`, `usum_file`)."""
-    before, after = file_of(folder, "*").name.split("*")
+    before, after = file_of(folder, "\0").name.split("\0")  # which no name holds
     paths = (path.name for path in folder.iterdir())
     return tuple(
         sorted(name[len(before) : -len(after)] for name in paths if name.startswith(before) and name.endswith(after))

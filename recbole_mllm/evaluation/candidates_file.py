@@ -7,7 +7,6 @@ of lines nor that within a line matters: negatives are taken in the order in whi
 
 from __future__ import annotations
 
-import gzip
 import json
 import zlib
 from collections import Counter
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from recbole_mllm.common.errors import UserError
-from recbole_mllm.common.files import whole_text
+from recbole_mllm.common.files import open_text, whole_text
 
 FORMAT = "recbole-mllm candidates 1"
 
@@ -166,7 +165,7 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise UserError(f"candidates_file {str(path)!r} does not exist")
     number = 0
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+        with open_text(path) as file:
             for number, text in enumerate(file, start=1):
                 values = json.loads(text)
                 if not isinstance(values, dict):

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -165,7 +166,7 @@ def _items_of(folder: Path, config: Any) -> list[str]:
     name = str(config["ITEM_ID_FIELD"])
     lists = name + str(config["LIST_SUFFIX"])
     found: set[str] = set()
-    for path in sorted(folder.glob(f"{folder.name}*.inter")):
+    for path in sorted(folder.glob(f"{escape(folder.name)}*.inter")):
         columns = list(read_columns(path))
         one, many = (columns.index(field) if field in columns else None for field in (name, lists))
         for _, values in read_values(path):

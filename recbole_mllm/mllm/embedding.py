@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
-from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.errors import UserError, first_line
 from recbole_mllm.common.model_names import revision_of, source_of
 from recbole_mllm.common.progress import Progress
 from recbole_mllm.mllm.encoder import Encoded
@@ -80,8 +80,9 @@ def sentence_vectors(name: str, texts: Sequence[str], device: torch.device, *, t
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model = AutoModel.from_pretrained(source, dtype=dtype, **options).eval().to(device)
     except (ImportError, OSError, ValueError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UserError(f"feature_encoder {name!r} cannot be loaded: {reason}; give a hub id or a folder") from error
+        raise UserError(
+            f"feature_encoder {name!r} cannot be loaded: {first_line(error)}; give a hub id or a folder"
+        ) from error
     limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or 512)
     made: dict[int, Any] = {}
     with Progress(len(texts), "reading texts", "text") as progress:

@@ -28,7 +28,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
-from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.errors import UserError, first_line
 from recbole_mllm.common.model_names import gguf_of, identity_of, revision_of, source_of
 from recbole_mllm.mllm.families import language_part
 from recbole_mllm.mllm.placement import check_room
@@ -167,12 +167,12 @@ def _reason(error: Exception, folder: Path) -> str:
         about = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         base = about.get("base_model_name_or_path")
         return f"it is an adapter of {base!r}, no whole model; `recbole-mllm export RUN --out DIR --merge` writes one"
-    reason = next((line for line in str(error).splitlines() if line.strip()), "")
+    reason = first_line(error)
     if isinstance(error, torch.OutOfMemoryError):
         return f"{reason}; take a smaller model, or dtype: bfloat16"
-    if isinstance(error, ImportError) and reason:
+    if isinstance(error, ImportError):
         return f"{reason.partition('. ')[0]}; install what it asks for"
-    if isinstance(error, OSError | ValueError) and reason:
+    if isinstance(error, OSError | ValueError):
         return f"{reason.rstrip('.')}; give a hub id, a local folder, a .gguf file, or `tiny`"
     if "ignore_mismatched_sizes" in reason:
         reason = "its weights have other shapes than its config.json says"

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.errors import UserError, first_line
 from recbole_mllm.common.files import write_text
 from recbole_mllm.common.settings import LoraSettings
 from recbole_mllm.mllm import sharding
@@ -51,9 +51,9 @@ def check_finetune(settings: LoraSettings, device: torch.device) -> None:
         packed, state = functional.quantize_4bit(torch.ones(64, 64, device=device), quant_type="nf4")
         functional.dequantize_4bit(packed, state)
     except (RuntimeError, AssertionError, NotImplementedError, AttributeError, OSError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
-            f"finetune: qlora cannot run on {device}, as bitsandbytes fails there ({reason}); set finetune: lora"
+            f"finetune: qlora cannot run on {device}, as bitsandbytes fails there ({first_line(error)}); "
+            "set finetune: lora"
         ) from None
 
 

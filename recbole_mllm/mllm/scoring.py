@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from recbole_mllm.common.errors import first_line
 from recbole_mllm.mllm.backbone import Backbone
 from recbole_mllm.mllm.encoder import Encoded
 from recbole_mllm.mllm.memory import in_batches
@@ -114,7 +115,7 @@ def _exact_mode(body: Backbone, pair: Sequence[Encoded], tokens: Sequence[int]) 
 
 def error_line(error: Exception) -> str:
     """Return an error's name and first line."""
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def input_key(body: Backbone, prompt: Encoded) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ RecBole's own times are float32, and datasets record what candidates are drawn f
 
 from __future__ import annotations
 
+from glob import escape
 from logging import getLogger
 from pathlib import Path
 from types import ModuleType
@@ -107,7 +108,7 @@ def reuse_saved_dataset(dataset: Any, config: Any) -> None:
     name = config["dataset"]
     default = Path(config["checkpoint_dir"]) / f"{name}-{type(dataset).__name__}.pth"
     file = Path(config["dataset_save_path"] or default)
-    for path in sorted(Path(config["data_path"]).glob(f"{name}.*")):
+    for path in sorted(Path(config["data_path"]).glob(f"{escape(name)}.*")):
         if path.suffix in _ATOMIC and path.stat().st_mtime > file.stat().st_mtime:
             raise UserError(f"{path} is newer than {file}, the dataset as RecBole saved it; delete that file")
     dataset.config = config

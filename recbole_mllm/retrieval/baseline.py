@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping
+from glob import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,7 +118,7 @@ def _digest(dataset: Any) -> str:
 def _warn_of_newer_data(checkpoint: Path, config: Any) -> None:
     """Say that the dataset was written after a checkpoint beside which no ids are kept."""
     trained = checkpoint.stat().st_mtime
-    for path in sorted(Path(config["data_path"]).glob(f"{config['dataset']}*.inter")):
+    for path in sorted(Path(config["data_path"]).glob(f"{escape(config['dataset'])}*.inter")):
         if path.stat().st_mtime > trained:
             logging.getLogger().warning(
                 f"{path} was written after {checkpoint.name}, which knows users and items by their number in the data: "

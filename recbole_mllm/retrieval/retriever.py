@@ -22,7 +22,7 @@ from torch import Tensor
 
 from recbole_mllm.common.checkpoint import read_checkpoint
 from recbole_mllm.common.config import check_keys, recbole_config
-from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.errors import UserError, first_line
 from recbole_mllm.common.files import make_once
 from recbole_mllm.common.fitting import Fit
 from recbole_mllm.common.resources import MLLM
@@ -149,7 +149,7 @@ def _config(name: str, config: Any) -> Any:
     try:
         return recbole_config(name, config["dataset"], [], keys)
     except ValueError as error:
-        raise UserError(f"retriever {name!r} cannot be had: {str(error).splitlines()[0]}") from error
+        raise UserError(f"retriever {name!r} cannot be had: {first_line(error)}") from error
 
 
 def _trained(name: str, config: Any, ours: Any) -> Retriever:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import math
 import re
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
 from recbole_mllm.common.errors import UserError
-from recbole_mllm.common.files import whole_text
+from recbole_mllm.common.files import open_text, whole_text
 from recbole_mllm.data.atomic import clean
 from recbole_mllm.summaries.store import COLUMNS, Store, StoredAnswer, wal_of
 from recbole_mllm.summaries.summary_files import names_by_key
@@ -146,7 +145,7 @@ def dataset_card(path: Path) -> str:
     """Return the page of a hub's dataset for the file at `path` that `export` has written."""
     from huggingface_hub import DatasetCardData
 
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+    with open_text(path) as file:
         head = json.loads(next(iter(file)))
     data = DatasetCardData(tags=["recbole", "recommendation"], pretty_name=f"Summaries for {head['dataset']}")
     name, models = head["dataset"], "".join(f"| `{model}` | {count:,} |\n" for model, count in head["models"].items())
@@ -219,7 +218,7 @@ def _rows(path: Path, origin: str | None, read: list[int]) -> Iterator[StoredAns
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     number = 0
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+        with open_text(path) as file:
             while line := file.readline(_LONGEST + 1):
                 number += 1
                 if len(line) > _LONGEST:

@@ -2,7 +2,6 @@
 
 import contextlib
 import pickle
-import sys
 
 import numpy as np
 import pytest
@@ -72,7 +71,6 @@ def recboles_own():
 @pytest.fixture
 def settings(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["pytest"])
     return {
         "data_path": str(tmp_path),
         "load_col": {"inter": ["user_id", "item_id", "timestamp"]},

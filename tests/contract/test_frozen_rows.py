@@ -1,20 +1,16 @@
 """Frozen candidates and MLLMMSR's rows, held against plain loops over the same data."""
 
-import sys
 from collections import Counter
 
 import numpy as np
 import pytest
 import random_world
+import run_parts
 import torch
 from recbole.config import Config
-from recbole.data import create_dataset
 from recbole.data.dataloader import NegSampleEvalDataLoader
-from recbole.utils import init_seed
 
 from recbole_mllm.data.schema import POSITION, TIE
-from recbole_mllm.evaluation.candidates import prepare_loaders
-from recbole_mllm.evaluation.protocol import training_counts
 from recbole_mllm.recbole_patches import list_column
 
 LOO = {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "uni5"}
@@ -24,7 +20,6 @@ CE = {"train_neg_sample_args": None}
 @pytest.fixture
 def settings(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["pytest"])
     monkeypatch.setattr(list_column, "PLAIN_ELEMENTS", 0)  # lists are cut as they are read, as for large datasets
     random_world.write(tmp_path, "random", seed=11, users=50, items=60)
     return {
@@ -38,11 +33,9 @@ def settings(tmp_path, monkeypatch):
     }
 
 
-def prepared(model, config, name="random"):
-    config = Config(model=model, dataset=name, config_dict=config)
-    init_seed(3, True)
-    dataset = create_dataset(config)
-    return config, dataset, prepare_loaders(config, dataset)
+def prepared(model, config):
+    config = Config(model=model, dataset="random", config_dict=config)
+    return config, *run_parts.prepared(config)
 
 
 class Given:
@@ -114,27 +107,6 @@ def met_by(dataset, data_path):
     return met
 
 
-@pytest.mark.parametrize("model", ["SASRec", "BPR"])
-def test_items_of_ready_made_lists_are_no_candidates(settings, tmp_path, model):
-    (tmp_path / "ready").mkdir()
-    header = "user_id:token\titem_id:token\titem_id_list:token_seq\ttimestamp:float"
-    listed = {f"u{n}": [f"i{m}" for m in range(n, n + 4)] for n in range(30)}
-    for number, part in enumerate(("train", "valid", "test")):
-        rows = [f"{u}\ti{n + 4}\t{' '.join(own)}\t{n}" for n, (u, own) in enumerate(listed.items()) if n % 3 == number]
-        (tmp_path / f"ready/ready.{part}.inter").write_text("\n".join([header, *rows]) + "\n")
-    ready = {
-        "benchmark_filename": ["train", "valid", "test"],
-        "alias_of_item_id": ["item_id_list"],
-        "load_col": {"inter": ["user_id", "item_id", "item_id_list", "timestamp"]},
-    }
-    _, dataset, (_, valid, test, _) = prepared(model, settings | ready | (CE if model == "SASRec" else {}), "ready")
-    batches = [batch[0] for loader in (valid, test) for batch in loader]
-    assert sum(len(batch) for batch in batches) == 20 * 6
-    for batch in batches:
-        raw = (dataset.id2token(field, batch[field].numpy()).tolist() for field in ("user_id", "item_id"))
-        assert not any(item in listed[user] for user, item in zip(*raw, strict=True))
-
-
 def test_a_phase_without_rows_has_no_candidates(settings):
     _, dataset, (_, valid, test, _) = prepared(
         "SASRec", settings | CE | {"eval_args": LOO | {"split": {"LS": "test_only"}}}
@@ -160,31 +132,12 @@ def test_histories_and_positions_are_the_files(settings, more, tmp_path):
         first += raw
     assert dict(train.positions) == positions
     assert "nobody" not in train.positions and "u0" not in train.histories
+    if "limit_users" in more:  # the same users in each part, of whom training reads the latest rows
+        users = [set(loader._dataset.inter_feat["user_id"].tolist()) for loader in loaders[:3]]
+        assert users[2] >= users[0] | users[1] and len(users[2]) == 7
+        own = dataset.id2token("user_id", train.inter_feat["user_id"].numpy()).tolist()
+        latest = {user: max(1, len(expected[user]) - 3) for user in own}
+        kept = {(user, place) for user, last in latest.items() for place in (last, last - 1) if place}
+        assert set(zip(own, train.inter_feat[POSITION].tolist(), strict=True)) == kept
     if not more:
         assert list(train.positions) == list(dict.fromkeys(first))
-
-
-def test_train_last_k_changes_neither_popularity_nor_candidates(settings, tmp_path):
-    """Slices and popN are the split's: a model that trains on fewer rows is measured as the others are."""
-    seen = []
-    for model, more in (
-        ("MLLMMSR", {"mllm": "none", "train_last_k": 1}),
-        ("SASRec", CE | {"MAX_ITEM_LIST_LENGTH": 3}),
-        ("BPR", {}),
-    ):
-        config = settings | {"eval_args": LOO | {"mode": "pop20"}} | more
-        _, dataset, (train, _, _, candidates) = prepared(model, config)
-        counts = training_counts(train._dataset, dataset.user_num, dataset.item_num)
-        named = (
-            Counter(dict(zip(dataset.field2id_token[field], count.tolist(), strict=True)))
-            for field, count in zip(("item_id", "user_id"), counts, strict=True)
-        )
-        seen.append((*named, candidates))
-    histories = {}
-    for user, item, *_ in sorted(lines(tmp_path), key=lambda line: float(line[2])):
-        histories.setdefault(user, []).append(item)
-    trained = {user: own[: max(2, len(own) - 2)] for user, own in histories.items() if len(own) > 1}
-    items, users, _ = seen[0]
-    assert seen == [seen[0]] * 3
-    assert items == Counter(item for own in trained.values() for item in own)
-    assert users == Counter({user: len(own) for user, own in trained.items()})

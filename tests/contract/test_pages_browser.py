@@ -1,7 +1,5 @@
 """The pages of the report and of `inspect` in a real browser: they render, sort, filter, and log no error."""
 
-from __future__ import annotations
-
 import base64
 import html
 import json
@@ -16,8 +14,7 @@ from recbole_mllm.benchmark.records import append
 from recbole_mllm.benchmark.report import render
 from recbole_mllm.inspect.health_page import health_page
 from recbole_mllm.inspect.measure import measure
-from tests.planted_cases import plant_cases, plant_images
-from tests.planted_runs import plant_run
+from tests.planted_runs import plant_cases, plant_images, plant_run
 from tests.small_world import write
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

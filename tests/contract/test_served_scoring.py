@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import shutil
-import sys
 
 import pytest
 import small_world
@@ -13,6 +12,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from planted_writers import answers_of
 from recbole.quick_start import load_data_and_model, run_recbole
+from run_parts import run_keys
 from stock_forward import STYLE
 from transformers import AutoModelForImageTextToText
 from transformers.decision import DecisionConfig
@@ -52,7 +52,6 @@ def trained(tmp_path_factory):
     place = tmp_path_factory.mktemp("served")
     small_world.write(place / "data")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["pytest"])
         patch.chdir(place)
         run_recbole("MLLMMSR", "steps", config_dict=_settings(place))
     (path,) = (place / "saved").glob("MLLMMSR-*.pth")
@@ -60,25 +59,14 @@ def trained(tmp_path_factory):
 
 
 def _settings(place, **more):
-    return {
-        "data_path": str(place / "data"),
-        "checkpoint_dir": str(place / "saved"),
-        "mllm": "tiny",
-        "item_summary_tokens": 8,
-        "user_summary_tokens": 8,
-        "learning_rate": 0.02,
-        "train_last_k": 1,
-        "limit_users": 6,
-        "train_batch_size": 4,
-        "show_progress": False,
-        "seed": 3,
-    } | more
+    few = {"train_last_k": 1, "limit_users": 6, "train_batch_size": 4, "learning_rate": 0.02}
+    few |= {"item_summary_tokens": 8, "user_summary_tokens": 8, "mllm": "tiny"}
+    return run_keys(place, **few | {"seed": 3} | more)
 
 
 @pytest.fixture(scope="module")
 def local(trained):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["pytest"])
         patch.chdir(trained.parent.parent)
         _, model, *_ = load_data_and_model(str(trained))
     model.load_state_dict(torch.load(trained, weights_only=False)["state_dict"])
@@ -124,7 +112,6 @@ def test_a_served_export_says_yes_as_likely_as_this_process(served, local, promp
 
 def test_recbole_ranks_by_a_served_model_as_by_the_trained_one(served, local, trained, monkeypatch):
     place = trained.parent.parent
-    monkeypatch.setattr(sys, "argv", ["pytest"])
     monkeypatch.chdir(place)
     here = _settings(place, resume=str(trained))
     there = _settings(place, mllm=served.endpoint, finetune="none", prompt_style="demo", resume=None)
@@ -174,7 +161,6 @@ def test_a_model_it_does_not_serve_is_refused_with_its_own_words(served, summari
 
 def test_summaries_made_through_a_server_need_no_server_once_imported(served, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["recbole-mllm"])
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setattr(logging.getLogger(), "handlers", [])  # pytest's own would stand in the way of a run's log file
     for name in "ab":
@@ -242,7 +228,6 @@ def test_an_export_replaces_an_export_and_nothing_else(merged, trained, tmp_path
 @pytest.mark.slow
 def test_a_fully_tuned_run_exports_the_whole_model(trained, tmp_path, monkeypatch):
     place = trained.parent.parent
-    monkeypatch.setattr(sys, "argv", ["pytest"])
     monkeypatch.chdir(place)
     more = {"finetune": "full", "checkpoint_dir": str(tmp_path / "saved"), "learning_rate": 0.001}
     run_recbole("MLLMMSR", "steps", config_dict=_settings(place, **more))

@@ -16,9 +16,8 @@ ML_100K = Path(importlib.util.find_spec("recbole").origin).parent / "dataset_exa
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
-    """RecBole writes ``saved/``, ``log/`` and ``log_tensorboard/`` where it stands, and reads ``sys.argv``."""
+    """RecBole writes ``saved/``, ``log/`` and ``log_tensorboard/`` where it stands."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["pytest"])
     return tmp_path
 
 

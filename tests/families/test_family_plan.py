@@ -1,17 +1,20 @@
 """What a plan takes from a config alone, against the loaded model of each family."""
 
+import copy
 from contextlib import contextmanager
 
 import pytest
 import torch
-from stock_forward import CPU, SETTINGS, STYLE
+from stock_forward import SETTINGS, STYLE
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from recbole_mllm.common.prompts import recommend_prompt
 from recbole_mllm.common.settings import LoraSettings
-from recbole_mllm.mllm.hf import HFModel
-from recbole_mllm.mllm.lora import tune
+from recbole_mllm.mllm.loading import quantized
+from recbole_mllm.mllm.lora import target_modules, tune
 from recbole_mllm.mllm.loss import example_loss, make_examples
 from recbole_mllm.plan.cost import flops, trained_parameters
 from recbole_mllm.plan.counting import PlannedModel
@@ -42,9 +45,9 @@ def test_weights_and_prompts_are_those_of_the_loaded_model(plan, mllm, prompts):
 
 
 @pytest.mark.parametrize("settings", [("lora", "all"), ("full", "language")])
-def test_trained_parameters_are_those_that_training_has(plan, folder, settings):
+def test_trained_parameters_are_those_that_training_has(plan, mllm, settings):
     how = LoraSettings(**LORA | {"finetune": settings[0], "lora_target": settings[1]})
-    model = tune(HFModel(str(folder), SETTINGS.mllm, CPU).model, how, 1)
+    model = tune(copy.deepcopy(mllm.model), how, 1)
     assert trained_parameters(plan.model, how) == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
@@ -97,3 +100,35 @@ def test_scoring_and_training_compute_the_tokens_that_are_planned(plan, mllm, im
         example_loss(mllm.backbone, make_examples(theirs[:8], yes), whole=True, share=True)
     planned = plan.count_trained(make_examples(ours[:8], yes), None, whole=True, share=True)
     assert planned.computed == sum(ran) and planned.predicted > 8
+
+
+# Which layers LoRA adapts
+
+
+def _linears(module, prefix=""):
+    return {f"{prefix}{name}" for name, part in module.named_modules() if isinstance(part, nn.Linear)}
+
+
+def test_language_is_the_whole_decoder_and_nothing_else(stock):
+    decoder = stock.get_decoder()
+    path = next(name for name, module in stock.named_modules() if module is decoder)
+    assert set(target_modules(stock, "language")) == _linears(decoder, f"{path}.")
+
+
+def test_all_is_every_linear_layer_but_head_and_projector(stock, sees):
+    """The released code's rule, which adapts the vision tower too."""
+    adapted = set(target_modules(stock, "all"))
+    spared = _linears(stock) - adapted
+    words = ("lm_head", "projector", "connector", "merger", "modality_projection")
+    assert all(any(word in name for word in words) for name in spared) and "lm_head" in spared
+    assert (
+        adapted > set(target_modules(stock, "language")) if sees else adapted == set(target_modules(stock, "language"))
+    )
+    assert not sees or len(spared) > 1 or any("projector" in name for name, _ in stock.named_modules())
+
+
+def test_qlora_quantises_the_layers_lora_adapts_and_no_other(stock):
+    how = quantized(torch.bfloat16, torch.device("cuda", 0))["quantization_config"]
+    assert how.load_in_4bit and how.bnb_4bit_quant_type == "nf4"
+    in_four_bits = {name for name in _linears(stock) if should_convert_module(name, how.llm_int8_skip_modules)}
+    assert in_four_bits == set(target_modules(stock, "language"))

@@ -8,7 +8,7 @@ import torch
 import yaml
 from PIL import Image
 from released_models import FILES, RELEASED, image_tokens, sizes_of
-from stock_forward import CPU, SETTINGS
+from stock_forward import CPU, KEYS, SETTINGS
 from tiny_models import llama, qwen3_vl
 from transformers import AutoModelForImageTextToText
 
@@ -24,7 +24,6 @@ from recbole_mllm.mllm.server_messages import messages
 from recbole_mllm.plan.cost import trained_parameters, training_bytes
 from recbole_mllm.training.model_export import Question, copy_own_files, write_decision
 
-SETTINGS_KEYS = yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text())
 TEXT_TOKENS = 700  # a question with a preference of 256 tokens, a title and a summary's worth of room
 PAGE = (PROPERTIES.parent / "docs" / "backbones.md").read_text()
 ROWS = {cells[1]: cells for cells in (re.split(r"\s*\|\s*", line) for line in PAGE.splitlines()) if len(cells) == 10}
@@ -47,7 +46,7 @@ def test_sizes_are_those_of_the_released_files(preset, gigabytes, each):
 @pytest.mark.parametrize("preset", RELEASED)
 def test_a_preset_costs_what_its_page_says_and_is_of_a_tested_family(preset):
     keys = keys_of(preset)
-    settings = Settings.from_config(SETTINGS_KEYS | keys)
+    settings = Settings.from_config(KEYS | keys)
     model, sizes = sizes_of(preset)
     row = families._FAMILIES[model.config.model_type]
     assert model.config.get_text_config().model_type in row.texts

@@ -1,7 +1,5 @@
 """Real runs of models that fail: each costs its own row, which says why; the others stand, and their numbers hold."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

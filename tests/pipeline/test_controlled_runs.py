@@ -42,7 +42,6 @@ def questions(monkeypatch, keys):
     monkeypatch.setattr(MLLMMSR, "_prompt_of", noting_rows)
     monkeypatch.setattr(HFModel, "examples", noting("training", HFModel.examples))
     monkeypatch.setattr(HFModel, "yes_scores", noting("scoring", HFModel.yes_scores))
-    monkeypatch.setattr("sys.argv", ["x"])
     outcome = run(make_config("MLLMMSR", "steps", [], keys))
     return {phase: [(prompt, *rows[prompt]) for prompt in prompts] for phase, prompts in asked.items()}, outcome.model
 

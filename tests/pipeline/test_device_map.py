@@ -2,20 +2,17 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import launched_runs
 import numpy as np
 import pytest
 import small_world
-import tiny_models
 import torch
-import yaml
 from launching import one_of_two
+from stock_forward import KEYS
 
 from recbole_mllm.cli import main
-from recbole_mllm.common.resources import PROPERTIES
 from recbole_mllm.common.settings import Settings
 from recbole_mllm.mllm.placement import placement
 from recbole_mllm.quick_start import make_config, run
@@ -26,21 +23,12 @@ SMALL = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    small_world.write(folder / "data")
-    tiny_models.llava(folder / "llava")
-    return folder
-
-
 @pytest.fixture
-def keys(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["pytest"])
+def keys(place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    size = (world / "llava" / "model.safetensors").stat().st_size
+    size = (place / "llava" / "model.safetensors").stat().st_size
     small_world.write(tmp_path / "data")
-    made = launched_runs.settings(world, tmp_path, SMALL) | {"data_path": str(tmp_path / "data")}
+    made = launched_runs.settings(place, tmp_path, SMALL) | {"data_path": str(tmp_path / "data")}
     return made, {"device_map": "auto", "max_memory": {"cpu": int(size * 0.6)}}
 
 
@@ -71,8 +59,7 @@ def test_summaries_scores_and_metrics_are_those_of_a_model_in_one_place(keys, tm
 
 
 def test_numbers_of_gpus_may_come_as_text():
-    base = yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text())
-    given = base | {"mllm": "tiny", "device_map": "balanced", "max_memory": {"0": "20GiB", "1": 5, "cpu": "60 GiB"}}
+    given = KEYS | {"device_map": "balanced", "max_memory": {"0": "20GiB", "1": 5, "cpu": "60 GiB"}}
     found = placement(Settings.from_config(given).mllm, torch.device("cuda"))
     assert found == {"device_map": "balanced", "max_memory": {0: "20GiB", 1: 5, "cpu": "60 GiB"}}
     on_cpu = placement(Settings.from_config(given).mllm, torch.device("cpu"))

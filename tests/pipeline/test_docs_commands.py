@@ -44,19 +44,17 @@ SKIPPED = {
 _TORCHRUN = "torchrun --standalone --local-addr 127.0.0.1 --nproc_per_node 2"
 _SPLIT = " ".join(f"{name}={value}" for name, value in FSDP.items())
 _SHORT = "--item_summary_tokens=8 --user_summary_tokens=8 --train_last_k=1"
-_RERANKER = (  # vLLM's answers, from the same tiny weights
-    """python -c 'import sys, time; from planned_server import Planned, serving
+_VLLM = """python -c 'import sys, time; from planned_server import Planned, serving
 from tests.unit.test_server_scoring import Reranker
-model, reranker = "Qwen/Qwen3-VL-Reranker-2B", Reranker(sys.argv[1], False)
-with serving(Planned(posts={"/v1/rerank": reranker}, models=[model]), {port}):
-    time.sleep(3600)' $HF_HUB_CACHE/models--Qwen--Qwen3-VL-Reranker-2B/snapshots/*"""
-)
+model, folder = sys.argv[1:]
+posts = {"/v1/rerank": Reranker(folder, False)} if "Reranker" in model else {}
+with serving(Planned(posts=posts, models=[model]), {port}):
+    time.sleep(3600)' \\1 $HF_HUB_CACHE/models--$(echo \\1 | sed s,/,--,)/snapshots/*"""
 STAND_INS = [
     (r"python3\.11 -m venv .*?&& \S+pip install \S.*? -e \S+ && ", "", "no network; .ci/run makes a new environment"),
     (r"\.venv/bin/python", "python", "the same"),
     (r"source <\((.*?)\)", r"\1 | bash", "bash hides a failure inside <( )"),
-    (r"vllm serve Qwen/Qwen3-VL-Reranker-2B .*", _RERANKER, "a GPU's"),
-    (r"vllm serve (\S+)", r"transformers serve \1 --dtype float32", "a GPU's; a real server all the same"),
+    (r"vllm serve (\S+) .*", _VLLM, "a GPU's; capitals for summaries, a tiny reranker's scores"),
     (r"transformers serve .*", r"\g<0> --device cpu", "no GPU"),
     (r"--port 8000", "--port {port}", "8000 may be taken"),
     (r"localhost:8000", "localhost:{port}", "the same"),
@@ -150,7 +148,8 @@ class Reader:
             "recbole-mllm convert movielens --raw ml-1m/ --out dataset/ml-1m",
             "recbole-mllm summarize --dataset demo",
             "recbole-mllm benchmark --dataset demo --models quick,MLLMMSR+SASRec",
-            "recbole-mllm benchmark --dataset mine --models MLLMMSR --config_files qwen2.5-vl-7b",
+            # not Qwen-VL, whose video processor transformers serve loads, which needs torchvision
+            "recbole-mllm benchmark --dataset mine --models MLLMMSR --config_files llava-1.6-mistral-7b",
         ):
             self.run(stand_in(line), self.base)
 

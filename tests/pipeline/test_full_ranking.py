@@ -6,15 +6,14 @@ import sys
 import numpy as np
 import pytest
 import small_world
-import tiny_models
 import torch
 from recbole.config import Config
 from recbole.data import create_dataset, data_preparation
 from recbole.quick_start import load_data_and_model
-from recbole.utils import get_model, get_trainer, init_seed
+from recbole.utils import get_model, get_trainer
+from run_parts import run_keys, with_trainer
 
 from recbole_mllm.common.errors import UserError
-from recbole_mllm.model.sequential_recommender.mllmmsr import MLLMMSR
 from recbole_mllm.quick_start import run
 
 FULL = {"eval_args": {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "full"}}
@@ -22,35 +21,14 @@ QUICK = {"SASRec": {"epochs": 3, "hidden_size": 8, "inner_size": 8, "n_layers": 
 QUICK |= {"BPR": {"epochs": 3}, "FM": {"epochs": 1}}
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    small_world.write(folder / "data")
-    tiny_models.llava(folder / "llava")
-    return folder
-
-
 @pytest.fixture
 def settings(place, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["pytest", "--epochs=1"])
     monkeypatch.chdir(place)
-    return FULL | {
-        "data_path": str(place / "data"),
-        "checkpoint_dir": str(place / "saved"),
-        "mllm": str(place / "llava"),
-        "prompt_style": "demo",
-        "summary_mode": "none",
-        "finetune": "none",
-        "score_cache": False,
-        "load_col": {"inter": ["user_id", "item_id", "timestamp"]},
-        "train_last_k": 1,
-        "MAX_ITEM_LIST_LENGTH": small_world.LENGTH,
-        "show_progress": False,
-        "seed": 7,
-        "metrics": ["Hit", "MRR", "NDCG", "Recall"],
-        "per_model": QUICK,
-        "retriever": "SASRec",
-    }
+    return run_keys(place, mllm=str(place / "llava"), prompt_style="demo", summary_mode="none") | {
+        "finetune": "none", "score_cache": False, "train_last_k": 1, "MAX_ITEM_LIST_LENGTH": small_world.LENGTH,
+        "metrics": ["Hit", "MRR", "NDCG", "Recall"], "per_model": QUICK, "retriever": "SASRec", **FULL,
+    }  # fmt: skip
 
 
 class Opinion:
@@ -79,25 +57,22 @@ class Made:
 
     def __init__(self, settings, *, planted=False):
         self.config = Config(model="MLLMMSR", dataset="steps", config_dict=settings)
-        init_seed(self.config["seed"], True)
-        self.dataset = create_dataset(self.config)
-        self.train, self.valid, self.test = data_preparation(self.config, self.dataset)
-        self.model = MLLMMSR(self.config, self.train._dataset)
+        self.model, (*_, self.test), self.trainer = with_trainer(self.config)
         self.model.mllm.yes_scores = self.opinion = Opinion(planted)
-        self.trainer = get_trainer(self.config["MODEL_TYPE"], "MLLMMSR")(self.config, self.model)
 
     def evaluate(self):
         return dict(self.trainer.evaluate(self.test, load_best_model=False))
 
     def rows(self):
         """Yield (user number, target, retriever's scores, our scores) of each test row, items by number."""
-        tokens = self.dataset.field2id_token["item_id"]
-        columns = [self.dataset.field2token_id["item_id"][small_world.item(n)] for n in range(small_world.ITEMS)]
+        data = self.test._dataset
+        tokens = data.field2id_token["item_id"]
+        columns = [data.field2token_id["item_id"][small_world.item(n)] for n in range(small_world.ITEMS)]
         for batch, history, owner, target, *_ in self.test:
             assert history is None and len(owner) == len(batch)
             ours = self.model.full_sort_predict(batch).view(len(batch), -1)
             before = self.model.reranker.retriever.scores(batch) if self.model.reranker.retriever else ours
-            users = self.dataset.field2id_token["user_id"][batch["user_id"].numpy()]
+            users = data.field2id_token["user_id"][batch["user_id"].numpy()]
             for row, user in enumerate(users):
                 number = int(tokens[target[row]][1:])
                 yield int(user[1:]), number, before[row, columns].numpy(), ours[row, columns].numpy()

@@ -1,7 +1,5 @@
 """What RecBole's users are used to works with MLLMMSR: case studies, TensorBoard, wandb, `gpu_id`."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -10,48 +8,27 @@ from typing import Any
 import numpy as np
 import pytest
 import small_world
-import tiny_models
 import torch
 from recbole.config import Config
-from recbole.data import create_dataset, data_preparation
 from recbole.data.interaction import Interaction
-from recbole.utils import get_trainer, init_seed
 from recbole.utils.case_study import full_sort_topk
+from run_parts import run_keys, with_trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.data.schema import HISTORY_NUMBER, POSITION
-from recbole_mllm.model.sequential_recommender.mllmmsr import MLLMMSR
 from recbole_mllm.quick_start import make_config, run
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder: Path = tmp_path_factory.mktemp("habits")
-    small_world.write(folder / "data")
-    tiny_models.llama(folder / "llama")
-    return folder
 
 
 @pytest.fixture
 def settings(place: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    monkeypatch.setattr(sys, "argv", ["pytest"])
     monkeypatch.chdir(place)
-    return {
-        "data_path": str(place / "data"), "checkpoint_dir": str(place / "saved"), "mllm": str(place / "llama"),
-        "prompt_style": "demo", "summary_mode": "none", "use_image": False,
-        "load_col": {"inter": ["user_id", "item_id", "timestamp"]},
-        "train_last_k": 1, "show_progress": False, "seed": 7, "limit_users": 8, "train_batch_size": 4,
-    }  # fmt: skip
+    few = {"train_last_k": 1, "limit_users": 8, "train_batch_size": 4, "summary_mode": "none", "use_image": False}
+    return run_keys(place, mllm=str(place / "llama"), prompt_style="demo", **few)
 
 
 def made(settings: dict[str, Any]) -> Any:
-    config = Config("MLLMMSR", "steps", config_dict=settings)
-    init_seed(config["seed"], True)
-    dataset = create_dataset(config)
-    train, valid, test = data_preparation(config, dataset)
-    model = MLLMMSR(config, train._dataset)
-    return model, (train, valid, test), get_trainer(config["MODEL_TYPE"], "MLLMMSR")(config, model)
+    return with_trainer(Config("MLLMMSR", "steps", config_dict=settings))
 
 
 def test_full_sort_topk_gives_the_order_of_predict_on_all_items(settings: dict[str, Any]) -> None:

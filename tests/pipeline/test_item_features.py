@@ -1,16 +1,12 @@
 """Item features: what an MLLM says of an item reaches RecBole's feature models, is made once, and matters."""
 
-from __future__ import annotations
-
 import random
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import small_world
-import tiny_models
 import torch
 from recbole.config import Config
 from recbole.data import create_dataset
@@ -19,6 +15,7 @@ from recbole.utils import get_model
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.settings import MLLMSettings
 from recbole_mllm.data.atomic import read_atomic
+from recbole_mllm.data.schema import isum_file, tags_of
 from recbole_mllm.features import item_vectors
 from recbole_mllm.features.item_vectors import scaled_vectors
 from recbole_mllm.mllm.embedding import image_vectors, sentence_vectors, text_vectors
@@ -29,18 +26,8 @@ KINDS = ("red car", "blue mug", "green hat", "black shoe", "white lamp", "brown 
 FULL = {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "full"}
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder: Path = tmp_path_factory.mktemp("features")
-    small_world.write(folder / "data")
-    tiny_models.llava(folder / "llava")
-    tiny_models.llama(folder / "llama")
-    return folder
-
-
 @pytest.fixture
 def keys(place: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    monkeypatch.setattr(sys, "argv", ["pytest"])
     monkeypatch.chdir(place)
     return {
         "data_path": str(place / "data"), "checkpoint_dir": str(place / "saved"), "mllm": str(place / "llava"),
@@ -163,6 +150,15 @@ def test_features_are_made_once_and_again_where_what_they_are_made_of_changes(
     assert [path.stat().st_mtime_ns for path in files] == times
     for change in ({"feature_size": 4}, {"feature_encoder": str(place / "llama"), "item_features": ["text"]}):
         assert not set(offered(**change)[0]) & set(files)
+
+
+@pytest.mark.parametrize("name", ["games[5-core]", "*"])
+def test_a_datasets_name_is_no_pattern(tmp_path: Path, name: str) -> None:
+    folder = small_world.write(tmp_path, name, images=False)
+    config = {"ITEM_ID_FIELD": "item_id", "LIST_SUFFIX": "_list"}
+    assert len(item_vectors._items_of(folder, config)) == small_world.ITEMS
+    isum_file(folder, "tag").touch()
+    assert tags_of(folder, isum_file) == ("tag",)
 
 
 def test_what_the_dataset_and_the_user_say_of_the_mllm_holds_for_features_too(keys: dict[str, Any]) -> None:

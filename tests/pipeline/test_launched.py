@@ -9,7 +9,6 @@ import launched_runs
 import numpy as np
 import pytest
 import small_world
-import tiny_models
 import torch
 from launching import FSDP, ROOT, launched, one_of_two, script_with
 
@@ -22,20 +21,10 @@ RUN = ROOT / "run_recbole_mllm.py"
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    small_world.write(folder / "data")
-    tiny_models.llama(folder / "llama")
-    tiny_models.llava(folder / "llava")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def alone(world, tmp_path_factory):
+def alone(place, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder := tmp_path_factory.mktemp("alone"))
-        patch.setattr(sys, "argv", ["pytest"])
-        return launched_runs.collect(world, folder)
+        return launched_runs.collect(place, folder)
 
 
 # one launch for all of a number: half of it is imports
@@ -43,13 +32,13 @@ KINDS = {2: ("plain",), 3: ("FSDP",), 4: ("plain",)}
 
 
 @pytest.fixture(scope="module")
-def launch(world, tmp_path_factory):
+def launch(place, tmp_path_factory):
     """Return a function that gives what so many processes found, what they said and where, launched once each."""
 
     @cache
     def found(count):
         folder = tmp_path_factory.mktemp(f"together{count}")
-        done = launched(count, [ROOT / "tests" / "launched_runs.py", world, folder, *KINDS[count]], folder)
+        done = launched(count, [ROOT / "tests" / "launched_runs.py", place, folder, *KINDS[count]], folder)
         assert done.returncode == 0, done.stderr[-3000:]
         return torch.load(folder / "found.pt", weights_only=False), done, folder
 
@@ -144,15 +133,15 @@ MLLMMSR.calculate_loss = loss
 """
 
 
-def broken(count, change, world, folder, **how):
+def broken(count, change, place, folder, **how):
     script = script_with(BROKEN + change, folder)
-    done = launched(count, [script, *launched_runs.words(world, folder, checkpoint_every_steps=3)], folder, **how)
+    done = launched(count, [script, *launched_runs.words(place, folder, checkpoint_every_steps=3)], folder, **how)
     assert done.returncode != 0
     return done, done.stdout + done.stderr
 
 
-def resumed(count, world, folder, **how):
-    words = launched_runs.words(world, folder, checkpoint_every_steps=3, resume="auto")
+def resumed(count, place, folder, **how):
+    words = launched_runs.words(place, folder, checkpoint_every_steps=3, resume="auto")
     done = launched(count, [RUN, *words], folder, **how)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
@@ -161,15 +150,15 @@ def resumed(count, world, folder, **how):
 @SLOW
 @pytest.mark.parametrize(("rank", "how", "then", "split"), [("1", {}, 1, {}), ("0", FSDP, 3, {})])
 def test_a_killed_process_ends_the_others_with_a_word_and_another_number_resumes(
-    alone, world, tmp_path, rank, how, then, split
+    alone, place, tmp_path, rank, how, then, split
 ):
-    _, said = broken(2, KILLED.format(rank=rank), world, tmp_path, **how)
+    _, said = broken(2, KILLED.format(rank=rank), place, tmp_path, **how)
     # who notices first on a busy machine: the other process, or the launcher, which then ends it
     words = "another process of this run ended without a message", "the launcher has ended this process"
     assert sum(map(said.count, words)) == 1, said[-3000:]
     (last,) = (tmp_path / "saved").glob("*.last.pth")
     assert read_checkpoint(last, torch.device("cpu"))["training"]["place"][:2] == (1, 4)
-    again = resumed(then, world, tmp_path, **split)
+    again = resumed(then, place, tmp_path, **split)
     found = read_checkpoint(last, torch.device("cpu"))
     assert found["training"]["place"][0] == 2 and "Resume training from epoch 1, batch 4" in again.stderr
     (told,) = {line.split("train loss: ")[1][:7] for line in again.stderr.splitlines() if "epoch 1 training" in line}
@@ -179,11 +168,11 @@ def test_a_killed_process_ends_the_others_with_a_word_and_another_number_resumes
 
 
 @SLOW
-def test_a_process_killed_while_it_scores_costs_what_it_had_not_scored(alone, world, tmp_path):
-    done, _ = broken(2, KILLED_SCORING, world, tmp_path)
+def test_a_process_killed_while_it_scores_costs_what_it_had_not_scored(alone, place, tmp_path):
+    done, _ = broken(2, KILLED_SCORING, place, tmp_path)
     assert "epoch 1 training" in done.stderr and "test:" not in done.stdout
     assert list((tmp_path / "saved").glob("scores-*.?"))
-    again = resumed(3, world, tmp_path)
+    again = resumed(3, place, tmp_path)
     assert " training [" not in again.stderr and not list((tmp_path / "saved").glob("scores-*"))
     wanted = "  ".join(f"{name} {value:.4f}" for name, value in alone["text"]["test"].items() if name != "AUC")
     assert f"test:       {wanted}" in again.stdout
@@ -198,11 +187,11 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("text", REFUSED)
-def test_what_cannot_be_had_together_is_one_clear_line(world, tmp_path, monkeypatch, capsys, text):
+def test_what_cannot_be_had_together_is_one_clear_line(place, tmp_path, monkeypatch, capsys, text):
     more, wanted = REFUSED[text]
     (tmp_path / "both.yaml").write_text(f"{text}\n")
     with one_of_two(monkeypatch, **more):
-        assert main([*launched_runs.words(world, tmp_path), f"--config_files={tmp_path / 'both.yaml'}"]) == 2
+        assert main([*launched_runs.words(place, tmp_path), f"--config_files={tmp_path / 'both.yaml'}"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert wanted in line
 
@@ -229,14 +218,14 @@ def test_accelerate_starts_what_its_file_says(tmp_path, name, how):
 
 
 @SLOW
-def test_a_mistake_is_told_once(world, tmp_path):
-    done = launched(2, [RUN, *launched_runs.words(world, tmp_path), "--lora_rr=4"], tmp_path)
+def test_a_mistake_is_told_once(place, tmp_path):
+    done = launched(2, [RUN, *launched_runs.words(place, tmp_path), "--lora_rr=4"], tmp_path)
     assert done.returncode != 0 and (done.stdout + done.stderr).count("recbole-mllm: unknown key 'lora_rr'") == 1
 
 
 @SLOW
-def test_a_loss_that_is_no_number_in_one_process_stops_all_with_its_rows(world, tmp_path):
-    _, said = broken(2, NAN, world, tmp_path)
+def test_a_loss_that_is_no_number_in_one_process_stops_all_with_its_rows(place, tmp_path):
+    _, said = broken(2, NAN, place, tmp_path)
     assert said.count("recbole-mllm: ") == said.count("recbole-mllm: the training loss is nan in epoch 0") == 1, said
     (file,) = (tmp_path / "saved").glob("*.nonfinite.tsv")
     _, *rows = [line.split("\t") for line in file.read_text().splitlines()]
@@ -245,7 +234,7 @@ def test_a_loss_that_is_no_number_in_one_process_stops_all_with_its_rows(world, 
 
 @SLOW
 @pytest.mark.parametrize("control", [None, "shuffled-history", "wrong-summary"])
-def test_a_retriever_and_summaries_are_made_once_and_full_ranking_is_that_of_one_process(world, tmp_path, control):
+def test_a_retriever_and_summaries_are_made_once_and_full_ranking_is_that_of_one_process(place, tmp_path, control):
     more = {
         "mllm": "llava", "use_image": True, "summary_mode": "recurrent", "item_summary": "image", "epochs": 1,
         "item_summary_tokens": 8, "user_summary_tokens": 8, "retriever": "Pop", "top_k": 5, "metrics": ["Hit", "NDCG"],
@@ -257,7 +246,7 @@ def test_a_retriever_and_summaries_are_made_once_and_full_ranking_is_that_of_one
         folder = tmp_path / f"n{count}"
         folder.mkdir()
         small_world.write(folder / "data")
-        words = [w for w in launched_runs.words(world, folder, **more) if not w.startswith("--data_path")]
+        words = [w for w in launched_runs.words(place, folder, **more) if not w.startswith("--data_path")]
         done = launched(count, [RUN, *words, f"--data_path={folder / 'data'}"], folder)
         assert done.returncode == 0, done.stderr[-3000:]
         said[count] = [line for line in done.stdout.splitlines() if line.startswith(("best valid", "test"))]

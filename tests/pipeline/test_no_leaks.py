@@ -5,10 +5,9 @@ import random
 import pytest
 import yaml
 from planted_writers import Planted
+from stock_forward import STYLE
 
 from recbole_mllm.cli import main
-from recbole_mllm.common.prompts import Style
-from recbole_mllm.common.resources import PROPERTIES
 from recbole_mllm.common.settings import Settings
 from recbole_mllm.data.item_table import Items
 from recbole_mllm.mllm.interface import Decoding
@@ -18,7 +17,6 @@ from recbole_mllm.summaries.preferences import Preferences
 from recbole_mllm.summaries.store import Store
 from recbole_mllm.summaries.user_summaries import SummaryRequests, preferences
 
-STYLE = Style.from_mapping("demo", yaml.safe_load((PROPERTIES / "prompt" / "demo.yaml").read_text()))
 SPLITS = {
     "leave-one-out": {"LS": "valid_and_test"},
     "leave-one-out, test only": {"LS": "test_only"},
@@ -49,10 +47,9 @@ def markers(text):
 
 @pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("split", SPLITS)
-def test_what_a_row_reads_is_what_lies_before_its_target(tmp_path, monkeypatch, split, seed):
+def test_what_a_row_reads_is_what_lies_before_its_target(tmp_path, split, seed):
     from recbole.data import create_dataset
 
-    monkeypatch.setattr("sys.argv", ["x"])
     exact = write_world(tmp_path, seed, "paper" if split == "paper" else "loo")
     arguments = {"order": "TO", "group_by": "user", "mode": "uni5", "split": SPLITS[split] or {"LS": "valid_and_test"}}
     keys = {"data_path": str(tmp_path), "eval_args": arguments, "block_size": 1 + seed, "MAX_ITEM_LIST_LENGTH": 4}

@@ -2,7 +2,6 @@
 
 import json
 import sqlite3
-import sys
 from contextlib import closing
 
 import pytest
@@ -24,7 +23,6 @@ def keys(tmp_path_factory):
     small_world.write(place / "dataset")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        patch.setattr(sys, "argv", ["x"])
         yield {
             "mllm": str(model),
             "prompt_style": "demo",

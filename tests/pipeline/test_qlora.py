@@ -1,7 +1,6 @@
 """QLoRA for real, on the CPU: trained in four bits through the command line, resumed, exported, and served alike."""
 
 import json
-import sys
 from dataclasses import replace
 
 import pytest
@@ -22,19 +21,10 @@ from recbole_mllm.mllm.lora import tune
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra `qlora`)")
 CPU = torch.device("cpu")
 KEYS = {
-    "mllm": "tiny",
-    "finetune": "qlora",
-    "summary_mode": "none",
-    "item_summary": "none",
-    "learning_rate": 0.02,
-    "train_last_k": 1,
-    "limit_users": 6,
-    "train_batch_size": 8,
-    "lora_dropout": 0.1,
-    "show_progress": False,
-    "seed": 3,
+    "mllm": "tiny", "finetune": "qlora", "summary_mode": "none", "item_summary": "none", "learning_rate": 0.02,
+    "train_last_k": 1, "limit_users": 6, "train_batch_size": 8, "lora_dropout": 0.1, "show_progress": False, "seed": 3,
     "eval_args": {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "uni5"},
-}
+}  # fmt: skip
 
 
 def run(place, **more):
@@ -48,7 +38,6 @@ def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("qlora")
     small_world.write(place / "data")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["recbole-mllm"])
         patch.chdir(place)
         for name, epochs in (("straight", 2), ("resumed", 1), ("resumed", 2)):
             course = {"epochs": epochs, "lr_scheduler": "constant", "warmup_ratio": 0.0, "stopping_step": 10}
@@ -66,7 +55,6 @@ def checkpoint(place, name):
 @pytest.fixture(scope="module")
 def local(place):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["recbole-mllm"])
         patch.chdir(place)
         path = checkpoint(place, "straight")
         _, model, *_ = load_data_and_model(str(path))

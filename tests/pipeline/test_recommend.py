@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import small_world
+from run_parts import run_keys
 
 from recbole_mllm.cli import main
 from recbole_mllm.common.checkpoint import find_checkpoint
@@ -18,15 +19,7 @@ from recbole_mllm.recommender import Recommender
 from recbole_mllm.retrieval.baseline import ids_file
 
 SMALL = {
-    "MLLMMSR": {
-        "mllm": "tiny",
-        "prompt_style": "demo",
-        "epochs": 1,
-        "train_last_k": 1,
-        "limit_users": 4,
-        "block_size": 3,
-        "lora_r": 2,
-    },
+    "MLLMMSR": {"mllm": "tiny", "prompt_style": "demo", "epochs": 1, "train_last_k": 1, "limit_users": 4, "lora_r": 2},
     "GRU4Rec": {"epochs": 60, "train_neg_sample_args": None, "learning_rate": 0.01},
     "ItemKNN": {},
 }
@@ -35,20 +28,13 @@ SMALL = {
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("recommend")
-    small_world.write(home / "dataset")
+    small_world.write(home / "data")
     return home
 
 
 @pytest.fixture(scope="module")
 def outcomes(home):
-    common = {
-        "data_path": str(home / "dataset"),
-        "checkpoint_dir": str(home / "saved"),
-        "state": "ERROR",
-        "use_gpu": False,
-        "show_progress": False,
-        "frozen_candidates": True,
-    }
+    common = run_keys(home, seed=2024, state="ERROR", use_gpu=False, frozen_candidates=True)
     return {name: run(make_config(name, "steps", [], common | keys)) for name, keys in SMALL.items()}
 
 
@@ -137,9 +123,9 @@ def test_a_retriever_chooses_whom_the_mllm_ranks(outcomes):
 
 @pytest.mark.parametrize(("protocol", "more"), [("paper", []), ("temporal", ["--boundaries", "4,6"])])
 def test_a_history_is_whole_whatever_the_split(home, protocol, more):
-    folder = home / "dataset" / protocol
-    assert main(["split", str(home / "dataset" / "steps"), "--protocol", protocol, "--out", str(folder), *more]) == 0
-    keys = {"data_path": str(home / "dataset"), "checkpoint_dir": str(home / "saved"), "state": "ERROR", "epochs": 1}
+    folder = home / "data" / protocol
+    assert main(["split", str(home / "data" / "steps"), "--protocol", protocol, "--out", str(folder), *more]) == 0
+    keys = {"data_path": str(home / "data"), "checkpoint_dir": str(home / "saved"), "state": "ERROR", "epochs": 1}
     found = Recommender(run(make_config("Pop", protocol, [], keys | {"frozen_candidates": True})).checkpoint)
     assert sorted(found.users) == [f"u{n:02d}" for n in range(small_world.USERS)]
     for n in (0, 7, 29):

@@ -1,7 +1,6 @@
 """Images that a model's processor refuses are found before anything is asked, and count as missing everywhere."""
 
 import logging
-import sys
 
 import pytest
 import small_world
@@ -24,7 +23,6 @@ def plant(folder):
 def test_a_run_counts_what_qwens_processor_refuses_as_missing(tmp_path, monkeypatch, caplog):
     """One line, before a summary is written, a list of all, and every stage goes on without those images."""
     plant(tmp_path / "data")
-    monkeypatch.setattr(sys, "argv", ["pytest"])
     monkeypatch.chdir(tmp_path)
     settings = {
         "data_path": str(tmp_path / "data"), "mllm": str(tiny_models.qwen2_5_vl(tmp_path / "qwen")), "limit_users": 3,

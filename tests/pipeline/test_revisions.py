@@ -1,7 +1,5 @@
 """A model is the commit it was: names, summaries, checkpoints, records and exports say which, and are held to it."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -40,7 +38,6 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(found.folder))
     monkeypatch.setenv("HF_HUB_CACHE", str(found.folder))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["x"])
     small_world.write(tmp_path / "dataset")
     started_anew()
     yield found

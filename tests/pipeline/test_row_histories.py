@@ -98,35 +98,35 @@ WORLDS = {
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_a_prompt_has_read_its_own_rows_list_and_nothing_else(tmp_path, monkeypatch, url, world):
+def test_a_prompt_has_read_its_own_rows_list_and_nothing_else(tmp_path, url, world):
     parts = rows_of(world)
     write_listed(tmp_path / "win", parts)
     for mode in WORLDS[world]:
         keys, expected = MODES[mode]
-        found = prompts_of(tmp_path / "win", url, monkeypatch, **LISTED, **keys)
+        found = prompts_of(tmp_path / "win", url, **LISTED, **keys)
         truth = told((user, target, expected(own)) for rows in parts.values() for user, target, own in rows)
         assert told((user, target, read(text)) for user, target, text in found) == truth, mode
 
 
-def test_leaving_one_out_a_prompt_has_read_what_stands_before_its_target_in_the_file(tmp_path, monkeypatch, url):
+def test_leaving_one_out_a_prompt_has_read_what_stands_before_its_target_in_the_file(tmp_path, url):
     """All times are equal, so that the order is the file's alone."""
     write_ties(tmp_path / "ties", ("user_id", "item_id", "timestamp"))
     truth = told((user, item, walk[:n]) for user, walk in walks().items() for n, item in enumerate(walk) if n)
     for mode in ("recurrent", "full blocks"):
         keys, expected = MODES[mode]
-        found = prompts_of(tmp_path / "ties", url, monkeypatch, **keys)
+        found = prompts_of(tmp_path / "ties", url, **keys)
         assert told((user, target, read(text)) for user, target, text in found) == Counter(
             {(user, item, tuple(expected(list(own)))): n for (user, item, own), n in truth.items()}
         ), mode
 
 
-def test_the_export_names_each_state_once_and_a_refresh_asks_nothing(tmp_path, monkeypatch, url):
+def test_the_export_names_each_state_once_and_a_refresh_asks_nothing(tmp_path, url):
     from recbole_mllm.summaries.chains import history_digest
     from recbole_mllm.summaries.summary_files import read_rows
 
     parts = rows_of("sessions")
     write_listed(tmp_path / "win", parts)
-    prompts_of(tmp_path / "win", url, monkeypatch, **LISTED)
+    prompts_of(tmp_path / "win", url, **LISTED)
     (path,) = (tmp_path / "win").glob("*.usum")
     rows = dict(read_rows(path, "user"))  # which refuses what stands there twice
     assert [place.owner for place in rows] == sorted(place.owner for place in rows)
@@ -134,11 +134,11 @@ def test_the_export_names_each_state_once_and_a_refresh_asks_nothing(tmp_path, m
     assert wanted <= set(rows)
     assert all(place.history == history_digest(shown(text)) for place, (_, text) in rows.items())
     before = path.read_bytes()
-    truth = prompts_of(tmp_path / "win", url, monkeypatch, **LISTED, summarize="off")
+    truth = prompts_of(tmp_path / "win", url, **LISTED, summarize="off")
     assert path.read_bytes() == before and len(truth) == sum(map(len, parts.values()))
 
 
-def test_the_latest_training_rows_and_the_items_met_are_each_users_whatever_the_lists_show(tmp_path, monkeypatch):
+def test_the_latest_training_rows_and_the_items_met_are_each_users_whatever_the_lists_show(tmp_path):
     from recbole_mllm.data.dataloader import training_pairs
 
     parts = rows_of("shuffled")
@@ -149,7 +149,7 @@ def test_the_latest_training_rows_and_the_items_met_are_each_users_whatever_the_
         timed = [f"{user}\t{item}\t{listed}\t{1_700_000_000 + int(item[1:])}" for user, item, listed in rows]
         path.write_text("\n".join([f"{header}\ttimestamp:float", *timed]) + "\n")
     keys = LISTED | {"load_col": {"inter": ["user_id", "item_id", "item_id_list", "timestamp"]}, "train_last_k": 2}
-    dataset = dataset_of("MLLMMSR", tmp_path / "win", monkeypatch, **keys)
+    dataset = dataset_of("MLLMMSR", tmp_path / "win", **keys)
     train, *_ = dataset.build()
     users, items = dataset.field2id_token["user_id"], dataset.field2id_token["item_id"]
     rows = zip(*(train.inter_feat[field].tolist() for field in ("user_id", "item_id")), strict=True)
@@ -159,10 +159,9 @@ def test_the_latest_training_rows_and_the_items_met_are_each_users_whatever_the_
     assert {user: set(items) for user, items in train.met.items()} == {u: set(w) for u, w in walks().items()}
 
 
-def dataset_of(model, folder, monkeypatch, **keys):
+def dataset_of(model, folder, **keys):
     from recbole.data import create_dataset
 
-    monkeypatch.setattr("sys.argv", ["x"])
     base = {"data_path": str(folder.parent), "eval_args": EVALUATION, "train_neg_sample_args": None, "mllm": "tiny"}
     return create_dataset(make_config(model, folder.name, [], base | keys))
 
@@ -175,29 +174,29 @@ def dataset_of(model, folder, monkeypatch, **keys):
         (3, {"alias_of_item_id": None}, r"numbered apart .* set alias_of_item_id: \[item_id_list\]"),
     ],
 )
-def test_benchmark_files_without_usable_lists_say_what_they_need(tmp_path, monkeypatch, columns, keys, words):
+def test_benchmark_files_without_usable_lists_say_what_they_need(tmp_path, columns, keys, words):
     write_listed(tmp_path / "win", rows_of("windows"))
     for path in (tmp_path / "win").glob("*.inter"):
         rows = (line.split("\t")[:columns] for line in path.read_text().splitlines())
         path.write_text("".join("\t".join(row) + "\n" for row in rows))
     with pytest.raises(UserError, match=words):
-        dataset_of("SASRec", tmp_path / "win", monkeypatch, **(LISTED | keys))
+        dataset_of("SASRec", tmp_path / "win", **(LISTED | keys))
     general = LISTED | {"load_col": {"inter": ["user_id", "item_id"]}, "alias_of_item_id": None}
-    assert dataset_of("BPR", tmp_path / "win", monkeypatch, **general).inter_num == 8 * 8
+    assert dataset_of("BPR", tmp_path / "win", **general).inter_num == 8 * 8
 
 
 OWN = {"USER_ID_FIELD": "userID", "ITEM_ID_FIELD": "business_id", "TIME_FIELD": "date"}
 
 
-def test_a_datasets_own_field_names_do_in_its_yaml(tmp_path, monkeypatch, url):
+def test_a_datasets_own_field_names_do_in_its_yaml(tmp_path, url):
     write_ties(tmp_path / "ties", OWN.values())
     (tmp_path / "ties/dataset.yaml").write_text("".join(f"{key}: {name}\n" for key, name in OWN.items()))
-    found = prompts_of(tmp_path / "ties", url, monkeypatch)
+    found = prompts_of(tmp_path / "ties", url)
     truth = {(user, item): walk[:n] for user, walk in walks().items() for n, item in enumerate(walk) if n}
     assert {(user, target): read(text) for user, target, text in found} == truth
     assert all(shown(text)[0] == target for _, target, text in found)
     for model in ("SASRec", "BPR"):
-        made = dataset_of(model, tmp_path / "ties", monkeypatch)
+        made = dataset_of(model, tmp_path / "ties")
         assert made.inter_num == 8 * 9 and made.time_field in made.inter_feat
 
 

@@ -1,11 +1,15 @@
 """What a run says its summaries took is what writing them took, whichever run wrote them; loading is told apart."""
 
 import sqlite3
+import weakref
 from contextlib import closing
 
+import launched_runs
 import pytest
 import small_world
+import tiny_models
 
+from recbole_mllm.mllm import hf
 from recbole_mllm.quick_start import make_config, run, write_summaries
 from recbole_mllm.summaries.summary_files import read_rows
 
@@ -14,7 +18,6 @@ from recbole_mllm.summaries.summary_files import read_rows
 def outcome(tmp_path, monkeypatch):
     """Run MLLMMSR as it is on a small world, whose store is as the last run left it."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["x"])
     folder = small_world.write(tmp_path / "dataset")
     keys = {"data_path": str(tmp_path / "dataset"), "limit_users": 4, "finetune": "none", "epochs": 0, "use_gpu": False}
     keys |= {"item_summary_tokens": 4, "user_summary_tokens": 5, "metrics": ["Hit"], "topk": 5, "valid_metric": "Hit@5"}
@@ -71,3 +74,29 @@ def test_summaries_written_before_a_recommender_is_named_are_those_of_its_traini
     keys |= {"item_summarizer": "tiny", "user_summarizer": "tiny", "item_summary_tokens": 4, "user_summary_tokens": 5}
     _, path = write_summaries(make_config("MLLMMSR", "steps", [], keys), "all").files
     assert sorted(place.seen for place, _ in read_rows(path, "user")) == sorted(4 * [1, 2, 3, 4, 5, 6])
+
+
+# A run's models are large: each is loaded once, and gone before the next one comes
+
+
+KEYS = {
+    "mllm": "llava", "use_image": True, "summary_mode": "recurrent", "item_summary": "fused", "item_summary_tokens": 4,
+    "user_summary_tokens": 4, "limit_users": 4, "train_last_k": 1, "epochs": 1,
+}  # fmt: skip
+
+
+def test_one_summariser_at_a_time_and_none_beside_what_is_trained(tmp_path, monkeypatch):
+    small_world.write(tmp_path / "data")
+    tiny_models.llava(tmp_path / "llava")
+    stock, models, alive = hf.load, [], []
+
+    def load(*args, **kwargs):
+        alive.append(sum(model() is not None for model in models))
+        loaded = stock(*args, **kwargs)
+        models.append(weakref.ref(loaded.model))
+        return loaded
+
+    monkeypatch.setattr(hf, "load", load)
+    monkeypatch.chdir(tmp_path)
+    run(make_config("MLLMMSR", "steps", [], launched_runs.settings(tmp_path, tmp_path, KEYS)))
+    assert alive == [0, 0, 0]  # items' (three kinds of prompts), users', and the recommender

@@ -11,7 +11,11 @@ import pytest
 import recbole
 import yaml
 from echoed_prompts import echoing, prompts_of, read
+from run_parts import LOO
 
+from recbole_mllm.benchmark.jobs import BenchmarkPlan, jobs_of
+from recbole_mllm.benchmark.report import render
+from recbole_mllm.benchmark.worker import run_job
 from recbole_mllm.cli import main
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.data.atomic import read_atomic
@@ -22,11 +26,6 @@ from recbole_mllm.quick_start import make_config, run
 PARTS = ("train", "valid", "test")
 EXAMPLES = Path(recbole.__file__).parent / "dataset_example"
 START = 1_700_000_000
-
-
-@pytest.fixture(autouse=True)
-def _alone(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["x"])
 
 
 def log(seed, users=40, items=60):
@@ -183,10 +182,7 @@ def world(tmp_path_factory):
     return split(whole, home / "later", *TEMPORAL, "--max-list", "6"), Truth(rows, longest=6)
 
 
-MODELS = (
-    *("Pop", "ItemKNN", "BPR", "LightGCN", "SASRec", "GRU4Rec", "BERT4Rec"),
-    *("SASRecF", "GRU4RecF", "MLLMMSR"),
-)
+MODELS = (*("Pop", "ItemKNN", "BPR", "LightGCN", "SASRec", "GRU4Rec", "BERT4Rec"), *("SASRecF", "GRU4RecF", "MLLMMSR"))
 SMALL = {
     "epochs": 1, "show_progress": False, "state": "ERROR", "metrics": ["NDCG", "GAUC"], "topk": [5], "use_gpu": False,
     "valid_metric": "NDCG@5", "frozen_candidates": True, "embedding_size": 8, "hidden_size": 8, "inner_size": 8,
@@ -199,7 +195,7 @@ def configured(folder, model, **keys):
     own = {"mllm": "none"} if model == "MLLMMSR" else {}
     if model.endswith("RecF"):
         own = {"load_col": load | {"item": ["item_id", "genres"]}, "selected_features": ["genres"]}
-    mode = {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "uni10"}
+    mode = LOO | {"mode": "uni10"}
     given = {"data_path": str(folder.parent), "checkpoint_dir": str(folder.parent / "saved"), "eval_args": mode}
     return make_config(model, folder.name, [], SMALL | given | own | keys)
 
@@ -252,16 +248,16 @@ def test_leaving_one_out_trains_on_what_comes_after_most_test_targets(world):
     assert found == pytest.approx(bisect_left(sorted(last), latest) / len(last)) and found > 0.5
 
 
-def test_a_prompt_has_read_what_its_user_did_before_and_the_answers_of_another_split_are_found(tmp_path, monkeypatch):
+def test_a_prompt_has_read_what_its_user_did_before_and_the_answers_of_another_split_are_found(tmp_path):
     rows = log(11, users=14)
     whole, truth = convert(write_log(tmp_path / "raw", rows), tmp_path / "whole"), Truth(rows, longest=3)
     load = yaml.safe_load((whole / "dataset.yaml").read_text())["load_col"]
     with echoing() as server:
-        prompts_of(whole, server.url, monkeypatch, load_col=load)
+        prompts_of(whole, server.url, load_col=load)
         asked = len(server.bodies)
         later = split(whole, tmp_path / "later", *TEMPORAL, "--max-list", "3")
         load = yaml.safe_load((later / "dataset.yaml").read_text())["load_col"]
-        found = prompts_of(later, server.url, monkeypatch, load_col=load)
+        found = prompts_of(later, server.url, load_col=load)
         assert asked and len(server.bodies) == asked
         before = Counter(
             (user, item, *truth.whole[user][:place]) for each in truth.rows.values() for user, item, place in each
@@ -269,16 +265,19 @@ def test_a_prompt_has_read_what_its_user_did_before_and_the_answers_of_another_s
         assert Counter((user, item, *read(text)) for user, item, text in found) == before
         for path in (later / "later.mllm.sqlite", *later.glob("*.usum")):  # written anew, the chains are the same
             path.unlink()
-        again = prompts_of(later, server.url, monkeypatch, load_col=load)
+        again = prompts_of(later, server.url, load_col=load)
         assert again == found and len(server.bodies) > asked
 
 
-def test_a_leaderboard_says_that_nothing_has_seen_the_future_and_who_is_new(world, tmp_path):
+def test_a_leaderboard_says_that_nothing_has_seen_the_future_and_who_is_new(world, tmp_path, monkeypatch):
     folder, truth = world
-    words = ["--dataset", "later", "--models", "Pop", f"--data_path={folder.parent}", "--topk=[5]", "--jobs", "1"]
-    words += ["--output_dir", str(tmp_path / "out"), "--valid_metric=NDCG@5", "--use_gpu=False"]
-    mode = {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "uni10"}
-    assert main(["benchmark", *words, f"--eval_args={mode}"]) == 0
+    monkeypatch.chdir(tmp_path)
+    keys = {"data_path": str(folder.parent), "topk": [5], "valid_metric": "NDCG@5", "use_gpu": False}
+    keys["eval_args"] = LOO | {"mode": "uni10"}
+    (job,) = jobs_of(BenchmarkPlan("later", ("Pop",), (2024,), tmp_path / "out", overrides=keys))
+    job.folder.mkdir(parents=True)
+    run_job(json.loads(json.dumps(job.order())))
+    render(tmp_path / "out")
     told = json.loads((tmp_path / "out" / "leaderboard.json").read_text())
     assert told["future_share"] == 0 and told["protocol"].startswith("temporal split (trained before ")
     known_users, known_items = ({row[n] for row in truth.training} for n in (0, 1))
@@ -323,7 +322,7 @@ def test_how_much_of_the_future_leave_one_out_sees_on_ml_100k(tmp_path):
     from recbole_mllm.evaluation.protocol import future_share
 
     keys = {"data_path": str(EXAMPLES), "state": "ERROR", "use_gpu": False}
-    split = {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "uni20"}
+    split = LOO | {"mode": "uni20"}
     config = make_config("Pop", "ml-100k", [], keys | {"eval_args": split, "checkpoint_dir": str(tmp_path)})
     data = create_dataset(config)
     assert future_share(data, None, None) == pytest.approx(0.999, abs=5e-4)

@@ -11,13 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import small_world
-import tiny_models
 import torch
 from launching import ROOT, script_with
 from recbole.config import Config
-from recbole.data import create_dataset, data_preparation
 from recbole.quick_start import load_data_and_model
-from recbole.utils import get_trainer, init_logger, init_seed
+from recbole.utils import get_trainer, init_logger
+from run_parts import with_trainer
 
 from recbole_mllm.common.checkpoint import _COURSE, _MODEL, last_of, newest, read_checkpoint
 from recbole_mllm.common.errors import UserError
@@ -32,15 +31,6 @@ CPU = torch.device("cpu")
 EVALUATED = {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "uni10"}
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("training")
-    small_world.write(folder / "data")
-    tiny_models.llama(folder / "llama")
-    tiny_models.llava(folder / "llava")
-    return folder
-
-
 def _settings(place, folder):
     return {
         "data_path": str(place / "data"), "checkpoint_dir": str(folder / "saved"), "mllm": str(place / "llama"),
@@ -53,20 +43,15 @@ def _settings(place, folder):
 
 @pytest.fixture
 def settings(place, monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["pytest"])
     monkeypatch.chdir(tmp_path)
     return _settings(place, tmp_path)
 
 
-def _made(settings, kind=None):
+def _made(settings):
     config = Config(model="MLLMMSR", dataset="steps", config_dict=settings)
-    init_seed(config["seed"], True)
     init_logger(config)
-    dataset = create_dataset(config)
-    train, valid, test = data_preparation(config, dataset)
-    init_seed(config["seed"], True)
-    model = MLLMMSR(config, train._dataset)
-    return (kind or get_trainer(config["MODEL_TYPE"], "MLLMMSR"))(config, model), train, valid, test
+    _, loaders, trainer = with_trainer(config)
+    return trainer, *loaders
 
 
 def _fit(settings, **more):
@@ -139,7 +124,6 @@ def finished(place, tmp_path_factory):
     """The settings and the trainer of a run of one epoch, which has left its newest state too."""
     folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["pytest"])
         patch.chdir(folder)
         settings = _settings(place, folder) | {"epochs": 1, "checkpoint_every_steps": 3}
         return settings, _fit(settings)
@@ -371,7 +355,6 @@ def filled(request, place, tmp_path_factory):
     folder = tmp_path_factory.mktemp("memory")
     keys = {"mllm": str(place / "llava"), "use_image": True, "finetune": request.param, "lora_dropout": 0.0}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["pytest"])
         patch.chdir(folder)
         trainer, train, *_ = _made(_settings(place, folder) | keys | {"train_last_k": 1})
     trainer.model.train()

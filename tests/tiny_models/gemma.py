@@ -1,7 +1,5 @@
 """Gemma3 (sliding windows, images read in both directions) and PaliGemma (the whole prompt read in both directions)."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +16,15 @@ from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImagePr
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from tiny_models import templates
-from tiny_models.parts import HALF, TEXT, VISION, ids, write
+from tiny_models.parts import HALF, TEXT, VISION, ids, made_once, write
 from tiny_models.words import gemma_sentencepiece
 
 _TURNS = ["<start_of_turn>", "<end_of_turn>"]
 _NAMED = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
 
 
-def gemma3(folder: Path, seed: int = 0) -> Path:
+@made_once
+def gemma3(folder: Path) -> Path:
     """Write a Gemma3 whose sliding window is shorter than a prompt."""
     words = gemma_sentencepiece(templates.GEMMA3, extra_special_tokens=_NAMED)
     words.add_special_tokens({"additional_special_tokens": [*_TURNS, *_NAMED.values()]})
@@ -44,19 +43,12 @@ def gemma3(folder: Path, seed: int = 0) -> Path:
         ),
     )
     pixels = Gemma3ImageProcessorPil(size={"height": 32, "width": 32}, **HALF)
-    return write(
-        folder,
-        Gemma3ForConditionalGeneration,
-        config,
-        words,
-        pixels,
-        seed=seed,
-        processor_class="Gemma3Processor",
-        image_seq_length=4,
-    )
+    told = {"processor_class": "Gemma3Processor", "image_seq_length": 4}
+    return write(folder, Gemma3ForConditionalGeneration, config, words, pixels, **told)
 
 
-def paligemma(folder: Path, seed: int = 0, text: Any = GemmaConfig, **shape: Any) -> Path:
+@made_once
+def paligemma(folder: Path, text: Any = GemmaConfig, **shape: Any) -> Path:
     """Write a PaliGemma; it has no chat template."""
     words = gemma_sentencepiece(None)
     words.add_special_tokens({"additional_special_tokens": ["<image>"]})
@@ -71,12 +63,4 @@ def paligemma(folder: Path, seed: int = 0, text: Any = GemmaConfig, **shape: Any
     )
     pixels = SiglipImageProcessorPil(size={"height": 32, "width": 32}, image_seq_length=16, **HALF)
     pixels.image_seq_length = 16
-    return write(
-        folder,
-        PaliGemmaForConditionalGeneration,
-        config,
-        words,
-        pixels,
-        seed=seed,
-        processor_class="PaliGemmaProcessor",
-    )
+    return write(folder, PaliGemmaForConditionalGeneration, config, words, pixels, processor_class="PaliGemmaProcessor")

@@ -1,7 +1,5 @@
 """A Llama in llama.cpp's one-file format, written from a folder of ours by the `gguf` package."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Idefics3 and SmolVLM: images cut into rows and columns of tiles, each behind a token of its own."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +14,14 @@ from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3I
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from tiny_models import templates
-from tiny_models.parts import HALF, TEXT, VISION, ids, write
+from tiny_models.parts import HALF, TEXT, VISION, ids, made_once, write
 from tiny_models.words import byte_level
 
 _SPECIAL = ["<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>"]
 _SPECIAL += [f"<row_{i}_col_{j}>" for i in (1, 2) for j in (1, 2)]
 
 
-def _write(folder: Path, model: Any, config: Any, pixels: Any, start: str, template: str, seed: int) -> Path:
+def _write(folder: Path, model: Any, config: Any, pixels: Any, start: str, template: str) -> Path:
     special = ["<pad>", start, "<|im_end|>", *_SPECIAL]
     words = byte_level(special, template, bos_token=start, eos_token="<end_of_utterance>", pad_token="<pad>")
     made = config(
@@ -34,16 +32,18 @@ def _write(folder: Path, model: Any, config: Any, pixels: Any, start: str, templ
     )
     name = model.__name__.replace("ForConditionalGeneration", "Processor")
     image_processor = pixels(size={"longest_edge": 64}, max_image_size={"longest_edge": 32}, **HALF)
-    return write(folder, model, made, words, image_processor, seed=seed, processor_class=name, image_seq_len=4)
+    return write(folder, model, made, words, image_processor, processor_class=name, image_seq_len=4)
 
 
-def idefics3(folder: Path, seed: int = 0) -> Path:
+@made_once
+def idefics3(folder: Path) -> Path:
     """Write an Idefics3."""
     parts = Idefics3ForConditionalGeneration, Idefics3Config, Idefics3ImageProcessorPil
-    return _write(folder, *parts, "<|begin_of_text|>", templates.IDEFICS3, seed)
+    return _write(folder, *parts, "<|begin_of_text|>", templates.IDEFICS3)
 
 
-def smolvlm(folder: Path, seed: int = 0) -> Path:
+@made_once
+def smolvlm(folder: Path) -> Path:
     """Write a SmolVLM."""
     parts = SmolVLMForConditionalGeneration, SmolVLMConfig, SmolVLMImageProcessorPil
-    return _write(folder, *parts, "<|im_start|>", templates.SMOLVLM, seed)
+    return _write(folder, *parts, "<|im_start|>", templates.SMOLVLM)

@@ -1,7 +1,5 @@
 """Text-only Llama, and the families that put a CLIP or SigLIP tower in front of one."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from tiny_models import templates
-from tiny_models.parts import HALF, TEXT, VISION, ids, write
+from tiny_models.parts import HALF, TEXT, VISION, ids, made_once, write
 from tiny_models.words import byte_level, llama_sentencepiece
 
 _NAMED = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
@@ -32,14 +30,16 @@ _TOWER = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
 _MISTRAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "[INST]", "[/INST]"]
 
 
-def llama(folder: Path, seed: int = 0, **shape: int) -> Path:
+@made_once
+def llama(folder: Path, **shape: int) -> Path:
     """Write a text-only Llama with a byte-level BPE tokeniser; `shape` is the configuration's."""
     words = byte_level([w for w in _MISTRAL if w != "<image>"], templates.MISTRAL_TEXT, **_NAMED)
     config = LlamaConfig(vocab_size=len(words), **TEXT | shape, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    return write(folder, LlamaForCausalLM, config, words, seed=seed)
+    return write(folder, LlamaForCausalLM, config, words)
 
 
-def llava(folder: Path, seed: int = 0, side: int = 32, text: Any = LlamaConfig, **shape: Any) -> Path:
+@made_once
+def llava(folder: Path, side: int = 32, text: Any = LlamaConfig, **shape: Any) -> Path:
     """Write a Llava of a SigLIP tower and a Llama with a SentencePiece tokeniser, which puts <s> in front itself.
 
     `side` is that of an image in pixels, always cut into 16 patches; `text` another language model, with its `shape`.
@@ -57,28 +57,18 @@ def llava(folder: Path, seed: int = 0, side: int = 32, text: Any = LlamaConfig, 
         vision_feature_select_strategy="full",
     )
     pixels = SiglipImageProcessorPil(size={"height": side, "width": side}, **HALF)
-    return write(
-        folder,
-        LlavaForConditionalGeneration,
-        config,
-        words,
-        pixels,
-        seed=seed,
-        processor_class="LlavaProcessor",
-        patch_size=side // 4,
-        vision_feature_select_strategy="full",
-        num_additional_image_tokens=0,
-    )
+    told = {
+        "processor_class": "LlavaProcessor",
+        "patch_size": side // 4,
+        "vision_feature_select_strategy": "full",
+        "num_additional_image_tokens": 0,
+    }
+    return write(folder, LlavaForConditionalGeneration, config, words, pixels, **told)
 
 
+@made_once
 def llava_next(
-    folder: Path,
-    seed: int = 0,
-    layers: int = 3,
-    width: int = 64,
-    tile: int = 32,
-    text: Any = LlamaConfig,
-    **shape: Any,
+    folder: Path, layers: int = 3, width: int = 64, tile: int = 32, text: Any = LlamaConfig, **shape: Any
 ) -> Path:
     """Write a LLaVA-NeXT whose images are an overview and up to four tiles; `tile` is the side of one in pixels."""
     words = byte_level(_MISTRAL, templates.LLAVA_NEXT, **_NAMED)
@@ -95,18 +85,13 @@ def llava_next(
     pixels = LlavaNextImageProcessorPil(
         size={"shortest_edge": tile}, crop_size={"height": tile, "width": tile}, image_grid_pinpoints=_grids(tile)
     )
-    return write(
-        folder,
-        LlavaNextForConditionalGeneration,
-        config,
-        words,
-        pixels,
-        seed=seed,
-        processor_class="LlavaNextProcessor",
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-    )
+    told = {
+        "processor_class": "LlavaNextProcessor",
+        "patch_size": 8,
+        "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": 1,
+    }
+    return write(folder, LlavaNextForConditionalGeneration, config, words, pixels, **told)
 
 
 def _grids(tile: int) -> list[list[int]]:
@@ -114,7 +99,8 @@ def _grids(tile: int) -> list[list[int]]:
     return [[64, 64]] + [[32, 64], [64, 32]] if tile == 32 else [[2 * tile, 2 * tile]]
 
 
-def internvl(folder: Path, seed: int = 0, text: Any = Qwen2Config, **shape: Any) -> Path:
+@made_once
+def internvl(folder: Path, text: Any = Qwen2Config, **shape: Any) -> Path:
     """Write an InternVL with a Qwen2, byte-level BPE, images cut into up to three tiles."""
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>"]
     marks = {"start_image_token": "<img>", "end_image_token": "</img>"}
@@ -132,13 +118,5 @@ def internvl(folder: Path, seed: int = 0, text: Any = Qwen2Config, **shape: Any)
     pixels = GotOcr2ImageProcessorPil(
         size={"height": 32, "width": 32}, crop_to_patches=True, min_patches=1, max_patches=3, **HALF
     )
-    return write(
-        folder,
-        InternVLForConditionalGeneration,
-        config,
-        words,
-        pixels,
-        seed=seed,
-        processor_class="InternVLProcessor",
-        image_seq_length=4,
-    )
+    told = {"processor_class": "InternVLProcessor", "image_seq_length": 4}
+    return write(folder, InternVLForConditionalGeneration, config, words, pixels, **told)

@@ -1,7 +1,5 @@
 """Families over another language model than their first: what that one's class does to its logits, they may not."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,11 +22,12 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 from tiny_models import templates
 from tiny_models.gemma import paligemma
 from tiny_models.llava import internvl, llava, llava_next
-from tiny_models.parts import HALF, TEXT, VISION, ids, write
+from tiny_models.parts import HALF, TEXT, VISION, ids, made_once, write
 from tiny_models.words import byte_level
 
 
-def aya_vision(folder: Path, seed: int = 0, text: Any = Cohere2Config, **shape: Any) -> Path:
+@made_once
+def aya_vision(folder: Path, text: Any = Cohere2Config, **shape: Any) -> Path:
     """Write an Aya Vision, whose images are cut into up to three tiles and an overview, each behind a token."""
     special = ["<PAD>", "<BOS>", "<EOS>", "<|im_start|>", "<|im_end|>", "<image>", "TILE", "TILE_GLOBAL"]
     special += [f"<|{name}|>" for name in ("START_OF_IMG", "END_OF_IMG", "IMG_PATCH", "IMG_LINE_BREAK")]
@@ -43,18 +42,8 @@ def aya_vision(folder: Path, seed: int = 0, text: Any = Cohere2Config, **shape: 
     pixels = GotOcr2ImageProcessorPil(
         size={"height": 32, "width": 32}, crop_to_patches=True, min_patches=1, max_patches=3, **HALF
     )
-    return write(
-        folder,
-        AyaVisionForConditionalGeneration,
-        config,
-        words,
-        pixels,
-        seed=seed,
-        processor_class="AyaVisionProcessor",
-        patch_size=8,
-        img_size=32,
-        downsample_factor=2,
-    )
+    told = {"processor_class": "AyaVisionProcessor", "patch_size": 8, "img_size": 32, "downsample_factor": 2}
+    return write(folder, AyaVisionForConditionalGeneration, config, words, pixels, **told)
 
 
 def _over(build: Callable[..., Path], text: Any, **shape: Any) -> Callable[[Path], Path]:

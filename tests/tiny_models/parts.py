@@ -1,9 +1,11 @@
 """What the tiny models share: sizes, weights that make logits depend on the context, and how a folder is written."""
 
-from __future__ import annotations
-
 import json
+import shutil
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -28,6 +30,20 @@ VISION: dict[str, Any] = {
     "patch_size": 8,
 }
 HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+_MADE = TemporaryDirectory()
+
+
+def made_once(build: Callable[..., Path]) -> Callable[..., Path]:
+    """Let a process make each model once, and copy it from then on: many tests begin with the same one."""
+
+    @wraps(build)
+    def built(folder: Path, **how: Any) -> Path:
+        source = Path(_MADE.name) / f"{build.__name__} {how}"
+        if not source.is_dir():
+            build(source, **how)
+        return Path(shutil.copytree(source, folder, dirs_exist_ok=True))
+
+    return built
 
 
 def ids(words: Any, **names: str) -> dict[str, int]:
@@ -44,7 +60,9 @@ def settle(model: torch.nn.Module) -> None:
                 parameter.mul_(3) if parameter.any() else parameter.normal_(std=0.1)
 
 
-def write(folder: Path, model: type[PreTrainedModel], config: Any, *parts: Any, seed: int, **processor: Any) -> Path:
+def write(
+    folder: Path, model: type[PreTrainedModel], config: Any, *parts: Any, seed: int = 0, **processor: Any
+) -> Path:
     """Write random weights of `config`, the `parts` of its processor, and what else the processor is told."""
     torch.manual_seed(seed)
     made = model(config)

@@ -1,7 +1,5 @@
 """Text-only families that have no row of their own: they are checked at first use, and split as the others are."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,7 +29,7 @@ def _builder(name: str, shape: dict[str, Any]) -> Callable[[Path], Path]:
         words = AutoTokenizer.from_pretrained(llama(folder))
         ends = {"vocab_size": len(words), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
         config = getattr(transformers, f"{name}Config")(**TEXT | ends | shape)
-        return write(folder, getattr(transformers, f"{name}ForCausalLM"), config, words, seed=0)
+        return write(folder, getattr(transformers, f"{name}ForCausalLM"), config, words)
 
     build.__name__ = name.lower()
     return build
@@ -42,7 +40,7 @@ def gemma3_text(folder: Path) -> Path:
     words = AutoTokenizer.from_pretrained(llama(folder))
     shape = {"head_dim": 16, "sliding_window": 16, "vocab_size": len(words), "pad_token_id": 0}
     config = transformers.Gemma3TextConfig(**TEXT | shape)
-    return write(folder, transformers.Gemma3ForCausalLM, config, words, seed=0)
+    return write(folder, transformers.Gemma3ForCausalLM, config, words)
 
 
 TEXT_FAMILIES = (*(_builder(name, shape) for name, shape in _SHAPES.items()), gemma3_text)

@@ -1,7 +1,5 @@
 """Real tokenisers of a few hundred tokens, trained once a process: byte-level BPE and SentencePiece."""
 
-from __future__ import annotations
-
 import io
 import tempfile
 from collections.abc import Sequence

@@ -126,12 +126,9 @@ def test_a_mistake_is_the_commands_line(raw, tmp_path, capsys):
     small_world.write(tmp_path / "dataset", images=False)
     for call, said in (
         (lambda: run_convert("csv", raw, "out", interactions="lg.csv"), "lg.csv"),
-        (lambda: run_convert("cvs", raw, "out"), "did you mean csv"),
-        (lambda: run_convert("csv", raw, "out", k_core="x"), "'x' is no whole number"),
         (lambda: run_convert("csv", raw, "out", colour="x"), "--colour"),
         (lambda: run_inspect("mode"), "no dataset 'mode'"),
         (lambda: run_benchmark("steps", ["Pop", "SASRek"]), "did you mean SASRec"),
-        (lambda: run_benchmark("steps", "Pop,MLLMMSR"), str(no_model())),
         (lambda: run_benchmark("steps", "Pop", config_dict={"epohcs": 1}), "did you mean epochs"),
         (lambda: run_benchmark("steps", "Pop", jobs=0), "--jobs is 0"),
         (lambda: run_benchmark(None), "dataset is None; it must be the name of a folder"),

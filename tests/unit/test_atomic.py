@@ -10,14 +10,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from recbole_mllm.common.errors import UserError
-from recbole_mllm.data.atomic import (
-    clean,
-    id_problem,
-    impossible_times,
-    read_atomic,
-    value_problem,
-    write_atomic,
-)
+from recbole_mllm.data.atomic import clean, id_problem, impossible_times, read_atomic, value_problem, write_atomic
 
 TRAPS = [
     "NA", "null", "nan", "None", "N/A", "", " ", "a b", "a  b", " a", "a ", '"', '"a', '"a"', 'a"', 'say "yes"', "'til",
@@ -30,11 +23,6 @@ TEXT = st.one_of(st.sampled_from(TRAPS), st.text(NASTY, max_size=8), st.text(max
 ITEMS = st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=40)
 ITEM = {"item_id": "token", "title": "token_seq"}
 DAY, NOW = 86_400, time.time()
-
-
-@pytest.fixture
-def plain_argv(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["x"])
 
 
 @given(st.text())
@@ -89,7 +77,7 @@ def write(folder: Path, titles: dict[str, str]) -> None:
 @given(ITEMS)
 @example([(text, text) for text in TRAPS])
 @settings(derandomize=True, max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
-def test_ids_and_titles_come_back_from_both_readers_or_are_refused(tmp_path_factory, plain_argv, items):
+def test_ids_and_titles_come_back_from_both_readers_or_are_refused(tmp_path_factory, items):
     folder = tmp_path_factory.mktemp("rt") / "x"
     told = {item: id_problem(item) for item, _ in items}
     assert all(problem is None or problem.split()[0] in ("is", "holds", "starts", "has") for problem in told.values())
@@ -114,7 +102,7 @@ def test_the_writer_refuses_with_a_line_or_the_reader_gives_back_the_same(tmp_pa
 
 
 @pytest.mark.parametrize(("mark", "end"), [("", "\n"), ("\ufeff", "\r\n")])
-def test_recbole_reads_past_a_mark_and_keeps_words_that_pandas_takes_for_missing(tmp_path, plain_argv, mark, end):
+def test_recbole_reads_past_a_mark_and_keeps_words_that_pandas_takes_for_missing(tmp_path, mark, end):
     lines = ["user_id:token\titem_id:token\trating:float", "NA\tnull\t1", "nan\tNone\tNA", "u\ti\t3"]
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "x.inter").write_bytes((mark + end.join(lines) + end).encode())

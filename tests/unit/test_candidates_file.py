@@ -1,22 +1,17 @@
 """Candidates leave as a file and come back the same; a file that does not fit is refused with its line."""
 
-from __future__ import annotations
-
 import gzip
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import random_world
-from recbole.data import create_dataset
-from recbole.utils import init_seed
+import run_parts
 
 from recbole_mllm.cli import main
 from recbole_mllm.common.errors import UserError
-from recbole_mllm.evaluation.candidates import prepare_loaders
 from recbole_mllm.quick_start import make_config
 
 LOO = {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "uni5"}
@@ -26,7 +21,6 @@ SHARES = {"split": {"RS": [0.4, 0.3, 0.3]}, "order": "RO", "group_by": "user", "
 @pytest.fixture
 def home(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["pytest"])
     random_world.write(tmp_path, "random", seed=11, users=50, items=60)
     return tmp_path
 
@@ -36,10 +30,7 @@ def prepared(home: Path, model: str = "BPR", **keys: Any) -> Any:
         "data_path": str(home), "load_col": {"inter": ["user_id", "item_id", "timestamp"]}, "eval_args": LOO,
         "frozen_candidates": True, "state": "ERROR", "worker": 0,
     }  # fmt: skip
-    config = make_config(model, "random", [], settings | keys)
-    init_seed(config["seed"], True)
-    dataset = create_dataset(config)
-    return dataset, prepare_loaders(config, dataset)
+    return run_parts.prepared(make_config(model, "random", [], settings | keys))
 
 
 OWN = ["--load_col={inter: [user_id, item_id, timestamp]}"]
@@ -57,7 +48,6 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     folder = tmp_path_factory.mktemp("exported")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(sys, "argv", ["pytest"])
         random_world.write(folder, "random", seed=11, users=50, items=60)
         return export(folder, "a.jsonl").read_bytes()
 

@@ -1,7 +1,5 @@
 """Case studies: who is shown is settled before anybody knows how it came out, and what is shown is what was kept."""
 
-from __future__ import annotations
-
 import base64
 import io
 import json
@@ -35,8 +33,7 @@ from recbole_mllm.data.item_table import Items
 from recbole_mllm.summaries.chains import State
 from recbole_mllm.summaries.preferences import Preferences
 from recbole_mllm.summaries.user_summaries import SummaryRequests
-from tests.planted_cases import TEXTS, plant_cases, plant_images
-from tests.planted_runs import plant_run
+from tests.planted_runs import TEXTS, plant_cases, plant_images, plant_run
 
 
 @pytest.fixture(scope="module")

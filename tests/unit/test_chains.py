@@ -2,15 +2,12 @@
 
 from dataclasses import replace
 
-import yaml
 from hypothesis import given
 from hypothesis import settings as settings_
 from hypothesis import strategies as st
 from planted_writers import Planted, StoreInMemory
+from stock_forward import SETTINGS, STYLE
 
-from recbole_mllm.common.prompts import Style
-from recbole_mllm.common.resources import PROPERTIES
-from recbole_mllm.common.settings import SummarySettings
 from recbole_mllm.data.item_table import Items
 from recbole_mllm.mllm.interface import Decoding
 from recbole_mllm.summaries.chains import State, before, history_digest, state_at, steps
@@ -18,8 +15,7 @@ from recbole_mllm.summaries.generator import CachedGenerator
 from recbole_mllm.summaries.preferences import Preferences
 from recbole_mllm.summaries.user_summaries import SummaryRequests, as_rows, preferences
 
-BASE = SummarySettings.from_config(yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text()))
-STYLE = Style.from_mapping("demo", yaml.safe_load((PROPERTIES / "prompt" / "demo.yaml").read_text()))
+BASE = SETTINGS.summary
 
 SETTINGS = st.builds(
     lambda size, partial, most, mode: replace(

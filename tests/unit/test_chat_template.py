@@ -29,10 +29,7 @@ TEMPLATES = {
         _TURN.replace("THOUGHT", "<think>\n\n</think>\n\n") + _ASKS + "<think>\n{% endif %}",
         "assistant\n<think>\n\n</think>\n\n",
     ),
-    "channel": (
-        _TURN.replace("THOUGHT", '<"final"> ') + _ASKS + "{% endif %}\n",
-        'assistant\n<"final">',
-    ),
+    "channel": (_TURN.replace("THOUGHT", '<"final"> ') + _ASKS + "{% endif %}\n", 'assistant\n<"final">'),
     "none": (_TURN.replace("THOUGHT", ""), "[INST]assistant\n"),
 }
 PROMPT = recommend_prompt(STYLE, "likes cats", "a <think> mug", None)

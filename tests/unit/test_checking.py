@@ -1,7 +1,6 @@
 """A damaged atomic file is one line with its place, for every model and before anything else; a sound one loads."""
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,7 +23,6 @@ USERS = [f"u{n}\t{n}" for n in range(6)]
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["recbole-mllm"])
 
 
 def text(head, rows, third=None):

@@ -1,17 +1,18 @@
 """Configuration: every shipped file parses; a wrong file, key or value is one line that names it and helps."""
 
-import sys
 from dataclasses import fields
 from typing import Annotated, get_args, get_origin, get_type_hints
 
 import pytest
 import yaml
 from recbole.config import Config
+from stock_forward import KEYS
 
 from recbole_mllm.common import settings
 from recbole_mllm.common.config import (
     benchmark_defaults,
     check_keys,
+    check_training,
     check_values,
     checked_file,
     config_paths,
@@ -26,14 +27,13 @@ from recbole_mllm.common.settings import Settings, known_keys
 from recbole_mllm.common.yaml_files import check_readable, line_of, read_mapping
 from recbole_mllm.inspect.measure import find_layout
 
-BASE = yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text()) | {"mllm": "tiny"}
 PRESETS = {"demo", "ml-100k-posters", "microlens", "amazon2023", "paper", "llava-1.6-mistral-7b", "qwen2.5-vl-7b"}
 
 
 def test_every_preset_the_design_names_is_there_and_parses():
     assert PRESETS | {"smolvlm-256m"} <= set(named("quick_start_config"))
     for name in named("quick_start_config"):
-        Settings.from_config(BASE | yaml.safe_load(resource("quick_start_config", name).read_text()))
+        Settings.from_config(KEYS | yaml.safe_load(resource("quick_start_config", name).read_text()))
 
 
 def test_every_setting_stands_in_a_shipped_file_with_a_comment():
@@ -116,17 +116,17 @@ def test_every_number_of_ours_has_a_range_and_every_default_is_in_it():
             assert not {int, float} & kinds, f"{key} of {group.__name__} is a number without a range"
         assert {field.name for field in fields(group)} <= known_keys()
     shipped = yaml.safe_load((PROPERTIES / "overall.yaml").read_text())
-    check_values(BASE | shipped | shipped["benchmark_defaults"])
+    check_values(KEYS | shipped | shipped["benchmark_defaults"])
 
 
 def test_numbers_at_the_ends_of_their_ranges_and_a_bare_off_are_taken():
     check_values({"lora_dropout": 0, "warmup_ratio": 1, "summary_temperature": 0, "fusion": 1, "limit_users": 1,
                   "candidate_seed": 2**32 - 1, "block_size": 3.0, "topk": 5, "epochs": 0, "eval_step": 0,
                   "eval_args": {"mode": {"valid": "uni1", "test": "labeled"}, "split": {"RS": [8, 1, 1]}}})  # fmt: skip
-    assert Settings.from_config(BASE | yaml.safe_load("summarize: off")).summary.summarize == "off"
+    assert Settings.from_config(KEYS | yaml.safe_load("summarize: off")).summary.summarize == "off"
 
 
-def test_an_unknown_key_or_preset_names_the_nearest(tmp_path):
+def test_an_unknown_key_or_preset_names_the_nearest():
     with pytest.raises(UserError, match="unknown key 'lora_rnk' in my.yaml; did you mean lora_"):
         check_keys(["lora_rnk"], "my.yaml")
     check_keys(["learning_rate", "hidden_size", "lora_r", "eval_args"], "my.yaml")
@@ -199,8 +199,7 @@ def test_an_empty_file_has_no_keys(tmp_path, text):
     assert read_mapping(tmp_path / "my.yaml") == {} and not check_readable(tmp_path / "my.yaml")
 
 
-def test_values_are_read_as_recbole_reads_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["run"])
+def test_values_are_read_as_recbole_reads_them(tmp_path):
     path = tmp_path / "my.yaml"
     path.write_text(
         "\ufefflearning_rate: 1e-3\nweight_decay: 1.5E-2\nseed: 7\nx: &x {a: 1}\ny: {<<: *x, a: 2, b: off}\nn: 1_000\n"
@@ -212,10 +211,7 @@ def test_values_are_read_as_recbole_reads_them(tmp_path, monkeypatch):
     assert line_of(path, "seed") == 3 and line_of(path, "y", "b") == 5 and line_of(path, "z") is None
 
 
-def test_a_stock_run_of_a_stock_model_is_given_what_recbole_takes_and_nothing_that_nobody_can_read(
-    tmp_path, monkeypatch
-):
-    monkeypatch.setattr(sys, "argv", ["run"])
+def test_a_stock_run_of_a_stock_model_is_given_what_recbole_takes_and_nothing_that_nobody_can_read(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("my_own_key: 1\nepochs: 3\nepochs: 4\nsizes: !!python/tuple [1, 2]\nlearning_rate: 0.0\n")
     (tmp_path / "empty.yaml").write_text("")
@@ -250,8 +246,16 @@ def test_a_key_or_model_that_is_none_names_the_nearest(tmp_path, text, said):
     assert said.format(path) in str(found.value)
 
 
-def test_lists_without_an_end_are_refused_of_the_models_that_have_lists(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["run"])
+def test_whole_numbers_with_a_point_are_whole_numbers_to_recbole():
+    given = {"epochs": 2.0, "train_batch_size": 64.0, "seed": 3.0, "topk": [10.0], "learning_rate": 1}
+    config = recbole_config("Pop", "mine", [], given | {"data_path": "."})
+    read = {key: config[key] for key in given}
+    assert read == given and [type(read[key]) for key in given] == [int, int, int, list, int]
+    assert type(read["topk"][0]) is int
+    check_training(config)
+
+
+def test_lists_without_an_end_are_refused_of_the_models_that_have_lists():
     keys = {"MAX_ITEM_LIST_LENGTH": None, "train_neg_sample_args": None, "data_path": "."}
     assert recbole_config("Pop", "mine", [], keys)["MAX_ITEM_LIST_LENGTH"] is None
     with pytest.raises(UserError, match="MAX_ITEM_LIST_LENGTH is None; it must be a whole number, at least 1, for S"):
@@ -278,8 +282,7 @@ def test_a_models_own_keys_are_known_where_only_its_source_reads_them(tmp_path):
         ("item_kind: movie\nblock_size: 0\n", "block_size is 0; it must be a whole number, at least 1 ({}:2)"),
     ],
 )
-def test_a_datasets_own_file_is_checked_in_every_run_and_by_inspect(tmp_path, monkeypatch, text, said):
-    monkeypatch.setattr(sys, "argv", ["run"])
+def test_a_datasets_own_file_is_checked_in_every_run_and_by_inspect(tmp_path, text, said):
     path = tmp_path / "mine" / "dataset.yaml"
     path.parent.mkdir()
     (path.parent / "mine.inter").write_text("user_id:token\titem_id:token\ttimestamp:float\nu\ti\t1\n")

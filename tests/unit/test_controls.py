@@ -6,13 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from planted_writers import Planted
+from stock_forward import KEYS, STYLE
 
-from recbole_mllm import preset
 from recbole_mllm.benchmark.variants import resolve
 from recbole_mllm.common.errors import UserError
-from recbole_mllm.common.prompts import read_style
 from recbole_mllm.common.settings import Settings, SummarySettings
 from recbole_mllm.data.item_table import Items
 from recbole_mllm.recommender import _MLLMRanker
@@ -22,9 +20,7 @@ from recbole_mllm.summaries.preferences import Preferences
 from recbole_mllm.summaries.store import Decoding, Store
 from recbole_mllm.summaries.user_summaries import SummaryRequests, preferences
 
-KEYS = yaml.safe_load(Path(preset("MLLMMSR")).read_text()) | {"mllm": "tiny"}
 BASE = SummarySettings.from_config(KEYS | {"item_summary": "none"})
-STYLE = read_style("demo")
 LENGTHS = {"a": 9, "b": 6, "c": 6, "d\t1": 4, "e": 15}
 HISTORIES = {name: [f"{name[0]}i{n}" for n in range(length)] for name, length in LENGTHS.items()}
 REQUESTS = SummaryRequests(HISTORIES, {name: set(range(1, length)) for name, length in LENGTHS.items()})

@@ -1,7 +1,5 @@
 """Damaged raw files: one good line and nothing written, or a ledger in which every line of the file is found again."""
 
-from __future__ import annotations
-
 import contextlib
 import csv
 import io

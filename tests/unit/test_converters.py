@@ -1,7 +1,5 @@
 """Raw dumps become atomic files: what each format holds arrives, in exact order, and nothing vanishes unnamed."""
 
-from __future__ import annotations
-
 import contextlib
 import csv
 import hashlib
@@ -306,16 +304,6 @@ def test_the_same_input_gives_the_same_bytes_and_the_manifest_their_digests(tmp_
     assert sorted(path.name for path in folder.glob("d.*")) == ["d.inter", "d.item", "d.mllm.sqlite"]
 
 
-BROKEN = {
-    "no tab": ("pairs.tsv", b"1\t2 3\n4 5 6\n", 2),
-    "no utf-8": ("pairs.tsv", b"1\t2 3\n\xff\t5 6\n", 2),
-    "quoted id": ("pairs.tsv", b'1\t2 3\n2\t"4 5\n', 2),
-    "reserved id": ("pairs.tsv", b"[PAD]\t2 3\n1\t2 3\n", 1),
-    "three columns": ("titles.csv", b"item,title\n1,one,two\n", 2),
-    "two titles": ("titles.csv", b"item,title\n2,one\n2,two\n", 3),
-}
-
-
 def test_a_download_cut_short_is_named(tmp_path, capsys):
     raw = tmp_path / "raw"
     path = jsonl(raw / "T.jsonl.gz", [review(f"A{n}", "p", n) for n in range(5000)])
@@ -468,19 +456,6 @@ def test_columns_that_are_not_read_are_named_and_what_both_tables_have_is_the_it
     assert said in capsys.readouterr().out and said in (tmp_path / "o" / "README.md").read_text()
     assert main([*words, "--item-column=thing", "--time-column=when"]) == 0
     assert "not read: log.csv: shop; " in capsys.readouterr().out
-
-
-def test_lists_without_times_are_refused_for_a_temporal_split_in_a_line(tmp_path, capsys):
-    """As MicroLens-50k has them: a user's items in order, and no moment that compares two users."""
-    lists = {str(user): [str(1 + (user + n) % 7) for n in range(4)] for user in range(12)}
-    raw = write_microlens(tmp_path / "raw", lists, {str(item): f"title {item}" for item in range(1, 8)})
-    assert convert("microlens", raw, tmp_path / "t", "--protocol", "temporal") == 2
-    assert not (tmp_path / "t").exists()
-    assert convert("microlens", raw, tmp_path / "m") == 0
-    assert main(["split", str(tmp_path / "m"), "--protocol", "temporal", "--out", str(tmp_path / "t")]) == 2
-    said = capsys.readouterr().err.splitlines()
-    assert len([line for line in said if "a temporal split needs times that compare across users" in line]) == 2
-    assert not (tmp_path / "t").exists()
 
 
 def test_a_split_is_not_put_inside_what_is_split(tmp_path, capsys):

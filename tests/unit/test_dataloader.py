@@ -1,7 +1,6 @@
 """An epoch's training rows: negatives nobody met, the same rows grouped or not, known by seed and epoch alone."""
 
 import re
-import sys
 from collections import Counter
 
 import numpy as np
@@ -24,8 +23,7 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture
-def settings(place, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["pytest"])
+def settings(place):
     return {"data_path": str(place), "checkpoint_dir": str(place / "saved"), "seed": 7, "train_batch_size": 16,
             "mllm": "tiny"}  # fmt: skip
 

@@ -1,7 +1,5 @@
 """The demo world holds what it promises, and the shipped tiny MLLM sees and judges it."""
 
-from __future__ import annotations
-
 import json
 from functools import partial
 from itertools import product

@@ -1,15 +1,17 @@
 """What the docs show is real: commands are parsed, keys and presets known, Python compiles, links lead somewhere."""
 
-from __future__ import annotations
-
 import ast
 import importlib.util
+import json
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import yaml
 
@@ -242,3 +244,51 @@ def test_a_page_that_loads_from_outside_is_refused(hooks, html, is_refused):
             hooks.on_post_page(html, page)
     else:
         assert hooks.on_post_page(html, page) == html
+
+
+# The figures of docs/scale.md follow from one another: exponents from times, the bill from its hours
+
+
+SCALE = (Path(__file__).resolve().parents[2] / "docs" / "scale.md").read_text(encoding="utf-8")
+BILL = re.findall(
+    r"^\| ([^|]+) \| [\d,]+ (?:prompts|rows|pairs), ([\d.]+) min \| (\d+) \| ([\d,]+) \|$", SCALE, re.MULTILINE
+)
+
+
+def test_exponents_are_those_of_the_times_they_stand_beside():
+    timed = re.findall(r"^\| [\w ]+ \| ([\d.]+) s \| ([\d.]+) s \| ([\d.]+) s \| ([\d.]+) \|", SCALE, re.MULTILINE)
+    later = re.findall(
+        r"^\| [\w ]+ \| (\d+) s \| ([\d,]+) s \| [\d.]+ \| ([\d.]+) \| ([\d,]+) s \|$", SCALE, re.MULTILINE
+    )
+    assert len(timed) == len(later) == 3
+    for (*times, exponent), (*two, between, foretold) in zip(timed, later, strict=True):
+        power, level = np.polyfit(np.log([125, 250, 500]), np.log(np.array(times, float)), 1)
+        assert power == pytest.approx(float(exponent), abs=0.006)
+        assert np.exp(level + power * np.log(10_000)) == pytest.approx(float(foretold.replace(",", "")), abs=0.6)
+        small, large = (float(text.replace(",", "")) for text in two)
+        assert np.log10(large / small) == pytest.approx(float(between), abs=0.006)
+
+
+def test_the_bill_is_its_hours_at_the_rate_it_names():
+    assert len(BILL) == 5
+    rate = float(re.search(r"([\d.]+) a device hour", SCALE)[1])
+    for stage, minutes, hours, price in BILL:
+        assert float(hours) == pytest.approx(float(minutes) / 60 * 1e6 / 2_000, rel=0.02), stage
+        assert float(price.replace(",", "")) == pytest.approx(float(hours) * rate, abs=0.6 * rate), stage
+    hours, price = re.search(r"^\| all \| [\d.]+ h \| (\d+) \| ([\d,]+) \|$", SCALE, re.MULTILINE).groups()
+    assert float(hours) == pytest.approx(sum(float(row[2]) for row in BILL), abs=2)
+    assert float(price.replace(",", "")) == pytest.approx(sum(float(row[3].replace(",", "")) for row in BILL), abs=3)
+
+
+# The yardstick for GPUs runs, on a CPU and a tiny geometry
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_ends_with_one_json_line():
+    command = [sys.executable, "benchmarks/gpu.py", "--geometry", "tiny", "--users", "3", "--items", "1"]
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    found = json.loads(out.splitlines()[-1])
+    for stage in ("scoring", "training"):
+        assert found[stage]["largest"].keys() and found["matmul_tflops"] > 0
+        for way in ("usual", "ours"):
+            assert found[stage][way]["pairs_per_s"] > 0 and 0 < found[stage][way]["share_of_peak"] < 1.5

@@ -1,7 +1,5 @@
 """Images are fetched from a real server that misbehaves: again after a failure, never twice, and nothing but images."""
 
-from __future__ import annotations
-
 import io
 from collections import Counter
 from collections.abc import Iterator

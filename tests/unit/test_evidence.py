@@ -1,8 +1,10 @@
 """Curves are RecBole's own metrics at every k; groups part the users and hide nobody."""
 
-from __future__ import annotations
-
+import json
 import sys
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,10 +13,22 @@ from hypothesis import strategies as st
 from recbole.config import Config
 
 import recbole_mllm  # noqa: F401 - RecBole's Config on today's numpy
-from recbole_mllm.benchmark.evidence import bands, metric_curves, partitions, target_ranks
+from recbole_mllm.benchmark.evidence import (
+    BEYOND,
+    DEPTH,
+    Recommended,
+    bands,
+    beyond_accuracy,
+    gini_index,
+    metric_curves,
+    partitions,
+    target_ranks,
+)
 from recbole_mllm.benchmark.html import curve_charts, group_charts
 from recbole_mllm.benchmark.ranking import build
-from recbole_mllm.benchmark.records import read_arrays
+from recbole_mllm.benchmark.records import append, read_arrays, write_arrays
+from recbole_mllm.benchmark.report import render
+from recbole_mllm.benchmark.significance import jackknife
 from recbole_mllm.benchmark.tables import curves_table, groups_table
 from recbole_mllm.evaluation import metrics
 from recbole_mllm.evaluation.metrics import per_user
@@ -34,8 +48,7 @@ def log_with_ties(n_users: int = 40, candidates: int = 21) -> dict[str, np.ndarr
     return log | {"user_id": np.repeat(np.arange(n_users), candidates)}
 
 
-def test_every_k_is_what_recboles_classes_say(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["pytest"])
+def test_every_k_is_what_recboles_classes_say(tmp_path):
     keys = {"topk": list(range(1, 21)), "data_path": str(tmp_path)}
     log = log_with_ties()
     told = per_user(log, Config(model="Pop", dataset="none", config_dict=keys))
@@ -51,7 +64,6 @@ def test_every_k_is_what_recboles_classes_say(tmp_path, monkeypatch):
 
 
 def test_a_metric_of_recboles_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["pytest"])
     monkeypatch.setattr(metrics, "METRICS", (*metrics.METRICS, metrics.Metric("Precision"), metrics.Metric("MAP")))
     keys = {"topk": [1, 5], "data_path": str(tmp_path), "metrics": ["Hit", "MRR", "Precision", "MAP"]}
     told = per_user(log_with_ties(), Config(model="Pop", dataset="none", config_dict=keys))
@@ -115,3 +127,150 @@ def test_groups_recomputed_from_the_arrays(tmp_path):
 def test_a_dimension_of_one_group_is_named():
     columns = {"train_count": np.ones(5, int), "history_length": np.ones(5, int), "has_image": np.zeros(5, bool)}
     assert [part.dimension.labels for part in partitions(columns)] == [("warm",), ("1",), ("1",), ("without image",)]
+
+
+# What models recommend, beyond accuracy: against planted lists and RecBole's own metric classes
+
+
+ITEMS = 40
+NAMES = np.array([f"i{n}" for n in range(ITEMS)])
+
+
+def scored(users: int, likes_popular: float, seed: int = 3, candidates: int = 21) -> Recommended:
+    """Lists of users whose scores follow popularity as far as `likes_popular` says; item n has n interactions."""
+    rng = np.random.default_rng(seed)
+    item = np.concatenate([rng.permutation(ITEMS)[:candidates] for _ in range(users)])
+    order = likes_popular * item / ITEMS + rng.random(len(item))
+    shuffled = rng.permutation(len(item))
+    user = np.repeat(np.arange(users), candidates)[shuffled]
+    return Recommended.of(user, NAMES[item[shuffled]], order[shuffled], users, NAMES, np.arange(ITEMS))
+
+
+def test_the_measures_are_those_of_recboles_classes():
+    import recbole.data  # noqa: F401 - RecBole's modules import one another in a circle that begins well here alone
+    from recbole.evaluator import metrics as recbole_metrics
+
+    run = scored(60, 1.0)
+    found = beyond_accuracy([run], np.arange(ITEMS) >= 0)
+    config = {"topk": [DEPTH], "metric_decimal_place": 12}
+    coverage = recbole_metrics.ItemCoverage(config).get_coverage(run.items, ITEMS)
+    gini = recbole_metrics.GiniIndex(config).get_gini(run.items, ITEMS)
+    counts = dict(enumerate(run.counts.tolist()))
+    popularity = recbole_metrics.AveragePopularity(config).get_pop(run.items, counts).mean()
+    assert found["Coverage@10"].mean == pytest.approx(coverage)
+    assert found["Gini@10"].mean == pytest.approx(gini)
+    assert found["Popularity@10"].mean == pytest.approx(popularity)
+    head = {item for item in range(ITEMS) if item >= ITEMS - round(0.2 * (ITEMS - 1))}  # item 0 is not trained on
+    assert found["Tail@10"].mean == pytest.approx(np.mean([item not in head for item in run.items.ravel()]))
+    assert gini_index(np.full(9, 4)) == 0 and gini_index(np.array([0] * 99 + [7])) == pytest.approx(0.99)
+
+
+def test_a_lover_of_the_popular_covers_less_and_its_intervals_say_so():
+    fair, popular = (beyond_accuracy([scored(300, likes)], np.arange(ITEMS) >= 0) for likes in (0.0, 20.0))
+    assert set(fair) == set(BEYOND)
+    assert popular["Coverage@10"].mean < fair["Coverage@10"].mean == 1.0
+    assert popular["Gini@10"].low > fair["Gini@10"].high
+    assert popular["Popularity@10"].low > fair["Popularity@10"].high
+    assert popular["Tail@10"].high < fair["Tail@10"].low
+
+
+def test_intervals_of_shares_stay_within_their_bounds():
+    found = beyond_accuracy([scored(9, 0.0)], np.arange(ITEMS) >= 0)
+    assert found["Coverage@10"].mean < found["Coverage@10"].high == 1.0
+    assert all(found[name].low >= 0 and found[name].high <= 1 for name in ("Coverage@10", "Gini@10", "Tail@10"))
+
+
+def test_lists_shorter_than_ten_and_seeds_are_averaged():
+    short = scored(30, 1.0, candidates=4)
+    assert (short.items[:, :4] >= 0).all() and (short.items[:, 4:] == -1).all()
+    found = beyond_accuracy([short, scored(30, 1.0, seed=4, candidates=4)], np.arange(ITEMS) >= 0)
+    alone = [beyond_accuracy([run], np.arange(ITEMS) >= 0) for run in (short, scored(30, 1.0, seed=4, candidates=4))]
+    for name in BEYOND:
+        assert found[name].mean == pytest.approx(np.mean([one[name].mean for one in alone]))
+
+
+def gini_of(items, kept):
+    return gini_index(np.bincount(items[kept].ravel(), minlength=ITEMS))
+
+
+def test_the_jackknifes_interval_holds_what_another_sample_would_give():
+    """Of 200 samples of 150 users, Gini's index of very many users lies within the interval in about 95 %."""
+    rng, everyone = np.random.default_rng(5), scored(4000, 2.0)
+    truth = gini_index(np.bincount(everyone.items.ravel(), minlength=ITEMS))
+    inside = 0
+    for sample in range(200):
+        items = everyone.items[rng.integers(0, 4000, 150)]
+        interval = jackknife(partial(gini_of, items), 150, sample)
+        inside += interval.low <= truth <= interval.high
+    assert inside > 170
+
+
+def test_a_leaderboard_shows_them_of_every_model_that_recorded_training_counts(tmp_path):
+    for label, power, kind in (("Pop", 0.1, "baseline"), ("SASRec", 1.0, "baseline"), ("MLLMMSR", 2.2, "mllm")):
+        record = plant_run(tmp_path, label, power, kind, n_users=40)
+        counts = {"item": np.array([f"i{n}" for n in range(40 * 21)]), "count": np.arange(40 * 21)}
+        path = f"runs/{record.run_id}/train_counts.npz"
+        if label != "Pop":
+            write_arrays(tmp_path / path, counts)
+            record = replace(record, train_counts=path)
+        append(tmp_path / "runs.jsonl", record)
+    render(tmp_path)
+    rows = {row["model"]: row for row in json.loads((tmp_path / "leaderboard.json").read_text())["rows"]}
+    assert "beyond" not in rows["Pop"] and list(rows["SASRec"]["beyond"]) == list(BEYOND)
+    for one in rows["MLLMMSR"]["beyond"].values():
+        assert one["ci95"][0] <= one["mean"] <= one["ci95"][1]
+    for end in ("md", "html"):
+        text = (tmp_path / f"leaderboard.{end}").read_text()
+        assert "Beyond accuracy" in text and "Tail@10" in text
+
+
+class PlantedTracker:
+    """Stands for codecarbon's tracker: this much was read, or estimated, of processor and GPU."""
+
+    read = (0.002, 0.03)
+
+    def __init__(self, **options):
+        assert options["pue"] == 1.0 and not options["save_to_file"]
+
+    def start(self):
+        pass
+
+    def stop(self):
+        cpu, gpu = self.read
+        self.final_emissions_data = SimpleNamespace(cpu_energy=cpu, gpu_energy=gpu, energy_consumed=99.0)
+
+
+@pytest.mark.parametrize(
+    ("metered", "device", "alone", "found"),
+    [
+        (True, "cpu", True, {"energy_kwh": 0.002, "energy_of": "CPU"}),
+        (True, "cuda", True, {"energy_kwh": 0.032, "energy_of": "CPU and GPU"}),
+        (False, "cuda", True, {"energy_kwh": 0.03, "energy_of": "GPU"}),
+        (False, "cpu", True, {}),
+        (True, "cpu", False, {}),
+    ],
+)
+def test_energy_is_what_meters_read_and_never_an_estimate(metered, device, alone, found, monkeypatch):
+    from recbole_mllm.benchmark import worker
+
+    cpu = SimpleNamespace(is_rapl_available=lambda: metered)
+    monkeypatch.setitem(sys.modules, "codecarbon", SimpleNamespace(OfflineEmissionsTracker=PlantedTracker))
+    monkeypatch.setitem(sys.modules, "codecarbon.core", SimpleNamespace(cpu=cpu))
+    monkeypatch.setattr(worker, "find_spec", lambda name: True)
+    with worker.measured_energy(SimpleNamespace(type=device), alone=alone) as told:
+        assert told == {}
+    assert told == {name: pytest.approx(value) if name == "energy_kwh" else value for name, value in found.items()}
+
+
+def test_without_codecarbon_or_where_it_fails_there_is_no_energy_and_the_run_goes_on(monkeypatch):
+    from recbole_mllm.benchmark import worker
+
+    device = SimpleNamespace(type="cpu")
+    monkeypatch.setattr(worker, "find_spec", lambda name: None)
+    with worker.measured_energy(device, alone=True) as told:
+        pass
+    monkeypatch.setattr(worker, "find_spec", lambda name: True)
+    monkeypatch.setitem(sys.modules, "codecarbon", SimpleNamespace())  # holds no tracker
+    with worker.measured_energy(device, alone=True) as broken:
+        pass
+    assert told == broken == {}

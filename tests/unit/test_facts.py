@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections import Counter, defaultdict
 from itertools import product
 from pathlib import Path
@@ -11,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import run_parts
 from recbole.data import create_dataset
 from recbole.evaluator.collector import Collector
-from recbole.utils import init_seed
 
 from recbole_mllm.common.errors import UserError
-from recbole_mllm.evaluation.candidates import digest_of, prepare_loaders
+from recbole_mllm.evaluation.candidates import digest_of
 from recbole_mllm.evaluation.protocol import training_counts
 from recbole_mllm.quick_start import make_config, run
 
@@ -29,7 +28,6 @@ Row = tuple[str, str, float]
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["pytest"])
     return tmp_path
 
 
@@ -158,9 +156,7 @@ def configured(home: Path, model: str, keys: dict[str, Any], **more: Any) -> Any
 
 def prepared(home: Path, model: str, keys: dict[str, Any], **more: Any) -> Any:
     config = configured(home, model, keys, **more)
-    init_seed(config["seed"], True)
-    dataset = create_dataset(config)
-    return config, dataset, prepare_loaders(config, dataset)
+    return config, *run_parts.prepared(config)
 
 
 def asked(dataset: Any, loader: Any) -> tuple[Counter[tuple[str, str]], list[tuple[str, list[str]]]]:
@@ -329,15 +325,22 @@ def test_metrics_of_popularity_count_the_training_split_alike(home: Path, protoc
         assert collector.data_struct.get("data.num_items") == len(every | unknown) + 1, model
 
 
-@pytest.mark.parametrize("batch", [1, 2048])
-def test_pop_counts_each_interaction_once(home: Path, batch: int) -> None:
+@pytest.mark.parametrize(
+    ("kind", "batch", "frozen"), [("loo", 1, None), ("loo", 2048, None), ("paper", 2048, None), ("paper", 2048, True)]
+)
+def test_pop_counts_each_interaction_once_or_under_the_papers_protocol_each_target(
+    home: Path, kind: str, batch: int, frozen: bool | None
+) -> None:
     from recbole.quick_start.quick_start import get_model, get_trainer
 
-    keys = write_plain(home, "world", world(6)) | {"eval_args": LOO | {"mode": "uni5"}}
-    config, dataset, (train, *_) = prepared(home, "Pop", keys, frozen_candidates=None, train_batch_size=batch)
+    parts = paper(world(6))
+    keys = write_plain(home, "world", world(6)) if kind == "loo" else write_listed(home, "world", parts)
+    keys |= {"eval_args": LOO | {"mode": "uni5"}}
+    config, dataset, (train, *_) = prepared(home, "Pop", keys, frozen_candidates=frozen, train_batch_size=batch)
     model = get_model("Pop")(config, train._dataset)
     get_trainer(config["MODEL_TYPE"], "Pop")(config, model).fit(train, saved=False)
     trained = Counter(item for _, item in rows_of(dataset, train._dataset))
+    assert kind == "loo" or trained == Counter(target for _, _, target in parts[0])
     counts = model.item_cnt[:, 0]
     assert {str(dataset.id2token("item_id", n)): int(counts[n]) for n in counts.nonzero()[:, 0].tolist()} == trained
 

@@ -62,8 +62,7 @@ def as_file(rows, end="\n"):
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    rows=st.lists(plain_row, min_size=1, max_size=5) | st.lists(any_row, min_size=1, max_size=4),
-    cut=st.integers(0, 30),
+    rows=st.lists(plain_row, min_size=1, max_size=5) | st.lists(any_row, min_size=1, max_size=4), cut=st.integers(0, 30)
 )
 def test_files_plain_or_broken_are_read_alike_or_left_to_recbole(tmp_path, rows, cut):
     whole = as_file(rows)

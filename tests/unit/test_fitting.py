@@ -1,7 +1,5 @@
 """Training seconds hold training alone, and whether it had converged is told from the validations it had."""
 
-from __future__ import annotations
-
 import time
 from contextlib import nullcontext
 from typing import Any
@@ -25,7 +23,6 @@ def planted(tmp_path, monkeypatch) -> Any:
     """Return what runs a model on the small world, in a folder of its own."""
     small_world.write(tmp_path, images=False)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["pytest"])
 
     def planted(model: str, **keys: Any) -> Any:
         own = {"data_path": str(tmp_path), "checkpoint_dir": "saved", "frozen_candidates": True, "state": "ERROR"}

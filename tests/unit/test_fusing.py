@@ -1,7 +1,5 @@
 """A fused row from request to report: its parts run first, their kept scores make it, or the row says why not."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys

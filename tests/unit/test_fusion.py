@@ -1,7 +1,5 @@
 """Fusion finds what was planted: who knows what, and that new items must not pay for it."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from typing import Any

@@ -5,13 +5,12 @@ import json
 import pytest
 import tiny_models
 import torch
-import yaml
 from PIL import Image
 from planted_writers import answers_of
+from stock_forward import KEYS
 from transformers import GenerationConfig
 
 from recbole_mllm.common.prompts import Prompt
-from recbole_mllm.common.resources import PROPERTIES
 from recbole_mllm.common.settings import MLLMSettings, Settings
 from recbole_mllm.mllm.generation import generate_plainly, ignored_rules, own_rules, with_penalty
 from recbole_mllm.mllm.hf import HFModel
@@ -224,12 +223,11 @@ def test_the_summaries_of_a_run_take_a_models_own_rules_into_their_key_and_tag(t
     data = tmp_path / "data"
     data.mkdir()
     (data / "data.item").write_text("item_id:token\ttitle:token_seq\n1\ta\n")
-    base = yaml.safe_load((PROPERTIES / "model" / "MLLMMSR.yaml").read_text())
 
     def made(name, **keys):
         own = {"mllm": str(models[name]), "use_image": False, "item_summary": "text"}
         config = {"data_path": str(data), "ITEM_ID_FIELD": "item_id"}
-        stage = make_summary_setup(config, Settings.from_config(base | own | keys), torch.device("cpu"))
+        stage = make_summary_setup(config, Settings.from_config(KEYS | own | keys), torch.device("cpu"))
         return str(item_generator(stage, None).decoding), str(user_generator(stage, None).decoding), stage.tag
 
     penalty = '{"repetition_penalty": 1.05}'

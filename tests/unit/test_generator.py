@@ -115,11 +115,7 @@ def test_while_the_last_prompt_hangs_answers_are_stored_and_its_claim_is_renewed
 
 @pytest.mark.parametrize(
     ("text", "kept"),
-    [
-        ("One. Two. Thr", "One. Two."),
-        ("No end at all", "No end at all"),
-        ("第一。第二。第", "第一。第二。"),
-    ],
+    [("One. Two. Thr", "One. Two."), ("No end at all", "No end at all"), ("第一。第二。第", "第一。第二。")],
 )
 def test_a_text_cut_at_its_limit_ends_with_a_sentence_where_much_remains(text, kept):
     assert cut_at_sentence(Answer(text, 1, 1, truncated=True)) == kept

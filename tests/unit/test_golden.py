@@ -38,12 +38,11 @@ RUN = "MLLMMSR-no-image-2024-7038c836"
 
 
 @pytest.fixture(scope="module")
-def demo_config(tmp_path_factory):
-    """Return a function that configures a model on the demo world, which is built once."""
-    data = tmp_path_factory.mktemp("dataset")
+def demo_config(demo_data):
+    """Return a function that configures a model on the demo world."""
 
     def configured(model="MLLMMSR", **keys):
-        own = {"data_path": str(data), "state": "ERROR", "frozen_candidates": True, "use_gpu": False}
+        own = {"data_path": str(demo_data), "state": "ERROR", "frozen_candidates": True, "use_gpu": False}
         return make_config(model, "demo", list(config_paths(["demo"])), own | keys)
 
     return configured

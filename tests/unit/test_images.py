@@ -1,7 +1,5 @@
 """Every kind of image a folder may hold: valid ones open as upright RGB, the others say why they cannot."""
 
-from __future__ import annotations
-
 import os
 import struct
 import zlib

@@ -1,7 +1,5 @@
 """The leaderboard says what was planted, no more, and says it alike in every form."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

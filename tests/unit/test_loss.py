@@ -1,6 +1,8 @@
 """Fine-tuning losses and gradients: shared or not, in one part or many, checkpointed or not, they are the same."""
 
+import copy
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import tiny_models
@@ -24,12 +26,17 @@ def place(tmp_path_factory):
     return folder
 
 
+@cache
+def _loaded(folder):
+    return HFModel(str(folder), SETTINGS.mllm, CPU)
+
+
 def _model(place, build, **lora):
     """Return a model with an adapter whose gradients are all non-zero; a fresh one's are half zero."""
     folder = place / build.__name__
     if not folder.is_dir():
         build(folder)
-    mllm = HFModel(str(folder), SETTINGS.mllm, CPU)
+    mllm = copy.deepcopy(_loaded(folder))
     mllm.replace_model(tune(mllm.model, replace(SETTINGS.lora, **{"lora_dropout": 0.0, **lora}), seed=1))
     generator = torch.Generator().manual_seed(2)
     for name, parameter in mllm.model.named_parameters():

@@ -1,7 +1,5 @@
 """Whether a model knows a dataset: one that is planted to is found out, one that is not is cleared."""
 
-from __future__ import annotations
-
 import json
 import random
 import re

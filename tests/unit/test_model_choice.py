@@ -1,7 +1,6 @@
 """Outside the demo nothing says which MLLM is meant but the user: one line, before any work."""
 
 import re
-import sys
 
 import pytest
 import small_world
@@ -35,7 +34,6 @@ COMMANDS = (
 @pytest.fixture
 def data(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["pytest"])
     small_world.write(tmp_path / "dataset", images=False)
     return tmp_path / "dataset"
 

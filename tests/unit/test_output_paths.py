@@ -3,8 +3,6 @@
 All of it runs without a privilege in a throwaway folder (`unprivileged`).
 """
 
-from __future__ import annotations
-
 import json
 import textwrap
 

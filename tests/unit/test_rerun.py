@@ -1,7 +1,5 @@
 """A record is enough to do its run again, and what does not hold is said plainly."""
 
-from __future__ import annotations
-
 import sys
 from dataclasses import replace
 from pathlib import Path

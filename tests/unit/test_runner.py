@@ -1,7 +1,5 @@
 """A benchmark survives its runs: crashes, kills and interruptions cost what was at work and nothing else."""
 
-from __future__ import annotations
-
 import json
 import signal
 import subprocess

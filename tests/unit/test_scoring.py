@@ -1,7 +1,9 @@
 """Scoring: unknown families are checked once, prefixes are shared, and out of memory lowers the batch."""
 
 import copy
+import gc
 import logging
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -27,6 +29,7 @@ from transformers import (
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.prompts import Prompt, recommend_prompt
 from recbole_mllm.mllm import families, scoring
+from recbole_mllm.mllm.backbone import Backbone
 from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.mllm.interface import Decoding
 from recbole_mllm.mllm.lora import tune
@@ -281,3 +284,55 @@ def test_what_can_be_released_is_released_before_one_row_is_given_up(helps):
     else:  # what is made anew at each try is no way out
         with pytest.raises(UserError, match="out of memory 5"):
             list(in_batches([5], run, len, budget, str))
+
+
+# What a long run holds does not grow with its length
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_models.llava(tmp_path_factory.mktemp("llava"))
+
+
+def _pictured(place, items):
+    """Three users of each of so many items, each with an image of its own."""
+    out = []
+    for n in range(items):
+        path = place / f"{n}.png"
+        Image.new("RGB", (40, 30), (n % 256, n // 256, 90)).save(path)
+        out += [recommend_prompt(STYLE, f"likes {word}", f"mug {n}", path) for word in ("cats", "dogs", "red things")]
+    return out
+
+
+def _tensors():
+    gc.collect()
+    return sum(t.nbytes for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter))
+
+
+def test_scoring_more_items_holds_no_more_caches_and_leaves_no_more_tensors(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(scoring, "LEAST_GAIN", 1)
+    monkeypatch.setattr("recbole_mllm.mllm.backbone.FEATURE_BYTES", 40_000)
+    monkeypatch.setattr("recbole_mllm.mllm.encoder.IMAGE_BYTES", 100_000)
+    monkeypatch.setattr("recbole_mllm.mllm.hf.IMAGE_BYTES", 100_000)
+    alive, most = weakref.WeakSet(), []
+
+    def seen(make):
+        def made(*args):
+            cache = make(*args)
+            alive.add(cache)
+            most.append(len(alive))
+            return cache
+
+        return made
+
+    monkeypatch.setattr(Backbone, "new_cache", seen(Backbone.new_cache))
+    monkeypatch.setattr(scoring, "fork", seen(scoring.fork))
+    mllm = HFModel(str(folder), SETTINGS.mllm, CPU)
+    answers, left = mllm.answers(STYLE), {}
+    for items in (20, 20, 60):
+        mllm.yes_scores(_pictured(tmp_path, items), answers)
+        assert len(most) >= items  # one an item at least
+        left[items] = _tensors(), max(most), len(alive)
+        most.clear()
+    assert left[60][1] == left[20][1] <= 6 and left[60][2] == 0
+    assert left[60][0] <= 1.02 * left[20][0]

@@ -1,7 +1,5 @@
 """The search is seeded, spends its budget and no more, and picks by validation."""
 
-from __future__ import annotations
-
 import os
 import signal
 
@@ -89,16 +87,10 @@ def test_a_search_in_which_nothing_runs_fails_and_a_mistake_stops_it(error, kind
         search([{}, {"rate": 1}], fail, True, str)
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    """A folder in which the demo's dataset is built once, for all models."""
-    return tmp_path_factory.mktemp("dataset")
-
-
 @pytest.mark.parametrize("model", sorted(set(named("tuning")) - {"default"}))
-def test_each_choice_is_a_setting_its_model_reads(model, demo, tmp_path, monkeypatch):
+def test_each_choice_is_a_setting_its_model_reads(model, demo_data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = make_config(model, "demo", [], {"data_path": str(demo), **resolve(model).defaults})
+    config = make_config(model, "demo", [], {"data_path": str(demo_data), **resolve(model).defaults})
     for key, choices in space_of(model).items():
         assert key in config and config[key] is not None, key
         assert len(choices) > 1 and all(isinstance(choice, type(config[key])) for choice in choices), key

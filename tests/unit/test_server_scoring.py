@@ -7,28 +7,26 @@ import math
 from dataclasses import replace
 
 import pytest
+import stock_forward
 import torch
-import yaml
 from PIL import Image
 from planned_server import Planned, completion, error, serving
+from stock_forward import CPU, STYLE
 from tiny_models import qwen3_vl
 from transformers import AutoModelForImageTextToText
 
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.model_names import Endpoint
-from recbole_mllm.common.prompts import Style, read_style, recommend_prompt
-from recbole_mllm.common.resources import resource
-from recbole_mllm.common.settings import ServerSettings, Settings
+from recbole_mllm.common.prompts import read_style, recommend_prompt
+from recbole_mllm.common.settings import ServerSettings
 from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.mllm.loading import load_processor
 from recbole_mllm.mllm.server_scoring import ServedScorer, decision_request, scored_decision, spelt
 
 pytest.importorskip("openai")
 
-STYLE = Style.from_mapping("demo", yaml.safe_load(resource("prompt", "demo").read_text()))
 SETTINGS = ServerSettings(3, 5.0, 5.0, None)
-MLLM = Settings.from_config(yaml.safe_load(resource("model", "MLLMMSR").read_text()) | {"mllm": "tiny"}).mllm
-CPU = torch.device("cpu")
+MLLM = stock_forward.SETTINGS.mllm
 
 
 def logprobs(**tokens):

@@ -1,7 +1,5 @@
 """Each row of a leaderboard says in every form what it is, from what records of any version hold."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

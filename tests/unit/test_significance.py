@@ -1,7 +1,5 @@
 """Statistics against independent computations and planted truths."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from scipy import stats

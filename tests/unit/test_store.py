@@ -12,14 +12,13 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from PIL import Image
 from planted_writers import Planted
 
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.prompts import Prompt
 from recbole_mllm.mllm.interface import Answer, Decoding
 from recbole_mllm.summaries.generator import CachedGenerator, Request
-from recbole_mllm.summaries.store import PAGE, VERSION, Leases, ReadOnlyStore, Store, answer_key, opened_store, owner_of
+from recbole_mllm.summaries.store import PAGE, VERSION, Leases, ReadOnlyStore, Store, opened_store, owner_of
 
 A_PAGE = 130  # answers one page holds, at most
 COUNT = 3000
@@ -83,19 +82,6 @@ def everything(path):
 def python(script, *arguments):
     code = textwrap.dedent(script)
     return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
-
-
-# Keys and batches
-
-
-def test_the_key_changes_with_model_prompt_image_and_length(tmp_path):
-    path = tmp_path / "a.png"
-    Image.new("RGB", (2, 2), "red").save(path)
-    prompt = Prompt("<image> what?", (path,))
-    keys = {answer_key("m", prompt, Decoding(5)), answer_key("n", prompt, Decoding(5))}
-    keys |= {answer_key("m", prompt, Decoding(6)), answer_key("m", Prompt("<image> who?", (path,)), Decoding(5))}
-    Image.new("RGB", (3, 3), "blue").save(path)
-    assert len(keys | {answer_key("m", prompt, Decoding(5))}) == 5
 
 
 # Processes that share it

@@ -29,7 +29,6 @@ class Counting(Planted):
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["recbole-mllm"])
 
 
 def make(name, prompts=PROMPTS, identity="counting"):

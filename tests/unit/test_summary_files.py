@@ -119,9 +119,7 @@ def test_two_tags_must_be_told_apart(world, capsys):
 
 
 @pytest.mark.parametrize("kind", ["isum", "usum"])
-def test_an_edited_file_is_refused_before_anything_is_asked_and_imported_by_the_line_that_says_so(
-    world, kind, capsys, monkeypatch
-):
+def test_an_edited_file_is_refused_before_anything_is_asked_and_imported_by_the_line_that_says_so(world, kind, capsys):
     path = {"isum": isum_file, "usum": usum_file}[kind](world.folder, "t")
     text = isum(world)["b"] if kind == "isum" else world.rows()["u1", 2].text
     edit(path, text, "mine")

@@ -13,17 +13,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import yaml
 from planted_writers import Planted
+from stock_forward import KEYS, STYLE
 
-from recbole_mllm import preset
 from recbole_mllm.benchmark.ranking import build
 from recbole_mllm.benchmark.records import append
 from recbole_mllm.benchmark.report import read_leaderboard, render
 from recbole_mllm.benchmark.tables import format_table
 from recbole_mllm.benchmark.variants import SETS, VARIANTS, part_of, resolve
 from recbole_mllm.benchmark.wording import uses
-from recbole_mllm.common.prompts import read_style, recommend_prompt
+from recbole_mllm.common.prompts import recommend_prompt
 from recbole_mllm.common.settings import Settings
 from recbole_mllm.data.item_table import Items
 from recbole_mllm.summaries.controls import controlled, other_images
@@ -33,8 +32,6 @@ from recbole_mllm.summaries.store import Decoding, Store
 from recbole_mllm.summaries.user_summaries import SummaryRequests, preferences
 from tests.planted_runs import N_CANDIDATES, plant_run
 
-KEYS = yaml.safe_load(Path(preset("MLLMMSR")).read_text()) | {"mllm": "tiny"}
-STYLE = read_style("demo")
 USERS, ITEMS, LENGTH, COLOURS, KINDS = 150, 60, 6, ("red", "green", "blue"), 3
 SEEN = re.compile(r"item(\d+) kind(\d)(?:: (red|green|blue))?")
 
