@@ -81,7 +81,7 @@ def test_the_seed_and_the_sample_of_users_of_a_config_file_are_those_of_its_runs
 ) -> None:
     (place / "own.yaml").write_text("seed: 11\nlimit_users: 4\ndata_path: data\n")
     plans: list[BenchmarkPlan] = []
-    monkeypatch.setattr("recbole_mllm.benchmark.runner.benchmark", lambda plan, **_: plans.append(plan))
+    monkeypatch.setattr("recbole_mllm.benchmark.runner.benchmark", lambda plan, **_: plans.append(plan) or [])
     run_benchmark("steps", "Pop", config_file_list=["own.yaml"], output_dir=place / "few")
     run_benchmark("steps", "Pop", config_file_list=["own.yaml"], output_dir=place / "more", seeds=[5],
                   config_dict={"limit_users": 6})  # fmt: skip

@@ -53,7 +53,7 @@ with serving(Planned(posts=posts, models=[model]), {port}):
 STAND_INS = [
     (r"python3\.11 -m venv .*?&& \S+pip install \S.*? -e \S+ && ", "", "no network; .ci/run makes a new environment"),
     (r"\.venv/bin/python", "python", "the same"),
-    (r"source <\((.*?)\)", r"\1 | bash", "bash hides a failure inside <( )"),
+    (r'eval "\$\((.*?)\)"', r"\1 | bash", "bash hides a failure inside $( )"),
     (r"vllm serve (\S+) .*", _VLLM, "a GPU's; capitals for summaries, a tiny reranker's scores"),
     (r"transformers serve .*", r"\g<0> --device cpu", "no GPU"),
     (r"--port 8000", "--port {port}", "8000 may be taken"),

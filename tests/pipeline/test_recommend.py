@@ -76,7 +76,7 @@ def test_the_preference_is_explained_block_by_block(ours):
 
 
 def test_an_edited_file_is_not_passed_over(home, ours):
-    (path,) = (home / "dataset" / "steps").glob("*.isum")
+    (path,) = (home / "data" / "steps").glob("*.isum")
     whole = path.read_text()
     path.write_text(whole.rpartition("\t")[0] + "\tmine\n")
     with pytest.raises(UserError, match=r"the file was edited: `recbole-mllm store import "):
