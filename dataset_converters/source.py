@@ -321,8 +321,7 @@ class _Hashed(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    # io takes any buffer and BinaryIO has no readinto; what stands here are io's own classes, which pass memoryviews
-    # RawIOBase's stubs want any buffer and may answer None; a BinaryIO has readinto, which typing's does not say
+    # io's stubs take any buffer, and typing's BinaryIO has no readinto; what stands here are io's own classes
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         count = self._file.readinto(buffer)  # type: ignore[attr-defined]
         self._sha.update(buffer[:count])

@@ -364,8 +364,7 @@ def run_benchmark(
     note = DEMO_NOTE if is_demo(dataset) else ""
     keys = dict(options.overrides)
     files = tuple(config_files(dataset, options))
-    of_files = {key: value for file in files for key, value in file_keys(file).items()}
-    seed = of_files.get("seed") if options.seed is None else options.seed
+    seed = file_keys(*files).get("seed") if options.seed is None else options.seed
     plan = BenchmarkPlan(
         dataset=dataset,
         labels=expand(",".join(several("--models", models, str))),

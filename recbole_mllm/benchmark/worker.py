@@ -138,8 +138,7 @@ def _config(job: Mapping[str, Any], defaults: Path, tuned: Mapping[str, Any]) ->
         "show_progress": False,
     }
     own |= {"save_dataset": False, "save_dataloaders": False, "dataset_save_path": None, "dataloaders_save_path": None}
-    given = {key: value for name in files for key, value in file_keys(name).items()}
-    given |= per_model(files, model) | dict(job["overrides"])
+    given = file_keys(*files) | per_model(files, model) | dict(job["overrides"])
     if job["limit_users"] is not None:  # else a config file's stands
         own["limit_users"] = job["limit_users"]
     if isinstance(place := given.get("data_path", "dataset"), str):
@@ -233,7 +232,7 @@ def _tune(job: dict[str, Any], defaults: Path) -> dict[str, Any] | None:
     if not budget:
         return None
     files = _files(job)
-    given = {*(key for name in files for key in file_keys(name)), *per_model(files, model), *job["overrides"]}
+    given = {*file_keys(*files), *per_model(files, model), *job["overrides"]}
     default = _config(job, defaults, {})
     space = {} if model in NOTHING_TO_TUNE else space_of(model, given)
     found = search(

@@ -157,7 +157,7 @@ def inspect(args: Namespace, options: Options) -> int:
     from recbole_mllm.inspect.measure import measure
 
     path = check_file(Path(args.output), "--output", is_page, "a page that `inspect` wrote") if args.output else None
-    keys = {key: value for name in options.config_files for key, value in file_keys(name).items()}
+    keys = file_keys(*options.config_files)
     health = measure(inspected_folder(args.directory, options.overrides, "inspect"), keys | dict(options.overrides))
     print(format_health(health))
     print("", *write_health(health, path), sep="\n")

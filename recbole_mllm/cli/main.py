@@ -154,10 +154,9 @@ def _read(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """
     parser, parsers = _parser()
     options = {option for one in (parser, *parsers.values()) for option in one._option_string_actions}
-    if words and words[0].startswith("--") and "=" not in words[0] and words[0] not in options:
-        raise UserError(
-            f"there is no option {words[0]!r}; {parser.hint(words[0])}"
-        )  # else its value passes for a command
+    first = words[0] if words else ""
+    if first.startswith("--") and "=" not in first and first not in options:  # else its value passes for a command
+        raise UserError(f"there is no option {first!r}; {parser.hint(first)}")
     ours = [word for word in words if word.startswith("--") and "=" in word and word.partition("=")[0] not in options]
     known, rest = parser.parse_known_args([word for word in words if word not in ours])
     return known, rest + ours

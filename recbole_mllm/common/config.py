@@ -254,9 +254,11 @@ def per_model(files: Sequence[str], model: str) -> dict[str, Any]:
     return sections(files).get(model, {})
 
 
-def file_keys(name: str) -> dict[str, Any]:
-    """Return the keys and values of a config file or preset, but for its ``per_model`` sections."""
-    return {key: value for key, value in read_mapping(config_path(name)).items() if key != "per_model"}
+def file_keys(*names: str) -> dict[str, Any]:
+    """Return the keys and values of config files or presets, a later one winning, without ``per_model`` sections."""
+    found = {key: value for name in names for key, value in read_mapping(config_path(name)).items()}
+    found.pop("per_model", None)
+    return found
 
 
 def sections(files: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -317,8 +319,11 @@ def _check_inner(name: str, value: Any) -> None:
                 wanted = "full, or uniN or popN with a number above 0, such as uni20 (labeled, with labels)"
                 raise WrongValue("eval_args.mode", mode, wanted)
         if value.get("split") is not None and not _is_split(value["split"]):
-            wanted = "one of {LS: valid_and_test}, {RS: [0.8, 0.1, 0.1]} and {TS: [0.8, 0.1, 0.1]} (LS also valid_only "
-            raise WrongValue("eval_args.split", value["split"], f"{wanted}or test_only; three shares, none below 0)")
+            wanted = (
+                "one of {LS: valid_and_test}, {RS: [0.8, 0.1, 0.1]} and {TS: [0.8, 0.1, 0.1]} (LS also valid_only or "
+                "test_only; three shares, none below 0)"
+            )
+            raise WrongValue("eval_args.split", value["split"], wanted)
 
 
 def _is_split(value: Any) -> bool:

@@ -71,10 +71,8 @@ def scoring_mode(body: Backbone, prompts: Sequence[Encoded], tokens: Sequence[in
     images = any(prompt.images for prompt in prompts)
     if body.scoring_mode is None or (images and not body.mode_sees):
         found = find_scoring_mode(body, prompts, tokens)
-        body.scoring_mode, body.mode_sees = (
-            max(body.scoring_mode or found, found, key=get_args(ScoringMode).index),
-            images,
-        )
+        body.scoring_mode = max(body.scoring_mode or found, found, key=get_args(ScoringMode).index)
+        body.mode_sees = images
     mode: ScoringMode = body.scoring_mode
     return mode
 

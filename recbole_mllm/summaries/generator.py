@@ -25,7 +25,7 @@ from recbole_mllm.data.atomic import clean
 from recbole_mllm.data.item_table import Items
 from recbole_mllm.mllm.interface import Answer, Ask, Decoding, Writer
 from recbole_mllm.summaries.quality import Findings, cut_at_sentence, repeats_prompt, table
-from recbole_mllm.summaries.store import Leases, Store, answer_key
+from recbole_mllm.summaries.store import Leases, ReadOnlyStore, Store, answer_key
 
 Name = TypeVar("Name", bound=Hashable)
 _AT_A_TIME = 4096  # prompts rendered and looked up at once
@@ -405,7 +405,7 @@ def _generator(kind: str, setup: SummarySetup, store: Store) -> CachedGenerator:
     """Return what generates summaries of a `kind`; its model is loaded once, and goes with it."""
     of, may_write = setup.summarizers[kind], setup.settings.summarize == "auto"
     decoding = decodings(setup.settings, setup.summarizers)[kind]
-    leases = Leases(store) if isinstance(store, Store) else None
+    leases = None if isinstance(store, ReadOnlyStore) else Leases(store)  # nothing is claimed where nothing is written
     return CachedGenerator(
         kind, cache(of.load), of.identity, store, decoding, of.former, may_write, of.is_split, leases
     )

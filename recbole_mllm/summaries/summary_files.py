@@ -447,10 +447,8 @@ def _apply(
     with _tables(store) as db:
         _record(db, tag, kind, changed)
         keys = json.dumps([key.upper() for key in texts])
-        query = (
-            "SELECT tag, kind, owner, seen, history, lower(hex(key)) FROM summaries WHERE hex(key) IN (SELECT value "
-        )
-        found = db.execute(query + "FROM json_each(?))", (keys,)).fetchall()
+        columns, given = "tag, kind, owner, seen, history, lower(hex(key))", "SELECT value FROM json_each(?)"
+        found = db.execute(f"SELECT {columns} FROM summaries WHERE hex(key) IN ({given})", (keys,)).fetchall()
         shared = len(found) - len(edits)
         same = {Place(*row[2:5]): texts[row[5]][1] for row in found if row[:2] == (tag.number, kind)}
         if checked:

@@ -1,6 +1,7 @@
 """What changed is generated anew, and nothing else; the export is that of a run from scratch, byte for byte."""
 
 import random
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,8 @@ from benchmarks import refresh as refresh_benchmark
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.data.schema import store_file
 from recbole_mllm.summaries.chains import history_digest
-from recbole_mllm.summaries.store import Store
+from recbole_mllm.summaries.generator import item_generator
+from recbole_mllm.summaries.store import ReadOnlyStore, Store, opened_store
 from recbole_mllm.summaries.store_tools import prune
 
 # One change
@@ -169,3 +171,11 @@ def test_which_settings_keep_a_refresh_below_three_percent():
     # as docs/refresh.md says: few rows a user, each of which must read what is new
     for name in ("block_size: 10", "max_history: 10", "summary_mode: direct"):
         assert 3 < found[1][name]["1"] < 8
+
+
+def test_what_only_reads_the_store_claims_no_prompt_of_it(tmp_path):
+    """As `plan` and dry runs read it, also while another process generates; others share the work by their claims."""
+    world = World(tmp_path, {"u": "abc"})
+    with closing(opened_store(world.folder)) as store, closing(ReadOnlyStore(world.folder)) as read:
+        assert item_generator(world.stage(), store).leases is not None
+        assert item_generator(world.stage(), read).leases is None
