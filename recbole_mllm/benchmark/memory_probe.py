@@ -60,7 +60,7 @@ class Probe:
     def is_answered(self, answer: str) -> bool:
         """Return whether `answer` is right."""
         if self.kind == NEXT:
-            return next(iter(re.findall(r"\b[AB]\b", answer)), None) in self.truth
+            return _side(answer) in self.truth
         if self.kind == YEAR:
             return next(iter(_YEAR.findall(answer)), None) in self.truth
         return any(f" {_plain(one)} " in f" {_plain(answer)} " for one in self.truth)
@@ -70,7 +70,7 @@ class Probe:
 class ProbeResult:
     """How many questions of a kind were answered rightly, with the exact 95 % interval of the rate, beside chance.
 
-    `p` is that of so many right answers, or more, by chance.
+    `p` is that of so many right answers, or more, by chance. `unclear` of the answers to A or B named neither.
     """
 
     kind: str
@@ -80,6 +80,7 @@ class ProbeResult:
     ci95: tuple[float, float]
     chance: float
     p: float
+    unclear: int = 0
 
     @classmethod
     def of(cls, questions: Sequence[Probe], answers: Sequence[str]) -> ProbeResult:
@@ -91,15 +92,19 @@ class ProbeResult:
         others = len(questions) * (len(questions) - 1)
         dealt = sum(q.is_answered(a) for i, q in enumerate(questions) for j, a in enumerate(answers) if i != j)
         chance = max(dealt / max(1, others), 1 / len({q.truth for q in questions}))
+        unclear = 0
         if questions[0].kind == NEXT:
             chance = 0.5  # as its sides are drawn
+            unclear = sum(_side(answer) is None for answer in answers)
         test = binomtest(right, len(questions), chance, alternative="greater")
         low, high = binomtest(right, len(questions)).proportion_ci(0.95)
-        return cls(questions[0].kind, len(questions), right, test.statistic, (low, high), chance, float(test.pvalue))
+        rate, p = test.statistic, float(test.pvalue)
+        return cls(questions[0].kind, len(questions), right, rate, (low, high), chance, p, unclear)
 
     def __str__(self) -> str:
         low, high = self.ci95
-        return f"{self.kind} {self.rate:.1%} [{low:.1%}, {high:.1%}] of {self.asked}, by chance {self.chance:.1%}"
+        unclear = f" ({self.unclear} answers say neither A nor B)" if self.unclear else ""
+        return f"{self.kind} {self.rate:.1%} [{low:.1%}, {high:.1%}] of {self.asked}{unclear}, by chance {self.chance:.1%}"
 
 
 def judge(questions: Sequence[Probe], answers: Sequence[str]) -> list[ProbeResult]:
@@ -223,6 +228,11 @@ def _pairs(histories: Mapping[str, Sequence[str]], seed: int, count: int) -> Ite
         pair = (histories[user][-1], other)
         side = draw.choice("AB")
         yield user, side, pair if side == "A" else pair[::-1]
+
+
+def _side(answer: str) -> str | None:
+    """Return the first of A and B that an answer names."""
+    return next(iter(re.findall(r"\b[AB]\b", answer)), None)
 
 
 def _plain(text: str) -> str:

@@ -103,7 +103,7 @@ def setup_of(runs: Iterable[RunRecord]) -> ModelSetup | None:
     style = recorded.get("prompts", {}).get("name") or config.get("prompt_style")
     if style == "auto":  # in records of 0.1.0, which keep no prompts
         style = "demo" if config["mllm"] == TINY else config.get("item_kind")
-    finetune = config.get("finetune")
+    finetune = "none" if config.get("epochs") == 0 else config.get("finetune")
     return ModelSetup(
         *models["mllm"],
         item_summarizer=others["item_summarizer"] if summarised in ("image", "text", "fused") else None,

@@ -17,7 +17,7 @@ from recbole_mllm.common import distributed
 from recbole_mllm.common.config import check_training
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.model_names import TINY, former_identity, is_server, source_of
-from recbole_mllm.common.prompts import Style, read_style
+from recbole_mllm.common.prompts import Style, read_style, recommend_prompt
 from recbole_mllm.common.settings import MODELS, Settings
 from recbole_mllm.data.dataloader import check_negatives
 from recbole_mllm.data.images import write_report
@@ -30,6 +30,7 @@ from recbole_mllm.mllm.loading import Size, dtype_of, load_images_processor, ref
 from recbole_mllm.mllm.lora import check_finetune
 from recbole_mllm.mllm.placement import check_dispatch
 from recbole_mllm.mllm.server import ServerModel
+from recbole_mllm.mllm.server_messages import query_and_document
 from recbole_mllm.mllm.server_scoring import IMAGES_LOST
 from recbole_mllm.summaries.controls import controlled, other_images
 from recbole_mllm.summaries.generator import Summarizer, SummarySetup, decodings
@@ -78,7 +79,9 @@ def check_recommender(config: Any, settings: Settings, dataset: Any) -> None:
         UserError: With what to change.
     """
     check_training(config)
-    load_style(settings)
+    style = load_style(settings)
+    if is_server(settings.mllm.mllm) and settings.server.server_scoring == "rerank":
+        query_and_document(recommend_prompt(style, "", "", None))
     if settings.lora.finetune != "none":
         check_negatives(config, dataset)
     check_finetune(settings.lora, torch.device(config["device"]))

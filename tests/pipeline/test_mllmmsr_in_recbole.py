@@ -12,6 +12,7 @@ from run_parts import prepared, run_keys, with_trainer
 
 from recbole_mllm.cli import main
 from recbole_mllm.common.errors import UserError
+from recbole_mllm.model import summarizers
 from recbole_mllm.model.sequential_recommender.mllmmsr import MLLMMSR
 from recbole_mllm.model.summarizers import prepare_summaries
 
@@ -85,9 +86,14 @@ def test_summaries_can_be_a_step_of_their_own(settings, monkeypatch):
     [
         ({"eval_args": {"mode": "full", "order": "TO"}}, "set retriever: SASRec"),
         ({"lora_rnk": 4}, "unknown key 'lora_rnk' in config_dict; did you mean lora_"),
+        (
+            {"mllm": "server:m@http://127.0.0.1:9/v1", "finetune": "none", "server_scoring": "rerank"},
+            "needs a prompt_style with <Instruct>, <Query> and <Document>",
+        ),
     ],
 )
-def test_what_cannot_be_run_is_refused_before_anything_is_loaded(settings, keys, message):
+def test_what_cannot_be_run_is_refused_before_anything_is_loaded(settings, keys, message, monkeypatch):
+    monkeypatch.setattr(summarizers, "refresh", lambda *_: pytest.fail("summaries were made"))
     with pytest.raises(UserError, match=message):
         run_recbole("MLLMMSR", "steps", config_dict=settings | keys)
 

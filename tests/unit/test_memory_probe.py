@@ -77,6 +77,8 @@ def test_a_model_that_does_not_know_does_no_better_than_chance(folder, histories
     findings = found(questions, [said(q) for q in questions])
     assert "does no better than chance" in verdict("m", list(findings.values()))
     assert findings[NEXT].chance == 0.5
+    unclear = f"of {findings[NEXT].asked} ({findings[NEXT].asked} answers say neither A nor B), by chance"
+    assert (unclear in verdict("m", list(findings.values()))) == (kind == "refuses")
     if kind == "names everything":
         assert findings[GENRE].rate == findings[GENRE].chance == 1.0, "whoever says all is always right, by chance"
 

@@ -49,6 +49,7 @@ HUB = KEYS | {
          "m (server), LoRA r=8, blocks of 4, prompt style movie, item summaries by tiny"),
         (HUB, f"{QWEN}, zero-shot, one summary of the whole history, text only, prompt style movie, "
               "revision cc594898, user summaries by Qwen3-32B (server)@v2"),
+        (KEYS | {"epochs": 0}, "tiny, zero-shot, blocks of 4, prompt style demo"),
         ({"epochs": 3}, None),
     ],
 )  # fmt: skip
