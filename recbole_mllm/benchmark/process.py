@@ -33,7 +33,8 @@ _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|^\[rank\d+\]: ", re.MULTILINE)  #
 _WARNING = re.compile(r"^\S.*:\d+: \w*Warning: .*\n?(?:[ \t]+.*\n?)?", re.MULTILINE)
 # Date and level of RecBole's log (utils/logger.py:92-94)
 _PREFIX = re.compile(r"^\d+ \w+ [\d:]+ +[A-Z]+ +", re.MULTILINE)
-_NO_NEWS = ("Saving current: ", "Loading model structure and parameters from ")  # and a long path
+# A long path, and all metrics of validation in 200 characters: the line before has the one that counts
+_NO_NEWS = re.compile(r"Saving current: |Loading model structure and parameters from |valid result: *$|\w+@\d+ +: ")
 _ERROR = re.compile(r"^(?:[A-Za-z_]\w*\.)*(\w*(?:Error|Exception|Interrupt|Exit)(?:: .*)?)$")
 
 Tick = Callable[[float, str], None]
@@ -117,7 +118,7 @@ def run_child(
                 return child.wait(timeout=_POLL_S)
             if stop.is_set():
                 raise Stopped
-            news = [line for line in _lines(folder / log) if not line.startswith(_NO_NEWS)]
+            news = [line for line in _lines(folder / log) if not _NO_NEWS.match(line)]
             tick(time.monotonic() - started, news[-1] if news else "")
     finally:
         for number in (signal.SIGTERM, signal.SIGKILL):  # first politely

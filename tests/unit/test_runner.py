@@ -191,6 +191,7 @@ def test_the_line_shown_and_the_last_words_are_the_runs_own_and_no_warning(tmp_p
     script = tmp_path / "worker.py"
     script.write_text(
         'import time, warnings\nprint("\\x1b[0m30 Nov 18:36    INFO  epoch 3 training\\x1b[0m")\n'
+        'print("30 Nov 18:36    INFO  valid result: \\nhit@3 : 0.262    ndcg@10 : 0.3166")\n'
         'print("30 Nov 18:36    INFO  Saving current: /far/away.pth", flush=True)\n'
         'warnings.warn("old ways are deprecated", FutureWarning)\ntime.sleep(0.6)\nraise SystemExit(3)\n'
     )
@@ -198,7 +199,7 @@ def test_the_line_shown_and_the_last_words_are_the_runs_own_and_no_warning(tmp_p
     command = [sys.executable, str(script)]
     code = run_child(command, tmp_path, None, threading.Event(), lambda seconds, line: shown.append(line))
     log = tmp_path / LOG
-    assert "worker.py:4: FutureWarning: old ways" in log.read_text() and 'warnings.warn("old' in log.read_text()
+    assert "worker.py:5: FutureWarning: old ways" in log.read_text() and 'warnings.warn("old' in log.read_text()
     assert shown[-1] == "epoch 3 training" and set(shown) <= {"", "epoch 3 training"}
     assert code == 3 and failure(log, code) == "Saving current: /far/away.pth"
 
