@@ -135,9 +135,10 @@ def _metrics(pairs: Mapping[str, Any], record: RunRecord) -> tuple[dict[str, Any
 
 def _config(first: RunRecord, second: RunRecord) -> dict[str, Any]:
     shared = {key: value for key, value in first.config.items() if second.config.get(key, ...) == value}
+    names = (first.model, second.model if second.model != first.model else second.label)  # TALLRec is MLLMMSR too
     own = {
-        part.model: {key: value for key, value in part.config.items() if key not in (*shared, "per_model", "model")}
-        for part in (first, second)
+        name: {key: value for key, value in part.config.items() if key not in (*shared, "per_model", "model")}
+        for name, part in zip(names, (first, second), strict=True)
     }
     return shared | {"per_model": own}
 

@@ -9,13 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from planted_runs import N_CANDIDATES
+from planted_runs import N_CANDIDATES, plant_run
 
+from recbole_mllm.benchmark.fusing import fuse_runs
 from recbole_mllm.benchmark.jobs import BenchmarkPlan
 from recbole_mllm.benchmark.records import RECORDS, RunRecord, append, latest, read_arrays, read_records
 from recbole_mllm.benchmark.report import render
 from recbole_mllm.benchmark.rerun import find_run, rerun
 from recbole_mllm.benchmark.runner import benchmark
+from recbole_mllm.benchmark.setups import setup_of
 from recbole_mllm.benchmark.variants import expand, resolve
 from recbole_mllm.common.errors import UserError
 
@@ -134,6 +136,20 @@ def test_a_part_of_an_earlier_version_is_refused_with_the_command_that_makes_it_
     append(results / RECORDS, older)
     status = run(results, *expand(FUSED))[FUSED, 1].status
     assert "keeps no validation scores" in status and "--models SASRec --seeds 1 --force" in status
+
+
+def test_a_row_of_two_mllms_says_what_each_of_them_was(tmp_path):
+    config = {"topk": [10], "metrics": ["NDCG"], "metric_decimal_place": 6, "mllm": "tiny", "finetune": "lora"}
+    for label, kind, mode in (("MLLMMSR", "mllm", "recurrent"), ("TALLRec", "baseline", "none")):
+        own = config | {"summary_mode": mode, "block_size": 4}
+        run = plant_run(tmp_path, label, 1.0, kind, 1, run_id=label, config=own, keep_valid=True)
+        append(tmp_path / RECORDS, replace(run, model="MLLMMSR"))
+    job = {"parts": ["MLLMMSR", "TALLRec"], "run_id": "both", "model": "MLLMMSR", "label": "MLLMMSR+TALLRec"}
+    job |= {"kind": "fused", "seed": 1, "dataset": "demo"}
+    fused = fuse_runs(job, tmp_path, tmp_path / "runs" / "both", {"started": "2026-01-01"})
+    modes = {name: own["summary_mode"] for name, own in fused.config["per_model"].items()}
+    assert modes == {"MLLMMSR": "recurrent", "TALLRec": "none"}
+    assert "blocks of 4" in setup_of([fused]).described
 
 
 def test_what_may_be_fused():
