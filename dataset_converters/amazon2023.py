@@ -84,13 +84,13 @@ class Amazon2023(Source):
                 continue
             categories = record.get("categories")
             words = categories if isinstance(categories, list) else []
-            told = (
+            text = (
                 _text(record.get("main_category")),
                 _text(record.get("store")),
                 " ".join("_".join(str(word).split()) for word in words if word and isinstance(word, str | int | float)),
                 _price(record.get("price")),
             )
-            yield ItemRow(item, _text(record.get("title")), "", told, main_image(record.get("images")))
+            yield ItemRow(item, _text(record.get("title")), "", text, main_image(record.get("images")))
 
 
 def _category(path: Path) -> str:

@@ -100,7 +100,7 @@ class CsvTable(Source):
     def items(self, intake: Intake) -> Iterator[ItemRow]:
         """Yield each row of the items table, or the first row of each item in the interactions' table."""
         path = self._items or self._table
-        if self._items is None:  # it is read a second time, and what is wrong with it was told the first time
+        if self._items is None:  # it is read a second time, and what is wrong with it was reported the first time
             intake = Intake(skip_bad_rows=True, multiline=intake.multiline)
         rows, header = self._open(path, intake)
         item = _find(header, "item", self._item_column(header), path)

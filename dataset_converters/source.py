@@ -109,13 +109,13 @@ class Intake:
 
     Args:
         skip_bad_rows: Leave out lines that cannot be read, and list them, instead of stopping at the first.
-        told: Called with the number of raw bytes read since the last call.
+        progress: Called with the number of raw bytes read since the last call.
         encoding: Of files whose encoding is not known otherwise; None is UTF-8.
         multiline: Let quoted fields of tables span lines.
     """
 
     skip_bad_rows: bool = False
-    told: Callable[[int], None] = lambda count: None
+    progress: Callable[[int], None] = lambda count: None
     encoding: str | None = None
     multiline: bool = False
     files: list[RawFile] = field(default_factory=list)
@@ -140,7 +140,7 @@ class Intake:
         with _opened(path) as plain:
             raw = RawFile(path, size=path.stat().st_size)
             self.files.append(raw)
-            hashed = _Hashed(plain, self.told)
+            hashed = _Hashed(plain, self.progress)
             unpacked = gzip.GzipFile(fileobj=hashed) if path.suffix == ".gz" else hashed
             file = io.BufferedReader(unpacked, 1 << 20)
             encoding = encoding or self.encoding or "utf-8"
@@ -315,8 +315,8 @@ def _no_text(encoding: str, error: UnicodeError) -> str:
 class _Hashed(io.RawIOBase):
     """Passes bytes through, hashing and counting them."""
 
-    def __init__(self, file: BinaryIO, told: Callable[[int], None]) -> None:
-        self._file, self._told, self._sha, self._untold = file, told, hashlib.sha256(), 0
+    def __init__(self, file: BinaryIO, progress: Callable[[int], None]) -> None:
+        self._file, self._progress, self._sha, self._unreported = file, progress, hashlib.sha256(), 0
 
     def readable(self) -> bool:
         return True
@@ -325,10 +325,10 @@ class _Hashed(io.RawIOBase):
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         count = self._file.readinto(buffer)  # type: ignore[attr-defined]
         self._sha.update(buffer[:count])
-        self._untold += count
-        if self._untold >= _REPORT_EVERY or not count:
-            self._told(self._untold)
-            self._untold = 0
+        self._unreported += count
+        if self._unreported >= _REPORT_EVERY or not count:
+            self._progress(self._unreported)
+            self._unreported = 0
         return int(count)
 
     def drain(self) -> None:

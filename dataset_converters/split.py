@@ -58,23 +58,23 @@ def split_folder(
     with output.into(out) as stage:
         written = _write(stage, log, fields, settings)
         dropped = (*_OF_A_SPLIT, *(_OF_BENCHMARK_FILES if listed else ()))
-        kept = {key: value for key, value in keys.items() if key not in dropped}
-        kept |= {} if compares else {"global_times": False}
+        remaining = {key: value for key, value in keys.items() if key not in dropped}
+        remaining |= {} if compares else {"global_times": False}
         columns = {**(keys.get("load_col") or {}), **written.config["load_col"]}
         if settings.protocol == "loo" and keys.get("load_col") and not listed:
             columns = keys["load_col"]
         comment = f"{out.name}: {folder.name}, split anew; see README.md.\n{written.order}"
-        config = {**kept, **written.config, "load_col": columns}
+        config = {**remaining, **written.config, "load_col": columns}
         write_text(stage / "dataset.yaml", output.dataset_yaml(comment, config, fields))
         for end in _BESIDE:
             if (folder / f"{folder.name}{end}").is_file():
                 shutil.copyfile(folder / f"{folder.name}{end}", stage / f"{out.name}{end}")
         step = count("read", log.inter)
         images = _link_images(folder, out, fields.item)
-        told = [f"{step.users:,} users, {step.items:,} items, {step.interactions:,} interactions, {images:,} images"]
-        told += [f"{name}: {number}" for name, number in written.counts.items()]
+        lines = [f"{step.users:,} users, {step.items:,} items, {step.interactions:,} interactions, {images:,} images"]
+        lines += [f"{name}: {number}" for name, number in written.counts.items()]
         words = f"{folder.name}, split by --protocol {settings.protocol}. {written.order}"
-        write_text(stage / "README.md", "\n\n".join([f"# {out.name}", words, *told, ""]))
+        write_text(stage / "README.md", "\n\n".join([f"# {out.name}", words, *lines, ""]))
         content = {
             "converter": "split",
             "protocol": settings.protocol,
@@ -84,7 +84,7 @@ def split_folder(
         }
         output.write_manifest(stage, content)
         publish(stage, out, CONVERTED)
-    return [*told, f"written: {out}"]
+    return [*lines, f"written: {out}"]
 
 
 def _read(folder: Path, fields: Fields, compares: bool) -> Log:

@@ -128,7 +128,7 @@ def _table(file: str, title: str) -> str:
     values = yaml.safe_load(text)
     lines = [f"## {title}", "", f"In `properties/{file}`.", ""]
     for heading, rows in _sections(text):
-        table = [f"| `{key}` | `{_cell(_flow(values[key]))}` | {_linked(_cell(told))} |" for key, told in rows]
+        table = [f"| `{key}` | `{_cell(_flow(values[key]))}` | {_linked(_cell(text))} |" for key, text in rows]
         lines += [
             _linked(heading),
             "",
@@ -167,7 +167,7 @@ def _sections(text: str) -> Iterator[tuple[str, list[tuple[str, str]]]]:
                 rows[-1][1].append(comment)
             else:
                 (before if rows else heading).append(comment)
-        yield " ".join(map(str.strip, heading)), [(key, " ".join(" ".join(told).split())) for key, told in rows]
+        yield " ".join(map(str.strip, heading)), [(key, " ".join(" ".join(text).split())) for key, text in rows]
 
 
 def python() -> str:

@@ -1,4 +1,4 @@
-"""One run from configuration to metrics, in a straight line, with times and the scored pairs kept."""
+"""One run from configuration to metrics, in a straight line, with its times and the scored pairs."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Outcome:
     `valid_pairs` are those of the validation split by the state that was tested; None unless they are asked for.
 
     `load_s` is what loading the models took, None of a baseline; `summarize_s` is without it: the seconds that writing
-    the summaries took, of `summarize_reused` of them in an earlier run, as the store has kept them.
+    the summaries took, of `summarize_reused` of them in an earlier run, as the store has recorded them.
 
     `full_ranking`, where it was asked for beside drawn candidates, holds the ``metrics`` of ranking all items for
     ``n_users``, and of MLLMMSR the ``retrieval`` whose best it re-ranked.
@@ -246,7 +246,7 @@ def _fit(
 ) -> _Fitted:
     """Train `model` with validation as its configuration says; `saved` writes the best state to the disk.
 
-    What validation has scored of that state is kept with `keep_valid`; a resumed run whose best epoch came
+    What validation has scored of that state is returned with `keep_valid`; a resumed run whose best epoch came
     before scores it once more.
     """
     refused = config["model"], config["dataset"]
@@ -265,8 +265,8 @@ def _fit(
         # ours counts the seconds itself, those before a run was resumed included
         seconds = trainer.train_s if config["model"] == MLLM else fit.seconds + (build_s if one_pass else 0.0)
     valid = {metric_name(key): float(value) for key, value in (best or {}).items()}
-    batches = fit.kept or []
-    if keep_valid and valid and fit.kept is None and config["model"] == MLLM:
+    batches = fit.recorded or []
+    if keep_valid and valid and fit.recorded is None and config["model"] == MLLM:
         with recording() as batches:
             trainer.validate_best(loaders.valid, show_progress=config["show_progress"])
     return _Fitted(trainer, float(score), valid, seconds, None if one_pass else fit.converged, batches)

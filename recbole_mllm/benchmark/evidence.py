@@ -71,10 +71,10 @@ class Recommended:
         best_first = np.lexsort((-order, user))
         owner = user[best_first]
         rank = np.arange(len(owner)) - np.searchsorted(owner, owner)
-        kept = rank < DEPTH
+        best = rank < DEPTH
         sorter = np.argsort(names)
         items = np.full((n_users, DEPTH), -1)
-        items[owner[kept], rank[kept]] = sorter[np.searchsorted(names, item[best_first][kept], sorter=sorter)]
+        items[owner[best], rank[best]] = sorter[np.searchsorted(names, item[best_first][best], sorter=sorter)]
         return cls(items, counts)
 
     def times(self, users: Mask) -> NDArray[np.int64]:
@@ -273,8 +273,8 @@ def beyond_accuracy(runs: Sequence[Recommended], pool: Mask) -> dict[str, Estima
         pool: ``[items]`` what could be recommended: items trained on, or recommended by any row of the table.
     """
 
-    def over(measured: Callable[[NDArray[np.int64]], float], kept: Mask) -> float:
-        return float(np.mean([measured(run.times(kept)[pool]) for run in runs]))
+    def over(measured: Callable[[NDArray[np.int64]], float], users: Mask) -> float:
+        return float(np.mean([measured(run.times(users)[pool]) for run in runs]))
 
     found: dict[str, Estimate] = {}
     for name, (_, measured) in OF_ALL.items():

@@ -1,4 +1,4 @@
-"""A row ``A+B``: an MLLM's finished run and a baseline's as one ranking, made from the scores that both have kept."""
+"""A row ``A+B``: an MLLM's finished run and a baseline's as one ranking, made from the scores that both have saved."""
 
 from __future__ import annotations
 

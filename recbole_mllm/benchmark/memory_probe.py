@@ -104,7 +104,8 @@ class ProbeResult:
     def __str__(self) -> str:
         low, high = self.ci95
         unclear = f" ({self.unclear} answers say neither A nor B)" if self.unclear else ""
-        return f"{self.kind} {self.rate:.1%} [{low:.1%}, {high:.1%}] of {self.asked}{unclear}, by chance {self.chance:.1%}"
+        rate = f"{self.rate:.1%} [{low:.1%}, {high:.1%}]"
+        return f"{self.kind} {rate} of {self.asked}{unclear}, by chance {self.chance:.1%}"
 
 
 def judge(questions: Sequence[Probe], answers: Sequence[str]) -> list[ProbeResult]:

@@ -53,16 +53,16 @@ def claim(folder: Path, stop: threading.Event, waiting: Callable[[str], None]) -
     in the same files; `waiting` is called once then, with the number of the process.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor, told = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644), False
+    descriptor, reported = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644), False
     try:
         while True:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if not told:
+                if not reported:
                     waiting(os.pread(descriptor, 32, 0).decode().strip() or "unknown")
-                told = True
+                reported = True
                 if stop.wait(_POLL_S):
                     raise Stopped from None
         yield descriptor
@@ -130,12 +130,12 @@ def run_child(
 
 def heartbeat(say: Callable[[str], None]) -> Tick:
     """Return what says once a minute how long a run has taken and what it said last."""
-    told = 0.0
+    last = 0.0
 
     def tick(seconds: float, line: str) -> None:
-        nonlocal told
-        if seconds - told >= _HEARTBEAT_S:
-            told = seconds
+        nonlocal last
+        if seconds - last >= _HEARTBEAT_S:
+            last = seconds
             say(f"{seconds:.0f} s  {line}")
 
     return tick

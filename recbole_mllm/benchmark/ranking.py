@@ -50,13 +50,13 @@ from recbole_mllm.demo.builtin import is_demo_world
 
 NO_POOLED = (
     "AUC has no value here: it pools the scores of all users' pairs, and of a ranking of all items each user's best "
-    "are kept alone (RecBole has none there either). GAUC is the mean of the users' own."
+    "alone are stored (RecBole has none there either). GAUC is the mean of the users' own."
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """A model's finished runs and what they have shown together; `replicates` is None where no scores were kept."""
+    """A model's finished runs and what they have shown together; `replicates` is None where no scores were saved."""
 
     name: str
     runs: tuple[RunRecord, ...]
@@ -76,11 +76,11 @@ def build(records: Iterable[RunRecord], results: Path, note: str = "") -> Leader
     known |= {name for contender in contenders for name in contender.evidence.metrics}
     absent = {POOLED: NO_POOLED} if any(evidence.best_alone for _, evidence in loaded) else {}
     metrics = ordered_metrics(known | set(absent))
-    told = loaded[0][0] if loaded else runs[0]
+    one = loaded[0][0] if loaded else runs[0]
     board = Leaderboard(
-        told.dataset, _dated(told.protocol), told.candidates, told.n_users, metrics, (), None, note, absent=absent,
+        one.dataset, _dated(one.protocol), one.candidates, one.n_users, metrics, (), None, note, absent=absent,
         future_share=next((run.future_share for run, _ in loaded if run.future_share is not None), None),
-        is_demo=is_demo_world(Path(str(told.config.get("data_path", told.dataset)))),
+        is_demo=is_demo_world(Path(str(one.config.get("data_path", one.dataset)))),
     )  # fmt: skip
     parted = partitions(loaded[0][1].columns) if loaded else ()
     pool = _recommendable(contenders)
@@ -216,9 +216,9 @@ def _row(contender: Contender, metrics: Sequence[str], parted: Sequence[Partitio
 
 
 def _cost(runs: Sequence[RunRecord]) -> dict[str, float | None]:
-    """Average each cost over seeds; None where no run has told it."""
-    told = {name: [float(value) for run in runs if (value := getattr(run, name)) is not None] for name in ALL_COSTS}
-    return {name: sum(values) / len(values) if values else None for name, values in told.items()}
+    """Average each cost over seeds; None where no run has recorded it."""
+    recorded = {name: [float(value) for run in runs if (value := getattr(run, name)) is not None] for name in ALL_COSTS}
+    return {name: sum(values) / len(values) if values else None for name, values in recorded.items()}
 
 
 def compare_rows(

@@ -44,7 +44,7 @@ USER_COLUMNS = ("user", "item", "train_count", "tail", "history_length", "has_im
 PAIR_COLUMNS = ("user", "item", "label", "score")
 """What a scores file holds: one entry for each scored (user, item) pair.
 
-Beside them ``place`` where the run kept it: the pair's place among its user's, 0 for the worst, without ties. Under
+Beside them ``place`` where it is recorded: the pair's place among its user's, 0 for the worst, without ties. Under
 full ranking a file holds each user's best items and target alone, with ``among``, how many items were ranked, and
 ``answer``, the log-odds of an MLLM that was asked about the pair, else NaN.
 """
@@ -66,13 +66,13 @@ class RunRecord:
         per_user: Path of the per-user arrays (`USER_COLUMNS`), relative to the results folder.
         scores: Path of the pair scores (`PAIR_COLUMNS`), relative to the results folder.
         valid_scores: Path of the same of the validation split, by the state that was tested; None of a run recorded
-            before this was kept, and where validation has no one ranking a user.
+            before this was, and where validation has no one ranking a user.
         train_counts: Path of how often each item occurs in the training split (``item``, ``count``).
         fusion: Of a row ``A+B`` what it was made of and how, see `fusing.fuse_runs`.
         status: ``ok``, or what went wrong, in one line.
         started: Local time in ISO format.
         metrics: On the test split.
-        valid: On the validation split, of the state that was tested; None of a run recorded before this was kept,
+        valid: On the validation split, of the state that was tested; None of a run recorded before this was,
             whose `train_s` includes validating and whose `summarize_s` loading.
         load_s: What loading the models took; `summarize_s` is without it.
         summarize_reused: How many summaries the store had already; `summarize_s` has the seconds they took then.
@@ -149,13 +149,13 @@ class RunRecord:
 
     @property
     def weights(self) -> Mapping[str, str]:
-        """What names the weights of each model it asked; empty of a baseline, and of a run of before this was kept."""
+        """What names the weights of each model it asked; empty of a baseline, and of a run recorded before this was."""
         return dict(self.config.get("provenance", {}).get("weights", {}))
 
     def to_line(self) -> str:
         """Return the record as one line of JSON, without those of the fields of 0.2.0 that say nothing."""
-        told = {name: value for name, value in asdict(self).items() if value is not None or name not in _SINCE_0_2}
-        return json.dumps(plain_json(told), ensure_ascii=False, allow_nan=False, sort_keys=True)
+        known = {name: value for name, value in asdict(self).items() if value is not None or name not in _SINCE_0_2}
+        return json.dumps(plain_json(known), ensure_ascii=False, allow_nan=False, sort_keys=True)
 
     @classmethod
     def from_line(cls, line: str) -> RunRecord:
@@ -220,11 +220,11 @@ def one_set_of_candidates(records: Iterable[RunRecord], expected: Mapping[str, s
         sets.setdefault(digest, []).append(run)
     if len(sets) < 2:
         return
-    told = "; ".join(f"{digest or '(none)'}: {', '.join(runs)}" for digest, runs in sets.items())
+    which = "; ".join(f"{digest or '(none)'}: {', '.join(runs)}" for digest, runs in sets.items())
     past = ", ".join(sorted(older)) if len(older) < len(sets) else ""
     why = f"{past} was drawn by the rules of an older version, so run those models again with --force, or "
     raise UserError(
-        f"these runs ranked different candidates and cannot share a leaderboard ({told}); {why if past else ''}"
+        f"these runs ranked different candidates and cannot share a leaderboard ({which}); {why if past else ''}"
         "give one of them another --output_dir"
     )
 

@@ -35,7 +35,7 @@ def render(results: Path, *, embed_images: bool = True) -> Leaderboard:
     found: dict[str, Any] = {"uses": [use._asdict() for use in uses(board)], "what_the_mllm_adds": added(board)}
     found["memory"] = board.memory
     published = {"banner": banner(board)} | board.to_json() | found
-    published = {name: told for name, told in published.items() if told or name not in ("banner", *found)}
+    published = {name: value for name, value in published.items() if value or name not in ("banner", *found)}
     forms = {
         "leaderboard.json": json.dumps(published, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
         "leaderboard.csv": tables.csv_text(tables.numbers_table(board)),

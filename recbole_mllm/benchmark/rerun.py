@@ -116,7 +116,7 @@ def _check_weights(record: RunRecord) -> None:
 def order_of(record: RunRecord, output: Path, data_path: str | None = None) -> dict[str, Any]:
     """Return the worker's order that repeats `record`: its whole configuration, no file of the first run's.
 
-    What is fused is made again from the scores that its parts have kept in the folder above `output`.
+    What is fused is made again from the scores that its parts have saved in the folder above `output`.
 
     Raises:
         UserError: The dataset is no longer where it was.

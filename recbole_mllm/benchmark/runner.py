@@ -259,8 +259,8 @@ def _headline(record: RunRecord) -> str:
         return f"failed: {record.status}"
     metric = VALID_METRIC if VALID_METRIC in record.metrics else next(iter(record.metrics))
     mode = (record.config.get("eval_args") or {}).get("mode", "")
-    told = mode.get("test", "") if isinstance(mode, Mapping) else mode
-    return f"{metric} {record.metrics[metric]:.3f} on test" + (f" ({told})" if told else "")
+    drawn = mode.get("test", "") if isinstance(mode, Mapping) else mode
+    return f"{metric} {record.metrics[metric]:.3f} on test" + (f" ({drawn})" if drawn else "")
 
 
 @contextlib.contextmanager

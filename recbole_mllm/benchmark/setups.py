@@ -85,7 +85,7 @@ SETUP = (*(f.name for f in fields(ModelSetup)), "description")
 
 def setup_of(runs: Iterable[RunRecord]) -> ModelSetup | None:
     """Return what the records of a row say of its models: of a row ``A+B`` the MLLM's, of a plain baseline None."""
-    run = max(runs, key=lambda run: "provenance" in run.config)  # an earlier version kept less
+    run = max(runs, key=lambda run: "provenance" in run.config)  # an earlier version recorded less
     config = run.config
     if run.fusion:
         config = {**config, **config.get("per_model", {}).get(MLLM, {})}

@@ -177,11 +177,11 @@ def format_table(board: Leaderboard) -> str:
     users = "" if f"{board.n_users} users" in board.protocol else f" · {board.n_users} users"
     title = f"{board.dataset}: {board.protocol}{users} · candidates {board.candidates}"
     fixed = [_cut(line, WIDTH) for line in ["", *table, *failed, ""]]
-    told = [f"{legend(board)} {reused_note(board)}".strip(), finding(board), *added(board)]
-    told += [f"{use.variant}: {use.sentence}" for use in uses(board)]
+    findings = [f"{legend(board)} {reused_note(board)}".strip(), finding(board), *added(board)]
+    findings += [f"{use.variant}: {use.sentence}" for use in uses(board)]
     above, below = (
         [line for text in texts for line in textwrap.wrap(text, WIDTH)]
-        for texts in ((banner(board), title, future_text(board)), (*told, notes(board)))
+        for texts in ((banner(board), title, future_text(board)), (*findings, notes(board)))
     )
     return "\n".join([*above, *fixed, *below])
 

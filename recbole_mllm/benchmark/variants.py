@@ -41,7 +41,7 @@ VARIANTS: Mapping[str, Variant] = {
     "shuffled-history": Variant({"control": "shuffled-history"}, "The order of the history"),
     "wrong-image": Variant({"control": "wrong-image"}, "Which image an item has"),
     "wrong-summary": Variant({"control": "wrong-summary"}, "Whose summary is read"),
-    "title-only": Variant({"use_image": False, "item_summary": "none"}, "What is told beside titles"),
+    "title-only": Variant({"use_image": False, "item_summary": "none"}, "What the MLLM reads beside titles"),
     "no-history": Variant({"summary_mode": "none", "item_summary": "none", "history_titles": 0}, "The user's history"),
 }
 """The variants of MLLMMSR; ``block-N`` (``block_size: N``) is read by pattern.

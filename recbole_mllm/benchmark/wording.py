@@ -266,8 +266,8 @@ def uses(board: Leaderboard) -> list[Use]:
             verdict, does = ("matters", "matters here") if score.difference < 0 else ("harms", "does harm here")
         low, high = score.difference_ci95
         tested = _p(score.p) if score.significant else f"n.s. ({_p(score.p)})"
-        told = f"{_signed(score.difference)} [{_signed(low)}, {_signed(high)}], {tested}"
-        sentence = f"{part_of(row.runs[0].label)} {does}: {told}."
+        numbers = f"{_signed(score.difference)} [{_signed(low)}, {_signed(high)}], {tested}"
+        sentence = f"{part_of(row.runs[0].label)} {does}: {numbers}."
         found.append(
             Use(
                 row.model, str(row.tested_against), board.valid_metric, score.difference, score.difference_ci95,

@@ -178,7 +178,7 @@ def digests_of(
     unless they are to be `compared` with runs of before. A job whose library or dataset is not there says so itself.
 
     Args:
-        jobs: What workers are told (see `jobs.BenchmarkJob.order`).
+        jobs: The workers' orders (see `jobs.BenchmarkJob.order`).
         compared: Whether there are such runs.
         check: Called with the Config of each label; it may raise.
 

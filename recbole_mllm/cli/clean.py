@@ -42,7 +42,7 @@ KINDS = {
 """What ``--kind`` names: how the ends of the paths read, and what they are."""
 
 DEFAULT = ("scratch", "scores", "retrievers")
-"""Logs are named as stock RecBole names its own, so whose they are cannot be told: they go only if named."""
+"""Logs are named as stock RecBole names its own, so whose they are is unknown: they are removed only if named."""
 
 
 _OURS: dict[str, Callable[[Path], bool]] = {

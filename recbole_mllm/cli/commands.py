@@ -448,10 +448,10 @@ def store_import(args: Namespace, options: Options) -> int:
     folder = named_folder(args.where).resolve()
     with _store(folder, new=True) as store:
         done = import_answers(store, path, args.origin, replace=args.replace)
-    kept = (
-        f"{done.replaced} replaced, {done.known} the same" if args.replace else f"{done.known} known already and kept"
+    others = (
+        f"{done.replaced} replaced, {done.known} the same" if args.replace else f"{done.known} known already and left"
     )
-    print(f"{store_file(folder)}: {done.added} answers added, {kept}{'' if args.replace else ' as they were'}")
+    print(f"{store_file(folder)}: {done.added} answers added, {others}{'' if args.replace else ' as they were'}")
     return 0
 
 

@@ -174,7 +174,7 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
     parser.add_argument("--print-completion", action=_Completion, choices=("bash", "zsh", "tcsh"), help=words)
     groups = {"": parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)}
     parsers: dict[str, Parser] = {}
-    for name, (_, told) in COMMANDS.items():
+    for name, (_, purpose) in COMMANDS.items():
         group, _, word = name.rpartition(" ")
         if group not in groups:
             help_text, metavar = _GROUPS[group]
@@ -183,8 +183,8 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
         configured = name in _CONFIGURED
         parsers[name] = groups[group].add_parser(
             word,
-            help=told,
-            description=f"{told[0].upper()}{told[1:]}.",
+            help=purpose,
+            description=f"{purpose[0].upper()}{purpose[1:]}.",
             examples=_EXAMPLES[name],
             epilog=_EPILOG if configured else None,
         )
@@ -294,8 +294,8 @@ def _add_options(of: dict[str, Parser]) -> None:
     add("--kind", metavar="K1,K2", help=f"{words}; docs/commands.md says what they are")
     add("--yes", action="store_true", help="remove them; without it they are only listed")
     for name, kind in {"export": "model's", "store export": "dataset's"}.items():
-        told = f"also send it to a {kind} repository on the hub, made private where there is none (docs/publish.md)"
-        of[name].add_argument("--push-to-hub", metavar="OWNER/NAME", help=told)
+        words = f"also send it to a {kind} repository on the hub, made private where there is none (docs/publish.md)"
+        of[name].add_argument("--push-to-hub", metavar="OWNER/NAME", help=words)
     add = of["store prune"].add_argument
     add("--older-than", type=float, metavar="DAYS", help="only those written longer ago")
     add("--dry-run", action="store_true", help="only show what would be deleted")

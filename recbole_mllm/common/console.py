@@ -62,10 +62,10 @@ def _options(parser: argparse.ArgumentParser) -> list[str]:
 
 
 def exit_code(run: Callable[[list[str]], int], words: Sequence[str]) -> int:
-    """Return what `run` returns; 2 for a user's mistake, told in one line (``--debug`` shows the traceback).
+    """Return what `run` returns; 2 for a user's mistake, reported in one line (``--debug`` shows the traceback).
 
-    What the machine refuses (a full disk, a folder that may not be written to, want of memory) is told in one line too;
-    a reader that has closed the pipe is told nothing.
+    What the machine refuses (a full disk, a folder that may not be written to, want of memory) is reported so too; a
+    reader that has closed the pipe gets nothing.
     """
     debug = "--debug" in words
     with usable_streams():
@@ -73,13 +73,13 @@ def exit_code(run: Callable[[list[str]], int], words: Sequence[str]) -> int:
             try:
                 return run([word for word in words if word != "--debug"])
             finally:
-                sys.stdout.flush()  # here, as what cannot be written at Python's end is told in Python's words
+                sys.stdout.flush()  # here, as what cannot be written at Python's end is reported in Python's words
         except (Exception, KeyboardInterrupt) as error:  # the outermost place; a fault of ours is raised again
             place = "standard output" if _leave_stdout() else ""
-            told = in_a_line(error, place)
-            if told is None or (debug and not isinstance(error, KeyboardInterrupt)):
+            reported = in_a_line(error, place)
+            if reported is None or (debug and not isinstance(error, KeyboardInterrupt)):
                 raise
-            code, line = told
+            code, line = reported
             if line:
                 with suppress(OSError, ValueError):
                     print(f"recbole-mllm: {' '.join(line.splitlines())}", file=sys.stderr, flush=True)

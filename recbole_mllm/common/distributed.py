@@ -318,9 +318,9 @@ def exit_code(run: Callable[[list[str]], int], words: Sequence[str]) -> int:
         return code
     except (Exception, KeyboardInterrupt) as error:  # whatever it is, the other processes must hear of it and end
         lost = lost_another(error)
-        told = (1, str(lost)) if lost else in_a_line(error)
-        code, line = told or (1, "")
-        line = traceback.format_exc() if debug or not told else line and f"recbole-mllm: {line}"
+        known = (1, str(lost)) if lost else in_a_line(error)
+        code, line = known or (1, "")
+        line = traceback.format_exc() if debug or not known else line and f"recbole-mllm: {line}"
     first, code = _fail(code)
     if first:
         print(line.rstrip(), end="\n" * bool(line), file=sys.stderr, flush=True)

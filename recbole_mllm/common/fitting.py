@@ -16,12 +16,12 @@ class Fit:
 
     Args:
         trainer: RecBole's.
-        recording: Opened around each validation; it yields what is to be kept of that.
+        recording: Opened around each validation; it yields what is to be returned of that.
 
     Attributes:
         seconds: What it took, without validating and saving.
         scores: Each validation's score, in order.
-        kept: What `recording` has yielded for the best validation, the last of equals, whose state RecBole saves
+        recorded: What `recording` has yielded for the best validation, the last of equals, whose state RecBole saves
             (utils/utils.py:113-154); None where a resumed run has its best epoch from before.
     """
 
@@ -30,7 +30,7 @@ class Fit:
         self._aside = 0.0
         self.seconds = 0.0
         self.scores: list[float] = []
-        self.kept: Any = None
+        self.recorded: Any = None
 
     def run(self, *arguments: Any, **keywords: Any) -> Any:
         """Call ``fit`` and return what it returns: the best validation score and result."""
@@ -45,7 +45,7 @@ class Fit:
                 delattr(self._trainer, name)  # the class's own comes through again
         self.seconds = time.perf_counter() - started - self._aside
         if not self.scores or self._best() != found[0]:
-            self.kept = None
+            self.recorded = None
         return found
 
     def _best(self) -> float:
@@ -62,7 +62,7 @@ class Fit:
             if found is not None:  # a validation's (score, result); saving returns nothing
                 self.scores.append(float(found[0]))
                 if self.scores[-1] == self._best():
-                    self.kept = recorded
+                    self.recorded = recorded
             return found
 
         return timed

@@ -51,8 +51,8 @@ def push(repo_id: str, folder: Path, files: Sequence[str], *, kind: Literal["mod
     api = hub.HfApi()
     try:
         api.create_repo(repo_id, repo_type=kind, private=True, exist_ok=True)
-        kept = {"README.md"} if kind == "dataset" and api.file_exists(repo_id, "README.md", repo_type=kind) else set()
-        chosen = [name for name in files if name not in kept]
+        there = {"README.md"} if kind == "dataset" and api.file_exists(repo_id, "README.md", repo_type=kind) else set()
+        chosen = [name for name in files if name not in there]
         commit = api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
@@ -74,6 +74,6 @@ def license_of(card: Path | None) -> dict[str, Any]:
     import huggingface_hub as hub
 
     with suppress(OSError, ValueError, TypeError, AttributeError):
-        told: Mapping[str, Any] = hub.ModelCard.load(card, ignore_metadata_errors=True).data.to_dict() if card else {}
-        return {key: told[key] for key in ("license", "license_name", "license_link") if isinstance(told.get(key), str)}
+        data: Mapping[str, Any] = hub.ModelCard.load(card, ignore_metadata_errors=True).data.to_dict() if card else {}
+        return {key: data[key] for key in ("license", "license_name", "license_link") if isinstance(data.get(key), str)}
     return {}

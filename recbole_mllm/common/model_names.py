@@ -70,9 +70,9 @@ def pinned(name: str, revision: str | None = None) -> str:
         return name
     commit = _commit(name, revision)
     if commit is None:
-        kept = f"{name}@{revision or 'main'}"
+        key = f"{name}@{revision or 'main'}"
         warn_once(
-            f"{kept}: neither the local cache nor the hub says which commit that is, so its answers are stored under "
+            f"{key}: neither the local cache nor the hub says which commit that is, so its answers are stored under "
             "this name; a commit can also be given as the revision"
         )
     return f"{name}@{commit or revision}" if commit or revision else name

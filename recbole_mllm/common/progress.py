@@ -24,7 +24,7 @@ class Progress:
     def __init__(self, total: float, what: str, unit: str) -> None:
         self.total, self.what, self.unit = total, what, unit
         self.done: float = 0
-        self._started = self._told = time.monotonic()
+        self._started = self._reported = time.monotonic()
         live = (sys.stderr.isatty() or _in_notebook()) and distributed.is_main()
         width = None if _in_notebook() else 100
         self._bar: tqdm[None] | None = tqdm(total=total, desc=what, unit=unit, ncols=width) if live and total else None
@@ -48,8 +48,8 @@ class Progress:
             self._bar.update(min(count, self.total - self._bar.n))  # a sum of floats may exceed it
             return
         now = time.monotonic()
-        if now - self._told >= EVERY_S:
-            self._told = now
+        if now - self._reported >= EVERY_S:
+            self._reported = now
             rate = self.done / (now - self._started)
             left = (self.total - self.done) / rate if rate else float("inf")
             text = (
@@ -72,5 +72,5 @@ def log_to_terminal() -> None:
 
 @lru_cache
 def warn_once(line: str) -> None:
-    """Log `line` as a warning, the first time it is told."""
+    """Log `line` as a warning, the first time it is given."""
     logging.getLogger().warning(line)

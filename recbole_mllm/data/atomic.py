@@ -222,10 +222,10 @@ def clean(text: str) -> str:
     if text.isprintable() and "  " not in text and text[:1] not in _EDGES and text[-1:] != " ":
         return text  # printable: no control, format, private or surrogate character, and no space but U+0020
     unwanted = {c for c in set(text) if unicodedata.category(c) in _UNWANTED and not c.isspace() and c not in _JOINERS}
-    kept = text.translate(dict.fromkeys(map(ord, unwanted))) if unwanted else text
-    if "\u200c" in kept or "\u200d" in kept:
-        kept = _JOINED_SPACES.sub(" ", _JOINED.sub(lambda run: run[0][0], kept))
-    return _without_leading_quotes(_SPACES.sub(" ", kept).strip(" " + _JOINERS))
+    cleaned = text.translate(dict.fromkeys(map(ord, unwanted))) if unwanted else text
+    if "\u200c" in cleaned or "\u200d" in cleaned:
+        cleaned = _JOINED_SPACES.sub(" ", _JOINED.sub(lambda run: run[0][0], cleaned))
+    return _without_leading_quotes(_SPACES.sub(" ", cleaned).strip(" " + _JOINERS))
 
 
 def _without_leading_quotes(text: str) -> str:
@@ -290,7 +290,7 @@ def impossible_times(times: ArrayLike) -> tuple[int, int]:
     """Return how many of `times` are at or before the first second of 1970, and how many lie after tomorrow.
 
     Args:
-        times: ``[N]`` numbers since 1970, in seconds, milliseconds or finer: what most of them are is told by their
+        times: ``[N]`` numbers since 1970, in seconds, milliseconds or finer: what most of them are is seen from their
             size. NaN counts as neither. Places in an order (whole numbers from 0 to at most N) are no dates: (0, 0).
     """
     early, late = find_impossible_times(times)

@@ -102,9 +102,9 @@ class MLLMMSRDataset(SequentialDataset):  # type: ignore[misc]  # RecBole is unt
         if self.row_times is not None:
             keys.append(self.row_times[: len(rows)])
         latest_first = np.lexsort((*keys, users))[::-1]
-        kept = np.zeros(len(rows), bool)
-        kept[latest_first] = places_in_groups(users[latest_first]) < last_k
-        return rows[kept]
+        chosen = np.zeros(len(rows), bool)
+        chosen[latest_first] = places_in_groups(users[latest_first]) < last_k
+        return rows[chosen]
 
     def _histories(self, names: HistoryNames) -> tuple[PerHistory[list[str]], PerHistory[list[str]]]:
         """Return the ordered raw item ids of each history, and all that each user meets: in its rows, targets included.

@@ -68,12 +68,12 @@ def limited_users(raw: Any, parts: Sequence[Any], count: int | None, seed: int) 
     if count is None:
         return present
     drawn = np.isin(raw, list(sample_users(raw[present[-1]].tolist(), count, seed))) & present[-1]
-    kept = []
+    found = []
     for own in present:
         tested, others = own & drawn, own & ~present[-1]
         more = sample_users(raw[others].tolist(), max(0, count - int(tested.sum())), seed)
-        kept.append(tested | (np.isin(raw, list(more)) & others))
-    return kept
+        found.append(tested | (np.isin(raw, list(more)) & others))
+    return found
 
 
 class Pairs:

@@ -48,7 +48,7 @@ class Item:
 
 
 def is_reserved(traits: Traits) -> bool:
-    """Say whether this look is kept for demo worlds, so that the tiny MLLM has never seen it in image or text.
+    """Say whether this look is reserved for demo worlds, so that the tiny MLLM has never seen it in image or text.
 
     About 30 % of the 768 looks are; a digest picks them, so the choice needs no list and never changes.
     """

@@ -77,7 +77,7 @@ def prepare_loaders(config: Any, dataset: Any) -> Loaders:
 def _frozen(config: Any, candidates: Candidates, phase: str, loader: Any) -> Any:
     """Return RecBole's `loader` of a phase with its candidates; for a full ranking its batches say what is ranked."""
     whole, mode, ranking = loader._dataset, candidates.modes[phase], candidates.ranking(phase)
-    part = whole.copy(whole.inter_feat[candidates.kept[phase][whole.inter_feat[whole.uid_field].numpy()]])
+    part = whole.copy(whole.inter_feat[candidates.evaluated[phase][whole.inter_feat[whole.uid_field].numpy()]])
     candidates.refuse_other_rows(phase, part)
     if mode == "full":
         loader = _fitting(config, loader, part)
@@ -125,7 +125,7 @@ class Candidates:
         parts: Its training, validation and test part; None where `facts` know what is held out.
 
     Attributes:
-        kept: For each phase ``[users]``, whether a user is evaluated.
+        evaluated: For each phase ``[users]``, whether a user is evaluated.
         modes: For each phase ``eval_args.mode``.
         keys: ``tie_keys`` of RecBole's users and items.
     """
@@ -150,10 +150,10 @@ class Candidates:
         self._met = Pairs(owners, items, len(self._items))
         self._every = {phase: self._split.targets(phase) for phase in _PHASES}
         held_out = [users for users, _ in self._every.values()]
-        kept = limited_users(self._users, held_out, settings.limit_users, settings.candidate_seed)
+        limited = limited_users(self._users, held_out, settings.limit_users, settings.candidate_seed)
         # whom only a general model could be validated on is nobody's, though tested
         held = [np.bincount(users, minlength=len(self._users)) > 0 for users in held_out]
-        self.kept = {phase: own & there for phase, own, there in zip(_PHASES, kept, held, strict=True)}
+        self.evaluated = {phase: own & there for phase, own, there in zip(_PHASES, limited, held, strict=True)}
         self._drawn: dict[str, Any] = {}
         if settings.candidates_file:
             self._read(Path(settings.candidates_file), dataset.dataset_name)
@@ -161,7 +161,7 @@ class Candidates:
     def targets(self, phase: str, chosen: Any = None) -> tuple[Any, Any]:
         """Return (users, items) of the held-out rows of `chosen` ``[users]``, those evaluated; sorted by user."""
         users, items = self._every[phase]
-        rows = np.flatnonzero((self.kept[phase] if chosen is None else chosen)[users])
+        rows = np.flatnonzero((self.evaluated[phase] if chosen is None else chosen)[users])
         rows = rows[np.argsort(users[rows], kind="stable")]
         return users[rows], items[rows]
 
@@ -248,13 +248,13 @@ class Candidates:
                 drawn = None
             owner = np.repeat(np.arange(len(rows.users)), rows.counts * count)
             ordered[phase] = in_drawn_order(owner, written, drawn, np.argsort(np.argsort(self._items)))
-            self._drawn[phase] = ordered[phase][np.repeat(self.kept[phase][users], count)]
+            self._drawn[phase] = ordered[phase][np.repeat(self.evaluated[phase][users], count)]
         whole = [self._every[phase][0] for phase in _PHASES]
         everybody = dict(zip(_PHASES, limited_users(self._users, whole, None, 0), strict=True))
         # a full ranking beside it was of all users or of a sample
         digests = [
             candidates_digest(dict(self._asked(p, listed.get(p, full[p]), ordered.get(p)) for p in _PHASES))
-            for full in (everybody, self.kept)
+            for full in (everybody, self.evaluated)
         ]
         if given.digest not in ("", *digests):
             raise UserError(
@@ -359,9 +359,9 @@ class Pool:
     @classmethod
     def uniform(cls, items: Any, raw: Any) -> Pool:
         """The distinct internal ids `items`, all alike; `raw` holds the raw id of every internal id."""
-        kept = np.flatnonzero(np.bincount(items, minlength=1))
-        kept = kept[np.argsort(raw[kept], kind="stable")]
-        return cls(kept, np.ones(len(kept)))
+        present = np.flatnonzero(np.bincount(items, minlength=1))
+        present = present[np.argsort(raw[present], kind="stable")]
+        return cls(present, np.ones(len(present)))
 
     @classmethod
     def popular(cls, counts: Any, raw: Any) -> Pool:

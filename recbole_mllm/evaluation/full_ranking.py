@@ -1,4 +1,4 @@
-"""Full ranking for a comparison: every model ranks the same items, ties are settled without labels, the best are kept.
+"""Full ranking for a comparison: every model ranks the same items, ties are settled without labels, the best are saved.
 
 RecBole leaves what a user has met out of a general model's ranking and not of a sequential one's
 (general_dataloader.py:232, trainer.py:483-486), ranks items that only an ``.item`` file names, and orders equal scores

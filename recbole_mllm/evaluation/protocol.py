@@ -37,13 +37,13 @@ def protocol_line(config: Any, users: int | None = None, phase: str | None = Non
     modes = list(dict.fromkeys(by_phase[name] for name in by_phase if phase in (None, name)))
     drawn = " / ".join(each for each in modes if each not in ("full", "labeled"))
     given = f"given as {Path(settings.candidates_file).name}" if settings.candidates_file else None
-    told = [f"candidates {drawn} ({given or f'seed {settings.candidate_seed}'})"] if drawn else []
+    parts = [f"candidates {drawn} ({given or f'seed {settings.candidate_seed}'})"] if drawn else []
     if "labeled" in modes:
-        told.append("the labelled interactions themselves")
+        parts.append("the labelled interactions themselves")
     if "full" in modes:
         left_out = " but those the user has met" if settings.exclude_seen else ""
-        told.append(f"all items{left_out} ranked (ties by seed {settings.candidate_seed})")
-    return f"{split}, order {arguments['order']}, {' / '.join(told)}{limit}"
+        parts.append(f"all items{left_out} ranked (ties by seed {settings.candidate_seed})")
+    return f"{split}, order {arguments['order']}, {' / '.join(parts)}{limit}"
 
 
 def _split(split: dict[str, Any]) -> str:

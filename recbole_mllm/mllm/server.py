@@ -126,7 +126,7 @@ class Requests:
         self.refused: list[str] = []
         self.errors: list[BaseException] = []  # what ends the run
         self.shortened = 0
-        self.started = self.told = time.monotonic()
+        self.started = self.reported = time.monotonic()
 
     def run(self) -> None:
         """Send all and hand over what arrives.
@@ -186,7 +186,7 @@ class Requests:
             outcome, prompt = future.result(), sent.prompt
             sent.host.record(outcome, sent.at)
             if isinstance(outcome, Answer):
-                self.told = time.monotonic()
+                self.reported = time.monotonic()
                 answers.append((prompt.ask.place, replace(outcome, shortened=prompt.shortened > 0)))
                 self.shortened += prompt.shortened > 0
             else:
@@ -218,7 +218,7 @@ class Requests:
             return
         who = "; ".join(f"{host.url}: {host.last_failure}" for host in self.hosts)
         failures = [host.last_failure for host in self.hosts]
-        advice = next((told for start, told in _ADVICE.items() if all(f.startswith(start) for f in failures)), _START)
+        advice = next((text for start, text in _ADVICE.items() if all(f.startswith(start) for f in failures)), _START)
         raise UserError(
             f"no server has answered for {patience:g} s ({who}); {advice} and repeat the command; finished work is "
             "saved (server_patience sets how long the run waits)"
@@ -226,9 +226,9 @@ class Requests:
 
     def _tell(self, now: float, failing: float) -> None:
         """Say from time to time that no server answers, and for how long that may go on."""
-        if now - self.told < EVERY_S:
+        if now - self.reported < EVERY_S:
             return
-        self.told = now
+        self.reported = now
         if failing:
             who, waited, most = self.hosts, failing, self.settings.server_patience
         else:

@@ -510,8 +510,8 @@ def dry_run(config: Any, which: str, since: str | None = None) -> list[str]:
 
     def lines() -> list[str]:
         found = count_summaries(run, which, tried=True)
-        told = [_line(stage, one) for stage, one in found.items() if one.asked or stage == "items"]
-        return [*told, f"tag: {run.setup.tag}"]
+        counted = [_line(stage, one) for stage, one in found.items() if one.asked or stage == "items"]
+        return [*counted, f"tag: {run.setup.tag}"]
 
     return distributed.on_main(lines)
 

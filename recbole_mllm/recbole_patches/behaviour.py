@@ -164,8 +164,8 @@ def record_facts(module: Any) -> None:
             return
         # RecBole's sort is not stable (dataset.py:853), and leaves equal times in an order of its own
         ordered = frame.sort_values(by=[self.time_field], kind="stable")
-        kept = ordered.drop_duplicates(subset=[self.uid_field, self.iid_field], keep=keep)
-        self.inter_feat = kept.sort_index()
+        unique = ordered.drop_duplicates(subset=[self.uid_field, self.iid_field], keep=keep)
+        self.inter_feat = unique.sort_index()
 
     module.Dataset.exact_order, module.Dataset.facts = False, None
 

@@ -152,6 +152,6 @@ def train_on_histories(dataset_module: Any) -> None:
             learnt = {field: torch.from_numpy(values.astype(np.int64)) for field, values in columns.items()}
             parts[0].inter_feat = Interaction(learnt)
         for part in parts:
-            kept = {name: column for name, column in part.inter_feat.interaction.items() if name != listed}
-            part.inter_feat = Interaction(kept)
+            columns = {name: column for name, column in part.inter_feat.interaction.items() if name != listed}
+            part.inter_feat = Interaction(columns)
         return parts

@@ -92,10 +92,10 @@ def open_log(config: Any, *, to_file: bool = True) -> None:
     shown.setFormatter(ColoredFormatter(form, "%d %b %H:%M", log_colors=logger.log_colors_config))
     handlers: list[logging.Handler] = [shown]
     if to_file:
-        kept = RunLog(config)
-        kept.setFormatter(logging.Formatter("%(asctime)-15s %(levelname)s  %(message)s", "%a %d %b %Y %H:%M:%S"))
-        kept.addFilter(logger.RemoveColorFilter())
-        handlers.append(kept)
+        log_file = RunLog(config)
+        log_file.setFormatter(logging.Formatter("%(asctime)-15s %(levelname)s  %(message)s", "%a %d %b %Y %H:%M:%S"))
+        log_file.addFilter(logger.RemoveColorFilter())
+        handlers.append(log_file)
     logging.basicConfig(level=level, handlers=handlers)
 
 

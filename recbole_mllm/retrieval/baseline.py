@@ -116,7 +116,7 @@ def _digest(dataset: Any) -> str:
 
 
 def _warn_of_newer_data(checkpoint: Path, config: Any) -> None:
-    """Say that the dataset was written after a checkpoint beside which no ids are kept."""
+    """Say that the dataset was written after a checkpoint beside which no ids are stored."""
     trained = checkpoint.stat().st_mtime
     for path in sorted(Path(config["data_path"]).glob(f"{escape(config['dataset'])}*.inter")):
         if path.stat().st_mtime > trained:

@@ -101,11 +101,11 @@ class Retriever:
         made = {user: self._users[rows[ours.uid_field].cpu()], item: self._items[rows[ours.iid_field].cpu()]}
         if self.is_sequential:
             listed, lengths = self._items[rows[self._list].cpu()], rows[ours.item_list_length_field].cpu()
-            kept = lengths.clamp(max=self._depth)
-            place = (lengths - kept)[:, None] + torch.arange(self._depth)
-            inside = torch.arange(self._depth) < kept[:, None]
+            used = lengths.clamp(max=self._depth)
+            place = (lengths - used)[:, None] + torch.arange(self._depth)
+            inside = torch.arange(self._depth) < used[:, None]
             made[self._list] = listed.gather(1, place.clamp(max=listed.shape[1] - 1)).where(inside, 0)
-            made[ours.item_list_length_field] = kept
+            made[ours.item_list_length_field] = used
         return Interaction(made)
 
 
@@ -191,9 +191,9 @@ def _trained(name: str, config: Any, ours: Any) -> Retriever:
 
 def _digest(config: Any, train: Any) -> str:
     """Return 12 hex digits of the settings, the training rows and the versions of what trains."""
-    kept = {key: value for key, value in config.final_config_dict.items() if key not in _NO_TRACE}
-    kept |= {name: version(name) for name in ("recbole", "torch")}
-    digest = hashlib.sha256(repr(sorted(kept.items(), key=lambda item: str(item[0]))).encode())
+    decisive = {key: value for key, value in config.final_config_dict.items() if key not in _NO_TRACE}
+    decisive |= {name: version(name) for name in ("recbole", "torch")}
+    digest = hashlib.sha256(repr(sorted(decisive.items(), key=lambda item: str(item[0]))).encode())
     for field in (train.uid_field, train.iid_field):
         digest.update("\0".join(map(str, train.field2id_token[field])).encode())
         digest.update(train.inter_feat[field].numpy().tobytes())

@@ -51,11 +51,11 @@ class Findings:
     examples: dict[str, list[str]] = field(default_factory=dict)
 
     def note(self, what: str, example: str) -> None:
-        """Count `what`; the first few examples are kept."""
+        """Count `what`; the first few examples are stored."""
         self.counts[what] += 1
-        kept = self.examples.setdefault(what, [])
-        if len(kept) < _EXAMPLES and example not in kept:
-            kept.append(example)
+        stored = self.examples.setdefault(what, [])
+        if len(stored) < _EXAMPLES and example not in stored:
+            stored.append(example)
 
     def look(self, text: str) -> None:
         """Note what can be seen in a text alone, known from the store or newly written."""

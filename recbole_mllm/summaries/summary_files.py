@@ -452,8 +452,8 @@ def _apply(
         shared = len(found) - len(edits)
         same = {Place(*row[2:5]): texts[row[5]][1] for row in found if row[:2] == (tag.number, kind)}
         if checked:
-            told = {place: text for place, text in same.items() if place not in in_file}
-            _update_file(db, _FILE[kind](folder, tag.name), tag, kind, told, checked)
+            missing = {place: text for place, text in same.items() if place not in in_file}
+            _update_file(db, _FILE[kind](folder, tag.name), tag, kind, missing, checked)
         again = _read_them(_summaries(db, tag, "user"), edits)
         own = {key for (key,) in db.execute("SELECT key FROM answers WHERE origin = ?", (USER_ORIGIN,))}
     said = [f"{len(again)} user summaries were written from what it replaces; `summarize` writes them anew"]

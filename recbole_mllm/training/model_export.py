@@ -200,20 +200,20 @@ def model_card(
     and the metrics, with the digest of the candidates that they were taken on.
     """
     kind, base, tags = about["kind"], about["base"], ["recbole", "recommendation", "sequential-recommendation"]
-    told: dict[str, Any] = dict(licence or {})
+    metadata: dict[str, Any] = dict(licence or {})
     if "#" not in about["base_identity"]:
-        told |= {"base_model": base, "base_model_relation": "adapter" if kind == "adapter" else "finetune"}
+        metadata |= {"base_model": base, "base_model_relation": "adapter" if kind == "adapter" else "finetune"}
     if record is not None:
         where = {"protocol": record["protocol"], "candidates": record["candidates"]}
         dataset = {"dataset_type": record["dataset"], "dataset_name": record["dataset"], "dataset_split": "test"}
-        told |= {"datasets": [record["dataset"]], "metrics": list(record["metrics"]), "model_name": record["label"]}
-        told["eval_results"] = [
+        metadata |= {"datasets": [record["dataset"]], "metrics": list(record["metrics"]), "model_name": record["label"]}
+        metadata["eval_results"] = [
             EvalResult(
                 "recommendation", metric_type=name, metric_name=name, metric_value=value, dataset_args=where, **dataset
             )
             for name, value in record["metrics"].items()
         ]
-    data = ModelCardData(library_name=_LIBRARY[kind], tags=tags, **told)
+    data = ModelCardData(library_name=_LIBRARY[kind], tags=tags, **metadata)
     words: dict[str, Any] = {"yes": style.answer_yes, "no": style.answer_no, "why": why, "record": record}
     return str(ModelCard.from_template(data, str(_TEMPLATES / "export.md"), **about, **words))
 

@@ -68,12 +68,12 @@ def test_what_is_kept_is_of_the_best_validation_the_last_of_equals(curve):
 
     fit = Fit(Planted(), lambda: nullcontext(len(fit.scores)))
     fit.run()
-    assert fit.kept == len(curve) - 1 - curve[::-1].index(max(curve))
+    assert fit.recorded == len(curve) - 1 - curve[::-1].index(max(curve))
     resumed = Planted()
     resumed.values, resumed.before = iter(curve), 0.9
     fit = Fit(resumed, lambda: nullcontext(len(fit.scores)))
     fit.run()
-    assert fit.kept is None
+    assert fit.recorded is None
 
 
 def test_the_best_epochs_validation_is_kept_and_is_what_its_checkpoint_scores(planted):

@@ -147,7 +147,7 @@ def joint(places: Places, budget: Budget) -> None:
     learner = Learner(model.parameters(), budget.joint_lr, budget.joint_steps, warm_up=50, decay=0.05)
     for _ in _steps("joint", budget.joint_steps, lambda: f"{learner} {progress(model, maker)}", EVERY):
         learner.backward(long=judge(model, _long(maker, budget)).loss)
-        learner.backward(told=judge(model, _about_titles(maker, budget)).loss * 0.2)
+        learner.backward(loss=judge(model, _about_titles(maker, budget)).loss * 0.2)
         numbers = pictures.draw(budget.matches + budget.captions, generator)
         items = [pictures.items[n] for n in numbers]
         samples = [maker.match(item) for item in items[: budget.matches]]
