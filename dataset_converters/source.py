@@ -181,7 +181,7 @@ class Intake:
         """Yield the rows of a table; where one character separates, fields may be `quoted`.
 
         A quoted field that does not end on its line costs that line alone: all behind it are read as rows of their own.
-        With `multiline` it may go on, unless its row is refused: then its first line is left out, and the others are
+        With `multiline` it may continue, unless its row is refused: then its first line is left out, and the others are
         read as rows of their own.
         """
         lines = self.lines(path, encoding)
@@ -255,7 +255,7 @@ class Intake:
         raw = self.file
         if not self.skip_bad_rows:
             raise UserError(
-                f"{raw.path}:{raw.at}: {reason}; mend the line, or leave such lines out with --skip-bad-rows"
+                f"{raw.path}:{raw.at}: {reason}; fix the line, or leave such lines out with --skip-bad-rows"
             )
         raw.rejected += 1
         if len(self.rejects) < _KEPT_REJECTS:
@@ -391,7 +391,7 @@ def columns(rows: Iterator[list[str]], intake: Intake, *wanted: str) -> Iterator
     """
     first = next(rows, None)
     if intake.file.rejected and _names(re.split(r'[,;|\t:"]+', intake.file.first), wanted):
-        raise UserError(f"{intake.file.path}:1: the names of the columns cannot be read; mend the line")
+        raise UserError(f"{intake.file.path}:1: the names of the columns cannot be read; fix the line")
     if first is None:
         return
     places, width = named(first, wanted), len(first)

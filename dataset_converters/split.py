@@ -1,4 +1,4 @@
-"""A dataset's folder split anew: its files as another protocol wants them, in a folder of their own."""
+"""A dataset's folder split by another protocol, into a folder of its own."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def split_folder(
         columns = {**(keys.get("load_col") or {}), **written.config["load_col"]}
         if settings.protocol == "loo" and keys.get("load_col") and not listed:
             columns = keys["load_col"]
-        comment = f"{out.name}: {folder.name}, split anew; see README.md.\n{written.order}"
+        comment = f"{out.name}: {folder.name}, split again; see README.md.\n{written.order}"
         config = {**remaining, **written.config, "load_col": columns}
         write_text(stage / "dataset.yaml", output.dataset_yaml(comment, config, fields))
         for end in _BESIDE:

@@ -48,7 +48,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Fill in what is generated, and mend links that leave docs/ or enter it from the repository's root."""
+    """Fill in what is generated, and fix links that leave docs/ or enter it from the repository's root."""
     name = page.file.src_uri
     folder = ROOT if name in COPIED else (ROOT / "docs" / name).parent
     markdown = re.sub(r"<!-- generated: (\w+) -->", lambda found: GENERATED[found[1]](), markdown)

@@ -28,7 +28,7 @@ class OnCard(torch.Tensor):
 
     @staticmethod
     def __new__(cls, held: torch.Tensor, index: int | None = None, requires_grad: bool = False) -> OnCard:
-        if isinstance(held, OnCard):  # Accelerate makes a parameter of its own kind anew
+        if isinstance(held, OnCard):  # Accelerate makes a parameter of its own kind again
             return held.detach().requires_grad_(requires_grad)
         made = torch.Tensor._make_wrapper_subclass(
             cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype,

@@ -102,7 +102,7 @@ def _part(record: RunRecord | None, run_id: str) -> RunRecord:
     if record.valid_scores is None or record.train_counts is None:
         raise UserError(
             f"run {run_id} keeps no validation scores, as an earlier version recorded it or its validation has no one "
-            f"ranking a user; make it anew: the same command with --models {record.label} --seeds {record.seed} --force"
+            f"ranking a user; run it again: the same command with --models {record.label} --seeds {record.seed} --force"
         )
     return record
 

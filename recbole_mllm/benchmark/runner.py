@@ -72,7 +72,7 @@ def benchmark(
 ) -> list[str]:
     """Run what is not finished yet, write the report, and return the names of the runs that have failed.
 
-    A run that fails gets a row that says why, and the others go on. Ctrl-C and SIGTERM end the runs at work, keep the
+    A run that fails gets a row that says why; the others continue. Ctrl-C and SIGTERM end the runs at work, keep the
     finished ones and leave with exit code 1.
 
     Args:

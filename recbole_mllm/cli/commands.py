@@ -58,7 +58,7 @@ def convert(args: Namespace, options: Options) -> int:
 
 
 def split(args: Namespace, options: Options) -> int:
-    """Split a dataset's folder anew into one of its own, which knows the answers in the store already."""
+    """Split a dataset's folder by another protocol into one of its own, whose store has the answers too."""
     from recbole_mllm.common.resources import converters
     from recbole_mllm.inspect.measure import find_layout
     from recbole_mllm.summaries.store_tools import copy_answers

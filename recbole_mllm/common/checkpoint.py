@@ -205,7 +205,7 @@ def difference(checkpoint: Mapping[str, Any], config: Any, *, course: bool) -> s
 def newest(folder: Path, base: str, config: Any, device: torch.device) -> Path | None:
     """Return the newest checkpoint in `folder` of a run with the same settings on the same base model.
 
-    A file that cannot be resumed from is passed over, with a line.
+    A file that cannot be resumed from is skipped, with a line.
     """
     found = [path for path in folder.glob(f"{config['model']}-*.pth") if path.is_file()]
     for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):

@@ -1,4 +1,4 @@
-"""Errors in one line: the one kind that is the user's to mend, and what RecBole refuses or trips over, as such.
+"""Errors in one line: the one kind that is the user's to fix, and what RecBole refuses or trips over, as such.
 
 RecBole's errors name a symptom, and a user needs the cause. The rules go by what is raised and where, not by model: one
 of another library, or a new one, meets the same few rules.

@@ -2,7 +2,7 @@
 
 RecBole's RepeatableSampler excludes a row's target alone (sampler.py:426), so that some negatives are items of the
 user's own history, and it draws from numpy's global generator. Here an epoch is known by (seed, epoch) alone, which
-is also what lets a run go on in the middle of one.
+is also what lets a run continue in the middle of one.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ class PerHistory(Mapping[str, Value], Generic[Value]):
         names: What the histories are called.
         owners: ``[rows]`` numbers of histories.
         values: ``[rows]`` whole numbers.
-        make: Turns one history's values into what a look-up returns, anew each time.
+        make: Turns one history's values into what a look-up returns, at each one.
         empty: Whether a history without a value is there all the same.
     """
 
@@ -111,7 +111,7 @@ def shared_histories(users: Any, lists: Sequence[Any]) -> tuple[Any, Any]:
     order = np.argsort(users, kind="stable").tolist()
     holder = np.arange(len(users))
     owner = users.tolist()
-    # as bytes, lists that begin alike stand together when sorted, the shorter one just before those that go on
+    # as bytes, lists that begin alike stand together when sorted, the shorter one just before those that continue
     beginnings = [items.tobytes() for items in lists]
     for _, group in groupby(order, key=owner.__getitem__):
         rows = sorted(group, key=beginnings.__getitem__)

@@ -5,7 +5,7 @@ vector an item. A tag is a readable name and a digest of everything that changes
 share one file, and another MLLM makes another.
 
 RecBole 1.2.1's ``FeatureSeqEmbLayer`` cannot read them: a ``float_seq`` feature that is not among
-``numerical_features`` is passed over (model/layers.py:923), one that is has all its numbers share one embedding
+``numerical_features`` is skipped (model/layers.py:923), one that is has all its numbers share one embedding
 (data/dataset/dataset.py:804-815), so that nothing but their sum counts, and SASRecF then expects more features than
 there are (sasrecf.py:48-55) and stops.
 """

@@ -41,7 +41,7 @@ SAMPLES = (
      "shorten them; a prompt holds ten and is cut at max_text_tokens"),
     ("same_title", "item has", "items have", "the title of another", "check that they are not one item under two ids"),
     ("unusable", "image cannot", "images cannot", "be used",
-     "mend or remove them; until then they count as missing (missing_images.tsv lists them)"),
+     "fix or remove them; until then they count as missing (missing_images.tsv lists them)"),
     ("imageless", "item has", "items have", "no image",
      "add them, or let MLLMMSR read these items' text alone (missing_images.tsv lists them)"),
 )  # fmt: skip

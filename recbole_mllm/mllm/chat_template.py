@@ -81,7 +81,7 @@ class ChatTemplate:
             UserError: It writes neither.
         """
         texts, shown = ["", _QUESTION] if self.sees else [_QUESTION], dict[bool, str]()
-        problem = UserError("the model's chat template does not write the text of a question; mend or remove it")
+        problem = UserError("the model's chat template does not write the text of a question; fix or remove it")
         for in_parts in (not self.sees, self.sees):  # the usual form last, whose error is the one to tell
             try:
                 text = self._chat([{"role": "user", "content": self._content(texts, in_parts)}])
@@ -119,7 +119,7 @@ class ChatTemplate:
         try:
             return str(self.owner.apply_chat_template(turns, tokenize=False, **options))
         except (TemplateError, TypeError) as error:
-            raise UserError(f"the model's chat template fails: {error}; mend or remove it") from error
+            raise UserError(f"the model's chat template fails: {error}; fix or remove it") from error
 
     def _bare(self, texts: Sequence[str], answer: str) -> str:
         end = self.tokenizer.eos_token or ""

@@ -183,7 +183,7 @@ class Encoder:
             )
         except REFUSALS as error:
             raise UserError(
-                f"{path}: the model's image processor refuses it ({error}); mend or remove the image"
+                f"{path}: the model's image processor refuses it ({error}); fix or remove the image"
             ) from error
         found = batch["input_ids"][0].tolist()
         if self.architecture.bos_behind_image:  # that is the prompt's, not the image's
@@ -200,7 +200,7 @@ class Encoder:
         mark = self.tokenizer.convert_tokens_to_ids(self.image_token)
         if (shown := ids.count(mark)) != len(images):
             raise UserError(
-                f"the model's chat template shows {shown} images of {len(images)}; mend it, or set use_image: false"
+                f"the model's chat template shows {shown} images of {len(images)}; fix it, or set use_image: false"
             )
         rest, out = iter(images), list[int]()
         for token in ids:

@@ -225,7 +225,7 @@ class Requests:
         )
 
     def _tell(self, now: float, failing: float) -> None:
-        """Say from time to time that no server answers, and for how long that may go on."""
+        """Say from time to time that no server answers, and for how long that may continue."""
         if now - self.reported < EVERY_S:
             return
         self.reported = now
@@ -243,5 +243,5 @@ class Requests:
     def _refusal(self) -> UserError:
         return UserError(
             f"{len(self.refused)} prompts were refused, the first for this: {self.refused[0]}; "
-            "mend that and repeat the command; finished work is saved"
+            "fix that and repeat the command; finished work is saved"
         )

@@ -85,7 +85,7 @@ class Host:
             http = DefaultAsyncHttpxClient(follow_redirects=False, timeout=None)
         except (ImportError, ValueError, OSError) as error:
             raise UserError(
-                f"the client for servers cannot start with this environment ({' '.join(str(error).split())}); mend or "
+                f"the client for servers cannot start with this environment ({' '.join(str(error).split())}); fix or "
                 "unset HTTP_PROXY, HTTPS_PROXY and ALL_PROXY, in small letters too, or SSL_CERT_FILE and SSL_CERT_DIR"
             ) from None
         return AsyncOpenAI(

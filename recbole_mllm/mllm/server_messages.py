@@ -117,7 +117,7 @@ def data_url(path: Path) -> str:
             )
         upright = open_image(path)  # also refuses what is broken or too large
     except OSError as error:
-        raise UserError(f"{path}: no image that can be read ({error}); mend or remove it") from error
+        raise UserError(f"{path}: no image that can be read ({error}); fix or remove it") from error
     if mime and plain:
         data = path.read_bytes()
     else:

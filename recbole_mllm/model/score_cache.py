@@ -62,7 +62,7 @@ class ScoreCache:
         self.forget_state()
 
     def forget_state(self) -> None:
-        """Take the model's state anew before the next score: it may have changed."""
+        """Take the model's state again before the next score: it may have changed."""
         if self._file:
             self._file.close()
         self._state, self._known, self._file = None, {}, None

@@ -1,4 +1,4 @@
-"""What RecBole does otherwise in our runs: files are checked, rows stand by exact time, odd failures are mended.
+"""What RecBole does otherwise in our runs: files are checked, rows stand by exact time, odd failures are fixed.
 
 RecBole's own times are float32, and datasets record what candidates are drawn from before anything is cut.
 """

@@ -35,7 +35,7 @@ class Baseline(NamedTuple):
 
 
 def load_baseline(path: Path, checkpoint: Mapping[str, Any], data_path: str, device: torch.device) -> Baseline:
-    """Return the model of a checkpoint, its dataset read anew and split as it was then.
+    """Return the model of a checkpoint, its dataset read again and split as it was then.
 
     Args:
         path: The checkpoint's file, for messages.

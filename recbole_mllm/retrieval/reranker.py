@@ -141,7 +141,7 @@ class Reranker:
             return
         if state.get("retriever") != self.identity:
             logging.getLogger().warning(
-                f"fusion was chosen for the retriever {state.get('retriever')}, not for {self.identity}; choose it anew"
+                f"fusion was chosen for the retriever {state.get('retriever')}, not for {self.identity}; choose again"
             )
             return
         self._share = float(state["share"])

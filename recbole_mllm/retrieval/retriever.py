@@ -123,7 +123,7 @@ def _places(ours: Any, theirs: Any, field: str, their_field: str, complaint: str
 
 
 def obtain(config: Any, settings: RankingSettings, ours: Any) -> Retriever:
-    """Return the retriever that `settings` ask for; random numbers go on as if nothing had been trained.
+    """Return the retriever that `settings` ask for; random numbers continue as if nothing had been trained.
 
     Args:
         config: RecBole's, of the run whose rows are to be ranked.
@@ -201,7 +201,7 @@ def _digest(config: Any, train: Any) -> str:
 
 
 def _loaded(path: Path, config: Any, ours: Any) -> Retriever:
-    """Load a RecBole checkpoint, its dataset read anew from this run's folder."""
+    """Load a RecBole checkpoint, its dataset read again from this run's folder."""
     try:
         checkpoint = read_checkpoint(path, config["device"])
         theirs = checkpoint["config"]

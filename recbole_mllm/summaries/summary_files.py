@@ -137,7 +137,7 @@ def export(
 
 
 def check_unedited(store: Store, path: Path, tag: str, kind: str, *, replaced: bool = False) -> None:
-    """Refuse to go on where somebody has edited the file that the next export would replace.
+    """Refuse to continue where somebody has edited the file that the next export would replace.
 
     Where the store does not know whose the texts are (it is new, or of an earlier version), the file may be of another
     store: it is set aside once it is to be `replaced`.
@@ -456,7 +456,7 @@ def _apply(
             _update_file(db, _FILE[kind](folder, tag.name), tag, kind, missing, checked)
         again = _read_them(_summaries(db, tag, "user"), edits)
         own = {key for (key,) in db.execute("SELECT key FROM answers WHERE origin = ?", (USER_ORIGIN,))}
-    said = [f"{len(again)} user summaries were written from what it replaces; `summarize` writes them anew"]
+    said = [f"{len(again)} user summaries were written from what it replaces; `summarize` writes them again"]
     if lost := sum(summary.key in own for summary in again):
         said.append(f"{lost} of those were set by you: set them again afterwards")
     if shared > 0:

@@ -46,7 +46,7 @@ def test_summaries_scores_and_metrics_are_those_of_a_model_in_one_place(keys, tm
     written = texts(tmp_path)
     for path in (tmp_path / "data" / "steps").glob("steps.*s*[mq]*"):
         if path.suffix not in (".inter", ".item"):
-            path.unlink()  # the store and what was exported, so that all is written anew
+            path.unlink()  # the store and what was exported, so that all is written again
     parted = run(make_config("MLLMMSR", "steps", [], plain | spread))
     assert len(set(parted.model.backbone.hf_device_map.values())) == 2
     assert any(p.device.type == "meta" for p in parted.model.parameters())

@@ -104,7 +104,7 @@ def test_it_learns_from_titles_and_scores_as_transformers_does(settings, gguf):
 
     after = run(make_config("MLLMMSR", "films", [], settings))
     labels, learnt, _ = _on_training_rows(after)
-    assert _auc(labels, learnt) > max(0.75, _auc(labels, scores) + 0.2)  # negatives are drawn anew, so not 1
+    assert _auc(labels, learnt) > max(0.75, _auc(labels, scores) + 0.2)  # negatives are drawn again, so not 1
 
 
 def test_it_does_not_know_movielens_without_a_history(gguf, tmp_path, monkeypatch, capsys):

@@ -21,7 +21,7 @@ def plant(folder):
 
 
 def test_a_run_counts_what_qwens_processor_refuses_as_missing(tmp_path, monkeypatch, caplog):
-    """One line, before a summary is written, a list of all, and every stage goes on without those images."""
+    """One line, before a summary is written, a list of all, and every stage continues without those images."""
     plant(tmp_path / "data")
     monkeypatch.chdir(tmp_path)
     settings = {

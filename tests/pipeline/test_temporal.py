@@ -263,7 +263,7 @@ def test_a_prompt_has_read_what_its_user_did_before_and_the_answers_of_another_s
             (user, item, *truth.whole[user][:place]) for each in truth.rows.values() for user, item, place in each
         )
         assert Counter((user, item, *read(text)) for user, item, text in found) == before
-        for path in (later / "later.mllm.sqlite", *later.glob("*.usum")):  # written anew, the chains are the same
+        for path in (later / "later.mllm.sqlite", *later.glob("*.usum")):  # written again, the chains are the same
             path.unlink()
         again = prompts_of(later, server.url, load_col=load)
         assert again == found and len(server.bodies) > asked

@@ -97,7 +97,7 @@ DAMAGED = {
 }
 
 
-# inspect counts what it can go on behind, so as to show all of it
+# inspect counts what it can continue behind, so as to show all of it
 COUNTED = {
     "no times", "a header alone", "an empty item", "RecBole's own id", "a very long id", "no time",
     "a time that is NaN", "a rating in words",

@@ -169,7 +169,7 @@ def test_features_of_a_frozen_tower_are_computed_once_and_are_exact(place, monke
     monkeypatch.setattr(model, "get_image_features", lambda **kw: calls.append(1) or stock(**kw))
     first, second = _step(mllm, examples), _step(mllm, examples)
     assert len(calls) == 3 and _relative(first, second) == 0.0
-    monkeypatch.setattr(type(mllm.backbone), "frozen_vision", False)  # features made anew at every step
+    monkeypatch.setattr(type(mllm.backbone), "frozen_vision", False)  # features made again at every step
     assert _relative(_step(mllm, examples), first) == 0.0 and len(calls) == 3 + len(examples)
 
 

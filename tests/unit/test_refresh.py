@@ -1,4 +1,4 @@
-"""What changed is generated anew, and nothing else; the export is that of a run from scratch, byte for byte."""
+"""What changed is generated again, and nothing else; the export is that of a run from scratch, byte for byte."""
 
 import random
 from contextlib import closing

@@ -281,7 +281,7 @@ def test_what_can_be_released_is_released_before_one_row_is_given_up(helps):
     budget = Budget(8, lambda: not (helps and held.clear()))
     if helps:
         assert [out for _, out in in_batches([5], run, len, budget, str)] == [5]
-    else:  # what is made anew at each try is no way out
+    else:  # what is made again at each try is no way out
         with pytest.raises(UserError, match="out of memory 5"):
             list(in_batches([5], run, len, budget, str))
 

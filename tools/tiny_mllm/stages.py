@@ -139,7 +139,7 @@ def align(places: Places, budget: Budget) -> None:
 
 
 def joint(places: Places, budget: Budget) -> None:
-    """Train everything on real images; the projector goes on being held to the words."""
+    """Train everything on real images; the projector is still held to the words."""
     torch.set_num_threads(2)
     model, maker, generator = _fresh(places, budget), _maker(places, budget, 3), _generator(budget, 3)
     model.load_state_dict(torch.load(places.state("align")))
