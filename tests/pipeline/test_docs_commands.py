@@ -72,7 +72,7 @@ STAND_INS = [
     (r"Random,Pop,ItemKNN,BPR,GRU4Rec,SASRec", "Pop", "the same"),
     (r"\bbaselines,features\b", "ItemKNN,SASRecF:image", "the same"),
     (r"\bablations\b", "MLLMMSR:block-2", "the same"),
-    (r"\bcontrols\b", "MLLMMSR:title-only", "the same"),
+    (r"(?<!-)\bcontrols\b", "MLLMMSR:title-only", "the same"),
     (r"2024,2025,2026", "2024,2025", "fewer seeds"),
     (r"(recbole-mllm|run_recbole_mllm\.py)( benchmark|(?= --model| --seed|$))",
      rf"\g<0> --limit_users 4 --epochs=1 {_SHORT}", "minutes"),
@@ -144,7 +144,7 @@ class Reader:
         self._datasets(shop)
         for line in (
             "recbole-mllm convert csv --raw log/ --interactions log.csv --items items.csv --out dataset/mine",
-            "recbole-mllm convert amazon2023 --raw Video_Games/ --out dataset/games",
+            "recbole-mllm convert amazon2023 --raw Video_Games/ --out dataset/games --download-images",
             "recbole-mllm convert movielens --raw ml-1m/ --out dataset/ml-1m",
             "recbole-mllm summarize --dataset demo",
             "recbole-mllm benchmark --dataset demo --models quick,MLLMMSR+SASRec",
