@@ -1,7 +1,7 @@
 """The scores of an MLLM and of another model as one ranking, by shares that validation has chosen.
 
 The MLLM judges items by what they show, the other model by who took them: of an item without an interaction in training
-it knows nothing, and puts it anywhere, mostly at the end. Validation under leave-one-out holds no such target, so a
+it knows nothing, and puts it anywhere, mostly at the end. Validation under leave-one-out holds few such targets, so a
 share chosen there without care rewards whatever pushes new items down. Hence, for each row (a user's candidates, or
 those items of a full ranking that the MLLM was asked about)::
 
@@ -22,8 +22,8 @@ better model is taken alone: alpha is 1, and the ranking the MLLM's own, or 0. T
 unless the MLLM puts known targets of validation above the mean of their row by more than two standard errors: if so, it
 places the items that the other model cannot know, by the formula.
 
-A temporal split does have new targets in validation. From ten of them on they decide how far unknown items are lifted,
-as every lift is paid by known targets: the least of no formula at all, 0, 1/4, 1/2, 3/4 of the offset with which new
+Validation may have new targets too, as under a temporal split. From ten of them on they decide how far unknown items are lifted,
+as every lift is paid by known targets: the least of no formula at all, 0, 1/16, 2/16, … of the offset with which new
 targets are, in mean NDCG@10, not below where the MLLM alone has them; the whole offset if there is none.
 """
 
@@ -42,7 +42,7 @@ SHARES = tuple(n / 10 for n in range(1, 10))
 GUARD = 2.0
 """How many standard errors a mixture must be ahead, and an MLLM above chance."""
 
-LIFTS = (0.0, 0.25, 0.5, 0.75)
+LIFTS = tuple(n / 16 for n in range(16))
 LEAST_NEW = 10
 """How many new targets validation must have to decide how far unknown items are lifted."""
 
