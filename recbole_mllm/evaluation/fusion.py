@@ -22,9 +22,9 @@ better model is taken alone: alpha is 1, and the ranking the MLLM's own, or 0. T
 unless the MLLM puts known targets of validation above the mean of their row by more than two standard errors: if so, it
 places the items that the other model cannot know, by the formula.
 
-Validation may have new targets too, as under a temporal split. From ten of them on they decide how far unknown items are lifted,
-as every lift is paid by known targets: the least of no formula at all, 0, 1/16, 2/16, … of the offset with which new
-targets are, in mean NDCG@10, not below where the MLLM alone has them; the whole offset if there is none.
+Validation may have new targets too, as under a temporal split. From ten of them on they decide how far unknown items
+are lifted, as every lift is paid by known targets: the least of no formula at all, 0, 1/16, 2/16, … of the offset with
+which new targets are, in mean NDCG@10, not below where the MLLM alone has them; the whole offset if there is none.
 """
 
 from __future__ import annotations
