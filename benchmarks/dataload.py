@@ -62,7 +62,7 @@ def prepare(data_path: str, name: str, model: str, frozen: bool, through: bool) 
         "frozen_candidates": frozen,
         "state": "ERROR",
         "worker": 0,
-    } | ({"train_neg_sample_args": None} if model == "SASRec" else {})
+    } | ({"train_neg_sample_args": None} if model == "SASRec" else {"mllm": "tiny"} if model in OWN else {})
     if frozen:  # imports are not what is measured
         import recbole_mllm.data.dataset
         import recbole_mllm.evaluation.candidates  # noqa: F401  (loaded, not used)
