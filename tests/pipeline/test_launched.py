@@ -1,6 +1,7 @@
 """Several real processes (torchrun, gloo) against one: the same losses, adapters, scores and metrics."""
 
 import os
+import re
 import subprocess
 import sys
 from functools import cache
@@ -161,7 +162,8 @@ def test_a_killed_process_ends_the_others_with_a_word_and_another_number_resumes
     again = resumed(then, place, tmp_path, **split)
     found = read_checkpoint(last, torch.device("cpu"))
     assert found["training"]["place"][0] == 2 and "Resume training from epoch 1, batch 4" in again.stderr
-    (told,) = {line.split("train loss: ")[1][:7] for line in again.stderr.splitlines() if "epoch 1 training" in line}
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", again.stderr)  # RecBole colours its log
+    (told,) = set(re.findall(r"epoch 1 training .*train loss: ([\d.]{7})", plain))
     assert float(told) == pytest.approx(alone["text"]["losses"][-1], abs=2e-4)
     for name, tensor in alone["text"]["learnt"].items():
         assert float((found["state_dict"][name] - tensor).abs().max()) < 1e-4, name
