@@ -26,6 +26,7 @@ EACH = 10  # interactions of a user
 SMALL, LARGE, FULL = 20_000, 100_000, 1_000_000
 MODELS = ("SASRec", "BPR")
 OWN = ("MLLMMSR",)  # has no counterpart in RecBole
+OF_MODEL: dict[str, dict[str, object]] = {"SASRec": {"train_neg_sample_args": None}, "MLLMMSR": {"mllm": "tiny"}}
 UNI20 = {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "uni20"}
 
 
@@ -62,7 +63,7 @@ def prepare(data_path: str, name: str, model: str, frozen: bool, through: bool) 
         "frozen_candidates": frozen,
         "state": "ERROR",
         "worker": 0,
-    } | ({"train_neg_sample_args": None} if model == "SASRec" else {"mllm": "tiny"} if model in OWN else {})
+    } | OF_MODEL.get(model, {})
     if frozen:  # imports are not what is measured
         import recbole_mllm.data.dataset
         import recbole_mllm.evaluation.candidates  # noqa: F401  (loaded, not used)

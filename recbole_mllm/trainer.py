@@ -308,9 +308,7 @@ class MLLMMSRTrainer(Trainer):  # type: ignore[misc]
         if found:
             self.resume_checkpoint(found)
         else:
-            self.logger.info(
-                f"resume: auto found no checkpoint of such a run in {self.checkpoint_dir}; training from the start"
-            )
+            self.logger.info(f"resume: auto found no checkpoint of such a run in {self.checkpoint_dir}; starting over")
 
     def resume_checkpoint(self, resume_file: Any) -> None:
         """Load a checkpoint to resume from (RecBole's trainer.py:310-343); the next loss is what it would have been.

@@ -72,13 +72,13 @@ def fuse_runs(job: Mapping[str, Any], results: Path, folder: Path, surroundings:
     ndcg_valid = ndcg(valid, fusion.places(valid) if valid_place is None else valid_place).mean()
     config = _config(first, second)
     converged = [part.converged for part in (first, second) if part.converged is not None]
-    costs = {name: _sum(getattr(first, name), getattr(second, name)) for name in _SUMMED}
+    costs = {name: [v for part in (first, second) if (v := getattr(part, name)) is not None] for name in _SUMMED}
     place_of_run = f"runs/{job['run_id']}"
     return RunRecord(
         **{key: job[key] for key in WHO},
         **{key: getattr(first, key) for key in ("protocol", "candidates", "candidate_rules", "n_users")},
         **surroundings,
-        **costs,
+        **{name: sum(values) for name, values in costs.items() if values},
         status="ok",
         config_digest=config_digest(config),
         config=config,
@@ -135,14 +135,9 @@ def _metrics(pairs: Mapping[str, Any], record: RunRecord) -> tuple[dict[str, Any
 
 def _config(first: RunRecord, second: RunRecord) -> dict[str, Any]:
     shared = {key: value for key, value in first.config.items() if second.config.get(key, ...) == value}
-    names = (first.model, second.model if second.model != first.model else second.label)  # TALLRec is MLLMMSR too
+    parts = {first.model: first, second.label if second.model == first.model else second.model: second}  # as TALLRec is
     own = {
         name: {key: value for key, value in part.config.items() if key not in (*shared, "per_model", "model")}
-        for name, part in zip(names, (first, second), strict=True)
+        for name, part in parts.items()
     }
     return shared | {"per_model": own}
-
-
-def _sum(one: Any, other: Any) -> Any:
-    values = [value for value in (one, other) if value is not None]
-    return sum(values) if values else None

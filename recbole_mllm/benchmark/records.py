@@ -65,15 +65,15 @@ class RunRecord:
         candidate_rules: By which rules they were worked out, see `CANDIDATE_RULES`.
         per_user: Path of the per-user arrays (`USER_COLUMNS`), relative to the results folder.
         scores: Path of the pair scores (`PAIR_COLUMNS`), relative to the results folder.
-        valid_scores: Path of the same of the validation split, by the state that was tested; None of a run recorded
-            before this was, and where validation has no one ranking a user.
+        valid_scores: Path of the same of the validation split, by the state that was tested; None of a run that an
+            earlier version recorded, and where validation has no one ranking a user.
         train_counts: Path of how often each item occurs in the training split (``item``, ``count``).
         fusion: Of a row ``A+B`` what it was made of and how, see `fusing.fuse_runs`.
         status: ``ok``, or what went wrong, in one line.
         started: Local time in ISO format.
         metrics: On the test split.
-        valid: On the validation split, of the state that was tested; None of a run recorded before this was,
-            whose `train_s` includes validating and whose `summarize_s` loading.
+        valid: On the validation split, of the state that was tested; None of a run that an earlier version
+            recorded, whose `train_s` includes validating and whose `summarize_s` loading.
         load_s: What loading the models took; `summarize_s` is without it.
         summarize_reused: How many summaries the store had already; `summarize_s` has the seconds they took then.
         train_s: Without validation and test; None where nothing was trained.
@@ -149,7 +149,7 @@ class RunRecord:
 
     @property
     def weights(self) -> Mapping[str, str]:
-        """What names the weights of each model it asked; empty of a baseline, and of a run recorded before this was."""
+        """What names the weights of each model it asked; empty of a baseline, and of a run of an earlier version."""
         return dict(self.config.get("provenance", {}).get("weights", {}))
 
     def to_line(self) -> str:

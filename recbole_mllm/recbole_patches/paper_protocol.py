@@ -148,10 +148,10 @@ def train_on_histories(dataset_module: Any) -> None:
         alone = self.config["model"] in _TARGETS_ALONE and self.facts.whole is None
         if split is not None and not alone:
             users, items, times = split.trained()
-            columns = {self.uid_field: np.repeat(users, times), self.iid_field: np.repeat(items, times)}
-            learnt = {field: torch.from_numpy(values.astype(np.int64)) for field, values in columns.items()}
+            pairs = {self.uid_field: np.repeat(users, times), self.iid_field: np.repeat(items, times)}
+            learnt = {field: torch.from_numpy(values.astype(np.int64)) for field, values in pairs.items()}
             parts[0].inter_feat = Interaction(learnt)
         for part in parts:
-            columns = {name: column for name, column in part.inter_feat.interaction.items() if name != listed}
-            part.inter_feat = Interaction(columns)
+            columns = part.inter_feat.interaction.items()
+            part.inter_feat = Interaction({name: column for name, column in columns if name != listed})
         return parts
