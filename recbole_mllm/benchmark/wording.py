@@ -129,13 +129,26 @@ def cost_notes(board: Leaderboard) -> str:
             f"Energy is what the meters of the whole machine ({_and(parts)}) have read from a run's start to its end, "
             "by codecarbon; what it would estimate is left out."
         )
-    if any(run.tuning for row in board.rows for run in row.runs):
-        notes.append("What --tune tried before is not in Train; its seconds stand in each run's record.")
+    if searches := [_search(run) for row in board.ranked for run in row.runs if run.tuning]:
+        notes.append(f"Trials of --tune, on validation, which Train does not include: {'; '.join(searches)}.")
     if old := [row.model for row in board.ranked if any(run.valid is None for run in row.runs)]:
         notes.append(
             f"Recorded by an earlier version, whose Train includes validation and Summarise loading: {_and(old)}."
         )
     return " ".join(notes)
+
+
+def _search(run: RunRecord) -> str:
+    """Say what ``--tune`` chose for a run; its first trial is that of the defaults."""
+    found = run.tuning or {}
+    default, chosen = found["trials"][0], found["chosen"]
+    best = next(trial["valid"] for trial in found["trials"] if trial["settings"] == chosen)
+    settings = ", ".join(f"{key} {value}" for key, value in chosen.items()) or "the defaults"
+    before = f" (the defaults {default['valid']:.3f})" if chosen and default["valid"] is not None else ""
+    return (
+        f"{run.label} seed {run.seed}, {len(found['trials'])} in {seconds_text(found['seconds'])}: {settings} with "
+        f"{found['metric']} {best:.3f}{before}"
+    )
 
 
 def _and(names: Sequence[str]) -> str:

@@ -377,9 +377,19 @@ def test_costs_say_what_they_hold(field, tmp_path):
     text = format_markdown(board)
     assert "in the store already" in text and "| 3 s | 12 s* | – | 3 s |" in text
     assert "--tune" not in text and "Features" not in text
-    more = replace(field[1], tuning={"seconds": 60.0}, features_s=12.5)
+    failed = {"settings": {"n_layers": 3}, "valid": None, "error": "RuntimeError: no", "seconds": 20.0}
+    better = {"settings": {"learning_rate": 0.01, "n_layers": 1}, "valid": 0.52, "seconds": 20.0}
+    trials = [{"settings": {}, "valid": 0.5, "seconds": 20.0}, failed, better]
+    found = {"trials": trials, "chosen": better["settings"], "seconds": 60.0, "metric": "NDCG@10"}
+    more = replace(field[1], tuning=found, features_s=12.5)
     board = build([field[0], more, reader], tmp_path)
-    assert "What --tune tried before is not in Train" in format_markdown(board)
+    search = "SASRec seed 2024, 3 in 60 s: learning_rate 0.01, n_layers 1 with NDCG@10 0.520 (the defaults 0.500)."
+    assert search in format_markdown(board).replace("\\", "") and search in page(board)
+    same = build([field[0], replace(more, tuning=found | {"chosen": {}}), reader], tmp_path)
+    assert "SASRec seed 2024, 3 in 60 s: the defaults with NDCG@10 0.500." in format_markdown(same)
+    unknown = [trials[0] | {"valid": None, "error": "RuntimeError: no"}, better]
+    kept = build([field[0], replace(more, tuning=found | {"trials": unknown}), reader], tmp_path)
+    assert "SASRec seed 2024, 2 in 60 s: learning_rate 0.01, n_layers 1 with NDCG@10 0.520." in page(kept)
     assert "| Features |" in format_markdown(board) and "Energy" not in format_markdown(board)
     metered = replace(reader, energy_kwh=0.0123, energy_of="CPU and GPU")
     board = build([*field[:2], metered], tmp_path)
