@@ -112,7 +112,7 @@ class BenchmarkJob:
             "limit_users": self.plan.limit_users,
             "tune": self.plan.tune,
             "keep_valid": True,
-            "alone": self.plan.jobs == 1,
+            "jobs": self.plan.jobs,
         }
 
 

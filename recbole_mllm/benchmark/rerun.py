@@ -6,6 +6,8 @@ The repetition is written below ``reruns/`` in the results folder: it never touc
 from __future__ import annotations
 
 import math
+import os
+import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -146,6 +148,8 @@ def order_of(record: RunRecord, output: Path, data_path: str | None = None) -> d
         "limit_users": record.config.get("limit_users"),
         "keep_valid": False,  # what is fused are a benchmark's runs
     }
+    if threads := re.search(r"(\d+) threads", record.versions.get("machine", "")):
+        order["threads"] = min(int(threads[1]), os.cpu_count() or 1)  # sums depend on how many there are
     return dict(plain_json(order))
 
 

@@ -92,6 +92,7 @@ def run_job(job: dict[str, Any]) -> None:
     from recbole_mllm.quick_start import run
 
     started = datetime.now().astimezone().isoformat(timespec="seconds")
+    share_cores(job)
     output = (_home(job) / job["output_dir"]).resolve()
     folder = output / "runs" / job["run_id"]
     if "parts" in job:
@@ -102,12 +103,24 @@ def run_job(job: dict[str, Any]) -> None:
     tuning = _tune(job, defaults)
     config = _config(job, defaults, tuning["chosen"] if tuning else {})
     whole = job["keep_valid"]  # a rerun needs the metrics alone
-    with measured_energy(config["device"], alone=job.get("alone", False)) as energy:
+    with measured_energy(config["device"], alone=job.get("jobs") == 1) as energy:
         outcome = run(config, partial(_check_split, job), keep_valid=whole, rank_all=whole)
     peak = max(distributed.gather_objects(_peak_memory(outcome.config["device"])))
     if distributed.is_main():
         _write_evidence(outcome, folder)
         append(output / RECORDS, _record(job, outcome, started, tuning, {"peak_memory_mb": peak, **energy}))
+
+
+def share_cores(job: Mapping[str, Any]) -> None:
+    """Compute with the threads that the job names, or with its share of the cores beside runs at the same time.
+
+    Each run would start a thread per core, and wait for the others' (OMP_NUM_THREADS, where it is set, decides).
+    """
+    import torch
+
+    threads = job.get("threads", torch.get_num_threads() // job.get("jobs", 1))
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, threads))
 
 
 def _home(job: Mapping[str, Any]) -> Path:

@@ -1,17 +1,20 @@
 """A record is enough to do its run again, and what does not hold is said plainly."""
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import small_world
+import torch
 from planted_runs import plant_run
 
 from recbole_mllm.benchmark.jobs import BenchmarkPlan
 from recbole_mllm.benchmark.records import RECORDS, append, read_records
 from recbole_mllm.benchmark.rerun import TOLERANCE, compare, find_run, order_of, rerun
 from recbole_mllm.benchmark.runner import benchmark
+from recbole_mllm.benchmark.worker import share_cores
 from recbole_mllm.cli import main
 from recbole_mllm.common.errors import UserError
 
@@ -23,14 +26,15 @@ def planted(folder: Path, label: str = "SASRec", **changes):
 
 
 @pytest.fixture
-def ran(tmp_path):
-    """A finished, tuned run of BPR; its config file is gone, as the record must suffice."""
+def ran(tmp_path, monkeypatch):
+    """A finished, tuned run of BPR on half of the cores; its config file is gone, as the record must suffice."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     small_world.write(tmp_path, images=False)
     config = tmp_path / "mine.yaml"
     config.write_text("epochs: 2\nload_col: {inter: [user_id, item_id, timestamp]}\n")
     results = tmp_path / "results"
     overrides = {"data_path": str(tmp_path), "embedding_size": 16}
-    benchmark(BenchmarkPlan("steps", ("BPR",), (7,), results, (str(config),), overrides, tune=3), tell=print)
+    benchmark(BenchmarkPlan("steps", ("BPR",), (7,), results, (str(config),), overrides, 2, tune=3), tell=print)
     config.unlink()
     (record,) = read_records(results / RECORDS)
     assert record.metrics
@@ -46,11 +50,29 @@ def test_a_trained_run_is_repeated_to_the_last_digit(ran):
     for key, value in best["settings"].items():
         assert first.config[key] == value
     again = rerun(results, first)
-    assert again.agree and "every metric must be equal" in again.lines[0], again.lines
+    assert again.agree and "every metric must be equal" in again.lines[0], again.lines  # so as many threads, too
     assert read_records(results / RECORDS) == [first], "the leaderboard's records stay as they are"
     second = read_records(results / "reruns" / RECORDS)[0]
     assert second.metrics == first.metrics and second.config["embedding_size"] == 16 and second.config["epochs"] == 2
     assert second.tuning is None, "the choice is repeated, not the search"
+
+
+def test_runs_at_the_same_time_share_the_cores(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for job in ({"jobs": 1}, {"jobs": 3}, {"jobs": 16}, {"threads": 5}):
+        share_cores(job)
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    share_cores({"jobs": 2})
+    assert given == [8, 2, 1, 5]
+    record = planted(tmp_path, config={"data_path": str(tmp_path)}, dataset="demo")
+    record = replace(record, versions={"machine": "Linux CPU, 3 threads, GPU"})
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    assert order_of(record, tmp_path)["threads"] == 3
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    assert order_of(record, tmp_path)["threads"] == 2
 
 
 def test_equal_surroundings_ask_for_equal_numbers_and_others_for_near_ones(tmp_path):
