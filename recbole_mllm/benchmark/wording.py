@@ -208,14 +208,14 @@ def _added(board: Leaderboard, row: LeaderboardRow) -> str:
         (name, board.slice_of(row, name, metric), board.slice_of(other, name, metric)) for name in ("cold", "warm")
     ]
     apart = [
-        f"{mine.mean - theirs.mean:+.3f} on {name} targets"
+        f"{_signed(mine.mean - theirs.mean)} on {name} targets"
         for name, mine, theirs in parts
         if mine.mean is not None and theirs.mean is not None
     ]
     interval = row.scores[metric].difference_ci95
     shown = f" [{_signed(interval[0])}, {_signed(interval[1])}]" if interval else ""
     return (
-        f"What {mllm} adds to {baseline}: {text.difference} {metric}{shown}, {verdict} "
+        f"What {mllm} adds to {baseline}: {text.difference.replace('-', '−')} {metric}{shown}, {verdict} "
         f"(paired, {text.p or 'not tested'}); "
         f"{row.model} {text.mean}, {other.model} {score_text(board, other, metric).mean}; {_and(apart)}. {how}"
     )
