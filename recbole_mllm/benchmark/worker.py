@@ -114,7 +114,7 @@ def run_job(job: dict[str, Any]) -> None:
 def share_cores(job: Mapping[str, Any]) -> None:
     """Compute with the threads that the job names, or with its share of the cores beside runs at the same time.
 
-    Each run would start a thread per core, and wait for the others' (OMP_NUM_THREADS, where it is set, decides).
+    Else each run would start one thread per core, and they would wait for each other. OMP_NUM_THREADS, if set, decides.
     """
     import torch
 
