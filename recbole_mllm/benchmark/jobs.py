@@ -13,7 +13,7 @@ from typing import Any
 from recbole_mllm.benchmark.records import DECISIVE_FILES, plain_json
 from recbole_mllm.benchmark.variants import Entry, baseline_defaults, resolve
 from recbole_mllm.common import distributed
-from recbole_mllm.common.config import file_keys
+from recbole_mllm.common.config import config_paths, file_keys, sections
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.resources import MLLM
 from recbole_mllm.common.settings import Count, Seed, Whole, checked
@@ -126,25 +126,55 @@ def run_id(entry: Entry, seed: int, plan: BenchmarkPlan) -> str:
     """Name a run readably; the digest covers everything that decides its outcome except the seed, which stands beside.
 
     So the seeds of one configuration share the digest and are averaged, and another configuration is another row.
-    Config files, and files that decide what is ranked and how, count by what they hold and not by where they lie. Its
-    parts decide what is fused.
+    Config files count by the keys that the run reads, so a comment or another model's section leaves it finished; files
+    that decide what is ranked and how count by what they hold, and none by where it lies. Its parts decide what is
+    fused. Earlier versions hashed the bytes of config files; a run that `plan.output_dir` has by such a name keeps it.
     """
     if entry.parts:
         return _named(entry, seed, [run_id(part, seed, plan).rpartition("-")[2] for part in entry.parts])
-    given = [*(file_keys(name) for name in plan.config_files if Path(name).is_file()), plan.overrides]
+    by_bytes = _decisive(entry, plan, None)
+    if any((plan.output_dir / "runs").glob(_named(entry, "*", by_bytes))):
+        return _named(entry, seed, by_bytes)
+    return _named(entry, seed, _decisive(entry, plan, _own_sections(entry, plan)))
+
+
+def _own_sections(entry: Entry, plan: BenchmarkPlan) -> dict[str, Any]:
+    """Return the sections below ``per_model`` that the run reads: its model's, and its retriever's."""
+    found = sections(config_paths(plan.config_files))
+    own = found.get(entry.model, {})
+    given = {**file_keys(*plan.config_files), **own, **plan.overrides, **entry.overrides}
+    return {name: keys for name, keys in found.items() if keys and name in (entry.model, given.get("retriever"))}
+
+
+def _decisive(entry: Entry, plan: BenchmarkPlan, own: Mapping[str, Any] | None) -> list[Any]:
+    """Return what decides a run's outcome; with None for its `own` sections, config files count by their bytes."""
+    config_files = [name for name in plan.config_files if Path(name).is_file()]
+    given = [*map(file_keys, config_files), *(own or {}).values(), plan.overrides]
     named = [str(keys[key]) for keys in given for key in DECISIVE_FILES if keys.get(key)]
     files = [*plan.config_files, *(name for name in named if Path(name).is_file())]
-    contents = [hashlib.sha256(Path(f).read_bytes()).hexdigest() if Path(f).is_file() else f for f in files]
+
+    def content(name: str) -> str:
+        if own is not None and name in config_files:
+            return _sha256(_json(file_keys(name)))
+        return _sha256(Path(name).read_bytes()) if Path(name).is_file() else name
+
     keys = {key: value for key, value in plan.overrides.items() if str(value) not in files or key not in DECISIVE_FILES}
     settings = {**_few_epochs(entry, plan), **keys, **entry.overrides}
-    decisive = [entry.model, plan.dataset, entry.defaults, settings, contents, plan.limit_users]
-    return _named(entry, seed, [*decisive, *([plan.tune] if plan.tune else [])])
+    decisive = [entry.model, plan.dataset, entry.defaults, settings, [*map(content, files)], plan.limit_users]
+    return [*decisive, *([own] if own else []), *([plan.tune] if plan.tune else [])]
 
 
-def _named(entry: Entry, seed: int, decisive: list[Any]) -> str:
-    text = json.dumps(plain_json(decisive), sort_keys=True)
+def _named(entry: Entry, seed: int | str, decisive: list[Any]) -> str:
     readable = re.sub(r"[^A-Za-z0-9]+", "-", entry.label)
-    return f"{readable}-{seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return f"{readable}-{seed}-{_sha256(_json(decisive))[:8]}"
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(plain_json(value), sort_keys=True).encode()
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _few_epochs(entry: Entry, plan: BenchmarkPlan) -> dict[str, Any]:

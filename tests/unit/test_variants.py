@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from stock_forward import KEYS
 
 from recbole_mllm.benchmark.jobs import BenchmarkJob, BenchmarkPlan, jobs_of
@@ -61,6 +62,31 @@ def test_a_run_id_covers_what_decides_the_outcome_files_by_what_they_hold(tmp_pa
     assert one.run_id.startswith("Pop-1-") and one.run_id[-8:] == two.run_id[-8:], "seeds are averaged"
     config.write_text("epochs: 4")
     assert jobs("Pop", seeds=(1,), config_files=(str(config),))[0].run_id != one.run_id
+
+
+def test_a_run_id_covers_of_a_config_file_what_the_run_reads(tmp_path):
+    (style := tmp_path / "style.yaml").write_text("one")
+    config, given = tmp_path / "given.yaml", {"epochs": 3, "topk": [5, 10]}
+
+    def named(sections: dict[str, Any], comment: str = "", **keys: Any) -> list[str]:
+        config.write_text(comment + yaml.safe_dump(given | keys | {"per_model": sections}))
+        return [job.run_id for job in jobs("MLLMMSR", "SASRec", "TALLRec", config_files=("demo", str(config)))]
+
+    mine, other = {"mllm": "tiny", "prompt_style": str(style)}, {"n_layers": 1}
+    mllm, sasrec, tallrec = before = named({"MLLMMSR": mine, "SASRec": other})
+    assert named({"SASRec": other, "MLLMMSR": mine}, "# why\n") == before
+    assert named({"MLLMMSR": mine, "SASRec": other, "BPR": {"epochs": 9}}) == before
+    changed = named({"MLLMMSR": mine, "SASRec": {"n_layers": 2}})
+    assert changed[0] == mllm and changed[1] != sasrec and changed[2] == tallrec
+    changed = named({"MLLMMSR": mine | {"epochs": 2}, "SASRec": other})
+    assert changed[0] != mllm and changed[1] == sasrec and changed[2] != tallrec, "a variant reads its model's section"
+    assert not set(named({"MLLMMSR": mine, "SASRec": other}, epochs=4)) & set(before)
+    with_retriever = mine | {"retriever": "SASRec"}
+    ranked = [named({"MLLMMSR": with_retriever, "SASRec": {"n_layers": layers}})[0] for layers in (1, 2, 2)]
+    assert ranked[0] != ranked[1] == ranked[2], "what a retriever reads decides what is ranked"
+    style.write_text("another")
+    changed = named({"MLLMMSR": mine, "SASRec": other})
+    assert changed[0] != mllm and changed[1] == sasrec, "a file named in a model's section counts by what it holds"
 
 
 def test_presets_change_what_they_say():
