@@ -244,13 +244,12 @@ def test_the_digests_of_a_benchmark_are_those_its_runs_will_have(tmp_path, monke
     known = found("Pop", "BPR", "SASRec", "MLLMMSR")
     assert known["Pop"] == known["BPR"] == known["MLLMMSR"] != known["SASRec"] and len(set(read)) == 2
     monkeypatch.setattr(candidates, "digest_of", stock)
-    for label in ("Pop", "SASRec"):
-        (job,) = (job.order() for job in jobs_of(plan(tmp_path, label, **given)))
+    for job in [job.order() for job in jobs_of(plan(tmp_path, "Pop", "SASRec", **given))]:
         folder = tmp_path / "results/runs" / job["run_id"]
         folder.mkdir(parents=True)
         monkeypatch.chdir(folder)  # as a worker does, whose paths start from where the user stood
         run_job({**job, "home": str(tmp_path), "overrides": {"epochs": 1}})
-        assert read_records(tmp_path / "results/runs.jsonl")[-1].candidates == known[label]
+        assert read_records(tmp_path / "results/runs.jsonl")[-1].candidates == known[job["label"]]
         assert not (folder / "log").exists() and not (tmp_path / "log").exists()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=f"its candidates are {known['Pop']}, and were 00 when the benchmark began"):
