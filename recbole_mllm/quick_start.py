@@ -355,7 +355,7 @@ def _agree(metrics: dict[str, float], users: dict[str, Any], targets: Any, decim
 def make_config(model: str, dataset: str, files: list[str], overrides: dict[str, Any]) -> Any:
     """Return RecBole's Config, to which the command line of this process says nothing.
 
-    A file's ``per_model`` section for this model wins over the plain keys of all files, `overrides` win over both.
+    Files count in order, each with its ``per_model`` section for this model; `overrides` win over all of them.
     """
     keys = {"per_model": sections(files)} if files else {}
     return recbole_config(model, dataset, files, keys | per_model(files, model) | overrides)

@@ -13,10 +13,10 @@ from typing import Any
 from recbole_mllm.benchmark.records import DECISIVE_FILES, plain_json
 from recbole_mllm.benchmark.variants import Entry, baseline_defaults, resolve
 from recbole_mllm.common import distributed
-from recbole_mllm.common.config import config_paths, file_keys, sections
+from recbole_mllm.common.config import config_paths, file_keys, per_model, sections
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.resources import MLLM
-from recbole_mllm.common.settings import Count, Seed, Whole, checked
+from recbole_mllm.common.settings import Count, Seed, Whole, checked, mllm_keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,51 +126,66 @@ def run_id(entry: Entry, seed: int, plan: BenchmarkPlan) -> str:
     """Name a run readably; the digest covers everything that decides its outcome except the seed, which stands beside.
 
     So the seeds of one configuration share the digest and are averaged, and another configuration is another row.
-    Config files count by the keys that the run reads, so a comment or another model's section leaves it finished; files
-    that decide what is ranked and how count by what they hold, and none by where it lies. Its parts decide what is
-    fused. Earlier versions hashed the bytes of config files; a run that `plan.output_dir` has by such a name keeps it.
+    Config files count by the keys that the run reads: a comment, another model's section or a backbone beside a
+    baseline leaves it finished. Files that decide what is ranked and how count by what they hold, and none by where it
+    lies. Its parts decide what is fused.
     """
     if entry.parts:
         return _named(entry, seed, [run_id(part, seed, plan).rpartition("-")[2] for part in entry.parts])
-    by_bytes = _decisive(entry, plan, None)
-    if any((plan.output_dir / "runs").glob(_named(entry, "*", by_bytes))):
-        return _named(entry, seed, by_bytes)
-    return _named(entry, seed, _decisive(entry, plan, _own_sections(entry, plan)))
+    if entry.model == MLLM:  # an earlier version hashed the bytes of config files; what it has begun keeps its name
+        earlier = _decisive_by_bytes(entry, plan)
+        if any((plan.output_dir / "runs").glob(_named(entry, "*", earlier))):
+            return _named(entry, seed, earlier)
+    return _named(entry, seed, _decisive(entry, plan))
 
 
-def _own_sections(entry: Entry, plan: BenchmarkPlan) -> dict[str, Any]:
-    """Return the sections below ``per_model`` that the run reads: its model's, and its retriever's."""
-    found = sections(config_paths(plan.config_files))
-    own = found.get(entry.model, {})
-    given = {**file_keys(*plan.config_files), **own, **plan.overrides, **entry.overrides}
-    return {name: keys for name, keys in found.items() if keys and name in (entry.model, given.get("retriever"))}
+def shared_rates(plan: BenchmarkPlan) -> str:
+    """Return a line about what MLLMMSR and baselines are both trained with, as a key meant for one may be; else ""."""
+    models = {resolve(label).model for label in plan.labels if not resolve(label).parts}
+    given = {**file_keys(*plan.config_files), **plan.overrides}
+    named = [f"{key}: {given[key]}" for key in ("learning_rate", "train_batch_size") if key in given]
+    if not named or not {MLLM} < models:
+        return ""
+    said = " and ".join(named)
+    return f"every model is trained with {said}; what is meant for {MLLM} alone goes below per_model: {MLLM}"
 
 
-def _decisive(entry: Entry, plan: BenchmarkPlan, own: Mapping[str, Any] | None) -> list[Any]:
-    """Return what decides a run's outcome; with None for its `own` sections, config files count by their bytes."""
-    config_files = [name for name in plan.config_files if Path(name).is_file()]
-    given = [*map(file_keys, config_files), *(own or {}).values(), plan.overrides]
+def given_to(entry: Entry, plan: BenchmarkPlan) -> dict[str, Any]:
+    """Return the keys that a run is given above its defaults: by config files, the command line and its label."""
+    files = config_paths(plan.config_files)
+    settings = {**file_keys(*files), **per_model(files, entry.model), **_few_epochs(entry, plan)}
+    return {**settings, **plan.overrides, **entry.overrides}
+
+
+def _decisive(entry: Entry, plan: BenchmarkPlan) -> list[Any]:
+    """Return what decides a run's outcome."""
+    files, settings = config_paths(plan.config_files), given_to(entry, plan)
+    if entry.model != MLLM and not settings.get("item_features"):
+        unread = mllm_keys() - {"image_dir"}  # which tells whose target has an image
+        settings = {key: value for key, value in settings.items() if key not in unread}
+    by_content = {key: path for key in DECISIVE_FILES if (path := Path(str(settings.get(key)))).is_file()}
+    settings = {key: value for key, value in settings.items() if key not in by_content}
+    contents = [_sha256(path.read_bytes()) for path in by_content.values()]
+    ranked_by = sections(files).get(settings.get("retriever", ""), {})
+    decisive = [entry.model, plan.dataset, entry.defaults, settings, contents, plan.limit_users]
+    return [*decisive, *([ranked_by] if ranked_by else []), *([plan.tune] if plan.tune else [])]
+
+
+def _decisive_by_bytes(entry: Entry, plan: BenchmarkPlan) -> list[Any]:
+    given = [*(file_keys(name) for name in plan.config_files if Path(name).is_file()), plan.overrides]
     named = [str(keys[key]) for keys in given for key in DECISIVE_FILES if keys.get(key)]
     files = [*plan.config_files, *(name for name in named if Path(name).is_file())]
-
-    def content(name: str) -> str:
-        if own is not None and name in config_files:
-            return _sha256(_json(file_keys(name)))
-        return _sha256(Path(name).read_bytes()) if Path(name).is_file() else name
-
+    contents = [_sha256(Path(f).read_bytes()) if Path(f).is_file() else f for f in files]
     keys = {key: value for key, value in plan.overrides.items() if str(value) not in files or key not in DECISIVE_FILES}
     settings = {**_few_epochs(entry, plan), **keys, **entry.overrides}
-    decisive = [entry.model, plan.dataset, entry.defaults, settings, [*map(content, files)], plan.limit_users]
-    return [*decisive, *([own] if own else []), *([plan.tune] if plan.tune else [])]
+    decisive = [entry.model, plan.dataset, entry.defaults, settings, contents, plan.limit_users]
+    return [*decisive, *([plan.tune] if plan.tune else [])]
 
 
 def _named(entry: Entry, seed: int | str, decisive: list[Any]) -> str:
     readable = re.sub(r"[^A-Za-z0-9]+", "-", entry.label)
-    return f"{readable}-{seed}-{_sha256(_json(decisive))[:8]}"
-
-
-def _json(value: Any) -> bytes:
-    return json.dumps(plain_json(value), sort_keys=True).encode()
+    text = json.dumps(plain_json(decisive), sort_keys=True)
+    return f"{readable}-{seed}-{_sha256(text.encode())[:8]}"
 
 
 def _sha256(content: bytes) -> str:

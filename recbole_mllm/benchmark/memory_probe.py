@@ -252,7 +252,8 @@ def memory_of(records: Iterable[RunRecord]) -> dict[str, dict[str, Any]]:
     """Return what the models behind `records` have shown to know, from beside their dataset: findings and verdict."""
     found: dict[str, dict[str, Any]] = {}
     for record in records:
-        known = read_memory(memory_file(Path(str(record.config["data_path"])))) if record.weights else {}
+        place = record.config.get("data_path")
+        known = read_memory(memory_file(Path(str(place)))) if place and record.weights else {}
         for model in record.weights.values():
             if model in known:
                 said = verdict(model, [ProbeResult(**finding) for finding in known[model]["findings"]])

@@ -149,8 +149,13 @@ class RunRecord:
 
     @property
     def weights(self) -> Mapping[str, str]:
-        """What names the weights of each model it asked; empty of a baseline, and of a run of an earlier version."""
-        return dict(self.config.get("provenance", {}).get("weights", {}))
+        """What names the weights of each model it asked; empty of a baseline, and of a run of an earlier version.
+
+        Those of what is fused are its parts'.
+        """
+        parts = (self.config.get("per_model") or {}).values() if self.fusion else ()
+        known = [config.get("provenance", {}).get("weights", {}) for config in (self.config, *parts)]
+        return {key: weights for one in known for key, weights in one.items()}
 
     def to_line(self) -> str:
         """Return the record as one line of JSON, without those of the fields of 0.2.0 that say nothing."""

@@ -9,7 +9,7 @@ import math
 import os
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,14 +105,25 @@ def _check_weights(record: RunRecord) -> None:
     Raises:
         UserError: A local model's files are others now, or are gone.
     """
-    ours = read_mapping(PROPERTIES / "model" / "MLLMMSR.yaml")
-    models = MLLMSettings.from_config({**ours, "mllm": TINY, **record.config})
-    for key, weights in record.weights.items():
-        if not is_same(weights, now := models.identity(key)):
+    for said, weights, now in weights_now(record, {}):
+        if not is_same(weights, now):
             raise UserError(
-                f"{key} {models.name(key)} was {weights} and is {now}: a run of other weights is another run; put the "
-                "earlier ones back, or run the benchmark again"
+                f"{said} was {weights} and is {now}: a run of other weights is another run; put the earlier ones back, "
+                "or run the benchmark again"
             )
+
+
+def weights_now(record: RunRecord, changes: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Yield each model that a run asked, in words, with the weights it had and those it would have now.
+
+    Args:
+        record: The run's.
+        changes: Keys that its config would have now, such as a revision that is open again.
+    """
+    ours = read_mapping(PROPERTIES / "model" / "MLLMMSR.yaml")
+    models = MLLMSettings.from_config({**ours, "mllm": TINY, **record.config, **changes})
+    for key, weights in record.weights.items():
+        yield f"{key} {models.name(key)}", weights, models.identity(key)
 
 
 def order_of(record: RunRecord, output: Path, data_path: str | None = None) -> dict[str, Any]:

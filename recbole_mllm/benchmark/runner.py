@@ -26,7 +26,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from recbole_mllm.benchmark.jobs import BenchmarkJob, BenchmarkPlan, jobs_of
+from recbole_mllm.benchmark.jobs import BenchmarkJob, BenchmarkPlan, given_to, jobs_of, shared_rates
 from recbole_mllm.benchmark.leaderboard import VALID_METRIC
 from recbole_mllm.benchmark.process import (
     LOG,
@@ -53,10 +53,13 @@ from recbole_mllm.benchmark.records import (
     said_anywhere,
 )
 from recbole_mllm.benchmark.report import render, write_note
+from recbole_mllm.benchmark.rerun import weights_now
 from recbole_mllm.benchmark.search import TRIALS
 from recbole_mllm.common import distributed
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.files import BENCHMARK, check_folder, remove_file
+from recbole_mllm.common.model_names import is_same
+from recbole_mllm.common.settings import MODELS
 
 _CHECK_S = 1.0
 _CLEAR = "\r\x1b[K"
@@ -92,6 +95,8 @@ def benchmark(
     if plan.note:
         write_note(plan.output_dir, plan.note)
     bench = _Bench(plan, worker, tell, len(jobs), expected)
+    if line := shared_rates(plan):
+        bench.say(line)
     try:
         with _terminable():
             bench.run_all(jobs)
@@ -114,12 +119,31 @@ def _check_comparable(plan: BenchmarkPlan, jobs: Sequence[BenchmarkJob], digests
                 f"{plan.output_dir} holds runs of dataset {record.dataset} ({run}), and a leaderboard is of one; give "
                 f"this one of {plan.dataset} another --output_dir"
             )
+    for job in jobs:
+        if job.run_id in stay and not job.entry.parts:
+            _check_weights(job, stay[job.run_id])
     due = [job.order() for job in jobs if job.run_id not in stay and not job.entry.parts]
     if digests is None or not due:
         return {}
     found = digests(due, bool(stay))
     one_set_of_candidates(stay.values(), found)
     return found
+
+
+def _check_weights(job: BenchmarkJob, record: RunRecord) -> None:
+    """Refuse a finished run of other weights than it would have now, where both are known.
+
+    Raises:
+        UserError: A local model's files are others, or a hub's branch has moved.
+    """
+    given = given_to(job.entry, job.plan)
+    for said, weights, now in weights_now(record, {key: given.get(key) for key in (f"{m}_revision" for m in MODELS)}):
+        known = ("#" in weights) == ("#" in now)  # else the folder is gone, and its run stands
+        if known and not (is_same(weights, now) or is_same(now, weights)):
+            raise UserError(
+                f"{job.name} is finished with {said} as {weights}, which is {now} now; put the earlier one back, run "
+                "again with --force, or give another --output_dir"
+            )
 
 
 class _Bench:

@@ -24,9 +24,10 @@ METHOD = (
     "Intervals are 95 % bootstrap intervals over users; metrics are averaged over a user's seeds first. Tests are "
     "paired over users, two-sided: a t-test of the per-user differences and, for pooled AUC, one with the standard "
     "error of a bootstrap that draws whole users (cluster bootstrap). All p-values of the table are corrected together "
-    "by Holm's method, so the chance that it holds even one false mark is below 5 %; metrics that are equal for every "
-    "user, as Hit and Recall are with one target, are one question and counted once. The effect size is Cohen's d_z, "
-    "the mean of the per-user differences over their standard deviation; pooled AUC has no per-user value and so none."
+    "by Holm's method, so the chance that it holds even one false mark about these trained models is below 5 %; "
+    "metrics that are equal for every user, as Hit and Recall are with one target, are one question and counted once. "
+    "The effect size is Cohen's d_z, the mean of the per-user differences over their standard deviation; pooled AUC "
+    "has no per-user value and so none."
 )
 USES_NOTE = (
     "From each variant one part of MLLM-MSR was taken, or it was replaced by something wrong, in training and scoring. "
@@ -373,7 +374,17 @@ def legend(board: Leaderboard) -> str:
             recall = sum(one["recall"] for one in found) / len(found)
             ceiling = f"which hold {recall:.3f} of the targets, the ceiling of its Hit"
             said.append(f"{row.model} re-ranks {_retrieved(found[0])}, {ceiling}.")
-    return " ".join([*said, *board.absent.values()])
+    return " ".join([*said, *board.absent.values(), _by_seed(board)])
+
+
+def _by_seed(board: Leaderboard) -> str:
+    """Say how far seeds move the models: intervals and tests are over users, and hold none of that."""
+    metric, rows = board.valid_metric, [row for row in board.rows if row.ok and row.kind != "fused"]
+    if all(len(row.runs) == 1 for row in rows):
+        return "Each model was trained once, and no interval or test says how far another seed would move it."
+    found = {row.model: [f"{run.metrics[metric]:.3f}" for run in row.runs if metric in run.metrics] for row in rows}
+    moved = [f"{model} {_and(values)}" for model, values in found.items() if len(set(values)) > 1]
+    return f"{metric} by seed, which no interval or test holds: {'; '.join(moved)}." if moved else ""
 
 
 def _marks(board: Leaderboard) -> str:

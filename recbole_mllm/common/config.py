@@ -250,8 +250,16 @@ def config_paths(names: Sequence[str]) -> list[str]:
 
 
 def per_model(files: Sequence[str], model: str) -> dict[str, Any]:
-    """Return what the ``per_model`` sections of `files` say of `model`; a later file wins (see `sections`)."""
-    return sections(files).get(model, {})
+    """Return the keys that the ``per_model`` sections of `files` set for `model`, as the files in order have them.
+
+    A section wins over the plain keys of its own file and of those before it; a later file's plain key over both.
+    """
+    found: dict[str, Any] = {}
+    for file in files:
+        said = checked_file(Path(file))
+        own = (said.get("per_model") or {}).get(model, {})
+        found = {key: said.get(key, value) for key, value in found.items()} | own
+    return found
 
 
 def file_keys(*names: str) -> dict[str, Any]:

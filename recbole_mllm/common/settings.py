@@ -444,6 +444,11 @@ def own_types() -> dict[str, Any]:
     return {key: hint for group in _GROUPS for key, hint in get_type_hints(group, include_extras=True).items()}
 
 
+def mllm_keys() -> frozenset[str]:
+    """Return the keys that MLLMMSR alone reads, and item features, which its models write; no other model does."""
+    return frozenset(key for group in get_type_hints(Settings).values() for key in get_type_hints(group))
+
+
 def known_keys() -> frozenset[str]:
     """Return every key of this project."""
     return frozenset(own_types()) | {"benchmark_defaults", "note", "per_model"}

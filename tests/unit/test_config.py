@@ -23,7 +23,7 @@ from recbole_mllm.common.config import (
 )
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.resources import PROPERTIES, named, resource
-from recbole_mllm.common.settings import Settings, known_keys
+from recbole_mllm.common.settings import Settings, known_keys, mllm_keys
 from recbole_mllm.common.yaml_files import check_readable, line_of, read_mapping
 from recbole_mllm.inspect.measure import find_layout
 
@@ -33,7 +33,10 @@ PRESETS = {"demo", "ml-100k-posters", "microlens", "amazon2023", "paper", "llava
 def test_every_preset_the_design_names_is_there_and_parses():
     assert PRESETS | {"smolvlm-256m"} <= set(named("quick_start_config"))
     for name in named("quick_start_config"):
-        Settings.from_config(KEYS | yaml.safe_load(resource("quick_start_config", name).read_text()))
+        keys = yaml.safe_load(resource("quick_start_config", name).read_text())
+        Settings.from_config(KEYS | keys)
+        for_all = set(keys) - mllm_keys() - {"per_model"}
+        assert for_all <= {"MAX_ITEM_LIST_LENGTH"}, f"{name} would train every baseline of a benchmark with {for_all}"
 
 
 def test_every_setting_stands_in_a_shipped_file_with_a_comment():
@@ -141,6 +144,9 @@ def test_a_section_for_one_model_is_read_for_it_alone(tmp_path):
     two.write_text("per_model: {SASRec: {epochs: 4}}")
     assert per_model([str(one), str(two)], "SASRec") == {"epochs": 4, "hidden_size": 8}
     assert per_model([str(one)], "GRU4Rec") == {}
+    two.write_text("epochs: 5\nhidden_size: 32\nn_layers: 1\nper_model: {SASRec: {epochs: 4}}")
+    assert per_model([str(one), str(two)], "SASRec") == {"epochs": 4, "hidden_size": 32}, "a later plain key wins"
+    assert per_model([str(two), str(one)], "SASRec") == {"epochs": 3, "hidden_size": 8}
 
 
 def test_the_benchmark_compares_on_leave_one_out_with_twenty_candidates():

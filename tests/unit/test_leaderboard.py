@@ -22,6 +22,7 @@ from recbole_mllm.benchmark.records import RunRecord, append, read_arrays
 from recbole_mllm.benchmark.report import read_leaderboard, render, write_note
 from recbole_mllm.benchmark.significance import auc_replicates, draw_users, sort_pairs
 from recbole_mllm.benchmark.tables import escape_latex, format_latex, format_markdown, format_table, numbers_table
+from recbole_mllm.benchmark.wording import legend
 from recbole_mllm.common.errors import UserError
 from tests.planted_runs import CANDIDATES, plant_run, user_metrics
 
@@ -132,6 +133,12 @@ def test_seeds_of_other_weights_are_another_row(tmp_path):
     assert [row.seeds for row in build(same, tmp_path).rows] == [(1, 2, 3)], "an older record does not say"
     rows = build([*same[:2], planted(3, "m@bb")], tmp_path).rows
     assert sorted(row.seeds for row in rows) == [(1, 2), (3,)] and all("weights" in row.model for row in rows)
+    fused = [
+        plant_run(tmp_path, "MLLMMSR+SASRec", 1.2, "fused", seed=seed, fusion={"chosen": "mixture"},
+                  config={"per_model": {"MLLMMSR": {"provenance": {"weights": {"mllm": weights}}}, "SASRec": {}}})
+        for seed, weights in ((1, "m@aa"), (3, "m@bb"))
+    ]  # fmt: skip
+    assert [record.weights for record in fused] == [{"mllm": "m@aa"}, {"mllm": "m@bb"}]
 
 
 def test_seeds_are_averaged_per_user(tmp_path):
@@ -144,6 +151,10 @@ def test_seeds_are_averaged_per_user(tmp_path):
     assert row["metrics"]["NDCG@10"]["mean"] == pytest.approx(both.mean())
     assert high - low == pytest.approx(2 * 1.96 * stats.sem(both), rel=0.1)
     assert row["cost"]["train_s"] == 20.0
+    values = [f"{record.metrics['NDCG@10']:.3f}" for record in records]
+    said = "NDCG@10 by seed, which no interval or test holds: SASRec {}, {} and {}.".format(*values)
+    assert said in legend(board)
+    assert "Each model was trained once" in legend(build(records[:1], tmp_path))
 
 
 def test_two_sets_of_candidates_are_refused_by_name(field, tmp_path):

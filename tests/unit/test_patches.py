@@ -204,6 +204,13 @@ def test_our_protocol_and_the_users_settings_win_in_this_order_and_stock_models_
     assert stock["eval_args"]["mode"] == {"valid": "full", "test": "full"}
 
 
+def test_a_section_for_our_model_counts_in_a_stock_run_too(config):
+    files = [recbole_mllm.preset("qwen2.5-vl-7b")]
+    found = config("MLLMMSR", "nothing", ["--train_batch_size=8"], files, epochs=2)
+    assert (found["learning_rate"], found["train_batch_size"], found["epochs"]) == (5e-5, 8, 2)
+    assert config("MLLMMSR", "nothing", (), files, learning_rate=0.1)["learning_rate"] == 0.1
+
+
 @pytest.mark.parametrize("model", ["MLLMMSR", "SASRec", "BPR"])
 def test_a_datasets_own_yaml_is_read_for_every_model(config, tmp_path, model):
     (tmp_path / "dataset/mine").mkdir(parents=True)

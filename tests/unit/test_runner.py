@@ -1,24 +1,27 @@
 """A benchmark survives its runs: crashes, kills and interruptions cost what was at work and nothing else."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import random_world
-from planted_runs import CANDIDATES
+from planted_runs import CANDIDATES, plant_run
 
 from recbole_mllm.benchmark.jobs import BenchmarkPlan, jobs_of
 from recbole_mllm.benchmark.process import LOG, failure, run_child
-from recbole_mllm.benchmark.records import read_records
+from recbole_mllm.benchmark.records import append, read_records
 from recbole_mllm.benchmark.runner import benchmark
 from recbole_mllm.benchmark.worker import digests_of, run_job
 from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.model_names import identity_of
 from recbole_mllm.evaluation import candidates
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,6 +58,25 @@ append(out / "runs.jsonl", record)
 """
 
 
+def test_weights_that_have_changed_since_a_run_are_told_before_anything_starts(tmp_path, worker):
+    (model := tmp_path / "model").mkdir()
+    (model / "model.safetensors").write_text("A")
+    given = plan(tmp_path, "MLLMMSR", overrides={"mllm": str(model)})
+    (job,) = jobs_of(given)
+    weights = dict.fromkeys(("mllm", "item_summarizer", "user_summarizer"), identity_of(str(model)))
+    config = {"mllm": str(model), "provenance": {"weights": weights}}
+    record = plant_run(given.output_dir, "MLLMMSR", 1.0, "mllm", run_id=job.run_id, config=config)
+    append(given.output_dir / "runs.jsonl", replace(record, dataset="demo"))
+    assert benchmark(given, worker, str) == [] and not (given.output_dir / "started.txt").exists()
+    (model / "model.safetensors").write_text("B")
+    with pytest.raises(
+        UserError, match=r"MLLMMSR seed 2024 is finished with mllm .* as model#\w+, which is model#\w+ now"
+    ):
+        benchmark(given, worker, str)
+    shutil.rmtree(model)
+    assert benchmark(given, worker, str) == [], "a model that is gone makes no finished run worthless"
+
+
 @pytest.fixture
 def worker(tmp_path) -> tuple[str, ...]:
     script = tmp_path / "worker.py"
@@ -87,6 +109,10 @@ def test_each_run_is_done_once_unless_forced(tmp_path, worker):
     lines.clear()
     benchmark(plan(tmp_path, "Pop", seeds=(1,)), worker, lines.append)
     assert "finished before, NDCG@10" in lines[0] and len(started(tmp_path)) == 4
+    lines.clear()
+    shared = plan(tmp_path, "Pop", "MLLMMSR:direct", seeds=(1,), overrides={"learning_rate": 5e-5})
+    benchmark(shared, worker, lines.append)
+    assert lines[0].startswith("every model is trained with learning_rate: 5e-05; what is meant for MLLMMSR alone goes")
     benchmark(plan(tmp_path, "Pop", seeds=(1,), force=True), worker, str)
     benchmark(plan(tmp_path, "Pop", seeds=(1,), overrides={"epochs": 9}), worker, str)
     *first, again, other = started(tmp_path)

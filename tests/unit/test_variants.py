@@ -7,6 +7,7 @@ import pytest
 import yaml
 from stock_forward import KEYS
 
+from recbole_mllm.benchmark import worker
 from recbole_mllm.benchmark.jobs import BenchmarkJob, BenchmarkPlan, jobs_of
 from recbole_mllm.benchmark.variants import SETS, VARIANTS, expand, resolve
 from recbole_mllm.common.config import config_paths, per_model
@@ -87,6 +88,50 @@ def test_a_run_id_covers_of_a_config_file_what_the_run_reads(tmp_path):
     style.write_text("another")
     changed = named({"MLLMMSR": mine, "SASRec": other})
     assert changed[0] != mllm and changed[1] == sasrec, "a file named in a model's section counts by what it holds"
+
+
+@pytest.mark.parametrize(
+    ("model", "added", "changed"),
+    [
+        ("SASRec", {"mllm": "tiny", "lora_r": 4, "prompt_style": "demo", "block_size": 5}, False),
+        ("SASRec", {"learning_rate": 0.01}, True),
+        ("SASRec", {"candidate_seed": 3}, True),
+        ("SASRecF:text", {"mllm": "tiny"}, True),
+        ("MLLMMSR", {"lora_r": 4}, True),
+    ],
+)
+@pytest.mark.parametrize("way", ["file", "line"])
+def test_a_baseline_is_not_run_again_for_keys_of_the_mllm(model, added, changed, way, tmp_path):
+    (config := tmp_path / "added.yaml").write_text(yaml.safe_dump(added))
+    given = {"config_files": ("microlens", str(config))} if way == "file" else {"overrides": added}
+    (before,), (after,) = (
+        jobs(model, config_files=("microlens",)),
+        jobs(model, **({"config_files": ("microlens",)} | given)),
+    )
+    assert (before.run_id != after.run_id) == changed
+
+
+def test_a_backbones_preset_leaves_the_baselines_as_they_are(tmp_path):
+    """Its learning rate and batches are the MLLM's: SASRec at 5e-5 would be no baseline."""
+    (config := tmp_path / "mine.yaml").write_text("learning_rate: 0.002")
+    for files in (("demo",), ("demo", "qwen2.5-vl-7b"), ("qwen2.5-vl-7b", "demo"), ("paper", "demo")):
+        for label, rate, batch in (("SASRec", 0.001, 256), ("BPR", 0.001, 256), ("GRU4Rec", 0.005, 256)):
+            found = worker_config(tmp_path, label, files)
+            assert (found["learning_rate"], found["train_batch_size"]) == (rate, batch)
+        mllm = worker_config(tmp_path, "MLLMMSR", files)
+        wanted = {"qwen2.5-vl-7b": (5e-5, 16), "paper": (2e-5, 1)}.get(next(iter({*files} - {"demo"}), ""), (1e-3, 64))
+        assert (mllm["learning_rate"], mllm["train_batch_size"]) == wanted
+        assert mllm["epochs"] == (10 if "paper" in files else 1)
+    for label in ("SASRec", "GRU4Rec", "MLLMMSR"):
+        found = worker_config(tmp_path, label, ("qwen2.5-vl-7b", str(config)))
+        assert found["learning_rate"] == 0.002, "a plain key is for every model, and a later file wins"
+    found = worker_config(tmp_path, "MLLMMSR", (str(config), "qwen2.5-vl-7b"))
+    assert found["learning_rate"] == 5e-5
+
+
+def worker_config(place: Path, label: str, files: tuple[str, ...]) -> Any:
+    (job,) = jobs(label, config_files=files, output_dir=place)
+    return worker._config(job.order(), place / "defaults.yaml", {})
 
 
 def test_presets_change_what_they_say():
