@@ -70,7 +70,7 @@ def test_weights_that_have_changed_since_a_run_are_told_before_anything_starts(t
     assert benchmark(given, worker, str) == [] and not (given.output_dir / "started.txt").exists()
     (model / "model.safetensors").write_text("B")
     with pytest.raises(
-        UserError, match=r"MLLMMSR seed 2024 is finished with mllm .* as model#\w+, which is model#\w+ now"
+        UserError, match=r"MLLMMSR seed 2024 is finished with \w+ .* as model#\w+, which is model#\w+ now"
     ):
         benchmark(given, worker, str)
     shutil.rmtree(model)
