@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -183,12 +184,13 @@ def _share(text: str) -> float:
     return float(value)
 
 
-def _moments(text: str) -> tuple[float, float]:
+def _moments(text: str) -> tuple[float, float] | tuple[datetime, datetime]:
     first, _, second = text.partition(",")
     one, two = moment(first), moment(second)
-    if one is None or two is None or one >= two:
-        raise argparse.ArgumentTypeError(f"{text[:60]!r} is no pair of moments T1,T2, the earlier one first")
-    return one, two
+    dated = number(first) is None
+    if one is None or two is None or dated != (number(second) is None) or one >= two:
+        raise argparse.ArgumentTypeError(f"{text[:60]!r} is no pair of times or of dates T1,T2, the earlier one first")
+    return (datetime.fromtimestamp(one, UTC), datetime.fromtimestamp(two, UTC)) if dated else (one, two)
 
 
 def read_split(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

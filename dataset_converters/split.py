@@ -26,7 +26,7 @@ from .interactions import Interactions, count
 from .output import Fields, Written
 from .source import number
 
-_BESIDE = (".item", ".user", ".kg", ".link", ".net")  # files that do not depend on the split
+_BESIDE = (".item", ".user", ".kg", ".link", ".net", ".memory.json")  # files that do not depend on the split
 _OF_A_SPLIT = ("benchmark_filename", "train_on_histories", "temporal_split", "load_col", "global_times")
 _OF_BENCHMARK_FILES = ("alias_of_item_id", "MAX_ITEM_LIST_LENGTH")
 

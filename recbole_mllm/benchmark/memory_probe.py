@@ -46,6 +46,7 @@ _COLUMNS = {
     YEAR: ("year", "release_year"),
     GENRE: ("genre", "genres", "class", "category", "categories"),
 }  # of .item
+_CATALOGUED = re.compile(r"(,\s(the|an?|les?|la|l'|il|lo|der|die|das|el|los|las))?(\s*\(\d{4}\))?\s*$", re.IGNORECASE)
 _YEAR = re.compile(r"(?<!\d)(?:1[5-9]|20)\d\d(?!\d)")
 
 
@@ -121,11 +122,17 @@ def verdict(model: str, findings: Sequence[ProbeResult]) -> str:
     kinds = [finding.kind for finding in findings if finding.p < LEVEL / len(findings)]
     if kinds:
         return f"Asked without any history, {model} knows this dataset ({', '.join(kinds)}): {rates}."
-    return f"Asked without any history, {model} does no better than chance on this dataset: {rates}."
+    return f"Asked without any history, {model} is not shown to know this dataset: {rates}."
 
 
-def probe_memory(config: Any, count: int = COUNT) -> list[str]:
+def probe_memory(config: Any, count: int = COUNT, name: str | None = None) -> list[str]:
     """Ask the model that writes the user summaries of a run of `config`; return what it shows, for people.
+
+    Args:
+        config: RecBole's.
+        count: Questions of each kind.
+        name: What the dataset is called where a model may have read of it; None: as its folder, or what that was split
+            from.
 
     Raises:
         UserError: The model cannot be loaded, or the dataset has nothing to ask about.
@@ -144,7 +151,7 @@ def probe_memory(config: Any, count: int = COUNT) -> list[str]:
     _, (train, *_) = read_and_split(config)
     setup = make_summary_setup(config, settings, config["device"])
     histories = {user_of(name): items for name, items in train._dataset.histories.items()}
-    questions = questions_of(str(config["dataset"]), setup.folder, histories, config["seed"], count)
+    questions = questions_of(name or _name_of(setup.folder), setup.folder, histories, config["seed"], count)
     if not questions:
         raise UserError(f"{item_file(setup.folder)} has no titles to ask about, and no user's items are known")
     decoding = Decoding(_TOKENS, rules=setup.summarizers["user"].rules)
@@ -187,9 +194,9 @@ def questions_of(
         out.append(Probe(kind, Prompt(text), tuple(truth)))
 
     for item in _drawn((item for item, text in titles.items() if _beginning(text)), BEGINNING, seed, count):
-        ask(BEGINNING, _beginning(titles[item]), [titles[item]])
+        ask(BEGINNING, _beginning(titles[item]), [_bare(titles[item])])
     for item in _drawn(titles, BY_ID, seed, count):
-        ask(BY_ID, item, [titles[item]])
+        ask(BY_ID, item, [_bare(titles[item])])
     for kind, names in _COLUMNS.items():
         name = next((name for name in names if name in columns), None)
         known = {item: _values(rows[item][name], kind, columns[name]) for item in titles} if name else {}
@@ -200,13 +207,27 @@ def questions_of(
     return out
 
 
+def _name_of(folder: Path) -> str:
+    """Return the name of the dataset in `folder`; where `split` wrote it, of the one that was split."""
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        if manifest["converter"] == "split":
+            return str(manifest["inputs"][0]["file"]).removesuffix(".inter")
+    return folder.name
+
+
 def _drawn(items: Iterable[str], kind: str, seed: int, count: int) -> list[str]:
     return sorted(items, key=lambda item: (hash64("probe", kind, seed, item), item))[:count]
 
 
+def _bare(title: str) -> str:
+    """Return a title without the year, and the article moved to its end, that catalogues write and people do not."""
+    return _CATALOGUED.sub("", title).strip() or title
+
+
 def _beginning(title: str) -> str:
     """Return the first half of a title's words; "" where it has too few to leave something to know."""
-    words = title.split()
+    words = _bare(title).split()
     return " ".join(words[: len(words) // 2])
 
 

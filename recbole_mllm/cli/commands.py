@@ -41,7 +41,8 @@ from recbole_mllm.common.files import (
 )
 from recbole_mllm.common.hub import check_can_push, push
 from recbole_mllm.common.resources import MLLM
-from recbole_mllm.common.settings import Count, checked
+from recbole_mllm.common.settings import Count, checked, filters_of
+from recbole_mllm.common.yaml_files import read_mapping
 from recbole_mllm.data.schema import store_file
 from recbole_mllm.demo.builtin import DEMO_SEED
 
@@ -67,7 +68,14 @@ def split(args: Namespace, options: Options) -> int:
     keys = read_overrides(rest)
     folder = Path(os.path.abspath(inspected_folder(known.dataset, keys, "split")))
     out, settings = Path(os.path.abspath(known.out)), converters("options").split_settings(known)
-    layout = find_layout(folder, keys)
+    layout, own = find_layout(folder, keys), folder / "dataset.yaml"
+    found = filters_of(read_mapping(own)) if own.is_file() and settings.protocol != "loo" else []
+    if found:
+        raise UserError(
+            f"{own} sets {' and '.join(found)}, which RecBole does not apply to the files of a split: rows would come "
+            f"back that it leaves out; remove those from {folder.name}.inter (`convert` takes --k-core and "
+            "--min-rating), and the key"
+        )
     fields = converters("output").Fields(layout.user, layout.item, layout.time)
     given = converters("options").recorded_options(known)
     lines = converters("split").split_folder(folder, out, fields, settings, given)
@@ -125,7 +133,7 @@ def probe_memory(args: Namespace, options: Options) -> int:
     from recbole_mllm.benchmark.memory_probe import probe_memory as probe
 
     count = checked("--questions", args.questions, Count)
-    print(*probe(config_of(MLLM, args.where, options, recommends=False), count), sep="\n")
+    print(*probe(config_of(MLLM, args.where, options, recommends=False), count, args.name), sep="\n")
     return 0
 
 

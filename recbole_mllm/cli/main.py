@@ -254,6 +254,7 @@ def _add_options(of: dict[str, Parser]) -> None:
     add = of["probe-memory"].add_argument
     add("where", metavar="DATASET", help="its name under data_path, as --dataset")
     add("--questions", type=int, default=100, metavar="N", help="of each kind; default: 100")
+    add("--name", help="what the dataset is called in public, e.g. MovieLens-100K; default: as its folder")
     add = of["inspect"].add_argument
     add("directory", help="a dataset's folder, or its name under data_path (default ./dataset)")
     add("--image_dir", default=argparse.SUPPRESS, help="images by item id")

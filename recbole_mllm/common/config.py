@@ -31,6 +31,7 @@ from recbole_mllm.common.settings import (
     WrongValue,
     check_models,
     checked,
+    filters_of,
     known_keys,
     own_types,
 )
@@ -377,6 +378,11 @@ def recbole_config(model: str, dataset: str, files: list[str], keys: dict[str, A
             config[key] = checked(key, value, _TYPES[key])
     if config["MAX_ITEM_LIST_LENGTH"] is None and config["MODEL_TYPE"] == ModelType.SEQUENTIAL:
         raise WrongValue("MAX_ITEM_LIST_LENGTH", None, f"a whole number, at least 1, for {model}")
+    if config["benchmark_filename"] and (found := filters_of(config.final_config_dict)):
+        raise UserError(
+            f"{' and '.join(found)} would do nothing: the split of {dataset} stands in files, whose rows RecBole does "
+            "not filter (dataset.py:161); set null, and filter before the split (`convert --k-core`, `--min-rating`)"
+        )
     _take_device(config)
     return config
 

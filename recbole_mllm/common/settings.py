@@ -444,6 +444,12 @@ def own_types() -> dict[str, Any]:
     return {key: hint for group in _GROUPS for key, hint in get_type_hints(group, include_extras=True).items()}
 
 
+def filters_of(keys: Mapping[str, Any]) -> list[str]:
+    """Return those of RecBole's filters of interactions that `keys` set to leave any out."""
+    names = ("user_inter_num_interval", "item_inter_num_interval", "val_interval", "rm_dup_inter")
+    return [name for name in names if keys.get(name) not in (None, {}, "[0,inf)")]  # as RecBole's sample.yaml has it
+
+
 def mllm_keys() -> frozenset[str]:
     """Return the keys that MLLMMSR alone reads, and item features, which its models write; no other model does."""
     return frozenset(key for group in get_type_hints(Settings).values() for key in get_type_hints(group))

@@ -25,14 +25,15 @@ class SplitSettings:
 
     Args:
         protocol: ``loo``, ``paper`` (users 8:1:1) or ``temporal`` (two moments).
-        boundaries: The two moments; None: such that `valid_share` and `test_share` of all interactions lie behind.
+        boundaries: The two moments, as times or as dates; None: such that `valid_share` and `test_share` of all
+            interactions lie behind.
         target: Which of a user's interactions in a period, those with a history, is the target.
         max_list: How many items of its history a row of the temporal protocol lists, the latest ones.
         seed: Of the draw of users, and of random targets.
     """
 
     protocol: Literal["loo", "paper", "temporal"] = "loo"
-    boundaries: tuple[float, float] | None = None
+    boundaries: tuple[float, float] | tuple[datetime, datetime] | None = None
     valid_share: float = 0.1
     test_share: float = 0.1
     target: Literal["last", "first", "random"] = "last"
@@ -93,8 +94,8 @@ def split(users: Any, times: Any, names: list[str], settings: SplitSettings) -> 
     for part, (low, high) in bounds.items():
         if low == high:
             raise UserError(
-                f"no interaction lies in the {part} period (moments {moments[0]:g} and {moments[1]:g}, times from "
-                f"{times[0]:g} to {times[-1]:g}); give other --boundaries or shares"
+                f"no interaction lies in the {part} period (moments {' and '.join(map(moment_text, moments))}, times "
+                f"from {moment_text(times[0])} to {moment_text(times[-1])}); give other --boundaries or shares"
             )
     chosen = {part: np.arange(*bound) for part, bound in bounds.items()}
     for part in PARTS[1:]:
@@ -104,9 +105,14 @@ def split(users: Any, times: Any, names: list[str], settings: SplitSettings) -> 
     return Splitting(by_user, starts, rows, left_out, moments, first)
 
 
+def unit_of(time: float) -> float | None:
+    """Return how many units of its column a second has, if `time` can be a date of 1973 to 2128 in s, ms, µs or ns."""
+    return next((unit for unit in (1.0, 1e3, 1e6, 1e9) if 1e8 <= time / unit < 5e9), None)
+
+
 def utc(time: float) -> datetime | None:
-    """Return a time as a date if it can be one, in seconds, milli- or microseconds since 1970; else None."""
-    unit = next((unit for unit in (1.0, 1e3, 1e6) if 1e8 <= time / unit < 5e9), None)
+    """Return a time as a date if it can be one; else None."""
+    unit = unit_of(time)
     return datetime.fromtimestamp(time / unit, UTC) if unit else None
 
 
@@ -124,7 +130,13 @@ def _moments(times: Any, settings: SplitSettings) -> tuple[float, float]:
             "each user's own; use --protocol loo or paper"
         )
     if settings.boundaries is not None:
-        return settings.boundaries
+        unit = unit_of(times[-1])
+        if unit is None and isinstance(settings.boundaries[0], datetime):
+            raise UserError(
+                f"--boundaries are dates, and the times hold none, up to {times[-1]:.15g}; give two of these numbers"
+            )
+        one, two = (at.timestamp() * (unit or 1) if isinstance(at, datetime) else at for at in settings.boundaries)
+        return one, two
     count = len(times)
     shares = (settings.valid_share + settings.test_share, settings.test_share)
     places = [min(count - 1, max(0, round(count * (1 - share)))) for share in shares]

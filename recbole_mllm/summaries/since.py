@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from recbole_mllm.common.errors import UserError
-
-_UNITS = ((1e17, 1e9), (1e14, 1e6), (1e11, 1e3), (1e8, 1.0))  # the latest time of a column, and its units a second
+from recbole_mllm.data.splits import unit_of
 
 
 def users_since(dataset: Any, since: str) -> set[str]:
@@ -51,7 +50,7 @@ def _moment(since: str, latest: float) -> float:
         raise UserError(
             f"--since {since!r} is neither a number nor a date; write 2026-11-03, 2026-11-03T18:00 or a timestamp"
         ) from None
-    unit = next((unit for least, unit in _UNITS if latest >= least), None)
+    unit = unit_of(latest)
     if unit is None:
         raise UserError(
             f"--since {since}: the time column holds no moments but ranks, up to {latest:.0f}; give a number of those"

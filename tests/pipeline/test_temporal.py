@@ -4,6 +4,7 @@ import json
 import random
 from bisect import bisect_left
 from collections import Counter
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -147,6 +148,33 @@ def test_rows_are_those_of_the_raw_log_from_a_dump_or_from_a_folder(tmp_path, ca
         assert about["test_targets_of_new_users"] == new
         assert about["test_targets_that_are_new_items"] == sum(i not in known_items for _, i, _ in truth.rows["test"])
         assert f"test targets of new users: {new}" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("unit", [1, 1_000, 1_000_000])
+def test_boundaries_that_are_dates_are_in_the_unit_of_the_times(tmp_path, unit):
+    rows = [(user, item, time * unit) for user, item, time in log(5)]
+    (folder := tmp_path / "dated").mkdir()
+    head = "user_id:token\titem_id:token\texact_time:token\ttimestamp:float\n"
+    (folder / "dated.inter").write_text(head + "".join(f"{u}\t{i}\t{time}\t{time}\n" for u, i, time in rows))
+    moments = [START + 500, START + 700]
+    dates = ",".join(datetime.fromtimestamp(moment, UTC).isoformat() for moment in moments)
+    found = split(folder, tmp_path / "later", *TEMPORAL, "--boundaries", dates)
+    assert rows_in(found) == Truth(rows, [moment * unit for moment in moments]).rows
+
+
+def test_filters_that_the_files_of_a_split_would_not_obey_are_refused(tmp_path, capsys):
+    (raw := write_log(tmp_path / "raw", log(3)))
+    timed, later = convert(raw, tmp_path / "t"), convert(raw, tmp_path / "later", *TEMPORAL)
+    run = ["benchmark", "--dataset", "later", f"--data_path={tmp_path}", "--models", "Pop", "--output_dir"]
+    assert main([*run, str(tmp_path / "out"), "--user_inter_num_interval='[3,inf)'"]) == 2
+    assert "user_inter_num_interval would do nothing: the split of later stands in files" in capsys.readouterr().err
+    for folder in (timed, later):
+        with (folder / "dataset.yaml").open("a") as file:
+            file.write('val_interval: {timestamp: "[0,inf)"}\n')
+    assert main(["split", str(timed), *TEMPORAL, "--out", str(tmp_path / "new")]) == 2
+    assert "sets val_interval, which RecBole does not apply" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists() and not (tmp_path / "out").exists()
+    assert main([*run, str(tmp_path / "out")]) == 2
 
 
 def test_the_rows_of_ml_100k_are_those_of_its_raw_log(tmp_path):

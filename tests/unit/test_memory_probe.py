@@ -75,7 +75,7 @@ def test_a_model_that_does_not_know_does_no_better_than_chance(folder, histories
         "names everything": lambda q: "A B " + " ".join([*WORDS, *GENRES]) + " 1950 1960",
     }[kind]
     findings = found(questions, [said(q) for q in questions])
-    assert "does no better than chance" in verdict("m", list(findings.values()))
+    assert "is not shown to know this dataset" in verdict("m", list(findings.values()))
     assert findings[NEXT].chance == 0.5
     unclear = f"of {findings[NEXT].asked} ({findings[NEXT].asked} answers say neither A nor B), by chance"
     assert (unclear in verdict("m", list(findings.values()))) == (kind == "refuses")
@@ -101,6 +101,19 @@ def test_what_is_asked_holds_no_history_and_depends_on_the_seed_alone(folder, hi
 def test_a_dataset_without_years_or_titles_of_several_words_is_asked_about_what_it_has(folder, histories):
     (folder / "films.item").write_text("item_id:token\ttitle:token_seq\n1\tOne\n2\tTwo\n")
     assert {q.kind for q in questions_of("films", folder, histories, 7, 9)} == {BY_ID, NEXT}
+
+
+def test_a_title_is_known_without_the_year_and_the_article_of_a_catalogue(folder, histories):
+    titles = ["Toy Story (1995)", "Godfather, The (1972)", "Heat (1995)", "Usual Suspects, The (1995)", "2001"]
+    rows = [f"{n}\t{title}\n" for n, title in enumerate(titles)]
+    (folder / "films.item").write_text("item_id:token\ttitle:token_seq\n" + "".join(rows))
+    questions = questions_of("films", folder, {}, 7, 9)
+    asked = {kind: {q.truth[0] for q in questions if q.kind == kind} for kind in (BEGINNING, BY_ID)}
+    assert asked[BEGINNING] == {"Toy Story", "Usual Suspects"}, "no beginning gives the whole title away"
+    assert asked[BY_ID] == {"Toy Story", "Godfather", "Heat", "Usual Suspects", "2001"}
+    answers = {"Toy Story": "Toy Story", "Godfather": 'It is "The Godfather" (1972).', "Heat": "Heat, by Michael Mann"}
+    assert all(q.is_answered(answers.get(q.truth[0], q.truth[0])) for q in questions)
+    assert not any(q.is_answered("The (1995)") for q in questions)
 
 
 def test_the_command_asks_once_and_a_leaderboard_tells(tmp_path, monkeypatch, capsys):
@@ -134,5 +147,13 @@ def test_the_command_asks_once_and_a_leaderboard_tells(tmp_path, monkeypatch, ca
     (by_id,) = [one for one in json.loads(pages[2])["memory"]["server:m"]["findings"] if one["kind"] == BY_ID]
     assert (by_id["right"], by_id["rate"]) == (by_id["asked"], 1.0)
     assert main(["probe-memory", "steps", "--questions=20", "--mllm=tiny", "--prompt_style=demo"]) == 0
-    assert "does no better than chance" in capsys.readouterr().out
+    assert "is not shown to know this dataset" in capsys.readouterr().out
     assert len(json.loads(memory_file(place).read_text())) == 2
+    out = tmp_path / "dataset" / "halved"
+    assert main(["split", str(place), "--protocol", "temporal", "--out", str(out)]) == 0
+    assert memory_file(out).read_bytes() == memory_file(place).read_bytes()
+    with planned_server.serving(planned_server.Planned(plan=remembers)) as server:
+        again = ["probe-memory", "halved", "--questions=4", f"--mllm=server:n@{server.url}", *words[4:]]
+        assert main(again) == 0 and all("dataset steps" in text for text in server.texts())
+        assert main([*again, "--name", "Steps-100K"]) == 0
+        assert any("dataset Steps-100K" in text for text in server.texts())
