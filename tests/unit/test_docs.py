@@ -8,6 +8,8 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,8 +18,12 @@ import pytest
 import yaml
 
 import recbole_mllm
+from recbole_mllm import api
 from recbole_mllm.arguments import check_model, read_overrides
+from recbole_mllm.benchmark import runner
+from recbole_mllm.benchmark.jobs import BenchmarkPlan, jobs_of
 from recbole_mllm.benchmark.variants import expand, resolve
+from recbole_mllm.cli import main
 from recbole_mllm.cli.main import COMMANDS, _read
 from recbole_mllm.common.config import check_keys, check_values, config_paths, every_key
 from recbole_mllm.common.errors import UserError
@@ -292,3 +298,20 @@ def test_the_gpu_benchmark_ends_with_one_json_line():
         assert found[stage]["largest"].keys() and found["matmul_tflops"] > 0
         for way in ("usual", "ours"):
             assert found[stage][way]["pairs_per_s"] > 0 and 0 < found[stage][way]["share_of_peak"] < 1.5
+
+
+@pytest.mark.parametrize("page", ["demo", "ml-100k-loo", "ml-100k-temporal", "microlens-50k"])
+def test_a_hub_model_in_the_table_of_a_page_finds_the_baselines_there(page, monkeypatch, tmp_path):
+    plans: list[BenchmarkPlan] = []
+    monkeypatch.setattr(runner, "benchmark", lambda plan, **_: plans.append(plan) or [])
+    monkeypatch.setattr(api, "check_given", lambda *_: None)  # the datasets are not part of the repository
+    monkeypatch.chdir(ROOT)
+    calls = [words for where, text in blocks("bash") if page in where for words in words_of(text.replace("\\\n", " "))]
+    for words in calls:
+        if words[0] == "benchmark" and "--tune" not in words:
+            with suppress(UserError):  # there is nothing to report
+                main([*words, "--output_dir", str(tmp_path / "none")])
+    jobs = (jobs_of(replace(plan, seeds=(2024,), labels=(*plan.labels, "SASRec"))) for plan in plans)
+    ours, hubs = ({job.entry.label: job.run_id for job in found} for found in jobs)
+    assert ours["SASRec"] == hubs["SASRec"] and ours["MLLMMSR"] != hubs["MLLMMSR"]
+    assert ours["MLLMMSR+SASRec"] != hubs["MLLMMSR+SASRec"]
