@@ -96,9 +96,10 @@ def read_our_files(configurator: ModuleType) -> None:
             values.check_files(self.config_files, model)
             values.check_keys(self.variable_config_dict, "config_dict")
             values.check_values(self.variable_config_dict)
-            own = values.per_model(self.config_files, model)
             given = {*self.variable_config_dict, *self.cmd_config_dict}
-            self.external_config_dict.update({key: value for key, value in own.items() if key not in given})
+            for name in (kind.__name__ for kind in reversed(model_class.__mro__) if resource("model", kind.__name__)):
+                own = values.per_model(self.config_files, name)
+                self.external_config_dict.update({key: value for key, value in own.items() if key not in given})
             # again after quick_start_config/sequential.yaml, which RecBole reads last (:307-317): it says for every
             # sequential model to rank all items, and our model's own protocol must stand
             of_dataset = Path(configurator.__file__ or "").parent.parent / "properties/dataset" / f"{dataset}.yaml"

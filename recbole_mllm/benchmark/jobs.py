@@ -17,6 +17,14 @@ from recbole_mllm.common.config import config_paths, file_keys, per_model, secti
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.resources import MLLM
 from recbole_mllm.common.settings import Count, Seed, Whole, checked, mllm_keys
+from recbole_mllm.common.yaml_files import read_mapping
+from recbole_mllm.demo.builtin import is_builtin
+
+_LAYOUT = {
+    *("USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD", "load_col", "benchmark_filename", "alias_of_item_id"),
+    *("train_on_histories", "temporal_split", "global_times"),
+}
+"""Keys of a ``dataset.yaml`` that say where its data stand, and not what a run makes of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +140,8 @@ def run_id(entry: Entry, seed: int, plan: BenchmarkPlan) -> str:
     """
     if entry.parts:
         return _named(entry, seed, [run_id(part, seed, plan).rpartition("-")[2] for part in entry.parts])
-    if entry.model == MLLM:  # an earlier version hashed the bytes of config files; what it has begun keeps its name
-        earlier = _decisive_by_bytes(entry, plan)
+    if entry.model == MLLM and MLLM not in sections(_given_files(plan)):  # whose place in the order was another
+        earlier = _decisive_by_bytes(entry, plan)  # as an earlier version did: what it has begun keeps its name
         if any((plan.output_dir / "runs").glob(_named(entry, "*", earlier))):
             return _named(entry, seed, earlier)
     return _named(entry, seed, _decisive(entry, plan))
@@ -141,26 +149,42 @@ def run_id(entry: Entry, seed: int, plan: BenchmarkPlan) -> str:
 
 def shared_rates(plan: BenchmarkPlan) -> str:
     """Return a line about what MLLMMSR and baselines are both trained with, as a key meant for one may be; else ""."""
-    models = {resolve(label).model for label in plan.labels if not resolve(label).parts}
-    given = {**file_keys(*plan.config_files), **plan.overrides}
-    named = [f"{key}: {given[key]}" for key in ("learning_rate", "train_batch_size") if key in given]
-    if not named or not {MLLM} < models:
+    entries = [entry for label in plan.labels if not (entry := resolve(label)).parts]
+    ours, others = ([given_to(e, plan) for e in entries if (e.model == MLLM) == mine] for mine in (True, False))
+    plain = {**file_keys(*plan.config_files), **plan.overrides}
+    shared = {
+        f"{key}: {plain[key]}"
+        for key in ("epochs", "learning_rate", "train_batch_size", "weight_decay")
+        if key in plain and all(any(given[key] == plain[key] for given in side) for side in (ours, others))
+    }
+    if not shared:
         return ""
-    said = " and ".join(named)
-    return f"every model is trained with {said}; what is meant for {MLLM} alone goes below per_model: {MLLM}"
+    said = " and ".join(sorted(shared))
+    return f"{MLLM} and baselines are both trained with {said}; what is meant for one goes below its name in per_model"
 
 
 def given_to(entry: Entry, plan: BenchmarkPlan) -> dict[str, Any]:
-    """Return the keys that a run is given above its defaults: by config files, the command line and its label."""
+    """Return the keys that a run is given above its defaults: by dataset, config files, the command line and its label.
+
+    A built-in dataset's file holds none that decide, and may not be there yet.
+    """
     files = config_paths(plan.config_files)
     settings = {**file_keys(*files), **per_model(files, entry.model), **_few_epochs(entry, plan)}
-    return {**settings, **plan.overrides, **entry.overrides}
+    settings |= {**plan.overrides, **entry.overrides}
+    own = Path(str(settings.get("data_path", "dataset"))) / plan.dataset / "dataset.yaml"
+    known = read_mapping(own) if own.is_file() and not is_builtin(plan.dataset) else {}
+    return {key: value for key, value in known.items() if key not in _LAYOUT} | settings
+
+
+def _given_files(plan: BenchmarkPlan) -> list[str]:
+    """Return the plan's config files that are no preset's name."""
+    return [name for name in plan.config_files if Path(name).is_file()]
 
 
 def _decisive(entry: Entry, plan: BenchmarkPlan) -> list[Any]:
     """Return what decides a run's outcome."""
     files, settings = config_paths(plan.config_files), given_to(entry, plan)
-    if entry.model != MLLM and not settings.get("item_features"):
+    if entry.model != MLLM and not {**entry.defaults, **settings}.get("item_features"):
         unread = mllm_keys() - {"image_dir"}  # which tells whose target has an image
         settings = {key: value for key, value in settings.items() if key not in unread}
     by_content = {key: path for key in DECISIVE_FILES if (path := Path(str(settings.get(key)))).is_file()}
@@ -172,7 +196,7 @@ def _decisive(entry: Entry, plan: BenchmarkPlan) -> list[Any]:
 
 
 def _decisive_by_bytes(entry: Entry, plan: BenchmarkPlan) -> list[Any]:
-    given = [*(file_keys(name) for name in plan.config_files if Path(name).is_file()), plan.overrides]
+    given = [*map(file_keys, _given_files(plan)), plan.overrides]
     named = [str(keys[key]) for keys in given for key in DECISIVE_FILES if keys.get(key)]
     files = [*plan.config_files, *(name for name in named if Path(name).is_file())]
     contents = [_sha256(Path(f).read_bytes()) if Path(f).is_file() else f for f in files]

@@ -86,7 +86,8 @@ def rerun(
     """
     output = folder.resolve() / RERUNS
     place = output / "runs" / record.run_id
-    _check_weights(record)
+    if not record.fusion:  # whose scores are saved
+        _check_weights(record)
     order = order_of(record, output, data_path)
     tell(f"running {record.run_id} again in {folder / RERUNS / 'runs' / record.run_id}")
     stop = threading.Event()
@@ -116,6 +117,8 @@ def _check_weights(record: RunRecord) -> None:
 def weights_now(record: RunRecord, changes: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     """Yield each model that a run asked, in words, with the weights it had and those it would have now.
 
+    Not those that its config does not name: item features of texts may be an encoder's alone.
+
     Args:
         record: The run's.
         changes: Keys that its config would have now, such as a revision that is open again.
@@ -123,6 +126,8 @@ def weights_now(record: RunRecord, changes: Mapping[str, Any]) -> Iterator[tuple
     ours = read_mapping(PROPERTIES / "model" / "MLLMMSR.yaml")
     models = MLLMSettings.from_config({**ours, "mllm": TINY, **record.config, **changes})
     for key, weights in record.weights.items():
+        if not (record.config.get(key) or record.config.get("mllm")):
+            continue
         yield f"{key} {models.name(key)}", weights, models.identity(key)
 
 

@@ -14,6 +14,7 @@ import contextlib
 import itertools
 import os
 import pickle
+import re
 import shutil
 import signal
 import socket
@@ -62,6 +63,7 @@ from recbole_mllm.common.model_names import is_same
 from recbole_mllm.common.settings import MODELS
 
 _CHECK_S = 1.0
+_EXACT = re.compile(r"#[0-9a-f]{16}$|@[0-9a-f]{40}(?=:|$)")  # a digest of files, or a commit
 _CLEAR = "\r\x1b[K"
 
 Digests = Callable[[Sequence[Mapping[str, Any]], bool], Mapping[str, str]]
@@ -138,8 +140,8 @@ def _check_weights(job: BenchmarkJob, record: RunRecord) -> None:
     """
     given = given_to(job.entry, job.plan)
     for said, weights, now in weights_now(record, {key: given.get(key) for key in (f"{m}_revision" for m in MODELS)}):
-        known = ("#" in weights) == ("#" in now)  # else the folder is gone, and its run stands
-        if known and not (is_same(weights, now) or is_same(now, weights)):
+        known = _EXACT.search(weights) and _EXACT.search(now)  # else the hub is out of reach, or the folder gone
+        if known and not is_same(weights, now):
             raise UserError(
                 f"{job.name} is finished with {said} as {weights}, which is {now} now; put the earlier one back, run "
                 "again with --force, or give another --output_dir"

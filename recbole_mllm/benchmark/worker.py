@@ -47,6 +47,8 @@ from recbole_mllm.common.config import benchmark_defaults, config_paths, file_ke
 from recbole_mllm.common.distributed import child_code
 from recbole_mllm.common.errors import UserError, reason_of
 from recbole_mllm.common.files import write_text
+from recbole_mllm.common.resources import PROPERTIES
+from recbole_mllm.common.yaml_files import read_mapping
 from recbole_mllm.data.item_table import read_items
 
 _PATHS = (
@@ -143,7 +145,6 @@ def _config(job: Mapping[str, Any], defaults: Path, tuned: Mapping[str, Any]) ->
     home, model, files = _home(job), job["model"], _files(job)
     retrievers = (home / job["output_dir"]).resolve() / RETRIEVERS  # trained once for all that rank by it
     known = {**benchmark_defaults(), "retriever_dir": str(retrievers), **drawn_negatives(model), **job["defaults"]}
-    write_text(defaults, yaml.safe_dump(known))
     own: dict[str, Any] = {
         "seed": job["seed"],
         "checkpoint_dir": str(defaults.parent / "saved"),
@@ -156,6 +157,9 @@ def _config(job: Mapping[str, Any], defaults: Path, tuned: Mapping[str, Any]) ->
         own["limit_users"] = job["limit_users"]
     if isinstance(place := given.get("data_path", "dataset"), str):
         own["data_path"] = str((home / place).resolve())
+        if (dataset := Path(own["data_path"], job["dataset"], "dataset.yaml")).is_file():  # it trains all models alike
+            known |= {key: value for key, value in read_mapping(dataset).items() if key in job["defaults"]}
+    write_text(defaults, yaml.safe_dump(known))
     config = make_config(model, job["dataset"], [str(defaults), *files], {**tuned, **job["overrides"], **own})
     if config["retriever_dir"]:
         config["retriever_dir"] = str(home / config["retriever_dir"])
@@ -238,13 +242,16 @@ def drawn_negatives(model: str) -> dict[str, Any]:
 
 
 def _tune(job: dict[str, Any], defaults: Path) -> dict[str, Any] | None:
-    """Search for the job's settings on validation, if it has a budget for that; what the user has set stays."""
+    """Search for the job's settings on validation, if it has a budget for that; what the user has set stays.
+
+    What a preset sets is a default, the first trial's: with a backbone's there would be nothing left to search.
+    """
     from recbole_mllm.quick_start import validate
 
     budget, model = job.get("tune"), job["model"]
     if not budget:
         return None
-    files = _files(job)
+    files = [file for file in _files(job) if Path(file).parent != PROPERTIES / "quick_start_config"]
     given = {*file_keys(*files), *per_model(files, model), *job["overrides"]}
     default = _config(job, defaults, {})
     space = {} if model in NOTHING_TO_TUNE else space_of(model, given)

@@ -112,3 +112,6 @@ def test_runs_of_the_mllm_named_by_the_bytes_of_config_files_are_found_again(tmp
     (tmp_path / "runs" / BY_BYTES.replace("2024", "7")).mkdir(parents=True)
     found = [job.run_id for job in jobs_of(plan)]
     assert found[:2] == [BY_BYTES, sasrec] and found[2] != fused, "the seeds of a row share a name"
+    config.write_text("per_model: {MLLMMSR: {epochs: 3}}")  # such a section won over later files too
+    (tmp_path / "runs" / "MLLMMSR-2024-3c8ede0b").mkdir()
+    assert jobs_of(plan)[0].run_id not in ("MLLMMSR-2024-3c8ede0b", BY_BYTES)

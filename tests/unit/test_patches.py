@@ -209,6 +209,8 @@ def test_a_section_for_our_model_counts_in_a_stock_run_too(config):
     found = config("MLLMMSR", "nothing", ["--train_batch_size=8"], files, epochs=2)
     assert (found["learning_rate"], found["train_batch_size"], found["epochs"]) == (5e-5, 8, 2)
     assert config("MLLMMSR", "nothing", (), files, learning_rate=0.1)["learning_rate"] == 0.1
+    derived = type("Derived", (importlib.import_module("recbole.utils").get_model("MLLMMSR"),), {})
+    assert config(derived, "nothing", (), files)["learning_rate"] == 5e-5
 
 
 @pytest.mark.parametrize("model", ["MLLMMSR", "SASRec", "BPR"])

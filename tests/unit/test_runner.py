@@ -75,6 +75,13 @@ def test_weights_that_have_changed_since_a_run_are_told_before_anything_starts(t
         benchmark(given, worker, str)
     shutil.rmtree(model)
     assert benchmark(given, worker, str) == [], "a model that is gone makes no finished run worthless"
+    for named, known in (
+        ({"mllm": "org/model", "mllm_revision": "v1"}, f"org/model@{'a' * 40}"),
+        ({}, "encoder#0123456789abcdef"),
+    ):
+        config = {**named, "provenance": {"weights": dict.fromkeys(weights, known)}}
+        append(given.output_dir / "runs.jsonl", replace(record, dataset="demo", config=config))
+        assert benchmark(given, worker, str) == [], "what cannot be known, or was not asked, has not changed"
 
 
 @pytest.fixture
@@ -112,7 +119,9 @@ def test_each_run_is_done_once_unless_forced(tmp_path, worker):
     lines.clear()
     shared = plan(tmp_path, "Pop", "MLLMMSR:direct", seeds=(1,), overrides={"learning_rate": 5e-5})
     benchmark(shared, worker, lines.append)
-    assert lines[0].startswith("every model is trained with learning_rate: 5e-05; what is meant for MLLMMSR alone goes")
+    assert lines[0].startswith(
+        "MLLMMSR and baselines are both trained with learning_rate: 5e-05; what is meant for one"
+    )
     benchmark(plan(tmp_path, "Pop", seeds=(1,), force=True), worker, str)
     benchmark(plan(tmp_path, "Pop", seeds=(1,), overrides={"epochs": 9}), worker, str)
     *first, again, other = started(tmp_path)

@@ -97,6 +97,7 @@ def test_a_run_id_covers_of_a_config_file_what_the_run_reads(tmp_path):
         ("SASRec", {"learning_rate": 0.01}, True),
         ("SASRec", {"candidate_seed": 3}, True),
         ("SASRecF:text", {"mllm": "tiny"}, True),
+        ("SASRecF", {"mllm": "tiny"}, True),
         ("MLLMMSR", {"lora_r": 4}, True),
     ],
 )
@@ -127,6 +128,34 @@ def test_a_backbones_preset_leaves_the_baselines_as_they_are(tmp_path):
         assert found["learning_rate"] == 0.002, "a plain key is for every model, and a later file wins"
     found = worker_config(tmp_path, "MLLMMSR", (str(config), "qwen2.5-vl-7b"))
     assert found["learning_rate"] == 5e-5
+
+
+def test_a_datasets_own_keys_train_all_models_alike_and_are_part_of_their_ids(tmp_path):
+    (own := tmp_path / "dataset/mine/dataset.yaml").parent.mkdir(parents=True)
+    given = {"dataset": "mine", "overrides": {"mllm": "tiny", "data_path": str(tmp_path / "dataset")}}
+
+    def ids() -> list[str]:
+        return [job.run_id for job in jobs("SASRec", "MLLMMSR", **given)]
+
+    before = ids()
+    own.write_text("USER_ID_FIELD: user_id\nitem_kind: movie\nglobal_times: false\n")
+    assert ids()[0] == before[0], "where the data stand, and how an MLLM is asked, is nothing to SASRec"
+    own.write_text("learning_rate: 0.02\nepochs: 7\ntrain_batch_size: 64\n")
+    assert not {*ids()} & {*before}
+    for label in ("SASRec", "GRU4Rec", "MLLMMSR"):
+        (job,) = jobs(label, output_dir=tmp_path, **given)
+        found = worker._config(job.order(), tmp_path / "defaults.yaml", {})
+        assert (found["epochs"], found["learning_rate"], found["train_batch_size"]) == (7, 0.02, 64), label
+
+
+def test_a_search_may_try_what_a_preset_sets_and_not_what_the_user_set(tmp_path, monkeypatch):
+    tried: list[list[str]] = []
+    monkeypatch.setattr(worker, "space_of", lambda model, given: tried.append(sorted(given)) or {})
+    monkeypatch.setattr(worker, "search", lambda *_, **__: {})
+    (mine := tmp_path / "mine.yaml").write_text("lora_alpha: 8")
+    (job,) = jobs("MLLMMSR", config_files=("demo", "qwen2.5-vl-7b", str(mine)), tune=3, output_dir=tmp_path)
+    worker._tune(job.order(), tmp_path / "defaults.yaml")
+    assert tried == [["lora_alpha"]]
 
 
 def worker_config(place: Path, label: str, files: tuple[str, ...]) -> Any:
