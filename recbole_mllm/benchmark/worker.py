@@ -168,7 +168,8 @@ def _config(job: Mapping[str, Any], defaults: Path, tuned: Mapping[str, Any]) ->
             config[key] = str((home / value).resolve())
     if name := config["retriever"]:
         others = config["per_model"] or {}
-        config["per_model"] = {**others, name: {**baseline_defaults(name), **others.get(name, {})}}
+        own_keys = {**baseline_defaults(name), **others.get(name, {}), **per_model(files, name)}
+        config["per_model"] = {**others, name: own_keys}
     return config
 
 

@@ -159,7 +159,7 @@ def test_a_search_may_try_what_a_preset_sets_and_not_what_the_user_set(tmp_path,
 
 
 def worker_config(place: Path, label: str, files: tuple[str, ...]) -> Any:
-    (job,) = jobs(label, config_files=files, output_dir=place)
+    (job,) = jobs(label, config_files=("demo", *files), output_dir=place)
     return worker._config(job.order(), place / "defaults.yaml", {})
 
 
@@ -209,3 +209,11 @@ def test_an_unknown_label_is_refused_before_anything_runs(label, words):
 def test_a_plan_that_cannot_run_is_refused(changes):
     with pytest.raises(UserError):
         jobs("Pop", **changes)
+
+
+def test_a_retriever_is_trained_as_the_row_of_its_name_is(tmp_path):
+    (first := tmp_path / "first.yaml").write_text("retriever: SASRec\nper_model: {SASRec: {epochs: 9, n_layers: 1}}")
+    (then := tmp_path / "then.yaml").write_text("epochs: 4")
+    row, run = (worker_config(tmp_path, label, (str(first), str(then))) for label in ("SASRec", "MLLMMSR"))
+    assert all(row[key] == value for key, value in run["per_model"]["SASRec"].items())
+    assert run["per_model"]["SASRec"]["epochs"] == 4 and run["per_model"]["SASRec"]["n_layers"] == 1
