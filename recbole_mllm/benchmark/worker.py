@@ -157,8 +157,10 @@ def _config(job: Mapping[str, Any], defaults: Path, tuned: Mapping[str, Any]) ->
         own["limit_users"] = job["limit_users"]
     if isinstance(place := given.get("data_path", "dataset"), str):
         own["data_path"] = str((home / place).resolve())
-        if (dataset := Path(own["data_path"], job["dataset"], "dataset.yaml")).is_file():  # it trains all models alike
-            known |= {key: value for key, value in read_mapping(dataset).items() if key in job["defaults"]}
+        if (dataset := Path(own["data_path"], job["dataset"], "dataset.yaml")).is_file():  # it wins over defaults
+            said = {key: value for key, value in read_mapping(dataset).items() if key in known}
+            parts = said.get("eval_args") or {}
+            known |= said | ({"eval_args": {**known["eval_args"], **parts}} if isinstance(parts, dict) else {})
     write_text(defaults, yaml.safe_dump(known))
     config = make_config(model, job["dataset"], [str(defaults), *files], {**tuned, **job["overrides"], **own})
     if config["retriever_dir"]:

@@ -140,12 +140,14 @@ def test_a_datasets_own_keys_train_all_models_alike_and_are_part_of_their_ids(tm
     before = ids()
     own.write_text("USER_ID_FIELD: user_id\nitem_kind: movie\nglobal_times: false\n")
     assert ids()[0] == before[0], "where the data stand, and how an MLLM is asked, is nothing to SASRec"
-    own.write_text("learning_rate: 0.02\nepochs: 7\ntrain_batch_size: 64\n")
+    own.write_text("learning_rate: 0.02\nepochs: 7\ntrain_batch_size: 64\ntopk: [4]\neval_args: {mode: uni7}\n")
     assert not {*ids()} & {*before}
     for label in ("SASRec", "GRU4Rec", "MLLMMSR"):
         (job,) = jobs(label, output_dir=tmp_path, **given)
         found = worker._config(job.order(), tmp_path / "defaults.yaml", {})
         assert (found["epochs"], found["learning_rate"], found["train_batch_size"]) == (7, 0.02, 64), label
+        assert (found["topk"], found["eval_args"]["split"]) == ([4], {"LS": "valid_and_test"}), label
+        assert found["eval_args"]["mode"] == {"valid": "uni7", "test": "uni7"}, label
 
 
 def test_a_search_may_try_what_a_preset_sets_and_not_what_the_user_set(tmp_path, monkeypatch):
