@@ -250,7 +250,20 @@ def compare_rows(
             difference_ci95=found.ci95,
         )  # fmt: skip
     done = [replace(row, scores=tested[row.model], tested_against=references[row.model]) for row in rows]
+    for at, row in enumerate(done):
+        if row.kind == "fused" and row.tested_against is not None:
+            both = (by_name[name].evidence for name in (row.model, row.tested_against))
+            done[at] = replace(row, apart=_apart_intervals(metric, *both))
     return done, best, lacking
+
+
+def _apart_intervals(metric: str, mine: Evidence, theirs: Evidence) -> dict[str, tuple[float, float]]:
+    """Return the 95 % interval of the paired difference on cold and on warm targets, where there are two of them."""
+    masks = {name: mine.masks[name] for name in ("cold", "warm") if mine.masks[name].sum() > 1}
+    if metric not in mine.values or metric not in theirs.values:
+        return {}
+    both = mine.values[metric], theirs.values[metric]
+    return {name: sig.compare_paired(*(values[mask] for values in both)).ci95 for name, mask in masks.items()}
 
 
 def _best_baseline(rows: Sequence[LeaderboardRow], metric: str) -> tuple[str | None, tuple[str, ...]]:

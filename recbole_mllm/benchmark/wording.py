@@ -209,17 +209,20 @@ def _added(board: Leaderboard, row: LeaderboardRow) -> str:
         (name, board.slice_of(row, name, metric), board.slice_of(other, name, metric)) for name in ("cold", "warm")
     ]
     apart = [
-        f"{_signed(mine.mean - theirs.mean)} on {name} targets"
+        f"{_signed(mine.mean - theirs.mean)}{_within(row.apart.get(name))} on {name} targets"
         for name, mine, theirs in parts
         if mine.mean is not None and theirs.mean is not None
     ]
-    interval = row.scores[metric].difference_ci95
-    shown = f" [{_signed(interval[0])}, {_signed(interval[1])}]" if interval else ""
+    shown = _within(row.scores[metric].difference_ci95)
     return (
         f"What {mllm} adds to {baseline}: {text.difference.replace('-', '−')} {metric}{shown}, {verdict} "
         f"(paired, {text.p or 'not tested'}); "
         f"{row.model} {text.mean}, {other.model} {score_text(board, other, metric).mean}; {_and(apart)}. {how}"
     )
+
+
+def _within(interval: tuple[float, float] | None) -> str:
+    return f" [{_signed(interval[0])}, {_signed(interval[1])}]" if interval else ""
 
 
 def _fused(row: LeaderboardRow, mllm: str, baseline: str) -> str:

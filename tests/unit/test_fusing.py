@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from planted_runs import N_CANDIDATES, plant_run
+from scipy import stats
 
 from recbole_mllm.benchmark.fusing import fuse_runs
 from recbole_mllm.benchmark.jobs import BenchmarkPlan
@@ -110,6 +111,14 @@ def test_the_parts_run_first_and_the_row_is_what_their_kept_scores_make(finished
     (said,) = board["what_the_mllm_adds"]
     assert said.startswith("What MLLMMSR adds to SASRec: +0.") and "], significant (paired, p" in said
     assert "on cold targets" in said and "Seed 1, 2: the mixture that validation chose" in said and "(α = 0." in said
+    values, cold = {}, None
+    for label in (FUSED, "SASRec"):
+        runs = [np.load(results / "runs" / records(results)[label, seed].run_id / "per_user.npz") for seed in (1, 2)]
+        values[label] = np.mean([run["NDCG@10"][run["user"].argsort()] for run in runs], axis=0)
+        cold = runs[0]["train_count"][runs[0]["user"].argsort()] == 0
+    for name, mask in (("cold", cold), ("warm", ~cold)):
+        low, high = stats.ttest_1samp((values[FUSED] - values["SASRec"])[mask], 0).confidence_interval(0.95)
+        assert f"[{low:+.3f}, {high:+.3f}] on {name} targets".replace("-", "−") in said
     for name in ("leaderboard.md", "leaderboard.html"):
         assert said.partition(" (")[0] in (results / name).read_text(), name
 
