@@ -13,7 +13,7 @@ from typing import Any
 from recbole_mllm.benchmark.records import DECISIVE_FILES, plain_json
 from recbole_mllm.benchmark.variants import Entry, baseline_defaults, resolve
 from recbole_mllm.common import distributed
-from recbole_mllm.common.config import config_paths, file_keys, per_model, sections
+from recbole_mllm.common.config import config_paths, file_keys, keys_for, sections
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.resources import MLLM
 from recbole_mllm.common.settings import Count, Seed, Whole, checked, mllm_keys
@@ -126,8 +126,13 @@ class BenchmarkJob:
 
 def jobs_of(plan: BenchmarkPlan) -> list[BenchmarkJob]:
     """Return the plan's jobs in order, one seed after the other, so that a whole table stands early."""
-    pairs = [(resolve(label), seed) for seed in dict.fromkeys(plan.seeds) for label in dict.fromkeys(plan.labels)]
-    return [BenchmarkJob(n, *pair, run_id(*pair, plan), plan) for n, pair in enumerate(pairs, start=1)]
+    entries = [resolve(label) for label in dict.fromkeys(plan.labels)]
+    digests = {entry.label: _configuration(entry, plan) for entry in entries}
+    pairs = [(entry, seed) for seed in dict.fromkeys(plan.seeds) for entry in entries]
+    return [
+        BenchmarkJob(n, entry, seed, _named(entry, seed, digests[entry.label]), plan)
+        for n, (entry, seed) in enumerate(pairs, start=1)
+    ]
 
 
 def run_id(entry: Entry, seed: int, plan: BenchmarkPlan) -> str:
@@ -138,13 +143,18 @@ def run_id(entry: Entry, seed: int, plan: BenchmarkPlan) -> str:
     baseline leaves it finished. Files that decide what is ranked and how count by what they hold, and none by where it
     lies. Its parts decide what is fused.
     """
+    return _named(entry, seed, _configuration(entry, plan))
+
+
+def _configuration(entry: Entry, plan: BenchmarkPlan) -> str:
+    """Return the digest in a run's name."""
     if entry.parts:
-        return _named(entry, seed, [run_id(part, seed, plan).rpartition("-")[2] for part in entry.parts])
+        return _digest([_configuration(part, plan) for part in entry.parts])
     if entry.model == MLLM and MLLM not in sections(_given_files(plan)):  # whose place in the order was another
-        earlier = _decisive_by_bytes(entry, plan)  # as an earlier version did: what it has begun keeps its name
+        earlier = _digest(_decisive_by_bytes(entry, plan))  # of before: what it has begun keeps its name
         if any((plan.output_dir / "runs").glob(_named(entry, "*", earlier))):
-            return _named(entry, seed, earlier)
-    return _named(entry, seed, _decisive(entry, plan))
+            return earlier
+    return _digest(_decisive(entry, plan))
 
 
 def shared_rates(plan: BenchmarkPlan) -> str:
@@ -168,9 +178,8 @@ def given_to(entry: Entry, plan: BenchmarkPlan) -> dict[str, Any]:
 
     A built-in dataset's file holds none that decide, and may not be there yet.
     """
-    files = config_paths(plan.config_files)
-    settings = {**file_keys(*files), **per_model(files, entry.model), **_few_epochs(entry, plan)}
-    settings |= {**plan.overrides, **entry.overrides}
+    settings = keys_for(config_paths(plan.config_files), entry.model)
+    settings |= {**_few_epochs(entry, plan), **plan.overrides, **entry.overrides}
     own = Path(str(settings.get("data_path", "dataset"))) / plan.dataset / "dataset.yaml"
     known = read_mapping(own) if own.is_file() and not is_builtin(plan.dataset) else {}
     return {key: value for key, value in known.items() if key not in _LAYOUT} | settings
@@ -206,10 +215,12 @@ def _decisive_by_bytes(entry: Entry, plan: BenchmarkPlan) -> list[Any]:
     return [*decisive, *([plan.tune] if plan.tune else [])]
 
 
-def _named(entry: Entry, seed: int | str, decisive: list[Any]) -> str:
-    readable = re.sub(r"[^A-Za-z0-9]+", "-", entry.label)
-    text = json.dumps(plain_json(decisive), sort_keys=True)
-    return f"{readable}-{seed}-{_sha256(text.encode())[:8]}"
+def _named(entry: Entry, seed: int | str, digest: str) -> str:
+    return f"{re.sub(r'[^A-Za-z0-9]+', '-', entry.label)}-{seed}-{digest}"
+
+
+def _digest(decisive: list[Any]) -> str:
+    return _sha256(json.dumps(plain_json(decisive), sort_keys=True).encode())[:8]
 
 
 def _sha256(content: bytes) -> str:

@@ -121,9 +121,12 @@ def _check_comparable(plan: BenchmarkPlan, jobs: Sequence[BenchmarkJob], digests
                 f"{plan.output_dir} holds runs of dataset {record.dataset} ({run}), and a leaderboard is of one; give "
                 f"this one of {plan.dataset} another --output_dir"
             )
+    asked = {}  # a run of each configuration and weights: the others are its seeds
     for job in jobs:
-        if job.run_id in stay and not job.entry.parts:
-            _check_weights(job, stay[job.run_id])
+        if (record := stay.get(job.run_id)) is not None and not job.entry.parts:
+            asked[job.entry.label, repr(record.weights)] = job, record
+    for job, record in asked.values():
+        _check_weights(job, record)
     due = [job.order() for job in jobs if job.run_id not in stay and not job.entry.parts]
     if digests is None or not due:
         return {}

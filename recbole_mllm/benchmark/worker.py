@@ -43,7 +43,7 @@ from recbole_mllm.benchmark.records import (
 from recbole_mllm.benchmark.search import TRIALS, search, space_of, trials
 from recbole_mllm.benchmark.variants import baseline_defaults
 from recbole_mllm.common import distributed
-from recbole_mllm.common.config import benchmark_defaults, config_paths, file_keys, per_model
+from recbole_mllm.common.config import benchmark_defaults, config_paths, keys_for, per_model
 from recbole_mllm.common.distributed import child_code
 from recbole_mllm.common.errors import UserError, reason_of
 from recbole_mllm.common.files import write_text
@@ -152,7 +152,7 @@ def _config(job: Mapping[str, Any], defaults: Path, tuned: Mapping[str, Any]) ->
         "show_progress": False,
     }
     own |= {"save_dataset": False, "save_dataloaders": False, "dataset_save_path": None, "dataloaders_save_path": None}
-    given = file_keys(*files) | per_model(files, model) | dict(job["overrides"])
+    given = keys_for(files, model) | dict(job["overrides"])
     if job["limit_users"] is not None:  # else a config file's stands
         own["limit_users"] = job["limit_users"]
     if isinstance(place := given.get("data_path", "dataset"), str):
@@ -255,7 +255,7 @@ def _tune(job: dict[str, Any], defaults: Path) -> dict[str, Any] | None:
     if not budget:
         return None
     files = [file for file in _files(job) if Path(file).parent != PROPERTIES / "quick_start_config"]
-    given = {*file_keys(*files), *per_model(files, model), *job["overrides"]}
+    given = {*keys_for(files, model), *job["overrides"]}
     default = _config(job, defaults, {})
     space = {} if model in NOTHING_TO_TUNE else space_of(model, given)
     found = search(

@@ -106,7 +106,7 @@ def checked_file(path: Path, *, of_dataset: bool = False) -> dict[str, Any]:
     """
     found = read_mapping(path)
     for key, value in found.items():
-        check_keys([key], _at(path, key))
+        _check_key(path, key)
         if key == "benchmark_defaults":
             raise UserError(f"{_at(path, key)}: {key} is not read here; write its keys as they are: they win over it")
         if key == "per_model" and of_dataset:
@@ -122,11 +122,17 @@ def _check_sections(path: Path, sections: Any) -> None:
             f"{_at(path, 'per_model')}: per_model must hold a model's name, and below it `key: value` lines"
         )
     for model, keys in sections.items():
-        at = _at(path, "per_model", str(model))
         if not is_model(str(model)):
+            at = _at(path, "per_model", str(model))
             raise UserError(f"{at}: per_model names {str(model)!r}, which is no model{nearest_model(str(model))}")
         for key in keys:
-            check_keys([str(key)], f"{_at(path, 'per_model', str(model), str(key))}, per_model, {model}")
+            _check_key(path, "per_model", str(model), str(key), said=f", per_model, {model}")
+
+
+def _check_key(path: Path, *keys: str, said: str = "") -> None:
+    """Refuse the last of nested `keys` as `check_keys` does; its line, for which YAML is parsed, is found only then."""
+    if keys[-1] in WITHDRAWN or keys[-1] == "nproc" or keys[-1] not in every_key():
+        check_keys(keys[-1:], f"{_at(path, *keys)}{said}")
 
 
 def _at(path: Path, *keys: str) -> str:
@@ -261,6 +267,11 @@ def per_model(files: Sequence[str], model: str) -> dict[str, Any]:
         own = (said.get("per_model") or {}).get(model, {})
         found = {key: said.get(key, value) for key, value in found.items()} | own
     return found
+
+
+def keys_for(files: Sequence[str], model: str) -> dict[str, Any]:
+    """Return all that `files` say to `model`: plain keys, and those of its sections (see `per_model`)."""
+    return {**file_keys(*files), **per_model(files, model)}
 
 
 def file_keys(*names: str) -> dict[str, Any]:
