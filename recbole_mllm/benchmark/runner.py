@@ -123,10 +123,11 @@ def _check_comparable(plan: BenchmarkPlan, jobs: Sequence[BenchmarkJob], digests
             )
     asked = {}  # a run of each configuration and weights: the others are its seeds
     for job in jobs:
-        if (record := stay.get(job.run_id)) is not None and not job.entry.parts:
-            asked[job.entry.label, repr(record.weights)] = job, record
-    for job, record in asked.values():
-        _check_weights(job, record)
+        finished = stay.get(job.run_id)
+        if finished is not None and not job.entry.parts:
+            asked[job.entry.label, repr(finished.weights)] = job, finished
+    for job, finished in asked.values():
+        _check_weights(job, finished)
     due = [job.order() for job in jobs if job.run_id not in stay and not job.entry.parts]
     if digests is None or not due:
         return {}
