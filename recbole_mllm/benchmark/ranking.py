@@ -45,7 +45,6 @@ from recbole_mllm.benchmark.setups import ModelSetup, setup_of
 from recbole_mllm.benchmark.significance import DRAW_SEED
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.resources import MLLM
-from recbole_mllm.data.splits import moment_text
 from recbole_mllm.demo.builtin import is_demo_world
 
 NO_POOLED = (
@@ -78,7 +77,7 @@ def build(records: Iterable[RunRecord], results: Path, note: str = "") -> Leader
     metrics = ordered_metrics(known | set(absent))
     one = loaded[0][0] if loaded else runs[0]
     board = Leaderboard(
-        one.dataset, _dated(one.protocol), one.candidates, one.n_users, metrics, (), None, note, absent=absent,
+        one.dataset, one.protocol, one.candidates, one.n_users, metrics, (), None, note, absent=absent,
         future_share=next((run.future_share for run, _ in loaded if run.future_share is not None), None),
         is_demo=is_demo_world(Path(str(one.config.get("data_path", one.dataset)))),
     )  # fmt: skip
@@ -100,11 +99,6 @@ def build(records: Iterable[RunRecord], results: Path, note: str = "") -> Leader
         without_validation=lacking,
         dimensions=tuple(p.dimension for p in parted),
     )
-
-
-def _dated(protocol: str) -> str:
-    """Return a record's protocol with the moments of a temporal split as dates, which the first records lack."""
-    return re.sub(r"(?<=before |d from )[\d.]+(?=[,)])", lambda time: moment_text(float(time[0])), protocol)
 
 
 def _current(records: Iterable[RunRecord]) -> list[RunRecord]:

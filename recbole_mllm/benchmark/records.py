@@ -25,6 +25,7 @@ from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.files import whole_file
 from recbole_mllm.common.model_names import identity_of
 from recbole_mllm.common.progress import warn_once
+from recbole_mllm.common.settings import MODELS
 
 RECORDS = "runs.jsonl"
 PER_USER, SCORES, VALID_SCORES, TRAIN_COUNTS = "per_user.npz", "scores.npz", "valid_scores.npz", "train_counts.npz"
@@ -286,7 +287,8 @@ _PLACES = ("data_path", "checkpoint_dir", "retriever_dir", "image_dir", "note")
 DECISIVE_FILES = ("candidates_file", "retriever_checkpoint", "prompt_style")
 """Keys that may name a file which decides what is ranked, and how: it counts by what it holds."""
 
-_MODELS = ("mllm", "item_summarizer", "user_summarizer", "feature_encoder")
+NAMED_MODELS = (*MODELS, "feature_encoder")
+"""Keys that may name a model in a local folder, which counts by its weights."""
 
 # Not what follows a letter, a digit or another slash: addresses and fractions are no paths
 _PATH = re.compile(r"(?<![\w:/.~…-])/(?:[^\s/:'\"`,;()\[\]]+/)+([^\s/:'\"`,;()\[\]]*)")
@@ -295,7 +297,7 @@ _PATH = re.compile(r"(?<![\w:/.~…-])/(?:[^\s/:'\"`,;()\[\]]+/)+([^\s/:'\"`,;()
 def config_digest(config: Mapping[str, Any]) -> str:
     """Return 16 hex digits of a run's whole configuration, files and local models counting by what they hold."""
     decisive = {key: value for key, value in config.items() if key not in _PLACES}
-    decisive |= {key: _content(key, decisive[key]) for key in (*DECISIVE_FILES, *_MODELS) if key in decisive}
+    decisive |= {key: _content(key, decisive[key]) for key in (*DECISIVE_FILES, *NAMED_MODELS) if key in decisive}
     return hashlib.sha256(json.dumps(plain_json(decisive), sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -303,7 +305,7 @@ def _content(key: str, value: Any) -> Any:
     """Return a digest for a path that is there, and `value` itself for anything else (a hub id, a style's name)."""
     if not isinstance(value, str | Path) or not Path(value).exists():
         return value
-    if key in _MODELS:
+    if key in NAMED_MODELS:
         return identity_of(str(value))
     return hashlib.sha256(Path(value).read_bytes()).hexdigest() if Path(value).is_file() else value
 

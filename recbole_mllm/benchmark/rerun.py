@@ -18,7 +18,7 @@ from recbole_mllm.benchmark.process import LOG, WORKER, claim, failure, heartbea
 from recbole_mllm.benchmark.records import RECORDS, WHO, RunRecord, latest, plain_json, read_records, records_of
 from recbole_mllm.common.config import every_key
 from recbole_mllm.common.errors import UserError, did_you_mean
-from recbole_mllm.common.model_names import TINY, is_same
+from recbole_mllm.common.model_names import TINY, identity_of, is_same, pinned
 from recbole_mllm.common.resources import MLLM, PROPERTIES
 from recbole_mllm.common.settings import MLLMSettings
 from recbole_mllm.common.yaml_files import read_mapping
@@ -126,9 +126,11 @@ def weights_now(record: RunRecord, changes: Mapping[str, Any]) -> Iterator[tuple
     ours = read_mapping(PROPERTIES / "model" / "MLLMMSR.yaml")
     models = MLLMSettings.from_config({**ours, "mllm": TINY, **record.config, **changes})
     for key, weights in record.weights.items():
-        if not (record.config.get(key) or record.config.get("mllm")):
-            continue
-        yield f"{key} {models.name(key)}", weights, models.identity(key)
+        if key == "feature_encoder":
+            if encoder := record.config.get(key):  # a fused record's own config has none
+                yield f"{key} {encoder}", weights, identity_of(pinned(encoder))
+        elif record.config.get(key) or record.config.get("mllm"):
+            yield f"{key} {models.name(key)}", weights, models.identity(key)
 
 
 def order_of(record: RunRecord, output: Path, data_path: str | None = None) -> dict[str, Any]:

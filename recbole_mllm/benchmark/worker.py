@@ -28,6 +28,8 @@ from recbole_mllm.benchmark.cases import write_cases, write_titles
 from recbole_mllm.benchmark.fusing import fuse_runs
 from recbole_mllm.benchmark.records import (
     CANDIDATE_RULES,
+    DECISIVE_FILES,
+    NAMED_MODELS,
     PER_USER,
     RECORDS,
     SCORES,
@@ -47,14 +49,12 @@ from recbole_mllm.common.config import benchmark_defaults, config_paths, keys_fo
 from recbole_mllm.common.distributed import child_code
 from recbole_mllm.common.errors import UserError, reason_of
 from recbole_mllm.common.files import write_text
+from recbole_mllm.common.model_names import identity_of, pinned
 from recbole_mllm.common.resources import PROPERTIES
 from recbole_mllm.common.yaml_files import read_mapping
 from recbole_mllm.data.item_table import read_items
 
-_PATHS = (
-    *("image_dir", "mllm", "item_summarizer", "user_summarizer", "prompt_style", "candidates_file"),
-    "retriever_checkpoint",
-)
+_PATHS = ("image_dir", *DECISIVE_FILES, *NAMED_MODELS)
 RETRIEVERS = "retrievers"
 NO_ONE_RANKING = (
     "this protocol leaves no ranking to compare models by: use eval_args.mode uniN, popN or full, with one target a "
@@ -319,6 +319,8 @@ def _record(
         from recbole_mllm.model.summarizers import provenance
 
         recorded["provenance"] = plain_json(provenance(settings_of(outcome.config), outcome.config["device"]))
+        if outcome.config["item_features"] and (encoder := outcome.config["feature_encoder"]):
+            recorded["provenance"]["weights"]["feature_encoder"] = identity_of(pinned(encoder))
     users = len(outcome.users["user"])
     place = f"runs/{job['run_id']}"
     return RunRecord(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from recbole_mllm.common.config import recbole_home
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.files import BUILTIN, check_place, publish_new, staged, write_text
 from recbole_mllm.common.resources import converters
@@ -69,9 +69,8 @@ def _demo(folder: Path) -> None:
 
 
 def _movies(folder: Path) -> None:
-    spec = importlib.util.find_spec("recbole")
-    source = Path(spec.origin).parent / "dataset_example" / "ml-100k" if spec and spec.origin else None
-    if source is None or not source.is_dir():
+    source = recbole_home() / "dataset_example" / "ml-100k"
+    if not source.is_dir():
         raise UserError(
             "RecBole's bundled ml-100k is not there; install it with `pip install --no-deps recbole==1.2.1`"
         )

@@ -162,15 +162,25 @@ def test_a_run_is_repeated_exported_and_scored_with_the_commit_it_had(hub, capsy
     assert f"--revision {hub.first}" in page and second not in page
 
 
-def test_a_run_of_a_local_model_is_not_repeated_with_other_weights(hub, capsys):
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("mllm", ["--models=MLLMMSR", "--finetune=none"]),
+        ("feature_encoder", ["--models=SASRecF:text", "--epochs=1", "--mllm=tiny"]),
+    ],
+)
+def test_a_run_of_a_local_model_is_not_repeated_with_other_weights(hub, capsys, key, words):
     shutil.copytree(source_of("tiny"), "mine")
-    assert called("benchmark", "--models=MLLMMSR", "--finetune=none", "--output_dir=results", mllm="mine") == 0
+    words = ["benchmark", f"--{key}=mine", *words, "--output_dir=results", *WORDS]
+    assert main(words) == 0
     (record,) = records()
-    was = record["config"]["provenance"]["weights"]["mllm"]
+    was = record["config"]["provenance"]["weights"][key]
     assert record["status"] == "ok" and was.startswith("mine#")
     with Path("mine/generation_config.json").open("a") as file:
         file.write("\n")
     capsys.readouterr()
-    assert main(["rerun", record["run_id"], "--output_dir", "results"]) == 2
-    told = capsys.readouterr().err
-    assert was in told and "other weights" in told and not Path("results/reruns").exists()
+    for again in (["rerun", record["run_id"], "--output_dir", "results"], words):
+        assert main(again) == 2
+        told = capsys.readouterr().err
+        assert was in told and ("other weights" in told or "is finished with" in told)
+    assert not Path("results/reruns").exists()
