@@ -125,6 +125,7 @@ def run(
     scored = _score(config, fitted.trainer, loaders.test)
     metrics, users, pairs = _metrics(config, scored.result, scored.batches)
     retrieval = _retrieval(scored.batches, summaries)
+    tokens = model.tokens_read if summaries else None  # of what `score_s` and training took
     full_ranking = _rank_all(config, fitted.trainer, loaders.test, summaries) if rank_all else None
     return Outcome(
         config=config,
@@ -150,7 +151,7 @@ def run(
         load_s=summaries.preferences.load_s + model.load_s if summaries else None,
         summarize_reused=summaries.preferences.spent.reused if summaries else 0,
         preferences=summaries.preferences if summaries else None,
-        tokens=model.tokens_read if summaries else None,
+        tokens=tokens,
     )
 
 

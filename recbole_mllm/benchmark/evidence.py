@@ -7,7 +7,7 @@ popular ones. Groups are cut once for the whole table, so that all rows show the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -50,11 +50,13 @@ class Recommended:
 
     Args:
         items: ``[users, DEPTH]`` places of the items in `counts`, best first; -1 where fewer were ranked.
-        counts: ``[items]`` training interactions of every item of the dataset.
+        counts: ``[items]`` training interactions of every item that the model has read of.
+        names: ``[items]`` their raw ids: models that read an ``.item`` file know items that nobody has met.
     """
 
     items: NDArray[np.int64]
     counts: NDArray[np.int64]
+    names: NDArray[np.str_]
 
     @classmethod
     def of(cls, user: Any, item: Any, order: Any, n_users: int, names: Any, counts: Any) -> Recommended:
@@ -75,9 +77,9 @@ class Recommended:
         sorter = np.argsort(names)
         items = np.full((n_users, DEPTH), -1)
         items[owner[best], rank[best]] = sorter[np.searchsorted(names, item[best_first][best], sorter=sorter)]
-        return cls(items, counts)
+        return cls(items, counts, names)
 
-    def times(self, users: Mask) -> NDArray[np.int64]:
+    def times(self, users: Mask | slice) -> NDArray[np.int64]:
         """Return ``[items]`` how often each item is recommended to `users` ``[users]``."""
         items = self.items[users].ravel()
         return np.bincount(items[items >= 0], minlength=len(self.counts))
@@ -141,6 +143,11 @@ def load_evidence(record: RunRecord, results: Path) -> Evidence:
     odd = [name for name, column in values.items() if not np.isfinite(column).all()]
     if odd or not values:
         raise UserError(f"run {record.run_id}: {', '.join(odd) or 'no metric'} is not finite for every user")
+    rounded = 10.0 ** -int(record.config.get("metric_decimal_place") or 4) + 1e-6
+    means = {name: float(column.mean()) for name, column in values.items()}
+    other = [name for name, mean in means.items() if abs(record.metrics.get(name, mean) - mean) > rounded]
+    if other:  # as after a run with --force that was killed between its arrays and its record
+        raise UserError(f"run {record.run_id}: the users' {other[0]} are not its record's; run it again with --force")
     count = arrays["train_count"]
     masks = {"cold": count == 0, "warm": count > 0, "tail": arrays["tail"].astype(bool)}
     masks["new_user"] = arrays["history_length"] == 0
@@ -262,7 +269,13 @@ def measure(values: Floats, partition: Partition) -> tuple[Estimate, ...]:
 # ---- beyond accuracy: the ten best of what was ranked for a user, drawn candidates or all items
 
 
-def beyond_accuracy(runs: Sequence[Recommended], pool: Mask) -> dict[str, Estimate]:
+def recommendable(runs: Iterable[Recommended]) -> NDArray[np.str_]:
+    """Return the raw ids of what any of `runs` has trained on or recommends: of these, coverage is a share."""
+    pools = [run.names[(run.counts > 0) | (run.times(slice(None)) > 0)] for run in runs]
+    return np.unique(np.concatenate(pools)) if pools else np.empty(0, np.str_)
+
+
+def beyond_accuracy(runs: Sequence[Recommended], pool: NDArray[np.str_]) -> dict[str, Estimate]:
     """Return the measures `BEYOND` of a row, averaged over its `runs` (seeds), with 95 % intervals over users.
 
     Coverage and Gini's index are of all users together and have no value of a single one's: their intervals come from
@@ -270,11 +283,15 @@ def beyond_accuracy(runs: Sequence[Recommended], pool: Mask) -> dict[str, Estima
 
     Args:
         runs: Of the same users, in the same order.
-        pool: ``[items]`` what could be recommended: items trained on, or recommended by any row of the table.
+        pool: Raw ids of what could be recommended (`recommendable`, of the whole table).
     """
 
+    insides = [np.isin(run.names, pool) for run in runs]
+
     def over(measured: Callable[[NDArray[np.int64]], float], users: Mask) -> float:
-        return float(np.mean([measured(run.times(users)[pool]) for run in runs]))
+        times = (run.times(users)[inside] for run, inside in zip(runs, insides, strict=True))
+        # an item that a model has never read of is recommended by it 0 times
+        return float(np.mean([measured(np.pad(one, (0, len(pool) - len(one)))) for one in times]))
 
     found: dict[str, Estimate] = {}
     for name, (_, measured) in OF_ALL.items():

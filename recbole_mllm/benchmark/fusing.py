@@ -89,7 +89,7 @@ def fuse_runs(job: Mapping[str, Any], results: Path, folder: Path, surroundings:
         train_counts=second.train_counts,
         peak_memory_mb=max((part.peak_memory_mb or 0.0 for part in (first, second)), default=None),
         converged=all(converged) if converged else None,
-        retrieval=first.retrieval,
+        retrieval=None if fusion.chosen == "second" else first.retrieval,  # a ceiling is of what the MLLM re-ranks
         fusion={**asdict(fusion), "parts": {part.run_id: part.started for part in (first, second)}},
     )
 

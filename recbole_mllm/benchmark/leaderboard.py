@@ -80,7 +80,8 @@ class LeaderboardRow:
     """One model of the table: all its seeds that finished alike, or one seed that did not.
 
     `tested_against` names the row that its scores are tested against: the best baseline or, for a variant of MLLMMSR,
-    the full model; None where there is none. `apart` has the 95 % interval of a fused row's difference to it, by slice.
+    the full model; None where there is none. `tested_on` are the seeds that both have, where others are in one of them:
+    tests are on these alone (on all of each if there are none). `apart` is a fused row's difference to it, by slice.
     """
 
     model: str
@@ -95,7 +96,8 @@ class LeaderboardRow:
     groups: Mapping[str, tuple[Estimate, ...]] = field(default_factory=dict)
     beyond: Mapping[str, Estimate] = field(default_factory=dict)
     tested_against: str | None = None
-    apart: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    tested_on: tuple[int, ...] | None = None
+    apart: Mapping[str, Estimate] = field(default_factory=dict)
 
     @property
     def setup(self) -> ModelSetup | None:

@@ -22,6 +22,7 @@ from recbole_mllm.benchmark.leaderboard import LEVEL
 from recbole_mllm.benchmark.records import RunRecord
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.files import write_text
+from recbole_mllm.common.progress import warn_once
 from recbole_mllm.common.prompts import CLOSE, OPEN, Prompt
 from recbole_mllm.common.settings import Settings
 from recbole_mllm.data.atomic import read_columns, read_numbered
@@ -163,7 +164,10 @@ def probe_memory(config: Any, count: int = COUNT, name: str | None = None) -> li
     path = memory_file(setup.folder)
     known = {"seed": config["seed"], "findings": [asdict(finding) for finding in findings]}
     write_text(path, json.dumps(read_memory(path) | {model: known}, indent=2) + "\n")
-    return [verdict(model, findings), f"written: {path}; a leaderboard of this model on this dataset says so too"]
+    said = [verdict(model, findings), f"written: {path}; a leaderboard of this model on this dataset says so too"]
+    if config["mllm"] and settings.mllm.identity("mllm") != model:
+        said.append(f"not asked: {config['mllm']}, which ranks; ask it with --user_summarizer={config['mllm']}")
+    return said
 
 
 # ---- the questions
@@ -277,13 +281,18 @@ def memory_of(records: Iterable[RunRecord]) -> dict[str, dict[str, Any]]:
         known = read_memory(memory_file(Path(str(place)))) if place and record.weights else {}
         for model in record.weights.values():
             if model in known:
-                said = verdict(model, [ProbeResult(**finding) for finding in known[model]["findings"]])
-                found[model] = {**known[model], "verdict": said}
+                try:
+                    said = verdict(model, [ProbeResult(**finding) for finding in known[model]["findings"]])
+                except (KeyError, TypeError):
+                    path = memory_file(Path(str(place)))
+                    warn_once(f"{path}: the entry of {model} cannot be read; run probe-memory again")
+                else:
+                    found[model] = {**known[model], "verdict": said}
     return found
 
 
 def read_memory(path: Path) -> dict[str, Any]:
     """Return what `probe_memory` has written to `path`, by model; nothing where there is no such file."""
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, TypeError):
         return dict(json.loads(path.read_text(encoding="utf-8")))
     return {}

@@ -3,8 +3,9 @@
 Every number comes from the per-user arrays, never from rounded metrics, so whoever has the arrays can check it. The
 best baseline is the one with the highest NDCG@10 on validation: chosen on the test split it would be the luckiest
 there, and every test against it would be off. The other rows are tested against it, variants of MLLMMSR against the
-full model. All questions of the table form one family for Holm's correction, two metrics with equal values for every
-user (Hit and Recall of one target) being one question: the chance of even one false mark in the table is below 5 %.
+full model; where seeds differ, on those that both have. All questions of the table form one family for Holm's
+correction, two metrics with equal values for every user (Hit and Recall of one target) being one question: the chance
+of even one false mark in the table is below 5 %.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from recbole_mllm.benchmark.evidence import (
     measure,
     metric_curves,
     partitions,
+    recommendable,
 )
 from recbole_mllm.benchmark.leaderboard import (
     ALL_COSTS,
@@ -44,6 +46,7 @@ from recbole_mllm.benchmark.records import RunRecord, latest, one_set_of_candida
 from recbole_mllm.benchmark.setups import ModelSetup, setup_of
 from recbole_mllm.benchmark.significance import DRAW_SEED
 from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.model_names import is_same
 from recbole_mllm.common.resources import MLLM
 from recbole_mllm.demo.builtin import is_demo_world
 
@@ -55,12 +58,39 @@ NO_POOLED = (
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """A model's finished runs and what they have shown together; `replicates` is None where no scores were saved."""
+    """A model's finished runs, what each has shown and what they have shown together.
+
+    `replicates` are those of pooled AUC, of `draws` of the users; None where no scores were saved.
+    """
 
     name: str
-    runs: tuple[RunRecord, ...]
+    shown: tuple[tuple[RunRecord, Evidence], ...]
+    draws: NDArray[np.uint16] | None
     evidence: Evidence
     replicates: sig.Floats | None
+
+    @classmethod
+    def of(cls, name: str, shown: Sequence[tuple[RunRecord, Evidence]], draws: NDArray[np.uint16] | None) -> Contender:
+        """Average what the runs have shown, and draw the users again for pooled AUC."""
+        evidence = average([one for _, one in shown])
+        replicates = sig.auc_replicates(evidence.pairs, draws) if evidence.pairs and draws is not None else None
+        return cls(name, tuple(shown), draws, evidence, replicates)
+
+    @property
+    def runs(self) -> tuple[RunRecord, ...]:
+        """Its runs, one a seed."""
+        return tuple(run for run, _ in self.shown)
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds of its runs, in their order."""
+        return tuple(run.seed for run, _ in self.shown)
+
+    def of_seeds(self, seeds: Collection[int]) -> Contender:
+        """Return what the runs of `seeds` alone have shown."""
+        if set(self.seeds) <= set(seeds):
+            return self
+        return Contender.of(self.name, [one for one in self.shown if one[0].seed in seeds], self.draws)
 
 
 def build(records: Iterable[RunRecord], results: Path, note: str = "") -> Leaderboard:
@@ -82,7 +112,7 @@ def build(records: Iterable[RunRecord], results: Path, note: str = "") -> Leader
         is_demo=is_demo_world(Path(str(one.config.get("data_path", one.dataset)))),
     )  # fmt: skip
     parted = partitions(loaded[0][1].columns) if loaded else ()
-    pool = _recommendable(contenders)
+    pool = recommendable(run for contender in contenders for run in contender.evidence.recommended)
     rows = [
         replace(
             _row(contender, metrics, parted, board.valid_metric),
@@ -105,8 +135,9 @@ def _current(records: Iterable[RunRecord]) -> list[RunRecord]:
     """Drop what was tried again: older records of a run, and failures of a (label, seed) that has finished since."""
     runs = latest(records).values()
     finished = [run for run in runs if run.ok]
-    done = {(run.label, run.seed) for run in finished}
-    failures = {(run.label, run.seed): run for run in runs if (run.label, run.seed) not in done}
+    since = {(run.label, run.seed): run.started for run in sorted(finished, key=lambda run: run.started)}
+    failed = [run for run in runs if not run.ok and not run.started <= since.get((run.label, run.seed), "")]
+    failures = {(run.label, run.seed): run for run in failed}
     return sorted([*finished, *failures.values()], key=lambda run: (run.label, run.seed, run.run_id))
 
 
@@ -146,15 +177,13 @@ def _contenders(loaded: Sequence[tuple[RunRecord, Evidence]]) -> list[Contender]
             variant += f", weights {_weights(run)}"
         groups[run.label, variant][run.seed] = (run, evidence)
     pairs = max((pairs.size for _, evidence in loaded for pairs in evidence.pairs), default=0)
-    draws = sig.draw_users(loaded[0][1].users.size, pairs, DRAW_SEED) if pairs else np.empty((0, 0), np.uint16)
+    draws = sig.draw_users(loaded[0][1].users.size, pairs, DRAW_SEED) if pairs else None
     setups = {group: setup_of([run for run, _ in seeds.values()]) for group, seeds in groups.items()}
     found = []
     for (label, variant), seeds in groups.items():
         same = {one: setup for (other, one), setup in setups.items() if other == label}
         name = f"{label} ({_apart(variant, same)})" if len(same) > 1 else label
-        evidence = average([evidence for _, evidence in seeds.values()])
-        replicates = sig.auc_replicates(evidence.pairs, draws) if evidence.pairs else None
-        found.append(Contender(name, tuple(run for run, _ in seeds.values()), evidence, replicates))
+        found.append(Contender.of(name, list(seeds.values()), draws))
     return found
 
 
@@ -169,19 +198,16 @@ def _apart(variant: str, setups: Mapping[str, ModelSetup | None]) -> str:
     return ", ".join([*own, *([variant] if alike or not own else [])])
 
 
-def _recommendable(contenders: Sequence[Contender]) -> NDArray[np.bool_]:
-    """Return ``[items]`` which items are trained on, or recommended by anybody: of these, coverage is a share."""
-    runs = [run for contender in contenders for run in contender.evidence.recommended]
-    pool = runs[0].counts > 0 if runs else np.zeros(0, bool)
-    for run in runs:
-        pool[run.items[run.items >= 0]] = True
-    return pool
-
-
 def configuration(run_id: str) -> str:
     """Return the part of a run id that names its configuration whatever the seed: the digest after ``-<seed>-``."""
     found = re.search(r"-\d+-([0-9a-f]{8})$", run_id)
     return found[1] if found else ""
+
+
+def _may_be_same(run: RunRecord, other: RunRecord) -> bool:
+    """Return whether two runs may have asked the same weights; of earlier versions' it is not known."""
+    both = ((run.weights[key], other.weights[key]) for key in run.weights.keys() & other.weights.keys())
+    return all(is_same(one, two) or is_same(two, one) for one, two in both)
 
 
 def _weights(run: RunRecord) -> str:
@@ -227,10 +253,11 @@ def compare_rows(
     references = {contender.name: _reference(contender, contenders, best) for contender in contenders}
     questions: dict[tuple[str, bytes], sig.Comparison] = {}
     asked: dict[tuple[str, str], tuple[str, bytes]] = {}
+    compared: dict[str, tuple[Contender, Contender]] = {}
     for row in rows:
         if (reference := references[row.model]) is None:
             continue
-        mine, theirs = by_name[row.model], by_name[reference]
+        mine, theirs = compared[row.model] = _on_shared_seeds(by_name[row.model], by_name[reference])
         for name in row.scores:
             if (comparison := _compare(name, mine, theirs)) is not None:
                 asked[row.model, name] = key = row.model, _question(name, mine.evidence, theirs.evidence)
@@ -245,19 +272,31 @@ def compare_rows(
         )  # fmt: skip
     done = [replace(row, scores=tested[row.model], tested_against=references[row.model]) for row in rows]
     for at, row in enumerate(done):
-        if row.kind == "fused" and row.tested_against is not None:
-            both = (by_name[name].evidence for name in (row.model, row.tested_against))
-            done[at] = replace(row, apart=_apart_intervals(metric, *both))
+        if row.model in compared:
+            mine, theirs = compared[row.model]
+            apart = _apart_differences(metric, mine.evidence, theirs.evidence) if row.kind == "fused" else {}
+            whole = set(row.seeds) == set(by_name[theirs.name].seeds)
+            shared = tuple(seed for seed in mine.seeds if seed in theirs.seeds)
+            done[at] = replace(row, apart=apart, tested_on=None if whole else shared)
     return done, best, lacking
 
 
-def _apart_intervals(metric: str, mine: Evidence, theirs: Evidence) -> dict[str, tuple[float, float]]:
-    """Return the 95 % interval of the paired difference on cold and on warm targets, where there are two of them."""
-    masks = {name: mine.masks[name] for name in ("cold", "warm") if mine.masks[name].sum() > 1}
+def _on_shared_seeds(mine: Contender, theirs: Contender) -> tuple[Contender, Contender]:
+    """Return two contenders of the seeds that both have; of all of each where they share none."""
+    shared = set(mine.seeds) & set(theirs.seeds)
+    return (mine.of_seeds(shared), theirs.of_seeds(shared)) if shared else (mine, theirs)
+
+
+def _apart_differences(metric: str, mine: Evidence, theirs: Evidence) -> dict[str, sig.Estimate]:
+    """Return the mean paired difference on cold and on warm targets with its 95 % interval, where there are any."""
     if metric not in mine.values or metric not in theirs.values:
         return {}
-    both = mine.values[metric], theirs.values[metric]
-    return {name: sig.compare_paired(*(values[mask] for values in both)).ci95 for name, mask in masks.items()}
+    found = {}
+    for name, mask in mine.masks.items():
+        if name in ("cold", "warm") and mask.any():
+            compared = sig.compare_paired(mine.values[metric][mask], theirs.values[metric][mask])
+            found[name] = sig.Estimate(compared.difference, *compared.ci95)
+    return found
 
 
 def _best_baseline(rows: Sequence[LeaderboardRow], metric: str) -> tuple[str | None, tuple[str, ...]]:
@@ -277,8 +316,8 @@ def _best_baseline(rows: Sequence[LeaderboardRow], metric: str) -> tuple[str | N
 def _reference(contender: Contender, contenders: Sequence[Contender], best: str | None) -> str | None:
     """Return what a contender is tested against: the full model for a variant of MLLMMSR, else the best baseline.
 
-    What is fused is tested against the baseline in it: so the table says what the MLLM adds to that. Of several full
-    models it is the one whose settings differ least from the variant's.
+    What is fused is tested against the baseline in it: so the table says what the MLLM adds to that. A full model of
+    other weights is none; of several it is the one whose settings differ least from the variant's.
     """
     if fusion := contender.runs[0].fusion:
         parts = (one for one in contenders if any(run.run_id in fusion["parts"] for run in one.runs))
@@ -289,7 +328,7 @@ def _reference(contender: Contender, contenders: Sequence[Contender], best: str 
         theirs = other.runs[0].config
         return sum(theirs.get(key) != config.get(key) for key in theirs.keys() | config.keys())
 
-    full = [one for one in contenders if one.runs[0].label == MLLM]
+    full = [one for one in contenders if one.runs[0].label == MLLM and _may_be_same(one.runs[0], contender.runs[0])]
     if full and contender.runs[0].label.startswith(f"{MLLM}:"):
         return min(full, key=lambda one: (differences(one), one.name)).name
     return best if contender.name != best else None

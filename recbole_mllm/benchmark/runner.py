@@ -236,7 +236,10 @@ class _Bench:
             record = self._work(job, lock, f"{head} …")
             self.say(f"{head} … {time.monotonic() - started:.0f} s {_headline(record)}")
             with self.rendering:
-                render(self.plan.output_dir, embed_images=self.plan.embed_images)
+                try:
+                    render(self.plan.output_dir, embed_images=self.plan.embed_images)
+                except Exception as error:  # it is written once more at the end; the runs still due must not pay for it
+                    self.say(f"the report cannot be written: {type(error).__name__}: {error}; the other runs continue")
 
     def _work(self, job: BenchmarkJob, lock: int, head: str) -> RunRecord:
         """Run the job in a child, MLLMMSR's in one of each process; return the record it left, or of its failure."""

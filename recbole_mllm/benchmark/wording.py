@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import PurePath
 from typing import Any, NamedTuple
@@ -205,19 +207,18 @@ def _added(board: Leaderboard, row: LeaderboardRow) -> str:
     if other is None:
         return f"{row.model}: {how}"
     verdict = {"better": "significant", "worse": "significantly worse"}.get(text.verdict, "not significant")
-    parts = [
-        (name, board.slice_of(row, name, metric), board.slice_of(other, name, metric)) for name in ("cold", "warm")
-    ]
     apart = [
-        f"{_signed(mine.mean - theirs.mean)}{_within(row.apart.get(name))} on {name} targets"
-        for name, mine, theirs in parts
-        if mine.mean is not None and theirs.mean is not None
+        f"{_signed(one.mean)}{_within((one.low, one.high) if board.slice_of(row, name, metric).n > 1 else None)} "
+        f"on {name} targets"
+        for name, one in row.apart.items()
     ]
     shown = _within(row.scores[metric].difference_ci95)
+    means = f"{row.model} {text.mean}, {other.model} {score_text(board, other, metric).mean}"
+    if row.tested_on:
+        means = f"on seed {_and([str(seed) for seed in row.tested_on])} alone, of all seeds {means}"
     return (
         f"What {mllm} adds to {baseline}: {text.difference.replace('-', '−')} {metric}{shown}, {verdict} "
-        f"(paired, {text.p or 'not tested'}); "
-        f"{row.model} {text.mean}, {other.model} {score_text(board, other, metric).mean}; {_and(apart)}. {how}"
+        f"(paired, {text.p or 'not tested'}); {means}; {_and(apart)}. {how}"
     )
 
 
@@ -246,12 +247,13 @@ def _fused(row: LeaderboardRow, mllm: str, baseline: str) -> str:
 def future_text(board: Leaderboard) -> str:
     """Say how far training has seen the future of what is asked."""
     if board.future_share is None:
-        return "future_share unknown: the runs know no times that compare across users"
+        return "future_share unknown: no times that compare across users, or runs of an earlier version"
     share = f"future_share {board.future_share:.3f}"
     if board.future_share == 0:
         return f"{share}: no test target has a later interaction in training"
     part = f"{board.future_share:.1%}".replace("%", " %")
-    return f"{share}: training has interactions, of any user, that are later than {part} of the test targets"
+    whose = "the test targets of all users" if "a seeded sample of" in board.protocol else "the test targets"
+    return f"{share}: training has interactions, of any user, that are later than {part} of {whose}"
 
 
 class Use(NamedTuple):
@@ -328,10 +330,12 @@ def full_rankings_note(board: Leaderboard) -> str:
     if swapped:
         more = f" and {len(swapped) - 5} more" if len(swapped) > 5 else ""
         here = f"; here all items put {', '.join(swapped[:5])}{more}"
+    met = any(run.config.get("exclude_seen") is False for row in board.ranked for run in row.runs)
+    ranked = ", as RecBole ranks them for each kind of model" if met else ", but for those the user has met"
     return (
         "Metrics over drawn candidates may order models otherwise than over all items (Krichene and Rendle, KDD 2020)"
-        f"{here}. Ranked are all items with an interaction, but for those the user has met; none of these differences "
-        "is tested for significance."
+        f"{here}. Ranked are all items with an interaction{ranked}; none of these differences is tested for "
+        "significance."
     )
 
 
@@ -377,7 +381,30 @@ def legend(board: Leaderboard) -> str:
             recall = sum(one["recall"] for one in found) / len(found)
             ceiling = f"which hold {recall:.3f} of the targets, the ceiling of its Hit"
             said.append(f"{row.model} re-ranks {_retrieved(found[0])}, {ceiling}.")
-    return " ".join([*said, *board.absent.values(), _by_seed(board)])
+    return " ".join([*said, *_other_seeds(board), *_other_weights(board), *board.absent.values(), _by_seed(board)])
+
+
+def _other_seeds(board: Leaderboard) -> Iterator[str]:
+    """Say which rows are tested on fewer seeds than they, or what they are tested against, have."""
+    for row in board.ranked:
+        if row.tested_on is not None:
+            on = "over all seeds of each, as they share none"
+            if row.tested_on:
+                on = f"on seed {_and([str(seed) for seed in row.tested_on])} alone, which both have"
+            yield f"{row.model} and {row.tested_against} are compared {on}."
+
+
+def _other_weights(board: Leaderboard) -> Iterator[str]:
+    """Say which names of models stood for several weights among the rows."""
+    found: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for row in board.ranked:
+        for identity in {} if row.fusions else dict.fromkeys(w for run in row.runs for w in run.weights.values()):
+            found[re.split("[@#]", identity)[0]][identity].append(row.model)
+    for name, weights in found.items():
+        exact = {identity: rows for identity, rows in weights.items() if not identity.endswith("@main")}
+        if len(exact) > 1:
+            each = "; ".join(f"{identity} of {_and(rows)}" for identity, rows in exact.items())
+            yield f"{name} stood for several weights: {each}."
 
 
 def _by_seed(board: Leaderboard) -> str:

@@ -22,6 +22,7 @@ from recbole_mllm.benchmark.evidence import (
     gini_index,
     metric_curves,
     partitions,
+    recommendable,
     target_ranks,
 )
 from recbole_mllm.benchmark.html import curve_charts, group_charts
@@ -151,7 +152,7 @@ def test_the_measures_are_those_of_recboles_classes():
     from recbole.evaluator import metrics as recbole_metrics
 
     run = scored(60, 1.0)
-    found = beyond_accuracy([run], np.arange(ITEMS) >= 0)
+    found = beyond_accuracy([run], NAMES)
     config = {"topk": [DEPTH], "metric_decimal_place": 12}
     coverage = recbole_metrics.ItemCoverage(config).get_coverage(run.items, ITEMS)
     gini = recbole_metrics.GiniIndex(config).get_gini(run.items, ITEMS)
@@ -166,7 +167,7 @@ def test_the_measures_are_those_of_recboles_classes():
 
 
 def test_a_lover_of_the_popular_covers_less_and_its_intervals_say_so():
-    fair, popular = (beyond_accuracy([scored(300, likes)], np.arange(ITEMS) >= 0) for likes in (0.0, 20.0))
+    fair, popular = (beyond_accuracy([scored(300, likes)], NAMES) for likes in (0.0, 20.0))
     assert set(fair) == set(BEYOND)
     assert popular["Coverage@10"].mean < fair["Coverage@10"].mean == 1.0
     assert popular["Gini@10"].low > fair["Gini@10"].high
@@ -175,16 +176,29 @@ def test_a_lover_of_the_popular_covers_less_and_its_intervals_say_so():
 
 
 def test_intervals_of_shares_stay_within_their_bounds():
-    found = beyond_accuracy([scored(9, 0.0)], np.arange(ITEMS) >= 0)
+    found = beyond_accuracy([scored(9, 0.0)], NAMES)
     assert found["Coverage@10"].mean < found["Coverage@10"].high == 1.0
     assert all(found[name].low >= 0 and found[name].high <= 1 for name in ("Coverage@10", "Gini@10", "Tail@10"))
+
+
+def test_models_that_have_read_of_other_items_share_one_pool():
+    """A model that loads ``.item`` knows items that nobody has met; its table is longer, and in another order."""
+    run = scored(60, 1.0)
+    order = np.random.default_rng(5).permutation(ITEMS + 9)
+    names = np.concatenate([NAMES, [f"unmet{n}" for n in range(9)]])[order]
+    place = np.argsort(order)
+    more = Recommended(np.where(run.items < 0, -1, place[run.items]), np.r_[run.counts, np.zeros(9, int)][order], names)
+    pool = recommendable([run, more])
+    assert sorted(pool) == sorted(NAMES[(np.arange(ITEMS) > 0) | np.isin(np.arange(ITEMS), run.items)])
+    assert beyond_accuracy([more], pool) == beyond_accuracy([run], pool)
+    assert beyond_accuracy([run], np.append(pool, "elsewhere"))["Coverage@10"].mean < 1.0
 
 
 def test_lists_shorter_than_ten_and_seeds_are_averaged():
     short = scored(30, 1.0, candidates=4)
     assert (short.items[:, :4] >= 0).all() and (short.items[:, 4:] == -1).all()
-    found = beyond_accuracy([short, scored(30, 1.0, seed=4, candidates=4)], np.arange(ITEMS) >= 0)
-    alone = [beyond_accuracy([run], np.arange(ITEMS) >= 0) for run in (short, scored(30, 1.0, seed=4, candidates=4))]
+    found = beyond_accuracy([short, scored(30, 1.0, seed=4, candidates=4)], NAMES)
+    alone = [beyond_accuracy([run], NAMES) for run in (short, scored(30, 1.0, seed=4, candidates=4))]
     for name in BEYOND:
         assert found[name].mean == pytest.approx(np.mean([one[name].mean for one in alone]))
 

@@ -161,6 +161,18 @@ def test_a_row_of_two_mllms_says_what_each_of_them_was(tmp_path):
     assert "blocks of 4" in setup_of([fused]).described
 
 
+@pytest.mark.parametrize(("powers", "chosen"), [((0.0, 3.0), "second"), ((3.0, 0.0), "first")])
+def test_the_ceiling_of_what_was_retrieved_is_that_of_the_mllms_order_alone(tmp_path, powers, chosen):
+    ceiling = {"retriever": "Pop", "top_k": 10, "recall": 0.05, "fusion": 1.0}
+    for label, kind, power in zip(("MLLMMSR", "SASRec"), ("mllm", "baseline"), powers, strict=True):
+        config = {"topk": [10], "metrics": ["NDCG"], "metric_decimal_place": 6}
+        run = plant_run(tmp_path, label, power, kind, 1, run_id=label, config=config, keep_valid=True)
+        append(tmp_path / RECORDS, replace(run, retrieval=ceiling if kind == "mllm" else None))
+    job = {"parts": ["MLLMMSR", "SASRec"], "run_id": "both", "model": "MLLMMSR", "label": FUSED, "kind": "fused"}
+    fused = fuse_runs(job | {"seed": 1, "dataset": "demo"}, tmp_path, tmp_path / "runs" / "both", {"started": "2026"})
+    assert fused.fusion["chosen"] == chosen and fused.retrieval == (ceiling if chosen == "first" else None)
+
+
 def test_what_may_be_fused():
     assert expand("SASRec,MLLMMSR:zero-shot+SASRec") == ("SASRec", "MLLMMSR:zero-shot", "MLLMMSR:zero-shot+SASRec")
     entry = resolve("MLLMMSR:zero-shot+SASRecF:text")

@@ -20,9 +20,9 @@ from recbole_mllm.benchmark.leaderboard import COSTS, Leaderboard, LeaderboardRo
 from recbole_mllm.benchmark.ranking import Contender, build, compare_rows
 from recbole_mllm.benchmark.records import RunRecord, append, read_arrays
 from recbole_mllm.benchmark.report import read_leaderboard, render, write_note
-from recbole_mllm.benchmark.significance import auc_replicates, draw_users, sort_pairs
+from recbole_mllm.benchmark.significance import draw_users, sort_pairs
 from recbole_mllm.benchmark.tables import escape_latex, format_latex, format_markdown, format_table, numbers_table
-from recbole_mllm.benchmark.wording import legend
+from recbole_mllm.benchmark.wording import added, legend, uses
 from recbole_mllm.common.errors import UserError
 from tests.planted_runs import CANDIDATES, plant_run, user_metrics
 
@@ -157,6 +157,50 @@ def test_seeds_are_averaged_per_user(tmp_path):
     assert "Each model was trained once" in legend(build(records[:1], tmp_path))
 
 
+def test_rows_of_other_seeds_are_compared_on_those_that_both_have(tmp_path):
+    """What takes the baseline alone adds nothing to it, whatever other seeds the baseline was trained with."""
+    baseline = [plant_run(tmp_path, "SASRec", 1.0, seed=seed) for seed in (1, 2, 3)]
+    fusion = {"chosen": "second", "alpha": 0.0, "rho": 0.0, "parts": {baseline[0].run_id: baseline[0].started}}
+    fused = plant_run(tmp_path, "MLLMMSR+SASRec", 0, "fused", seed=1, fusion=fusion)
+    arrays = {name: str(getattr(baseline[0], name)) for name in ("per_user", "scores")}
+    fused = replace(fused, metrics=baseline[0].metrics, **arrays)
+    board = build([*baseline, fused], tmp_path)
+    row = next(row for row in board.rows if row.fusions)
+    assert row.tested_on == (1,) and {score.difference for score in row.scores.values()} == {0.0}
+    assert {name: one.mean for name, one in row.apart.items()} == {"cold": 0.0, "warm": 0.0}
+    assert "MLLMMSR+SASRec and SASRec are compared on seed 1 alone, which both have." in legend(board)
+    (said,) = added(board)
+    assert "+0.000 NDCG@10 [+0.000, +0.000]" in said and "on seed 1 alone, of all seeds MLLMMSR+SASRec" in said
+    apart = build([*baseline, plant_run(tmp_path, "Pop", 0.1, seed=7)], tmp_path)
+    assert "Pop and SASRec are compared over all seeds of each, as they share none." in legend(apart)
+    score = next(row for row in apart.rows if row.model == "Pop").scores["NDCG@10"]
+    assert score.difference == pytest.approx(score.mean - np.mean([run.metrics["NDCG@10"] for run in baseline]))
+
+
+def test_a_variant_is_not_tested_against_a_full_model_of_other_weights(field, tmp_path):
+    def weighing(record, digest):
+        config = {"mllm": "mine", "provenance": {"weights": {"mllm": f"mine#{digest}"}}}
+        return replace(record, config=record.config | config)
+
+    full = [weighing(record, "a" * 16) if record.kind == "mllm" else record for record in field]
+    variant = plant_run(tmp_path, "MLLMMSR:block-4", 1.0, "mllm")
+    same, other = (build([*full, weighing(variant, digit * 16)], tmp_path) for digit in "ab")
+    assert [row.tested_against for row in same.rows if row.model == variant.label] == ["MLLMMSR"]
+    assert [row.tested_against for row in other.rows if row.model == variant.label] == ["SASRec"]
+    assert uses(same) and not uses(other) and "stood for several" not in legend(same)
+    told = {f"mine#{digit * 16} of {row}" for digit, row in (("a", "MLLMMSR and [Twin]"), ("b", "MLLMMSR:block-4"))}
+    (said,) = re.findall(r"mine stood for several weights: (.*?)\. ", legend(other))
+    assert set(said.split("; ")) == told
+
+
+def test_arrays_that_are_not_their_records_cost_the_row(field, tmp_path):
+    """As after ``--force``, killed between the arrays and the record."""
+    (tmp_path / str(field[1].per_user)).write_bytes((tmp_path / str(field[0].per_user)).read_bytes())
+    board = build(field, tmp_path)
+    (lost,) = (row for row in board.rows if not row.ok)
+    assert lost.model == "SASRec" and "are not its record's; run it again with --force" in lost.status
+
+
 def test_two_sets_of_candidates_are_refused_by_name(field, tmp_path):
     other = plant_run(tmp_path, "BPR", 0.5, candidates="other-digest")
     with pytest.raises(UserError) as error:
@@ -188,6 +232,8 @@ def test_a_failed_run_and_unusable_arrays_cost_their_own_row_each(field, tmp_pat
     assert "NGCF seed 2024 failed: boom" in format_table(board)
     again = replace(sound, run_id="BPR-2024-99999999", status="typo", metrics={})
     assert len(build([again, sound], tmp_path).rows) == 1, "it has finished since"
+    later = replace(again, started="2026-01-02T10:00:00+01:00")
+    assert [row.ok for row in build([sound, later], tmp_path).rows] == [True, False], "other settings, tried later"
 
 
 def test_only_failures_still_make_a_page(field, tmp_path):
@@ -246,16 +292,6 @@ def test_every_form_states_the_share_of_targets_whose_future_was_trained_on(fiel
     pages = [(tmp_path / f"leaderboard.{end}").read_text() for end in ("md", "html", "tex")]
     for text in (*pages, format_table(read_leaderboard(tmp_path))):
         assert "0.999: training has interactions, of any user, that are later than 99.9" in " ".join(text.split())
-
-
-@pytest.mark.parametrize("first", ["882826944", "882826944.0", "1997-12-22 21:42:24 UTC (882826944)"])
-def test_the_moments_of_a_split_are_dates_also_where_a_record_has_their_numbers(first, field, tmp_path):
-    told = f"temporal split (trained before {first}, tested from 887039271), order TO, candidates uni20 (seed 2024)"
-    board = build([replace(record, protocol=told) for record in field], tmp_path)
-    assert board.protocol == (
-        "temporal split (trained before 1997-12-22 21:42:24 UTC (882826944), tested from 1998-02-09 15:47:51 UTC "
-        "(887039271)), order TO, candidates uni20 (seed 2024)"
-    )
 
 
 def test_texts_are_escaped_and_nothing_else(tmp_path):
@@ -488,7 +524,7 @@ def equal_scorers(
         )  # fmt: skip
         pairs = () if draws is None else (sort_pairs(user, label, scores[1].ravel()),)
         evidence = Evidence(np.arange(n_users).astype(str), values, {}, pairs)
-        contenders.append(Contender(name, (run,), evidence, None if draws is None else auc_replicates(pairs, draws)))
+        contenders.append(Contender.of(name, [(run, evidence)], draws))
         means = {metric: Score(float(column.mean())) for metric, column in values.items()}
         rows.append(LeaderboardRow(name, run.kind, (1,), "ok", (run,), means | ({"AUC": Score(0.5)} if pairs else {})))
     return rows, contenders

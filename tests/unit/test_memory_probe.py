@@ -146,6 +146,15 @@ def test_the_command_asks_once_and_a_leaderboard_tells(tmp_path, monkeypatch, ca
     assert all("knows this dataset (title from its id)" in page for page in [*pages, capsys.readouterr().out])
     (by_id,) = [one for one in json.loads(pages[2])["memory"]["server:m"]["findings"] if one["kind"] == BY_ID]
     assert (by_id["right"], by_id["rate"]) == (by_id["asked"], 1.0)
+    whole = memory_file(place).read_text()
+    for damaged in (whole.replace('"kind"', '"sort"'), whole.replace('"findings"', '"found"'), "[1, 2]", whole[:-9]):
+        memory_file(place).write_text(damaged)
+        assert memory_of([record]) == {} and main(["report", "results"]) == 0
+    memory_file(place).write_text(whole)
+    other = ["--questions=20", "--mllm=server:big@http://127.0.0.1:9", "--finetune=none", "--user_summarizer=tiny"]
+    capsys.readouterr()
+    assert main(["probe-memory", "steps", *other, "--prompt_style=demo"]) == 0
+    assert "not asked: server:big@http://127.0.0.1:9, which ranks; ask it with" in capsys.readouterr().out
     assert main(["probe-memory", "steps", "--questions=20", "--mllm=tiny", "--prompt_style=demo"]) == 0
     assert "is not shown to know this dataset" in capsys.readouterr().out
     assert len(json.loads(memory_file(place).read_text())) == 2
@@ -153,7 +162,7 @@ def test_the_command_asks_once_and_a_leaderboard_tells(tmp_path, monkeypatch, ca
     assert main(["split", str(place), "--protocol", "temporal", "--out", str(out)]) == 0
     assert memory_file(out).read_bytes() == memory_file(place).read_bytes()
     with planned_server.serving(planned_server.Planned(plan=remembers)) as server:
-        again = ["probe-memory", "halved", "--questions=4", f"--mllm=server:n@{server.url}", *words[4:]]
+        again = ["probe-memory", "halved", "--questions=4", f"--mllm=server:n@{server.url}", *words[-2:]]
         assert main(again) == 0 and all("dataset steps" in text for text in server.texts())
         assert main([*again, "--name", "Steps-100K"]) == 0
         assert any("dataset Steps-100K" in text for text in server.texts())

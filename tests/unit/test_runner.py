@@ -128,6 +128,18 @@ def test_each_run_is_done_once_unless_forced(tmp_path, worker):
     assert again in first and other not in first, "other settings are another run"
 
 
+def test_a_report_that_cannot_be_written_costs_no_run(tmp_path, worker, monkeypatch):
+    def broken(*_: Any, **__: Any) -> None:
+        raise IndexError("a chart")
+
+    monkeypatch.setattr("recbole_mllm.benchmark.runner.render", broken)
+    lines: list[str] = []
+    with pytest.raises(IndexError):
+        benchmark(plan(tmp_path, "Pop", "SASRec"), worker, lines.append)
+    assert len(started(tmp_path)) == 2 == len(read_records(tmp_path / "results" / "runs.jsonl"))
+    assert lines.count("the report cannot be written: IndexError: a chart; the other runs continue") == 2
+
+
 FATES = {
     "SASRec": ("crash", "ValueError: the loss is"),
     "ItemKNN": ("oom", "SIGKILL"),
