@@ -104,6 +104,10 @@ def _read(folder: Path, fields: Fields, compares: bool) -> Log:
             f"{path}:1: there is no column {missing[0]}; name yours with --USER_ID_FIELD and --ITEM_ID_FIELD, or in "
             f"{folder / 'dataset.yaml'}"
         )
+    if fields.time not in types and schema.EXACT_TIME not in types and fields.time != schema.TIME:
+        raise UserError(
+            f"{path}:1: there is no column {fields.time}; name yours with --TIME_FIELD, or in {folder / 'dataset.yaml'}"
+        )
     places = {name: place for place, name in enumerate(types)}
     user, item = places[fields.user], places[fields.item]
     exact = schema.EXACT_TIME if schema.EXACT_TIME in types else fields.time
@@ -146,7 +150,11 @@ def _write(stage: Path, log: Log, fields: Fields, settings: SplitSettings) -> Wr
     write_atomic(path, log.types, (line.split("\t") for line in log.lines))
     loaded = [name for name in fields if name in log.types]
     config: dict[str, Any] = {"load_col": {"inter": loaded}}
-    whole = Written(len(log.inter), config, "Interactions stand in exact order of time.", log.stamps)
+    timed = fields.time in log.types or schema.EXACT_TIME in log.types
+    order = (
+        "Interactions stand in exact order of time." if timed else "Interactions stand in the file's order: no times."
+    )
+    whole = Written(len(log.inter), config, order, log.stamps)
     return whole if settings.protocol == "loo" else output.write_rows(stage, log.inter, settings, whole, fields)
 
 

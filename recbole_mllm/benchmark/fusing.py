@@ -90,6 +90,7 @@ def fuse_runs(job: Mapping[str, Any], results: Path, folder: Path, surroundings:
         peak_memory_mb=max((part.peak_memory_mb or 0.0 for part in (first, second)), default=None),
         converged=all(converged) if converged else None,
         retrieval=None if fusion.chosen == "second" else first.retrieval,  # a ceiling is of what the MLLM re-ranks
+        data={**(second.data or {}), **(first.data or {})} or None,
         fusion={**asdict(fusion), "parts": {part.run_id: part.started for part in (first, second)}},
     )
 

@@ -14,9 +14,6 @@ from recbole_mllm.benchmark.setups import ModelSetup, setup_of
 from recbole_mllm.benchmark.significance import Estimate
 from recbole_mllm.evaluation.metrics import METRICS
 
-VALID_METRIC = "NDCG@10"
-"""What rows are sorted by (on the test split), and what makes a baseline the best one (on validation)."""
-
 LEVEL = 0.05
 ALL_COSTS = {
     "load_s": "Load", "summarize_s": "Summarise", "features_s": "Features", "train_s": "Train", "score_s": "Score",
@@ -163,6 +160,8 @@ class Leaderboard:
     `memory` is what each of its models is known to know of the dataset without a history (`probe-memory`), by identity.
     `is_demo` says whether the dataset is a demo world, which the bundled model was made for.
 
+    `valid_metric` sorts the rows (on the test split), and makes a baseline the best one (on validation).
+
     `without_validation` are baselines that recorded no validation metric: where there are some, the best one was chosen
     on the test split. `absent` says of each expected metric without a value under this protocol why it has none.
     """
@@ -175,17 +174,13 @@ class Leaderboard:
     rows: tuple[LeaderboardRow, ...]
     best_baseline: str | None
     note: str = ""
+    valid_metric: str = "NDCG@10"
     without_validation: tuple[str, ...] = ()
     dimensions: tuple[Dimension, ...] = ()
     absent: Mapping[str, str] = field(default_factory=dict)
     future_share: float | None = None
     is_demo: bool = False
     memory: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-
-    @property
-    def valid_metric(self) -> str:
-        """The metric that ranks: NDCG@10, or the first there is."""
-        return VALID_METRIC if VALID_METRIC in self.metrics or not self.metrics else self.metrics[0]
 
     @property
     def slices(self) -> dict[str, tuple[str, str]]:

@@ -148,11 +148,13 @@ def probe_memory(config: Any, count: int = COUNT, name: str | None = None) -> li
     init_seed(config["seed"], config["reproducibility"])
     for key, value in {"use_image": False, "item_summary": "text", "control": None, "summarize": "auto"}.items():
         config[key] = value  # nothing is summarised, and no image shown
+    config["eval_args"] = {**config["eval_args"], "mode": {"valid": "full", "test": "full"}}  # no candidates are drawn
     settings = Settings.from_config(config)
     _, (train, *_) = read_and_split(config)
     setup = make_summary_setup(config, settings, config["device"])
     histories = {user_of(name): items for name, items in train._dataset.histories.items()}
-    questions = questions_of(name or _name_of(setup.folder), setup.folder, histories, config["seed"], count)
+    asked_of = name or _name_of(setup.folder), setup.folder, config["ITEM_ID_FIELD"]
+    questions = questions_of(*asked_of, histories, config["seed"], count)
     if not questions:
         raise UserError(f"{item_file(setup.folder)} has no titles to ask about, and no user's items are known")
     decoding = Decoding(_TOKENS, rules=setup.summarizers["user"].rules)
@@ -174,40 +176,44 @@ def probe_memory(config: Any, count: int = COUNT, name: str | None = None) -> li
 
 
 def questions_of(
-    dataset: str, folder: Path, histories: Mapping[str, Sequence[str]], seed: int, count: int = COUNT
+    dataset: str, folder: Path, field: str, histories: Mapping[str, Sequence[str]], seed: int, count: int = COUNT
 ) -> list[Probe]:
     """Return up to `count` questions of each kind that the files in `folder` have the answers to.
+
+    None is a question that whoever repeats it has answered: a film's year may stand in its title.
 
     Args:
         dataset: The name it is asked about by.
         folder: Has its ``.item`` file.
+        field: The name of the items' ids there.
         histories: Each user's items, oldest first.
         seed: Draws items, users and sides.
         count: Of each kind.
     """
     path = item_file(folder)
     columns = read_columns(path)
-    title, rows = title_column(columns), {}
-    for _, row in read_numbered(path):
-        rows[row[next(iter(columns))]] = row
-    titles = {item: row[title] for item, row in rows.items() if title and row[title].strip()}
-    out: list[Probe] = []
+    title = title_column(columns)
+    rows = {row[field]: row for _, row in read_numbered(path)} if title and field in columns else {}
+    titles = {item: _bare(row[title]) for item, row in rows.items() if title and row[title].strip()}
 
-    def ask(kind: str, given: str, truth: Collection[str]) -> None:
+    def about(kind: str, given: str, truth: Collection[str]) -> Probe:
         text = _WORDING[kind].format(dataset=dataset, given=f"{OPEN}{given}{CLOSE}")
-        out.append(Probe(kind, Prompt(text), tuple(truth)))
+        return Probe(kind, Prompt(text), tuple(truth))
 
-    for item in _drawn((item for item, text in titles.items() if _beginning(text)), BEGINNING, seed, count):
-        ask(BEGINNING, _beginning(titles[item]), [_bare(titles[item])])
-    for item in _drawn(titles, BY_ID, seed, count):
-        ask(BY_ID, item, [_bare(titles[item])])
+    probes = {
+        BEGINNING: {item: about(BEGINNING, half, [text]) for item, text in titles.items() if (half := _half(text))},
+        BY_ID: {item: about(BY_ID, item, [text]) for item, text in titles.items()},
+    }
     for kind, names in _COLUMNS.items():
-        name = next((name for name in names if name in columns), None)
-        known = {item: _values(rows[item][name], kind, columns[name]) for item in titles} if name else {}
-        for item in _drawn((item for item, values in known.items() if values), kind, seed, count):
-            ask(kind, titles[item], known[item])
+        if name := next((name for name in names if name in columns), None):
+            known = {item: _values(rows[item][name], kind, columns[name]) for item in titles}
+            probes[kind] = {item: about(kind, titles[item], values) for item, values in known.items() if values}
+    out = []
+    for kind, asked in probes.items():
+        hidden = [item for item, probe in asked.items() if not probe.is_answered(probe.prompt.text)]
+        out += [asked[item] for item in _drawn(hidden, kind, seed, count)]
     for user, side, pair in _pairs(histories, seed, count):
-        ask(NEXT, f"user {user} take next: A, item {pair[0]}, or B, item {pair[1]}", [side])
+        out.append(about(NEXT, f"user {user} take next: A, item {pair[0]}, or B, item {pair[1]}", [side]))
     return out
 
 
@@ -229,9 +235,9 @@ def _bare(title: str) -> str:
     return _CATALOGUED.sub("", title).strip() or title
 
 
-def _beginning(title: str) -> str:
+def _half(title: str) -> str:
     """Return the first half of a title's words; "" where it has too few to leave something to know."""
-    words = _bare(title).split()
+    words = title.split()
     return " ".join(words[: len(words) // 2])
 
 

@@ -110,6 +110,7 @@ def build(records: Iterable[RunRecord], results: Path, note: str = "") -> Leader
         one.dataset, one.protocol, one.candidates, one.n_users, metrics, (), None, note, absent=absent,
         future_share=next((run.future_share for run, _ in loaded if run.future_share is not None), None),
         is_demo=is_demo_world(Path(str(one.config.get("data_path", one.dataset)))),
+        valid_metric=_ranking_metric([run for run, _ in loaded], metrics),
     )  # fmt: skip
     parted = partitions(loaded[0][1].columns) if loaded else ()
     pool = recommendable(run for contender in contenders for run in contender.evidence.recommended)
@@ -129,6 +130,13 @@ def build(records: Iterable[RunRecord], results: Path, note: str = "") -> Leader
         without_validation=lacking,
         dimensions=tuple(p.dimension for p in parted),
     )
+
+
+def _ranking_metric(runs: Sequence[RunRecord], metrics: Sequence[str]) -> str:
+    """Return the metric that all `runs` are chosen by, their ``valid_metric``; else NDCG@10, or the first there is."""
+    named = {run.ranking_metric for run in runs if not run.fusion}
+    choices = [*(named if len(named) == 1 else ()), "NDCG@10", *metrics]
+    return next((name for name in choices if name in metrics), "NDCG@10")
 
 
 def _current(records: Iterable[RunRecord]) -> list[RunRecord]:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from recbole_mllm.benchmark.variants import Kind
 from recbole_mllm.common.errors import UserError
+from recbole_mllm.common.files import digest as file_digest
 from recbole_mllm.common.files import whole_file
 from recbole_mllm.common.model_names import identity_of
 from recbole_mllm.common.progress import warn_once
@@ -51,7 +52,10 @@ full ranking a file holds each user's best items and target alone, with ``among`
 """
 
 
-_SINCE_0_2 = ("valid_scores", "train_counts", "fusion", "full_ranking", "energy_kwh", "energy_of", "future_share")
+_SINCE_0_2 = (
+    *("valid_scores", "train_counts", "fusion", "full_ranking", "energy_kwh", "energy_of", "future_share"),
+    "data",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +92,7 @@ class RunRecord:
             (CPU, GPU); None where there is no meter, or several runs shared the machine.
         scores_reused: How many of the test scores earlier evaluations had left; their seconds are not in `score_s`.
         future_share: The share of test targets with a later interaction in training; None where times do not tell.
+        data: SHA-256 of the files of interactions, and of items where it reads texts, by their names (`data_digests`).
         tuning: What ``--tune`` tried, with its validation scores, and what it chose; `config` has the choice in it.
     """
 
@@ -134,6 +139,7 @@ class RunRecord:
     scores_reused: int = 0
     converged: bool | None = None
     future_share: float | None = None
+    data: Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
         """Refuse a success without finite metrics, and a status that would break the one-line-a-run rule."""
@@ -157,6 +163,13 @@ class RunRecord:
         parts = (self.config.get("per_model") or {}).values() if self.fusion else ()
         known = [config.get("provenance", {}).get("weights", {}) for config in (self.config, *parts)]
         return {key: weights for one in known for key, weights in one.items()}
+
+    @property
+    def ranking_metric(self) -> str | None:
+        """The metric of its ``valid_metric``, else NDCG@10 or the first there is; None of a run without metrics."""
+        wanted, given = self.config.get("valid_metric"), {name.lower(): name for name in self.metrics}
+        own = given.get(str(wanted).lower()) if self.config.get("valid_metric_bigger", True) else None
+        return own or given.get("ndcg@10") or next(iter(self.metrics), None)
 
     def to_line(self) -> str:
         """Return the record as one line of JSON, without those of the fields of 0.2.0 that say nothing."""
@@ -232,6 +245,51 @@ def one_set_of_candidates(records: Iterable[RunRecord], expected: Mapping[str, s
     raise UserError(
         f"these runs ranked different candidates and cannot share a leaderboard ({which}); {why if past else ''}"
         "give one of them another --output_dir"
+    )
+
+
+def data_digests(config: Mapping[str, Any], *, reads_items: bool) -> dict[str, str]:
+    """Return the SHA-256 of each file that a run of `config` takes interactions from, by name.
+
+    Args:
+        config: A run's, with RecBole's ``data_path``: the dataset's folder.
+        reads_items: Whether the texts of ``.item`` count too.
+    """
+    folder, parts = Path(str(config["data_path"])), config["benchmark_filename"] or ()
+    whole = () if parts and not config["temporal_split"] else (f"{folder.name}.inter",)
+    names = (*(f"{folder.name}.{part}.inter" for part in parts), *whole)
+    names = (*names, f"{folder.name}.item") if reads_items else names
+    return {name: file_digest(folder / name) for name in names if (folder / name).is_file()}
+
+
+def changed_data(record: RunRecord, folder: Path) -> list[str]:
+    """Return the names of the files in `folder` that are others than the run has read."""
+    known = (record.data or {}).items()
+    return [name for name, was in known if (folder / name).is_file() and file_digest(folder / name) != was]
+
+
+def one_set_of_data(records: Iterable[RunRecord]) -> None:
+    """Refuse finished runs of a dataset whose files have other contents now, or had in another of them.
+
+    Raises:
+        UserError: Names the run and the file.
+    """
+    first: dict[str, tuple[RunRecord, str]] = {}  # a run that has read each file, and what it was
+    for record in records:
+        for name, was in (record.data or {}).items():
+            one, known = first.setdefault(name, (record, was))
+            if was != known:
+                raise _other_data(record, name, f"{one.run_id} was")
+    for record in {one.run_id: one for one, _ in first.values()}.values():
+        folder = Path(str(record.config["data_path"]))
+        for name in changed_data(record, folder):
+            raise _other_data(record, name, f"{folder} holds now")
+
+
+def _other_data(record: RunRecord, name: str, than: str) -> UserError:
+    return UserError(
+        f"{record.run_id} was run on another {name} than {than}, and a leaderboard is of one; run it again with "
+        "--force, or give another --output_dir"
     )
 
 

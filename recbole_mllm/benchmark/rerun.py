@@ -15,7 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from recbole_mllm.benchmark.process import LOG, WORKER, claim, failure, heartbeat, run_child, write_order
-from recbole_mllm.benchmark.records import RECORDS, WHO, RunRecord, latest, plain_json, read_records, records_of
+from recbole_mllm.benchmark.records import (
+    RECORDS,
+    WHO,
+    RunRecord,
+    changed_data,
+    latest,
+    plain_json,
+    read_records,
+    records_of,
+)
 from recbole_mllm.common.config import every_key
 from recbole_mllm.common.errors import UserError, did_you_mean
 from recbole_mllm.common.model_names import TINY, identity_of, is_same, pinned
@@ -86,9 +95,10 @@ def rerun(
     """
     output = folder.resolve() / RERUNS
     place = output / "runs" / record.run_id
+    order = order_of(record, output, data_path)
     if not record.fusion:  # whose scores are saved
         _check_weights(record)
-    order = order_of(record, output, data_path)
+        _check_data(record, Path(order["overrides"]["data_path"]) / record.dataset)
     tell(f"running {record.run_id} again in {folder / RERUNS / 'runs' / record.run_id}")
     stop = threading.Event()
     with claim(place, stop, lambda process: tell(f"process {process} is still at this; waiting for it")) as lock:
@@ -112,6 +122,15 @@ def _check_weights(record: RunRecord) -> None:
                 f"{said} was {weights} and is {now}: a run of other weights is another run; put the earlier ones back, "
                 "or run the benchmark again"
             )
+
+
+def _check_data(record: RunRecord, folder: Path) -> None:
+    """Refuse to repeat a run on other data than it had, which lie in `folder` now."""
+    if changed := changed_data(record, folder):
+        raise UserError(
+            f"{folder / changed[0]} has changed since {record.run_id}: a run on other data is another run; put the "
+            "earlier file back, or run the benchmark again"
+        )
 
 
 def weights_now(record: RunRecord, changes: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:

@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 from recbole_mllm.benchmark.jobs import BenchmarkJob, BenchmarkPlan, given_to, jobs_of, shared_rates
-from recbole_mllm.benchmark.leaderboard import VALID_METRIC
 from recbole_mllm.benchmark.process import (
     LOG,
     PLACE,
@@ -49,6 +48,7 @@ from recbole_mllm.benchmark.records import (
     append,
     latest,
     one_set_of_candidates,
+    one_set_of_data,
     read_records,
     records_of,
     said_anywhere,
@@ -121,6 +121,7 @@ def _check_comparable(plan: BenchmarkPlan, jobs: Sequence[BenchmarkJob], digests
                 f"{plan.output_dir} holds runs of dataset {record.dataset} ({run}), and a leaderboard is of one; give "
                 f"this one of {plan.dataset} another --output_dir"
             )
+    one_set_of_data(stay.values())
     asked = {}  # a run of each configuration and weights: the others are its seeds
     for job in jobs:
         finished = stay.get(job.run_id)
@@ -290,7 +291,7 @@ class _Bench:
 def _headline(record: RunRecord) -> str:
     if not record.ok:
         return f"failed: {record.status}"
-    metric = VALID_METRIC if VALID_METRIC in record.metrics else next(iter(record.metrics))
+    metric = record.ranking_metric or ""
     mode = (record.config.get("eval_args") or {}).get("mode", "")
     drawn = mode.get("test", "") if isinstance(mode, Mapping) else mode
     return f"{metric} {record.metrics[metric]:.3f} on test" + (f" ({drawn})" if drawn else "")

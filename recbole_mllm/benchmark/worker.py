@@ -39,13 +39,14 @@ from recbole_mllm.benchmark.records import (
     RunRecord,
     append,
     config_digest,
+    data_digests,
     plain_json,
     write_arrays,
 )
 from recbole_mllm.benchmark.search import TRIALS, search, space_of, trials
 from recbole_mllm.benchmark.variants import baseline_defaults
 from recbole_mllm.common import distributed
-from recbole_mllm.common.config import benchmark_defaults, config_paths, keys_for, per_model
+from recbole_mllm.common.config import benchmark_defaults, completed, config_paths, keys_for, per_model
 from recbole_mllm.common.distributed import child_code
 from recbole_mllm.common.errors import UserError, reason_of
 from recbole_mllm.common.files import write_text
@@ -105,12 +106,15 @@ def run_job(job: dict[str, Any]) -> None:
     tuning = _tune(job, defaults)
     config = _config(job, defaults, tuning["chosen"] if tuning else {})
     whole = job["keep_valid"]  # a rerun needs the metrics alone
+    data = data_digests(config, reads_items=job["kind"] == "mllm" or bool(config["item_features"]))
     with measured_energy(config["device"], alone=job.get("jobs") == 1) as energy:
         outcome = run(config, partial(_check_split, job), keep_valid=whole, rank_all=whole)
     peak = max(distributed.gather_objects(_peak_memory(outcome.config["device"])))
     if distributed.is_main():
         _write_evidence(outcome, folder)
-        append(output / RECORDS, _record(job, outcome, started, tuning, {"peak_memory_mb": peak, **energy}))
+        append(
+            output / RECORDS, _record(job, outcome, started, tuning, {"peak_memory_mb": peak, "data": data, **energy})
+        )
 
 
 def share_cores(job: Mapping[str, Any]) -> None:
@@ -158,9 +162,9 @@ def _config(job: Mapping[str, Any], defaults: Path, tuned: Mapping[str, Any]) ->
     if isinstance(place := given.get("data_path", "dataset"), str):
         own["data_path"] = str((home / place).resolve())
         if (dataset := Path(own["data_path"], job["dataset"], "dataset.yaml")).is_file():  # it wins over defaults
-            said = {key: value for key, value in read_mapping(dataset).items() if key in known}
-            parts = said.get("eval_args") or {}
-            known |= said | ({"eval_args": {**known["eval_args"], **parts}} if isinstance(parts, dict) else {})
+            known = completed(known, {key: value for key, value in read_mapping(dataset).items() if key in known})
+    if isinstance(given.get("eval_args"), dict):
+        own["eval_args"] = completed(known, given)["eval_args"]
     write_text(defaults, yaml.safe_dump(known))
     config = make_config(model, job["dataset"], [str(defaults), *files], {**tuned, **job["overrides"], **own})
     if config["retriever_dir"]:

@@ -28,7 +28,7 @@ from recbole_mllm.arguments import (
     read_overrides,
 )
 from recbole_mllm.common import distributed
-from recbole_mllm.common.config import benchmark_defaults, check_training, file_keys
+from recbole_mllm.common.config import benchmark_defaults, check_training, completed, file_keys
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.files import (
     BENCHMARK,
@@ -265,9 +265,9 @@ def export_candidates(args: Namespace, options: Options) -> int:
     path = check_file(Path(args.out), "--out", is_export, "a file that `candidates export` wrote")
     from recbole_mllm.quick_start import frozen_candidates  # loads torch
 
-    chosen = config_of("Pop", dataset, options).external_config_dict
-    defaults = {key: value for key, value in benchmark_defaults().items() if key not in chosen}
-    config = config_of("Pop", dataset, replace(options, overrides={**defaults, **options.overrides}))
+    chosen, defaults = config_of("Pop", dataset, options).external_config_dict, benchmark_defaults()
+    wanted = completed(defaults, {key: chosen[key] for key in chosen if key in defaults})
+    config = config_of("Pop", dataset, replace(options, overrides={**options.overrides, **wanted}))
     print(frozen_candidates(config, path))
     return 0
 

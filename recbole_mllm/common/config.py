@@ -465,9 +465,10 @@ def check_training(config: Any) -> None:
     name, at, k = str(config["valid_metric"]).lower().partition("@")
     measured, places = [metric.lower() for metric in config["metrics"]], [str(place) for place in config["topk"]]
     if name not in measured or (k not in places if at else name not in _WITHOUT_PLACES):
+        like = [m if m.lower() in _WITHOUT_PLACES else f"{m}@{places[-1]}" for m in config["metrics"] if places]
         raise UserError(
             f"valid_metric: {config['valid_metric']} is not measured (metrics: {', '.join(config['metrics'])}; topk: "
-            f"{', '.join(places) or 'none'}); set valid_metric to one of these, such as NDCG@10"
+            f"{', '.join(places) or 'none'}); set valid_metric to one of these{f', such as {like[0]}' if like else ''}"
         )
     if str(config["learner"]).lower() not in _LEARNERS:
         raise UserError(f"learner: {config['learner']} is not known; take one of {', '.join(_LEARNERS)}")
@@ -491,3 +492,12 @@ def check_training(config: Any) -> None:
 def benchmark_defaults() -> dict[str, Any]:
     """Return what every model of a benchmark is evaluated with unless the user says otherwise."""
     return dict(read_mapping(PROPERTIES / "overall.yaml")["benchmark_defaults"])
+
+
+def completed(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the `defaults`, of which `given` keys win, and of ``eval_args`` each part that is given.
+
+    RecBole would take its own split by shares, in random order, for the parts that are not.
+    """
+    found, parts = {**defaults, **given}, given.get("eval_args")
+    return found | ({"eval_args": {**defaults["eval_args"], **parts}} if isinstance(parts, dict) else {})

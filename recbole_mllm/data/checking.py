@@ -284,6 +284,6 @@ def _all_met(dataset: Any) -> UserError:
     met = np.bincount(np.unique(users * dataset.item_num + items) // dataset.item_num)
     user = dataset.id2token(dataset.uid_field, int(met.argmax()))
     return UserError(
-        f"user {user} has met all {dataset.item_num - 1} items, so none is left to be drawn as a negative; filter such "
-        "users (user_inter_num_interval), or add items"
+        f"user {user} has met all {dataset.item_num - 1} items, so none is left to be drawn as a negative; leave such "
+        "users out (user_inter_num_interval; before a split), or add items"
     )

@@ -141,7 +141,7 @@ def _negatives(how: Mapping[str, Any], train: Any, users: Any) -> Negatives:
         name = train.field2id_token[train.uid_field][full[0]]
         raise UserError(
             f"user {name} has met all {len(negatives.items)} items that occur in training, so no negative is left; "
-            "filter such users (user_inter_num_interval)"
+            "leave such users out (user_inter_num_interval; before a split)"
         )
     return negatives
 

@@ -102,6 +102,11 @@ def split(users: Any, times: Any, names: list[str], settings: SplitSettings) -> 
         chosen[part] = _targets(users, positions, *bounds[part], names, settings, part)
     rows = {part: PartRows(own[positions[own] > 0], positions[own][positions[own] > 0]) for part, own in chosen.items()}
     left_out = {part: int((positions[own] == 0).sum()) for part, own in chosen.items()}
+    if empty := [part for part in PARTS if not len(rows[part].targets)]:
+        raise UserError(
+            f"no row is left for {' and '.join(empty)}, as nobody has an earlier interaction there (moments "
+            f"{' and '.join(map(moment_text, moments))}); give other --boundaries or shares"
+        )
     return Splitting(by_user, starts, rows, left_out, moments, first)
 
 

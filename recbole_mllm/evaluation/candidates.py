@@ -421,7 +421,8 @@ def _enough_left(pool: Pool, met: Pairs, users: Any, wanted: Any, raw: Any, phas
         user, count = raw[users[short[0]]], int(wanted[short[0]])
         raise UserError(
             f"user {user} leaves fewer than {count} items as {phase} candidates; "
-            f"lower the N of eval_args.mode uniN, or filter such users (user_inter_num_interval)"
+            "lower the N of eval_args.mode uniN, or leave such users out (user_inter_num_interval; of a split's files "
+            "they are left out before the split)"
         )
 
 

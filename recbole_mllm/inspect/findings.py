@@ -77,6 +77,8 @@ def findings(health: Health) -> list[Finding]:
 def _samples(health: Health) -> Iterator[Finding]:
     for name, one, several, rest, todo in SAMPLES:
         sample = health.found[name]
+        if name == "met_again" and health.layout.is_split:
+            todo = "keep them if people do come back to an item; else remove them, and split again"
         if sample.count:
             example = f", the first: {sample.example}" if sample.example else ""
             yield Finding(f"{many(sample.count, one, several)} {rest}{example}", todo)
@@ -88,7 +90,7 @@ def _others(health: Health) -> Iterator[Finding]:
     if health.times is None and not layout.history:
         what = f"there is no usable time ({layout.time}), so the order is that of the file"
         yield Finding(what, "add a column timestamp:float, or name yours as TIME_FIELD in dataset.yaml")
-    if few and not layout.history:
+    if few and not layout.history and not layout.is_split:
         yield Finding(
             f"{many(few, 'user has', 'users have')} fewer than {FEW} interactions ({share(few, len(health.lengths))})",
             "a leave-one-out test of sequential models asks nothing of them; "

@@ -57,7 +57,10 @@ Samples = defaultdict[str, Sample]
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """A dataset's folder, its files of interactions and the names of its columns; `history` in benchmark files."""
+    """A dataset's folder, its files of interactions and the names of its columns; `history` in benchmark files.
+
+    `is_split` says whether a run reads a split's files, to which RecBole applies no filter.
+    """
 
     folder: Path
     inter: tuple[Path, ...]
@@ -66,6 +69,7 @@ class Layout:
     time: str
     history: str | None
     image_dir: Path | None
+    is_split: bool
 
 
 def find_layout(folder: Path, given: Mapping[str, Any]) -> Layout:
@@ -90,7 +94,8 @@ def find_layout(folder: Path, given: Mapping[str, Any]) -> Layout:
     images = Path(str(keys["image_dir"])) if keys.get("image_dir") else None
     if images is not None and not images.is_dir():
         raise UserError(f"image_dir {images} is no folder; give the folder that holds the items' images")
-    return Layout(folder, files, user, item, time, history if history in columns else None, images)
+    listed = history if history in columns else None
+    return Layout(folder, files, user, item, time, listed, images, bool(keys.get("benchmark_filename")))
 
 
 def _inter_files(folder: Path, named: Any) -> tuple[Path, ...]:

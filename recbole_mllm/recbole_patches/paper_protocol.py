@@ -154,4 +154,6 @@ def train_on_histories(dataset_module: Any) -> None:
         for part in parts:
             columns = part.inter_feat.interaction.items()
             part.inter_feat = Interaction({name: column for name, column in columns if name != listed})
+        for table in (self.field2type, self.field2source, self.field2id_token, self.field2seqlen):
+            table.pop(listed, None)  # by which context-aware models choose what they read; the parts share them
         return parts

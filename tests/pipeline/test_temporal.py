@@ -210,7 +210,11 @@ def world(tmp_path_factory):
     return split(whole, home / "later", *TEMPORAL, "--max-list", "6"), Truth(rows, longest=6)
 
 
-MODELS = (*("Pop", "ItemKNN", "BPR", "LightGCN", "SASRec", "GRU4Rec", "BERT4Rec"), *("SASRecF", "GRU4RecF", "MLLMMSR"))
+MODELS = (
+    *("Pop", "ItemKNN", "BPR", "LightGCN", "FM", "DeepFM"),
+    *("SASRec", "GRU4Rec", "BERT4Rec", "SASRecF", "GRU4RecF", "MLLMMSR"),
+)
+GENERAL = MODELS[:6]
 SMALL = {
     "epochs": 1, "show_progress": False, "state": "ERROR", "metrics": ["NDCG", "GAUC"], "topk": [5], "use_gpu": False,
     "valid_metric": "NDCG@5", "frozen_candidates": True, "embedding_size": 8, "hidden_size": 8, "inner_size": 8,
@@ -221,6 +225,8 @@ SMALL = {
 def configured(folder, model, **keys):
     load = yaml.safe_load((folder / "dataset.yaml").read_text())["load_col"]
     own = {"mllm": "none"} if model == "MLLMMSR" else {}
+    if model in ("FM", "DeepFM"):
+        own = {"train_neg_sample_args": {"distribution": "uniform", "sample_num": 1}}
     if model.endswith("RecF"):
         own = {"load_col": load | {"item": ["item_id", "genres"]}, "selected_features": ["genres"]}
     mode = LOO | {"mode": "uni10"}
@@ -234,7 +240,7 @@ def raw_rows(data, part):
     return list(zip(*columns, strict=True))
 
 
-def test_ten_models_meet_one_set_of_candidates_and_learn_what_lies_before_the_first_moment(world):
+def test_models_of_every_kind_meet_one_set_of_candidates_and_learn_what_lies_before_the_first_moment(world):
     from recbole.data import create_dataset
 
     folder, truth = world
@@ -249,7 +255,7 @@ def test_ten_models_meet_one_set_of_candidates_and_learn_what_lies_before_the_fi
             data, train, test, digests[model] = done.dataset, done.train_data, done.test_data, done.candidates
             assert np.isfinite(list(done.test.values())).all()
         learnt = raw_rows(data, train._dataset)
-        if model in MODELS[:4]:
+        if model in GENERAL:
             assert Counter(learnt) == Counter(truth.training), model
         else:
             assert Counter(learnt) == Counter(row[:2] for row in truth.rows["train"]), model

@@ -15,6 +15,7 @@ from recbole_mllm.common.config import (
     check_training,
     check_values,
     checked_file,
+    completed,
     config_paths,
     every_key,
     is_model,
@@ -152,6 +153,14 @@ def test_a_section_for_one_model_is_read_for_it_alone(tmp_path):
 def test_the_benchmark_compares_on_leave_one_out_with_twenty_candidates():
     assert benchmark_defaults()["eval_args"]["mode"] == {"valid": "uni20", "test": "uni20"}
     assert benchmark_defaults()["valid_metric"] == "NDCG@10"
+
+
+def test_a_part_of_eval_args_leaves_the_other_parts_as_they_are():
+    """RecBole would split by shares, in random order."""
+    defaults = benchmark_defaults()
+    found = completed(defaults, {"eval_args": {"mode": "full"}, "topk": [1]})
+    assert found["eval_args"] == defaults["eval_args"] | {"mode": "full"} and found["topk"] == [1]
+    assert completed(defaults, {}) == defaults
 
 
 # YAML files

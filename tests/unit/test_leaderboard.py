@@ -201,6 +201,16 @@ def test_arrays_that_are_not_their_records_cost_the_row(field, tmp_path):
     assert lost.model == "SASRec" and "are not its record's; run it again with --force" in lost.status
 
 
+def test_rows_are_ranked_by_the_metric_that_they_were_validated_by(field, tmp_path):
+    def chosen_by(records, metric):
+        return [replace(run, config=run.config | {"valid_metric": metric}) for run in records]
+
+    by_hit = build(chosen_by(field, "hit@5"), tmp_path)
+    assert by_hit.valid_metric == "Hit@5" and "by Hit@5 on test" in legend(by_hit), "validation has no Hit@5"
+    both = [*chosen_by(field[:1], "Hit@5"), *chosen_by(field[1:], "MRR@10")]
+    assert build(both, tmp_path).valid_metric == "NDCG@10" == build(field, tmp_path).valid_metric
+
+
 def test_two_sets_of_candidates_are_refused_by_name(field, tmp_path):
     other = plant_run(tmp_path, "BPR", 0.5, candidates="other-digest")
     with pytest.raises(UserError) as error:

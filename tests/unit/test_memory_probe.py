@@ -54,7 +54,7 @@ def found(questions, answers):
 
 
 def test_a_model_that_knows_all_is_found_out_and_one_that_knows_one_kind_is_in_that_kind(folder, histories):
-    questions = questions_of("films", folder, histories, 7, 60)
+    questions = questions_of("films", folder, "item_id", histories, 7, 60)
     kinds = [BEGINNING, BY_ID, YEAR, GENRE, NEXT]
     assert list(found(questions, [q.truth[0] for q in questions])) == kinds
     for kind, finding in found(questions, [f"It is {q.truth[0]}." for q in questions]).items():
@@ -67,7 +67,7 @@ def test_a_model_that_knows_all_is_found_out_and_one_that_knows_one_kind_is_in_t
 @pytest.mark.parametrize("kind", ["guesses", "always the same", "refuses", "names everything"])
 def test_a_model_that_does_not_know_does_no_better_than_chance(folder, histories, kind):
     draw = random.Random(8)
-    questions = questions_of("films", folder, histories, 7, 60)
+    questions = questions_of("films", folder, "item_id", histories, 7, 60)
     said = {
         "guesses": lambda q: draw.choice([other for other in questions if other.kind == q.kind]).truth[0],
         "always the same": lambda q: next(other for other in questions if other.kind == q.kind).truth[0],
@@ -84,10 +84,10 @@ def test_a_model_that_does_not_know_does_no_better_than_chance(folder, histories
 
 
 def test_what_is_asked_holds_no_history_and_depends_on_the_seed_alone(folder, histories):
-    questions = questions_of("films", folder, histories, 7, 20)
+    questions = questions_of("films", folder, "item_id", histories, 7, 20)
     turned = dict(reversed(histories.items()))
-    assert questions_of("films", folder, turned, 7, 20) == questions
-    assert questions_of("films", folder, histories, 8, 20) != questions
+    assert questions_of("films", folder, "item_id", turned, 7, 20) == questions
+    assert questions_of("films", folder, "item_id", histories, 8, 20) != questions
     for q in (q for q in questions if q.kind == NEXT):
         user, *pair = re.search(r"user (\w+) take next: A, item (\d+), or B, item (\d+)", q.prompt.text).groups()
         right = pair["AB".index(q.truth[0])]
@@ -100,20 +100,36 @@ def test_what_is_asked_holds_no_history_and_depends_on_the_seed_alone(folder, hi
 
 def test_a_dataset_without_years_or_titles_of_several_words_is_asked_about_what_it_has(folder, histories):
     (folder / "films.item").write_text("item_id:token\ttitle:token_seq\n1\tOne\n2\tTwo\n")
-    assert {q.kind for q in questions_of("films", folder, histories, 7, 9)} == {BY_ID, NEXT}
+    assert {q.kind for q in questions_of("films", folder, "item_id", histories, 7, 9)} == {BY_ID, NEXT}
 
 
 def test_a_title_is_known_without_the_year_and_the_article_of_a_catalogue(folder, histories):
     titles = ["Toy Story (1995)", "Godfather, The (1972)", "Heat (1995)", "Usual Suspects, The (1995)", "2001"]
     rows = [f"{n}\t{title}\n" for n, title in enumerate(titles)]
     (folder / "films.item").write_text("item_id:token\ttitle:token_seq\n" + "".join(rows))
-    questions = questions_of("films", folder, {}, 7, 9)
+    questions = questions_of("films", folder, "item_id", {}, 7, 9)
     asked = {kind: {q.truth[0] for q in questions if q.kind == kind} for kind in (BEGINNING, BY_ID)}
     assert asked[BEGINNING] == {"Toy Story", "Usual Suspects"}, "no beginning gives the whole title away"
     assert asked[BY_ID] == {"Toy Story", "Godfather", "Heat", "Usual Suspects", "2001"}
     answers = {"Toy Story": "Toy Story", "Godfather": 'It is "The Godfather" (1972).', "Heat": "Heat, by Michael Mann"}
     assert all(q.is_answered(answers.get(q.truth[0], q.truth[0])) for q in questions)
     assert not any(q.is_answered("The (1995)") for q in questions)
+
+
+def test_whoever_repeats_the_question_knows_nothing(folder, histories):
+    """The year is in the title, the genre too, and the ids are not the first column."""
+    draw = random.Random(9)
+    rows = ["movie_title:token_seq\titem_id:token\trelease_year:token\tclass:token_seq"]
+    for n in range(ITEMS):
+        year, genre = draw.randrange(1930, 2000), draw.choice(GENRES)
+        title = f"{' '.join(draw.sample(WORDS, 3))}, a {genre} of {year}" if n % 2 else f"{draw.choice(WORDS)} ({year})"
+        rows.append(f"{title}\t{n}\t{year}\t{genre}")
+    (folder / "films.item").write_text("\n".join(rows) + "\n")
+    questions = questions_of("films", folder, "item_id", histories, 7, 60)
+    parrot = found(questions, [q.prompt.text for q in questions])
+    assert list(parrot) == [BEGINNING, BY_ID, YEAR, GENRE, NEXT]
+    assert all(finding.right == 0 for kind, finding in parrot.items() if kind != NEXT) and parrot[NEXT].p > 0.05
+    assert all(re.search("with the id .?[0-9]+.? in", q.prompt.text) for q in questions if q.kind == BY_ID)
 
 
 def test_the_command_asks_once_and_a_leaderboard_tells(tmp_path, monkeypatch, capsys):

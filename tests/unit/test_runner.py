@@ -17,7 +17,7 @@ from planted_runs import CANDIDATES, plant_run
 
 from recbole_mllm.benchmark.jobs import BenchmarkPlan, jobs_of
 from recbole_mllm.benchmark.process import LOG, failure, run_child
-from recbole_mllm.benchmark.records import append, read_records
+from recbole_mllm.benchmark.records import append, data_digests, one_set_of_data, read_records
 from recbole_mllm.benchmark.runner import benchmark
 from recbole_mllm.benchmark.worker import digests_of, run_job
 from recbole_mllm.common.errors import UserError
@@ -126,6 +126,30 @@ def test_each_run_is_done_once_unless_forced(tmp_path, worker):
     benchmark(plan(tmp_path, "Pop", seeds=(1,), overrides={"epochs": 9}), worker, str)
     *first, again, other = started(tmp_path)
     assert again in first and other not in first, "other settings are another run"
+
+
+def test_runs_of_other_data_share_no_leaderboard(tmp_path, worker):
+    folder = tmp_path / "demo"
+    folder.mkdir()
+    (folder / "demo.inter").write_text("A")
+    given = plan(tmp_path, "Pop", "SASRec")
+    config = {"data_path": str(folder), "benchmark_filename": None}
+    for job in jobs_of(given)[:1]:
+        record = plant_run(given.output_dir, "Pop", 1.0, run_id=job.run_id, config=config)
+        append(given.output_dir / "runs.jsonl", replace(record, data=data_digests(config, reads_items=True)))
+    (folder / "demo.item").write_text("not read by Pop")
+    (folder / "demo.inter").write_text("B")
+    with pytest.raises(
+        UserError, match=rf"{record.run_id} was run on another demo.inter than .*/demo holds now.* --force"
+    ):
+        benchmark(given, worker, str)
+    assert not (given.output_dir / "started.txt").exists()
+    other = replace(record, run_id="SASRec-1", data={"demo.inter": "b"})
+    with pytest.raises(UserError, match=rf"SASRec-1 was run on another demo.inter than {record.run_id} was"):
+        one_set_of_data([*read_records(given.output_dir / "runs.jsonl"), other])
+    assert benchmark(replace(given, force=True), worker, str) == []
+    shutil.rmtree(folder)
+    assert benchmark(given, worker, str) == [], "data that are gone make no finished run worthless"
 
 
 def test_a_report_that_cannot_be_written_costs_no_run(tmp_path, worker, monkeypatch):
