@@ -78,7 +78,7 @@ setup(
         "pyyaml>=6.0",
         "scipy>=1.12",
         "torch>=2.6",
-        "transformers>=5.0",
+        "transformers>=5.23",  # `mm_encoder_outputs` (5.18), without which images are not read; `decision`
         *NEEDED_BY_RECBOLE,
         *RECBOLE,
     ],

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]  # it ships no types
 
+from recbole_mllm.common.resources import TRANSFORMERS, is_usable_transformers
 from recbole_mllm.recbole_patches.apply import PATCHES
 
 RECBOLE = "1.2.1"
@@ -36,6 +37,8 @@ def examine(data: Path, tell: Callable[[str], None]) -> int:
     """
     tell(f"python        {platform.python_version()}, {platform.platform()}")
     missing = [name for name in _NEEDED if _version(name) is None]
+    found_version = _version("transformers")
+    is_old = found_version is not None and not is_usable_transformers(found_version)
     found = [f"{name} {_version(name) or '(missing)'}" for name in _NEEDED]
     tell(f"libraries     {', '.join(found)}")
     extras = [f"{name} {_version(name) or f'(missing: extra {extra})'}" for name, extra in _EXTRAS.items()]
@@ -55,7 +58,9 @@ def examine(data: Path, tell: Callable[[str], None]) -> int:
         tell(f"slow here     {line}")
     if missing:
         tell(f"not usable    {', '.join(missing)} missing: pip install {' '.join(missing)}")
-    return 1 if missing or broken else 0
+    if is_old:
+        tell(f"not usable    transformers {found_version} is too old: pip install 'transformers>={TRANSFORMERS}'")
+    return 1 if missing or broken or is_old else 0
 
 
 def _version(name: str) -> str | None:

@@ -10,10 +10,22 @@ from types import ModuleType
 MLLM = "MLLMMSR"
 """RecBole's name of this project's model, the one that reads summaries."""
 
+TRANSFORMERS = "5.23"
+"""The first version of transformers that can be used, as setup.py has it.
+
+Until 5.17 no model takes ``mm_encoder_outputs``: images would not be read, in silence. Before 5.23 none says whether it
+checkpoints activations, with which no prefix can be shared.
+"""
+
 _HERE = Path(__file__).resolve().parents[1]
 PROPERTIES = next(
     (folder for folder in (_HERE / "properties", _HERE.parent / "properties") if folder.is_dir()), _HERE / "properties"
 )
+
+
+def is_usable_transformers(found: str) -> bool:
+    """Return whether a version of transformers is `TRANSFORMERS` or a later one."""
+    return tuple(map(int, found.split(".")[:2])) >= tuple(map(int, TRANSFORMERS.split(".")))
 
 
 def resource(kind: str, name: str) -> Path | None:

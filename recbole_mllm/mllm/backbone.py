@@ -205,6 +205,19 @@ class Backbone:
                 inputs[kinds] = (behind if answers else ids == self.image_token_id).int()
         return {name: value.to(self.device) for name, value in inputs.items()}
 
+    def padded_logits(self, prompts: Sequence[Encoded], tokens: Sequence[int]) -> Tensor:
+        """Return ``[B, len(tokens)]`` float32 logits behind `prompts` by a plain forward pass, padded on the right."""
+        each, width = [self.plain_inputs(prompt) for prompt in prompts], max(len(prompt.ids) for prompt in prompts)
+        inputs = {
+            name: torch.cat([
+                functional.pad(one[name], (0, width - len(p.ids))) if one[name].shape == (1, len(p.ids)) else one[name]
+                for one, p in zip(each, prompts, strict=True)
+            ])
+            for name in each[0]
+        }  # fmt: skip
+        found = self.head_model(**inputs).logits.float()
+        return torch.stack([found[i, len(p.ids) - 1, list(tokens)] for i, p in enumerate(prompts)]).cpu()
+
     def plain_logits(self, prompt: Encoded) -> Tensor:
         """Return ``[T, V]`` float32 logits of `prompt` by the model's own forward pass; gradients flow."""
         return torch.as_tensor(self.head_model(**self.plain_inputs(prompt)).logits[0]).float()

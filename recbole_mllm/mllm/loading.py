@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from PIL import Image
 from safetensors import SafetensorError
 from torch import nn
@@ -30,6 +31,7 @@ from transformers.utils import logging as transformers_logging
 
 from recbole_mllm.common.errors import UserError, first_line
 from recbole_mllm.common.model_names import gguf_of, identity_of, revision_of, source_of
+from recbole_mllm.common.resources import TRANSFORMERS, is_usable_transformers
 from recbole_mllm.mllm.families import language_part
 from recbole_mllm.mllm.placement import check_room
 
@@ -88,8 +90,13 @@ def load(
 
     Raises:
         UserError: The name is neither a folder nor a model id that can be had, no auto class knows it, or it has not
-            all of its weights.
+            all of its weights; or this transformers would not read its images.
     """
+    if not is_usable_transformers(transformers.__version__):
+        raise UserError(
+            f"transformers {transformers.__version__} is too old here: models might not read their images; pip install "
+            f"'transformers>={TRANSFORMERS}'"
+        )
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     # what `accelerate launch` sets for FSDP: all but the first process would wait for Accelerate to send them weights

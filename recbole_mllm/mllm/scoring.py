@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from recbole_mllm.common.errors import first_line
+from recbole_mllm.common.errors import UserError, first_line
 from recbole_mllm.mllm.backbone import Backbone
 from recbole_mllm.mllm.encoder import Encoded
 from recbole_mllm.mllm.memory import in_batches
@@ -27,8 +27,9 @@ from recbole_mllm.mllm.memory import in_batches
 # fastest first. shared: common prefixes once; flat: batches of whole prompts; plain: its own call, one at a time
 ScoringMode = Literal["shared", "flat", "plain"]
 LEAST_GAIN = 512  # tokens a shared prefix must save to be worth a forward pass, and smaller batches behind it
-_TOLERANCE = {torch.float32: 1e-4}  # of the largest logit; half precision moves more by batching alone
-_HALF = 5e-2
+_EXACT = 1e-4  # of the largest logit, in float32
+_ROUNDINGS = 2  # of half precision's steps at the largest logit, and
+_NOISES = 4  # of what padding alone moves there: a mode may be off by so much
 # What a model that knows nothing of our caches, features or positions may raise
 UNSUITED = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
@@ -86,16 +87,26 @@ def find_scoring_mode(body: Backbone, prompts: Sequence[Encoded], tokens: Sequen
     pair = [first, Encoded((*first.ids, *first.ids[-3:] * 8), first.images)]
     model, training = body.head_model, body.head_model.training
     model.eval()  # dropout would make any two passes differ
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(body.device.type, enabled=False):  # compared as precisely as its weights are
         found = _exact_mode(body, pair, tokens)
     model.train(training)
     return found
 
 
 def _exact_mode(body: Backbone, pair: Sequence[Encoded], tokens: Sequence[int]) -> ScoringMode:
-    """Return the fastest mode that scores both prompts as the plain forward pass does; say why others are not used."""
-    own = torch.stack([plain_logits(body, prompt, tokens) for prompt in pair])
-    allowed = _TOLERANCE.get(body.head_model.dtype, _HALF) * max(1.0, own.abs().max().item())
+    """Return the fastest mode that scores both prompts as the plain forward pass does; say why others are not used.
+
+    Raises:
+        UserError: The plain forward pass fails.
+    """
+    try:
+        own = torch.stack([plain_logits(body, prompt, tokens) for prompt in pair])
+    except UNSUITED as error:
+        raise UserError(
+            f"models of the family {body.config.model_type} cannot be asked here: their own forward pass fails with "
+            f"{error_line(error)}; take another backbone (docs/backbones.md) or a server"
+        ) from error
+    allowed = _allowed(body, pair, tokens, own)
     modes: tuple[ScoringMode, ...] = ("shared", "flat")
     for mode in modes:
         try:
@@ -109,6 +120,18 @@ def _exact_mode(body: Backbone, pair: Sequence[Encoded], tokens: Sequence[int]) 
             f"{body.config.model_type}: {mode} scoring disagrees with a plain forward pass ({reason}); it is not used"
         )
     return "plain"
+
+
+def _allowed(body: Backbone, pair: Sequence[Encoded], tokens: Sequence[int], own: Tensor) -> float:
+    """Return how far logits may be from the plain forward pass's `own`, ``[2, len(tokens)]``, by rounding alone."""
+    dtype, scale = body.head_model.get_output_embeddings().weight.dtype, max(1.0, own.abs().max().item())
+    if dtype not in (torch.float16, torch.bfloat16):
+        return _EXACT * scale
+    try:
+        noise = (body.padded_logits(pair, tokens) - own).abs().max().item()
+    except UNSUITED:
+        noise = 0.0  # a batch is nothing it can read
+    return max(_ROUNDINGS * torch.finfo(dtype).eps * scale, _NOISES * noise)
 
 
 def error_line(error: Exception) -> str:

@@ -21,6 +21,7 @@ from recbole_mllm.arguments import Options, config_of, read_overrides
 from recbole_mllm.benchmark import runner, worker
 from recbole_mllm.benchmark.records import RECORDS, append
 from recbole_mllm.cli import commands, doctor, main
+from recbole_mllm.common.resources import TRANSFORMERS
 
 command_line = sys.modules["recbole_mllm.cli.main"]
 ROOT = Path(__file__).resolve().parents[2]
@@ -337,6 +338,10 @@ def test_doctor_says_what_is_here_and_what_is_not(capsys, monkeypatch):
     assert main(["doctor"]) == 1
     said = capsys.readouterr().out
     assert "not installed: pip install recbole==1.2.1" in said and "peft missing: pip install peft" in said
+    monkeypatch.setattr(doctor, "_version", lambda name: "5.17.1" if name == "transformers" else known(name))
+    assert main(["doctor"]) == 1
+    assert f"transformers 5.17.1 is too old: pip install 'transformers>={TRANSFORMERS}'" in capsys.readouterr().out
+    assert f'"transformers>={TRANSFORMERS}"' in (ROOT / "setup.py").read_text()
     assert main(["doctor", "--epochs=3"]) == 2
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shutil
+from contextlib import nullcontext
 from importlib import import_module
 
 import pytest
@@ -17,7 +18,7 @@ from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.model_names import identity_of
 from recbole_mllm.common.prompts import recommend_prompt
 from recbole_mllm.mllm.hf import HFModel
-from recbole_mllm.mllm.loading import NoVideos, load_processor
+from recbole_mllm.mllm.loading import NoVideos, load, load_processor
 
 PROMPTS = [recommend_prompt(STYLE, f"likes {what}", "a mug", None) for what in ("cats", "</s> dogs", "red [INST] cars")]
 
@@ -107,6 +108,13 @@ def test_a_folder_that_is_no_whole_model_is_refused_in_one_line(llama, tmp_path,
     with pytest.raises(UserError, match=message) as raised:
         HFModel(str(tmp_path / "model"), SETTINGS.mllm, CPU)
     assert "\n" not in str(raised.value)
+
+
+def test_a_transformers_that_would_not_read_images_is_refused(llama, monkeypatch):
+    for found, old in (("5.17.0", True), ("5.22.2", True), ("5.23.0", False), ("5.24.0.dev0", False), ("6.0", False)):
+        monkeypatch.setattr("transformers.__version__", found)
+        with pytest.raises(UserError, match=f"transformers {found} is too old") if old else nullcontext():
+            load(str(llama), torch.float32, CPU)
 
 
 def test_a_tower_that_is_not_whole_is_told_of(tmp_path, caplog):

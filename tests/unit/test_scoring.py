@@ -147,18 +147,31 @@ def test_an_unknown_family_is_trained_by_its_own_likelihood(unknown):
     assert all(module.training for module in model.model.modules())
 
 
-def test_a_prefix_lm_nobody_told_of_is_caught(tmp_path, monkeypatch, caplog):
-    """PaliGemma without its row in the table."""
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["paligemma", "gemma3", "llava"])
+def test_a_family_nobody_told_of_shares_what_it_can_in_any_precision(tmp_path, monkeypatch, caplog, family, dtype):
+    """Without its row in the table; the first reads its whole prompt both ways, the second an image."""
     monkeypatch.setattr(scoring, "LEAST_GAIN", 1)
-    monkeypatch.delitem(families._FAMILIES, "paligemma")
-    Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
-    model = HFModel(str(tiny_models.paligemma(tmp_path / "model")), SETTINGS.mllm, CPU)
+    monkeypatch.delitem(families._FAMILIES, family)
+    Image.effect_noise((40, 30), 60).convert("RGB").save(tmp_path / "red.png")
+    config = getattr(tiny_models, family)(tmp_path / "model") / "config.json"
+    config.write_text(config.read_text().replace('"final_logit_softcapping": 0.5', '"final_logit_softcapping": null'))
+    model = HFModel(str(config.parent), replace(SETTINGS.mllm, dtype=dtype), CPU)
     prompts = [recommend_prompt(STYLE, f"likes {w}", "a mug", tmp_path / "red.png") for w in ("cats", "small dogs")]
     answers = model.answers(STYLE)
     together = model.yes_scores(prompts, answers)
-    assert model.backbone.scoring_mode != "shared" and "paligemma: shared scoring disagrees" in caplog.text
+    assert (model.backbone.scoring_mode == "shared") == (family == "llava")
+    assert (f"{family}: shared scoring disagrees" in caplog.text) == (family != "llava")
     alone = torch.cat([model.yes_scores([prompt], answers) for prompt in prompts])
-    assert torch.allclose(together, alone, atol=1e-5)
+    assert torch.allclose(together, alone, atol=1e-5 if dtype == "float32" else 0.02)
+
+
+def test_a_family_is_checked_in_the_precision_of_its_weights_whatever_autocast_does(tmp_path, monkeypatch):
+    monkeypatch.delitem(families._FAMILIES, "llama")
+    model = HFModel(str(tiny_models.llama(tmp_path / "model")), SETTINGS.mllm, CPU)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss_of(model, PROMPTS, torch.ones(len(PROMPTS)))
+    assert model.backbone.scoring_mode == "shared"
 
 
 def test_what_holds_without_an_image_is_checked_again_with_one(tmp_path, monkeypatch):
