@@ -28,6 +28,12 @@ _COURSE = (
     "seed", "epochs", "train_batch_size", "gradient_accumulation_steps", "micro_batch_size", "group_by_item", "shuffle",
     "share_prefix", "loss_on", "train_last_k", "limit_users", "train_neg_sample_args", "learner", "learning_rate",
     "lr_scheduler", "warmup_ratio", "weight_decay", "clip_grad_norm", "lora_dropout", "dtype", "enable_amp",
+    # what the questions hold, and which rows are asked
+    "prompt_style", "prompt_order", "item_kind", "use_image", "max_text_tokens", "history_titles", "control",
+    "summary_mode", "block_size", "partial_block", "max_history", "item_summary", "item_summarizer", "user_summarizer",
+    "item_summary_tokens", "user_summary_tokens", "summary_temperature", "summary_top_p", "summary_seed",
+    "summary_repetition_penalty", "eval_args", "valid_metric", "stopping_step", "benchmark_filename",
+    "user_inter_num_interval", "item_inter_num_interval",
 )  # fmt: skip
 
 

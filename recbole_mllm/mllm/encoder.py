@@ -106,9 +106,14 @@ class Encoder:
         """
         if prompt.images and self.processor is None:
             raise UserError("this model reads no images; set use_image: false and item_summary: text or none")
+        if prompt.images and self.architecture.attends_across:
+            raise UserError(
+                "models that attend to images in layers of their own (Llama-3.2-Vision) read none here; take another "
+                "backbone (docs/backbones.md) or a server, or set use_image: false and item_summary: text or none"
+            )
         images, room = tuple(self.image(path) for path in prompt.images), max(room, ROOM)
         bound = self.max_text_tokens * _LETTERS
-        pieces = [text[:bound] if place % 2 else text for place, text in enumerate(prompt.pieces())]
+        pieces = [shorter(text, bound) if place % 2 else text for place, text in enumerate(prompt.pieces())]
         ids = self._ids(pieces, images, answer, prompt.system)
         seen = sum(len(image.ids) - 1 for image in images)  # beside its mark, which is among the text's
         most = min(self.max_text_tokens, self.positions - seen - room)
@@ -120,7 +125,7 @@ class Encoder:
             tokens = max(1, len(self._plain.ids(self._plain.guard(text))))
             left = min(len(text) - 1, int(len(text) * max(0, tokens - len(ids) + most) / tokens))
             # half the text at most in one step: another may have become the longest by then
-            pieces[longest] = text[: max(FEWEST, left, len(text) // 2)].rstrip()
+            pieces[longest] = shorter(text, max(FEWEST, left, len(text) // 2))
             ids = self._ids(pieces, images, answer, prompt.system)
         return Encoded(self._expanded(ids, images), images)
 
@@ -212,6 +217,22 @@ def longest_text(pieces: Sequence[str]) -> int | None:
     """Return the place of the longest filled-in text in a prompt's `pieces`; None where each is as short as can be."""
     longest = max(range(1, len(pieces), 2), key=lambda i: len(pieces[i]), default=0)
     return longest if longest and len(pieces[longest]) > FEWEST else None
+
+
+def shorter(text: str, length: int) -> str:
+    """Return at most `length` characters of a filled-in text: its beginning.
+
+    Of titles that stand for a preference, the one text of several lines, these are its first line and the newest.
+    """
+    if len(text) <= length:
+        return text
+    head, *lines = text.split("\n")
+    left = length - len(head) - sum(len(line) + 1 for line in lines)
+    gone = 0
+    while left < 0 and gone < len(lines) - 1:
+        left += len(lines[gone]) + 1
+        gone += 1
+    return "\n".join([head, *lines[gone:]])[:length].rstrip()
 
 
 def lists_items(pieces: Sequence[str]) -> bool:

@@ -31,6 +31,8 @@ class Architecture:
     positions_in_three_axes: bool = False
     # Without a chat template: <bos> stands behind the last image and a newline ends the prompt
     bos_behind_image: bool = False
+    # Its language model attends to images in layers of their own (Llama-3.2-Vision), which is not computed here
+    attends_across: bool = False
     # The name of the language model among the modules; None: the model says which it is
     language: str | None = "language_model"
 
@@ -74,7 +76,9 @@ def architecture_of(model: Any) -> Architecture:
     found = _FAMILIES.get(str(model.config.model_type))
     if found is not None:
         return replace(found, known=str(model.config.get_text_config().model_type) in found.texts)
-    return Architecture(language=None, positions_in_three_axes=hasattr(model.base_model, "get_rope_index"))
+    across = getattr(model.config.get_text_config(), "cross_attention_layers", None)
+    three = hasattr(model.base_model, "get_rope_index")
+    return Architecture(language=None, positions_in_three_axes=three, attends_across=bool(across))
 
 
 def language_part(model: Any) -> tuple[str, nn.Module]:

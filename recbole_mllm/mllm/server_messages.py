@@ -15,7 +15,7 @@ from PIL import Image
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.prompts import CLOSE, IMAGE, OPEN, Prompt
 from recbole_mllm.data.images import open_image
-from recbole_mllm.mllm.encoder import FEWEST, SHORTER_HISTORY, lists_items, longest_text
+from recbole_mllm.mllm.encoder import FEWEST, SHORTER_HISTORY, lists_items, longest_text, shorter
 from recbole_mllm.mllm.interface import MOST_CHARACTERS, Answer
 
 # A server tokenises the whole text, so a special token's spelling inside a title would become that token (and an image
@@ -93,7 +93,7 @@ def cut(prompt: Prompt, times: int) -> list[str]:
                 f"the server finds a prompt too long, and what is left of it is {what}; {advice}serve the model with a "
                 "longer context"
             )
-        pieces[longest] = pieces[longest][: max(FEWEST, len(pieces[longest]) // 2)].rstrip()
+        pieces[longest] = shorter(pieces[longest], max(FEWEST, len(pieces[longest]) // 2))
     return pieces
 
 

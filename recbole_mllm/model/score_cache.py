@@ -23,12 +23,12 @@ from recbole_mllm.common.prompts import Prompt
 from recbole_mllm.data.images import image_digest
 
 _RECORD = struct.Struct("<16sd")
-_VERSION = 1  # of how prompts are encoded and scored
+_VERSION = 2  # of how prompts are named, encoded and scored
 
 
 def prompt_digest(prompt: Prompt) -> bytes:
-    """Return 16 bytes that stand for the prompt's text and the bytes of its images."""
-    parts = [prompt.marked, *(image_digest(path) for path in prompt.images)]
+    """Return 16 bytes that stand for the prompt's texts and the bytes of its images."""
+    parts = [prompt.system, prompt.marked, *(image_digest(path) for path in prompt.images)]
     return hashlib.sha256("\0".join(parts).encode()).digest()[:16]
 
 

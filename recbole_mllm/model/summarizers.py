@@ -192,7 +192,8 @@ def _summarizers(settings: Settings, device: torch.device) -> dict[str, Summariz
                     logging.getLogger().warning(f"{key}: {why}; only summaries that are there already will do")
         rules = rules if mode != "none" else ""
         load = partial(_writer, key, settings, device)
-        found[kind] = Summarizer(identity, load, split and not is_server(name), rules, former)
+        limit = None if is_server(name) else models.max_text_tokens
+        found[kind] = Summarizer(identity, load, split and not is_server(name), rules, former, limit)
     return found
 
 

@@ -111,6 +111,7 @@ class CachedGenerator:
         may_write: Whether the model may be loaded at all.
         in_step: The model is split among the processes of a run: they all must call `generate`, each as often as the
             others, and all load it if one must.
+        limit: Tokens of text beyond which the model's prompts are shortened: such answers hold for this limit alone.
         leases: With them, what another process is generating is waited for, behind everything else. So processes that
             ask for the same share the work.
         keys: The store's keys of all answers so far.
@@ -125,6 +126,7 @@ class CachedGenerator:
     former: str | None = None
     may_write: bool = True
     in_step: bool = False
+    limit: int | None = None
     leases: Leases | None = None
     tally: Tally = field(default_factory=Tally)
     findings: Findings = field(default_factory=Findings)
@@ -282,7 +284,7 @@ class CachedGenerator:
                 return
             mine, known = {job.key for job in batch}, dict[str, str]()
             if self.leases is not None:
-                mine, known = self.leases.claim([job.key for job in batch])
+                mine, known = self.leases.claim([job.key for job in batch], self.limit)
             for job in batch:
                 if job.key in known:
                     del self._jobs[job.key]
@@ -295,7 +297,7 @@ class CachedGenerator:
         """Take requests until `count` wait for the model; what the store knows is handed on at once."""
         while len(self._waiting) < count and (fresh := self._source.ready(_AT_A_TIME)):
             keyed = [(key, request) for request in fresh if (key := self._key(request)) is not None]
-            known = self.store.get([key for key, _ in keyed]) | {key: a.text for key, a in self._unstored}
+            known = self.store.get([key for key, _ in keyed], self.limit) | {key: a.text for key, a in self._unstored}
             known |= self._taken_over([(key, request) for key, request in keyed if key not in known])
             batch: list[_Job] = []
             self.tally.asked += len(fresh)
@@ -347,7 +349,7 @@ class CachedGenerator:
         now = time.perf_counter()
         if self._unstored:
             keys, answers = [key for key, _ in self._unstored], [answer for _, answer in self._unstored]
-            self.store.add(self.kind, self.identity, keys, answers, now - self._stored_at)
+            self.store.add(self.kind, self.identity, keys, answers, now - self._stored_at, self.limit or 0)
             if self.leases is not None:
                 self.leases.release(keys)
             self._unstored = []
@@ -386,6 +388,7 @@ class Summarizer:
     is_split: bool = False
     rules: str = ""  # what its generation_config asks of a text (`mllm.generation.own_rules`)
     former: str | None = None  # what its identity was before its commit was known
+    limit: int | None = None  # `max_text_tokens`, which a server does not follow
 
 
 @dataclass(frozen=True, slots=True)
@@ -407,7 +410,7 @@ def _generator(kind: str, setup: SummarySetup, store: Store) -> CachedGenerator:
     decoding = decodings(setup.settings, setup.summarizers)[kind]
     leases = None if isinstance(store, ReadOnlyStore) else Leases(store)  # nothing is claimed where nothing is written
     return CachedGenerator(
-        kind, cache(of.load), of.identity, store, decoding, of.former, may_write, of.is_split, leases
+        kind, cache(of.load), of.identity, store, decoding, of.former, may_write, of.is_split, of.limit, leases
     )
 
 

@@ -59,6 +59,21 @@ def test_a_planted_world_is_ranked_perfectly(settings):
     assert found["hit@3"] == found["mrr@10"] == found["ndcg@10"] == found["gauc"] == 1.0
 
 
+def test_questions_that_were_shortened_are_told_once(settings, caplog):
+    keys = {
+        "summary_mode": "none",
+        "item_summary": "none",
+        "use_image": False,
+        "finetune": "none",
+        "show_progress": False,
+    }
+    told = r"(\d+) questions were over max_text_tokens = {}, or the model's positions"
+    for limit, found in ((60, 1), (400, 0)):
+        caplog.clear()
+        run_recbole("MLLMMSR", "steps", config_dict=settings | keys | {"max_text_tokens": limit})
+        assert len(re.findall(told.format(limit), caplog.text)) == found
+
+
 def test_summaries_are_exported_and_off_accepts_them_but_makes_none(settings, place):
     run_recbole("MLLMMSR", "steps", config_dict=settings | {"finetune": "none"})
     assert list((place / "data" / "steps").glob("steps.*.isum")) and list(

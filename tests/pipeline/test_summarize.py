@@ -51,6 +51,27 @@ def test_a_dry_run_counts_what_the_run_then_does_and_what_the_store_has_as_writt
     assert _digests(folder) == half and half.keys() == before.keys()
 
 
+def test_a_higher_limit_writes_again_what_was_shortened_and_nothing_else(folder, caplog):
+    """The remedy that the log advises; each limit has its own tag, and its own texts in it."""
+    words = ["summarize", "--dataset", "steps", "--mllm=tiny", "--limit_users=8", "--block_size=2"]
+    words += ["--item_summary_tokens=6", "--user_summary_tokens=20", "--prompt_style=demo"]
+
+    def texts(limit):
+        caplog.clear()
+        assert main([*words, f"--max_text_tokens={limit}"]) == 0
+        path = max(folder.glob("*.usum"), key=lambda path: path.stat().st_mtime_ns)
+        return [int(n) for n in re.findall(r"(\d+) written", caplog.text)], path.read_text()
+
+    _, short = texts(40)
+    shortened = int(re.search(r"prompt shortened\s+(\d+) of", caplog.text)[1])
+    (_, again), raised = texts(400)
+    assert again >= shortened > 0 and raised != short and "prompt shortened" not in caplog.text
+    assert texts(400)[0] == [0, 0] == texts(40)[0], "what is whole is so for every limit"
+    for path in folder.glob("steps.mllm.sqlite*"):
+        path.unlink()
+    assert texts(400)[1] == raised, "as if the lower limit had never been"
+
+
 def _answers(path, query="SELECT COUNT(*) FROM answers"):
     with closing(sqlite3.connect(path)) as db:
         return db.execute(query).fetchone()[0]

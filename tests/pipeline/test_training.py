@@ -164,7 +164,8 @@ def test_auto_finds_nothing_of_a_run_with_other_settings(finished):
     base, folder = trainer.model.other_parameter()["base"], Path(trainer.checkpoint_dir)
     assert newest(folder, base, trainer.config, CPU) == last_of(Path(trainer.saved_model_file))
     assert newest(folder, "other#1:float32", trainer.config, CPU) is None
-    for key, value in {"seed": 8, "lora_r": 4, "learning_rate": 0.1, "train_last_k": None}.items():
+    other = {"seed": 8, "lora_r": 4, "learning_rate": 0.1, "train_last_k": None, "use_image": True, "block_size": 9}
+    for key, value in (other | {"control": "wrong-summary", "max_text_tokens": 77, "eval_args": {}}).items():
         config = {name: trainer.config[name] for name in (*_MODEL, *_COURSE)} | {key: value}
         assert newest(folder, base, config, CPU) is None
 

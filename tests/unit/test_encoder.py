@@ -14,16 +14,19 @@ from planted_writers import Planted, StoreInMemory, answers_of
 from stock_forward import CPU, SETTINGS, STYLE
 from tiny_models.words import byte_level, gemma_sentencepiece, llama_sentencepiece
 from tokenizers import AddedToken, normalizers
+from transformers import MllamaConfig, MllamaForConditionalGeneration
 
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.model_names import Endpoint
-from recbole_mllm.common.prompts import Prompt, recommend_prompt
+from recbole_mllm.common.prompts import Prompt, recommend_prompt, titles_as_preference
 from recbole_mllm.common.settings import ServerSettings
 from recbole_mllm.data.item_table import Items
-from recbole_mllm.mllm.encoder import ROOM, PlainText
+from recbole_mllm.mllm.encoder import ROOM, PlainText, shorter
+from recbole_mllm.mllm.families import architecture_of
 from recbole_mllm.mllm.hf import HFModel
 from recbole_mllm.mllm.interface import Batch, Decoding
 from recbole_mllm.mllm.server import ServerModel
+from recbole_mllm.mllm.server_messages import messages
 from recbole_mllm.summaries.generator import CachedGenerator
 from recbole_mllm.summaries.user_summaries import SummaryRequests, preferences
 
@@ -217,7 +220,41 @@ def test_an_image_that_a_processor_refuses_is_named(tmp_path):
         model.encoder(recommend_prompt(STYLE, "likes cats", "a mug", tmp_path / "line.png"))
 
 
+def test_of_titles_that_stand_for_a_preference_the_newest_stay(bundled):
+    titles = [f"title number {n}" for n in range(60)]
+    prompt = recommend_prompt(STYLE, titles_as_preference(STYLE, titles), "a mug", None)
+    encoder = replace(bundled.encoder, max_text_tokens=120)
+    read = encoder.tokenizer.decode(encoder(prompt).ids)
+    kept = [title for title in titles if f"{title}\n" in f"{read}\n"]
+    assert 3 < len(kept) < 30 and kept == titles[-len(kept) :]
+    assert STYLE.titles.partition("{")[0].strip() in read and "a mug" in read
+    assert "title number 59" in str(messages(prompt, shortened=3)) and "number 20" not in str(messages(prompt, 3))
+
+
+@given(st.text(alphabet="ab\n", max_size=40), st.integers(1, 30))
+def test_a_shortened_text_is_as_long_as_it_may_be_at_most_and_whole_where_it_may_be(text, length):
+    found = shorter(text, length)
+    assert len(found) <= length and (found == text or len(text) > length)
+
+
 def test_a_text_model_says_that_it_reads_no_images(tmp_path, picture):
     text = HFModel(str(tiny_models.llama(tmp_path)), SETTINGS.mllm, CPU)
     with pytest.raises(UserError, match="reads no images; set use_image: false"):
         text.encoder(recommend_prompt(STYLE, "likes cats", "a mug", picture))
+
+
+def test_a_model_that_attends_to_images_in_layers_of_their_own_is_said_to_read_none(tmp_path, picture):
+    vision = {"num_hidden_layers": 1, "num_global_layers": 1, "intermediate_layers_indices": [0], "hidden_size": 32}
+    text = {
+        "num_hidden_layers": 2,
+        "cross_attention_layers": [1],
+        "hidden_size": 32,
+        "vocab_size": 99,
+        "pad_token_id": 0,
+    }
+    with torch.device("meta"):
+        llama = MllamaForConditionalGeneration(MllamaConfig(vision_config=vision, text_config=text))
+    model = HFModel(str(tiny_models.llava(tmp_path)), SETTINGS.mllm, CPU)
+    model.encoder.architecture = architecture_of(llama)
+    with pytest.raises(UserError, match=r"layers of their own \(Llama-3.2-Vision\) read none here"):
+        model.encoder(recommend_prompt(STYLE, "likes cats", "a mug", picture))

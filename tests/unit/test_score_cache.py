@@ -1,6 +1,7 @@
 """Scores of a killed evaluation: found again for the same state and prompt alone, and never a reason to stop."""
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -37,6 +38,7 @@ def test_scores_come_back_bit_for_bit_for_their_own_state(score, tmp_path):
     again, asked, cache = score(PROMPTS)
     assert asked == 20 and again[:30] == first
     assert score(PROMPTS, "other")[1] == 50
+    assert score([replace(prompt, system="Judge.") for prompt in PROMPTS])[1] == 50
     cache.remove()
     assert [path.name for path in tmp_path.iterdir()] == ["scores-other.0"]
     cache.use(False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -86,6 +87,7 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
         self.backbone = self.mllm.model
         self._ahead: Scores = {}
         self._cache = ScoreCache(Path(config["checkpoint_dir"]))
+        self._tells_shortened = False
         self._in_shares = False  # whether all processes now ask for the same scores at the same time
         self._elsewhere = [0, 0]  # tokens read and cached scores found by other processes
 
@@ -274,9 +276,17 @@ class MLLMMSR(SequentialRecommender):  # type: ignore[misc]
         self.forget()
         self._in_shares = True
         self._cache.use(cached and self.backbone is not None)  # a server's weights may change behind its model's name
+        before = getattr(self.mllm.encoder, "truncated", 0)
         try:
             yield
         finally:
+            if (shortened := getattr(self.mllm.encoder, "truncated", 0) - before) and not self._tells_shortened:
+                self._tells_shortened = True
+                limit = self.settings.mllm.max_text_tokens
+                logging.getLogger().warning(
+                    f"{shortened} questions were over max_text_tokens = {limit}, or the model's positions: their "
+                    "longest texts were shortened, in training as in scoring"
+                )
             self._in_shares = False
             self._cache.use(False)
             self.forget()
