@@ -68,13 +68,13 @@ setup(
     },
     entry_points={"console_scripts": ["recbole-mllm = recbole_mllm.cli:main"]},
     install_requires=[
-        "accelerate>=1.0",
-        "huggingface-hub>=1.30",  # resolve_revision
-        "jinja2>=3.1",
+        "accelerate>=1.1",
+        "huggingface-hub>=1.31",  # resolve_revision
+        "jinja2>=3.1.6",
         "numpy>=1.26",
         "pandas>=2.2",
-        "peft>=0.17",
-        "pillow>=10.0",
+        "peft>=0.18",
+        "pillow>=10.0.1",
         "pyyaml>=6.0",
         "scipy>=1.12",
         "torch>=2.6",

@@ -19,7 +19,7 @@ from recbole_mllm.mllm.generation import answer
 from recbole_mllm.mllm.interface import Work
 from recbole_mllm.mllm.loading import Loaded, dtype_of, load
 from recbole_mllm.mllm.loss import make_examples
-from recbole_mllm.mllm.scoring import yes_logits
+from recbole_mllm.mllm.scoring import scoring_mode, yes_logits
 
 _META = torch.device("meta")
 
@@ -67,6 +67,8 @@ class HFModel:
         """Split the model's layers among the processes that share its work; all of them must do so."""
         sharding.split(self.model, self.device)
         self.backbone = Backbone(self.model, split=True)
+        # a family without a row is tried out here, as later one process would score while another one learns
+        scoring_mode(self.backbone, [self.encoder(Prompt("A question? Answer Yes or No."))], ())
 
     def checkpoint_gradients(self) -> None:
         """Compute layers again on the way back rather than keep their activations; the gradients are the same.
