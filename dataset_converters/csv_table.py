@@ -98,7 +98,7 @@ class CsvTable(Source):
                 yield Row(row[user], row[item], at, None if stars is None else float(stars))
 
     def items(self, intake: Intake) -> Iterator[ItemRow]:
-        """Yield each row of the items table, or the first row of each item in the interactions' table."""
+        """Yield each row of the items table, or of the interactions' table the first title and image of each item."""
         path = self._items or self._table
         if self._items is None:  # it is read a second time, and what is wrong with it was reported the first time
             intake = Intake(skip_bad_rows=True, multiline=intake.multiline)
@@ -106,13 +106,24 @@ class CsvTable(Source):
         item = _find(header, "item", self._item_column(header), path)
         title, image = (_find(header, key, getattr(self._columns, key), path) for key in ("title", "image"))
         assert item is not None
-        known: set[str] = set()
-        for row in rows:
-            if self._items is None and row[item] in known:
-                continue
-            known.add(row[item])
-            named_image = self._below(row[image]) if image is not None else ""
-            yield ItemRow(row[item], row[title] if title is not None else "", named_image)
+        described = (
+            ItemRow(
+                row[item],
+                row[title] if title is not None else "",
+                self._below(row[image]) if image is not None else "",
+            )
+            for row in rows
+        )
+        if self._items is not None:
+            yield from described
+            return
+        first: dict[str, ItemRow] = {}
+        for one in described:
+            known = first.setdefault(one.item, one)
+            if not (known.title.strip() and known.image.strip()):
+                title_of, image_of = (a if a.strip() else b for a, b in zip(known[1:3], one[1:3], strict=True))
+                first[one.item] = ItemRow(one.item, title_of, image_of)
+        yield from first.values()
 
     def images(self) -> Path | None:
         """Return the folder that image names are below, or that holds images by item id.

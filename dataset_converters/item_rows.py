@@ -80,11 +80,11 @@ def plain_rows(
             del left[row.item]
             catalog.described += 1
             title = clean(row.title)
-            seen[row.item] = hash((title, row.image))
+            seen[row.item] = hash((title, row.image, row.url))
             catalog.without_title += not title
             yield row._replace(title=title, features=tuple(clean(f) for f in row.features))
         elif row.item in seen:
-            if seen[row.item] != hash((clean(row.title), row.image)):
+            if seen[row.item] != hash((clean(row.title), row.image, row.url)):
                 intake.refuse(f"item {row.item[:60]!r} is described a second time, with another title or image")
             else:
                 catalog.repeated += 1
@@ -130,7 +130,8 @@ class ImageSource:
 
 def _entries(folder: Path) -> Iterator[Path]:
     with os.scandir(folder) as entries:
-        yield from (Path(entry.path) for entry in entries if entry.is_file() or entry.is_symlink())
+        # a link first: what it leads to is looked at when it is opened, and it may lead to itself
+        yield from (Path(entry.path) for entry in entries if entry.is_symlink() or entry.is_file())
 
 
 def write_items(

@@ -6,10 +6,12 @@ from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
+from recbole_mllm.common.errors import UserError
+
 from .convert import Source
 from .interactions import Row
 from .item_rows import ItemRow
-from .source import NO_NUMBER, Intake, columns, folder_named, named, number, only_one
+from .source import NO_NUMBER, Intake, columns, folder_named, is_header, named, number, only_one
 
 
 class MicroLens(Source):
@@ -54,7 +56,12 @@ class MicroLens(Source):
             items = [item for item in row[-1].split(" ") if item]
             if place == 0 and named(row, ("user", "items")) == [0, 1]:
                 intake.header()
-            elif len(row) != 2 or not items:
+            elif place == 0 and is_header(row, ("user", "items", "item")):
+                raise UserError(
+                    f"{path}:1: is this a header? name the columns user and items, in this order; it holds "
+                    f"{', '.join(row)[:200]!r}"
+                )
+            elif len(row) != 2 or not items or "," in row[-1]:
                 intake.refuse("expected a user, a tab, and items separated by spaces")
             else:
                 intake.file.listed += len(items) - 1

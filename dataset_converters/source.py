@@ -390,7 +390,7 @@ def columns(rows: Iterator[list[str]], intake: Intake, *wanted: str) -> Iterator
         UserError: The first line names some of them and cannot be a row, or was a header that cannot be read.
     """
     first = next(rows, None)
-    if intake.file.rejected and _names(re.split(r'[,;|\t:"]+', intake.file.first), wanted):
+    if intake.file.rejected and is_header(re.split(r'[,;|\t:"]+', intake.file.first), wanted):
         raise UserError(f"{intake.file.path}:1: the names of the columns cannot be read; fix the line")
     if first is None:
         return
@@ -398,7 +398,7 @@ def columns(rows: Iterator[list[str]], intake: Intake, *wanted: str) -> Iterator
     if places is not None:
         intake.header()
     else:
-        if _names(first, wanted) and not _may_be_row(first, wanted):
+        if is_header(first, wanted) and not _may_be_row(first, wanted):
             raise UserError(
                 f"{intake.file.path}:{intake.file.at}: is this a header? name each of {', '.join(wanted)} once, as "
                 f"{', '.join(_spellings(what)[0] for what in wanted)}; it holds {', '.join(first)[:200]!r}"
@@ -419,7 +419,8 @@ def named(row: Sequence[str], wanted: Sequence[str]) -> list[int] | None:
     return [places[0] for places in found] if all(len(places) == 1 for places in found) else None
 
 
-def _names(cells: Sequence[str], wanted: Sequence[str]) -> bool:
+def is_header(cells: Sequence[str], wanted: Sequence[str]) -> bool:
+    """Return whether any of `cells` is a usual name of one of the `wanted` columns."""
     known = {name for what in wanted for name in _spellings(what)}
     return any(cell.strip().lower() in known for cell in cells)
 

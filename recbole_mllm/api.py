@@ -161,8 +161,9 @@ class SummariesResult:
 
     Attributes:
         items: Columns ``item_id``, ``title``, ``summary``.
-        users: Columns ``user_id``, ``seen`` (how many interactions a text has read, from the user's first) and
-            ``summary``, one row a state. Empty under ``stage="items"`` and ``summary_mode: none``.
+        users: Columns ``user_id``, ``seen`` (how many interactions a text has read), ``history`` (a digest of these:
+            with ``max_history`` or benchmark files they may begin behind the user's first) and ``summary``, one row a
+            state. Empty under ``stage="items"`` and ``summary_mode: none``.
         paths: The files that hold them.
         notes: Lines on what was left out, if anything.
     """
@@ -208,7 +209,7 @@ def run_summaries(
     items = pd.DataFrame(rows.get(".isum", []), columns=["item_id", "summary"])
     titles = read_items(Path(config["data_path"]), None, config["ITEM_ID_FIELD"])
     items.insert(1, "title", [titles.title(item) for item in items["item_id"]])
-    users = pd.DataFrame(rows.get(".usum", []), columns=["user_id", "seen", "summary"])
+    users = pd.DataFrame(rows.get(".usum", []), columns=["user_id", "seen", "history", "summary"])
     users["seen"] = users["seen"].astype(float).astype(int)
     return SummariesResult(items, users, written.files, tuple(written.left))
 

@@ -394,7 +394,7 @@ def write_summaries(config: Any, stage: str, *, since: str | None = None) -> Wri
         lines = _left(refresh(setup, requests, users)[1], since)
     else:
         make_item_summaries(setup, requests)
-    files = (isum_file(setup.folder, setup.tag), usum_file(setup.folder, setup.tag))
+    files = [isum_file(setup.folder, setup.tag), *([usum_file(setup.folder, setup.tag)] if stage != "items" else [])]
     return WrittenSummaries(tuple(path for path in files if path.is_file()), lines)
 
 

@@ -113,7 +113,7 @@ class Recommender:
         Raises:
             UserError: A user or an item is unknown, or the model cannot rank for a user it has not been trained on.
         """
-        checked("top", top, Count)
+        top = checked("top", top, Count)
         if isinstance(user, Iterable) and not isinstance(user, str):
             users = _ids(user)
             if not users:

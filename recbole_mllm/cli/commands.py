@@ -217,7 +217,9 @@ def recommend(args: Namespace, options: Options) -> int:
         raise UserError(f"--candidates {args.candidates} is empty; give a text file with one item id a line")
     from recbole_mllm.recommender import Recommender  # loads torch
 
-    history = None if args.history is None else [item for item in next(csv.reader([args.history]), []) if item]
+    history = None if args.history is None else next(csv.reader([args.history]), [])
+    if history and not all(history):
+        raise UserError(f"--history {args.history!r} holds an empty item id; give raw ids with one comma between two")
     found = Recommender(
         args.checkpoint,
         retriever_checkpoint=args.retriever_checkpoint,
@@ -478,7 +480,7 @@ def store_show(args: Namespace, options: Options) -> int:
                     title = read_titles(folder, tag.about["item_field"], {owner}).get(owner, "")
                     head = f"item {owner}, title: {title or '-'}, image: {', '.join(read) or '-'}"
                 else:
-                    head = f"user {owner}, position {place.seen}, has read {', '.join(read)}"
+                    head = f"user {owner}, position {place.seen}, history {place.history}, has read {', '.join(read)}"
                     head += f" and what was written at {found.summary.continues.seen}" if found.summary.earlier else ""
                 print(head)
                 if args.prompt:

@@ -548,6 +548,11 @@ def check_place(path: Path, option: str) -> None:
 
 
 def _resolved(path: Path, option: str) -> Path:
+    try:
+        os.lstat(path)
+    except (OSError, ValueError) as error:  # ValueError: it holds a NUL
+        if isinstance(error, ValueError) or error.errno == errno.ENAMETOOLONG:
+            raise UserError(f"{option} {str(path)[:80]!r}: {error.args[-1]}; give another name") from None
     if str(path).startswith("~"):  # a folder of that name is removed as ``rm -r ~``
         raise UserError(f"{option} {path}: the shell has left ~ as it is; write the folder in full, or ./{path}")
     for part in (path, *path.parents):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import re
+import sys
 import time
 import zlib
 from collections.abc import Iterator
@@ -250,8 +250,10 @@ def _row(line: str, where: str) -> StoredAnswer:
     for name, kind in (get_type_hints(StoredAnswer) | {"truncated": bool}).items():
         value = answer[name]
         right = type(value) is kind or (kind is float and type(value) is int)
-        if not right or (kind in (int, float) and not 0 <= value < (2**63 if kind is int else math.inf)):
+        if not right or (kind in (int, float) and not 0 <= value < (2**63 if kind is int else sys.float_info.max)):
             raise UserError(f"{where}: {name} is not {_WANTED[kind]}")
+        if kind is str and not value.isascii() and value != value.encode(errors="replace").decode():
+            raise UserError(f"{where}: {name} holds half a surrogate pair, which is no text")
     if not _KEY.fullmatch(answer["key"]):
         raise UserError(f"{where}: key is not 64 hexadecimal digits")
     if clean(answer["text"]) != answer["text"]:

@@ -199,9 +199,12 @@ def read_rows(path: Path, kind: str) -> Iterator[tuple[Place, tuple[int, str]]]:
     met: dict[Place, int] = {}
     for line, row in read_numbered(path):
         try:
-            seen = int(float(row[schema.SEEN])) if kind == "user" else 0
-        except ValueError:
-            raise UserError(f"{path}:{line}: {schema.SEEN} is {row[schema.SEEN]!r}; it must be a number") from None
+            seen = int(count := float(row[schema.SEEN])) if kind == "user" else 0
+            if kind == "user" and seen != count:
+                raise ValueError
+        except (ValueError, OverflowError):  # OverflowError: inf
+            said = row[schema.SEEN][:40]
+            raise UserError(f"{path}:{line}: {schema.SEEN} is {said!r}; it must be a whole number") from None
         place = Place(row[schema.USER if kind == "user" else schema.ITEM], seen, row.get(schema.HISTORY, ""))
         if (first := met.setdefault(place, line)) != line:
             raise UserError(f"{path}:{line}: {place} is already in line {first}; keep one of the two")
@@ -353,9 +356,14 @@ def set_text(
     if not places:
         there = ", ".join(dict.fromkeys(str(s.place.seen) for s in summaries))
         raise UserError(f"user {owner!r} has no summary at position {at} of tag {of.name}; it has {there}")
+    path = _FILE[kind](folder, of.name)
+    if len(places) > 1:
+        raise UserError(
+            f"user {owner!r} has {len(places)} summaries at position {at}, of histories that begin elsewhere; write it "
+            f"into its row of {path} and run `store import` with that file"
+        )
     if not (text := clean(text)):
         raise UserError("--text is empty; give the summary that is to be read")
-    path = _FILE[kind](folder, of.name)
     checked = digest(path) if path.is_file() else ""
     check_unedited(store, path, of.name, kind)
     said = _apply(store, folder, of, kind, dict.fromkeys(places, text), USER_ORIGIN, checked)

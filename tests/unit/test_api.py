@@ -127,6 +127,8 @@ def test_a_mistake_is_the_commands_line(raw, tmp_path, capsys):
     for call, said in (
         (lambda: run_convert("csv", raw, "out", interactions="lg.csv"), "lg.csv"),
         (lambda: run_convert("csv", raw, "out", colour="x"), "--colour"),
+        (lambda: run_convert("csv", raw, "x" * 300), "File name too long; give another name"),
+        (lambda: run_convert("csv", raw, "o\0ut"), "embedded null byte; give another name"),
         (lambda: run_inspect("mode"), "no dataset 'mode'"),
         (lambda: run_benchmark("steps", ["Pop", "SASRek"]), "did you mean SASRec"),
         (lambda: run_benchmark("steps", "Pop", config_dict={"epohcs": 1}), "did you mean epochs"),
@@ -167,7 +169,8 @@ def test_summaries_come_back_as_the_files_hold_them(tmp_path):
     assert all(found.items["title"] == "title of " + found.items["item_id"])
     by_suffix = {path.suffix: list(read_atomic(path)) for path in found.paths}
     assert list(found.items["summary"]) == [row["summary"] for row in by_suffix[".isum"]]
-    assert list(found.users) == ["user_id", "seen", "summary"]
+    assert list(found.users) == ["user_id", "seen", "history", "summary"]
+    assert len(again.users) == 0 and [path.suffix for path in again.paths] == [".isum"]
     assert [str(seen) for seen in found.users["seen"]] == [row["seen"].removesuffix(".0") for row in by_suffix[".usum"]]
     assert found.users["seen"].between(1, small_world.LENGTH).all() and not found.notes
     assert again.items.equals(found.items)

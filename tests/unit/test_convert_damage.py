@@ -16,6 +16,7 @@ from random import Random
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from raw_dumps import jsonl, product, review, write_microlens
 
 from dataset_converters.source import Intake
@@ -187,6 +188,38 @@ def test_a_microlens_row_with_a_bad_time_is_no_header_and_a_list_may_have_one(tm
     assert run("microlens", "--raw", raw, "--out", tmp_path / "e")[0] == 0
     assert pairs(tmp_path / "e") == [("7", "1\u00a0a"), ("7", "2")]
     check_ledger(raw, tmp_path / "e")
+
+
+@pytest.mark.parametrize("header", ["items\tuser", "user_id\titem_seq", "User\tClicks", "u\titem"])
+def test_a_list_file_with_another_header_is_named_and_commas_separate_no_items(tmp_path, header):
+    raw = write_microlens(tmp_path / "raw", {"7": ["1", "2"]}, {})
+    lists = next(raw.glob("*_pairs.tsv"))
+    lists.write_text(f"{header}\n{lists.read_text()}")
+    assert f"{lists.name}:1: is this a header? name the columns user and items" in refused(
+        "microlens", "--raw", raw, out=tmp_path / "d"
+    )
+    lists.write_text("7\t1,2\n")
+    assert "expected a user, a tab, and items separated by spaces" in refused(
+        "microlens", "--raw", raw, out=tmp_path / "d"
+    )
+
+
+def test_of_one_table_an_item_has_the_first_title_that_there_is(tmp_path):
+    rows = "u1,a,1,,\nu2,a,2,Real,\nu3,a,3,Other,x.png\nu1,b,4,B,\n"
+    raw = table(tmp_path / "raw", f"user_id,item_id,timestamp,title,image\n{rows}", "log.csv")
+    Image.new("RGB", (8, 8)).save(raw / "x.png")
+    assert run("csv", "--raw", raw, "--out", tmp_path / "d")[0] == 0
+    found = {row["item_id"]: (row["title"], bool(row["image"])) for row in read_atomic(tmp_path / "d" / "d.item")}
+    assert found == {"a": ("Real", True), "b": ("B", False)}
+
+
+def test_a_link_that_leads_to_itself_is_a_missing_image(tmp_path):
+    raw = table(tmp_path / "raw", "user_id,item_id,timestamp\nu,a,1\nu,b,2\n", "log.csv")
+    (raw / "images").mkdir()
+    Image.new("RGB", (8, 8)).save(raw / "images" / "a.png")
+    (raw / "images" / "b.jpg").symlink_to("b.jpg")
+    assert run("csv", "--raw", raw, "--interactions", "log.csv", "--out", tmp_path / "d")[0] == 0
+    assert "b.jpg" in (tmp_path / "d" / "missing_images.tsv").read_text()
 
 
 def test_names_of_columns_that_mean_the_same_are_not_chosen_between(tmp_path):

@@ -111,6 +111,8 @@ def spoil(line, **changes):
                 ({"new_tokens": True}, "new_tokens is not a whole number"),
                 ({"seconds": float("nan")}, "seconds is not a number"),
                 ({"model": ""}, "kind or model is empty"),
+                ({"model": "\ud800"}, "model holds half a surrogate pair"),
+                ({"created": 10**400}, "created is not a number"),
                 ({"origin": "absent"}, "missing or unknown: origin"),
             )
         ),

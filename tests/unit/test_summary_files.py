@@ -1,6 +1,7 @@
 """Summaries are the user's: found by item or user, edited by command or in the file, and read by the next run."""
 
 import json
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -66,7 +67,7 @@ def test_a_user_is_shown_state_by_state_with_the_prompts_that_were_asked(world, 
     said = run(world, ["show", "--user", "u1", "--prompt"], capsys)
     rows = world.rows()
     heads = [line for line in said.splitlines() if line.startswith("user u1")]
-    assert heads == [
+    assert [re.sub(r", history \w{16}", "", head) for head in heads] == [
         "user u1, position 1, has read a",
         "user u1, position 2, has read a, b",
         "user u1, position 3, has read c and what was written at 2",
@@ -214,6 +215,34 @@ def test_what_cannot_be_imported_changes_nothing(world, capsys):
         assert said in capsys.readouterr().err and answers(world) == before
         with pytest.raises(UserError):
             world.refresh()
+
+
+def test_the_count_that_a_state_has_read_is_a_whole_number(world, capsys):
+    path = usum_file(world.folder, "t")
+    whole, before = path.read_text(), answers(world)
+    for seen in ("1e400", "inf", "nan", "5.7", "x", ""):
+        path.write_text(whole.replace("u1\t1.0\t", f"u1\t{seen}\t").replace("u1\t1\t", f"u1\t{seen}\t"))
+        assert path.read_text() != whole and main(["store", "import", str(path)]) == 2
+        assert f"seen is '{seen}'; it must be a whole number" in capsys.readouterr().err and answers(world) == before
+
+
+def test_states_of_other_histories_at_one_position_are_not_set_together(tmp_path, capsys):
+    made = World(tmp_path, {"u1": "abcdex"}, replace(SETTINGS, block_size=1, max_history=2))
+    for n, item in enumerate("abcdex"):
+        made.paint(item, (50 * n, 10, 10))
+    made.refresh()
+    shown = run(made, ["show", "--user", "u1"], capsys)
+    at = max(set(positions := re.findall(r"position (\d+), history \w+, has read", shown)), key=positions.count)
+    assert positions.count(at) > 1
+    told = run(made, ["set", "--user", "u1", "--position", at, "--text", "mine"], capsys, 2)
+    assert f"has {positions.count(at)} summaries at position {at}, of histories that begin elsewhere" in told
+    path = usum_file(made.folder, "t")
+    lines = path.read_text().splitlines(keepends=True)
+    place = next(n for n, line in enumerate(lines) if line.split("\t")[1].removesuffix(".0") == at)
+    lines[place] = "\t".join([*lines[place].split("\t")[:3], "mine\n"])
+    path.write_text("".join(lines))
+    assert main(["store", "import", str(path)]) == 0
+    assert run(made, ["show", "--user", "u1"], capsys).count("mine") == 1
 
 
 def test_one_answer_of_two_items_is_one_text(tmp_path, capsys):
