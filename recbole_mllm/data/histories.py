@@ -128,4 +128,9 @@ def shared_histories(users: Any, lists: Sequence[Any]) -> tuple[Any, Any]:
 def places_in_groups(keys: Any) -> Any:
     """Return the place ``[rows]`` of each row among those of its key, from 0; rows of a key stand together."""
     first = np.flatnonzero(np.r_[True, keys[1:] != keys[:-1]]) if len(keys) else np.array([], int)
-    return np.arange(len(keys)) - np.repeat(first, np.diff(np.r_[first, len(keys)]))
+    return places_within(np.diff(np.r_[first, len(keys)]))
+
+
+def places_within(lengths: Any) -> Any:
+    """Return 0, 1, … for each of groups of these ``[groups]`` lengths, one group after the other."""
+    return np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)

@@ -26,6 +26,7 @@ from recbole_mllm.common.resources import MLLM
 from recbole_mllm.common.settings import EvaluationSettings
 from recbole_mllm.data import checking
 from recbole_mllm.data.dataloader import SeededTrainDataLoader
+from recbole_mllm.data.histories import places_within
 from recbole_mllm.data.sampling import Pairs, hashes64, limited_users, mix64, tie_keys
 from recbole_mllm.evaluation.candidates_file import in_drawn_order, read_candidates
 from recbole_mllm.evaluation.full_ranking import DENSE, AllItems, with_ranking
@@ -495,8 +496,9 @@ def candidates_digest(drawn: dict[str, tuple[Any, Any, Any]]) -> str:
     for phase in sorted(drawn):
         users, lengths, hashes = drawn[phase]
         own = hashes64(users, "digest", phase)
-        place = np.arange(len(hashes)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        parts = mix64(hashes ^ mix64(np.repeat(own, lengths) + (place + 1).astype(np.uint64) * _GOLDEN))
+        parts = mix64(
+            hashes ^ mix64(np.repeat(own, lengths) + (places_within(lengths) + 1).astype(np.uint64) * _GOLDEN)
+        )
         whole = np.add.reduceat(parts, np.cumsum(lengths) - lengths) if len(users) else parts
         digest.update(phase.encode() + np.sort(mix64(whole ^ own)).astype(">u8").tobytes())
     return digest.hexdigest()[:16]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.settings import EvaluationSettings
+from recbole_mllm.data.histories import places_within
 from recbole_mllm.data.sampling import Keys, Pairs, mix64, sample_users
 from recbole_mllm.data.schema import ITEM, USER
 from recbole_mllm.evaluation.metrics import record_scores
@@ -252,8 +253,7 @@ def _met(met: Pairs, users: Any) -> tuple[Any, Any]:
     """Return (row, item) of everything the rows' `users` have met."""
     start, end = (np.searchsorted(met.keys, (users + more) * np.int64(met.width)) for more in (0, 1))
     rows = np.repeat(np.arange(len(users)), end - start)
-    place = np.arange(len(rows)) - np.repeat(np.cumsum(end - start) - (end - start), end - start)
-    return rows, met.keys[start[rows] + place] % met.width
+    return rows, met.keys[start[rows] + places_within(end - start)] % met.width
 
 
 def _above(table: Tensor, users: Any, owner: Any, targets: Any, keys: Keys) -> Tensor:

@@ -20,6 +20,7 @@ from recbole.utils import InputType
 
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.data.dataset import MLLMMSRDataset
+from recbole_mllm.data.histories import places_within
 from recbole_mllm.data.schema import HISTORY_NUMBER, ITEM, POSITION, TIE, USER
 from recbole_mllm.evaluation.full_ranking import AllItems
 from recbole_mllm.evaluation.metrics import record_scores
@@ -43,7 +44,7 @@ class UserRows:
         """Return raw ids, lengths and hashes for ``candidates_digest`` from the hashes of all rows' items."""
         each = len(negatives) // max(1, len(targets))
         lengths = self.counts * (1 + each)
-        place = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        place = places_within(lengths)
         out = np.empty(len(place), np.uint64)
         positive = place < np.repeat(self.counts, lengths)
         out[positive], out[~positive] = ~targets, negatives
@@ -119,7 +120,7 @@ class FrozenEvalDataLoader(NegSampleEvalDataLoader):  # type: ignore[misc]
         starts, own = self.rows.starts[np.asarray(index)], self.rows.counts[np.asarray(index)]
         sizes = own * (1 + self.count)
         owner = np.repeat(np.arange(len(sizes)), sizes)
-        place = np.arange(len(owner)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        place = places_within(sizes)
         start, positive = starts[owner], place < own[owner]
         drawn = np.where(positive, 0, place - own[owner])
         rows = start + np.where(positive, place, drawn // max(1, self.count))

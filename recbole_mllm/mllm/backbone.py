@@ -215,8 +215,8 @@ class Backbone:
             ])
             for name in each[0]
         }  # fmt: skip
-        found = self.head_model(**inputs).logits.float()
-        return torch.stack([found[i, len(p.ids) - 1, list(tokens)] for i, p in enumerate(prompts)]).cpu()
+        found = self.head_model(**inputs).logits
+        return torch.stack([found[i, len(p.ids) - 1, list(tokens)] for i, p in enumerate(prompts)]).float().cpu()
 
     def plain_logits(self, prompt: Encoded) -> Tensor:
         """Return ``[T, V]`` float32 logits of `prompt` by the model's own forward pass; gradients flow."""
