@@ -76,7 +76,7 @@ setup(
         "peft>=0.18",
         "pillow>=10.0.1",
         "pyyaml>=6.0",
-        "scipy>=1.12",
+        "scipy>=1.15",
         "torch>=2.6",
         "transformers>=5.23",  # `mm_encoder_outputs` (5.18), without which images are not read; `decision`
         *NEEDED_BY_RECBOLE,

@@ -308,7 +308,7 @@ def write_arrays(path: Path, arrays: Arrays) -> None:
     plain = {name: np.asarray(values) for name, values in arrays.items()}
     plain = {name: values.astype(str) if values.dtype == object else values for name, values in plain.items()}
     with whole_file(path, binary=True) as file:
-        np.savez_compressed(file, allow_pickle=False, **plain)
+        np.savez_compressed(file, **plain)  # numpy 1.26 would take allow_pickle for an array
 
 
 def read_arrays(path: Path, required: Iterable[str]) -> dict[str, NDArray[Any]]:
