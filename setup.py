@@ -67,7 +67,7 @@ setup(
         "recbole_mllm.properties": ["*.yaml", "*/*.yaml"],
     },
     entry_points={"console_scripts": ["recbole-mllm = recbole_mllm.cli:main"]},
-    install_requires=[
+    install_requires=[  # the least versions were tried together on 1 December 2026, but for torch and pyyaml
         "accelerate>=1.1",
         "huggingface-hub>=1.31",  # resolve_revision
         "jinja2>=3.1.6",
