@@ -68,12 +68,12 @@ setup(
     },
     entry_points={"console_scripts": ["recbole-mllm = recbole_mllm.cli:main"]},
     install_requires=[  # the least versions were tried together on 1 December 2026, but for torch and pyyaml
-        "accelerate>=1.1",
+        "accelerate>=1.6",  # fsdp_version
         "huggingface-hub>=1.31",  # resolve_revision
         "jinja2>=3.1.6",
         "numpy>=1.26",
         "pandas>=2.2",
-        "peft>=0.18",
+        "peft>=0.19",
         "pillow>=10.0.1",
         "pyyaml>=6.0",
         "scipy>=1.15",

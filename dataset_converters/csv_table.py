@@ -120,7 +120,7 @@ class CsvTable(Source):
         first: dict[str, ItemRow] = {}
         for one in described:
             known = first.setdefault(one.item, one)
-            if not (known.title.strip() and known.image.strip()):
+            if (title is not None and not known.title.strip()) or (image is not None and not known.image.strip()):
                 title_of, image_of = (a if a.strip() else b for a, b in zip(known[1:3], one[1:3], strict=True))
                 first[one.item] = ItemRow(one.item, title_of, image_of)
         yield from first.values()

@@ -31,13 +31,11 @@ class Planted:
 class StoreInMemory(dict[str, str]):
     """A store of answers that no file has."""
 
-    def get(self, keys: Iterable[str], limit: int | None = None) -> dict[str, str]:  # type: ignore[override]
+    def get(self, keys: Iterable[str]) -> dict[str, str]:  # type: ignore[override]
         """Return the texts that are known."""
         return {key: self[key] for key in keys if key in self}
 
-    def add(
-        self, kind: str, model: str, keys: Sequence[str], answers: Sequence[Answer], seconds: float, limit: int = 0
-    ) -> None:
+    def add(self, kind: str, model: str, keys: Sequence[str], answers: Sequence[Answer], seconds: float) -> None:
         """Keep a batch of answers."""
         self.update(zip(keys, (answer.text for answer in answers), strict=True))
 

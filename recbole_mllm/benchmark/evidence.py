@@ -143,7 +143,8 @@ def load_evidence(record: RunRecord, results: Path) -> Evidence:
     odd = [name for name, column in values.items() if not np.isfinite(column).all()]
     if odd or not values:
         raise UserError(f"run {record.run_id}: {', '.join(odd) or 'no metric'} is not finite for every user")
-    rounded = 10.0 ** -int(record.config.get("metric_decimal_place") or 4) + 1e-6
+    places = record.config.get("metric_decimal_place")
+    rounded = 10.0 ** -int(4 if places is None else places) + 1e-6
     means = {name: float(column.mean()) for name, column in values.items()}
     other = [name for name, mean in means.items() if abs(record.metrics.get(name, mean) - mean) > rounded]
     if other:  # as after a run with --force that was killed between its arrays and its record

@@ -13,14 +13,14 @@ from typing import Any
 from recbole_mllm.benchmark.records import DECISIVE_FILES, plain_json
 from recbole_mllm.benchmark.variants import Entry, baseline_defaults, resolve
 from recbole_mllm.common import distributed
-from recbole_mllm.common.config import config_paths, file_keys, keys_for, sections
+from recbole_mllm.common.config import benchmark_defaults, completed, config_paths, file_keys, keys_for, sections
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.resources import MLLM
 from recbole_mllm.common.settings import Count, Seed, Whole, checked, mllm_keys
 from recbole_mllm.common.yaml_files import read_mapping
 from recbole_mllm.demo.builtin import is_builtin
 
-_LAYOUT = {
+LAYOUT = {
     *("USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD", "load_col", "benchmark_filename", "alias_of_item_id"),
     *("train_on_histories", "temporal_split", "global_times"),
 }
@@ -182,7 +182,10 @@ def given_to(entry: Entry, plan: BenchmarkPlan) -> dict[str, Any]:
     settings |= {**_few_epochs(entry, plan), **plan.overrides, **entry.overrides}
     own = Path(str(settings.get("data_path", "dataset"))) / plan.dataset / "dataset.yaml"
     known = read_mapping(own) if own.is_file() and not is_builtin(plan.dataset) else {}
-    return {key: value for key, value in known.items() if key not in _LAYOUT} | settings
+    parts, defaults = settings.get("eval_args"), benchmark_defaults()
+    if isinstance(parts, dict) and defaults["eval_args"].keys() - {"group_by"} - parts.keys():  # a part of them alone
+        settings["eval_args"] = completed(completed(defaults, known), {"eval_args": parts})["eval_args"]
+    return {key: value for key, value in known.items() if key not in LAYOUT} | settings
 
 
 def _given_files(plan: BenchmarkPlan) -> list[str]:

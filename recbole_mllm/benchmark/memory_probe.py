@@ -13,6 +13,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,12 @@ class Probe:
         if self.kind == YEAR:
             return next(iter(_YEAR.findall(answer)), None) in self.truth
         return any(f" {_plain(one)} " in f" {_plain(answer)} " for one in self.truth)
+
+    @property
+    def is_given_away(self) -> bool:
+        """Whether a right answer stands in the question."""
+        years = _YEAR.findall(self.prompt.text)
+        return any(year in self.truth for year in years) if self.kind == YEAR else self.is_answered(self.prompt.text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,18 +207,19 @@ def questions_of(
         text = _WORDING[kind].format(dataset=dataset, given=f"{OPEN}{given}{CLOSE}")
         return Probe(kind, Prompt(text), tuple(truth))
 
-    probes = {
-        BEGINNING: {item: about(BEGINNING, half, [text]) for item, text in titles.items() if (half := _half(text))},
-        BY_ID: {item: about(BY_ID, item, [text]) for item, text in titles.items()},
-    }
-    for kind, names in _COLUMNS.items():
-        if name := next((name for name in names if name in columns), None):
-            known = {item: _values(rows[item][name], kind, columns[name]) for item in titles}
-            probes[kind] = {item: about(kind, titles[item], values) for item, values in known.items() if values}
+    def probe(kind: str, item: str) -> Probe | None:
+        if kind in (BEGINNING, BY_ID):
+            given, truth = item if kind == BY_ID else _half(titles[item]), [titles[item]]
+        else:
+            name = next(name for name in _COLUMNS[kind] if name in columns)
+            given, truth = titles[item], _values(rows[item][name], kind, columns[name])
+        return about(kind, given, truth) if given and truth else None
+
+    kinds = [BEGINNING, BY_ID, *(kind for kind, names in _COLUMNS.items() if any(name in columns for name in names))]
     out = []
-    for kind, asked in probes.items():
-        hidden = [item for item, probe in asked.items() if not probe.is_answered(probe.prompt.text)]
-        out += [asked[item] for item in _drawn(hidden, kind, seed, count)]
+    for kind in kinds:
+        asked = (probe(kind, item) for item in _drawn(titles, kind, seed))
+        out += list(islice((one for one in asked if one and not one.is_given_away), count))
     for user, side, pair in _pairs(histories, seed, count):
         out.append(about(NEXT, f"user {user} take next: A, item {pair[0]}, or B, item {pair[1]}", [side]))
     return out
@@ -226,8 +234,8 @@ def _name_of(folder: Path) -> str:
     return folder.name
 
 
-def _drawn(items: Iterable[str], kind: str, seed: int, count: int) -> list[str]:
-    return sorted(items, key=lambda item: (hash64("probe", kind, seed, item), item))[:count]
+def _drawn(items: Iterable[str], kind: str, seed: int) -> list[str]:
+    return sorted(items, key=lambda item: (hash64("probe", kind, seed, item), item))
 
 
 def _bare(title: str) -> str:

@@ -110,7 +110,7 @@ def build(records: Iterable[RunRecord], results: Path, note: str = "") -> Leader
         one.dataset, one.protocol, one.candidates, one.n_users, metrics, (), None, note, absent=absent,
         future_share=next((run.future_share for run, _ in loaded if run.future_share is not None), None),
         is_demo=is_demo_world(Path(str(one.config.get("data_path", one.dataset)))),
-        valid_metric=_ranking_metric([run for run, _ in loaded], metrics),
+        valid_metric=_ranking_metric(contenders, metrics),
     )  # fmt: skip
     parted = partitions(loaded[0][1].columns) if loaded else ()
     pool = recommendable(run for contender in contenders for run in contender.evidence.recommended)
@@ -132,11 +132,12 @@ def build(records: Iterable[RunRecord], results: Path, note: str = "") -> Leader
     )
 
 
-def _ranking_metric(runs: Sequence[RunRecord], metrics: Sequence[str]) -> str:
-    """Return the metric that all `runs` are chosen by, their ``valid_metric``; else NDCG@10, or the first there is."""
-    named = {run.ranking_metric for run in runs if not run.fusion}
+def _ranking_metric(contenders: Sequence[Contender], metrics: Sequence[str]) -> str:
+    """Return the ``valid_metric`` of all runs, if users have values of it; else NDCG@10, or the first that there is."""
+    named = {run.ranking_metric for one in contenders for run in one.runs if not run.fusion}
     choices = [*(named if len(named) == 1 else ()), "NDCG@10", *metrics]
-    return next((name for name in choices if name in metrics), "NDCG@10")
+    of_users = [name for name in metrics if all(name in one.evidence.values for one in contenders)]
+    return next((name for name in choices if name in (of_users or metrics)), "NDCG@10")
 
 
 def _current(records: Iterable[RunRecord]) -> list[RunRecord]:
@@ -177,12 +178,18 @@ def _contenders(loaded: Sequence[tuple[RunRecord, Evidence]]) -> list[Contender]
     """
     groups: dict[tuple[str, str], dict[int, tuple[RunRecord, Evidence]]] = defaultdict(dict)
     weights: dict[tuple[str, str], set[str]] = defaultdict(set)
+    recorded: dict[tuple[str, str], set[str]] = {}  # of which models each run says the weights: earlier ones said less
     for run, _ in loaded:
-        weights[run.label, configuration(run.run_id)] |= {_weights(run)} if run.weights else set()
+        if run.weights:
+            group = run.label, configuration(run.run_id)
+            recorded[group] = recorded.get(group, set(run.weights)) & set(run.weights)
+    for run, _ in loaded:
+        group = run.label, configuration(run.run_id)
+        weights[group] |= {_weights(run, recorded[group])} if run.weights else set()
     for run, evidence in loaded:
         variant = configuration(run.run_id)
         if len(weights[run.label, variant]) > 1:
-            variant += f", weights {_weights(run)}"
+            variant += f", weights {_weights(run, recorded.get((run.label, variant), set()))}"
         groups[run.label, variant][run.seed] = (run, evidence)
     pairs = max((pairs.size for _, evidence in loaded for pairs in evidence.pairs), default=0)
     draws = sig.draw_users(loaded[0][1].users.size, pairs, DRAW_SEED) if pairs else None
@@ -218,8 +225,9 @@ def _may_be_same(run: RunRecord, other: RunRecord) -> bool:
     return all(is_same(one, two) or is_same(two, one) for one, two in both)
 
 
-def _weights(run: RunRecord) -> str:
-    return hashlib.sha256(repr(sorted(run.weights.items())).encode()).hexdigest()[:8]
+def _weights(run: RunRecord, models: Collection[str]) -> str:
+    named = sorted((key, weights) for key, weights in run.weights.items() if key in models)
+    return hashlib.sha256(repr(named).encode()).hexdigest()[:8]
 
 
 def _row(contender: Contender, metrics: Sequence[str], parted: Sequence[Partition], valid: str) -> LeaderboardRow:

@@ -280,8 +280,8 @@ def one_set_of_data(records: Iterable[RunRecord]) -> None:
             one, known = first.setdefault(name, (record, was))
             if was != known:
                 raise _other_data(record, name, f"{one.run_id} was")
-    for record in {one.run_id: one for one, _ in first.values()}.values():
-        folder = Path(str(record.config["data_path"]))
+    for record in {one.run_id: one for one, _ in first.values() if "data_path" in one.config}.values():
+        folder = Path(str(record.config["data_path"]))  # what is fused of two places has none
         for name in changed_data(record, folder):
             raise _other_data(record, name, f"{folder} holds now")
 
@@ -305,7 +305,7 @@ def latest(records: Iterable[RunRecord]) -> dict[str, RunRecord]:
 
 def write_arrays(path: Path, arrays: Arrays) -> None:
     """Write an ``.npz``, whole or not at all; texts become unicode arrays, so that nothing is pickled."""
-    plain = {name: np.asarray(values) for name, values in arrays.items()}
+    plain: dict[str, Any] = {name: np.asarray(values) for name, values in arrays.items()}
     plain = {name: values.astype(str) if values.dtype == object else values for name, values in plain.items()}
     with whole_file(path, binary=True) as file:
         np.savez_compressed(file, **plain)  # numpy 1.26 would take allow_pickle for an array

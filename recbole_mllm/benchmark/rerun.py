@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from recbole_mllm.benchmark.jobs import LAYOUT
 from recbole_mllm.benchmark.process import LOG, WORKER, claim, failure, heartbeat, run_child, write_order
 from recbole_mllm.benchmark.records import (
     RECORDS,
@@ -181,13 +182,19 @@ def order_of(record: RunRecord, output: Path, data_path: str | None = None) -> d
         **who,
         "config_files": [],
         "defaults": defaults,
-        "overrides": {"data_path": str(home.resolve())},
+        "overrides": {**_over(home / record.dataset / "dataset.yaml", defaults), "data_path": str(home.resolve())},
         "limit_users": record.config.get("limit_users"),
         "keep_valid": False,  # what is fused are a benchmark's runs
     }
     if threads := re.search(r"(\d+) threads", record.versions.get("machine", "")):
         order["threads"] = min(int(threads[1]), os.cpu_count() or 1)  # sums depend on how many there are
     return dict(plain_json(order))
+
+
+def _over(own: Path, recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of the `recorded` keys that a dataset's ``dataset.yaml`` would win over."""
+    said = read_mapping(own) if own.is_file() else {}
+    return {key: recorded[key] for key in said if key in recorded and key not in LAYOUT}
 
 
 def compare(before: RunRecord, now: RunRecord) -> Agreement:

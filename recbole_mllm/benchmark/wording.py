@@ -185,11 +185,12 @@ def finding(board: Leaderboard) -> str:
     if best is None or rival is None:
         return said[0]
     text = score_text(board, rival, metric)
+    on = f", on seed {_and([str(seed) for seed in rival.tested_on])} alone" if rival.tested_on else ""
     if side := {"better": "above", "worse": "below"}.get(text.verdict):
         amount = text.difference.lstrip("+-")
-        said.append(f"{rival.model} is {amount} {side} the best baseline, {best}: significant ({text.p}).")
+        said.append(f"{rival.model} is {amount} {side} the best baseline, {best}: significant ({text.p}{on}).")
     else:
-        tested = f"not significant ({text.p})" if text.p else "not tested"
+        tested = f"not significant ({text.p}{on})" if text.p else "not tested"
         said.append(f"{rival.model} differs from the best baseline, {best}, by {text.difference}: {tested}.")
     unfinished = [name for name in (rival.model, best) if name in board.not_converged]
     return " ".join(said + ([f"{_and(unfinished)} had not converged."] if unfinished else []))

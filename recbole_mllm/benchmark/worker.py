@@ -106,7 +106,8 @@ def run_job(job: dict[str, Any]) -> None:
     tuning = _tune(job, defaults)
     config = _config(job, defaults, tuning["chosen"] if tuning else {})
     whole = job["keep_valid"]  # a rerun needs the metrics alone
-    data = data_digests(config, reads_items=job["kind"] == "mllm" or bool(config["item_features"]))
+    reads_items = job["kind"] == "mllm" or bool(config["item_features"]) or "item" in (config["load_col"] or ())
+    data = data_digests(config, reads_items=reads_items)
     with measured_energy(config["device"], alone=job.get("jobs") == 1) as energy:
         outcome = run(config, partial(_check_split, job), keep_valid=whole, rank_all=whole)
     peak = max(distributed.gather_objects(_peak_memory(outcome.config["device"])))

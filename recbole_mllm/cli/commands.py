@@ -267,8 +267,11 @@ def export_candidates(args: Namespace, options: Options) -> int:
     path = check_file(Path(args.out), "--out", is_export, "a file that `candidates export` wrote")
     from recbole_mllm.quick_start import frozen_candidates  # loads torch
 
-    chosen, defaults = config_of("Pop", dataset, options).external_config_dict, benchmark_defaults()
-    wanted = completed(defaults, {key: chosen[key] for key in chosen if key in defaults})
+    config, known = config_of("Pop", dataset, options), benchmark_defaults()
+    own = Path(config["data_path"]) / "dataset.yaml"
+    for said in (read_mapping(own) if own.is_file() else {}, config.external_config_dict):  # the later wins
+        known = completed(known, {key: said[key] for key in said if key in known})
+    wanted = known
     config = config_of("Pop", dataset, replace(options, overrides={**options.overrides, **wanted}))
     print(frozen_candidates(config, path))
     return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,9 +32,9 @@ _COURSE = (
     "prompt_style", "prompt_order", "item_kind", "use_image", "max_text_tokens", "history_titles", "control",
     "summary_mode", "block_size", "partial_block", "max_history", "item_summary", "item_summarizer", "user_summarizer",
     "item_summary_tokens", "user_summary_tokens", "summary_temperature", "summary_top_p", "summary_seed",
-    "summary_repetition_penalty", "eval_args", "valid_metric", "stopping_step", "benchmark_filename",
-    "user_inter_num_interval", "item_inter_num_interval",
+    "summary_repetition_penalty", "benchmark_filename", "user_inter_num_interval", "item_inter_num_interval",
 )  # fmt: skip
+_CHOICE = ("eval_args", "valid_metric", "stopping_step")  # what the best epoch is chosen by, and when training stops
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +201,11 @@ def difference(checkpoint: Mapping[str, Any], config: Any, *, course: bool) -> s
         config: This run's.
         course: Whether settings count that change how training continues, and not only what is trained.
     """
-    for key in (*_MODEL, *(_COURSE if course else ())):
+    return _differing(checkpoint, config, (*_MODEL, *(_COURSE if course else ())))
+
+
+def _differing(checkpoint: Mapping[str, Any], config: Any, keys: Sequence[str]) -> str | None:
+    for key in keys:
         theirs, ours = checkpoint["config"][key], config[key]
         if theirs != ours:
             return f"{key} {theirs}, not {ours}"
@@ -218,7 +222,8 @@ def newest(folder: Path, base: str, config: Any, device: torch.device) -> Path |
         try:
             checkpoint = read_checkpoint(path, device, cautious=True)
             about = checkpoint.get("other_parameter") or {}
-            if not is_same(str(about.get("base")), base) or difference(checkpoint, config, course=True) is not None:
+            other = _differing(checkpoint, config, (*_MODEL, *_COURSE, *_CHOICE))
+            if not is_same(str(about.get("base")), base) or other is not None:
                 continue
             best = checkpoint.get("training", {}).get("best_valid_result")
         except (UserError, AttributeError, TypeError) as error:

@@ -7,6 +7,8 @@ import importlib.util
 from pathlib import Path
 from types import ModuleType
 
+from packaging.version import Version
+
 MLLM = "MLLMMSR"
 """RecBole's name of this project's model, the one that reads summaries."""
 
@@ -25,7 +27,7 @@ PROPERTIES = next(
 
 def is_usable_transformers(found: str) -> bool:
     """Return whether a version of transformers is `TRANSFORMERS` or a later one."""
-    return tuple(map(int, found.split(".")[:2])) >= tuple(map(int, TRANSFORMERS.split(".")))
+    return Version(found).release >= Version(TRANSFORMERS).release
 
 
 def resource(kind: str, name: str) -> Path | None:

@@ -31,7 +31,7 @@ LEAST_GAIN = 512  # tokens a shared prefix must save to be worth a forward pass,
 # part of the logits' own, in half precision so many of its steps, or twice what padding moves. Right modes of the
 # tested families are off by at most 1.1 steps, attention in both directions that a mode lacks by at least 2.4
 _EXACT, _STEPS, _NOISES = 1e-4, 1.5, 2
-_SAMPLE = 512
+_SAMPLE, _MASKED = 512, 1e4
 # What a model that knows nothing of our caches, features or positions may raise
 UNSUITED = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
@@ -105,6 +105,10 @@ def _exact_mode(body: Backbone, pair: Sequence[Encoded], tokens: Sequence[int]) 
         vocabulary = body.head_model.get_output_embeddings().weight.size(0)
         tokens = sorted({*tokens, *range(0, vocabulary, max(1, vocabulary // _SAMPLE))})
         own = torch.stack([plain_logits(body, prompt, tokens) for prompt in pair])
+        told = (own.abs() < _MASKED).all(0)  # not those of tokens that the model never writes (Chameleon's of images)
+        own, tokens = own[:, told], [token for token, it in zip(tokens, told.tolist(), strict=True) if it]
+    except torch.OutOfMemoryError:
+        raise
     except UNSUITED as error:
         raise UserError(
             f"models of the family {body.config.model_type} cannot be asked here: their own forward pass fails with "
@@ -133,6 +137,8 @@ def _allowed(body: Backbone, pair: Sequence[Encoded], tokens: Sequence[int], own
         return _EXACT * _rms(own)
     try:
         noise = _rms(body.padded_logits(pair, tokens) - own)
+    except torch.OutOfMemoryError:
+        raise
     except UNSUITED:
         noise = 0.0  # a batch is nothing it can read
     return max(_STEPS * torch.finfo(dtype).eps * _rms(own), _NOISES * noise)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from recbole_mllm.data.atomic import clean
 from recbole_mllm.data.item_table import Items
 from recbole_mllm.mllm.interface import Answer, Ask, Decoding, Writer
 from recbole_mllm.summaries.quality import Findings, cut_at_sentence, repeats_prompt, table
-from recbole_mllm.summaries.store import Leases, ReadOnlyStore, Store, answer_key
+from recbole_mllm.summaries.store import Leases, ReadOnlyStore, Store, answer_key, shortened_key
 
 Name = TypeVar("Name", bound=Hashable)
 _AT_A_TIME = 4096  # prompts rendered and looked up at once
@@ -111,7 +111,8 @@ class CachedGenerator:
         may_write: Whether the model may be loaded at all.
         in_step: The model is split among the processes of a run: they all must call `generate`, each as often as the
             others, and all load it if one must.
-        limit: Tokens of text beyond which the model's prompts are shortened: such answers hold for this limit alone.
+        limit: Tokens beyond which the texts of the model's prompts are shortened: such answers are of this limit alone,
+            and have a key of their own (`store.shortened_key`).
         leases: With them, what another process is generating is waited for, behind everything else. So processes that
             ask for the same share the work.
         keys: The store's keys of all answers so far.
@@ -138,7 +139,7 @@ class CachedGenerator:
     _claimed: list[_Job] = field(default_factory=list)
     _held: list[_Job] = field(default_factory=list)  # by other processes
     _under_way: dict[int, _Job] = field(default_factory=dict)  # at the model
-    _unstored: list[tuple[str, Answer]] = field(default_factory=list)
+    _unstored: list[tuple[str, str, Answer]] = field(default_factory=list)  # a prompt's key, the answer's, and it
     _failed: list[str] = field(default_factory=list)
     _place: int = 0
     _held_at: float = 0.0
@@ -251,9 +252,10 @@ class CachedGenerator:
                 self.findings.note("repeats its prompt", answer.text)
             self.tally.written += 1
             self.findings.look_at_new(answer)
-            self._unstored.append((job.key, answer))
+            key = shortened_key(job.key, self.limit) if answer.shortened and self.limit else job.key
+            self._unstored.append((job.key, key, answer))
             del self._jobs[job.key]
-            self._hand_on(job.names, answer.text)
+            self._hand_on(job.names, key, answer.text)
         if self._unstored and (len(self._unstored) >= _STORE_COUNT or time.perf_counter() - self._stored_at > _STORE_S):
             self._store()
         elif self.leases is not None:
@@ -282,14 +284,15 @@ class CachedGenerator:
                 self._held_at = time.perf_counter()
             else:
                 return
-            mine, known = {job.key for job in batch}, dict[str, str]()
+            mine, known = {job.key for job in batch}, dict[str, tuple[str, str]]()
             if self.leases is not None:
-                mine, known = self.leases.claim([job.key for job in batch], self.limit)
+                mine, whole = self.leases.claim([job.key for job in batch])
+                known = {key: (key, text) for key, text in whole.items()} | self._known(mine)
             for job in batch:
                 if job.key in known:
                     del self._jobs[job.key]
                     self.tally.known += len(job.names)
-                    self._hand_on(job.names, known[job.key])
+                    self._hand_on(job.names, *known[job.key])
                 else:
                     (self._claimed if job.key in mine else self._held).append(job)
 
@@ -297,14 +300,15 @@ class CachedGenerator:
         """Take requests until `count` wait for the model; what the store knows is handed on at once."""
         while len(self._waiting) < count and (fresh := self._source.ready(_AT_A_TIME)):
             keyed = [(key, request) for request in fresh if (key := self._key(request)) is not None]
-            known = self.store.get([key for key, _ in keyed], self.limit) | {key: a.text for key, a in self._unstored}
+            known = self._known([key for key, _ in keyed])
+            known |= {key: (own, answer.text) for key, own, answer in self._unstored}
             known |= self._taken_over([(key, request) for key, request in keyed if key not in known])
             batch: list[_Job] = []
             self.tally.asked += len(fresh)
             for key, request in keyed:
                 if key in known:
                     self.tally.known += 1
-                    self._hand_on([request.name], known[key])
+                    self._hand_on([request.name], *known[key])
                 elif key in self._jobs:
                     self._jobs[key].names.append(request.name)
                 else:
@@ -313,16 +317,29 @@ class CachedGenerator:
             # Prompts of like length waste little on padding; the key settles ties, so a re-run takes the same order
             self._waiting += sorted(batch, key=lambda job: (len(job.request.prompt.marked), job.key))
 
-    def _taken_over(self, keyed: Sequence[tuple[str, Request]]) -> dict[str, str]:
+    def _known(self, keys: Collection[str]) -> dict[str, tuple[str, str]]:
+        """Return the key and the text of the answers in the store, by the prompts' `keys`; shortened ones first."""
+        own = {key: key for key in keys}
+        if limit := self.limit:
+            own |= {shortened_key(key, limit): key for key in keys}
+        found = self.store.get(own)
+        return {key: (one, found[one]) for one, key in own.items() if one in found}
+
+    def _taken_over(self, keyed: Sequence[tuple[str, Request]]) -> dict[str, tuple[str, str]]:
         """Return what is known under the `former` identity, by today's keys, which those answers have from now on."""
         if self.former is None or not keyed:
             return {}
         now = {answer_key(self.former, request.prompt, self.decoding): key for key, request in keyed}
+        whole = {key: key for key in now.values()}  # the prompt's key by the answer's
+        if limit := self.limit:
+            whole |= {shortened_key(key, limit): key for key in now.values()}
+            now |= {shortened_key(old, limit): shortened_key(key, limit) for old, key in now.items()}
         found = self.store.get(now)
         if found:
             warn_once(f"{self.kind} summaries stored as {self.former} are used as those of {self.identity}")
             self.store.rename({key: now[key] for key in found}, self.identity)
-        return {now[key]: text for key, text in found.items()}
+        texts = {now[old]: text for old, text in found.items()}
+        return {key: (own, texts[own]) for own, key in whole.items() if own in texts}
 
     def _key(self, request: Request) -> str | None:
         try:
@@ -330,14 +347,14 @@ class CachedGenerator:
         except OSError as error:
             self._failed.append(f"an image cannot be read any more: {error}")
             return None
-        self.keys.add(key)
-        self.key_of[request.name] = key
         return key
 
-    def _hand_on(self, names: Sequence[Hashable], text: str) -> None:
+    def _hand_on(self, names: Sequence[Hashable], key: str, text: str) -> None:
         self.findings.look(text)
         self.tally.texts += 1
+        self.keys.add(key)
         for name in names:
+            self.key_of[name] = key
             self._source.receive(name, text)
         if self._progress is not None:
             seconds = time.perf_counter() - self._started
@@ -348,10 +365,10 @@ class CachedGenerator:
         """Commit what arrived since the last time."""
         now = time.perf_counter()
         if self._unstored:
-            keys, answers = [key for key, _ in self._unstored], [answer for _, answer in self._unstored]
-            self.store.add(self.kind, self.identity, keys, answers, now - self._stored_at, self.limit or 0)
+            asked, keys, answers = zip(*self._unstored, strict=True)
+            self.store.add(self.kind, self.identity, keys, answers, now - self._stored_at)
             if self.leases is not None:
-                self.leases.release(keys)
+                self.leases.release(asked)
             self._unstored = []
         self._stored_at = now
 

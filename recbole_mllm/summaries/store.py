@@ -69,9 +69,7 @@ class StoredAnswer(NamedTuple):
 
 COLUMNS = StoredAnswer._fields
 _INSERT = f"INSERT INTO answers ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))}) ON CONFLICT (key) DO "
-_SET = f"UPDATE SET {', '.join(f'{name} = excluded.{name}' for name in COLUMNS[1:])} WHERE "
-_REPLACE = f"{_SET}text != excluded.text"
-_NEW = f"{_SET}answers.truncated >> 1 NOT IN (0, excluded.truncated >> 1)"  # of a prompt shortened to another limit
+_REPLACE = f"UPDATE SET {', '.join(f'{name} = excluded.{name}' for name in COLUMNS[1:])} WHERE text != excluded.text"
 
 
 class Spent(NamedTuple):
@@ -85,6 +83,11 @@ def answer_key(identity: str, prompt: Prompt, decoding: Decoding) -> str:
     """Return the digest of everything that changes an answer: weights, prompt text, image bytes, decoding."""
     parts = [identity, prompt.marked, *(image_digest(path) for path in prompt.images), str(decoding)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def shortened_key(key: str, limit: int) -> str:
+    """Return the key of the answer to a prompt that was shortened to `limit` tokens; whole, it would have `key`."""
+    return hashlib.sha256(f"{key}\0max_text_tokens={limit}".encode()).hexdigest()
 
 
 def wal_of(path: Path) -> Path:
@@ -123,23 +126,18 @@ class Store:
         """Close the file; what was added is on disk."""
         self._db.close()
 
-    def get(self, keys: Iterable[str], limit: int | None = None) -> dict[str, str]:
-        """Return the texts of those `keys` that are known; of shortened prompts those of `limit`, if it is given."""
+    def get(self, keys: Iterable[str]) -> dict[str, str]:
+        """Return the texts of those `keys` that are known."""
         with self._connection() as db:
-            return _known(db, keys, limit)
+            return dict(_select(db, "key, text", keys))
 
-    def add(
-        self, kind: str, model: str, keys: Sequence[str], answers: Sequence[Answer], seconds: float, limit: int = 0
-    ) -> None:
-        """Store a batch of answers in one transaction; what is known stays, unless its prompt had another limit."""
+    def add(self, kind: str, model: str, keys: Sequence[str], answers: Sequence[Answer], seconds: float) -> None:
+        """Store a batch of answers in one transaction; what is known stays."""
         each, now = seconds / max(1, len(keys)), time.time()
-        marks = (int(a.truncated) | (limit << 1 if a.shortened else 0) for a in answers)
-        rows = (
-            StoredAnswer(key, a.text, kind, model, a.prompt_tokens, a.new_tokens, each, now, "", mark)
-            for key, a, mark in zip(keys, answers, marks, strict=True)
+        self.insert(
+            StoredAnswer(key, a.text, kind, model, a.prompt_tokens, a.new_tokens, each, now, "", int(a.truncated))
+            for key, a in zip(keys, answers, strict=True)
         )
-        with self._connection() as db:
-            _inserted(db, rows, _NEW)
 
     def rename(self, keys: Mapping[str, str], model: str) -> None:
         """Give the answers of some keys those that `keys` has for them, and `model` as the one that wrote them."""
@@ -150,7 +148,7 @@ class Store:
     def insert(self, rows: Iterable[StoredAnswer], *, replace: bool = False) -> int:
         """Store `rows`, all or none, beside what is there (`replace`: in its place); return how many changed a text."""
         with self._connection() as db:
-            return _inserted(db, rows, _REPLACE if replace else "NOTHING")
+            return _inserted(db, rows, replace=replace)
 
     def spent(self, keys: Iterable[str], since: float) -> Spent:
         """Return the seconds that generating the answers of `keys` took, and how many are older than moment `since`."""
@@ -230,15 +228,10 @@ def _select(db: sqlite3.Connection, columns: str, keys: Iterable[str], where: st
     return db.execute(query, [json.dumps(list(keys))]).fetchall()
 
 
-def _known(db: sqlite3.Connection, keys: Iterable[str], limit: int | None) -> dict[str, str]:
-    fits = "" if limit is None else f" truncated >> 1 IN (0, {limit}) AND"
-    return dict(_select(db, "key, text", keys, f"answers WHERE{fits}"))
-
-
-def _inserted(db: sqlite3.Connection, rows: Iterable[StoredAnswer], conflict: str) -> int:
+def _inserted(db: sqlite3.Connection, rows: Iterable[StoredAnswer], *, replace: bool = False) -> int:
     with _transaction(db, "BEGIN IMMEDIATE"):
         before = db.total_changes
-        db.executemany(_INSERT + conflict, rows)
+        db.executemany(_INSERT + (_REPLACE if replace else "NOTHING"), rows)
         return db.total_changes - before
 
 
@@ -362,7 +355,7 @@ def _salvage(path: Path, seen: int | None, why: str) -> None:
         with staged(path.parent, f"{path.name}.salvage") as scratch:
             fresh = scratch / path.name
             with closing(_connected(fresh)) as db:
-                saved = _inserted(db, _readable(path), "NOTHING")
+                saved = _inserted(db, _readable(path))
             fresh.chmod(path.stat().st_mode)
             # with its log, which would be replayed into the fresh one
             aside = set_file_aside(path, "corrupt", ("-wal", "-shm"))
@@ -415,13 +408,13 @@ class Leases:
         self._owner = owner_of(os.getpid())
         self._renewed = time.time()
 
-    def claim(self, keys: Sequence[str], limit: int | None = None) -> Claimed:
-        """Claim those of `keys` that nobody has answered (`Store.get`) or is about to."""
+    def claim(self, keys: Sequence[str]) -> Claimed:
+        """Claim those of `keys` that nobody has answered or is about to."""
         now = time.time()
         try:
             with self._store.transaction(write=True) as db:
                 db.execute(_LEASES)
-                known = _known(db, keys, limit)
+                known = dict(_select(db, "key, text", keys))
                 owners = dict(_select(db, "key, owner", keys, f"leases WHERE until > {now} AND"))
                 living = {owner for owner in set(owners.values()) - {self._owner} if _is_alive(owner)}
                 taken = {key for key, owner in owners.items() if owner in living}

@@ -49,7 +49,7 @@ class Pruned(NamedTuple):
 def groups(store: Store) -> list[Group]:
     """Return what the store holds, by model, kind and origin."""
     query = """
-        SELECT model, kind, origin, COUNT(*), SUM(prompt_tokens), SUM(new_tokens), SUM(seconds), SUM(truncated & 1),
+        SELECT model, kind, origin, COUNT(*), SUM(prompt_tokens), SUM(new_tokens), SUM(seconds), SUM(truncated),
                SUM(text = '') FROM answers GROUP BY model, kind, origin ORDER BY model, kind, origin
     """
     with store.transaction() as db:
@@ -173,7 +173,7 @@ def _named(rows: Iterator[StoredAnswer], names: Iterator[tuple[str, dict[str, An
             if name[0] == row.key:
                 of.append(name[1])
             name = next(names, None)
-        yield row._asdict() | {"truncated": bool(row.truncated & 1)} | ({"of": of} if of else {})
+        yield row._asdict() | {"truncated": bool(row.truncated)} | ({"of": of} if of else {})
 
 
 def import_answers(store: Store, path: Path, origin: str | None, *, replace: bool = False) -> Imported:

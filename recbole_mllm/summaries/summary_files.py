@@ -25,7 +25,7 @@ from recbole_mllm.data.item_table import Items, read_titles
 from recbole_mllm.mllm.interface import Decoding
 from recbole_mllm.summaries.generator import SummarySetup, decodings
 from recbole_mllm.summaries.item_summaries import summarize_items
-from recbole_mllm.summaries.store import Store, StoredAnswer, answer_key
+from recbole_mllm.summaries.store import Store, StoredAnswer, answer_key, shortened_key
 
 USER_ORIGIN = "user"
 _NAME = re.compile(r"\.(?P<tag>[^.]+)\.(?P<kind>[iu])sum(\.edited-\d+)?$")
@@ -86,9 +86,11 @@ class Tag:
         """The wording."""
         return Style(**self.about["style"])
 
-    def key(self, kind: str, prompt: Prompt) -> str:
-        """Return the key of the answer to a prompt."""
-        return answer_key(self.identity(kind), prompt, Decoding(**self.about[kind]["decoding"]))
+    def key(self, store: Store, kind: str, prompt: Prompt) -> str:
+        """Return the key of the answer to a prompt, which `store` may have to the prompt as it was shortened."""
+        key = answer_key(self.identity(kind), prompt, Decoding(**self.about[kind]["decoding"]))
+        limit = self.about[kind].get("limit")
+        return other if limit and store.get([other := shortened_key(key, limit)]) else key
 
     def identity(self, kind: str) -> str:
         """Return what names the model that writes the summaries of a `kind`."""
@@ -122,7 +124,10 @@ def export(
         "style": asdict(setup.style),
         "item_field": setup.item_field,
         "item_summary": setup.settings.item_summary,
-        **{k: {"identity": one.identity, "decoding": asdict(how[k])} for k, one in setup.summarizers.items()},
+        **{
+            k: {"identity": one.identity, "decoding": asdict(how[k]), "limit": one.limit}
+            for k, one in setup.summarizers.items()
+        },
     }
     with _tables(store) as db:
         said = json.dumps(about)
@@ -298,7 +303,7 @@ def current(
             continue
         lines = [item_line(tag.style, titles.get(item, ""), read.get(item, "")) for item in summary.read]
         prompt = preference_prompt(tag.style, lines, previous)
-        key = tag.key("user", prompt)
+        key = tag.key(store, "user", prompt)
         texts[place] = edits.get(place, store.get([key]).get(key))
         out.append(Current(summary, [prompt], key, texts[place]))
     return out
@@ -309,7 +314,7 @@ def _item_prompts(store: Store, tag: Tag, summary: Summary, titles: Mapping[str,
     asked: dict[str, Prompt] = {}
 
     def answer(prompts: Mapping[str, Prompt]) -> dict[str, str]:
-        keys = {name: tag.key("item", prompt) for name, prompt in prompts.items()}
+        keys = {name: tag.key(store, "item", prompt) for name, prompt in prompts.items()}
         asked.update(zip(keys.values(), prompts.values(), strict=True))
         known = store.get(keys.values())
         return {name: known.get(key, "") for name, key in keys.items()}

@@ -18,7 +18,7 @@ from recbole.quick_start import load_data_and_model
 from recbole.utils import get_trainer, init_logger
 from run_parts import with_trainer
 
-from recbole_mllm.common.checkpoint import _COURSE, _MODEL, last_of, newest, read_checkpoint
+from recbole_mllm.common.checkpoint import _CHOICE, _COURSE, _MODEL, last_of, newest, read_checkpoint
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.fitting import Fit
 from recbole_mllm.evaluation.metrics import per_user
@@ -166,7 +166,7 @@ def test_auto_finds_nothing_of_a_run_with_other_settings(finished):
     assert newest(folder, "other#1:float32", trainer.config, CPU) is None
     other = {"seed": 8, "lora_r": 4, "learning_rate": 0.1, "train_last_k": None, "use_image": True, "block_size": 9}
     for key, value in (other | {"control": "wrong-summary", "max_text_tokens": 77, "eval_args": {}}).items():
-        config = {name: trainer.config[name] for name in (*_MODEL, *_COURSE)} | {key: value}
+        config = {name: trainer.config[name] for name in (*_MODEL, *_COURSE, *_CHOICE)} | {key: value}
         assert newest(folder, base, config, CPU) is None
 
 

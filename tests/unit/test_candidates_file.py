@@ -42,6 +42,21 @@ def export(home: Path, name: str, eval_args: Any = LOO) -> Path:
     return home / name
 
 
+def test_what_a_dataset_says_of_its_evaluation_is_what_is_exported(home, monkeypatch, capsys):
+    monkeypatch.chdir(home)
+    words = ["candidates", "export", "--dataset", "random", f"--data_path={home}", *OWN, "--out"]
+    for text, more, mode in (
+        ("", [], "uni20"),
+        ("{mode: uni5}", [], "uni5"),
+        ("{mode: uni5}", ["{mode: uni7}"], "uni7"),
+    ):
+        (home / "random" / "dataset.yaml").write_text(f"eval_args: {text}\n" if text else "")
+        assert main([*words, "x.jsonl", *(f"--eval_args={one}" for one in more)]) == 0
+        told = capsys.readouterr().out
+        assert f"leave-one-out (valid_and_test), order TO, candidates {mode} " in told
+    (home / "random" / "dataset.yaml").unlink()
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """What an export writes, of the world that every `home` holds."""

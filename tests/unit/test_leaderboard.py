@@ -141,6 +141,16 @@ def test_seeds_of_other_weights_are_another_row(tmp_path):
     assert [record.weights for record in fused] == [{"mllm": "m@aa"}, {"mllm": "m@bb"}]
 
 
+def test_a_seed_that_says_the_weights_of_fewer_models_is_of_the_same_row(tmp_path):
+    """As a feature model's of an earlier version, which did not say those of its encoder."""
+    models = [{"mllm": "m#1"}, {"mllm": "m#1", "feature_encoder": "e#2"}]
+    seeds = [
+        plant_run(tmp_path, "SASRecF", 1.0, seed=seed, config={"provenance": {"weights": weights}})
+        for seed, weights in enumerate(models)
+    ]
+    assert [row.seeds for row in build(seeds, tmp_path).rows] == [(0, 1)]
+
+
 def test_seeds_are_averaged_per_user(tmp_path):
     records = [plant_run(tmp_path, "SASRec", 1.0, seed=seed) for seed in (1, 2, 3)]
     board = build([*records, plant_run(tmp_path, "Pop", 0.1)], tmp_path)
@@ -199,6 +209,9 @@ def test_arrays_that_are_not_their_records_cost_the_row(field, tmp_path):
     board = build(field, tmp_path)
     (lost,) = (row for row in board.rows if not row.ok)
     assert lost.model == "SASRec" and "are not its record's; run it again with --force" in lost.status
+    rounded = {name: float(round(value)) for name, value in field[0].metrics.items()}
+    whole = replace(field[0], config=field[0].config | {"metric_decimal_place": 0}, metrics=rounded)
+    assert build([whole], tmp_path).rows[0].ok
 
 
 def test_rows_are_ranked_by_the_metric_that_they_were_validated_by(field, tmp_path):
@@ -209,6 +222,8 @@ def test_rows_are_ranked_by_the_metric_that_they_were_validated_by(field, tmp_pa
     assert by_hit.valid_metric == "Hit@5" and "by Hit@5 on test" in legend(by_hit), "validation has no Hit@5"
     both = [*chosen_by(field[:1], "Hit@5"), *chosen_by(field[1:], "MRR@10")]
     assert build(both, tmp_path).valid_metric == "NDCG@10" == build(field, tmp_path).valid_metric
+    of_all = [replace(run, metrics={**run.metrics, "ItemCoverage@10": 0.5}) for run in field]  # no user has a value
+    assert build(chosen_by(of_all, "ItemCoverage@10"), tmp_path).valid_metric == "NDCG@10"
 
 
 def test_two_sets_of_candidates_are_refused_by_name(field, tmp_path):

@@ -122,7 +122,8 @@ def test_whoever_repeats_the_question_knows_nothing(folder, histories):
     rows = ["movie_title:token_seq\titem_id:token\trelease_year:token\tclass:token_seq"]
     for n in range(ITEMS):
         year, genre = draw.randrange(1930, 2000), draw.choice(GENRES)
-        title = f"{' '.join(draw.sample(WORDS, 3))}, a {genre} of {year}" if n % 2 else f"{draw.choice(WORDS)} ({year})"
+        title = f"1001 {' '.join(draw.sample(WORDS, 3))}, 1900, a {genre} of {year}" if n % 2 else draw.choice(WORDS)
+        title += "" if n % 2 else f" ({year})"
         rows.append(f"{title}\t{n}\t{year}\t{genre}")
     (folder / "films.item").write_text("\n".join(rows) + "\n")
     questions = questions_of("films", folder, "item_id", histories, 7, 60)

@@ -20,6 +20,7 @@ from recbole_mllm.benchmark.process import LOG, failure, run_child
 from recbole_mllm.benchmark.records import append, data_digests, one_set_of_data, read_records
 from recbole_mllm.benchmark.runner import benchmark
 from recbole_mllm.benchmark.worker import digests_of, run_job
+from recbole_mllm.common.config import benchmark_defaults
 from recbole_mllm.common.errors import UserError
 from recbole_mllm.common.model_names import identity_of
 from recbole_mllm.evaluation import candidates
@@ -150,6 +151,16 @@ def test_runs_of_other_data_share_no_leaderboard(tmp_path, worker):
     assert benchmark(replace(given, force=True), worker, str) == []
     shutil.rmtree(folder)
     assert benchmark(given, worker, str) == [], "data that are gone make no finished run worthless"
+
+
+def test_a_part_of_eval_args_is_named_by_what_it_comes_to(tmp_path):
+    """So that a run of before, to which RecBole gave its random order, is not taken for it."""
+    whole = benchmark_defaults()["eval_args"] | {"mode": "full"}
+    ids = {
+        jobs_of(plan(tmp_path, "Pop", overrides={"eval_args": given}))[0].run_id
+        for given in ({"mode": "full"}, {"mode": "full", "order": "TO"}, whole)
+    }
+    assert len(ids) == 1
 
 
 def test_a_report_that_cannot_be_written_costs_no_run(tmp_path, worker, monkeypatch):

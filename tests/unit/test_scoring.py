@@ -147,6 +147,22 @@ def test_an_unknown_family_is_trained_by_its_own_likelihood(unknown):
     assert all(module.training for module in model.model.modules())
 
 
+def test_logits_that_a_model_never_writes_hide_no_wrong_ones(tmp_path, monkeypatch):
+    """As Chameleon masks its image tokens: the mask alone would make any difference look like rounding."""
+    monkeypatch.delitem(families._FAMILIES, "llama")
+    model = HFModel(str(tiny_models.llama(tmp_path / "model")), SETTINGS.mllm, CPU)
+    stock = type(model.backbone.head_model).forward
+
+    def masked(self, *args, **given):
+        out = stock(self, *args, **given)
+        out.logits[..., :40] = torch.finfo(out.logits.dtype).min
+        return out
+
+    monkeypatch.setattr(type(model.backbone.head_model), "forward", masked)
+    model.yes_scores(PROMPTS, model.answers(STYLE))
+    assert model.backbone.scoring_mode == "plain"  # as of few tokens others are masked
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["paligemma", "gemma3", "llava"])
 def test_a_family_nobody_told_of_shares_what_it_can_in_any_precision(tmp_path, monkeypatch, caplog, family, dtype):
