@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from recbole_mllm.common.prompts import Prompt, Style
+from recbole_mllm.common.prompts import IMAGE, Prompt, Style
 from recbole_mllm.common.settings import MLLMSettings
 from recbole_mllm.mllm import placement, sharding
 from recbole_mllm.mllm.backbone import Backbone
@@ -67,8 +70,17 @@ class HFModel:
         """Split the model's layers among the processes that share its work; all of them must do so."""
         sharding.split(self.model, self.device)
         self.backbone = Backbone(self.model, split=True)
-        # a family without a row is tried out here, as later one process would score while another one learns
+        self.try_out()  # here, as later one process would score while another one learns
+
+    def try_out(self) -> None:
+        """Find out how a family without a row of its own is scored, with an image if it reads any."""
+        if self.backbone.architecture.known:
+            return
         scoring_mode(self.backbone, [self.encoder(Prompt("A question? Answer Yes or No."))], ())
+        if self.encoder.processor is not None and not self.backbone.architecture.attends_across:
+            with TemporaryDirectory() as folder:
+                Image.new("RGB", (64, 64), "grey").save(path := Path(folder) / "grey.png")
+                scoring_mode(self.backbone, [self.encoder(Prompt(f"{IMAGE} Answer Yes or No.", (path,)))], ())
 
     def checkpoint_gradients(self) -> None:
         """Compute layers again on the way back rather than keep their activations; the gradients are the same.

@@ -182,6 +182,19 @@ def test_a_family_nobody_told_of_shares_what_it_can_in_any_precision(tmp_path, m
     assert torch.allclose(together, alone, atol=1e-5 if dtype == "float32" else 0.02)
 
 
+@pytest.mark.parametrize("family", ["llama", "llava", "qwen2_vl", "gemma3"])
+def test_what_is_tried_out_beforehand_is_found_as_it_is_at_first_use(tmp_path, monkeypatch, family):
+    monkeypatch.delitem(families._FAMILIES, family)
+    model = HFModel(str(getattr(tiny_models, family)(tmp_path / "model")), SETTINGS.mllm, CPU)
+    model.try_out()
+    mode, sees = model.backbone.scoring_mode, model.encoder.processor is not None
+    assert (mode == "shared") == (family != "gemma3") and model.backbone.mode_sees == sees
+    monkeypatch.setattr(scoring, "find_scoring_mode", None)
+    Image.effect_noise((40, 30), 60).convert("RGB").save(tmp_path / "red.png")
+    image = tmp_path / "red.png" if sees else None
+    model.yes_scores([*PROMPTS, recommend_prompt(STYLE, "likes cats", "a mug", image)], model.answers(STYLE))
+
+
 def test_a_family_is_checked_in_the_precision_of_its_weights_whatever_autocast_does(tmp_path, monkeypatch):
     monkeypatch.delitem(families._FAMILIES, "llama")
     model = HFModel(str(tiny_models.llama(tmp_path / "model")), SETTINGS.mllm, CPU)
