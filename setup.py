@@ -73,7 +73,7 @@ setup(
         "jinja2>=3.1.6",
         "numpy>=1.26",
         "pandas>=2.2",
-        "peft>=0.19",
+        "peft>=0.20",
         "pillow>=10.0.1",
         "pyyaml>=6.0",
         "scipy>=1.15",
