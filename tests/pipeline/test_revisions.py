@@ -165,7 +165,7 @@ def test_a_run_is_repeated_exported_and_scored_with_the_commit_it_had(hub, capsy
 @pytest.mark.parametrize(
     ("key", "words"),
     [
-        ("mllm", ["--models=MLLMMSR", "--finetune=none"]),
+        pytest.param("mllm", ["--models=MLLMMSR", "--finetune=none"], marks=pytest.mark.slow),
         ("feature_encoder", ["--models=SASRecF:text", "--epochs=1", "--mllm=tiny"]),
     ],
 )
