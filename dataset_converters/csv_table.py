@@ -107,11 +107,7 @@ class CsvTable(Source):
         title, image = (_find(header, key, getattr(self._columns, key), path) for key in ("title", "image"))
         assert item is not None
         described = (
-            ItemRow(
-                row[item],
-                row[title] if title is not None else "",
-                self._below(row[image]) if image is not None else "",
-            )
+            ItemRow(row[item], "" if title is None else row[title], "" if image is None else self._below(row[image]))
             for row in rows
         )
         if self._items is not None:

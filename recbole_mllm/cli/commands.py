@@ -267,11 +267,10 @@ def export_candidates(args: Namespace, options: Options) -> int:
     path = check_file(Path(args.out), "--out", is_export, "a file that `candidates export` wrote")
     from recbole_mllm.quick_start import frozen_candidates  # loads torch
 
-    config, known = config_of("Pop", dataset, options), benchmark_defaults()
+    config, wanted = config_of("Pop", dataset, options), benchmark_defaults()
     own = Path(config["data_path"]) / "dataset.yaml"
     for said in (read_mapping(own) if own.is_file() else {}, config.external_config_dict):  # the later wins
-        known = completed(known, {key: said[key] for key in said if key in known})
-    wanted = known
+        wanted = completed(wanted, {key: said[key] for key in said if key in wanted})
     config = config_of("Pop", dataset, replace(options, overrides={**options.overrides, **wanted}))
     print(frozen_candidates(config, path))
     return 0

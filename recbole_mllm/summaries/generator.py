@@ -287,7 +287,9 @@ class CachedGenerator:
             mine, known = {job.key for job in batch}, dict[str, tuple[str, str]]()
             if self.leases is not None:
                 mine, whole = self.leases.claim([job.key for job in batch])
-                known = {key: (key, text) for key, text in whole.items()} | self._known(mine)
+                shortened = self._known(mine) if self.limit else {}  # by another process, since this one looked
+                self.leases.release(shortened)
+                known = {key: (key, text) for key, text in whole.items()} | shortened
             for job in batch:
                 if job.key in known:
                     del self._jobs[job.key]

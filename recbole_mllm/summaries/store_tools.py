@@ -252,7 +252,7 @@ def _row(line: str, where: str) -> StoredAnswer:
         right = type(value) is kind or (kind is float and type(value) is int)
         if not right or (kind in (int, float) and not 0 <= value < (2**63 if kind is int else sys.float_info.max)):
             raise UserError(f"{where}: {name} is not {_WANTED[kind]}")
-        if kind is str and not value.isascii() and value != value.encode(errors="replace").decode():
+        if kind is str and any("\ud800" <= letter <= "\udfff" for letter in value):
             raise UserError(f"{where}: {name} holds half a surrogate pair, which is no text")
     if not _KEY.fullmatch(answer["key"]):
         raise UserError(f"{where}: key is not 64 hexadecimal digits")
